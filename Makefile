@@ -1,0 +1,99 @@
+# `make help` lists the targets. Variables given on the command line (NAME=, KEY=, …) are passed on, nothing else is.
+SHELL := /bin/sh
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
+	command -v $(name) >/dev/null 2>&1 && $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+BIN := .venv/bin
+GATEWAY := $(BIN)/python -m gateway
+COMPOSE := docker compose
+said = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(value $(1)),--$(2) "$$$(1)"))
+flag = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(filter-out 0 false no,$(value $(1))),--$(2)))
+JSON_FLAG = $(call flag,JSON,json)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check key keys rotate revoke models refresh probe migrate psql config up down logs image lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: .venv/ready-to-run ## Serve on this machine: private stores, a backend, a key, ready to paste
+	@exec $(GATEWAY) run
+
+test: .venv/ready-to-test ## Run all tests against private servers
+	$(BIN)/python -m pytest $(TESTS)
+
+check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabilities
+	$(BIN)/ruff check gateway tests
+	$(BIN)/ruff format --check gateway tests
+	$(BIN)/mypy
+	$(BIN)/bandit -q -r gateway
+	@$(BIN)/python -m tests.audit_dependencies
+
+key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT=] [ADMIN_MODELS=1 SHOW_BACKEND=1]
+	@$(GATEWAY) key $(call said,NAME,name) $(call said,MODELS,models) $(call said,EXPIRES,expires) $(call said,RPM,rpm) $(call said,TPM,tpm) $(call said,CONCURRENT,concurrent) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(JSON_FLAG)
+
+keys: .venv/ready-to-run ## List all keys
+	@$(GATEWAY) keys $(JSON_FLAG)
+
+rotate: .venv/ready-to-run ## Give a key a new secret: KEY= [OVERLAP=24h]
+	@$(GATEWAY) rotate $(call said,KEY,key) $(call said,OVERLAP,overlap) $(JSON_FLAG)
+
+revoke: .venv/ready-to-run ## End a key, everywhere at once: KEY=
+	@$(GATEWAY) revoke $(call said,KEY,key) $(JSON_FLAG)
+
+models: .venv/ready-to-run ## List the models of all backends
+	@$(GATEWAY) models $(JSON_FLAG)
+
+refresh: .venv/ready-to-run ## Ask all backends for their models now
+	@$(GATEWAY) refresh $(JSON_FLAG)
+
+probe: .venv/ready-to-run ## Try every backend: reachable, latency, version, models, token
+	@$(GATEWAY) probe $(JSON_FLAG)
+
+migrate: .venv/ready-to-run ## Bring the database's schema up to date
+	@$(GATEWAY) migrate $(JSON_FLAG)
+
+psql: .venv/ready-to-run ## Open the database's own shell
+	@$(GATEWAY) psql
+
+config: .venv/ready-to-run ## Print the settings in force and where each comes from
+	@$(GATEWAY) config $(JSON_FLAG)
+
+up: ## Start the containers (after `cp .env.example .env` and editing it)
+	$(COMPOSE) up --detach --build --wait
+
+down: ## Stop the containers; volumes are kept
+	$(COMPOSE) down
+
+logs: ## Follow the gateway's log
+	$(COMPOSE) logs --follow --tail 100 gateway
+
+image: ## Build the container image
+	docker build --tag neuronetz-gateway .
+
+lock: .venv/made ## Pin the dependencies of setup.cfg anew, with hashes
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/python -m tests.lock_dependencies
+
+clean: ## Remove the virtual environment and caches; data and keys stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	@$(if $(wildcard .local),echo "kept the local run's data in .local")
+	@ls -d /var/lib/neuronetz-gateway/$(notdir $(CURDIR))-* 2>/dev/null | sed "s/^/kept the local run's data in /" || true
+
+# Debian without python3-venv has no ensurepip: then the system's pip fills the environment.
+.venv/made:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+	@echo "making .venv with $(PYTHON)"
+	@$(PYTHON) -m venv --clear .venv 2>/dev/null || $(PYTHON) -m venv --clear --without-pip .venv
+	@touch $@
+
+.venv/ready-to-run: .venv/made gateway/requirements-local.txt
+	@echo "installing the pinned dependencies"
+	@$(call install,gateway/requirements-local.txt)
+	@touch $@
+
+.venv/ready-to-test: .venv/made tests/requirements.txt
+	@echo "installing the pinned dependencies and the tools of the tests"
+	@$(call install,tests/requirements.txt)
+	@touch $@ .venv/ready-to-run
+
+install = if $(BIN)/python -m pip --version >/dev/null 2>&1; then pip="$(BIN)/python -m pip"; else pip="$(PYTHON) -m pip --python $(BIN)/python"; fi; $$pip install --disable-pip-version-check --no-compile --require-hashes --no-deps -r $(1)

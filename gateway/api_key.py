@@ -1,0 +1,82 @@
+"""The format of a key, `nz_<id>_<secret><checksum>`, and the places a request may carry one."""
+
+import base64
+import binascii
+import hashlib
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from gateway.errors import ConflictingKeys, MissingKey
+
+PREFIX = "nz"
+ID_BYTES, SECRET_BYTES, CHECKSUM_CHARACTERS = 5, 20, 6
+ID_LENGTH, SECRET_LENGTH = 8, 32 + CHECKSUM_CHARACTERS
+ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz234567")
+
+
+@dataclass(frozen=True)
+class PresentedKey:
+    """A key whose form is right; whether it is one of ours is not yet known."""
+
+    secret_id: str
+    whole: str = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.whole.encode()).hexdigest()
+
+
+def mint() -> PresentedKey:
+    secret_id = _encode(secrets.token_bytes(ID_BYTES))
+    body = f"{PREFIX}_{secret_id}_{_encode(secrets.token_bytes(SECRET_BYTES))}"
+    return PresentedKey(secret_id, body + _checksum(body))
+
+
+def parse(text: str) -> PresentedKey | None:
+    """None where the form or the checksum is wrong: such a text was never a key."""
+    parts = text.split("_")
+    if len(parts) != 3 or parts[0] != PREFIX or len(parts[1]) != ID_LENGTH or len(parts[2]) != SECRET_LENGTH:
+        return None
+    if not ALPHABET.issuperset(parts[1] + parts[2]):
+        return None
+    body, checksum = text[:-CHECKSUM_CHARACTERS], text[-CHECKSUM_CHARACTERS:]
+    return PresentedKey(parts[1], text) if secrets.compare_digest(_checksum(body), checksum) else None
+
+
+def _encode(data: bytes) -> str:
+    return base64.b32encode(data).decode().lower().rstrip("=")
+
+
+def _checksum(body: str) -> str:
+    return _encode(hashlib.sha256(body.encode()).digest())[:CHECKSUM_CHARACTERS]
+
+
+def find(headers: Iterable[tuple[bytes, bytes]], in_path: str | None) -> str:
+    """The one key a request carries: in its path, Authorization (Bearer, or Basic's password), x-api-key or api-key."""
+    found = {in_path} if in_path else set()
+    for name, value in headers:
+        if name == b"authorization":
+            found.add(_from_authorization(value.decode("latin-1")))
+        elif name in (b"x-api-key", b"api-key"):
+            found.add(value.decode("latin-1").strip())
+    found.discard("")
+    if not found:
+        raise MissingKey
+    if len(found) > 1:
+        raise ConflictingKeys
+    return found.pop()
+
+
+def _from_authorization(value: str) -> str:
+    scheme, _, credentials = value.strip().partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    return _password(credentials.strip()) if scheme.lower() == "basic" else ""
+
+
+def _password(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials, validate=True).decode("utf-8").partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,158 @@
+"""The composition root: builds the rooms from the settings and connects them; nesting is shutdown order."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from argon2 import PasswordHasher
+from starlette.types import ASGIApp
+
+from gateway import admin_verbs, routes
+from gateway.access import Access
+from gateway.auth_failures import AuthFailures
+from gateway.authentication import Authenticator
+from gateway.backends import Backend
+from gateway.client_address import TrustedProxies
+from gateway.database import Database
+from gateway.dialects.base import Dialect
+from gateway.dialects.ollama import Ollama
+from gateway.dialects.openai import OpenAI
+from gateway.discovery import Discovery
+from gateway.exchange import Exchange, Running
+from gateway.front import Front, by_prefix
+from gateway.health import Health
+from gateway.lists import Lists
+from gateway.routing import Router
+from gateway.settings import Settings
+from gateway.show import described
+from gateway.store import Store
+
+LOG = logging.getLogger("gateway")
+
+
+@dataclass
+class Rooms:
+    """What the operator's commands and the tests need of a gateway that is up."""
+
+    database: Database
+    store: Store
+    discovery: Discovery
+    backends: dict[str, Backend]
+    front: Front
+    running: Running
+
+
+def hasher_of(settings: Settings) -> PasswordHasher:
+    return PasswordHasher(
+        time_cost=settings.argon2_time_cost,
+        memory_cost=settings.argon2_memory_cost_kib,
+        parallelism=settings.argon2_parallelism,
+    )
+
+
+def database_of(settings: Settings) -> Database:
+    return Database(settings.database_url, size=settings.database_pool_size, overflow=settings.database_pool_overflow)
+
+
+@asynccontextmanager
+async def fleet(settings: Settings) -> AsyncIterator[dict[str, Backend]]:
+    async with AsyncExitStack() as stack:
+        backends = [await stack.enter_async_context(Backend(config)) for config in settings.backends]
+        yield {backend.name: backend for backend in backends}
+
+
+@asynccontextmanager
+async def build(settings: Settings) -> AsyncIterator[Rooms]:
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(database_of(settings))
+        store = await stack.enter_async_context(Store(settings.redis_url))
+        failures = AuthFailures(store, settings.auth_failure_rate_limit_per_ip_per_min)
+        authenticator = await stack.enter_async_context(
+            Authenticator(database, store, hasher_of(settings), failures, cache_s=settings.redis_key_cache_ttl_s)
+        )
+        backends = await stack.enter_async_context(fleet(settings))
+        discovery = await stack.enter_async_context(discovery_of(settings, backends, store))
+        proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
+        running = Running()
+        dialects: dict[str, Dialect] = {"ollama": Ollama(), "openai": OpenAI()}
+        front = Front(_not_yet, proxies.client_of, by_prefix(dialects), request_id_header=settings.gateway_request_id_header)
+        rooms = Rooms(database, store, discovery, backends, front, running)
+        front.routes = _table(settings, rooms, Access(authenticator), dialects)
+        tell_what_is_in_force(settings, rooms)
+        yield rooms
+
+
+def discovery_of(settings: Settings, backends: dict[str, Backend], store: Store) -> Discovery:
+    return Discovery(
+        list(backends.values()),
+        store,
+        refresh_s=settings.model_discovery_refresh_s,
+        cache_s=settings.model_discovery_cache_ttl_s,
+    )
+
+
+def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> ASGIApp:
+    lines: dict[tuple[str, str], ASGIApp] = {("GET", "/"): routes.running}
+    lines |= _calls(settings, rooms, access, dialects)
+    lines |= _lists(rooms, access)
+    for method, path in admin_verbs.ROUTES:
+        lines[method, path] = admin_verbs.AdminVerb(
+            method,
+            path,
+            dialects["ollama"],
+            access,
+            rooms.backends,
+            rooms.running,
+            rooms.discovery.refresh_soon,
+            longest_body=settings.max_request_body_bytes,
+        )
+    return routes.table(lines)
+
+
+def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> dict[tuple[str, str], ASGIApp]:
+    router = Router(rooms.backends, most_tokens=settings.max_num_predict)
+    return {
+        ("POST", operation.path): Exchange(
+            dialect,
+            operation,
+            access,
+            router,
+            rooms.running,
+            lambda: rooms.discovery.catalog,
+            longest_body=settings.max_request_body_bytes,
+            stand_in=described if operation.path == "/api/show" else None,
+        )
+        for dialect in dialects.values()
+        for operation in dialect.operations
+    }
+
+
+def _lists(rooms: Rooms, access: Access) -> dict[tuple[str, str], ASGIApp]:
+    lists = Lists(access, lambda: rooms.discovery.catalog)
+    health = Health(rooms.database, rooms.store, lambda: rooms.discovery.catalog, is_draining=lambda: rooms.front.draining)
+    return {
+        ("GET", "/api/tags"): lists.tags,
+        ("GET", "/api/ps"): lists.running,
+        ("GET", "/api/version"): lists.version,
+        ("GET", "/v1/models"): lists.models,
+        ("GET", "/v1/models/{id:path}"): lists.model,
+        ("GET", "/healthz"): health.alive,
+        ("GET", "/readyz"): health.ready,
+    }
+
+
+def tell_what_is_in_force(settings: Settings, rooms: Rooms) -> None:
+    """One line each at start."""
+    for backend in settings.backends:
+        opened = f"with a token in {backend.auth_header}" if backend.auth_token else "without a token"
+        LOG.info("backend %s: %s at %s, %s", backend.name, backend.kind, backend.base_url, opened)
+    models = len(rooms.discovery.catalog.models)
+    LOG.info("models: %d known, asked for every %g s", models, settings.model_discovery_refresh_s)
+    LOG.info("keys: argon2id, remembered for %g s", settings.redis_key_cache_ttl_s)
+    LOG.info("bodies: at most %d bytes; answers: at most %d tokens", settings.max_request_body_bytes, settings.max_num_predict)
+    LOG.info("Redis: %s", "in use" if rooms.store.up else "away, each process goes on by itself")
+
+
+async def _not_yet(*_: object) -> None:
+    raise RuntimeError("the routes are not in place yet")

@@ -1,0 +1,61 @@
+"""Wrong keys per client address and minute, counted together by all processes while Redis answers."""
+
+import time
+from collections import OrderedDict
+from ipaddress import IPv6Address, ip_address
+
+from gateway.errors import GatewayError, TooManyFailures, WrongKey
+from gateway.store import Store, StoreAway
+
+WINDOW_S = 60.0
+REMEMBERED_ADDRESSES = 10_000
+
+
+class AuthFailures:
+    """At most `limit` wrong keys per address in a minute that begins with the first of them."""
+
+    def __init__(self, store: Store, limit: int) -> None:
+        self._store, self._limit = store, limit
+        self._counts: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    async def check(self, address: str) -> None:
+        """Raises TooManyFailures where this address has to wait."""
+        count, ends = self._counts.get(_counted_as(address), (0, 0.0))
+        if count >= self._limit and ends > time.monotonic():
+            raise TooManyFailures(retry_after=ends - time.monotonic())
+
+    async def count(self, address: str) -> GatewayError:
+        """Count one failure and return the error to raise."""
+        counted = _counted_as(address)
+        count, ends = self._counts.get(counted, (0, 0.0))
+        now = time.monotonic()
+        if ends <= now:
+            count, ends = 0, now + WINDOW_S
+        shared, left_s = await self._count_shared(counted)
+        self._counts[counted] = (max(count + 1, shared), now + left_s if left_s else ends)
+        self._counts.move_to_end(counted)
+        if len(self._counts) > REMEMBERED_ADDRESSES:
+            self._counts.popitem(last=False)
+        return WrongKey()
+
+    async def _count_shared(self, counted: str) -> tuple[int, float]:
+        name = f"nz:authfail:{counted}"
+        try:
+            count, _, left_ms = await self._store.pipeline(
+                lambda pipe: pipe.incr(name).expire(name, int(WINDOW_S), nx=True).pttl(name)
+            )
+        except StoreAway:
+            return 0, 0.0
+        return int(count), max(0.0, left_ms / 1000)
+
+
+def _counted_as(address: str) -> str:
+    """One IPv6 customer has a /64: its addresses count as one."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return "unknown"
+    if isinstance(parsed, IPv6Address):
+        mapped = parsed.ipv4_mapped
+        return str(mapped) if mapped else str(IPv6Address(int(parsed) >> 64 << 64))
+    return str(parsed)

@@ -1,0 +1,38 @@
+"""A request's body, read once: bounded in size and time, refused where it is encoded."""
+
+from starlette.types import Receive, Scope
+
+from gateway.errors import BadRequest, BodyTooLarge, BodyTooSlow, ClientGone, UnsupportedEncoding
+from gateway.guard import Guard
+from gateway.record import Record
+
+BODY_DEADLINE_S = 30.0
+
+
+def check_head(scope: Scope, limit: int) -> None:
+    """What the head alone says against a body."""
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise UnsupportedEncoding
+        if name == b"content-length" and (not value.isdigit() or int(value) > limit):
+            raise BodyTooLarge(f"the request's body is larger than {limit} bytes")
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int, record: Record) -> bytes:
+    check_head(scope, limit)
+    pieces: list[bytes] = []
+    with Guard() as guard:
+        guard.within(BODY_DEADLINE_S, BodyTooSlow())
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            pieces.append(message.get("body", b""))
+            record.bytes_in += len(pieces[-1])
+            if record.bytes_in > limit:
+                raise BodyTooLarge(f"the request's body is larger than {limit} bytes")
+            if not message.get("more_body", False):
+                break
+    if not record.bytes_in:
+        raise BadRequest("the body is empty; send a JSON object")
+    return b"".join(pieces)

@@ -1,0 +1,45 @@
+"""A backend's breaker: after a few failures in a row it is passed over for a while, then one request tries it again."""
+
+import time
+from collections.abc import Callable
+
+FAILURES_UNTIL_OPEN = 3
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
+
+
+class Breaker:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures = 0
+        self._open_until = 0.0
+        self._pause_s = FIRST_PAUSE_S
+        self._probing = False
+
+    @property
+    def state(self) -> str:
+        if self._failures < FAILURES_UNTIL_OPEN:
+            return "closed"
+        return "half-open" if self._clock() >= self._open_until else "open"
+
+    @property
+    def lets_pass(self) -> bool:
+        return self.state == "closed" or (self.state == "half-open" and not self._probing)
+
+    def attempt(self) -> None:
+        """A request goes out; in the half-open state it is the one probe."""
+        self._probing = self.state == "half-open"
+
+    def succeeded(self) -> None:
+        self._failures, self._pause_s, self._probing = 0, FIRST_PAUSE_S, False
+
+    def abandoned(self) -> None:
+        """The request ended for reasons that say nothing of the backend."""
+        self._probing = False
+
+    def failed(self) -> None:
+        was_open = self.state != "closed"
+        self._failures += 1
+        self._probing = False
+        if self._failures >= FAILURES_UNTIL_OPEN:
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S) if was_open else FIRST_PAUSE_S
+            self._open_until = self._clock() + self._pause_s

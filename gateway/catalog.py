@@ -1,0 +1,199 @@
+"""Which backend has which model: what the backends said, as one immutable map that is replaced whole."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+from gateway.model_names import AllowList, ModelName, canonical
+
+EMPTY_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
+MOST_MODELS = 10_000
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one backend last said of itself; `answered_at` in seconds since the epoch, 0 where it never did."""
+
+    backend: str
+    base_url: str
+    kind: str
+    answered_at: float = 0.0
+    version: str = ""
+    models: tuple[dict[str, Any], ...] = ()
+    running: tuple[dict[str, Any], ...] = ()
+    error: str = ""
+    latency_ms: float = 0.0
+
+    def packed(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def unpack(packed: Mapping[str, Any]) -> Snapshot:
+    lists = {name: tuple(packed[name]) for name in ("models", "running")}
+    return Snapshot(**{**packed, **lists})
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One backend's copy of a model, under that backend's own spelling; good until the backend's list is too old."""
+
+    backend: str
+    kind: str
+    spelling: str
+    good_until: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the fleet with its offers in priority order; its list entries are the first backend's."""
+
+    name: ModelName
+    offers: tuple[Offer, ...]
+    native: dict[str, Any]
+    openai: dict[str, Any]
+
+    def is_listed(self, now: float) -> bool:
+        return any(offer.good_until > now for offer in self.offers)
+
+
+@dataclass(frozen=True)
+class Catalog:
+    models: Mapping[str, Model] = field(default_factory=dict)
+    snapshots: tuple[Snapshot, ...] = ()
+    cache_s: float = 0.0
+
+    def find(self, name: ModelName, allowed: AllowList) -> Model | None:
+        """None alike for an unknown model and for one that is not allowed: both are looked up either way."""
+        model = self.models.get(name.canonical)
+        is_allowed = allowed.allows(name.canonical, cloud=name.cloud or (model is not None and model.name.cloud))
+        return model if is_allowed else None
+
+    def listed(self, allowed: AllowList) -> list[Model]:
+        now = time.time()
+        return [
+            model
+            for model in self.models.values()
+            if model.is_listed(now) and allowed.allows(model.name.canonical, cloud=model.name.cloud)
+        ]
+
+    def running(self, allowed: AllowList) -> list[dict[str, Any]]:
+        listed = {model.name.canonical for model in self.listed(allowed)}
+        found: dict[str, dict[str, Any]] = {}
+        for entry in (entry for snapshot in self.fresh_snapshots() for entry in snapshot.running):
+            name = canonical(entry["name"]).canonical
+            if name in listed:
+                found.setdefault(name, entry)
+        return list(found.values())
+
+    def fresh_snapshots(self) -> list[Snapshot]:
+        oldest = time.time() - self.cache_s
+        return [snapshot for snapshot in self.snapshots if snapshot.answered_at > oldest]
+
+    def lowest_version(self) -> str | None:
+        versions = [_dotted(snapshot.version) for snapshot in self.fresh_snapshots() if snapshot.kind == "ollama"]
+        numbers = [version for version in versions if version]
+        return ".".join(map(str, min(numbers))) if numbers else None
+
+
+def _dotted(version: str) -> tuple[int, ...]:
+    parts = version.removeprefix("v").split("-")[0].split("+")[0].split(".")
+    return tuple(int(part) for part in parts) if all(part.isdecimal() and len(part) < 9 for part in parts) else ()
+
+
+def build(snapshots: Iterable[Snapshot], cache_s: float) -> Catalog:
+    """The union in priority order: `snapshots` come in the operator's order of backends."""
+    in_order = tuple(snapshots)
+    found: dict[str, Model] = {}
+    for snapshot in in_order:
+        for entry in snapshot.models:
+            model = _model_of(snapshot, entry, cache_s)
+            known = found.get(model.name.canonical)
+            found[model.name.canonical] = _with_offer(known, model) if known else model
+    return Catalog(found, in_order, cache_s)
+
+
+def _with_offer(known: Model, more: Model) -> Model:
+    if any(offer.backend == more.offers[0].backend for offer in known.offers):
+        return known
+    # One cloud copy makes the model a cloud model: failing over must not take a prompt off the site.
+    name = ModelName(known.name.canonical, known.name.cloud or more.name.cloud)
+    return Model(name, known.offers + more.offers, known.native, known.openai)
+
+
+def _model_of(snapshot: Snapshot, entry: dict[str, Any], cache_s: float) -> Model:
+    spelling = entry["name"]
+    name, cloud = canonical(spelling)
+    offer = Offer(snapshot.backend, snapshot.kind, spelling, snapshot.answered_at + cache_s)
+    shown = dict(entry)
+    shown.pop("openai", None)
+    is_remote = bool(entry.get("remote_host") or entry.get("remote_model"))
+    return Model(ModelName(name, cloud or is_remote), (offer,), shown, entry.get("openai") or _openai_entry(entry))
+
+
+def _openai_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    namespace = entry["name"].rpartition("/")[0].rpartition("/")[2]
+    return {"id": entry["name"], "object": "model", "created": _unix(entry), "owned_by": namespace or "library"}
+
+
+def _unix(entry: Mapping[str, Any]) -> int:
+    try:
+        return int(datetime.fromisoformat(entry["modified_at"]).timestamp())
+    except (ValueError, OverflowError):
+        return 0
+
+
+def read_tags(answer: object) -> tuple[dict[str, Any], ...]:
+    """The models of `/api/tags`, each completed with what clients break without. Raises ValueError on anything else."""
+    models = answer.get("models") if isinstance(answer, dict) else None
+    if not isinstance(models, list):
+        raise ValueError("no list of models")
+    return tuple(_native_entry(entry) for entry in models[:MOST_MODELS] if _has_name(entry, "name", "model"))
+
+
+def read_running(answer: object) -> tuple[dict[str, Any], ...]:
+    return read_tags(answer)
+
+
+def read_openai_models(answer: object) -> tuple[dict[str, Any], ...]:
+    """The models of `/v1/models` as native entries with their OpenAI entry inside; raises ValueError on anything else."""
+    data = answer.get("data") if isinstance(answer, dict) and not answer.get("error") else None
+    if not isinstance(data, list):
+        raise ValueError("no list of models")
+    return tuple(_from_openai(entry) for entry in data[:MOST_MODELS] if _has_name(entry, "id"))
+
+
+def _has_name(entry: object, *names: str) -> bool:
+    return isinstance(entry, dict) and any(isinstance(entry.get(name), str) and entry[name] for name in names)
+
+
+def _native_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    name = entry.get("name") or entry["model"]
+    digest = entry.get("digest")
+    details = {**EMPTY_DETAILS, **{key: value for key, value in (entry.get("details") or {}).items() if value is not None}}
+    return {
+        **entry,
+        "name": name,
+        "model": entry.get("model") or name,
+        "modified_at": entry.get("modified_at") or "1970-01-01T00:00:00Z",
+        "size": entry.get("size") or 0,
+        "digest": digest if isinstance(digest, str) and len(digest) >= 12 else _digest(name),
+        "details": details,
+    }
+
+
+def _from_openai(entry: dict[str, Any]) -> dict[str, Any]:
+    created = entry.get("created")
+    unix = int(created) if isinstance(created, int | float) and 0 <= created < 2**33 else 0
+    shown = {"id": entry["id"], "object": "model", "created": unix, "owned_by": str(entry.get("owned_by") or "library")}
+    if isinstance(entry.get("max_model_len"), int):
+        shown["max_model_len"] = entry["max_model_len"]
+    modified = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix))
+    native = _native_entry({"name": entry["id"], "modified_at": modified, "capabilities": ["completion"]})
+    return {**native, "openai": shown}
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()

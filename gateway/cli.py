@@ -1,0 +1,117 @@
+"""`python -m gateway VERB`: what operators type; the Makefile's targets call these."""
+
+import argparse
+import asyncio
+import sys
+import urllib.request
+from collections.abc import Callable, Coroutine
+from datetime import timedelta
+from typing import Any
+
+from gateway import commands, console, demo, installation, serving
+from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
+from gateway.settings import Settings
+
+Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, None]]
+
+VERBS: dict[str, tuple[Command, str]] = {
+    "migrate": (commands.migrate, "bring the database's schema up to date"),
+    "key": (commands.make_key, "make a key and print it, this once"),
+    "keys": (commands.list_keys, "list all keys"),
+    "rotate": (commands.rotate_key, "give a key a new secret; the old one works for the overlap"),
+    "revoke": (commands.revoke_key, "end a key, everywhere at once"),
+    "models": (commands.list_models, "list the models of all backends"),
+    "refresh": (commands.refresh, "ask all backends for their models now"),
+    "probe": (commands.probe, "try every backend: reachable, latency, version, models, token"),
+    "config": (commands.show_config, "print the settings in force and where each comes from"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m gateway", description="One door in front of your own model servers.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("serve", help="serve, with the stores that the environment names")
+    verbs.add_parser("run", help="serve on this machine, with a private PostgreSQL and Redis where none are named")
+    for name, (_, summary) in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        verb.add_argument("--json", action="store_true", help="print JSON for machines")
+        _add_options(name, verb)
+    shell = verbs.add_parser("psql", help="open the database's own shell")
+    shell.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to psql")
+    verbs.add_parser("health", help="exit 0 if the gateway of these settings is alive (for containers)")
+    for name in ("worker", "demo"):
+        inner = verbs.add_parser(name)
+        inner.add_argument("descriptor", type=int)
+        inner.add_argument("parent", type=int)
+    return top
+
+
+def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
+    if name == "key":
+        verb.add_argument("--name", required=True, help="what the key is called; unique among living keys")
+        verb.add_argument("--models", default="", help="allowed models, globs separated by blanks; none means all")
+        verb.add_argument("--expires", type=commands.duration, help="lifetime: 12h, 30d, 8w")
+        for limit, words in (("rpm", "requests per minute"), ("tpm", "tokens per minute"), ("concurrent", "requests at once")):
+            verb.add_argument(f"--{limit}", type=commands.limit, help=f"{words}; without it the default applies")
+        verb.add_argument("--admin-models", action="store_true", help="may pull, create and delete models on a backend")
+        verb.add_argument("--show-backend", action="store_true", help="answers name the backend in X-Gateway-Backend")
+    if name in ("rotate", "revoke"):
+        verb.add_argument("--key", required=True, help="the key's id or name")
+    if name == "rotate":
+        verb.add_argument(
+            "--overlap", type=commands.duration, default=timedelta(hours=24), help="how long the old secret works: 24h, 0"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    said = parser().parse_args(arguments)
+    try:
+        return _carry_out(said)
+    except SettingsError as wrong:
+        console.say(f"error: {wrong}")
+        return 2
+    except CommandFailed as failed:
+        console.say(f"error: {failed}")
+    except StoreUnavailable:
+        console.say("error: PostgreSQL does not answer: check DATABASE_URL and that the server runs")
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+    return 1
+
+
+def _carry_out(said: argparse.Namespace) -> int:
+    if said.verb == "serve":
+        serving.serve(installation.for_serving())
+    elif said.verb == "run":
+        serving.run()
+    elif said.verb == "worker":
+        serving.worker(installation.read(), said.descriptor, said.parent)
+    elif said.verb == "demo":
+        demo.serve(said.descriptor, said.parent)
+    elif said.verb == "health":
+        return _health(installation.read())
+    elif said.verb == "config":
+        asyncio.run(commands.show_config(installation.read(), said))
+    else:
+        return _speak_to_stores(said)
+    return 0
+
+
+def _speak_to_stores(said: argparse.Namespace) -> int:
+    with installation.stores_of() as settings:
+        if said.verb == "psql":
+            return commands.psql(settings, said.arguments)
+        asyncio.run(VERBS[said.verb][0](settings, said))
+    return 0
+
+
+def _health(settings: Settings) -> int:
+    host = settings.gateway_bind_host if settings.gateway_bind_host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 # nosec B104
+    url = f"http://{host}:{settings.gateway_bind_port}/healthz"
+    try:
+        with urllib.request.urlopen(url, timeout=3) as answer:  # nosec B310 our own address
+            return 0 if answer.status == 200 else 1
+    except OSError as wrong:
+        raise CommandFailed(f"no gateway answers at {url}: {wrong}") from None

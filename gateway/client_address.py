@@ -1,0 +1,88 @@
+"""The client's address: the peer's, or what trusted proxies say of it."""
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Self
+
+from starlette.types import Scope
+
+RESOLVE_EVERY_S = 60.0
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+
+class TrustedProxies:
+    """`async with TrustedProxies(entries)`: host names among them are resolved now and then."""
+
+    def __init__(self, entries: Sequence[str]) -> None:
+        self._networks: list[Network] = []
+        self._names: list[str] = []
+        for entry in entries:
+            try:
+                self._networks.append(ip_network(entry, strict=False))
+            except ValueError:
+                self._names.append(entry)
+        self._resolved: frozenset[Address] = frozenset()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._names:
+            self._task = asyncio.create_task(self._keep_resolving(), name="proxy names")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep_resolving(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            found: set[Address] = set()
+            for name in self._names:
+                with suppress(OSError):
+                    answers = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+                    found.update(ip_address(str(answer[4][0]).partition("%")[0]) for answer in answers)
+            self._resolved = frozenset(found)
+            await asyncio.sleep(RESOLVE_EVERY_S)
+
+    def client_of(self, scope: Scope) -> str:
+        """The peer, or, where the peer is a trusted proxy, the rightmost entry of X-Forwarded-For that is not."""
+        client = scope.get("client")
+        peer = _address(client[0]) if client else None
+        if peer is None or not self._trusts(peer):
+            return str(peer or "local")
+        found = peer
+        for text in reversed(_forwarded_for(scope)):
+            entry = _address(text)
+            if entry is None:
+                break
+            found = entry
+            if not self._trusts(entry):
+                break
+        return str(found)
+
+    def _trusts(self, address: Address) -> bool:
+        return address in self._resolved or any(address in network for network in self._networks)
+
+
+def _forwarded_for(scope: Scope) -> list[str]:
+    lines = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    return [entry.strip() for entry in ",".join(lines).split(",") if entry.strip()]
+
+
+def _address(text: str) -> Address | None:
+    """An address, also as proxies write it: with a port, in brackets, an IPv4 one mapped into IPv6."""
+    plain = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
+    if plain.count(":") == 1:
+        plain = plain.partition(":")[0]
+    try:
+        parsed = ip_address(plain)
+    except ValueError:
+        return None
+    mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
+    return mapped or parsed

@@ -1,0 +1,209 @@
+"""The operator's verbs: each takes the settings of the installation and what the operator said."""
+
+import argparse
+import asyncio
+import os
+import re
+import shutil
+import subprocess  # nosec B404 runs psql with our own arguments
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from gateway import app, console, keys, model_names
+from gateway.backends import Backend, BackendFault
+from gateway.catalog import Snapshot
+from gateway.database import Database
+from gateway.discovery import poll
+from gateway.errors import CommandFailed, StoreUnavailable
+from gateway.keys import KeyRing, NewKey
+from gateway.settings import Settings
+from gateway.store import Store
+
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def duration(text: str) -> timedelta:
+    """`90s`, `15m`, `24h`, `30d`, `2w` or `0`."""
+    found = re.fullmatch(r"(\d{1,6})([smhdw])|0", text.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 15m, 24h, 30d or 2w")
+    return timedelta(**{UNITS[found[2]]: int(found[1])}) if found[2] else timedelta()
+
+
+def limit(text: str) -> int:
+    if not re.fullmatch(r"\d{1,15}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit: write a whole number from 0")
+    return int(text)
+
+
+@asynccontextmanager
+async def key_ring(settings: Settings) -> AsyncIterator[KeyRing]:
+    async with app.database_of(settings) as database, Store(settings.redis_url) as store:
+        await require_schema(database)
+        yield KeyRing(database, app.hasher_of(settings), store)
+
+
+async def require_schema(database: Database) -> None:
+    try:
+        if not await database.is_current():
+            raise CommandFailed("the database's schema is not current: run `make migrate`")
+    except StoreUnavailable:
+        raise CommandFailed("PostgreSQL does not answer: check DATABASE_URL and that the server runs") from None
+
+
+async def migrate(settings: Settings, said: argparse.Namespace) -> None:
+    async with app.database_of(settings) as database:
+        try:
+            applied = await database.migrate(console.say)
+        except StoreUnavailable:
+            raise CommandFailed("PostgreSQL does not answer: check DATABASE_URL and that the server runs") from None
+    console.show_facts({"applied": applied, "schema": "current"}, as_json=said.json)
+
+
+async def make_key(settings: Settings, said: argparse.Namespace) -> None:
+    flags = [name for name in (keys.ADMIN_MODELS, keys.SHOW_BACKEND) if getattr(said, name)]
+    wanted = NewKey(
+        name=said.name,
+        models=model_names.split_patterns(said.models),
+        rpm=said.rpm,
+        tpm=said.tpm,
+        concurrent=said.concurrent,
+        flags=tuple(flags),
+        lifetime=said.expires,
+    )
+    async with key_ring(settings) as ring:
+        key_id, whole = await ring.make(wanted)
+    show_new_key(key_id, said.name, whole, as_json=said.json)
+
+
+def show_new_key(key_id: str, name: str, whole: str, *, as_json: bool) -> None:
+    if as_json:
+        console.show_facts({"id": key_id, "name": name, "key": whole}, as_json=True)
+    else:
+        console.say(f"key {name} ({key_id}): shown this once, stored nowhere")
+        print(whole)
+
+
+async def list_keys(settings: Settings, said: argparse.Namespace) -> None:
+    async with key_ring(settings) as ring:
+        rows = await ring.all()
+    console.show([_key_row(row) for row in rows], as_json=said.json, empty="no keys yet: `make key NAME=…` makes one")
+
+
+def _key_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    has_expired = row["expires_at"] is not None and row["expires_at"] <= now
+    state = "revoked" if row["revoked_at"] else "expired" if has_expired else "active"
+    shown = ("id", "name", "models", "rpm", "tpm", "concurrent", "flags", "created_at", "expires_at", "last_used_at")
+    facts = {name: row[name] for name in shown}
+    facts["models"] = list(row["models"]) or ["(all)"]
+    return {**facts, "secrets": row["secrets"], "state": state}
+
+
+async def rotate_key(settings: Settings, said: argparse.Namespace) -> None:
+    async with key_ring(settings) as ring:
+        key_id, whole = await ring.rotate(said.key, said.overlap)
+    show_new_key(key_id, said.key, whole, as_json=said.json)
+
+
+async def revoke_key(settings: Settings, said: argparse.Namespace) -> None:
+    async with key_ring(settings) as ring:
+        key_id, at_once = await ring.revoke(said.key)
+    effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
+    console.show_facts({"revoked": key_id, "everywhere": effect}, as_json=said.json)
+
+
+async def list_models(settings: Settings, said: argparse.Namespace) -> None:
+    async with app.fleet(settings) as backends, Store(settings.redis_url) as store:
+        async with app.discovery_of(settings, backends, store) as discovery:
+            stored = await discovery.stored_map()
+            catalog = discovery.catalog
+    rows = [
+        {"backend": snapshot.backend, "model": entry["name"], "size": _size(entry["size"]), "state": _state(snapshot)}
+        for snapshot in catalog.snapshots
+        for entry in snapshot.models
+    ]
+    facts = {
+        "models": len(catalog.models),
+        "map_age_s": round(time.time() - stored[0], 1) if stored else None,
+        "map_bytes": stored[1] if stored else None,
+    }
+    if said.json:
+        console.show_facts({**facts, "backends": rows}, as_json=True)
+        return
+    console.show(rows, as_json=False, empty="no backend has a model (see `make probe`)")
+    age = f"map in Redis: {facts['map_age_s']} s old, {facts['map_bytes']} bytes" if stored else "no map in Redis"
+    print(f"\n{facts['models']} different models; {age}")
+
+
+def _state(snapshot: Snapshot) -> str:
+    return f"away: {snapshot.error}" if snapshot.error else "up"
+
+
+def _size(count: object) -> str:
+    if not isinstance(count, int) or count <= 0:
+        return "-"
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.0f} MB"
+
+
+async def refresh(settings: Settings, said: argparse.Namespace) -> None:
+    """Ask every backend now; the running gateways take the new map at once."""
+    async with app.fleet(settings) as backends, Store(settings.redis_url) as store:
+        async with app.discovery_of(settings, backends, store) as discovery:
+            await discovery.refresh()
+            rows = [
+                {"backend": snapshot.backend, "models": len(snapshot.models), "state": _state(snapshot)}
+                for snapshot in discovery.catalog.snapshots
+            ]
+            told = store.up
+    console.show(rows, as_json=said.json, empty="no backends")
+    if not told:
+        console.say("Redis does not answer: running gateways refresh by themselves")
+
+
+async def probe(settings: Settings, said: argparse.Namespace) -> None:
+    async with app.fleet(settings) as backends:
+        rows = await asyncio.gather(*(_probe_row(backend) for backend in backends.values()))
+    console.show(rows, as_json=said.json, empty="no backends")
+    if not all(row["reachable"] for row in rows):
+        raise CommandFailed("not every backend can be reached")
+
+
+async def _probe_row(backend: Backend) -> dict[str, Any]:
+    facts: dict[str, Any] = {"backend": backend.name, "kind": backend.kind, "address": backend.config.base_url}
+    given = "sent" if backend.config.auth_token else "none set"
+    try:
+        found = await poll(backend)
+    except BackendFault as fault:
+        refused = fault.reason == "token_refused"
+        verdict = {"token": "REFUSED" if refused else given, "problem": str(fault)}
+        return {**facts, "reachable": refused, "latency_ms": None, "version": None, "models": None, **verdict}
+    seen = {"latency_ms": found.latency_ms, "version": found.version or None, "models": len(found.models)}
+    return {**facts, "reachable": True, **seen, "token": "accepted" if given == "sent" else given, "problem": None}
+
+
+async def show_config(settings: Settings, said: argparse.Namespace) -> None:
+    rows = [{"name": name, "value": value, "from": source} for name, value, source in settings.shown()]
+    console.show(rows, as_json=said.json, empty="")
+
+
+def psql(settings: Settings, arguments: Sequence[str]) -> int:
+    """The database's own shell; the password travels in the environment, where `ps` does not show it."""
+    program = shutil.which("psql")
+    if program is None:
+        raise CommandFailed("psql is not installed: install PostgreSQL's client (Debian: postgresql-client)")
+    parts = urlsplit(settings.database_url)
+    asked = parse_qs(parts.query)
+    environment = {
+        "PGHOST": (asked.get("host") or [parts.hostname or ""])[0],
+        "PGPORT": str(parts.port or ""),
+        "PGUSER": unquote(parts.username or ""),
+        "PGPASSWORD": unquote(parts.password or ""),
+        "PGDATABASE": parts.path.lstrip("/"),
+    }
+    filled = {name: value for name, value in environment.items() if value}
+    return subprocess.call([program, *arguments], env={**os.environ, **filled})  # nosec B603

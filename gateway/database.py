@@ -1,0 +1,160 @@
+"""PostgreSQL: the pool, the named queries of `sql/queries`, and the migrations of `sql/migrations`."""
+
+import asyncio
+import hashlib
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import asyncpg
+
+from gateway.errors import CommandFailed, StoreUnavailable
+
+SQL = Path(__file__).resolve().parent.parent / "sql"
+NAMED_QUERY = re.compile(r"^-- name: (\w+)\n-- [^\n]+\n(.*?);\s*$", re.MULTILINE | re.DOTALL)
+PAUSE_AFTER_FAILURE_S = 1.0
+IDLE_CONNECTION_S = 300.0
+LOG = logging.getLogger("gateway.database")
+
+Connection = asyncpg.pool.PoolConnectionProxy
+
+
+class Migration(NamedTuple):
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def migrations(folder: Path = SQL / "migrations") -> list[Migration]:
+    files = sorted(folder.glob("[0-9]*.sql"))
+    return [Migration(int(path.name[:4]), path.stem, path.read_text(encoding="utf-8")) for path in files]
+
+
+def queries(folder: Path = SQL / "queries") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.sql")):
+        for name, sql in NAMED_QUERY.findall(path.read_text(encoding="utf-8")):
+            if name in found:
+                raise ValueError(f"two queries are named {name}")
+            found[name] = sql
+    return found
+
+
+class Database:
+    """Named queries on a pool of connections; every wait ends, and what goes wrong is StoreUnavailable.
+
+    Connections are opened when needed, at most `size + overflow`. After a failure that was the database's, calls fail at
+    once for a second, so that a frozen server holds nobody up twice.
+    """
+
+    def __init__(self, url: str, *, size: int = 2, overflow: int = 0, timeout_s: float = 3.0) -> None:
+        self._url, self._limit, self._timeout_s = url, size + overflow, timeout_s
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._queries = queries()
+        self._down_until = 0.0
+        self.up = True
+
+    async def __aenter__(self) -> Self:
+        self._pool = await asyncpg.create_pool(
+            self._url,
+            min_size=0,
+            max_size=self._limit,
+            timeout=self._timeout_s,
+            command_timeout=self._timeout_s,
+            max_inactive_connection_lifetime=IDLE_CONNECTION_S,
+            server_settings={"application_name": "neuronetz-gateway"},
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._pool is not None
+        try:
+            await asyncio.wait_for(self._pool.close(), self._timeout_s)
+        except (TimeoutError, asyncpg.InterfaceError):
+            self._pool.terminate()
+
+    async def rows(self, query: str, *values: object) -> list[asyncpg.Record]:
+        async with self.connection() as connection:
+            return await connection.fetch(self._queries[query], *values)
+
+    async def row(self, query: str, *values: object) -> asyncpg.Record | None:
+        async with self.connection() as connection:
+            return await connection.fetchrow(self._queries[query], *values)
+
+    async def value(self, query: str, *values: object) -> Any:
+        async with self.connection() as connection:
+            return await connection.fetchval(self._queries[query], *values)
+
+    async def run(self, query: str, *values: object) -> None:
+        await self.run_all([(query, values)])
+
+    async def run_all(self, steps: Sequence[tuple[str, Sequence[object]]]) -> None:
+        """All steps in one transaction."""
+        async with self.connection() as connection, connection.transaction():
+            for query, values in steps:
+                await connection.execute(self._queries[query], *values)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        if time.monotonic() < self._down_until:
+            raise StoreUnavailable
+        assert self._pool is not None
+        try:
+            async with self._pool.acquire(timeout=self._timeout_s) as connection:
+                yield connection
+        except (
+            asyncpg.PostgresConnectionError,
+            asyncpg.CannotConnectNowError,
+            asyncpg.TooManyConnectionsError,
+        ) as wrong:
+            raise self._down(wrong) from wrong
+        except (asyncpg.InterfaceError, asyncpg.PostgresSystemError, OSError, TimeoutError) as wrong:
+            raise self._down(wrong) from wrong
+        except asyncpg.InvalidAuthorizationSpecificationError as wrong:
+            raise self._down(wrong) from wrong
+        self._note(up=True)
+
+    def _down(self, wrong: BaseException) -> StoreUnavailable:
+        self._down_until = time.monotonic() + PAUSE_AFTER_FAILURE_S
+        self._note(up=False, reason=type(wrong).__name__)
+        return StoreUnavailable()
+
+    def _note(self, *, up: bool, reason: str = "") -> None:
+        if self.up != up:
+            self.up = up
+            LOG.log(logging.INFO if up else logging.ERROR, "PostgreSQL %s", "answers again" if up else f"is away: {reason}")
+
+    async def is_current(self) -> bool:
+        """Whether the schema is the one this code was written for; raises StoreUnavailable."""
+        try:
+            return bool(await self.value("schema_version") == migrations()[-1].version)
+        except asyncpg.UndefinedTableError:
+            return False
+
+    async def migrate(self, say: Callable[[str], None]) -> int:
+        """Apply what is missing, all or nothing; returns how many were applied."""
+        async with self.connection() as connection, connection.transaction():
+            await connection.execute(self._queries["lock_migrations"])
+            await connection.execute(self._queries["make_migrations_table"])
+            applied = {row["version"]: row for row in await connection.fetch(self._queries["applied_migrations"])}
+            missing = [migration for migration in migrations() if not _is_applied(migration, applied)]
+            for migration in missing:
+                say(f"applying {migration.name}")
+                await connection.execute(migration.sql, timeout=600)
+                await connection.execute(self._queries["note_migration"], migration.version, migration.name, migration.sha256)
+        return len(missing)
+
+
+def _is_applied(migration: Migration, applied: dict[int, asyncpg.Record]) -> bool:
+    row = applied.get(migration.version)
+    if row is not None and row["sha256"] != migration.sha256:
+        raise CommandFailed(f"migration {row['name']} was applied with another text: restore the file, add a new one instead")
+    return row is not None

@@ -1,0 +1,181 @@
+"""What all client languages share: operations, calls, frames and the shape of an answer. No I/O."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from gateway import strict_json
+from gateway.backend_config import Kind
+from gateway.errors import BadRequest, GatewayError
+from gateway.model_names import LONGEST_NAME, ModelName, canonical, is_plain
+
+Streaming = Literal["by default", "on request", "never"]
+LONGEST_FRAME = 8 * 2**20
+LONGEST_COPIED_MESSAGE = 1000
+
+
+class BadFrame(Exception):
+    """The first of an answer is an error or not an answer at all; the message is the backend's, for the log."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens as the backend counted them; None where it did not say."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing a client may ask of a model: `path` is both our route and the backend's."""
+
+    path: str
+    streaming: Streaming
+    kinds: frozenset[Kind]
+    check: Callable[[dict[str, Any]], None]
+    clamp: Callable[[dict[str, Any], Kind, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A client's request, read and checked."""
+
+    operation: Operation
+    asked_model: str
+    model: ModelName
+    stream: bool
+    body: dict[str, Any] = field(repr=False)
+
+    def body_for(self, kind: Kind, spelling: str, cap: int) -> bytes:
+        """What is sent to a backend: what was read, its output bounded by `cap` tokens, the model as that backend spells it."""
+        body = dict(self.body)
+        if not is_plain(self.asked_model, self.model.canonical) or kind == "openai":
+            body["model"] = spelling
+        if self.operation.clamp is not None:
+            self.operation.clamp(body, kind, cap)
+        return strict_json.write_strictly(body)
+
+
+class Framing(Protocol):
+    """How a stream is cut into frames that a client reads one by one."""
+
+    content_type: str
+
+    def end_of_frames(self, data: bytes) -> int:
+        """The position behind the last complete frame."""
+
+    def payloads(self, data: bytes) -> list[bytes]:
+        """The JSON texts of complete frames, comments left out."""
+
+
+class Dialect(Protocol):
+    name: str
+    framing: Framing
+    operations: Sequence[Operation]
+    known_fields: frozenset[str]
+
+    def error(self, error: GatewayError, request_id: str) -> bytes: ...
+
+    def error_frame(self, error: GatewayError) -> bytes: ...
+
+    def judge_frame(self, payload: bytes) -> None:
+        """Raises BadFrame where the first frame of a stream is no answer."""
+
+    def is_complete(self, tail: Sequence[bytes]) -> bool:
+        """Whether a stream that ends with these payloads has said everything."""
+
+    def usage(self, tail: Sequence[bytes]) -> Usage: ...
+
+
+def read_call(dialect: Dialect, operation: Operation, raw: bytes) -> Call:
+    body = strict_json.read_object(raw, dialect.known_fields)
+    asked = model_of(body)
+    operation.check(body)
+    stream = operation.streaming != "never" and boolean(body, "stream", default=operation.streaming == "by default")
+    return Call(operation, asked, canonical(asked), stream, body)
+
+
+def model_of(body: dict[str, Any]) -> str:
+    """`model`, or the deprecated `name` where the dialect knows it; two that differ are refused."""
+    asked = body.get("model")
+    if asked is None or asked == "":
+        asked = body.get("name")
+    elif body.get("name") not in (None, "", asked):
+        raise BadRequest("the fields 'model' and 'name' differ; send 'model' alone")
+    if asked is None or asked == "":
+        raise BadRequest("the field 'model' is missing")
+    if not isinstance(asked, str) or len(asked) > LONGEST_NAME or not asked.strip():
+        raise BadRequest(f"the field 'model' must be a string of at most {LONGEST_NAME} characters")
+    return asked
+
+
+def boolean(body: dict[str, Any], name: str, *, default: bool) -> bool:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise BadRequest(f"the field {name!r} must be true or false")
+    return value
+
+
+def expect(body: dict[str, Any], name: str, kinds: type | tuple[type, ...], words: str) -> None:
+    value = body.get(name)
+    if value is None:
+        return
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise BadRequest(f"the field {name!r} must be {words}")
+
+
+def expect_number(body: dict[str, Any], *names: str) -> None:
+    for name in names:
+        expect(body, name, (int, float), "a number")
+
+
+def expect_objects(body: dict[str, Any], name: str) -> None:
+    expect(body, name, list, "a list")
+    if any(not isinstance(item, dict) for item in body.get(name) or ()):
+        raise BadRequest(f"the field {name!r} must be a list of objects")
+
+
+def bounded(value: object, cap: int) -> int:
+    """A wish for output tokens as a number from 1 to `cap`: negative, zero, absent and absurd ones mean the cap."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= cap:
+        return int(value)
+    return cap
+
+
+def read_answer(payload: bytes) -> Any:
+    """A whole answer or a frame as JSON; raises BadFrame where it is an error or no JSON object."""
+    try:
+        value = strict_json.read_loosely(payload)
+    except ValueError:
+        raise BadFrame("not JSON") from None
+    if isinstance(value, dict) and value.get("error"):
+        raise BadFrame(f"an error: {error_text(value)}")
+    if not isinstance(value, dict | list) or not value:
+        raise BadFrame("no answer in it")
+    return value
+
+
+def try_read(payload: bytes) -> dict[str, Any]:
+    try:
+        value = strict_json.read_loosely(payload)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def error_text(value: dict[str, Any]) -> str:
+    """The words of an error in any of the shapes that backends use."""
+    told = value.get("error") or value.get("detail") or value.get("message")
+    if isinstance(told, dict):
+        told = told.get("message")
+    return " ".join(str(told or "").split())[:LONGEST_COPIED_MESSAGE]
+
+
+def count(value: object) -> int | None:
+    """A token count of a backend, which may be null, negative, a fraction or huge."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2**53:
+        return None
+    return int(value)

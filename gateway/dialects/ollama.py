@@ -1,0 +1,126 @@
+"""Ollama's native API: NDJSON streams, `{"error": "…"}`, counts in the last record."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gateway import strict_json
+from gateway.backend_config import Kind
+from gateway.dialects.base import (
+    BadFrame,
+    Framing,
+    Operation,
+    Usage,
+    bounded,
+    count,
+    expect,
+    expect_objects,
+    read_answer,
+    try_read,
+)
+from gateway.errors import BadRequest, GatewayError
+
+KNOWN_FIELDS = frozenset(
+    "model name prompt suffix system template context stream raw format images options keep_alive think truncate shift "
+    "logprobs top_logprobs messages tools input dimensions verbose insecure username password from files adapters "
+    "parameters license quantize source destination modelfile path".split()
+)
+INTEGER_OPTIONS = (
+    "num_predict num_ctx num_batch num_gpu main_gpu num_thread num_keep seed top_k repeat_last_n draft_num_predict".split()
+)
+NUMBER_OPTIONS = "top_p min_p typical_p temperature repeat_penalty presence_penalty frequency_penalty".split()
+
+
+class Ndjson:
+    content_type = "application/x-ndjson"
+
+    def end_of_frames(self, data: bytes) -> int:
+        return data.rfind(b"\n") + 1
+
+    def payloads(self, data: bytes) -> list[bytes]:
+        return [line for line in data.split(b"\n") if line.strip()]
+
+
+class Ollama:
+    name = "ollama"
+    framing: Framing = Ndjson()
+    known_fields = KNOWN_FIELDS
+
+    def __init__(self) -> None:
+        kinds: frozenset[Kind] = frozenset({"ollama"})
+        self.operations: Sequence[Operation] = (
+            Operation("/api/chat", "by default", kinds, _check_chat, _clamp),
+            Operation("/api/generate", "by default", kinds, _check_generate, _clamp),
+            Operation("/api/embed", "never", kinds, _check_embed),
+            Operation("/api/embeddings", "never", kinds, _check_embeddings),
+            Operation("/api/show", "never", kinds, _check_common),
+        )
+
+    def error(self, error: GatewayError, request_id: str) -> bytes:
+        return strict_json.write({"error": error.message})
+
+    def error_frame(self, error: GatewayError) -> bytes:
+        return strict_json.write({"error": error.message}) + b"\n"
+
+    def judge_frame(self, payload: bytes) -> None:
+        if not isinstance(read_answer(payload), dict):
+            raise BadFrame("not an object")
+
+    def is_complete(self, tail: Sequence[bytes]) -> bool:
+        last = try_read(tail[-1]) if tail else {}
+        return bool(last.get("done") or last.get("done_reason"))
+
+    def usage(self, tail: Sequence[bytes]) -> Usage:
+        last = try_read(tail[-1]) if tail else {}
+        return Usage(count(last.get("prompt_eval_count")), count(last.get("eval_count")))
+
+
+def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
+    options = dict(body.get("options") or {})
+    options["num_predict"] = bounded(options.get("num_predict"), cap)
+    body["options"] = options
+
+
+def _check_common(body: dict[str, Any]) -> None:
+    expect(body, "options", dict, "an object")
+    expect(body, "keep_alive", (str, int, float), "a number of seconds or a duration such as '5m'")
+    _check_options(body.get("options") or {})
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in (*INTEGER_OPTIONS, *NUMBER_OPTIONS):
+        value = options.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise BadRequest(f"the option {name!r} must be a number")
+    stop = options.get("stop")
+    if stop is not None and not (isinstance(stop, str) or _is_list_of_strings(stop)):
+        raise BadRequest("the option 'stop' must be a list of strings")
+
+
+def _is_list_of_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _check_chat(body: dict[str, Any]) -> None:
+    _check_common(body)
+    expect_objects(body, "messages")
+    expect_objects(body, "tools")
+
+
+def _check_generate(body: dict[str, Any]) -> None:
+    _check_common(body)
+    for name in ("prompt", "suffix", "system", "template"):
+        expect(body, name, str, "a string")
+    for name in ("images", "context"):
+        expect(body, name, list, "a list")
+
+
+def _check_embed(body: dict[str, Any]) -> None:
+    _check_common(body)
+    value = body.get("input")
+    if value is not None and not isinstance(value, str) and not _is_list_of_strings(value):
+        raise BadRequest("the field 'input' must be a string or a list of strings")
+
+
+def _check_embeddings(body: dict[str, Any]) -> None:
+    _check_common(body)
+    expect(body, "prompt", str, "a string")

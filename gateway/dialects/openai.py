@@ -1,0 +1,182 @@
+"""The OpenAI API as Ollama, vLLM, llama.cpp and LM Studio serve it: server-sent events, `{"error": {…}}`, `usage`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gateway import strict_json
+from gateway.backend_config import Kind
+from gateway.dialects.base import (
+    BadFrame,
+    Framing,
+    Operation,
+    Usage,
+    bounded,
+    count,
+    expect,
+    expect_number,
+    expect_objects,
+    read_answer,
+    try_read,
+)
+from gateway.errors import BadRequest, GatewayError
+
+CAPS = ("max_tokens", "max_completion_tokens", "n_predict")
+MOST_CHOICES = 128
+KNOWN_FIELDS = frozenset(
+    "model messages prompt input stream stream_options temperature top_p top_k seed stop tools tool_choice n n_cmpl best_of "
+    "max_tokens max_completion_tokens n_predict min_tokens use_beam_search ignore_eos logprobs top_logprobs logit_bias "
+    "response_format reasoning reasoning_effort frequency_penalty presence_penalty suffix echo user encoding_format "
+    "dimensions keep_alive options include_usage".split()
+)
+
+
+class ServerSentEvents:
+    content_type = "text/event-stream"
+
+    def end_of_frames(self, data: bytes) -> int:
+        return max(
+            data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0,
+            data.rfind(b"\n\r\n") + 3 if b"\n\r\n" in data else 0,
+            data.rfind(b"\r\r") + 2 if b"\r\r" in data else 0,
+        )
+
+    def payloads(self, data: bytes) -> list[bytes]:
+        lines: list[bytes] = []
+        events: list[bytes] = []
+        for line in [*data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"), b""]:
+            if line.startswith(b"data:"):
+                lines.append(line[5:].removeprefix(b" "))
+            elif not line and lines:
+                events.append(b"\n".join(lines))
+                lines = []
+        return events
+
+
+class OpenAI:
+    name = "openai"
+    framing: Framing = ServerSentEvents()
+    known_fields = KNOWN_FIELDS
+    error_types = {  # noqa: RUF012
+        400: "invalid_request_error",
+        401: "invalid_request_error",
+        403: "permission_error",
+        404: "not_found_error",
+        405: "invalid_request_error",
+        408: "invalid_request_error",
+        413: "invalid_request_error",
+        415: "invalid_request_error",
+        422: "invalid_request_error",
+        429: "requests",
+    }
+
+    def __init__(self) -> None:
+        kinds: frozenset[Kind] = frozenset({"ollama", "openai"})
+        self.operations: Sequence[Operation] = (
+            Operation("/v1/chat/completions", "on request", kinds, _check_chat, _clamp),
+            Operation("/v1/completions", "on request", kinds, _check_completion, _clamp),
+            Operation("/v1/embeddings", "never", kinds, _check_embeddings),
+        )
+
+    def error(self, error: GatewayError, request_id: str) -> bytes:
+        kind = self.error_types.get(error.status, "server_error")
+        return strict_json.write({"error": {"message": error.message, "type": kind, "param": None, "code": error.code}})
+
+    def error_frame(self, error: GatewayError) -> bytes:
+        return b"data: " + self.error(error, "") + b"\n\n"
+
+    def judge_frame(self, payload: bytes) -> None:
+        value = read_answer(payload)
+        if not isinstance(value, dict):
+            raise BadFrame("not an object")
+        # Ollama loses the text of an error here and sends a chunk without a model instead.
+        if value.get("model") == "" and not _says_something(value):
+            raise BadFrame("an empty chunk without a model")
+
+    def is_complete(self, tail: Sequence[bytes]) -> bool:
+        if not tail:
+            return False
+        if tail[-1].startswith(b"[DONE]"):
+            return not any(try_read(payload).get("error") for payload in tail[:-1])
+        return any(choice.get("finish_reason") for payload in tail for choice in _choices(try_read(payload)))
+
+    def usage(self, tail: Sequence[bytes]) -> Usage:
+        for payload in reversed(tail):
+            value = try_read(payload)
+            told = value.get("usage")
+            if isinstance(told, dict) and (told.get("prompt_tokens") or told.get("completion_tokens")):
+                return Usage(count(told.get("prompt_tokens")), count(told.get("completion_tokens")))
+            timings = value.get("timings")
+            if isinstance(timings, dict):
+                cached, read = count(timings.get("cache_n")) or 0, count(timings.get("prompt_n")) or 0
+                return Usage(cached + read, count(timings.get("predicted_n")))
+        return Usage()
+
+
+def _choices(value: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = value.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def _says_something(value: dict[str, Any]) -> bool:
+    return any(
+        choice.get("finish_reason") or choice.get("text") or any((choice.get("delta") or {}).values())
+        for choice in _choices(value)
+    )
+
+
+def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
+    """Bound what all choices of all prompts may say together, in the fields that this kind of backend reads.
+
+    Ollama reads `max_tokens` alone; llama.cpp n_predict before max_completion_tokens before max_tokens; vLLM the last two.
+    """
+    each = max(1, cap // (_choices_asked(body) * _prompts(body)))
+    wishes = [bounded(body[name], each) for name in CAPS if body.get(name) is not None]
+    for name in CAPS:
+        body.pop(name, None)
+    body["max_tokens"] = min(wishes, default=each)
+    if kind == "openai":
+        body["max_completion_tokens"] = body["max_tokens"]
+    if isinstance(body.get("min_tokens"), int | float):
+        body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
+
+
+def _choices_asked(body: dict[str, Any]) -> int:
+    return max(int(body.get(name) or 1) for name in ("n", "n_cmpl", "best_of"))
+
+
+def _prompts(body: dict[str, Any]) -> int:
+    prompt = body.get("prompt")
+    if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
+        return 1
+    return len(prompt)
+
+
+def _check_common(body: dict[str, Any]) -> None:
+    expect(body, "stream_options", dict, "an object")
+    strict_json.refuse_look_alikes(body.get("stream_options") or {}, ("include_usage",))
+    expect_number(body, *CAPS, "min_tokens", "temperature", "top_p", "seed", "frequency_penalty", "presence_penalty")
+    for name in ("n", "n_cmpl", "best_of"):
+        value = body.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_CHOICES):
+            raise BadRequest(f"the field {name!r} must be an integer from 1 to {MOST_CHOICES}")
+
+
+def _check_chat(body: dict[str, Any]) -> None:
+    _check_common(body)
+    if body.get("messages") is None:
+        raise BadRequest("the field 'messages' is missing")
+    expect_objects(body, "messages")
+    expect_objects(body, "tools")
+
+
+def _check_completion(body: dict[str, Any]) -> None:
+    _check_common(body)
+    if body.get("prompt") is None:
+        raise BadRequest("the field 'prompt' is missing")
+    expect(body, "prompt", (str, list), "a string or a list")
+
+
+def _check_embeddings(body: dict[str, Any]) -> None:
+    if body.get("input") is None:
+        raise BadRequest("the field 'input' is missing")
+    expect(body, "input", (str, list), "a string or a list")

@@ -1,0 +1,202 @@
+"""Asks the backends for their models: one process at a time, the answers kept in Redis, the newest map in every process."""
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Self, TypeVar
+
+from gateway import catalog, strict_json
+from gateway.backends import Backend, BackendFault
+from gateway.catalog import Catalog, Snapshot
+from gateway.store import Store, StoreAway
+
+LOG = logging.getLogger("gateway.discovery")
+CHANGED = "nz:map:changed"
+MAP, LEASE = "nz:map", "nz:discovery:lease"
+POLL_DEADLINE_S = 10.0
+FAST_ANSWERS_S = 1.0
+KEPT_IN_REDIS_S = 86_400
+
+Answer = TypeVar("Answer")
+
+
+class Discovery:
+    """`async with Discovery(...)`: `discovery.catalog` is the newest map and never waits for a backend."""
+
+    def __init__(self, backends: Sequence[Backend], store: Store, *, refresh_s: float, cache_s: float) -> None:
+        self._backends, self._store = backends, store
+        self._refresh_s, self._cache_s = refresh_s, cache_s
+        self._snapshots = {backend.name: _unknown(backend) for backend in backends}
+        self.catalog = Catalog()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self._load()
+        if min((snapshot.answered_at for snapshot in self._snapshots.values()), default=0) < time.time() - self._refresh_s:
+            await self.refresh(enough_s=FAST_ANSWERS_S)
+        self._store.subscribe({CHANGED: self._load_soon}, after_gap=lambda: self._load_soon(""))
+        self._spawn(self._keep_refreshing())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work, name="discovery")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _keep_refreshing(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_s * random.uniform(0.9, 1.0))  # noqa: S311 # nosec B311 jitter, not a secret
+            if await self._is_my_turn():
+                await self.refresh()
+
+    async def _is_my_turn(self) -> bool:
+        """Redis decides who polls; without it everybody polls for itself."""
+        lease_ms = int(self._refresh_s * 800)
+        try:
+            return bool(await self._store.call(lambda redis: redis.set(LEASE, uuid.uuid4().hex, nx=True, px=lease_ms)))
+        except StoreAway:
+            return True
+
+    def refresh_soon(self) -> None:
+        self._spawn(self.refresh())
+
+    async def refresh(self, enough_s: float | None = None) -> None:
+        """Poll all backends at once and publish; with `enough_s` return then, slower answers are added when they come."""
+        polls = [asyncio.create_task(self._poll_and_keep(backend)) for backend in self._backends]
+        _, slow = await asyncio.wait(polls, timeout=enough_s or FAST_ANSWERS_S)
+        await self._publish()
+        if slow and enough_s is not None:
+            self._spawn(self._publish_after(slow))
+        elif slow:
+            await self._publish_after(slow)
+
+    async def _publish_after(self, slow: set[asyncio.Task[None]]) -> None:
+        await asyncio.wait(slow)
+        await self._publish()
+
+    async def _poll_and_keep(self, backend: Backend) -> None:
+        known = self._snapshots[backend.name]
+        try:
+            snapshot = await poll(backend)
+        except BackendFault as fault:
+            snapshot = replace(known, error=str(fault))
+        if bool(snapshot.error) != bool(known.error):
+            told = f"is away: {snapshot.error}" if snapshot.error else f"answers with {len(snapshot.models)} models"
+            LOG.log(logging.WARNING if snapshot.error else logging.INFO, "backend %s %s", backend.name, told)
+        self._snapshots[backend.name] = snapshot
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        in_order = [self._snapshots[backend.name] for backend in self._backends]
+        self.catalog = catalog.build(in_order, self._cache_s)
+
+    async def _publish(self) -> None:
+        packed = {_snapshot_key(name): strict_json.write(snapshot.packed()) for name, snapshot in self._snapshots.items()}
+        offers = {name: [offer.backend for offer in model.offers] for name, model in self.catalog.models.items()}
+        whole = strict_json.write({"at": time.time(), "models": offers})
+
+        def fill(pipe: Any) -> None:
+            for name, value in packed.items():
+                pipe.set(name, value, ex=KEPT_IN_REDIS_S)
+            pipe.set(MAP, whole, ex=KEPT_IN_REDIS_S).publish(CHANGED, "")
+
+        with suppress(StoreAway):
+            await self._store.pipeline(fill)
+
+    def _load_soon(self, _: str) -> None:
+        self._spawn(self._load())
+
+    async def _load(self) -> None:
+        names = [_snapshot_key(backend.name) for backend in self._backends]
+        try:
+            packed = await self._store.call(lambda redis: redis.mget(names))
+        except StoreAway:
+            return
+        for backend, text in zip(self._backends, packed, strict=True):
+            self._take(backend, text)
+        self._rebuild()
+
+    def _take(self, backend: Backend, text: bytes | None) -> None:
+        if text is None:
+            return
+        with suppress(ValueError, TypeError, KeyError):
+            snapshot = catalog.unpack(strict_json.read_loosely(text))
+            is_same_backend = (snapshot.base_url, snapshot.kind) == (backend.config.base_url, backend.kind)
+            if is_same_backend and snapshot.answered_at >= self._snapshots[backend.name].answered_at:
+                self._snapshots[backend.name] = snapshot
+
+    async def stored_map(self) -> tuple[float, int] | None:
+        """When the map in Redis was written and its size in bytes."""
+        try:
+            text = await self._store.call(lambda redis: redis.get(MAP))
+        except StoreAway:
+            return None
+        return (strict_json.read_loosely(text)["at"], len(text)) if text else None
+
+
+def _unknown(backend: Backend) -> Snapshot:
+    return Snapshot(backend.name, backend.config.base_url, backend.kind)
+
+
+def _snapshot_key(backend: str) -> str:
+    return f"nz:models:{backend}"
+
+
+async def poll(backend: Backend) -> Snapshot:
+    """Ask one backend for its models, what it runs and its version; never makes it generate. Raises BackendFault."""
+    began = time.monotonic()
+    fresh = replace(_unknown(backend), answered_at=time.time())
+    try:
+        async with asyncio.timeout(POLL_DEADLINE_S):
+            if backend.kind == "openai":
+                models = await _ask(backend, "/v1/models", catalog.read_openai_models)
+                return replace(fresh, models=models, latency_ms=_since(began))
+            models = await _ask(backend, "/api/tags", catalog.read_tags)
+            took = _since(began)
+            running, version = await asyncio.gather(_ask_running(backend), _ask_version(backend))
+            return replace(fresh, models=models, running=running, version=version, latency_ms=took)
+    except TimeoutError:
+        raise BackendFault("poll_timeout") from None
+
+
+def _since(began: float) -> float:
+    return round((time.monotonic() - began) * 1000, 1)
+
+
+async def _ask(backend: Backend, path: str, read: Callable[[object], Answer]) -> Answer:
+    async with backend.send("GET", path, {"Accept": "application/json"}, wait_s=POLL_DEADLINE_S) as upstream:
+        if upstream.status in (401, 403):
+            raise BackendFault("token_refused", f"status {upstream.status}")
+        if upstream.status != 200:
+            raise BackendFault("bad_status", f"status {upstream.status}")
+        try:
+            return read(strict_json.read_loosely(await upstream.read_whole()))
+        except (ValueError, TypeError, AttributeError) as wrong:
+            raise BackendFault("bad_list", f"{path} is not a list of models") from wrong
+
+
+async def _ask_running(backend: Backend) -> tuple[dict[str, Any], ...]:
+    with suppress(BackendFault):
+        return await _ask(backend, "/api/ps", catalog.read_running)
+    return ()
+
+
+async def _ask_version(backend: Backend) -> str:
+    with suppress(BackendFault):
+        return await _ask(backend, "/api/version", _version_of)
+    return ""
+
+
+def _version_of(answer: object) -> str:
+    version = answer.get("version") if isinstance(answer, dict) else None
+    return version[:40] if isinstance(version, str) else ""

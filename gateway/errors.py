@@ -1,0 +1,177 @@
+"""Every way a call can fail: a class's docstring is its message, `status` its HTTP status, `code` its stable name."""
+
+
+class GatewayError(Exception):
+    """The gateway failed; its operator finds the reason in the log under this request's id."""
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").partition("\n")[0])
+        self.retry_after = retry_after
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class BadRequest(GatewayError):
+    """The request could not be understood."""
+
+    status = 400
+    code = "bad_request"
+
+
+class ConflictingKeys(BadRequest):
+    """The request carries two different keys; send one."""
+
+    code = "conflicting_keys"
+
+
+class MissingKey(GatewayError):
+    """No API key was sent; send it as 'Authorization: Bearer <key>'."""
+
+    status = 401
+    code = "missing_api_key"
+
+
+class WrongKey(GatewayError):
+    """The API key is wrong, expired or revoked."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class ModelNotAvailable(GatewayError):
+    """The requested model does not exist or is not available to this key."""
+
+    status = 403
+    code = "model_not_available"
+
+
+class NotPermitted(GatewayError):
+    """This key may not use this route."""
+
+    status = 403
+    code = "insufficient_permissions"
+
+
+class UnknownRoute(GatewayError):
+    """There is no such route here."""
+
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    """This route does not take this method."""
+
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, allowed: str = "") -> None:
+        super().__init__()
+        self.allowed = allowed
+
+
+class BodyTooSlow(GatewayError):
+    """The request's body did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class BodyTooLarge(GatewayError):
+    """The request's body is too large."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedEncoding(GatewayError):
+    """The body's Content-Encoding is not supported; send it unencoded."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+
+class TooManyFailures(GatewayError):
+    """Too many requests with a wrong key from this address; wait before the next."""
+
+    status = 429
+    code = "too_many_auth_failures"
+
+
+class BackendRefused(GatewayError):
+    """The model server refused the request."""
+
+    code = "upstream_refused"
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class BackendFailed(GatewayError):
+    """The model server failed to answer; try again."""
+
+    status = 502
+    code = "upstream_failed"
+
+
+class AnswerCutShort(BackendFailed):
+    """The model server's answer ended early; what came before is incomplete."""
+
+    code = "upstream_ended_early"
+
+
+class BackendTimeout(GatewayError):
+    """The model server did not answer in time; try again or ask for less."""
+
+    status = 504
+    code = "upstream_timeout"
+
+
+class NoBackend(GatewayError):
+    """No model server with this model can be reached at the moment; try again shortly."""
+
+    status = 503
+    code = "upstream_unavailable"
+
+
+class Overloaded(GatewayError):
+    """The gateway has as much work as it can do; try again shortly."""
+
+    status = 503
+    code = "overloaded"
+
+
+class StoreUnavailable(GatewayError):
+    """The gateway cannot check this key at the moment; try again shortly."""
+
+    status = 503
+    code = "store_unavailable"
+
+
+class ShuttingDown(GatewayError):
+    """The gateway is shutting down; try again shortly."""
+
+    status = 503
+    code = "shutting_down"
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it had the whole answer."""
+
+
+class ClientStalled(ClientGone):
+    """The client stopped reading its answer."""
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the message names it and says what would be right."""
+
+
+class CommandFailed(Exception):
+    """An operator's command could not be carried out; the message says what to do next."""

@@ -1,0 +1,202 @@
+"""One call and its answer: the body read, the model found, the answer relayed, the end told truthfully."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.access import Access
+from gateway.backends import BackendFault
+from gateway.body import read_body
+from gateway.catalog import Catalog, Model
+from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, read_call, try_read
+from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError, ModelNotAvailable
+from gateway.guard import Guard
+from gateway.json_reply import send_json
+from gateway.keys import SHOW_BACKEND
+from gateway.record import Record
+from gateway.routing import Opening, Router, is_served
+
+TAIL_PIECES = 4
+PASSED_ON = {b"user-agent": "User-Agent", b"accept": "Accept"}
+
+
+class Running:
+    """The calls under way, so that shutting down can end them."""
+
+    def __init__(self) -> None:
+        self._guards: set[Guard] = set()
+
+    @contextmanager
+    def guard(self) -> Iterator[Guard]:
+        with Guard() as guard:
+            self._guards.add(guard)
+            try:
+                yield guard
+            finally:
+                self._guards.discard(guard)
+
+    def end_all(self, reason: Callable[[], Exception]) -> None:
+        for guard in list(self._guards):
+            guard.interrupt(reason())
+
+
+@asynccontextmanager
+async def watching(receive: Receive, guard: Guard) -> AsyncIterator[None]:
+    """Interrupts the guard when the client closes its connection."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        guard.interrupt(ClientGone())
+
+    task = asyncio.create_task(watch(), name="client watch")
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+class Exchange:
+    """The ASGI endpoint of one operation."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        operation: Operation,
+        access: Access,
+        router: Router,
+        running: Running,
+        catalog: Callable[[], Catalog],
+        *,
+        longest_body: int,
+        stand_in: Callable[[Model], dict[str, Any]] | None = None,
+    ) -> None:
+        self._dialect, self._operation, self._stand_in = dialect, operation, stand_in
+        self._access, self._router, self._running, self._catalog = access, router, running, catalog
+        self._longest_body = longest_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record: Record = scope["state"]["record"]
+        key = await self._access.key_of(scope, record)
+        raw = await read_body(scope, receive, self._longest_body, record)
+        call = read_call(self._dialect, self._operation, raw)
+        record.model, record.stream = call.asked_model, call.stream
+        model = self._catalog().find(call.model, key.models)
+        if model is None:
+            raise ModelNotAvailable
+        if self._stand_in is not None and not is_served(model, call):
+            await send_json(send, self._stand_in(model))
+            return
+        record.show_backend = SHOW_BACKEND in key.flags
+        answer = Answer(self._dialect, record, send)
+        try:
+            await self._answer(call, model, answer, scope, receive)
+        except GatewayError as error:
+            if not answer.started:
+                raise
+            await answer.break_off(error)
+        await answer.finish()
+
+    async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, receive: Receive) -> None:
+        headers = upstream_headers(scope["headers"], answer.record.request_id)
+        with self._running.guard() as guard:
+            async with (
+                watching(receive, guard),
+                self._router.open(call, self._dialect, model, headers, answer.record) as opening,
+            ):
+                guard.within(opening.backend.config.total_timeout_s, BackendTimeout())
+                if call.stream:
+                    await answer.relay(opening)
+                else:
+                    answer.keep_whole(opening)
+
+
+def upstream_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> dict[str, str]:
+    passed = {PASSED_ON[name]: value.decode("latin-1") for name, value in headers if name in PASSED_ON}
+    return {**passed, "Content-Type": "application/json", "X-Request-ID": request_id}
+
+
+class Answer:
+    """What the client gets: the backend's bytes, cut at frames only; after a failure the dialect's error frame."""
+
+    def __init__(self, dialect: Dialect, record: Record, send: Send) -> None:
+        self._dialect, self.record, self._send = dialect, record, send
+        self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
+        self._whole: Opening | None = None
+        self.started = False
+
+    def keep_whole(self, opening: Opening) -> None:
+        self._whole = opening
+        self.record.usage = self._dialect.usage([opening.frames])
+
+    async def relay(self, opening: Opening) -> None:
+        content_type = opening.upstream.content_type or self._dialect.framing.content_type
+        await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
+        try:
+            await self._relay_frames(opening)
+        except BackendFault as fault:
+            self.record.detail = str(fault)
+            raise AnswerCutShort from fault
+        finally:
+            tail = self._tail()
+            self.record.usage = self._dialect.usage(tail)
+        if not self._dialect.is_complete(tail):
+            raise AnswerCutShort
+
+    async def _relay_frames(self, opening: Opening) -> None:
+        framing, idle_s = self._dialect.framing, opening.backend.config.idle_timeout_s
+        frames, rest = opening.frames, opening.rest
+        with Guard() as guard:
+            while True:
+                guard.within(idle_s, ClientStalled())
+                await self._pass_on(frames)
+                guard.within(idle_s, BackendTimeout())
+                piece = b"" if opening.at_end else await opening.upstream.read()
+                if not piece:
+                    break
+                data = rest + piece if rest else piece
+                end = framing.end_of_frames(data) if len(data) <= LONGEST_FRAME else len(data)
+                frames, rest = (data, b"") if end == len(data) else (data[:end], data[end:])
+            await self._pass_on_last(rest)
+
+    async def _pass_on(self, frames: bytes) -> None:
+        if frames:
+            self._recent.append(frames)
+            await self._send({"type": "http.response.body", "body": frames, "more_body": True})
+
+    async def _pass_on_last(self, rest: bytes) -> None:
+        """A stream may end without its last newline; half a frame is no frame and is not passed on."""
+        payloads = self._dialect.framing.payloads(rest)
+        if rest and all(payload.startswith(b"[DONE]") or try_read(payload) for payload in payloads):
+            await self._pass_on(rest)
+
+    def _tail(self) -> list[bytes]:
+        return self._dialect.framing.payloads(b"".join(self._recent))[-TAIL_PIECES:]
+
+    async def break_off(self, error: GatewayError) -> None:
+        """The status has gone out already: the failure is the last frame."""
+        self.record.outcome = "shutdown" if error.code == "shutting_down" else "truncated"
+        self.record.detail = self.record.detail or error.code
+        await self._send({"type": "http.response.body", "body": self._dialect.error_frame(error), "more_body": True})
+
+    async def finish(self) -> None:
+        # The watcher has ended: uvicorn would tell it of the answer's end as of a client that left.
+        if self._whole is not None:
+            body = self._whole.frames
+            await self._start(
+                self._whole.upstream.content_type or "application/json", [(b"content-length", str(len(body)).encode())]
+            )
+            await self._send({"type": "http.response.body", "body": body})
+        else:
+            await self._send({"type": "http.response.body", "body": b""})
+
+    async def _start(self, content_type: str, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started = True
+        self.record.first_byte_at = time.monotonic()
+        kind = (b"content-type", content_type.encode("latin-1"))
+        await self._send({"type": "http.response.start", "status": 200, "headers": [kind, *headers]})

@@ -1,0 +1,47 @@
+"""Is the process alive, and may it be given work: `/healthz` and `/readyz`."""
+
+import time
+from collections.abc import Callable
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.catalog import Catalog
+from gateway.database import Database
+from gateway.errors import StoreUnavailable
+from gateway.json_reply import send_json
+from gateway.store import Store
+
+REMEMBERED_S = 1.0
+
+
+class Health:
+    """Redis away is a declared degraded mode: known keys and routing go on, so it does not make the gateway unready."""
+
+    def __init__(
+        self, database: Database, store: Store, catalog: Callable[[], Catalog], is_draining: Callable[[], bool]
+    ) -> None:
+        self._database, self._store, self._catalog, self._is_draining = database, store, catalog, is_draining
+        self._schema, self._schema_checked_at = "unknown", 0.0
+
+    async def alive(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, {"status": "ok"})
+
+    async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        checks = {
+            "draining": "yes" if self._is_draining() else "no",
+            "database": await self._schema_state(),
+            "redis": "ok" if self._store.up else "degraded",
+            "backends": "ok" if self._catalog().fresh_snapshots() else "none",
+        }
+        is_ready = checks["draining"] == "no" and checks["database"] == "ok" and checks["backends"] == "ok"
+        await send_json(send, {"ready": is_ready, **checks}, 200 if is_ready else 503)
+
+    async def _schema_state(self) -> str:
+        """Asked at most once a second, because anybody may ask."""
+        if time.monotonic() - self._schema_checked_at > REMEMBERED_S:
+            self._schema_checked_at = time.monotonic()
+            try:
+                self._schema = "ok" if await self._database.is_current() else "schema not current"
+            except StoreUnavailable:
+                self._schema = "away"
+        return self._schema

@@ -1,0 +1,64 @@
+"""Which installation a command speaks to: the one the environment names, else this folder's own local run."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gateway import console, local, settings
+from gateway.errors import CommandFailed, SettingsError
+from gateway.settings import Settings
+
+LOCAL = "local run"
+RUN_FACTS = "run.json"
+OLLAMA_HERE = "http://127.0.0.1:11434"
+
+
+def project() -> Path:
+    return Path.cwd()
+
+
+def read(overrides: dict[str, tuple[str, str]] | None = None) -> Settings:
+    return settings.load(os.environ, project() / ".env", overrides)
+
+
+@contextmanager
+def stores_of(overrides: dict[str, tuple[str, str]] | None = None, *, run: bool = False) -> Iterator[Settings]:
+    """The settings in force, with the local run's private stores for those the environment does not name."""
+    named = read(overrides)
+    folder = local.data_folder(project())
+    missing = [name for name in ("database_url", "redis_url") if named.sources[name] == "default"]
+    needs_local = "database_url" in missing or (missing and (run or local.is_running(folder)))
+    if not needs_local:
+        yield named
+        return
+    try:
+        with local.stores(folder, say=console.say) as stores:
+            found = {"DATABASE_URL": (stores.database_url, LOCAL), "REDIS_URL": (stores.redis_url, LOCAL)}
+            found["OLLAMA_BASE_URL"] = (_backend_of_run(folder), LOCAL)
+            yield read({**found, **(overrides or {})})
+    except local.LocalStoresFailed as failed:
+        raise CommandFailed(str(failed)) from None
+
+
+def _backend_of_run(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / RUN_FACTS).read_text())["ollama_base_url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return OLLAMA_HERE
+
+
+def note_backend_of_run(url: str) -> None:
+    """Where commands beside the run find the backend it chose."""
+    folder = local.data_folder(project())
+    (folder / RUN_FACTS).write_text(json.dumps({"ollama_base_url": url}))
+
+
+def for_serving() -> Settings:
+    """The settings of a deployment; raises SettingsError where a store is not named or a secret can be guessed."""
+    named = read()
+    if not named.database_url:
+        raise SettingsError("DATABASE_URL must be set, as postgresql+asyncpg://user:password@host/database (or use `make run`)")
+    settings.refuse_weak_secrets(named)
+    return named

@@ -1,0 +1,53 @@
+"""The table of paths: what stands here is reachable, nothing else is."""
+
+from collections.abc import Mapping
+
+from starlette.routing import Route
+from starlette.routing import Router as PathTable
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.errors import MethodNotAllowed, UnknownRoute
+from gateway.record import Record
+
+RUNNING = b"Ollama is running"
+
+
+class Methods:
+    """One path's endpoints by method; HEAD is a GET whose body the server leaves out."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._endpoints: dict[str, ASGIApp] = {}
+
+    def add(self, method: str, endpoint: ASGIApp) -> None:
+        self._endpoints[method] = endpoint
+        if method == "GET":
+            self._endpoints.setdefault("HEAD", endpoint)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record: Record = scope["state"]["record"]
+        record.route = self.path
+        endpoint = self._endpoints.get(scope["method"])
+        if endpoint is None:
+            raise MethodNotAllowed(", ".join(sorted(self._endpoints)))
+        await endpoint(scope, receive, send)
+
+
+def table(lines: Mapping[tuple[str, str], ASGIApp]) -> ASGIApp:
+    """(method, path) -> endpoint as one ASGI application; everything else is UnknownRoute or MethodNotAllowed."""
+    by_path: dict[str, Methods] = {}
+    for (method, path), endpoint in lines.items():
+        by_path.setdefault(path, Methods(path)).add(method, endpoint)
+    routes = [Route(path, methods) for path, methods in by_path.items()]
+    return PathTable(routes, redirect_slashes=False, default=_unknown)
+
+
+async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
+    raise UnknownRoute
+
+
+async def running(scope: Scope, receive: Receive, send: Send) -> None:
+    """What every Ollama client asks first, without a key."""
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(RUNNING)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": RUNNING})

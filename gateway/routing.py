@@ -1,0 +1,192 @@
+"""Which backend answers a call: choose, claim, send, look at the first frame, and go on to the next up to that wall."""
+
+import re
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from gateway.backends import Backend, BackendFault, Upstream
+from gateway.catalog import Model
+from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, error_text, read_answer, try_read
+from gateway.errors import BackendFailed, BackendRefused, BackendTimeout, BadRequest, GatewayError, NoBackend
+from gateway.guard import Guard
+from gateway.record import Attempt, Record
+
+RETRY_AFTER_S = 5.0
+LONGEST_RETRY_AFTER_S = 60.0
+LONGEST_ERROR_BODY = 65_536
+TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
+UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
+# The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.
+CALLERS_FAULTS = frozenset({400, 405, 409, 411, 413, 414, 415, 416, 422, 431})
+
+
+class Candidate(NamedTuple):
+    backend: Backend
+    spelling: str
+
+
+@dataclass
+class Opening:
+    """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it."""
+
+    backend: Backend
+    upstream: Upstream
+    frames: bytes = field(repr=False)
+    rest: bytes = field(default=b"", repr=False)
+    at_end: bool = False
+
+
+class Busy(BackendFault):
+    """The backend has no room; it may say when it will."""
+
+    def __init__(self, status: int, retry_after: float | None) -> None:
+        super().__init__("busy", f"status {status}")
+        self.retry_after = retry_after
+
+
+def choose(model: Model, backends: Mapping[str, Backend], call: Call, now: float) -> list[Candidate]:
+    """The backends to try, in order: those whose breaker lets pass, then the others as the last resort."""
+    able = [
+        Candidate(backends[offer.backend], offer.spelling)
+        for offer in model.offers
+        if offer.good_until > now and offer.backend in backends and offer.kind in call.operation.kinds
+    ]
+    return [c for c in able if c.backend.breaker.lets_pass] + [c for c in able if not c.backend.breaker.lets_pass]
+
+
+def is_served(model: Model, call: Call) -> bool:
+    """Whether any backend with this model, up or not, has the route that was called."""
+    return any(offer.kind in call.operation.kinds for offer in model.offers)
+
+
+class Router:
+    def __init__(self, backends: Mapping[str, Backend], *, most_tokens: int) -> None:
+        self._backends, self._most_tokens = backends, most_tokens
+
+    @asynccontextmanager
+    async def open(
+        self, call: Call, dialect: Dialect, model: Model, headers: Mapping[str, str], record: Record
+    ) -> AsyncIterator[Opening]:
+        """The first good answer's beginning; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
+        candidates = choose(model, self._backends, call, time.time())
+        if not candidates and not is_served(model, call):
+            raise BadRequest("this model is served by the OpenAI-compatible routes alone: use /v1/chat/completions")
+        faults: list[BackendFault] = []
+        for backend, spelling in candidates:
+            began = time.monotonic()
+            try:
+                async with AsyncExitStack() as stack:
+                    opening = await stack.enter_async_context(self._try(backend, spelling, call, dialect, headers))
+                    taken = stack.pop_all()
+            except BackendFault as fault:
+                faults.append(fault)
+                record.attempts.append(Attempt(backend.name, fault.reason, (time.monotonic() - began) * 1000))
+                record.detail = str(fault)
+                continue
+            except BackendRefused:
+                record.backend = backend.name
+                raise
+            record.backend = backend.name
+            async with taken:
+                yield opening
+            return
+        raise verdict(faults)
+
+    @asynccontextmanager
+    async def _try(
+        self, backend: Backend, spelling: str, call: Call, dialect: Dialect, headers: Mapping[str, str]
+    ) -> AsyncIterator[Opening]:
+        if backend.is_full:
+            raise BackendFault("full", f"{backend.in_flight} requests in flight")
+        body = call.body_for(backend.kind, spelling, self._most_tokens)
+        with backend.claim():
+            try:
+                async with backend.send("POST", call.operation.path, headers, body) as upstream:
+                    opening = await self._look(backend, upstream, call, dialect)
+                    backend.breaker.succeeded()
+                    yield opening
+            except Busy as busy:
+                if busy.detail != "status 429":
+                    backend.breaker.failed()
+                raise
+            except BackendFault as fault:
+                if fault.reason not in ("broken_off", "model_gone"):
+                    backend.breaker.failed()
+                raise
+
+    async def _look(self, backend: Backend, upstream: Upstream, call: Call, dialect: Dialect) -> Opening:
+        """Reads on until the first frame, or the whole answer, has shown itself to be good."""
+        with Guard() as guard:
+            guard.within(backend.config.read_timeout_s, BackendFault("first_byte_timeout"))
+            try:
+                if upstream.status != 200:
+                    raise await refusal(upstream, backend)
+                if call.stream:
+                    return await _first_frames(backend, upstream, dialect)
+                whole = await upstream.read_whole()
+                read_answer(whole)
+                return Opening(backend, upstream, whole, at_end=True)
+            except BadFrame as bad:
+                raise BackendFault("bad_first_frame", scrub(str(bad), backend)) from bad
+            except BackendFault as fault:
+                raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
+
+
+async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) -> Opening:
+    data, framing = b"", dialect.framing
+    while piece := await upstream.read():
+        data += piece
+        end = framing.end_of_frames(data)
+        if payloads := framing.payloads(data[:end]):
+            dialect.judge_frame(payloads[0])
+            return Opening(backend, upstream, data[:end], data[end:])
+        if len(data) > LONGEST_FRAME:
+            raise BadFrame("no end of the first frame")
+    payloads = framing.payloads(data)
+    if not payloads:
+        raise BadFrame("an empty answer" if not data.strip() else "not a stream of frames")
+    dialect.judge_frame(payloads[0])
+    return Opening(backend, upstream, data, at_end=True)
+
+
+async def refusal(upstream: Upstream, backend: Backend) -> BackendFault | GatewayError:
+    """What a status other than 200 means."""
+    status = upstream.status
+    if status in (429, 503):
+        return Busy(status, retry_after(upstream.headers.get("Retry-After", "")))
+    if status == 404:
+        return BackendFault("model_gone", "status 404")
+    if status in (401, 403):
+        return BackendFault("token_refused", f"status {status}")
+    if status not in CALLERS_FAULTS:
+        return BackendFault("bad_status", f"status {status}")
+    told = error_text(try_read(await upstream.read_whole(LONGEST_ERROR_BODY)))
+    return BackendRefused(scrub(told, backend) or "The model server refused the request.", status)
+
+
+def scrub(text: str, backend: Backend) -> str:
+    """A backend's words without its token or address, which it may have repeated."""
+    for secret in (backend.config.auth_token, backend.config.base_url):
+        if secret:
+            text = text.replace(secret, "***")
+    return re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text)
+
+
+def retry_after(text: str) -> float | None:
+    return min(float(text), LONGEST_RETRY_AFTER_S) if re.fullmatch(r"\d{1,6}", text.strip()) else None
+
+
+def verdict(faults: Sequence[BackendFault]) -> GatewayError:
+    """What to tell a caller when every backend failed, and when to come back."""
+    waits = [fault.retry_after for fault in faults if isinstance(fault, Busy) and fault.retry_after]
+    reasons = {fault.reason for fault in faults}
+    if reasons <= UNAVAILABLE:
+        return NoBackend(retry_after=min(waits, default=RETRY_AFTER_S))
+    if reasons & TIMEOUTS:
+        return BackendTimeout()
+    if reasons == {"model_gone"}:
+        return NoBackend(retry_after=RETRY_AFTER_S)
+    return BackendFailed()

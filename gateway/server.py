@@ -1,0 +1,156 @@
+"""The HTTP server: uvicorn with deadlines for slow senders, and an end that first drains."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gateway.app import Rooms
+from gateway.errors import ShuttingDown
+
+LOG = logging.getLogger("gateway.server")
+HEAD_DEADLINE_S = 10.0
+LARGEST_HEAD = 65_536
+KEEP_ALIVE_S = 75
+LAST_FRAMES_S = 5.0
+FLUSH_DEADLINE_S = 30.0
+
+
+class Protocol(HttpToolsProtocol):
+    """Closes connections whose request head trickles in, is too large, or whose last answer is never read."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _in_head = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            if self._head_timer is None:
+                self._await_head()
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > LARGEST_HEAD:
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_complete()
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_DEADLINE_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self.loop.call_later(FLUSH_DEADLINE_S, self.transport.abort)
+
+
+class Server(uvicorn.Server):
+    """Serves until told to stop; then refuses new work, lets what runs finish within `drain_s`, and ends the rest truly."""
+
+    def __init__(self, rooms: Rooms, *, drain_s: float, on_ready: Callable[[], None] = lambda: None) -> None:
+        config = uvicorn.Config(
+            rooms.front,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+            backlog=2048,
+        )
+        super().__init__(config)
+        self._rooms, self._drain_s, self._on_ready = rooms, drain_s, on_ready
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: whoever runs us calls begin_drain
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.begin_drain)
+        yield
+
+    def begin_drain(self) -> None:
+        if self._draining is not None:
+            self._rooms.running.end_all(ShuttingDown)
+            return
+        self._draining = asyncio.get_running_loop().create_task(self._drain(), name="drain")
+
+    async def _drain(self) -> None:
+        front, running = self._rooms.front, self._rooms.running
+        front.draining = True
+        LOG.info("draining: %d requests in flight, at most %g s", front.in_flight, self._drain_s)
+        await self._until_idle(self._drain_s)
+        if front.in_flight:
+            LOG.warning("the drain limit has come: ending %d requests", front.in_flight)
+        running.end_all(ShuttingDown)
+        await self._until_idle(LAST_FRAMES_S)
+        self.should_exit = True
+
+    async def _until_idle(self, limit_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._rooms.front.idle.wait()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; `::` takes IPv4 as well. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if family == socket.AF_INET and not host.replace(".", "").isdigit():
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def run(main: Any) -> None:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main)

@@ -1,0 +1,178 @@
+"""The long-running verbs: `serve` in a deployment, `worker` under it, `run` on one's own machine."""
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess  # nosec B404 starts the demonstration backend, our own code
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+
+from gateway import app, console, installation, logs, server
+from gateway.app import Rooms
+from gateway.commands import require_schema
+from gateway.errors import CommandFailed
+from gateway.keys import KeyRing, NewKey
+from gateway.settings import Settings
+from gateway.workers import Workers, end_with_parent
+
+LOG = logging.getLogger("gateway")
+LOCAL_HOST, FIRST_KEY = "127.0.0.1", "local"
+PROBE_S = 0.5
+STOP_MARGIN_S = 15.0
+
+
+def check_accelerators() -> None:
+    """The C parts make the gateway several times faster: say so where one is missing."""
+    missing = [name for name in ("uvloop", "httptools", "hiredis", "aiohttp._http_parser") if find_spec(name) is None]
+    if missing:
+        LOG.warning("running slowly without %s: install the pinned requirements", ", ".join(missing))
+
+
+def bind(settings: Settings) -> socket.socket:
+    host, port = settings.gateway_bind_host, settings.gateway_bind_port
+    try:
+        return server.listen(host, port)
+    except OSError as wrong:
+        raise CommandFailed(f"cannot listen on {host}:{port} ({wrong.strerror}): set GATEWAY_BIND_HOST or _PORT") from None
+
+
+def serve(settings: Settings, on_ready: Callable[[Rooms | None], None] = lambda _: None) -> None:
+    logs.configure(settings.gateway_log_level, settings.gateway_log_format)
+    check_accelerators()
+    with bind(settings) as listener:
+        LOG.info("listening on %s:%d, %d workers", *listener.getsockname()[:2], settings.gateway_workers)
+        if settings.gateway_workers == 1:
+            server.run(_serve_one(settings, listener, on_ready))
+        else:
+            workers = Workers(
+                listener, settings.gateway_workers, settings.gateway_drain_s + STOP_MARGIN_S, lambda: on_ready(None)
+            )
+            asyncio.run(workers.run())
+
+
+async def _serve_one(settings: Settings, listener: socket.socket, on_ready: Callable[[Rooms | None], None]) -> None:
+    async with app.build(settings) as rooms:
+        one = server.Server(rooms, drain_s=settings.gateway_drain_s, on_ready=lambda: on_ready(rooms))
+        await one.serve([listener])
+
+
+def worker(settings: Settings, descriptor: int, parent: int) -> None:
+    end_with_parent(parent)
+    logs.configure(settings.gateway_log_level, settings.gateway_log_format)
+    with socket.socket(fileno=descriptor) as listener:
+        listener.setblocking(False)
+        server.run(_serve_one(settings, listener, lambda _: None))
+
+
+def run() -> None:
+    """One command on one's own machine: stores, schema, a backend, a key, and the gateway in front of them."""
+    here = {"GATEWAY_BIND_HOST": (LOCAL_HOST, installation.LOCAL), "GATEWAY_LOG_FORMAT": ("console", installation.LOCAL)}
+    with installation.stores_of(here, run=True) as named, _backend(named) as base_url:
+        settings = _with_backend(named, base_url) if base_url else named
+        _hand_on(settings)
+        first_key = asyncio.run(_prepare(settings))
+        serve(settings, on_ready=lambda rooms: print(banner(settings, rooms, first_key), flush=True))
+    console.say("stopped; data and keys are kept for the next `make run`")
+
+
+def _with_backend(settings: Settings, base_url: str) -> Settings:
+    installation.note_backend_of_run(base_url)
+    return replace(settings, ollama_base_url=base_url, backends=(replace(settings.backends[0], base_url=base_url),))
+
+
+def _hand_on(settings: Settings) -> None:
+    """Workers read their settings from the environment: what was decided here must stand there."""
+    os.environ.update(DATABASE_URL=settings.database_url, REDIS_URL=settings.redis_url)
+    os.environ.update(GATEWAY_BIND_HOST=settings.gateway_bind_host, GATEWAY_LOG_FORMAT=settings.gateway_log_format)
+    os.environ["OLLAMA_BASE_URL"] = settings.ollama_base_url
+
+
+async def _prepare(settings: Settings) -> str | None:
+    """The schema made current; returns a key where there was none yet."""
+    async with app.database_of(settings) as database:
+        await database.migrate(console.say)
+        await require_schema(database)
+        ring = KeyRing(database, app.hasher_of(settings), None)
+        if await ring.count():
+            return None
+        _, key = await ring.make(NewKey(FIRST_KEY))
+        return key
+
+
+def banner(settings: Settings, rooms: Rooms | None, first_key: str | None) -> str:
+    address = f"http://{settings.gateway_bind_host}:{settings.gateway_bind_port}"
+    key = first_key or "YOUR_KEY"
+    lines = ["", f"  neuronetz-gateway listens on {address}", ""]
+    lines += _seen(rooms) if rooms else ["  backends: see `make models`"]
+    lines += [
+        "",
+        f"  key       {first_key}  (shown this once)"
+        if first_key
+        else "  key       yours of before; `make key NAME=…` makes another",
+    ]
+    model = _chat_model(rooms)
+    body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Say hello"}}]}}'
+    lines += ["", "  try it:", f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'"]
+    lines += [
+        f"OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}",
+        "",
+        "  Ctrl-C stops everything; data and keys are kept.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _seen(rooms: Rooms) -> list[str]:
+    lines = []
+    for snapshot in rooms.discovery.catalog.snapshots:
+        names = ", ".join(entry["name"] for entry in snapshot.models[:8]) + (", …" if len(snapshot.models) > 8 else "")
+        state = names or "no models yet" if not snapshot.error else f"AWAY ({snapshot.error})"
+        lines.append(f"  backend   {snapshot.backend} at {snapshot.base_url}: {state}")
+    return lines
+
+
+def _chat_model(rooms: Rooms | None) -> str:
+    models = list(rooms.discovery.catalog.models.values()) if rooms else []
+    able = [model for model in models if "completion" in model.native.get("capabilities", ["completion"])]
+    return str((able or models)[0].native["name"]) if models else "MODEL"
+
+
+@contextmanager
+def _backend(settings: Settings) -> Iterator[str]:
+    """The address of a backend where none is configured: an Ollama of this machine, else the demonstration."""
+    configured = settings.ollama_backends or settings.sources["ollama_base_url"] in ("environment", ".env")
+    if configured:
+        yield ""
+    elif _answers(installation.OLLAMA_HERE):
+        yield installation.OLLAMA_HERE
+    else:
+        with demonstration() as url:
+            yield url
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "/api/version", timeout=PROBE_S):  # noqa: S310 # nosec B310 a constant address
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@contextmanager
+def demonstration() -> Iterator[str]:
+    """A small backend of our own, in a process that ends with this one."""
+    with server.listen(LOCAL_HOST, 0) as listener:
+        descriptor, port = listener.fileno(), listener.getsockname()[1]
+        command = [sys.executable, "-m", "gateway", "demo", str(descriptor), str(os.getpid())]
+        process = subprocess.Popen(command, pass_fds=[descriptor], start_new_session=True)  # nosec B603
+    try:
+        yield f"http://{LOCAL_HOST}:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)

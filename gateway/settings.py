@@ -1,0 +1,279 @@
+"""What the environment and `.env` may say, read once into one frozen dataclass."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.config import Config
+
+from gateway.backend_config import BackendConfig, header_name, read_backends, secret, url
+from gateway.errors import SettingsError
+
+HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+WEAK_SECRETS = frozenset(
+    "admin change-me change_me changeit changeme default example gateway letmein ollama passwd password postgres qwerty "
+    "root secret test token 12345 123456 12345678".split()
+)
+# A Kubernetes Service called "gateway" puts these into every container; they are not ours.
+KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT(_\d+_(TCP|UDP).*)?)")
+COMPOSE_ONLY = (
+    "GATEWAY_VIRTUAL_HOST",
+    "LETSENCRYPT_EMAIL",
+    "OLLAMA_DATA_VOLUME",
+    "POSTGRES_DATA_VOLUME",
+    "POSTGRES_USER",
+    "POSTGRES_PASSWORD",
+    "POSTGRES_DB",
+)
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or not low <= int(text) <= high:
+            raise ValueError(f"an integer from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def seconds(low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        if not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", text) or not low <= float(text) <= high:
+            raise ValueError(f"a number of seconds from {low:g} to {high:g}")
+        return float(text)
+
+    return read
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError("true or false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        found = next((choice for choice in choices if choice.lower() == text.lower()), None)
+        if found is None:
+            raise ValueError(" or ".join(choices))
+        return found
+
+    return read
+
+
+def bind_host(text: str) -> str:
+    if not re.fullmatch(r"[0-9A-Za-z_.:-]+", text):
+        raise ValueError("an address or host name to listen on, such as 0.0.0.0 or ::")
+    return text
+
+
+def proxies(text: str) -> tuple[str, ...]:
+    """Addresses, networks (CIDR) and host names, separated by commas."""
+    entries = tuple(entry.strip() for entry in text.split(",") if entry.strip())
+    for entry in entries:
+        if not HOST_NAME.fullmatch(entry) and not _is_network(entry):
+            raise ValueError(f"addresses, CIDRs and host names separated by commas, not {entry!r}")
+    return entries
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def database_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("postgresql+asyncpg", "postgresql", "postgres"):
+        raise ValueError("an address such as postgresql+asyncpg://user:password@host:5432/database")
+    return "postgresql" + text[len(parts.scheme) :]
+
+
+def redis_url(text: str) -> str:
+    if urlsplit(text).scheme not in ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"):
+        raise ValueError(
+            "an address such as redis://host:6379/0, rediss://…, unix:///path or redis+sentinel://host:26379,host/master/0"
+        )
+    return text
+
+
+def text(value: str) -> str:
+    return value
+
+
+def env(default: str, read: Callable[[str], Any] = text, *, is_secret: bool = False) -> Any:
+    return field(metadata={"default": default, "read": read, "secret": is_secret}, repr=not is_secret)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every field is the environment variable of the same name in capitals, except the last two."""
+
+    gateway_bind_host: str = env("0.0.0.0", bind_host)  # noqa: S104 # nosec B104 a container listens on all its addresses
+    gateway_bind_port: int = env("8080", integer(0, 65535))
+    gateway_workers: int = env("1", integer(1, 64))
+    gateway_log_level: str = env("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"))
+    gateway_log_format: str = env("json", one_of("json", "console"))
+    gateway_request_id_header: str = env("X-Request-ID", header_name)
+    gateway_trusted_proxies: tuple[str, ...] = env("127.0.0.1,nginx-proxy", proxies)
+    gateway_drain_s: float = env("30", seconds(0, 3600))
+    ollama_base_url: str = env("http://ollama:11434", url)
+    ollama_connect_timeout_s: float = env("5", seconds(0.05, 300))
+    ollama_read_timeout_s: float = env("600", seconds(0.1, 86_400))
+    ollama_idle_timeout_s: float = env("120", seconds(0.1, 86_400))
+    ollama_total_timeout_s: float = env("3600", seconds(0.1, 86_400))
+    ollama_max_connections: int = env("64", integer(1, 100_000))
+    ollama_auth_token: str = env("", secret, is_secret=True)
+    ollama_auth_header: str = env("Authorization", header_name)
+    ollama_auth_scheme: str = env("Bearer", secret)
+    ollama_backends: str = env("", is_secret=True)
+    model_discovery_refresh_s: float = env("60", seconds(0.2, 86_400))
+    model_discovery_cache_ttl_s: float = env("120", seconds(0.2, 86_400))
+    database_url: str = env("", database_url, is_secret=True)
+    database_pool_size: int = env("10", integer(1, 1000))
+    database_pool_overflow: int = env("20", integer(0, 1000))
+    redis_url: str = env("redis://redis:6379/0", redis_url, is_secret=True)
+    redis_key_cache_ttl_s: float = env("60", seconds(1, 86_400))
+    default_rpm: int = env("60", integer(0, 10**9))
+    default_tpm: int = env("100000", integer(0, 10**12))
+    default_concurrent: int = env("8", integer(0, 10**6))
+    max_request_body_bytes: int = env("262144", integer(1024, 2**30))
+    max_num_predict: int = env("4096", integer(1, 10**9))
+    argon2_time_cost: int = env("3", integer(1, 100))
+    argon2_memory_cost_kib: int = env("65536", integer(8, 4 * 2**20))
+    argon2_parallelism: int = env("4", integer(1, 64))
+    auth_failure_rate_limit_per_ip_per_min: int = env("20", integer(1, 10**6))
+    audit_buffer_size: int = env("1000", integer(1, 10**7))
+    prompt_log_default_retention_days: int = env("30", integer(1, 36_500))
+    audit_log_default_retention_days: int = env("365", integer(1, 36_500))
+    playground_enabled: bool = env("false", boolean)
+    playground_file: str = env("")
+    docs_enabled: bool = env("false", boolean)
+    backends: tuple[BackendConfig, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def shown(self) -> list[tuple[str, str, str]]:
+        """Name, value with secrets masked, and where it comes from."""
+        rows = []
+        for declared in declarations():
+            value = getattr(self, declared.name)
+            words = ",".join(value) if isinstance(value, tuple) else _plain(value)
+            rows.append((declared.name.upper(), masked(declared.name, words), self.sources[declared.name]))
+        return rows
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def masked(name: str, value: str) -> str:
+    if not value:
+        return ""
+    if name in ("database_url", "redis_url"):
+        return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", value)
+    if name == "ollama_backends":
+        return re.sub(r'("auth_token"\s*:\s*)"(?:[^"\\]|\\.)*"', r'\1"***"', value)
+    return "***" if is_secret(name) else value
+
+
+def declarations() -> list[Any]:
+    return [declared for declared in fields(Settings) if "read" in declared.metadata]
+
+
+def is_secret(name: str) -> bool:
+    return any(declared.metadata["secret"] for declared in declarations() if declared.name == name)
+
+
+def known_names() -> set[str]:
+    names = {declared.name.upper() for declared in declarations()}
+    secrets = {f"{declared.name.upper()}_FILE" for declared in declarations() if declared.metadata["secret"]}
+    return names | secrets | set(COMPOSE_ONLY) | {"POSTGRES_PASSWORD_FILE"}
+
+
+def load(environ: Mapping[str, str], env_file: Path | None, overrides: Mapping[str, tuple[str, str]] | None = None) -> Settings:
+    """Read the environment, then `.env`, then the defaults; `overrides` (name -> value, source) stand in for defaults.
+
+    Raises SettingsError, one line that names the variable and what would be right.
+    """
+    config = Config(env_file if env_file and env_file.is_file() else None, environ=environ)
+    _refuse_unknown_names(config)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for declared in declarations():
+        raw, source = _find(config, declared, overrides or {})
+        values[declared.name] = _read(declared, raw)
+        sources[declared.name] = source
+    return Settings(**values, backends=_backends(values), sources=sources)
+
+
+def _refuse_unknown_names(config: Config) -> None:
+    known = known_names()
+    for name in [*config.environ, *config.file_values]:
+        if not name.startswith("GATEWAY_") or name in known or KUBERNETES_SERVICE_LINK.fullmatch(name):
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        advice = f"did you mean {close[0]}?" if close else "see .env.example for every name"
+        raise SettingsError(f"{name} is not a setting of the gateway: {advice}")
+
+
+def _find(config: Config, declared: Any, overrides: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """The raw text and its source; an empty value counts as unset, because compose files pass empty ones."""
+    name = declared.name.upper()
+    if declared.metadata["secret"] and (path := config(f"{name}_FILE", default="")):
+        if config(name, default=""):
+            raise SettingsError(f"{name} and {name}_FILE are both set: keep one")
+        return _file_content(f"{name}_FILE", path), f"{name}_FILE"
+    if value := config(name, default=""):
+        return value, "environment" if config.environ.get(name) else ".env"
+    return overrides.get(name, (declared.metadata["default"], "default"))
+
+
+def _file_content(name: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as wrong:
+        raise SettingsError(f"{name} must name a readable file: {type(wrong).__name__}") from None
+
+
+def _read(declared: Any, raw: str) -> Any:
+    if not raw:
+        return raw
+    try:
+        return declared.metadata["read"](raw)
+    except ValueError as wrong:
+        shown = "" if declared.metadata["secret"] else f", not {raw!r}"
+        raise SettingsError(f"{declared.name.upper()} must be {wrong}{shown}") from None
+
+
+def _backends(values: dict[str, Any]) -> tuple[BackendConfig, ...]:
+    shared = {name: values[f"ollama_{name}"] for name in ("connect_timeout_s", "read_timeout_s", "idle_timeout_s")}
+    shared |= {name: values[f"ollama_{name}"] for name in ("total_timeout_s", "max_connections")}
+    if values["ollama_backends"]:
+        try:
+            return read_backends(values["ollama_backends"], shared)
+        except ValueError as wrong:
+            raise SettingsError(f"OLLAMA_BACKENDS must be {wrong}") from None
+    auth = {name: values[f"ollama_{name}"] for name in ("auth_token", "auth_header", "auth_scheme")}
+    return (BackendConfig("default", values["ollama_base_url"], **auth, **shared),)
+
+
+def refuse_weak_secrets(settings: Settings) -> None:
+    """Raises SettingsError on secrets that anybody could guess; a database behind a Unix socket needs none."""
+    for name in ("database_url", "redis_url"):
+        parts = urlsplit(getattr(settings, name).partition(",")[0])
+        if parts.hostname and (name == "database_url" or parts.password) and _is_weak(parts.password or "", parts.username):
+            raise SettingsError(f"{name.upper()} must carry a password nobody can guess: set one of 12 or more characters")
+    for backend in settings.backends:
+        if backend.auth_token and _is_weak(backend.auth_token, None, shortest=1):
+            raise SettingsError(f"the auth token of backend {backend.name!r} is a default anybody can guess: set another")
+
+
+def _is_weak(password: str, user: str | None, shortest: int = 8) -> bool:
+    return len(password) < shortest or password.lower() in WEAK_SECRETS or password == user

@@ -1,0 +1,169 @@
+"""Redis: one client whose every call has a deadline behind a breaker, and one subscription that reconnects."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+LOG = logging.getLogger("gateway.store")
+CALL_DEADLINE_S = 0.05
+CONNECT_DEADLINE_S = 1.0
+CHECK_EVERY_S = 1.0
+PING_EVERY_S = 5.0
+TIMEOUTS_UNTIL_AWAY = 2
+
+
+class StoreAway(Exception):
+    """Redis does not answer; go on without it."""
+
+
+def connect(url: str, *, deadline_s: float) -> Redis:
+    """A client for redis://, rediss://, unix:// or redis+sentinel://[user:password@]host:port[,host:port…]/master[/db]."""
+    options: dict[str, Any] = {
+        "socket_timeout": deadline_s,
+        "socket_connect_timeout": CONNECT_DEADLINE_S,
+        "retry": Retry(NoBackoff(), 0),
+        "client_name": "neuronetz-gateway",
+    }
+    if "+sentinel" not in urlsplit(url).scheme:
+        return Redis.from_url(url, **options)
+    return _through_sentinels(url, options)
+
+
+def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
+    parts = urlsplit(url)
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    user, _, password = credentials.partition(":")
+    master, _, database = parts.path.strip("/").partition("/")
+    sentinels = [_host_and_port(host) for host in hosts.split(",")]
+    secure = {"ssl": True} if parts.scheme.startswith("rediss") else {}
+    login: dict[str, Any] = {"username": unquote(user) or None, "password": unquote(password) or None}
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        sentinels, sentinel_kwargs={"socket_timeout": CONNECT_DEADLINE_S}, **options, **secure
+    )
+    client: Redis = sentinel.master_for(master or "mymaster", db=int(database or 0), **login)
+    return client
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":") if ":" in text else (text, "", "26379")
+    return host, int(port)
+
+
+class Store:
+    """`async with Store(url) as store:`; a call raises StoreAway at the latest after 50 ms, and at once while Redis is away."""
+
+    def __init__(self, url: str) -> None:
+        self._redis = connect(url, deadline_s=CALL_DEADLINE_S)
+        self._subscriber = connect(url, deadline_s=PING_EVERY_S * 2)
+        self._timeouts = 0
+        self._look = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.up = False
+        self._told_up: bool | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._check()
+        self._tasks.append(asyncio.create_task(self._keep_checking(), name="redis health"))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in (self._redis, self._subscriber):
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                await asyncio.wait_for(client.aclose(), CONNECT_DEADLINE_S)
+
+    async def call(self, command: Callable[[Redis], Awaitable[Any]]) -> Any:
+        if not self.up:
+            raise StoreAway
+        try:
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                answer = await command(self._redis)
+        except (RedisError, OSError, TimeoutError) as wrong:
+            self._count_failure(wrong)
+            raise StoreAway from wrong
+        self._timeouts = 0
+        return answer
+
+    async def pipeline(self, fill: Callable[[Any], object]) -> list[Any]:
+        async def run(redis: Redis) -> list[Any]:
+            async with redis.pipeline(transaction=False) as pipe:
+                fill(pipe)
+                return await pipe.execute()
+
+        answers: list[Any] = await self.call(run)
+        return answers
+
+    def _count_failure(self, wrong: Exception) -> None:
+        self._timeouts += 1
+        if self._timeouts >= TIMEOUTS_UNTIL_AWAY:
+            self._set_up(up=False, reason=type(wrong).__name__)
+        self._look.set()
+
+    def _set_up(self, *, up: bool, reason: str = "") -> None:
+        self.up = up
+        if up:
+            self._timeouts = 0
+        if self._told_up != up:
+            self._told_up = up
+            LOG.log(logging.INFO if up else logging.ERROR, "Redis %s", "answers" if up else f"is away: {reason}")
+
+    async def _check(self) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_DEADLINE_S):
+                await self._redis.ping()
+        except (RedisError, OSError, TimeoutError) as wrong:
+            self._set_up(up=False, reason=type(wrong).__name__)
+        else:
+            self._set_up(up=True)
+
+    async def _keep_checking(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), CHECK_EVERY_S)
+            self._look.clear()
+            await self._check()
+            await asyncio.sleep(0 if self.up else CHECK_EVERY_S / 5)
+
+    def subscribe(self, handlers: Mapping[str, Callable[[str], None]], after_gap: Callable[[], None]) -> None:
+        """Call the handler of a channel with each message; `after_gap` each time messages may have been missed."""
+        self._tasks.append(asyncio.create_task(self._listen(handlers, after_gap), name="redis subscription"))
+
+    async def _listen(self, handlers: Mapping[str, Callable[[str], None]], after_gap: Callable[[], None]) -> None:
+        while True:
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                async with self._subscription(tuple(handlers)) as messages:
+                    after_gap()
+                    async for channel, text in messages:
+                        handlers[channel](text)
+            await asyncio.sleep(CHECK_EVERY_S / 2)
+
+    @asynccontextmanager
+    async def _subscription(self, channels: tuple[str, ...]) -> AsyncIterator[AsyncIterator[tuple[str, str]]]:
+        subscription = self._subscriber.pubsub()
+        try:
+            await subscription.subscribe(*channels)
+            yield self._messages(subscription)
+        finally:
+            await subscription.aclose()  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    async def _messages(subscription: Any) -> AsyncIterator[tuple[str, str]]:
+        while True:
+            message = await subscription.get_message(timeout=PING_EVERY_S)
+            if message is None:
+                # A frozen server would otherwise look like a quiet one.
+                await subscription.ping()
+            elif message["type"] == "message":
+                yield message["channel"].decode(), message["data"].decode()

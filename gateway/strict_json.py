@@ -1,0 +1,94 @@
+"""JSON as the gateway reads it: so strictly that no backend can read the same bytes as something else."""
+
+import json
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
+
+import orjson
+
+from gateway.errors import BadRequest
+
+LARGEST_INTEGER = 2**63 - 1
+
+
+def write(value: object) -> bytes:
+    return orjson.dumps(value)
+
+
+def read_loosely(data: bytes) -> Any:
+    """What a backend or store said; raises ValueError where it isn't JSON."""
+    return orjson.loads(data)
+
+
+def read_object(body: bytes, known_fields: Collection[str] = ()) -> dict[str, Any]:
+    """A client's body as a dict; raises BadRequest on anything that two JSON readers could understand differently.
+
+    Refused: duplicate keys at any depth, NaN and Infinity, numbers beyond a signed 64-bit integer or a double, text after
+    the value, invalid UTF-8, and top-level keys that only case folding makes equal to one of `known_fields` (Go's
+    encoding/json would take them for that field).
+    """
+    try:
+        value = _decoder.decode(body.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not valid UTF-8") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except json.JSONDecodeError as wrong:
+        raise BadRequest(f"the body is not valid JSON: {wrong.msg} at position {wrong.pos}") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the body must be a JSON object")
+    refuse_look_alikes(value, known_fields)
+    return value
+
+
+def write_strictly(value: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError as wrong:
+        told = "is nested too deeply" if "ecursion" in str(wrong) else "has text that is not valid Unicode"
+        raise BadRequest(f"the body {told}") from None
+
+
+def refuse_look_alikes(value: dict[str, Any], known_fields: Collection[str]) -> None:
+    for key in value:
+        if key not in known_fields and key.casefold() in known_fields:
+            raise BadRequest(f"the field {_shown(key)} must be written {_shown(key.casefold())}")
+
+
+def _shown(key: str) -> str:
+    return ascii(key[:64])
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise BadRequest(f"the field {_shown(twice)} stands twice in one object")
+    return found
+
+
+def _bounded_integer(text: str) -> int:
+    if len(text) > 20 or abs(number := int(text)) > LARGEST_INTEGER:
+        raise BadRequest("a number in the body is out of range")
+    return number
+
+
+def _bounded_float(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise BadRequest("a number in the body is out of range")
+    return number
+
+
+def _refused_constant(name: str) -> NoReturn:
+    raise BadRequest(f"{name} is not a JSON value")
+
+
+_constant: Callable[[str], Any] = _refused_constant
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_without_duplicates,
+    parse_int=_bounded_integer,
+    parse_float=_bounded_float,
+    parse_constant=_constant,
+)

@@ -1,0 +1,89 @@
+"""Several processes on one port: started, watched, started again when they die, and ended together."""
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+LOG = logging.getLogger("gateway.workers")
+PR_SET_PDEATHSIG = 1
+TOO_SHORT_A_LIFE_S = 5.0
+LONGEST_PAUSE_S = 10.0
+
+
+def end_with_parent(parent: int) -> None:
+    """Linux: a worker whose supervisor was killed must not live on. Elsewhere this does nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Workers:
+    """`count` copies of `command` (a worker's arguments for `python -m gateway`), each given the listening socket."""
+
+    def __init__(self, listener: socket.socket, count: int, stop_within_s: float, on_ready: Callable[[], None]) -> None:
+        self._listener, self._count, self._stop_within_s = listener, count, stop_within_s
+        self._on_ready = on_ready
+        self._stopping = asyncio.Event()
+        self._processes: set[asyncio.subprocess.Process] = set()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._count):
+                group.create_task(self._keep_one())
+            self._on_ready()
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        for process in self._processes:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+
+    async def _keep_one(self) -> None:
+        pause_s = 0.2
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            code = await self._run_one()
+            if self._stopping.is_set():
+                return
+            LOG.error("a worker ended with code %s, starting another", code)
+            pause_s = 0.2 if time.monotonic() - began > TOO_SHORT_A_LIFE_S else min(pause_s * 2, LONGEST_PAUSE_S)
+            await self._sleep(pause_s)
+
+    async def _run_one(self) -> int:
+        descriptor = str(self._listener.fileno())
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "gateway", "worker", descriptor, str(os.getpid()), pass_fds=[self._listener.fileno()]
+        )
+        self._processes.add(process)
+        try:
+            return await self._wait_for(process)
+        finally:
+            self._processes.discard(process)
+
+    async def _wait_for(self, process: asyncio.subprocess.Process) -> int:
+        ended = asyncio.create_task(process.wait())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((ended, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not ended.done():
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            done, _ = await asyncio.wait((ended,), timeout=self._stop_within_s)
+            if not done:
+                process.kill()
+        return await ended
+
+    async def _sleep(self, seconds: float) -> None:
+        waiting = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((waiting,), timeout=seconds)
+        waiting.cancel()

@@ -1,0 +1,56 @@
+-- name: find_secret
+-- A presented secret id with its hash and the key it opens, whatever state both are in.
+SELECT s.hash, k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.flags,
+       least(k.expires_at, s.expires_at) AS expires_at, k.revoked_at
+FROM secrets s JOIN keys k ON k.id = s.key_id
+WHERE s.id = $1;
+
+-- name: add_key
+-- A new key's identity and rights.
+INSERT INTO keys (id, name, models, rpm, tpm, concurrent, flags, expires_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8);
+
+-- name: add_secret
+-- A secret that opens a key.
+INSERT INTO secrets (id, key_id, hash) VALUES ($1, $2, $3);
+
+-- name: expire_secrets
+-- Every other secret of the key ends at the given time, unless it ends before.
+UPDATE secrets SET expires_at = least(expires_at, $3) WHERE key_id = $1 AND id <> $2;
+
+-- name: secret_ids
+-- The ids of all secrets of a key.
+SELECT id FROM secrets WHERE key_id = $1;
+
+-- name: find_living_key
+-- The key an operator means by an id, by the id of one of its secrets, or by its name.
+SELECT k.id, k.name, k.expires_at FROM keys k
+WHERE k.revoked_at IS NULL
+  AND (k.id = $1 OR k.name = $1 OR k.id = (SELECT key_id FROM secrets WHERE id = $1))
+ORDER BY (k.name = $1) DESC
+LIMIT 1;
+
+-- name: lock_key
+-- Holds a key's row until the transaction ends, so that rotations and revocations come one after the other.
+SELECT revoked_at FROM keys WHERE id = $1 FOR UPDATE;
+
+-- name: revoke_key
+-- From now on none of the key's secrets opens anything.
+UPDATE keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL;
+
+-- name: list_keys
+-- Every key, the living first, the newest first, with the number of secrets that open it now.
+SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.flags, k.created_at, k.expires_at, k.revoked_at, k.last_used_at,
+       (SELECT count(*) FROM secrets s WHERE s.key_id = k.id AND (s.expires_at IS NULL OR s.expires_at > now())) AS secrets
+FROM keys k
+ORDER BY (k.revoked_at IS NOT NULL), k.created_at DESC, k.id;
+
+-- name: count_living_keys
+-- How many keys open something now.
+SELECT count(*) FROM keys WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now());
+
+-- name: note_use
+-- When keys were last used, written in batches.
+UPDATE keys SET last_used_at = greatest(keys.last_used_at, used.at)
+FROM unnest($1::text[], $2::timestamptz[]) AS used (id, at)
+WHERE keys.id = used.id;
