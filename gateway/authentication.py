@@ -14,7 +14,7 @@ from typing import Any, Self
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from gateway import api_key, strict_json
+from gateway import api_key, strict_json, tasks
 from gateway.api_key import PresentedKey
 from gateway.auth_failures import AuthFailures
 from gateway.database import Database
@@ -66,10 +66,10 @@ class Authenticator:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._noting is not None
-        tasks = [self._noting, *self._running.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await tasks.end([self._noting])
+        for check in list(self._running.values()):
+            check.cancel()
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
         with suppress(StoreUnavailable):
             await self._write_uses()

@@ -9,6 +9,8 @@ from typing import Self
 
 from starlette.types import Scope
 
+from gateway import tasks
+
 RESOLVE_EVERY_S = 60.0
 
 Address = IPv4Address | IPv6Address
@@ -36,8 +38,7 @@ class TrustedProxies:
 
     async def __aexit__(self, *_: object) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await tasks.end([self._task])
 
     async def _keep_resolving(self) -> None:
         loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
-from gateway import catalog, strict_json
+from gateway import catalog, strict_json, tasks
 from gateway.backends import Backend, BackendFault
 from gateway.catalog import Catalog, Snapshot
 from gateway.store import Store, StoreAway
@@ -44,9 +44,7 @@ class Discovery:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work, name="discovery")

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import stat
-import subprocess  # nosec B404 - starts our own keeper only
+import subprocess  # nosec B404
 import sys
 import tempfile
 import time
@@ -145,14 +145,14 @@ def _join(folder: Path, *, durable: bool, say: Callable[[str], None]) -> tuple[s
 
 
 def _knock(folder: Path) -> socket.socket | None:
+    path = str(keeper_socket(socket_home(folder)))
     connection = socket.socket(socket.AF_UNIX)
     try:
-        connection.connect(str(keeper_socket(socket_home(folder))))
-    except (FileNotFoundError, ConnectionError):
+        connection.connect(path)
+    except OSError as error:
         connection.close()
-        return None
-    except OSError:
-        connection.close()
+        if isinstance(error, (FileNotFoundError, ConnectionError)):
+            return None
         raise
     return connection
 
@@ -165,7 +165,7 @@ def _start_keeper(folder: Path, *, durable: bool) -> socket.socket | None:
         start = log.tell()
         try:
             # It returns as soon as a keeper listens, having left that one behind in a session of its own.
-            done = subprocess.run(  # nosec B603 - our own interpreter and module
+            done = subprocess.run(  # nosec B603
                 command,
                 cwd=Path(__file__).parents[1],
                 stdin=subprocess.DEVNULL,
@@ -187,7 +187,7 @@ def _make_data_folder(folder: Path) -> None:
         folder.parent.mkdir(parents=True)
         if os.getuid() == 0:
             # Whatever umask root has, the servers' user must pass.
-            folder.parent.chmod(0o755)  # noqa: S103  # nosec B103
+            folder.parent.chmod(0o755)
     make_private(folder)
 
 
@@ -260,9 +260,9 @@ class ProgramSearch:
 
     def _version(self, program: Path) -> str:
         with suppress(OSError, subprocess.SubprocessError):
-            command = [program, "--version"]
-            options = {"capture_output": True, "text": True, "timeout": 20, "check": True, **self.identity}
-            return str(subprocess.run(command, **options).stdout)  # nosec B603 - found above
+            command = [str(program), "--version"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, **self.identity)  # nosec B603
+            return str(done.stdout)
         return ""
 
     def _copy(self, wheel: Path, program: Path) -> Path:

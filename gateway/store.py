@@ -14,6 +14,8 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from gateway import tasks
+
 LOG = logging.getLogger("gateway.store")
 CALL_DEADLINE_S = 0.05
 CONNECT_DEADLINE_S = 1.0
@@ -77,9 +79,7 @@ class Store:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
         for client in (self._redis, self._subscriber):
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 await asyncio.wait_for(client.aclose(), CONNECT_DEADLINE_S)
@@ -131,7 +131,8 @@ class Store:
     async def _keep_checking(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), CHECK_EVERY_S)
+                async with asyncio.timeout(CHECK_EVERY_S):
+                    await self._look.wait()
             self._look.clear()
             await self._check()
             await asyncio.sleep(0 if self.up else CHECK_EVERY_S / 5)

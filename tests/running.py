@@ -1,0 +1,114 @@
+"""A gateway that serves on a real port from a thread of the test's own process."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from ollama import Client as OllamaClient
+from openai import OpenAI
+
+from gateway import app, keys, server
+from gateway.app import Rooms
+from gateway.keys import KeyRing, NewKey
+from gateway.settings import Settings
+
+Result = TypeVar("Result")
+START_S = 20.0
+
+
+class Lines(logging.Handler):
+    """What was logged, as records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class RunningGateway:
+    rooms: Rooms
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+        self.logged = Lines()
+
+    def __enter__(self) -> Self:
+        root = logging.getLogger()
+        root.addHandler(self.logged)
+        root.setLevel(logging.INFO)
+        self._listener = server.listen(self.settings.gateway_bind_host, self.settings.gateway_bind_port)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread.start()
+        assert self._ready.wait(START_S), "the gateway did not start"
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+        logging.getLogger().removeHandler(self.logged)
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.server.begin_drain)
+            self._thread.join(30)
+            assert not self._thread.is_alive(), "the gateway did not stop"
+        self._listener.close()
+
+    def _run(self) -> None:
+        try:
+            server.run(self._serve())
+        except BaseException as failure:  # noqa: BLE001 told to the test
+            self._failure = failure
+            self._ready.set()
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        async with app.build(self.settings) as rooms:
+            self.rooms = rooms
+            self.server = server.Server(rooms, drain_s=self.settings.gateway_drain_s, on_ready=self._ready.set)
+            await self.server.serve([self._listener])
+
+    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run something in the gateway's own loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+
+    def ring(self) -> KeyRing:
+        return KeyRing(self.rooms.database, app.hasher_of(self.settings), self.rooms.store)
+
+    def key(self, *models: str, name: str = "", flags: tuple[str, ...] = (), **more: Any) -> str:
+        """A new key that may use these models, or all."""
+        self._named = getattr(self, "_named", 0) + 1
+        return self.call(self.ring().make(NewKey(name or f"key {self._named}", models, flags=flags, **more)))[1]
+
+    def admin_key(self) -> str:
+        return self.key(flags=(keys.ADMIN_MODELS,))
+
+    def http(self, key: str = "", **options: Any) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20, **options)
+
+    def openai(self, key: str, **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 20, **options})
+
+    def ollama(self, key: str) -> OllamaClient:
+        return OllamaClient(host=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20)
+
+    def restart(self) -> "RunningGateway":
+        return RunningGateway(replace(self.settings))
+
+    def request_lines(self) -> list[dict[str, Any]]:
+        return [record.fields for record in self.logged.records if record.name == "gateway.request"]  # type: ignore[attr-defined]
