@@ -65,11 +65,11 @@ class Front:
         try:
             await self._handle(scope, receive, reply, record)
         finally:
+            if scope["path"] not in WATCHED_WHILE_DRAINING or record.status >= 500:
+                logs.request_line(record.line())
             self.in_flight -= 1
             if not self.in_flight:
                 self.idle.set()
-            if scope["path"] not in WATCHED_WHILE_DRAINING or record.status >= 500:
-                logs.request_line(record.line())
 
     def _begin(self, scope: Scope) -> Record:
         presented = next((value for name, value in scope["headers"] if name == self._id_header), b"")

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Coroutine
 from dataclasses import replace
 from types import TracebackType
@@ -42,6 +43,7 @@ class RunningGateway:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
         self.logged = Lines()
+        self._clients: list[OllamaClient] = []
 
     def __enter__(self) -> Self:
         root = logging.getLogger()
@@ -58,6 +60,8 @@ class RunningGateway:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for client in self._clients:
+            client._client.close()
         self.stop()
         logging.getLogger().removeHandler(self.logged)
 
@@ -105,10 +109,20 @@ class RunningGateway:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 20, **options})
 
     def ollama(self, key: str) -> OllamaClient:
-        return OllamaClient(host=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20)
+        client = OllamaClient(host=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20)
+        self._clients.append(client)
+        return client
 
     def restart(self) -> "RunningGateway":
         return RunningGateway(replace(self.settings))
 
+    def wait_idle(self, seconds: float = 5.0) -> None:
+        deadline = time.monotonic() + seconds
+        while self.rooms.front.in_flight and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert not self.rooms.front.in_flight, "requests are still in flight"
+
     def request_lines(self) -> list[dict[str, Any]]:
+        """One per finished request; a client may have its answer's end a moment before the line is written."""
+        self.wait_idle()
         return [record.fields for record in self.logged.records if record.name == "gateway.request"]  # type: ignore[attr-defined]

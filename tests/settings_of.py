@@ -34,7 +34,7 @@ def environment_for(*backends: Any, **names: str) -> dict[str, str]:
 
 
 def entry_of(backend: Any, **more: Any) -> dict[str, Any]:
-    return {"name": backend.name, "base_url": backend.url, "kind": backend.kind, **more}
+    return {"name": backend.healthy.name, "base_url": backend.url, "kind": backend.healthy.kind, **more}
 
 
 def settings_for(*backends: Any, **names: str) -> Settings:

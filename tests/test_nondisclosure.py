@@ -1,0 +1,99 @@
+"""A model that does not exist and one that a key may not use look exactly the same: in bytes and in time."""
+
+import statistics
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.conftest import StartGateway
+from tests.played import PlayedBackend
+from tests.running import RunningGateway
+
+HIDDEN, UNKNOWN = "secret-model", "no-such-model"
+BODIES = {
+    "/api/chat": {"messages": [{"role": "user", "content": "hi"}]},
+    "/api/generate": {"prompt": "hi"},
+    "/api/embed": {"input": "hi"},
+    "/api/embeddings": {"prompt": "hi"},
+    "/api/show": {},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/embeddings": {"input": "hi"},
+}
+SPELLINGS = [
+    "secret-model",
+    "secret-model:latest",
+    "SECRET-model:Latest",
+    "library/secret-model",
+    "registry.ollama.ai/library/secret-model:latest",
+    "https://registry.ollama.ai/library/secret-model",
+    " secret-model ",
+    "secret-model:local",
+    "secret-model:latest:local",
+    "secret-model:cloud",
+]
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
+    with PlayedBackend(models=["llama3.2:latest", f"{HIDDEN}:latest", "gpt-oss:120b-cloud"], name="alpha") as alpha:
+        yield start_gateway(alpha)
+
+
+def seen(got: httpx.Response) -> tuple[int, bytes, dict[str, str]]:
+    """All a caller can see, but for the clock and its own request's id."""
+    return got.status_code, got.content, {k: v for k, v in got.headers.items() if k not in ("date", "x-request-id")}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_the_same_bytes_on_every_route_and_spelling(gateway: RunningGateway, path: str) -> None:
+    with gateway.http(gateway.key("llama3.2")) as client:
+        expected = seen(client.post(path, json={"model": UNKNOWN, **BODIES[path]}))
+        assert expected[0] == 403
+        for spelling in SPELLINGS:
+            assert seen(client.post(path, json={"model": spelling, **BODIES[path]})) == expected
+
+
+def test_the_same_bytes_for_one_model_of_the_list(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key("llama3.2")) as client:
+        assert seen(client.get(f"/v1/models/{HIDDEN}")) == seen(client.get(f"/v1/models/{UNKNOWN}"))
+        assert client.get(f"/v1/models/{HIDDEN}").status_code == 403
+
+
+def test_lists_show_exactly_what_would_be_admitted(gateway: RunningGateway) -> None:
+    for patterns, visible in [
+        (("llama3.2",), {"llama3.2:latest"}),
+        (("secret*", "llama3.2:latest"), {"llama3.2:latest", "secret-model:latest"}),
+        ((), {"llama3.2:latest", "secret-model:latest"}),
+        (("*",), {"llama3.2:latest", "secret-model:latest"}),
+        (("gpt-oss:*-cloud",), {"gpt-oss:120b-cloud"}),
+        (("gpt-oss:120b-cloud", "llama*"), {"gpt-oss:120b-cloud", "llama3.2:latest"}),
+        (("gpt-oss*",), set()),
+    ]:
+        with gateway.http(gateway.key(*patterns)) as client:
+            assert {entry["name"] for entry in client.get("/api/tags").json()["models"]} == visible
+            assert {entry["id"] for entry in client.get("/v1/models").json()["data"]} == visible
+            for name in ("llama3.2", "secret-model", "gpt-oss:120b-cloud"):
+                admitted = client.post("/api/chat", json={"model": name, **BODIES["/api/chat"]}).status_code == 200
+                assert admitted == (name in visible or f"{name}:latest" in visible), (patterns, name)
+
+
+def test_the_same_time(gateway: RunningGateway) -> None:
+    """Interleaved, many times: the medians and the tails of both lie within the noise of the same question asked twice."""
+    with gateway.http(gateway.key("llama3.2")) as client:
+
+        def ask(model: str) -> float:
+            began = time.perf_counter()
+            client.post("/api/chat", json={"model": model, **BODIES["/api/chat"]})
+            return time.perf_counter() - began
+
+        for _ in range(50):
+            ask(HIDDEN)
+        times: dict[str, list[float]] = {HIDDEN: [], UNKNOWN: []}
+        for _ in range(600):
+            for model in (HIDDEN, UNKNOWN):
+                times[model].append(ask(model))
+    hidden, unknown = (statistics.median(times[model]) for model in (HIDDEN, UNKNOWN))
+    assert 0.9 < hidden / unknown < 1.1
