@@ -17,7 +17,7 @@ from gateway import app, console, keys, model_names
 from gateway.backends import Backend, BackendFault
 from gateway.catalog import Snapshot
 from gateway.database import Database
-from gateway.discovery import poll
+from gateway.discovery import Discovery, poll
 from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.keys import KeyRing, NewKey
 from gateway.settings import Settings
@@ -45,6 +45,16 @@ async def key_ring(settings: Settings) -> AsyncIterator[KeyRing]:
     async with app.database_of(settings) as database, Store(settings.redis_url) as store:
         await require_schema(database)
         yield KeyRing(database, app.hasher_of(settings), store)
+
+
+@asynccontextmanager
+async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Store]]:
+    async with (
+        app.fleet(settings) as backends,
+        Store(settings.redis_url) as store,
+        app.discovery_of(settings, backends, store) as discovery,
+    ):
+        yield discovery, store
 
 
 async def require_schema(database: Database) -> None:
@@ -118,10 +128,9 @@ async def revoke_key(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def list_models(settings: Settings, said: argparse.Namespace) -> None:
-    async with app.fleet(settings) as backends, Store(settings.redis_url) as store:
-        async with app.discovery_of(settings, backends, store) as discovery:
-            stored = await discovery.stored_map()
-            catalog = discovery.catalog
+    async with discovering(settings) as (discovery, _):
+        stored = await discovery.stored_map()
+        catalog = discovery.catalog
     rows = [
         {"backend": snapshot.backend, "model": entry["name"], "size": _size(entry["size"]), "state": _state(snapshot)}
         for snapshot in catalog.snapshots
@@ -152,14 +161,13 @@ def _size(count: object) -> str:
 
 async def refresh(settings: Settings, said: argparse.Namespace) -> None:
     """Ask every backend now; the running gateways take the new map at once."""
-    async with app.fleet(settings) as backends, Store(settings.redis_url) as store:
-        async with app.discovery_of(settings, backends, store) as discovery:
-            await discovery.refresh()
-            rows = [
-                {"backend": snapshot.backend, "models": len(snapshot.models), "state": _state(snapshot)}
-                for snapshot in discovery.catalog.snapshots
-            ]
-            told = store.up
+    async with discovering(settings) as (discovery, store):
+        await discovery.refresh()
+        rows = [
+            {"backend": snapshot.backend, "models": len(snapshot.models), "state": _state(snapshot)}
+            for snapshot in discovery.catalog.snapshots
+        ]
+        told = store.up
     console.show(rows, as_json=said.json, empty="no backends")
     if not told:
         console.say("Redis does not answer: running gateways refresh by themselves")

@@ -25,7 +25,7 @@ from gateway.record import Record
 LOG = logging.getLogger("gateway")
 WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 KEY_IN_PATH = re.compile(r"/k/([^/]*)(/.*)?", re.DOTALL)
-WATCHED_WHILE_DRAINING = frozenset({"/healthz", "/readyz"})
+HEALTH = frozenset({"/healthz", "/readyz"})
 LINGER_S, LINGER_BYTES = 2.0, 4 * 2**20
 STATUS_OF_A_CLIENT_GONE = 499
 PREFLIGHT_HEADERS = (
@@ -65,7 +65,7 @@ class Front:
         try:
             await self._handle(scope, receive, reply, record)
         finally:
-            if scope["path"] not in WATCHED_WHILE_DRAINING or record.status >= 500:
+            if scope["path"] not in HEALTH:
                 logs.request_line(record.line())
             self.in_flight -= 1
             if not self.in_flight:
@@ -88,7 +88,7 @@ class Front:
             if reply.with_cors and scope["method"] == "OPTIONS":
                 await reply.preflight()
                 return
-            if self.draining and scope["path"] not in WATCHED_WHILE_DRAINING:
+            if self.draining and scope["path"] not in HEALTH:
                 raise ShuttingDown(retry_after=1)
             await self.routes(scope, receive, reply.send)
             record.outcome = record.outcome or ("answered" if record.status < 400 else "refused")

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from tests.running import RunningGateway
 
 MODEL = "llama3.2"
-SAY_HI = [{"role": "user", "content": "Say hi"}]
+SAY_HI: Any = [{"role": "user", "content": "Say hi"}]
 
 
 @dataclass(frozen=True)
 class Way:
     """How a question travels: dialect, streamed or whole."""
 
-    dialect: str
+    dialect: Literal["ollama", "openai"]
     streamed: bool
 
     @property
@@ -42,13 +43,13 @@ def _ollama_stream(gateway: RunningGateway, key: str) -> str:
 
 def _openai_whole(gateway: RunningGateway, key: str) -> str:
     with gateway.openai(key) as client:
-        answer = client.chat.completions.create(model=MODEL, messages=SAY_HI)  # type: ignore[arg-type]
+        answer = client.chat.completions.create(model=MODEL, messages=SAY_HI)
         return answer.choices[0].message.content or ""
 
 
 def _openai_stream(gateway: RunningGateway, key: str) -> str:
     with gateway.openai(key) as client:
-        chunks = client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=True)  # type: ignore[arg-type]
+        chunks = client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=True)
         return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 

@@ -18,7 +18,7 @@ def main() -> int:
         print("pip-audit: the advisory service can't be reached; going on without it")
         return 0
     if not done.returncode and "could not be audited" in told:
-        print(f"pip-audit: the advisory service here does not know {told.count('could not be audited')} of the packages; going on")
+        print(f"pip-audit: the advisory service knows nothing of {told.count('could not be audited')} packages; going on")
         return 0
     print(told.strip())
     return done.returncode

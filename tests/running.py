@@ -57,9 +57,7 @@ class RunningGateway:
             raise self._failure
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for client in self._clients:
             client._client.close()
         self.stop()
@@ -102,13 +100,13 @@ class RunningGateway:
         return self.key(flags=(keys.ADMIN_MODELS,))
 
     def http(self, key: str = "", **options: Any) -> httpx.Client:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = ({"Authorization": f"Bearer {key}"} if key else {}) | options.pop("headers", {})
         return httpx.Client(base_url=self.url, headers=headers, timeout=20, **options)
 
-    def openai(self, key: str, **options: Any) -> OpenAI:
+    def openai(self, key: str, **options: Any) -> Any:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 20, **options})
 
-    def ollama(self, key: str) -> OllamaClient:
+    def ollama(self, key: str) -> Any:
         client = OllamaClient(host=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20)
         self._clients.append(client)
         return client

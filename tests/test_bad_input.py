@@ -161,7 +161,9 @@ def test_admin_verbs_are_refused_however_they_are_spelled(
     "line", [b"POST http://evil.example/api/pull HTTP/1.1", b"POST //api/pull HTTP/1.1", b"POST /api/./pull HTTP/1.1"]
 )
 def test_odd_request_targets_reach_no_backend(gateway: RunningGateway, alpha: PlayedBackend, line: bytes) -> None:
-    request = line + b"\r\nHost: a\r\nHost: b\r\nAuthorization: Bearer %s\r\nContent-Length: 2\r\n\r\n{}" % gateway.key().encode()
+    request = (
+        line + b"\r\nHost: a\r\nHost: b\r\nAuthorization: Bearer %s\r\nContent-Length: 2\r\n\r\n{}" % gateway.key().encode()
+    )
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
         connection.settimeout(5)
         connection.sendall(request)
@@ -192,7 +194,9 @@ def test_the_parsers_raise_nothing_but_our_own_errors(raw: bytes) -> None:
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=BODIES | st.binary(max_size=100), path=st.sampled_from([o.path for d in (Ollama(), OpenAI()) for o in d.operations]))
+@given(
+    body=BODIES | st.binary(max_size=100), path=st.sampled_from([o.path for d in (Ollama(), OpenAI()) for o in d.operations])
+)
 def test_nothing_a_client_sends_makes_a_500(gateway: RunningGateway, body: bytes, path: str) -> None:
     key = getattr(gateway, "fuzz_key", None) or gateway.key()
     gateway.fuzz_key = key  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import ollama
 import openai
@@ -11,8 +12,8 @@ from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
 
-SAY_HI = [{"role": "user", "content": "Say hi"}]
-TOOL = {
+SAY_HI: Any = [{"role": "user", "content": "Say hi"}]
+TOOL: Any = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -42,17 +43,19 @@ def test_ollama_lists_the_union_with_what_its_clients_need(gateway: RunningGatew
     client = gateway.ollama(gateway.key())
     listed = client.list().models
     assert [model.model for model in listed] == ["llama3.2:latest", "bge:latest", "qwen/qwen3-8b"]
-    assert all(model.digest and len(model.digest) >= 12 and model.details and model.details.family is not None for model in listed)
+    assert all(
+        model.digest and len(model.digest) >= 12 and model.details and model.details.family is not None for model in listed
+    )
     assert isinstance(client.ps().models, list)
 
 
 @pytest.mark.parametrize(("model", "backend"), [("llama3.2", "alpha"), ("qwen/qwen3-8b", "beta")])
 def test_openai_chat_comes_from_the_right_backend(gateway: RunningGateway, model: str, backend: str) -> None:
     with gateway.openai(gateway.key()) as client:
-        whole = client.chat.completions.create(model=model, messages=SAY_HI)  # type: ignore[arg-type]
+        whole = client.chat.completions.create(model=model, messages=SAY_HI)
         assert whole.choices[0].message.content == f"{backend} heard: Say hi"
         assert whole.usage and whole.usage.completion_tokens > 0
-        stream = client.chat.completions.create(model=model, messages=SAY_HI, stream=True)  # type: ignore[arg-type]
+        stream = client.chat.completions.create(model=model, messages=SAY_HI, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == f"{backend} heard: Say hi"
 
 
@@ -70,9 +73,10 @@ async def _async_answers(gateway: RunningGateway, key: str) -> list[str]:
     native = ollama.AsyncClient(host=gateway.url, headers={"Authorization": f"Bearer {key}"})
     whole = await native.chat("llama3.2", SAY_HI)
     streamed = [chunk.message.content or "" async for chunk in await native.chat("llama3.2", SAY_HI, stream=True)]
-    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=key) as client:
-        answer = await client.chat.completions.create(model="llama3.2", messages=SAY_HI)  # type: ignore[arg-type]
-        stream = await client.chat.completions.create(model="llama3.2", messages=SAY_HI, stream=True)  # type: ignore[arg-type]
+    spoken: Any = openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=key)
+    async with spoken as client:
+        answer = await client.chat.completions.create(model="llama3.2", messages=SAY_HI)
+        stream = await client.chat.completions.create(model="llama3.2", messages=SAY_HI, stream=True)
         pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
     await native._client.aclose()
     return [whole.message.content or "", "".join(streamed), answer.choices[0].message.content or "", "".join(pieces)]
@@ -106,7 +110,7 @@ def test_tool_calls(gateway: RunningGateway) -> None:
     calls = gateway.ollama(key).chat("llama3.2", SAY_HI, tools=[TOOL]).message.tool_calls
     assert calls and calls[0].function.name == "weather" and "city" in calls[0].function.arguments
     with gateway.openai(key) as client:
-        answer = client.chat.completions.create(model="llama3.2", messages=SAY_HI, tools=[TOOL])  # type: ignore[arg-type,call-overload]
+        answer = client.chat.completions.create(model="llama3.2", messages=SAY_HI, tools=[TOOL])
         assert json.loads(answer.choices[0].message.tool_calls[0].function.arguments)["city"]
 
 
@@ -120,10 +124,10 @@ def test_errors_are_what_the_clients_expect(gateway: RunningGateway) -> None:
     key = gateway.key("llama3.2")
     with gateway.openai(key) as client:
         with pytest.raises(openai.PermissionDeniedError) as refused:
-            client.chat.completions.create(model="bge", messages=SAY_HI)  # type: ignore[arg-type]
+            client.chat.completions.create(model="bge", messages=SAY_HI)
         assert "not available to this key" in refused.value.message
         with pytest.raises(openai.BadRequestError):
-            client.chat.completions.create(model="llama3.2", messages="hi")  # type: ignore[arg-type]
+            client.chat.completions.create(model="llama3.2", messages="hi")
     with gateway.openai("nonsense") as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
     with pytest.raises(ollama.ResponseError) as native:

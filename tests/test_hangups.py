@@ -4,7 +4,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.asking import WAYS, Way
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
-from tests.scripts import FAULTS, Forever, Head, Piece, recording
+from tests.scripts import FAULTS, Forever, Head, Piece, Step, recording
 
 NOTICED_WITHIN_S = 1.0
 
@@ -38,9 +38,9 @@ def send(gateway: RunningGateway, key: str, way: Way) -> socket.socket:
     return connection
 
 
-def wait_until(done: object, seconds: float = 5.0) -> float:
+def wait_until(done: Callable[[], object], seconds: float = 5.0) -> float:
     began = time.monotonic()
-    while not done():  # type: ignore[operator]
+    while not done():
         assert time.monotonic() - began < seconds, "it did not happen in time"
         time.sleep(0.002)
     return time.monotonic() - began
@@ -52,7 +52,7 @@ def test_the_backend_is_let_go_within_a_second(gateway: RunningGateway, alpha: P
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     first = recording(name)[: len(recording(name)) // 2]
     kind = "application/x-ndjson" if way.dialect == "ollama" else "text/event-stream"
-    began = [Head(200, [("Content-Type", kind)], chunked=True), Piece(first), Forever()]
+    began: list[Step] = [Head(200, [("Content-Type", kind)], chunked=True), Piece(first), Forever()]
     alpha.play(way.path, FAULTS["head_timeout"](way.dialect, way.streamed) if phase == "before the head" else began)
     connection = send(gateway, gateway.key(), way)
     wait_until(lambda: alpha.in_flight == 1)
@@ -121,7 +121,7 @@ def test_an_endless_head_is_cut_off(gateway: RunningGateway) -> None:
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
         connection.settimeout(5)
         connection.sendall(b"GET / HTTP/1.1\r\n")
-        with pytest.raises(OSError):  # noqa: PT011 reset or broken pipe, as the kernel has it
+        with pytest.raises(OSError):  # reset or broken pipe, as the kernel has it
             for _ in range(2000):
                 connection.sendall(b"X-Filler: " + b"x" * 1000 + b"\r\n")
                 time.sleep(0.0005)

@@ -12,7 +12,7 @@ from tests.played import PlayedBackend
 from tests.running import RunningGateway
 
 HIDDEN, UNKNOWN = "secret-model", "no-such-model"
-BODIES = {
+BODIES: dict[str, dict[str, object]] = {
     "/api/chat": {"messages": [{"role": "user", "content": "hi"}]},
     "/api/generate": {"prompt": "hi"},
     "/api/embed": {"input": "hi"},

@@ -45,24 +45,26 @@ def test_it_is_listed_to_both_clients(alone: RunningGateway) -> None:
 
 def test_it_answers_whole_and_streamed_with_usage(alone: RunningGateway) -> None:
     with alone.openai(alone.key()) as client:
-        whole = client.chat.completions.create(model=MODEL, messages=SAY_HI, max_tokens=8)  # type: ignore[arg-type]
+        whole = client.chat.completions.create(model=MODEL, messages=SAY_HI, max_tokens=8)
         assert whole.choices[0].message.content is not None and whole.usage and whole.usage.completion_tokens <= 8
         stream = client.chat.completions.create(
             model=MODEL,
-            messages=SAY_HI,  # type: ignore[arg-type]
+            messages=SAY_HI,
             max_tokens=8,
             stream=True,
             stream_options={"include_usage": True},
         )
         chunks = list(stream)
         assert chunks[-1].usage and chunks[-1].usage.completion_tokens <= 8
-        assert client.completions.create(model=MODEL, prompt="Say", max_tokens=4).usage.completion_tokens <= 4  # type: ignore[union-attr]
+        assert client.completions.create(model=MODEL, prompt="Say", max_tokens=4).usage.completion_tokens <= 4
     line = alone.request_lines()[1]
     assert line["completion_tokens"] and line["prompt_tokens"] and line["backend"] == "llama"
 
 
 def test_the_output_is_clamped_whatever_is_asked(start_gateway: StartGateway) -> None:
-    gateway = start_gateway({"name": "llama", "base_url": URL, "kind": "openai"}, MAX_NUM_PREDICT="6", OLLAMA_READ_TIMEOUT_S="20")
+    gateway = start_gateway(
+        {"name": "llama", "base_url": URL, "kind": "openai"}, MAX_NUM_PREDICT="6", OLLAMA_READ_TIMEOUT_S="20"
+    )
     with gateway.http(gateway.key()) as client:
         for wish in ({}, {"n_predict": 500}, {"max_tokens": -1}, {"max_completion_tokens": 10**9, "n_predict": -1}):
             got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": SAY_HI, **wish}).json()

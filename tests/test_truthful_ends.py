@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 import ollama
 import openai
@@ -55,7 +56,7 @@ def media_of(name: str) -> str:
 
 def in_pieces(data: bytes, cuts: list[int], content_type: str, pause_s: float = 0.0) -> list[Step]:
     edges = [0, *sorted(cuts), len(data)]
-    pieces = [data[start:end] for start, end in zip(edges, edges[1:], strict=False) if start < end]
+    pieces = [data[start:end] for start, end in pairwise(edges) if start < end]
     steps: list[Step] = [Head(200, [("Content-Type", content_type)], chunked=True)]
     for piece in pieces:
         steps += [Piece(piece), Pause(pause_s)]
@@ -74,7 +75,7 @@ def test_every_recording_passes_byte_for_byte_however_it_is_cut(
     with gateway.http(gateway.key()) as client:
         for cuts in plans:
             alpha.play(path, in_pieces(data, cuts, content_type))
-            got = client.post(path, json=body_for(path, stream=name not in dict((n, 1) for _, n in WHOLE)))
+            got = client.post(path, json=body_for(path, stream=(path, name) in STREAMS))
             assert got.status_code == 200, got.text
             assert got.content == data
             assert got.headers["content-type"] == content_type
@@ -140,7 +141,9 @@ def test_a_clean_end_without_the_last_frame_is_no_success(gateway: RunningGatewa
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_a_stall_ends_in_an_error_but_a_slow_start_does_not(start_gateway: StartGateway, alpha: PlayedBackend, way: Way) -> None:
+def test_a_stall_ends_in_an_error_but_a_slow_start_does_not(
+    start_gateway: StartGateway, alpha: PlayedBackend, way: Way
+) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.4", OLLAMA_READ_TIMEOUT_S="3")
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     data, key = recording(name), gateway.key()
