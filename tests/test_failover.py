@@ -146,7 +146,8 @@ def test_a_full_backend_passes_work_on(start_gateway: StartGateway, alpha: Playe
     key = gateway.key()
     alpha.healthy.pieces, alpha.healthy.pause_s = 30, 0.1
     with gateway.http(key) as client, client.stream("POST", "/api/chat", json=WAYS[1].body) as slow:
-        next(slow.iter_bytes())
+        pieces = slow.iter_bytes()
+        next(pieces)
         assert WAYS[0].ask(gateway, key) == "beta heard: Say hi"
         assert alpha.in_flight == 1
 
