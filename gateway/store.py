@@ -22,6 +22,11 @@ CONNECT_DEADLINE_S = 1.0
 CHECK_EVERY_S = 1.0
 PING_EVERY_S = 5.0
 TIMEOUTS_UNTIL_AWAY = 2
+SENTINEL: dict[str, Any] = {
+    "socket_timeout": CONNECT_DEADLINE_S / 3,
+    "socket_connect_timeout": CONNECT_DEADLINE_S / 3,
+    "retry": Retry(NoBackoff(), 0),
+}
 
 
 class StoreAway(Exception):
@@ -50,10 +55,16 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
     secure = {"ssl": True} if parts.scheme.startswith("rediss") else {}
     login: dict[str, Any] = {"username": unquote(user) or None, "password": unquote(password) or None}
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        sentinels, sentinel_kwargs={"socket_timeout": CONNECT_DEADLINE_S}, **options, **secure
+        sentinels, sentinel_kwargs=SENTINEL, **options, **secure
     )
     client: Redis = sentinel.master_for(master or "mymaster", db=int(database or 0), **login)
     return client
+
+
+def _all_clients(client: Redis) -> list[Redis]:
+    """A client through sentinels leaves those that it asked open."""
+    manager = getattr(client.connection_pool, "sentinel_manager", None)
+    return [client, *(manager.sentinels if manager else ())]
 
 
 def _host_and_port(text: str) -> tuple[str, int]:
@@ -80,7 +91,7 @@ class Store:
 
     async def __aexit__(self, *_: object) -> None:
         await tasks.end(self._tasks)
-        for client in (self._redis, self._subscriber):
+        for client in (*_all_clients(self._redis), *_all_clients(self._subscriber)):
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 await asyncio.wait_for(client.aclose(), CONNECT_DEADLINE_S)
 
