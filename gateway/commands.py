@@ -17,7 +17,7 @@ from gateway import app, console, keys, model_names
 from gateway.backends import Backend, BackendFault
 from gateway.catalog import Snapshot
 from gateway.database import Database
-from gateway.discovery import Discovery, poll
+from gateway.discovery import Discovery, poll, takes_token
 from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.keys import KeyRing, NewKey
 from gateway.settings import Settings
@@ -177,21 +177,29 @@ async def probe(settings: Settings, said: argparse.Namespace) -> None:
     async with app.fleet(settings) as backends:
         rows = await asyncio.gather(*(_probe_row(backend) for backend in backends.values()))
     console.show(rows, as_json=said.json, empty="no backends")
-    if not all(row["reachable"] for row in rows):
-        raise CommandFailed("not every backend can be reached")
+    if any(row["problem"] for row in rows):
+        raise CommandFailed("not every backend can be used: see its problem above")
 
 
 async def _probe_row(backend: Backend) -> dict[str, Any]:
     facts: dict[str, Any] = {"backend": backend.name, "kind": backend.kind, "address": backend.config.base_url}
-    given = "sent" if backend.config.auth_token else "none set"
+    has_token = bool(backend.config.auth_token)
     try:
         found = await poll(backend)
+        is_open = await takes_token(backend)
     except BackendFault as fault:
         refused = fault.reason == "token_refused"
-        verdict = {"token": "REFUSED" if refused else given, "problem": str(fault)}
+        verdict = {"token": _token_words(has_token, is_open=False) if refused else None, "problem": str(fault)}
         return {**facts, "reachable": refused, "latency_ms": None, "version": None, "models": None, **verdict}
     seen = {"latency_ms": found.latency_ms, "version": found.version or None, "models": len(found.models)}
-    return {**facts, "reachable": True, **seen, "token": "accepted" if given == "sent" else given, "problem": None}
+    problem = None if is_open else "refuses to answer calls"
+    return {**facts, "reachable": True, **seen, "token": _token_words(has_token, is_open=is_open), "problem": problem}
+
+
+def _token_words(has_token: bool, *, is_open: bool) -> str:
+    if has_token:
+        return "accepted" if is_open else "REFUSED"
+    return "none needed" if is_open else "MISSING"
 
 
 async def show_config(settings: Settings, said: argparse.Namespace) -> None:

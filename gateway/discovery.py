@@ -167,6 +167,14 @@ async def poll(backend: Backend) -> Snapshot:
         raise BackendFault("poll_timeout") from None
 
 
+async def takes_token(backend: Backend) -> bool:
+    """Whether the token opens the routes that matter; llama.cpp shows its list to anybody. An empty call is never answered."""
+    path = "/v1/chat/completions" if backend.kind == "openai" else "/api/chat"
+    headers = {"Content-Type": "application/json"}
+    async with backend.send("POST", path, headers, b"{}", wait_s=POLL_DEADLINE_S) as upstream:
+        return upstream.status not in (401, 403)
+
+
 def _since(began: float) -> float:
     return round((time.monotonic() - began) * 1000, 1)
 

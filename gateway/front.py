@@ -124,6 +124,8 @@ def error_headers(error: GatewayError, body: bytes, *, close: bool = False) -> l
     if error.retry_after is not None:
         headers.append((b"retry-after", str(max(1, -int(-error.retry_after // 1))).encode()))
         headers.append((b"retry-after-ms", str(max(1, round(error.retry_after * 1000))).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allowed.encode()))
     if close:

@@ -1,0 +1,220 @@
+"""What the documents say is what the code does: names, defaults, verbs, targets, links, files."""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway import admin_verbs, cli, errors, settings
+from gateway.errors import GatewayError, SettingsError
+from gateway.record import Record
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+CARD = {
+    "gateway",
+    "tests",
+    "sql",
+    "Dockerfile",
+    "compose.yaml",
+    "setup.cfg",
+    "Makefile",
+    "README.md",
+    "LICENSE",
+    "pyproject.toml",
+}
+COMPOSE_DEFAULTS = {"POSTGRES_USER": "gateway", "POSTGRES_DB": "gateway"}
+WITHOUT_EFFECT = "Without effect in this version"
+
+
+def example_lines(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"^(?:# )?([A-Z][A-Z0-9_]*)=(.*)$", text, re.MULTILINE)
+
+
+def documented() -> dict[str, str]:
+    """Names and defaults; the example of OLLAMA_BACKENDS is the one line that is no default."""
+    return {name: value for name, value in example_lines(EXAMPLE) if not value.startswith("'")}
+
+
+def defaults() -> dict[str, str]:
+    read = {declared.name.upper(): declared.metadata["default"] for declared in settings.declarations()}
+    return {**dict.fromkeys(settings.COMPOSE_ONLY, ""), **COMPOSE_DEFAULTS, **read}
+
+
+def test_env_example_has_every_setting_with_its_default_and_no_other() -> None:
+    assert documented() == defaults()
+
+
+def test_env_example_has_every_setting_once() -> None:
+    names = [name for name, value in example_lines(EXAMPLE) if not value.startswith("'")]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_only_what_must_be_chosen_is_uncommented() -> None:
+    assert re.findall(r"^[A-Z].*$", EXAMPLE, re.MULTILINE) == ["POSTGRES_PASSWORD="]
+
+
+def test_env_example_marks_secrets_and_what_compose_alone_reads() -> None:
+    blocks = re.findall(r"((?:^#.*\n)*?)^(?:# )?([A-Z][A-Z0-9_]*)=.*$", EXAMPLE, re.MULTILINE)
+    words: dict[str, str] = {}
+    for comment, name in blocks:
+        words[name] = words.get(name, "") + comment
+    secrets = {declared.name.upper() for declared in settings.declarations() if declared.metadata["secret"]}
+    assert {name for name, comment in words.items() if "[secret]" in comment and name != "POSTGRES_PASSWORD"} == secrets
+    assert "NAME_FILE" in EXAMPLE
+
+
+def test_all_of_env_example_uncommented_can_be_loaded(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text(re.sub(r"^# (?=[A-Z][A-Z0-9_]*=)", "", EXAMPLE, flags=re.MULTILINE), encoding="utf-8")
+    assert settings.load({}, file).gateway_bind_port == 8080
+
+
+def with_example_of_backends(folder: Path, token: str) -> settings.Settings:
+    (line,) = re.findall(r"^# (OLLAMA_BACKENDS='.*)$", EXAMPLE, re.MULTILINE)
+    (folder / ".env").write_text(line.replace("change-me", token) + "\n", encoding="utf-8")
+    return settings.load({"DATABASE_URL": "postgresql://gateway@/gateway?host=/run"}, folder / ".env")
+
+
+def test_the_example_of_backends_works_when_its_token_is_replaced(tmp_path: Path) -> None:
+    loaded = with_example_of_backends(tmp_path, "a-token-of-the-operator")
+    assert [(backend.name, backend.kind) for backend in loaded.backends] == [("ollama", "ollama"), ("vllm", "openai")]
+    assert loaded.backends[1].auth() == {"Authorization": "Bearer a-token-of-the-operator"}
+    settings.refuse_weak_secrets(loaded)
+
+
+def test_the_example_of_backends_is_refused_with_its_own_token(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="vllm"):
+        settings.refuse_weak_secrets(with_example_of_backends(tmp_path, "change-me"))
+
+
+def test_settings_said_to_be_without_effect_are_those_that_nothing_uses() -> None:
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "gateway").rglob("*.py") if path.name != "settings.py"
+    )
+    names = {declared.name for declared in settings.declarations()}
+    # These reach the backends through `_backends` of settings.py itself.
+    in_backends = {name for name in names if name.startswith("ollama_")}
+    unused = {name.upper() for name in names - in_backends if not re.search(rf"\.{name}\b", code)}
+    assert {name for name, _ in example_lines(EXAMPLE.partition(WITHOUT_EFFECT)[2])} == unused
+
+
+def targets() -> list[str]:
+    return re.findall(r"^([a-z]+):.*## ", MAKEFILE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("target", targets())
+def test_readme_has_every_target(target: str) -> None:
+    assert f"| `make {target}" in README
+
+
+def test_readme_has_no_target_that_is_not_there() -> None:
+    assert set(re.findall(r"`?make ([a-z]+)", re.sub(r"[Ww]ithout make", "", "\n".join(code_of(README))))) <= set(targets())
+
+
+def code_of(text: str) -> Iterator[str]:
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    yield from fenced
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {name: verb for name, verb in found.choices.items() if name not in ("worker", "demo")}
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_readme_has_every_verb(verb: str) -> None:
+    paragraph = README.partition("Without make the verbs are the same")[2].partition("\n\n")[0]
+    assert f"`{verb}`" in paragraph
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_every_verb_tells_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    for action in verbs()[verb]._actions:
+        assert action.help and all(option in told for option in action.option_strings)
+
+
+def test_help_tells_every_verb() -> None:
+    done = subprocess.run([sys.executable, "-m", "gateway", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(re.search(rf"^    {verb}\s", done.stdout, re.MULTILINE) for verb in verbs())
+
+
+def test_make_key_passes_on_every_option_of_the_verb() -> None:
+    line = next(line for line in MAKEFILE.splitlines() if "$(GATEWAY) key " in line)
+    options = {option for action in verbs()["key"]._actions for option in action.option_strings if option.startswith("--")}
+    passed = {f"--{name}" for name in re.findall(r"call (?:said|flag),\w+,([\w-]+)\)", line)}
+    assert passed | {"--json", "--help"} == options
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    section = README.partition("\n## Tests and checks\n")[2]
+    commands = section.partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-len(commands) :] == commands
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    anchors = {slug(heading) for heading in re.findall(r"^#+ (.+)$", README, re.MULTILINE)}
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert link[1:] in anchors if link.startswith("#") else (ROOT / link).exists(), link
+
+
+def test_contents_of_the_readme_has_every_section() -> None:
+    sections = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    assert re.findall(r"\[([^]]+)\]\(#", README.partition("\n## ")[0]) == sections
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    named = [name for name in code_of(README) if re.fullmatch(r"[\w./-]+\.(py|yaml|cfg)|(gateway|tests|sql)/[\w/]*", name)]
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists() and not (ROOT / "gateway" / name).exists()] == []
+
+
+def error_classes(of: type[GatewayError] = GatewayError) -> Iterator[type[GatewayError]]:
+    yield of
+    for kind in of.__subclasses__():
+        yield from error_classes(kind)
+
+
+def test_readme_has_every_error_with_its_status() -> None:
+    section = README.partition("\n## Errors\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d\d\d|4xx) \| (.+?) \|", section, re.MULTILINE)
+    told = {(code, status) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
+    ours = [kind for kind in error_classes() if kind.__module__ == errors.__name__]
+    # The status of a refusal is the backend's.
+    real = {(kind.code, "4xx" if kind is errors.BackendRefused else str(kind.status)) for kind in ours}
+    assert told == real
+
+
+def test_readme_has_every_field_of_the_log() -> None:
+    section = README.partition("\n## Logs\n")[2].partition("\n## ")[0]
+    assert [field for field in Record("id", "GET").line() if f"`{field}`" not in section] == []
+
+
+def test_readme_has_every_admin_route() -> None:
+    section = README.partition("\n## Admin routes\n")[2].partition("\n## ")[0]
+    assert [path for _, path in admin_verbs.ROUTES if path not in section] == []
+
+
+def test_nothing_stands_in_the_top_folder_but_the_card() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.partition("/")[0] for line in listed.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= CARD
