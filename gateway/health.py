@@ -15,7 +15,10 @@ REMEMBERED_S = 1.0
 
 
 class Health:
-    """Redis away is a declared degraded mode: known keys and routing go on, so it does not make the gateway unready."""
+    """A store that went away is a declared degraded mode: known keys and routing go on, so the gateway stays ready.
+
+    A database that was never reached, or whose schema is another, is not: such a gateway knows no keys.
+    """
 
     def __init__(
         self, database: Database, store: Store, catalog: Callable[[], Catalog], is_draining: Callable[[], bool]
@@ -33,7 +36,7 @@ class Health:
             "redis": "ok" if self._store.up else "degraded",
             "backends": "ok" if self._catalog().fresh_snapshots() else "none",
         }
-        is_ready = checks["draining"] == "no" and checks["database"] == "ok" and checks["backends"] == "ok"
+        is_ready = checks["draining"] == "no" and checks["database"] in ("ok", "degraded") and checks["backends"] == "ok"
         await send_json(send, {"ready": is_ready, **checks}, 200 if is_ready else 503)
 
     async def _schema_state(self) -> str:
@@ -43,5 +46,5 @@ class Health:
             try:
                 self._schema = "ok" if await self._database.is_current() else "schema not current"
             except StoreUnavailable:
-                self._schema = "away"
+                self._schema = "degraded" if self._schema in ("ok", "degraded") else "away"
         return self._schema

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from starlette.config import Config
+
 from gateway import console, local, settings
 from gateway.errors import CommandFailed, SettingsError
 from gateway.settings import Settings
@@ -33,6 +35,8 @@ def stores_of(overrides: dict[str, tuple[str, str]] | None = None, *, run: bool 
     if not needs_local:
         yield named
         return
+    if not run and _is_for_containers():
+        console.say("these are the local run's stores; for the containers: docker compose exec gateway python -m gateway …")
     try:
         with local.stores(folder, say=console.say) as stores:
             found = {"DATABASE_URL": (stores.database_url, LOCAL), "REDIS_URL": (stores.redis_url, LOCAL)}
@@ -40,6 +44,11 @@ def stores_of(overrides: dict[str, tuple[str, str]] | None = None, *, run: bool 
             yield read({**found, **(overrides or {})})
     except local.LocalStoresFailed as failed:
         raise CommandFailed(str(failed)) from None
+
+
+def _is_for_containers() -> bool:
+    file = project() / ".env"
+    return file.is_file() and bool(Config(file, environ={})("POSTGRES_PASSWORD", default=""))
 
 
 def _backend_of_run(folder: Path) -> str:

@@ -194,7 +194,7 @@ def is_secret(name: str) -> bool:
 def known_names() -> set[str]:
     names = {declared.name.upper() for declared in declarations()}
     secrets = {f"{declared.name.upper()}_FILE" for declared in declarations() if declared.metadata["secret"]}
-    return names | secrets | set(COMPOSE_ONLY) | {"POSTGRES_PASSWORD_FILE"}
+    return names | secrets | set(COMPOSE_ONLY)
 
 
 def load(environ: Mapping[str, str], env_file: Path | None, overrides: Mapping[str, tuple[str, str]] | None = None) -> Settings:

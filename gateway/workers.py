@@ -31,22 +31,15 @@ class Workers:
         self._listener, self._count, self._stop_within_s = listener, count, stop_within_s
         self._on_ready = on_ready
         self._stopping = asyncio.Event()
-        self._processes: set[asyncio.subprocess.Process] = set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
+            loop.add_signal_handler(number, self._stopping.set)
         async with asyncio.TaskGroup() as group:
             for _ in range(self._count):
                 group.create_task(self._keep_one())
             self._on_ready()
-
-    def _stop(self) -> None:
-        self._stopping.set()
-        for process in self._processes:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
 
     async def _keep_one(self) -> None:
         pause_s = 0.2
@@ -62,13 +55,12 @@ class Workers:
     async def _run_one(self) -> int:
         descriptor = str(self._listener.fileno())
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gateway", "worker", descriptor, str(os.getpid()), pass_fds=[self._listener.fileno()]
+            *(sys.executable, "-m", "gateway", "worker", descriptor, str(os.getpid())),
+            pass_fds=[self._listener.fileno()],
+            # A terminal's Ctrl-C would reach the workers too, and a second signal means: at once.
+            start_new_session=True,
         )
-        self._processes.add(process)
-        try:
-            return await self._wait_for(process)
-        finally:
-            self._processes.discard(process)
+        return await self._wait_for(process)
 
     async def _wait_for(self, process: asyncio.subprocess.Process) -> int:
         ended = asyncio.create_task(process.wait())

@@ -27,14 +27,21 @@ def environment(names: dict[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def serving(folder: Path, names: dict[str, str], verb: str = "serve") -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+def serving(
+    folder: Path, names: dict[str, str], verb: str = "serve", *, new_group: bool = False
+) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
     """The process, its address, and the file with all it has said."""
     port = free_port()
     log = folder / f"{verb}-{port}.log"
     named = {**names, "GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_BIND_PORT": str(port)}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway", verb], cwd=folder, env=environment(named), stdout=out, stderr=out
+            [sys.executable, "-m", "gateway", verb],
+            cwd=folder,
+            env=environment(named),
+            stdout=out,
+            stderr=out,
+            start_new_session=new_group,
         )
         try:
             until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/healthz"), 30)

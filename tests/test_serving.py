@@ -100,6 +100,21 @@ def test_many_workers_share_one_port_and_are_replaced(stores: TestStores, alpha:
     assert not any(map(is_alive, workers))
 
 
+def test_ctrl_c_lets_the_workers_finish(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+    """A terminal sends its signal to the whole process group."""
+    names = names_for(stores, alpha, GATEWAY_WORKERS="2")
+    key = make_key(tmp_path, names)
+    alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.1
+    with serving(tmp_path, names, new_group=True) as (process, url, _):
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx.stream("POST", f"{url}/api/chat", json=WAYS[1].body, headers=headers, timeout=20) as stream:
+            pieces = stream.iter_lines()
+            next(pieces)
+            os.killpg(process.pid, signal.SIGINT)
+            assert json.loads(list(pieces)[-1])["done"] is True
+        assert process.wait(10) == 0
+
+
 def test_killing_the_supervisor_ends_its_workers(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
     with serving(tmp_path, names_for(stores, alpha, GATEWAY_WORKERS="2")) as (process, _, log):
         until(lambda: log.read_text().count("keys: argon2id") == 2, 20)

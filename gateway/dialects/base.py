@@ -1,5 +1,6 @@
 """What all client languages share: operations, calls, frames and the shape of an answer. No I/O."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -12,6 +13,7 @@ from gateway.model_names import LONGEST_NAME, ModelName, canonical, is_plain
 Streaming = Literal["by default", "on request", "never"]
 LONGEST_FRAME = 8 * 2**20
 LONGEST_COPIED_MESSAGE = 1000
+CODE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
 class BadFrame(Exception):
@@ -152,7 +154,7 @@ def read_answer(payload: bytes) -> Any:
     except ValueError:
         raise BadFrame("not JSON") from None
     if isinstance(value, dict) and value.get("error"):
-        raise BadFrame(f"an error: {error_text(value)}")
+        raise BadFrame(f"an error{error_code(value)}")
     if not isinstance(value, dict | list) or not value:
         raise BadFrame("no answer in it")
     return value
@@ -172,6 +174,13 @@ def error_text(value: dict[str, Any]) -> str:
     if isinstance(told, dict):
         told = told.get("message")
     return " ".join(str(told or "").split())[:LONGEST_COPIED_MESSAGE]
+
+
+def error_code(value: dict[str, Any]) -> str:
+    """An error's code or type for the log. Its words stay out: they may repeat the prompt."""
+    told = value["error"] if isinstance(value["error"], dict) else {}
+    codes = [str(told[name]) for name in ("code", "type") if CODE.fullmatch(str(told.get(name) or ""))]
+    return f" ({', '.join(codes)})" if codes else ""
 
 
 def count(value: object) -> int | None:
