@@ -1,22 +1,34 @@
 """The routes of a backend that change it or speak for it: for keys flagged so, to one backend, passed through as they come."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway import strict_json
 from gateway.access import Access
 from gateway.backends import Backend, BackendFault, Upstream
 from gateway.body import check_head, read_body
 from gateway.dialects.base import Dialect
-from gateway.errors import AnswerCutShort, BackendFailed, BackendTimeout, BadRequest, ClientGone, GatewayError, NotPermitted
+from gateway.errors import (
+    AnswerCutShort,
+    BackendFailed,
+    BackendTimeout,
+    BadRequest,
+    BodyTooSlow,
+    ClientGone,
+    GatewayError,
+    NotPermitted,
+)
 from gateway.exchange import Running, upstream_headers, watching
 from gateway.guard import Guard
 from gateway.keys import ADMIN_MODELS, Key
 from gateway.record import Record
 
 LARGEST_BLOB = 2**44
+LONGEST_UPLOAD_S = 86_400.0
+PIECE_DEADLINE_S = 60.0
 DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 # Method, route; the backend's path is the route's, built from this table and never from what a client wrote.
 ROUTES = (
@@ -61,11 +73,15 @@ class AdminVerb:
         key = await self._access.key_of(scope, record)
         backend = self._backend_for(key, scope)
         record.backend = backend.name
-        is_blob = "{digest}" in self._route
-        body = self._blob(scope, receive, record) if is_blob else await self._json(scope, receive, record)
         answer = PassedThrough(self._dialect, record, send)
+        headers = upstream_headers(scope["headers"], record.request_id)
         try:
-            await self._pass(backend, self._path(scope), body, answer, scope, receive)
+            if "{digest}" in self._route and self._method == "POST":
+                check_head(scope, LARGEST_BLOB)
+                await self._upload(backend, self._path(scope), headers, answer, receive)
+            else:
+                body = await self._json(scope, receive, record)
+                await self._pass(backend, self._path(scope), headers, body, answer, receive)
         except BackendFault as fault:
             record.detail = str(fault)
             await answer.fail(AnswerCutShort() if answer.started else BackendFailed())
@@ -92,55 +108,77 @@ class AdminVerb:
         return self._route.replace("{digest}", digest)
 
     async def _json(self, scope: Scope, receive: Receive, record: Record) -> bytes | None:
-        if self._method == "GET" or not _has_body(scope):
+        if self._method in ("GET", "HEAD") or not _has_body(scope):
             return None
         raw = await read_body(scope, receive, self._longest_body, record)
         read = strict_json.read_object(raw, self._dialect.known_fields)
         record.model = str(read.get("model") or read.get("name") or read.get("source") or "")[:350]
         return strict_json.write_strictly(read)
 
-    def _blob(self, scope: Scope, receive: Receive, record: Record) -> AsyncIterator[bytes] | None:
-        if self._method == "HEAD":
-            return None
-        check_head(scope, LARGEST_BLOB)
-        return _pieces(receive, record)
-
     async def _pass(
         self,
         backend: Backend,
         path: str,
-        body: bytes | AsyncIterator[bytes] | None,
+        headers: dict[str, str],
+        body: bytes | None,
         answer: "PassedThrough",
-        scope: Scope,
         receive: Receive,
     ) -> None:
-        headers = upstream_headers(scope["headers"], answer.record.request_id)
         with self._running.guard() as guard, backend.claim():
-            if not isinstance(body, bytes | None):
-                # The body is still being read from the client: a hang-up shows there.
-                async with backend.send(self._method, path, headers, body) as upstream:
-                    await answer.pass_on(upstream, backend.config.read_timeout_s)
-                return
             async with watching(receive, guard), backend.send(self._method, path, headers, body) as upstream:
                 await answer.pass_on(upstream, backend.config.read_timeout_s)
+
+    async def _upload(
+        self, backend: Backend, path: str, headers: dict[str, str], answer: "PassedThrough", receive: Receive
+    ) -> None:
+        """The body is passed on as it comes; the backend's time to answer begins when it has all of it."""
+        upload = Upload(receive, answer.record)
+        with self._running.guard() as guard, backend.claim():
+            async with watching(upload.rest, guard):
+                try:
+                    sending = backend.send(self._method, path, headers, upload.pieces(guard, backend), wait_s=LONGEST_UPLOAD_S)
+                    async with sending as upstream:
+                        guard.without_deadline()
+                        await answer.pass_on(upstream, backend.config.read_timeout_s)
+                except BackendFault:
+                    if upload.is_gone:
+                        raise ClientGone from None
+                    raise
+
+
+class Upload:
+    """A request's body read piece by piece; once it is read, whoever waits on `rest` hears of a client that leaves."""
+
+    def __init__(self, receive: Receive, record: Record) -> None:
+        self._receive, self._record = receive, record
+        self._ended = asyncio.Event()
+        self.is_gone = False
+
+    async def pieces(self, guard: Guard, backend: Backend) -> AsyncIterator[bytes]:
+        more = True
+        while more:
+            guard.within(PIECE_DEADLINE_S, BodyTooSlow())
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.is_gone = True
+                raise ClientGone
+            more = message.get("more_body", False)
+            if piece := message.get("body", b""):
+                self._record.bytes_in += len(piece)
+                guard.within(backend.config.read_timeout_s, BackendTimeout())
+                yield piece
+        guard.within(backend.config.read_timeout_s, BackendTimeout())
+        self._ended.set()
+
+    async def rest(self) -> Message:
+        await self._ended.wait()
+        return await self._receive()
 
 
 def _has_body(scope: Scope) -> bool:
     return any(
         name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in scope["headers"]
     )
-
-
-async def _pieces(receive: Receive, record: Record) -> AsyncIterator[bytes]:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        if piece := message.get("body", b""):
-            record.bytes_in += len(piece)
-            yield piece
-        if not message.get("more_body", False):
-            return
 
 
 class PassedThrough:

@@ -1,7 +1,9 @@
 """Wrong keys per client address and minute, counted together by all processes while Redis answers."""
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 
 from gateway.errors import GatewayError, TooManyFailures, WrongKey
@@ -17,12 +19,26 @@ class AuthFailures:
     def __init__(self, store: Store, limit: int) -> None:
         self._store, self._limit = store, limit
         self._counts: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._suspected: Counter[str] = Counter()
 
-    async def check(self, address: str) -> None:
-        """Raises TooManyFailures where this address has to wait."""
-        count, ends = self._counts.get(_counted_as(address), (0, 0.0))
-        if count >= self._limit and ends > time.monotonic():
-            raise TooManyFailures(retry_after=ends - time.monotonic())
+    def check(self, address: str) -> None:
+        """Raises TooManyFailures where this address has to wait; keys of it still being checked count as wrong."""
+        counted, now = _counted_as(address), time.monotonic()
+        count, ends = self._counts.get(counted, (0, 0.0))
+        count = count if ends > now else 0
+        if count + self._suspected[counted] >= self._limit:
+            raise TooManyFailures(retry_after=ends - now if count else 1.0)
+
+    @contextmanager
+    def suspecting(self, address: str) -> Iterator[None]:
+        counted = _counted_as(address)
+        self._suspected[counted] += 1
+        try:
+            yield
+        finally:
+            self._suspected[counted] -= 1
+            if not self._suspected[counted]:
+                del self._suspected[counted]
 
     async def count(self, address: str) -> GatewayError:
         """Count one failure and return the error to raise."""

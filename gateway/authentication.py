@@ -19,22 +19,29 @@ from gateway.api_key import PresentedKey
 from gateway.auth_failures import AuthFailures
 from gateway.database import Database
 from gateway.errors import Overloaded, StoreUnavailable, WrongKey
-from gateway.keys import CHANGED, Key, cache_key, unpack
+from gateway.keys import CHANGED, Key, cache_key, unpack, version_key
 from gateway.store import Store, StoreAway
 
 REMEMBERED = 10_000
 WAITING_VERIFICATIONS = 64
 KNOWN_KEY_WITHOUT_DATABASE_S = 900.0
 NOTE_USE_EVERY_S = 20.0
+ASK_DATABASE_AGAIN_S = 5.0
+SET_IF_UNCHANGED = """
+if (redis.call('GET', KEYS[2]) or '') == ARGV[1] then
+    redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+end
+"""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A key that argon2 has accepted, the hash that did, and until when nobody has to be asked again."""
+    """A key that argon2 has accepted, the hash that did, when the database last said so, until when that is enough."""
 
     key: Key
     hash: str
     checked_at: float
+    fresh_until: float
 
 
 class Authenticator:
@@ -56,6 +63,7 @@ class Authenticator:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="argon2")
         self._decoy = hasher.hash("nobody's key")
         self._generation = 0
+        self._strangers = 0
         self._used: dict[str, datetime] = {}
         self._noting: asyncio.Task[None] | None = None
 
@@ -79,17 +87,14 @@ class Authenticator:
         now = time.monotonic()
         parsed = api_key.parse(presented)
         known = self._verified.get(parsed.digest) if parsed else None
-        if known is not None and now - known.checked_at < self._cache_s:
+        if known is not None and now < known.fresh_until:
             return self._accept(known.key)
         if known is None:
-            await self._failures.check(address)
+            self._failures.check(address)
             if parsed is None or self._refused.get(parsed.digest, 0.0) > now:
                 raise await self._failures.count(address)
         assert parsed is not None
-        try:
-            return self._accept(await self._checked_once(parsed))
-        except WrongKey as wrong:
-            raise await self._failures.count(address) from wrong
+        return self._accept(await self._checked_once(parsed, known, address))
 
     def _accept(self, key: Key) -> Key:
         if key.has_expired(time.time()):
@@ -97,16 +102,36 @@ class Authenticator:
         self._used[key.id] = datetime.now(UTC)
         return key
 
-    async def _checked_once(self, presented: PresentedKey) -> Key:
-        """Callers with the same key share one check, which none of them can cancel."""
+    async def _checked_once(self, presented: PresentedKey, known: Verified | None, address: str) -> Key:
+        """Callers with the same key share one check, which none of them can cancel.
+
+        Keys that were right before need no argon2: strangers' keys never keep them waiting.
+        """
         task = self._running.get(presented.digest)
         if task is None:
-            if len(self._running) >= WAITING_VERIFICATIONS:
+            if known is not None:
+                check = self._check(presented)
+            elif self._strangers >= WAITING_VERIFICATIONS:
                 raise Overloaded(retry_after=1)
-            task = asyncio.create_task(self._one_at_a_time(presented.secret_id, self._check(presented)))
+            else:
+                check = self._check_stranger(presented, address)
+            task = asyncio.create_task(check)
             self._running[presented.digest] = task
             task.add_done_callback(lambda done: self._finished(presented.digest, done))
         return await asyncio.shield(task)
+
+    async def _check_stranger(self, presented: PresentedKey, address: str) -> Key:
+        # Many may have passed the first look at once: now those before this one are counted.
+        self._failures.check(address)
+        self._strangers += 1
+        try:
+            with self._failures.suspecting(address):
+                try:
+                    return await self._one_at_a_time(presented.secret_id, self._check(presented))
+                except WrongKey as wrong:
+                    raise await self._failures.count(address) from wrong
+        finally:
+            self._strangers -= 1
 
     def _finished(self, digest: str, task: asyncio.Task[Key]) -> None:
         self._running.pop(digest, None)
@@ -128,52 +153,65 @@ class Authenticator:
     async def _check(self, presented: PresentedKey) -> Key:
         generation = self._generation
         known = self._verified.get(presented.digest)
-        verified = None if known else await self._from_store(presented)
-        if verified is None:
-            try:
-                verified = await self._from_database(presented, known)
-            except StoreUnavailable:
-                if known is None or time.monotonic() - known.checked_at > KNOWN_KEY_WITHOUT_DATABASE_S:
-                    raise
-                return known.key
-            except WrongKey:
-                self._refuse(presented)
-                raise
-            if generation == self._generation:
-                await self._tell_store(presented, verified)
+        cached, version = (None, None) if known else await self._from_store(presented)
+        try:
+            verified = cached or await self._from_database(presented, known)
+        except StoreUnavailable:
+            verified = self._good_for_a_while(known)
+        except WrongKey:
+            self._refuse(presented)
+            raise
         if generation == self._generation:
             _remember(self._verified, presented.digest, verified)
+            if cached is None and version is not None:
+                await self._tell_store(presented, verified, version)
         return verified.key
+
+    def _good_for_a_while(self, known: Verified | None) -> Verified:
+        now = time.monotonic()
+        if known is None or now - known.checked_at > KNOWN_KEY_WITHOUT_DATABASE_S:
+            raise StoreUnavailable
+        return replace(known, fresh_until=now + ASK_DATABASE_AGAIN_S)
 
     def _refuse(self, presented: PresentedKey) -> None:
         self._verified.pop(presented.digest, None)
         _remember(self._refused, presented.digest, time.monotonic() + self._cache_s)
 
-    async def _from_store(self, presented: PresentedKey) -> Verified | None:
+    async def _from_store(self, presented: PresentedKey) -> tuple[Verified | None, bytes | None]:
+        """What another process found out, and the version of the key's rights before anybody asks the database."""
         try:
-            cached, refused = await self._store.pipeline(
-                lambda pipe: pipe.get(cache_key(presented.secret_id)).get(_refused_key(presented.digest))
+            packed, refused, version = await self._store.pipeline(
+                lambda pipe: (
+                    pipe.get(cache_key(presented.secret_id))
+                    .get(_refused_key(presented.digest))
+                    .get(version_key(presented.secret_id))
+                )
             )
         except StoreAway:
-            return None
+            return None, None
         if refused is not None:
             self._refuse(presented)
             raise WrongKey
-        packed = strict_json.read_loosely(cached) if cached else None
-        if packed is None or not hmac.compare_digest(packed["digest"], presented.digest):
-            return None
-        return Verified(unpack(packed), packed["hash"], time.monotonic())
+        return self._unpacked(packed, presented), version or b""
 
-    async def _tell_store(self, presented: PresentedKey, verified: Verified) -> None:
-        packed = {**verified.key.packed(), "hash": verified.hash, "digest": presented.digest}
+    def _unpacked(self, text: bytes | None, presented: PresentedKey) -> Verified | None:
+        """None where there is nothing, or nothing that is ours: the store may hold anything."""
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            packed = strict_json.read_loosely(text or b"")
+            age = max(0.0, time.time() - packed["checked_at"])
+            if age < self._cache_s and hmac.compare_digest(packed["digest"], presented.digest):
+                now = time.monotonic()
+                return Verified(unpack(packed), packed["hash"], now - age, now - age + self._cache_s)
+        return None
+
+    async def _tell_store(self, presented: PresentedKey, verified: Verified, version: bytes) -> None:
+        """Unless the key's rights have changed since they were read: a revocation must not be written over."""
+        age = time.monotonic() - verified.checked_at
+        packed = {**verified.key.packed(), "hash": verified.hash, "digest": presented.digest, "checked_at": time.time() - age}
+        names = (cache_key(presented.secret_id), version_key(presented.secret_id))
+        values = (version, strict_json.write(packed), int(self._cache_s * 1000))
         with suppress(StoreAway):
-            await self._store.call(
-                lambda redis: redis.set(cache_key(presented.secret_id), strict_json.write(packed), px=self._cache_ms)
-            )
-
-    @property
-    def _cache_ms(self) -> int:
-        return int(self._cache_s * 1000)
+            await self._store.call(lambda redis: redis.eval(SET_IF_UNCHANGED, 2, *names, *values))
 
     async def _from_database(self, presented: PresentedKey, known: Verified | None) -> Verified:
         row = await self._database.row("find_secret", presented.secret_id)
@@ -181,9 +219,12 @@ class Authenticator:
         is_right = (known is not None and known.hash == stored) or await self._verify(stored, presented.whole)
         if row is None or not is_right or row["revoked_at"] is not None:
             with suppress(StoreAway):
-                await self._store.call(lambda redis: redis.set(_refused_key(presented.digest), b"", px=self._cache_ms))
+                await self._store.call(
+                    lambda redis: redis.set(_refused_key(presented.digest), b"", px=int(self._cache_s * 1000))
+                )
             raise WrongKey
-        return Verified(unpack(dict(row)), stored, time.monotonic())
+        now = time.monotonic()
+        return Verified(unpack(dict(row)), stored, now, now + self._cache_s)
 
     async def _verify(self, stored: str, whole: str) -> bool:
         loop = asyncio.get_running_loop()
@@ -201,9 +242,8 @@ class Authenticator:
     def forget_all(self) -> None:
         """Changes may have been missed: ask again for every key, though argon2 need not run again."""
         self._generation += 1
-        stale = time.monotonic() - self._cache_s
         for digest, verified in self._verified.items():
-            self._verified[digest] = replace(verified, checked_at=min(verified.checked_at, stale))
+            self._verified[digest] = replace(verified, fresh_until=0.0)
 
     async def _note_uses(self) -> None:
         while True:

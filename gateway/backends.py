@@ -1,6 +1,7 @@
 """The servers behind us: one aiohttp session each, claims on their connections, their failures in our words."""
 
 import logging
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
@@ -16,6 +17,7 @@ from gateway.guard import Guard
 LOG = logging.getLogger("gateway.backends")
 KEEP_IDLE_CONNECTIONS_S = 30.0
 LONGEST_WHOLE_ANSWER = 64 * 2**20
+PRINTABLE = re.compile(r"[\x20-\x7e]*")
 
 
 class BackendFault(Exception):
@@ -36,7 +38,8 @@ class Upstream:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
-        self.content_type = response.headers.get("Content-Type", "")
+        content_type = response.headers.get("Content-Type", "")
+        self.content_type = content_type if PRINTABLE.fullmatch(content_type) else ""
         self.headers = response.headers
 
     async def read(self) -> bytes:

@@ -32,8 +32,15 @@ class Snapshot:
 
 
 def unpack(packed: Mapping[str, Any]) -> Snapshot:
-    lists = {name: tuple(packed[name]) for name in ("models", "running")}
-    return Snapshot(**{**packed, **lists})
+    """A snapshot out of the store, which anybody may have written: raises ValueError, TypeError or KeyError on nonsense."""
+    lists = {name: tuple(_sound(entry) for entry in packed[name]) for name in ("models", "running")}
+    return Snapshot(**{**packed, **lists, "answered_at": float(packed["answered_at"])})
+
+
+def _sound(entry: dict[str, Any]) -> dict[str, Any]:
+    if not _has_name(entry, "name") or not isinstance(entry.get("openai", {}), dict):
+        raise ValueError("not an entry of a list of models")
+    return _native_entry(entry)
 
 
 @dataclass(frozen=True)
@@ -170,15 +177,16 @@ def _has_name(entry: object, *names: str) -> bool:
 
 
 def _native_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    name = entry.get("name") or entry["model"]
-    digest = entry.get("digest")
-    details = {**EMPTY_DETAILS, **{key: value for key, value in (entry.get("details") or {}).items() if value is not None}}
+    name = next(entry[key] for key in ("name", "model") if isinstance(entry.get(key), str) and entry[key])
+    digest, details = entry.get("digest"), entry.get("details")
+    told = {key: value for key, value in details.items() if value is not None} if isinstance(details, dict) else {}
+    details = {**EMPTY_DETAILS, **told}
     return {
         **entry,
         "name": name,
-        "model": entry.get("model") or name,
-        "modified_at": entry.get("modified_at") or "1970-01-01T00:00:00Z",
-        "size": entry.get("size") or 0,
+        "model": entry["model"] if isinstance(entry.get("model"), str) and entry["model"] else name,
+        "modified_at": entry["modified_at"] if isinstance(entry.get("modified_at"), str) else "1970-01-01T00:00:00Z",
+        "size": entry["size"] if isinstance(entry.get("size"), int) else 0,
         "digest": digest if isinstance(digest, str) and len(digest) >= 12 else _digest(name),
         "details": details,
     }
@@ -187,7 +195,12 @@ def _native_entry(entry: dict[str, Any]) -> dict[str, Any]:
 def _from_openai(entry: dict[str, Any]) -> dict[str, Any]:
     created = entry.get("created")
     unix = int(created) if isinstance(created, int | float) and 0 <= created < 2**33 else 0
-    shown = {"id": entry["id"], "object": "model", "created": unix, "owned_by": str(entry.get("owned_by") or "library")}
+    shown: dict[str, Any] = {
+        "id": entry["id"],
+        "object": "model",
+        "created": unix,
+        "owned_by": str(entry.get("owned_by") or "library"),
+    }
     if isinstance(entry.get("max_model_len"), int):
         shown["max_model_len"] = entry["max_model_len"]
     modified = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix))

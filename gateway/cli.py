@@ -6,6 +6,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
+from http.client import HTTPException
 from typing import Any
 
 from gateway import commands, console, demo, installation, serving
@@ -50,7 +51,7 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "key":
         verb.add_argument("--name", required=True, help="what the key is called; unique among living keys")
         verb.add_argument("--models", default="", help="allowed models, globs separated by blanks; none means all")
-        verb.add_argument("--expires", type=commands.duration, help="lifetime: 12h, 30d, 8w")
+        verb.add_argument("--expires", type=commands.lifetime, help="lifetime: 12h, 30d, 8w")
         for limit, words in (("rpm", "requests per minute"), ("tpm", "tokens per minute"), ("concurrent", "requests at once")):
             verb.add_argument(f"--{limit}", type=commands.limit, help=f"{words}; without it the default applies")
         verb.add_argument("--admin-models", action="store_true", help="may pull, create and delete models on a backend")
@@ -64,7 +65,7 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    said = parser().parse_args(arguments)
+    said = parser().parse_args(_with_psqls_own(sys.argv[1:] if arguments is None else arguments))
     try:
         return _carry_out(said)
     except SettingsError as wrong:
@@ -79,6 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
     return 1
+
+
+def _with_psqls_own(arguments: list[str]) -> list[str]:
+    """What stands behind `psql` is psql's, options too, which argparse would take for ours."""
+    is_ours = arguments[:1] != ["psql"] or arguments[1:2] in (["-h"], ["--help"], ["--"])
+    return arguments if is_ours else ["psql", "--", *arguments[1:]]
 
 
 def _carry_out(said: argparse.Namespace) -> int:
@@ -102,16 +109,19 @@ def _carry_out(said: argparse.Namespace) -> int:
 def _speak_to_stores(said: argparse.Namespace) -> int:
     with installation.stores_of() as settings:
         if said.verb == "psql":
-            return commands.psql(settings, said.arguments)
+            own = said.arguments[1:] if said.arguments[:1] == ["--"] else said.arguments
+            return commands.psql(settings, own)
         asyncio.run(VERBS[said.verb][0](settings, said))
     return 0
 
 
 def _health(settings: Settings) -> int:
     host = settings.gateway_bind_host if settings.gateway_bind_host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 # nosec B104
-    url = f"http://{host}:{settings.gateway_bind_port}/healthz"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.gateway_bind_port}/healthz"
+    # Ours is no address for a proxy that the environment may name.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=3) as answer:  # nosec B310 our own address
+        with direct.open(url, timeout=3) as answer:
             return 0 if answer.status == 200 else 1
-    except OSError as wrong:
+    except (OSError, HTTPException) as wrong:
         raise CommandFailed(f"no gateway answers at {url}: {wrong}") from None

@@ -24,6 +24,19 @@ from gateway.settings import Settings
 from gateway.store import Store
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+LIBPQ = {
+    "host": "PGHOST",
+    "port": "PGPORT",
+    "user": "PGUSER",
+    "password": "PGPASSWORD",
+    "dbname": "PGDATABASE",
+    "database": "PGDATABASE",
+    "sslmode": "PGSSLMODE",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+}
+LONGEST = timedelta(days=36_500)
 
 
 def duration(text: str) -> timedelta:
@@ -31,7 +44,17 @@ def duration(text: str) -> timedelta:
     found = re.fullmatch(r"(\d{1,6})([smhdw])|0", text.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 15m, 24h, 30d or 2w")
-    return timedelta(**{UNITS[found[2]]: int(found[1])}) if found[2] else timedelta()
+    length = timedelta(**{UNITS[found[2]]: int(found[1])}) if found[2] else timedelta()
+    if length > LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is too long: write at most {LONGEST.days}d")
+    return length
+
+
+def lifetime(text: str) -> timedelta:
+    length = duration(text)
+    if not length:
+        raise argparse.ArgumentTypeError("a key needs time to be used: write 15m, 24h, 30d, or leave it out for no end")
+    return length
 
 
 def limit(text: str) -> int:
@@ -212,14 +235,22 @@ def psql(settings: Settings, arguments: Sequence[str]) -> int:
     program = shutil.which("psql")
     if program is None:
         raise CommandFailed("psql is not installed: install PostgreSQL's client (Debian: postgresql-client)")
-    parts = urlsplit(settings.database_url)
-    asked = parse_qs(parts.query)
-    environment = {
-        "PGHOST": (asked.get("host") or [parts.hostname or ""])[0],
-        "PGPORT": str(parts.port or ""),
-        "PGUSER": unquote(parts.username or ""),
-        "PGPASSWORD": unquote(parts.password or ""),
-        "PGDATABASE": parts.path.lstrip("/"),
+    return subprocess.call([program, *arguments], env={**os.environ, **_libpq(settings.database_url)})  # nosec B603
+
+
+def _libpq(address: str) -> dict[str, str]:
+    """The variables that say to PostgreSQL's own programs what the address says."""
+    parts = urlsplit(address)
+    login, _, places = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    hosts = [place.rpartition(":") if re.search(r":\d*$", place) else (place, "", "") for place in places.split(",")]
+    said = {
+        "PGHOST": ",".join(host.strip("[]") for host, _, _ in hosts),
+        "PGPORT": ",".join(port for _, _, port in hosts).strip(","),
+        "PGUSER": unquote(user),
+        "PGPASSWORD": unquote(password),
+        "PGDATABASE": unquote(parts.path.lstrip("/")),
     }
-    filled = {name: value for name, value in environment.items() if value}
-    return subprocess.call([program, *arguments], env={**os.environ, **filled})  # nosec B603
+    asked = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    said |= {variable: asked[name] for name, variable in LIBPQ.items() if name in asked}
+    return {name: value for name, value in said.items() if value}

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +20,20 @@ PAUSE_AFTER_FAILURE_S = 1.0
 IDLE_CONNECTION_S = 300.0
 LOG = logging.getLogger("gateway.database")
 
+DIED = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.InterfaceError,
+    OSError,
+    TimeoutError,
+)
 Connection = asyncpg.pool.PoolConnectionProxy
+
+
+class AlreadyThere(Exception):
+    """A row that must be the only one of its kind exists."""
 
 
 class Migration(NamedTuple):
@@ -107,20 +120,24 @@ class Database:
         if time.monotonic() < self._down_until:
             raise StoreUnavailable
         assert self._pool is not None
+        connection = await self._acquire(self._pool)
         try:
-            async with self._pool.acquire(timeout=self._timeout_s) as connection:
-                yield connection
-        except (
-            asyncpg.PostgresConnectionError,
-            asyncpg.CannotConnectNowError,
-            asyncpg.TooManyConnectionsError,
-        ) as wrong:
+            yield connection
+        except asyncpg.UniqueViolationError as wrong:
+            raise AlreadyThere from wrong
+        except DIED as wrong:
             raise self._down(wrong) from wrong
-        except (asyncpg.InterfaceError, asyncpg.PostgresSystemError, OSError, TimeoutError) as wrong:
-            raise self._down(wrong) from wrong
-        except asyncpg.InvalidAuthorizationSpecificationError as wrong:
-            raise self._down(wrong) from wrong
+        finally:
+            with suppress(*DIED):
+                await self._pool.release(connection)
         self._note(up=True)
+
+    async def _acquire(self, pool: "asyncpg.Pool[asyncpg.Record]") -> Connection:
+        try:
+            return await pool.acquire(timeout=self._timeout_s)
+        except (asyncpg.PostgresError, *DIED) as wrong:
+            # Whatever a server says to who connects (no such database, wrong password, not now): nothing can be asked.
+            raise self._down(wrong) from wrong
 
     def _down(self, wrong: BaseException) -> StoreUnavailable:
         self._down_until = time.monotonic() + PAUSE_AFTER_FAILURE_S

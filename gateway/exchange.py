@@ -93,7 +93,7 @@ class Exchange:
             await send_json(send, self._stand_in(model))
             return
         record.show_backend = SHOW_BACKEND in key.flags
-        answer = Answer(self._dialect, record, send)
+        answer = Answer(self._dialect, call, record, send)
         try:
             await self._answer(call, model, answer, scope, receive)
         except GatewayError as error:
@@ -124,8 +124,8 @@ def upstream_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) ->
 class Answer:
     """What the client gets: the backend's bytes, cut at frames only; after a failure the dialect's error frame."""
 
-    def __init__(self, dialect: Dialect, record: Record, send: Send) -> None:
-        self._dialect, self.record, self._send = dialect, record, send
+    def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send) -> None:
+        self._dialect, self._call, self.record, self._send = dialect, call, record, send
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
         self._whole: Opening | None = None
         self.started = False
@@ -145,7 +145,7 @@ class Answer:
         finally:
             tail = self._tail()
             self.record.usage = self._dialect.usage(tail)
-        if not self._dialect.is_complete(tail):
+        if not self._dialect.is_complete(tail, self._call):
             raise AnswerCutShort
 
     async def _relay_frames(self, opening: Opening) -> None:

@@ -5,16 +5,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import asyncpg
 from argon2 import PasswordHasher
 
 from gateway import api_key
-from gateway.database import Database
+from gateway.database import AlreadyThere, Database
 from gateway.errors import CommandFailed
 from gateway.model_names import AllowList
 from gateway.store import Store, StoreAway
 
 CHANGED = "nz:keys:changed"
+VERSION_KEPT_S = 86_400
+LONGEST_NAME = 200
 ADMIN_MODELS, SHOW_BACKEND = "admin_models", "show_backend"
 
 
@@ -83,8 +84,9 @@ class KeyRing:
 
     async def make(self, wanted: NewKey) -> tuple[str, str]:
         """Returns the key's id and the key itself, which is stored nowhere."""
+        _refuse_unreadable(wanted)
         minted = api_key.mint()
-        expires = datetime.now(UTC) + wanted.lifetime if wanted.lifetime else None
+        expires = None if wanted.lifetime is None else datetime.now(UTC) + wanted.lifetime
         rights = (list(wanted.models), wanted.rpm, wanted.tpm, wanted.concurrent, list(wanted.flags), expires)
         try:
             await self._database.run_all(
@@ -93,13 +95,13 @@ class KeyRing:
                     ("add_secret", (minted.secret_id, minted.secret_id, self._hasher.hash(minted.whole))),
                 ]
             )
-        except asyncpg.UniqueViolationError:
+        except AlreadyThere:
             raise CommandFailed(f"a key named {wanted.name!r} exists: choose another name, or rotate or revoke it") from None
         return minted.secret_id, minted.whole
 
     async def rotate(self, name_or_id: str, overlap: timedelta) -> tuple[str, str]:
         """A new secret for the same key; the old ones work for the overlap. Returns the key's id and the new key."""
-        key_id = await self._living(name_or_id)
+        key_id = await self._living(name_or_id, usable=True)
         minted = api_key.mint()
         await self._database.run_all(
             [
@@ -123,10 +125,12 @@ class KeyRing:
     async def count(self) -> int:
         return int(await self._database.value("count_living_keys"))
 
-    async def _living(self, name_or_id: str) -> str:
-        row = await self._database.row("find_living_key", name_or_id)
+    async def _living(self, name_or_id: str, *, usable: bool = False) -> str:
+        row = await self._database.row("find_living_key", name_or_id) if name_or_id.isprintable() else None
         if row is None:
             raise CommandFailed(f"there is no living key {name_or_id!r}: see `make keys`")
+        if usable and row["expires_at"] is not None and row["expires_at"] <= datetime.now(UTC):
+            raise CommandFailed(f"the key {name_or_id!r} has expired: revoke it and make another")
         return str(row["id"])
 
     async def _announce(self, key_id: str) -> bool:
@@ -134,12 +138,30 @@ class KeyRing:
             return False
         secret_ids = [row["id"] for row in await self._database.rows("secret_ids", key_id)]
         try:
-            await self._store.pipeline(
-                lambda pipe: pipe.delete(*map(cache_key, secret_ids)).publish(CHANGED, key_id),
-            )
+            await self._store.pipeline(lambda pipe: _forget(pipe, secret_ids).publish(CHANGED, key_id))
         except StoreAway:
             return False
         return True
+
+
+def _forget(pipe: Any, secret_ids: Sequence[str]) -> Any:
+    for secret_id in secret_ids:
+        pipe.incr(version_key(secret_id)).expire(version_key(secret_id), VERSION_KEPT_S)
+        pipe.delete(cache_key(secret_id))
+    return pipe
+
+
+def version_key(secret_id: str) -> str:
+    """Counts the changes of a key, so that what was read before a change is not remembered after it."""
+    return f"nz:keyversion:{secret_id}"
+
+
+def _refuse_unreadable(wanted: NewKey) -> None:
+    if not 0 < len(wanted.name) <= LONGEST_NAME or not wanted.name.isprintable():
+        raise CommandFailed(f"a key's name must be 1 to {LONGEST_NAME} printable characters: choose another name")
+    for pattern in wanted.models:
+        if not pattern.isprintable():
+            raise CommandFailed(f"{pattern!r} is no model's name: write it in printable characters")
 
 
 def cache_key(secret_id: str) -> str:

@@ -1,5 +1,6 @@
 """Log lines as JSON or for a console: one per request, one per event; secrets never get this far."""
 
+import json
 import logging
 import sys
 import time
@@ -21,7 +22,11 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return strict_json.write(line).decode()
+        try:
+            return strict_json.write(line).decode()
+        except TypeError:
+            # Text that is no Unicode, such as half a surrogate pair out of a client's JSON.
+            return json.dumps(line, default=str)
 
 
 class ConsoleLines(logging.Formatter):

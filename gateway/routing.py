@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gateway.backends import Backend, BackendFault, Upstream
 from gateway.catalog import Model
-from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, error_text, read_answer, try_read
+from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, error_text, judge_whole, read_answer, try_read
 from gateway.errors import BackendFailed, BackendRefused, BackendTimeout, BadRequest, GatewayError, NoBackend
 from gateway.guard import Guard
 from gateway.record import Attempt, Record
@@ -17,6 +17,8 @@ from gateway.record import Attempt, Record
 RETRY_AFTER_S = 5.0
 LONGEST_RETRY_AFTER_S = 60.0
 LONGEST_ERROR_BODY = 65_536
+# Pings before the first frame are passed on with it, but nobody needs megabytes of them.
+LONGEST_COMMENTS = 4096
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
 # The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.
@@ -127,7 +129,7 @@ class Router:
                 if call.stream:
                     return await _first_frames(backend, upstream, dialect)
                 whole = await upstream.read_whole()
-                read_answer(whole)
+                judge_whole(read_answer(whole), call.operation)
                 return Opening(backend, upstream, whole, at_end=True)
             except BadFrame as bad:
                 raise BackendFault("bad_first_frame", scrub(str(bad), backend)) from bad
@@ -136,20 +138,23 @@ class Router:
 
 
 async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) -> Opening:
-    data, framing = b"", dialect.framing
+    comments, data, framing = b"", b"", dialect.framing
     while piece := await upstream.read():
         data += piece
         end = framing.end_of_frames(data)
         if payloads := framing.payloads(data[:end]):
             dialect.judge_frame(payloads[0])
-            return Opening(backend, upstream, data[:end], data[end:])
+            return Opening(backend, upstream, comments + data[:end], data[end:])
+        if len(comments) + end <= LONGEST_COMMENTS:
+            comments += data[:end]
+        data = data[end:]
         if len(data) > LONGEST_FRAME:
             raise BadFrame("no end of the first frame")
     payloads = framing.payloads(data)
     if not payloads:
-        raise BadFrame("an empty answer" if not data.strip() else "not a stream of frames")
+        raise BadFrame("not a stream of frames" if data.strip() else "an empty answer")
     dialect.judge_frame(payloads[0])
-    return Opening(backend, upstream, data, at_end=True)
+    return Opening(backend, upstream, comments + data, at_end=True)
 
 
 async def refusal(upstream: Upstream, backend: Backend) -> BackendFault | GatewayError:

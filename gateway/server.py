@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -19,55 +20,105 @@ HEAD_DEADLINE_S = 10.0
 LARGEST_HEAD = 65_536
 KEEP_ALIVE_S = 75
 LAST_FRAMES_S = 5.0
-FLUSH_DEADLINE_S = 30.0
+READER_DEADLINE_S = 60.0
+UPGRADE = re.compile(rb"\r\n(?:upgrade|http2-settings):[^\r\n]*", re.IGNORECASE)
 
 
 class Protocol(HttpToolsProtocol):
-    """Closes connections whose request head trickles in, is too large, or whose last answer is never read."""
+    """Closes connections whose head, rest of a refused body, or reading makes no progress; takes no upgrades."""
 
-    _head_timer: asyncio.TimerHandle | None = None
+    _arriving: asyncio.TimerHandle | None = None
+    _leaving: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _in_head = True
+    _unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         # Its lines would show paths, and with them keys, whatever the logging's configuration says.
         self.access_log = False
-        self._await_head()
+        self._await_rest()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._stop_waiting()
+        self._stop_watching_reader()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
-            if self._head_timer is None:
-                self._await_head()
             self._head_bytes += len(data)
+            data = without_upgrade(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > LARGEST_HEAD:
             self.transport.close()
+        if self._is_between_answers and (self._head_bytes or not self._in_head):
+            self._await_rest()
+
+    @property
+    def _is_between_answers(self) -> bool:
+        """No answer is under way, so what still arrives holds nothing but this connection."""
+        return self.cycle is None or self.cycle.response_complete
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._stop_timer()
+        self._stop_waiting()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._in_head, self._head_bytes = True, 0
+        self._stop_waiting()
         super().on_message_complete()
 
-    def _await_head(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_DEADLINE_S, self.transport.close)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._head_bytes or not self._in_head:
+            self._await_rest()
 
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _await_rest(self) -> None:
+        if self._arriving is None:
+            self._arriving = self.loop.call_later(HEAD_DEADLINE_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._arriving is not None:
+            self._arriving.cancel()
+            self._arriving = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        self._stop_watching_reader()
+        super().resume_writing()
+
+    def _watch_reader(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._leaving = self.loop.call_later(READER_DEADLINE_S, self._look_at_reader)
+
+    def _stop_watching_reader(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+
+    def _look_at_reader(self) -> None:
+        """A slow reader may take its time; one that took nothing since the last look is gone."""
+        if self.transport.get_write_buffer_size() >= self._unsent:
+            self.transport.abort()
+        else:
+            self._watch_reader()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self.loop.call_later(FLUSH_DEADLINE_S, self.transport.abort)
+        self.loop.call_later(READER_DEADLINE_S, self.transport.abort)
+
+
+def without_upgrade(data: bytes) -> bytes:
+    """A head without its wish for another protocol, which the parser would take for the end of the request.
+
+    Java's HTTP client and `curl --http2` send one with each first request; RFC 9110 lets a server ignore it.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return UPGRADE.sub(b"", head) + end + rest if end else data
 
 
 class Server(uvicorn.Server):

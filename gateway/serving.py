@@ -6,11 +6,11 @@ import os
 import socket
 import subprocess  # nosec B404 starts the demonstration backend, our own code
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from http.client import HTTPException
 from importlib.util import find_spec
 
 from gateway import app, console, installation, logs, server
@@ -89,6 +89,7 @@ def _with_backend(settings: Settings, base_url: str) -> Settings:
 def _hand_on(settings: Settings) -> None:
     """Workers read their settings from the environment: what was decided here must stand there."""
     os.environ.update(DATABASE_URL=settings.database_url, REDIS_URL=settings.redis_url)
+    os.environ.update(DATABASE_URL_FILE="", REDIS_URL_FILE="")
     os.environ.update(GATEWAY_BIND_HOST=settings.gateway_bind_host, GATEWAY_LOG_FORMAT=settings.gateway_log_format)
     os.environ["OLLAMA_BASE_URL"] = settings.ollama_base_url
 
@@ -157,10 +158,11 @@ def _backend(settings: Settings) -> Iterator[str]:
 
 
 def _answers(url: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url + "/api/version", timeout=PROBE_S):  # noqa: S310 # nosec B310 a constant address
+        with direct.open(url + "/api/version", timeout=PROBE_S):
             return True
-    except (OSError, urllib.error.URLError):
+    except (OSError, HTTPException):
         return False
 
 

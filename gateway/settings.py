@@ -1,13 +1,14 @@
 """What the environment and `.env` may say, read once into one frozen dataclass."""
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from starlette.config import Config
 
@@ -19,8 +20,9 @@ WEAK_SECRETS = frozenset(
     "admin change-me change_me changeit changeme default example gateway letmein ollama passwd password postgres qwerty "
     "root secret test token 12345 123456 12345678".split()
 )
-# A Kubernetes Service called "gateway" puts these into every container; they are not ours.
-KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(SERVICE_(HOST|PORT.*)|PORT(_\d+_(TCP|UDP).*)?)")
+# A Kubernetes Service whose name begins with "gateway" puts these into every container; they are not ours.
+KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+KUBERNETES_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://\S+")
 COMPOSE_ONLY = (
     "GATEWAY_VIRTUAL_HOST",
     "LETSENCRYPT_EMAIL",
@@ -89,19 +91,44 @@ def _is_network(text: str) -> bool:
     return True
 
 
+DATABASE_SCHEMES = ("postgresql+asyncpg", "postgresql", "postgres")
+REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]*)(:(?P<port>\d{0,5}))?")
+
+
 def database_url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("postgresql+asyncpg", "postgresql", "postgres"):
+    parts = _split(text)
+    if parts is None or parts.scheme not in DATABASE_SCHEMES:
         raise ValueError("an address such as postgresql+asyncpg://user:password@host:5432/database")
     return "postgresql" + text[len(parts.scheme) :]
 
 
 def redis_url(text: str) -> str:
-    if urlsplit(text).scheme not in ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"):
+    parts = _split(text)
+    if parts is None or parts.scheme not in REDIS_SCHEMES or not _names_a_place(parts):
         raise ValueError(
             "an address such as redis://host:6379/0, rediss://…, unix:///path or redis+sentinel://host:26379,host/master/0"
         )
     return text
+
+
+def _split(text: str) -> SplitResult | None:
+    """None where it is no address; the words of urlsplit's own errors would show the password."""
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return None
+    hosts = [HOST_AND_PORT.fullmatch(host) for host in parts.netloc.rpartition("@")[2].split(",")]
+    usable = all(host and int(host["port"] or 0) < 2**16 for host in hosts)
+    return None if re.search(r"\s", text) or not usable else parts
+
+
+def _names_a_place(parts: SplitResult) -> bool:
+    if parts.scheme == "unix":
+        return bool(parts.path)
+    path = parts.path.strip("/")
+    number = path.partition("/")[2] if "sentinel" in parts.scheme else path
+    return bool(re.fullmatch(r"\d{0,5}", number))
 
 
 def text(value: str) -> str:
@@ -177,10 +204,19 @@ def masked(name: str, value: str) -> str:
     if not value:
         return ""
     if name in ("database_url", "redis_url"):
-        return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", value)
+        return _without_password(value)
     if name == "ollama_backends":
-        return re.sub(r'("auth_token"\s*:\s*)"(?:[^"\\]|\\.)*"', r'\1"***"', value)
+        hidden = [{**entry, "auth_token": "***"} if entry.get("auth_token") else entry for entry in json.loads(value)]
+        return json.dumps(hidden, ensure_ascii=False)
     return "***" if is_secret(name) else value
+
+
+def _without_password(address: str) -> str:
+    scheme, _, rest = address.partition("://")
+    login, at, place = rest.rpartition("@")
+    user, colon, _ = login.partition(":")
+    place = re.sub(r"([?&][^=&]*(?:pass|%)[^=&]*=)[^&]*", r"\1***", place, flags=re.IGNORECASE)
+    return f"{scheme}://{user}{colon and ':***'}{at}{place}"
 
 
 def declarations() -> list[Any]:
@@ -202,7 +238,7 @@ def load(environ: Mapping[str, str], env_file: Path | None, overrides: Mapping[s
 
     Raises SettingsError, one line that names the variable and what would be right.
     """
-    config = Config(env_file if env_file and env_file.is_file() else None, environ=environ)
+    config = _config(environ, env_file)
     _refuse_unknown_names(config)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -213,14 +249,26 @@ def load(environ: Mapping[str, str], env_file: Path | None, overrides: Mapping[s
     return Settings(**values, backends=_backends(values), sources=sources)
 
 
+def _config(environ: Mapping[str, str], env_file: Path | None) -> Config:
+    try:
+        return Config(env_file if env_file and env_file.is_file() else None, environ=environ)
+    except (OSError, UnicodeDecodeError) as wrong:
+        raise SettingsError(f"{env_file} must be a readable text file in UTF-8: {type(wrong).__name__}") from None
+
+
 def _refuse_unknown_names(config: Config) -> None:
     known = known_names()
-    for name in [*config.environ, *config.file_values]:
-        if not name.startswith("GATEWAY_") or name in known or KUBERNETES_SERVICE_LINK.fullmatch(name):
+    for name, value in [*config.environ.items(), *config.file_values.items()]:
+        if not name.startswith("GATEWAY_") or name in known or _is_service_link(name, value):
             continue
         close = difflib.get_close_matches(name, known, 1)
         advice = f"did you mean {close[0]}?" if close else "see .env.example for every name"
         raise SettingsError(f"{name} is not a setting of the gateway: {advice}")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    is_port = name.endswith("_PORT") and KUBERNETES_SERVICE_PORT.fullmatch(value)
+    return bool(is_port or KUBERNETES_SERVICE_LINK.fullmatch(name))
 
 
 def _find(config: Config, declared: Any, overrides: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
@@ -237,9 +285,12 @@ def _find(config: Config, declared: Any, overrides: Mapping[str, tuple[str, str]
 
 def _file_content(name: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as wrong:
+        content = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as wrong:
         raise SettingsError(f"{name} must name a readable file: {type(wrong).__name__}") from None
+    if not content:
+        raise SettingsError(f"{name} must name a file that is not empty")
+    return content
 
 
 def _read(declared: Any, raw: str) -> Any:
@@ -248,8 +299,14 @@ def _read(declared: Any, raw: str) -> Any:
     try:
         return declared.metadata["read"](raw)
     except ValueError as wrong:
-        shown = "" if declared.metadata["secret"] else f", not {raw!r}"
-        raise SettingsError(f"{declared.name.upper()} must be {wrong}{shown}") from None
+        raise SettingsError(f"{declared.name.upper()} must be {wrong}{_told(declared, raw)}") from None
+
+
+def _told(declared: Any, raw: str) -> str:
+    """Not where people put secrets by mistake."""
+    if declared.metadata["secret"] or declared.name.startswith("ollama_auth_"):
+        return ""
+    return f", not {re.sub('//.*@', '//***@', raw)!r}"
 
 
 def _backends(values: dict[str, Any]) -> tuple[BackendConfig, ...]:
@@ -260,6 +317,8 @@ def _backends(values: dict[str, Any]) -> tuple[BackendConfig, ...]:
             return read_backends(values["ollama_backends"], shared)
         except ValueError as wrong:
             raise SettingsError(f"OLLAMA_BACKENDS must be {wrong}") from None
+        except RecursionError:
+            raise SettingsError("OLLAMA_BACKENDS must be a JSON list of backends, nested no deeper") from None
     auth = {name: values[f"ollama_{name}"] for name in ("auth_token", "auth_header", "auth_scheme")}
     return (BackendConfig("default", values["ollama_base_url"], **auth, **shared),)
 
@@ -267,12 +326,26 @@ def _backends(values: dict[str, Any]) -> tuple[BackendConfig, ...]:
 def refuse_weak_secrets(settings: Settings) -> None:
     """Raises SettingsError on secrets that anybody could guess; a database behind a Unix socket needs none."""
     for name in ("database_url", "redis_url"):
-        parts = urlsplit(getattr(settings, name).partition(",")[0])
-        if parts.hostname and (name == "database_url" or parts.password) and _is_weak(parts.password or "", parts.username):
+        user, password, is_remote = _login(getattr(settings, name))
+        if is_remote and (name == "database_url" or password) and _is_weak(password, user):
             raise SettingsError(f"{name.upper()} must carry a password nobody can guess: set one of 12 or more characters")
+    variable = "OLLAMA_BACKENDS" if settings.ollama_backends else "OLLAMA_AUTH_TOKEN"
     for backend in settings.backends:
         if backend.auth_token and _is_weak(backend.auth_token, None, shortest=1):
-            raise SettingsError(f"the auth token of backend {backend.name!r} is a default anybody can guess: set another")
+            raise SettingsError(
+                f"{variable}: the auth token of backend {backend.name!r} is a default anybody can guess: set another"
+            )
+
+
+def _login(address: str) -> tuple[str, str, bool]:
+    """User, password, and whether another machine may listen there."""
+    parts = urlsplit(address)
+    login, _, host = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    asked = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    place = host or asked.get("host", "")
+    is_remote = bool(place) and not place.startswith("/") and parts.scheme != "unix"
+    return unquote(user) or asked.get("user", ""), unquote(password) or asked.get("password", ""), is_remote
 
 
 def _is_weak(password: str, user: str | None, shortest: int = 8) -> bool:

@@ -154,11 +154,15 @@ class Store:
 
     async def _listen(self, handlers: Mapping[str, Callable[[str], None]], after_gap: Callable[[], None]) -> None:
         while True:
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            try:
                 async with self._subscription(tuple(handlers)) as messages:
                     after_gap()
                     async for channel, text in messages:
                         handlers[channel](text)
+            except (RedisError, OSError, TimeoutError):
+                LOG.debug("the subscription ended, subscribing again")
+            except Exception:
+                LOG.exception("a message could not be handled, subscribing again")
             await asyncio.sleep(CHECK_EVERY_S / 2)
 
     @asynccontextmanager
@@ -178,4 +182,4 @@ class Store:
                 # A frozen server would otherwise look like a quiet one.
                 await subscription.ping()
             elif message["type"] == "message":
-                yield message["channel"].decode(), message["data"].decode()
+                yield message["channel"].decode(), message["data"].decode(errors="replace")

@@ -1,6 +1,7 @@
 """A gateway that serves on a real port from a thread of the test's own process."""
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -20,6 +21,7 @@ from gateway.settings import Settings
 
 Result = TypeVar("Result")
 START_S = 20.0
+_names = itertools.count()
 
 
 class Lines(logging.Handler):
@@ -93,8 +95,7 @@ class RunningGateway:
 
     def key(self, *models: str, name: str = "", flags: tuple[str, ...] = (), **more: Any) -> str:
         """A new key that may use these models, or all."""
-        self._named = getattr(self, "_named", 0) + 1
-        return self.call(self.ring().make(NewKey(name or f"key {self._named}", models, flags=flags, **more)))[1]
+        return self.call(self.ring().make(NewKey(name or f"key {next(_names)}", models, flags=flags, **more)))[1]
 
     def admin_key(self) -> str:
         return self.key(flags=(keys.ADMIN_MODELS,))

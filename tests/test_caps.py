@@ -10,6 +10,7 @@ from gateway.backend_config import Kind
 from gateway.dialects.base import Call, Dialect, read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
+from gateway.errors import BadRequest
 
 CAP = 100
 ABSURD = [None, 0, -1, -2, -100, 101, 10**9, 2**62, 1e30, -1e30, 0.5]
@@ -61,13 +62,15 @@ def test_choices_and_prompts_share_the_cap() -> None:
     assert sent(OpenAI(), "/v1/completions", {"prompt": ["a", "b"], "best_of": 2}, "openai")["max_tokens"] == 25
     assert sent(OpenAI(), "/v1/completions", {"prompt": [1, 2, 3]}, "openai")["max_tokens"] == CAP
     assert sent(OpenAI(), "/v1/completions", {"prompt": [[1], [2]]}, "openai")["max_tokens"] == 50
+    with pytest.raises(BadRequest, match="answers in one request are too many"):
+        sent(OpenAI(), "/v1/completions", {"prompt": ["a"] * 26, "n": 4}, "openai")
     assert sent(OpenAI(), "/v1/chat/completions", {"min_tokens": 500}, "openai")["min_tokens"] == CAP
 
 
 SCALAR = st.none() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False)
 
 
-@given(st.dictionaries(st.sampled_from(["max_tokens", "max_completion_tokens", "n_predict"]), SCALAR), st.integers(1, 128))
+@given(st.dictionaries(st.sampled_from(["max_tokens", "max_completion_tokens", "n_predict"]), SCALAR), st.integers(1, CAP))
 def test_no_combination_exceeds_the_cap(wishes: dict[str, object], choices: int) -> None:
     for kind in ("ollama", "openai"):
         body = sent(OpenAI(), "/v1/chat/completions", {**wishes, "n": choices}, kind)

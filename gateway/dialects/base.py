@@ -30,13 +30,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing a client may ask of a model: `path` is both our route and the backend's."""
+    """One thing a client may ask of a model: `path` is both our route and the backend's.
+
+    A whole answer has one of the fields `answers_with`, neither empty nor false; without it the answer is none.
+    """
 
     path: str
     streaming: Streaming
     kinds: frozenset[Kind]
     check: Callable[[dict[str, Any]], None]
     clamp: Callable[[dict[str, Any], Kind, int], None] | None = None
+    answers_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Dialect(Protocol):
     def judge_frame(self, payload: bytes) -> None:
         """Raises BadFrame where the first frame of a stream is no answer."""
 
-    def is_complete(self, tail: Sequence[bytes]) -> bool:
+    def is_complete(self, tail: Sequence[bytes], call: Call) -> bool:
         """Whether a stream that ends with these payloads has said everything."""
 
     def usage(self, tail: Sequence[bytes]) -> Usage: ...
@@ -107,8 +111,8 @@ def model_of(body: dict[str, Any]) -> str:
         raise BadRequest("the fields 'model' and 'name' differ; send 'model' alone")
     if asked is None or asked == "":
         raise BadRequest("the field 'model' is missing")
-    if not isinstance(asked, str) or len(asked) > LONGEST_NAME or not asked.strip():
-        raise BadRequest(f"the field 'model' must be a string of at most {LONGEST_NAME} characters")
+    if not isinstance(asked, str) or len(asked) > LONGEST_NAME or not asked.strip() or not asked.isprintable():
+        raise BadRequest(f"the field 'model' must be a string of at most {LONGEST_NAME} printable characters")
     return asked
 
 
@@ -140,6 +144,16 @@ def expect_objects(body: dict[str, Any], name: str) -> None:
         raise BadRequest(f"the field {name!r} must be a list of objects")
 
 
+def expect_tools(body: dict[str, Any]) -> None:
+    """Backends answer 500 to a function without a name."""
+    expect_objects(body, "tools")
+    for tool in body.get("tools") or ():
+        function = tool.get("function")
+        named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
+        if tool.get("type", "function") == "function" and not named:
+            raise BadRequest("each of 'tools' must be an object with a 'function' that has a 'name'")
+
+
 def bounded(value: object, cap: int) -> int:
     """A wish for output tokens as a number from 1 to `cap`: negative, zero, absent and absurd ones mean the cap."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= cap:
@@ -158,6 +172,14 @@ def read_answer(payload: bytes) -> Any:
     if not isinstance(value, dict | list) or not value:
         raise BadFrame("no answer in it")
     return value
+
+
+def judge_whole(value: Any, operation: Operation) -> None:
+    """Raises BadFrame where a whole answer lacks what makes it one; several prompts may be answered by a list."""
+    answers = value if isinstance(value, list) else [value]
+    wanted = operation.answers_with
+    if wanted and not all(isinstance(answer, dict) and any(answer.get(name) for name in wanted) for answer in answers):
+        raise BadFrame(f"no {' or '.join(wanted)} in it")
 
 
 def try_read(payload: bytes) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from gateway import strict_json
 from gateway.backend_config import Kind
 from gateway.dialects.base import (
     BadFrame,
+    Call,
     Framing,
     Operation,
     Usage,
@@ -14,6 +15,7 @@ from gateway.dialects.base import (
     count,
     expect,
     expect_objects,
+    expect_tools,
     read_answer,
     try_read,
 )
@@ -27,6 +29,7 @@ KNOWN_FIELDS = frozenset(
 INTEGER_OPTIONS = (
     "num_predict num_ctx num_batch num_gpu main_gpu num_thread num_keep seed top_k repeat_last_n draft_num_predict".split()
 )
+BOOLEAN_OPTIONS = "numa low_vram f16_kv logits_all vocab_only use_mmap use_mlock penalize_newline".split()
 NUMBER_OPTIONS = "top_p min_p typical_p temperature repeat_penalty presence_penalty frequency_penalty".split()
 
 
@@ -47,9 +50,10 @@ class Ollama:
 
     def __init__(self) -> None:
         kinds: frozenset[Kind] = frozenset({"ollama"})
+        ended = ("done", "done_reason")
         self.operations: Sequence[Operation] = (
-            Operation("/api/chat", "by default", kinds, _check_chat, _clamp),
-            Operation("/api/generate", "by default", kinds, _check_generate, _clamp),
+            Operation("/api/chat", "by default", kinds, _check_chat, _clamp, ended),
+            Operation("/api/generate", "by default", kinds, _check_generate, _clamp, ended),
             Operation("/api/embed", "never", kinds, _check_embed),
             Operation("/api/embeddings", "never", kinds, _check_embeddings),
             Operation("/api/show", "never", kinds, _check_common),
@@ -65,7 +69,7 @@ class Ollama:
         if not isinstance(read_answer(payload), dict):
             raise BadFrame("not an object")
 
-    def is_complete(self, tail: Sequence[bytes]) -> bool:
+    def is_complete(self, tail: Sequence[bytes], call: Call) -> bool:
         last = try_read(tail[-1]) if tail else {}
         return bool(last.get("done") or last.get("done_reason"))
 
@@ -91,8 +95,11 @@ def _check_options(options: dict[str, Any]) -> None:
         value = options.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise BadRequest(f"the option {name!r} must be a number")
+    for name in BOOLEAN_OPTIONS:
+        if options.get(name) is not None and not isinstance(options[name], bool):
+            raise BadRequest(f"the option {name!r} must be true or false")
     stop = options.get("stop")
-    if stop is not None and not (isinstance(stop, str) or _is_list_of_strings(stop)):
+    if stop is not None and not _is_list_of_strings(stop):
         raise BadRequest("the option 'stop' must be a list of strings")
 
 
@@ -103,7 +110,7 @@ def _is_list_of_strings(value: object) -> bool:
 def _check_chat(body: dict[str, Any]) -> None:
     _check_common(body)
     expect_objects(body, "messages")
-    expect_objects(body, "tools")
+    expect_tools(body)
 
 
 def _check_generate(body: dict[str, Any]) -> None:

