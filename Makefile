@@ -25,7 +25,7 @@ check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabiliti
 	$(BIN)/ruff check gateway tests
 	$(BIN)/ruff format --check gateway tests
 	$(BIN)/mypy
-	$(BIN)/bandit -q -r gateway
+	$(BIN)/bandit -q --ini setup.cfg -r gateway
 	@$(BIN)/python -m tests.audit_dependencies
 
 key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT=] [ADMIN_MODELS=1 SHOW_BACKEND=1]

@@ -5,7 +5,7 @@ import asyncio
 import os
 import re
 import shutil
-import subprocess  # nosec B404 runs psql with our own arguments
+import subprocess  # runs psql with our own arguments  # nosec B404
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -28,7 +28,7 @@ LIBPQ = {
     "host": "PGHOST",
     "port": "PGPORT",
     "user": "PGUSER",
-    "password": "PGPASSWORD",
+    "password": "PGPASSWORD",  # names of variables  # nosec B105
     "dbname": "PGDATABASE",
     "database": "PGDATABASE",
     "sslmode": "PGSSLMODE",

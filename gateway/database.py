@@ -165,9 +165,18 @@ class Database:
             missing = [migration for migration in migrations() if not _is_applied(migration, applied)]
             for migration in missing:
                 say(f"applying {migration.name}")
-                await connection.execute(migration.sql, timeout=600)
+                await _apply(migration, connection)
                 await connection.execute(self._queries["note_migration"], migration.version, migration.name, migration.sha256)
         return len(missing)
+
+
+async def _apply(migration: Migration, connection: Connection) -> None:
+    try:
+        await connection.execute(migration.sql, timeout=600)
+    except DIED:
+        raise
+    except asyncpg.PostgresError as wrong:
+        raise CommandFailed(f"migration {migration.name} failed, nothing was changed: {wrong}") from wrong
 
 
 def _is_applied(migration: Migration, applied: dict[int, asyncpg.Record]) -> bool:

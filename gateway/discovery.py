@@ -53,7 +53,7 @@ class Discovery:
 
     async def _keep_refreshing(self) -> None:
         while True:
-            await asyncio.sleep(self._refresh_s * random.uniform(0.9, 1.0))  # noqa: S311 # nosec B311 jitter, not a secret
+            await asyncio.sleep(self._refresh_s * random.uniform(0.9, 1.0))  # noqa: S311 # jitter, not a secret  # nosec B311
             if await self._is_my_turn():
                 await self.refresh()
 

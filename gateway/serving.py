@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import socket
-import subprocess  # nosec B404 starts the demonstration backend, our own code
+import subprocess  # starts the demonstration backend, our own code  # nosec B404
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator

@@ -23,6 +23,7 @@ WEAK_SECRETS = frozenset(
 # A Kubernetes Service whose name begins with "gateway" puts these into every container; they are not ours.
 KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 KUBERNETES_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://\S+")
+MASK = "***"
 COMPOSE_ONLY = (
     "GATEWAY_VIRTUAL_HOST",
     "LETSENCRYPT_EMAIL",
@@ -143,7 +144,7 @@ def env(default: str, read: Callable[[str], Any] = text, *, is_secret: bool = Fa
 class Settings:
     """Every field is the environment variable of the same name in capitals, except the last two."""
 
-    gateway_bind_host: str = env("0.0.0.0", bind_host)  # noqa: S104 # nosec B104 a container listens on all its addresses
+    gateway_bind_host: str = env("0.0.0.0", bind_host)  # noqa: S104 # a container listens on all its addresses  # nosec B104
     gateway_bind_port: int = env("8080", integer(0, 65535))
     gateway_workers: int = env("1", integer(1, 64))
     gateway_log_level: str = env("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -206,9 +207,9 @@ def masked(name: str, value: str) -> str:
     if name in ("database_url", "redis_url"):
         return _without_password(value)
     if name == "ollama_backends":
-        hidden = [{**entry, "auth_token": "***"} if entry.get("auth_token") else entry for entry in json.loads(value)]
+        hidden = [{**entry, "auth_token": MASK} if entry.get("auth_token") else entry for entry in json.loads(value)]
         return json.dumps(hidden, ensure_ascii=False)
-    return "***" if is_secret(name) else value
+    return MASK if is_secret(name) else value
 
 
 def _without_password(address: str) -> str:

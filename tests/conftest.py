@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from gateway import app, local
+from tests.played import PlayedBackend
 from tests.running import RunningGateway
 from tests.settings_of import settings_for
 
@@ -102,3 +103,17 @@ def start_gateway(stores: TestStores) -> Iterator[StartGateway]:
             return stack.enter_context(RunningGateway(settings))
 
         yield start
+
+
+@pytest.fixture
+def alpha() -> Iterator[PlayedBackend]:
+    """The first backend of most stories."""
+    with PlayedBackend(models=["llama3.2:latest"], name="alpha") as backend:
+        yield backend
+
+
+@pytest.fixture
+def beta() -> Iterator[PlayedBackend]:
+    """The second, with the same model."""
+    with PlayedBackend(models=["llama3.2:latest"], name="beta") as backend:
+        yield backend

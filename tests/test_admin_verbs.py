@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -18,18 +17,6 @@ from tests.scripts import Head, Piece, Reset
 MODEL = "llama3.2:latest"
 BLOB = b"weights" * 100_000
 DIGEST = f"sha256:{hashlib.sha256(BLOB).hexdigest()}"
-
-
-@pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=[MODEL], name="alpha") as backend:
-        yield backend
-
-
-@pytest.fixture
-def beta() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=[MODEL], name="beta") as backend:
-        yield backend
 
 
 @pytest.fixture

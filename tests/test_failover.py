@@ -1,7 +1,6 @@
 """For each fault of a first backend × dialect × stream and whole, the official client gets the second backend's answer."""
 
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -12,18 +11,6 @@ from tests.played import PlayedBackend
 from tests.scripts import FAULTS, answer
 
 MODELS = ["llama3.2:latest"]
-
-
-@pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=MODELS, name="alpha") as backend:
-        yield backend
-
-
-@pytest.fixture
-def beta() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=MODELS, name="beta") as backend:
-        yield backend
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

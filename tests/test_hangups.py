@@ -4,7 +4,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -16,12 +16,6 @@ from tests.running import RunningGateway
 from tests.scripts import FAULTS, Forever, Head, Piece, Step, recording
 
 NOTICED_WITHIN_S = 1.0
-
-
-@pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["llama3.2:latest"], name="alpha") as backend:
-        yield backend
 
 
 @pytest.fixture

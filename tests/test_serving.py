@@ -22,12 +22,6 @@ from tests.processes import answers, descendants, environment, free_port, is_ali
 from tests.settings_of import environment_for
 
 
-@pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["llama3.2:latest"], name="alpha") as backend:
-        yield backend
-
-
 def names_for(stores: TestStores, alpha: PlayedBackend, **more: str) -> dict[str, str]:
     return environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **more)
 

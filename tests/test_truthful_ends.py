@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
 from itertools import pairwise
 
 import ollama
@@ -32,12 +31,6 @@ WHOLE = [
     ("/v1/chat/completions", "openai_chat_whole.json"),
     ("/v1/embeddings", "openai_embeddings.json"),
 ]
-
-
-@pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=[MODEL], name="alpha") as backend:
-        yield backend
 
 
 @pytest.fixture
