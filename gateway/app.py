@@ -19,6 +19,7 @@ from gateway.dialects.base import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.discovery import Discovery
+from gateway.errors import StoreUnavailable
 from gateway.exchange import Exchange, Running
 from gateway.front import Front, by_prefix
 from gateway.health import Health
@@ -79,6 +80,7 @@ async def build(settings: Settings) -> AsyncIterator[Rooms]:
         front = Front(_not_yet, proxies.client_of, by_prefix(dialects), request_id_header=settings.gateway_request_id_header)
         rooms = Rooms(database, store, discovery, backends, front, running)
         front.routes = _table(settings, rooms, Access(authenticator), dialects)
+        LOG.info("PostgreSQL: %s", await _state_of(database))
         tell_what_is_in_force(settings, rooms)
         yield rooms
 
@@ -152,6 +154,13 @@ def tell_what_is_in_force(settings: Settings, rooms: Rooms) -> None:
     LOG.info("keys: argon2id, remembered for %g s", settings.redis_key_cache_ttl_s)
     LOG.info("bodies: at most %d bytes; answers: at most %d tokens", settings.max_request_body_bytes, settings.max_num_predict)
     LOG.info("Redis: %s", "in use" if rooms.store.up else "away, each process goes on by itself")
+
+
+async def _state_of(database: Database) -> str:
+    try:
+        return "schema current" if await database.is_current() else "schema NOT current, run `make migrate`"
+    except StoreUnavailable:
+        return "away, keys cannot be checked until it answers"
 
 
 async def _not_yet(*_: object) -> None:

@@ -39,12 +39,13 @@ class BackendConfig:
 
 
 def url(text: str) -> str:
-    parts = urlsplit(text)
     try:
+        parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        usable = usable and parts.username is None and not (parts.query or parts.fragment or re.search(r"\s", text))
     except ValueError:
         usable = False
-    if not usable or parts.username is not None or parts.query or parts.fragment or re.search(r"\s", text):
+    if not usable:
         raise ValueError("an address such as http://host:11434, without credentials (they go into auth_token)")
     return text.rstrip("/")
 

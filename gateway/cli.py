@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 import urllib.request
 from collections.abc import Callable, Coroutine
@@ -67,7 +68,9 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     said = parser().parse_args(_with_psqls_own(sys.argv[1:] if arguments is None else arguments))
     try:
-        return _carry_out(said)
+        code = _carry_out(said)
+        sys.stdout.flush()
+        return code
     except SettingsError as wrong:
         console.say(f"error: {wrong}")
         return 2
@@ -78,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
+        # Nobody reads on; what is left to write must not fail again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 

@@ -28,7 +28,7 @@ LIBPQ = {
     "host": "PGHOST",
     "port": "PGPORT",
     "user": "PGUSER",
-    "password": "PGPASSWORD",  # names of variables  # nosec B105
+    "password": "PGPASSWORD",
     "dbname": "PGDATABASE",
     "database": "PGDATABASE",
     "sslmode": "PGSSLMODE",

@@ -74,6 +74,7 @@ class Database:
         self._queries = queries()
         self._down_until = 0.0
         self.up = True
+        self.was_reached = False
 
     async def __aenter__(self) -> Self:
         self._pool = await asyncpg.create_pool(
@@ -130,6 +131,7 @@ class Database:
         finally:
             with suppress(*DIED):
                 await self._pool.release(connection)
+        self.was_reached = True
         self._note(up=True)
 
     async def _acquire(self, pool: "asyncpg.Pool[asyncpg.Record]") -> Connection:

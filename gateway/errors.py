@@ -153,6 +153,9 @@ class StoreUnavailable(GatewayError):
     status = 503
     code = "store_unavailable"
 
+    def __init__(self, message: str = "", *, retry_after: float | None = 2.0) -> None:
+        super().__init__(message, retry_after=retry_after)
+
 
 class ShuttingDown(GatewayError):
     """The gateway is shutting down; try again shortly."""

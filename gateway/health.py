@@ -46,5 +46,5 @@ class Health:
             try:
                 self._schema = "ok" if await self._database.is_current() else "schema not current"
             except StoreUnavailable:
-                self._schema = "degraded" if self._schema in ("ok", "degraded") else "away"
+                self._schema = "degraded" if self._database.was_reached else "away"
         return self._schema

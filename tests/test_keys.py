@@ -1,0 +1,454 @@
+"""Keys: their form, where a request may carry one, their life from made to revoked, and stores that are away."""
+
+import asyncio
+import base64
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import asyncpg
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway import api_key, local
+from gateway.errors import CommandFailed, ConflictingKeys, MissingKey
+from gateway.keys import NewKey
+from tests.conftest import StartGateway, TestStores
+from tests.played import PlayedBackend
+from tests.processes import until
+from tests.running import RunningGateway
+from tests.settings_of import settings_for
+
+CHARACTERS = st.characters(codec="utf-8")
+IN_ANY_KEY = st.sampled_from(sorted(api_key.ALPHABET | {"_"}))
+
+
+def status(gateway: RunningGateway, key: str) -> int:
+    return ask(gateway, key).status_code
+
+
+def ask(gateway: RunningGateway, key: str) -> httpx.Response:
+    return httpx.get(f"{gateway.url}/api/tags", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=20)
+
+
+def forged(secret_id: str) -> str:
+    """A key that was never made, of a right form."""
+    body = f"{api_key.PREFIX}_{secret_id}_{api_key.mint().whole.split('_')[2][: -api_key.CHECKSUM_CHARACTERS]}"
+    return body + api_key._checksum(body)
+
+
+def sql(url: str, *statements: str) -> list[asyncpg.Record]:
+    async def run() -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(url)
+        try:
+            return [row for statement in statements for row in await connection.fetch(statement)]
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())
+
+
+# ── the form ──
+
+
+def test_a_key_has_its_form_and_is_never_the_same() -> None:
+    minted = {api_key.mint().whole for _ in range(200)}
+    assert len(minted) == 200
+    assert all(re.fullmatch(r"nz_[a-z2-7]{8}_[a-z2-7]{38}", whole) for whole in minted)
+    assert api_key.SECRET_BYTES * 8 >= 160
+
+
+def test_a_key_is_read_as_it_was_made_and_not_represented() -> None:
+    minted = api_key.mint()
+    assert api_key.parse(minted.whole) == minted
+    assert minted.whole not in repr(minted) and minted.secret_id in minted.whole
+
+
+@given(at=st.integers(0, 48), character=CHARACTERS | IN_ANY_KEY)
+def test_every_change_of_one_character_is_refused_by_arithmetic(at: int, character: str) -> None:
+    whole = api_key.mint().whole
+    changed = whole[:at] + character + whole[at + 1 :]
+    assert changed == whole or api_key.parse(changed) is None
+
+
+@given(at=st.integers(0, 49), text=st.text(CHARACTERS | IN_ANY_KEY, min_size=1, max_size=3))
+def test_what_is_longer_is_refused(at: int, text: str) -> None:
+    whole = api_key.mint().whole
+    assert api_key.parse(whole[:at] + text + whole[at:]) is None
+
+
+@given(st.integers(0, 48))
+def test_what_is_shorter_or_swapped_is_refused(at: int) -> None:
+    whole = api_key.mint().whole
+    assert api_key.parse(whole[:at]) is None and api_key.parse(whole[:at] + whole[at + 1 :]) is None
+    swapped = whole[:at] + whole[at : at + 2][::-1] + whole[at + 2 :]
+    assert swapped == whole or api_key.parse(swapped) is None
+
+
+@given(st.text(CHARACTERS))
+def test_any_text_at_all_can_be_read(text: str) -> None:
+    assert api_key.parse(text) is None
+
+
+# ── the places ──
+
+KEY = api_key.mint().whole
+
+
+def basic(password: str) -> bytes:
+    return b"Basic " + base64.b64encode(f"anybody:{password}".encode())
+
+
+PLACES = {
+    "bearer": ([(b"authorization", f"Bearer {KEY}".encode())], None),
+    "small letters": ([(b"authorization", f"bearer   {KEY} ".encode())], None),
+    "x-api-key": ([(b"x-api-key", f" {KEY} ".encode())], None),
+    "api-key": ([(b"api-key", KEY.encode())], None),
+    "basic": ([(b"authorization", basic(KEY))], None),
+    "path": ([], KEY),
+    "all": ([(b"authorization", f"Bearer {KEY}".encode()), (b"x-api-key", KEY.encode()), (b"api-key", KEY.encode())], KEY),
+    "beside an empty one": ([(b"authorization", b"Bearer "), (b"x-api-key", KEY.encode())], None),
+    "beside another scheme": ([(b"authorization", b"Digest x"), (b"authorization", basic(KEY))], None),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_places_of_a_key(place: str) -> None:
+    assert api_key.find(*PLACES[place]) == KEY
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"", b"Bearer", b"Bearer ", b"Basic", b"Basic !!", b"Basic bm9wYXNzd29yZA==", b"Basic /////w==", b"nz_without_a_scheme"],
+)
+def test_no_key_in_authorization(value: bytes) -> None:
+    with pytest.raises(MissingKey):
+        api_key.find([(b"authorization", value)], None)
+
+
+def test_a_colon_belongs_to_the_password() -> None:
+    assert api_key.find([(b"authorization", basic("a:b"))], None) == "a:b"
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in ("path", "all")])
+def test_two_different_keys_are_in_conflict(place: str) -> None:
+    headers, _ = PLACES[place]
+    with pytest.raises(ConflictingKeys):
+        api_key.find(headers, api_key.mint().whole)
+    with pytest.raises(ConflictingKeys):
+        api_key.find([*headers, (b"x-api-key", b"another")], None)
+
+
+def test_all_places_over_http(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    key, other = gateway.key(), gateway.key()
+    with gateway.http() as client:
+        for headers in ({"Authorization": f"Bearer {key}"}, {"X-Api-Key": key}, {"Api-Key": key}):
+            assert client.get("/api/tags", headers=headers).status_code == 200
+        assert client.get("/api/tags", auth=("anybody", key)).status_code == 200
+        assert client.get(f"/k/{key}/api/tags").status_code == 200
+        assert client.get(f"/k/{key}/api/tags", headers={"x-api-key": other}).status_code == 400
+        assert client.get("/api/tags", headers={"Authorization": f"Bearer {key}", "api-key": other}).status_code == 400
+        assert client.get("/api/tags", headers={"Authorization": "Bearer"}).status_code == 401
+        assert client.get("/api/tags").status_code == 401
+        twice = [("Authorization", f"Bearer {key}"), ("Authorization", f"Bearer {other}")]
+        assert client.get("/api/tags", headers=twice).status_code == 400
+
+
+# ── the life of a key ──
+
+
+def test_rotation_with_overlap_keeps_both_for_its_time(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    old = gateway.key(name="mine")
+    key_id, new = gateway.call(gateway.ring().rotate("mine", timedelta(seconds=1.2)))
+    rotated = time.monotonic()
+    assert (status(gateway, old), status(gateway, new)) == (200, 200)
+    until(lambda: status(gateway, old) == 401, 4)
+    assert time.monotonic() - rotated > 1.0
+    assert status(gateway, new) == 200
+    (row,) = gateway.call(gateway.ring().all())
+    assert (row["id"], row["secrets"]) == (key_id, 1)
+
+
+def test_rotation_without_overlap_ends_the_old_one_everywhere(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    one, two = start_gateway(alpha), start_gateway(alpha)
+    old = one.key(name="mine")
+    assert (status(one, old), status(two, old)) == (200, 200)
+    _, new = one.call(one.ring().rotate("mine", timedelta()))
+    until(lambda: (status(one, old), status(two, old)) == (401, 401), 1)
+    assert (status(one, new), status(two, new)) == (200, 200)
+
+
+def test_a_second_rotation_never_prolongs_the_first(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    first = gateway.key(name="mine")
+    gateway.call(gateway.ring().rotate("mine", timedelta()))
+    _, third = gateway.call(gateway.ring().rotate("mine", timedelta(hours=1)))
+    assert (status(gateway, first), status(gateway, third)) == (401, 200)
+
+
+def test_a_revoked_key_stops_on_every_gateway_within_a_second(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    one, two = start_gateway(alpha), start_gateway(alpha)
+    key, other = one.key(name="mine"), one.key(name="others")
+    assert {status(gateway, each) for gateway in (one, two) for each in (key, other)} == {200}
+    key_id, at_once = one.call(one.ring().revoke("mine"))
+    assert at_once and key_id in key
+    until(lambda: (status(one, key), status(two, key)) == (401, 401), 1)
+    assert (status(one, other), status(two, other)) == (200, 200)
+
+
+def test_all_secrets_of_a_revoked_key_stop(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    old = gateway.key(name="mine")
+    _, new = gateway.call(gateway.ring().rotate("mine", timedelta(hours=1)))
+    assert (status(gateway, old), status(gateway, new)) == (200, 200)
+    # By the id of its newest secret.
+    gateway.call(gateway.ring().revoke(new.split("_")[1]))
+    until(lambda: (status(gateway, old), status(gateway, new)) == (401, 401), 1)
+
+
+def test_an_expired_key_stops_though_it_is_remembered(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    key = gateway.key(name="short", lifetime=timedelta(seconds=1))
+    assert status(gateway, key) == 200
+    until(lambda: status(gateway, key) == 401, 3)
+    with pytest.raises(CommandFailed, match="'short' has expired: revoke it"):
+        gateway.call(gateway.ring().rotate("short", timedelta()))
+    gateway.call(gateway.ring().revoke("short"))
+
+
+def test_no_time_at_all_is_not_forever(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    assert status(gateway, gateway.key(lifetime=timedelta())) == 401
+
+
+def test_a_name_means_one_living_key(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    first = gateway.key(name="mine")
+    with pytest.raises(CommandFailed, match="a key named 'mine' exists"):
+        gateway.key(name="mine")
+    gateway.call(gateway.ring().revoke("mine"))
+    second = gateway.key(name="mine")
+    until(lambda: (status(gateway, first), status(gateway, second)) == (401, 200), 1)
+    states = [(row["name"], row["revoked_at"] is None) for row in gateway.call(gateway.ring().all())]
+    assert states == [("mine", True), ("mine", False)]
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "a\nb", "a\0b", "a\udcffb"])
+def test_names_nobody_can_read_are_refused(start_gateway: StartGateway, alpha: PlayedBackend, name: str) -> None:
+    gateway = start_gateway(alpha)
+    with pytest.raises(CommandFailed, match="1 to 200 printable characters"):
+        gateway.call(gateway.ring().make(NewKey(name)))
+    with pytest.raises(CommandFailed, match="no living key"):
+        gateway.call(gateway.ring().revoke(name))
+
+
+def test_keys_that_are_not_there(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    gateway.key(name="mine")
+    gateway.call(gateway.ring().revoke("mine"))
+    for name in ("mine", "never", "%", "mine' OR '1'='1"):
+        with pytest.raises(CommandFailed, match="there is no living key"):
+            gateway.call(gateway.ring().revoke(name))
+        with pytest.raises(CommandFailed, match="see `make keys`"):
+            gateway.call(gateway.ring().rotate(name, timedelta()))
+
+
+def test_a_key_is_stored_as_a_hash_alone(start_gateway: StartGateway, stores: TestStores, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    old = gateway.key("llama*", name="mine", rpm=5, flags=("show_backend",))
+    _, new = gateway.call(gateway.ring().rotate("mine", timedelta(hours=1)))
+    wrong = forged(old.split("_")[1])
+    assert [status(gateway, key) for key in (old, new, wrong)] == [200, 200, 401]
+    hashes = [row["hash"] for row in sql(stores.database_url, "SELECT hash FROM secrets")]
+    assert len(hashes) == 2 and all(stored.startswith("$argon2id$v=19$m=64,t=1,p=1$") for stored in hashes)
+    tables = sql(stores.database_url, "SELECT tablename AS name FROM pg_tables WHERE schemaname = 'public'")
+    stored = "".join(row[0] for table in tables for row in sql(stores.database_url, f"SELECT t::text FROM {table['name']} t"))
+    assert "mine" in stored
+    kept = all_of_redis(stores)
+    assert "mine" in kept
+    for key in (old, new, wrong):
+        for part in (key, key.split("_")[2], key.split("_")[2][: -api_key.CHECKSUM_CHARACTERS]):
+            assert part not in stored and part not in kept
+
+
+def all_of_redis(stores: TestStores) -> str:
+    with stores.client() as client:
+        names = list(client.scan_iter("*"))
+        kinds = {name: client.type(name) for name in names}
+        assert set(kinds.values()) <= {b"string"}, "look into the new kinds too"
+        return "\n".join(str(name) + str(client.get(name)) for name in names)
+
+
+# ── wrong keys ──
+
+
+@contextmanager
+def counted(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The ids of secrets that the database was asked for."""
+    asked: list[str] = []
+    real = gateway.rooms.database.row
+
+    async def row(query: str, *values: object) -> asyncpg.Record | None:
+        asked.append(str(values[0]))
+        return await real(query, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gateway.rooms.database, "row", row)
+        yield asked
+
+
+def test_a_wrong_key_asks_the_database_once_and_garbage_never(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = start_gateway(alpha), start_gateway(alpha)
+    unknown, wrong = forged("abcdefgh"), forged(one.key().split("_")[1])
+    with counted(one, monkeypatch) as asked, counted(two, monkeypatch) as asked_by_two:
+        for key in (unknown, wrong, "garbage", unknown[:-1] + "!", "nz_a_b", "sk-1234"):
+            assert {status(one, key) for _ in range(5)} == {401}
+        assert asked == [unknown.split("_")[1], wrong.split("_")[1]]
+        assert {status(two, key) for key in (unknown, wrong)} == {401}
+        assert asked_by_two == [], "what one gateway found out, the others know"
+
+
+def test_a_right_key_asks_the_database_once(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = start_gateway(alpha), start_gateway(alpha)
+    key = one.key()
+    with counted(one, monkeypatch) as asked, counted(two, monkeypatch) as asked_by_two:
+        assert {status(gateway, key) for gateway in (one, two) for _ in range(5)} == {200}
+    assert (len(asked), asked_by_two) == (1, [])
+
+
+@pytest.mark.parametrize("key_of", [lambda _: "garbage", forged], ids=["garbage", "of a right form"])
+def test_failures_are_limited_before_any_work(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch, key_of: Callable[[str], str]
+) -> None:
+    gateway = start_gateway(alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="3", GATEWAY_TRUSTED_PROXIES="127.0.0.1")
+    good, new = gateway.key(), gateway.key()
+    assert status(gateway, good) == 200
+    assert [status(gateway, key_of("abcdefgh")) for _ in range(3)] == [401] * 3
+    with counted(gateway, monkeypatch) as asked:
+        refused = ask(gateway, key_of("abcdefgh"))
+        assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
+        assert status(gateway, new) == 429, "a key not seen before costs argon2"
+    assert asked == []
+    assert status(gateway, good) == 200, "a key already known goes on"
+    elsewhere = {"Authorization": f"Bearer {new}", "X-Forwarded-For": "192.0.2.7"}
+    assert httpx.get(f"{gateway.url}/api/tags", headers=elsewhere).status_code == 200
+
+
+def test_failures_count_together_on_all_gateways(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    one, two = (start_gateway(alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="3") for _ in range(2))
+    assert [status(gateway, "garbage") for gateway in (one, two, one)] == [401] * 3
+    assert [status(gateway, "garbage") for gateway in (two, two)] == [401, 429]
+
+
+def test_requests_without_a_key_are_no_wrong_keys(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="2")
+    assert [status(gateway, "") for _ in range(6)] == [401] * 6
+
+
+def test_an_unknown_id_takes_as_long_as_a_wrong_secret(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, ARGON2_MEMORY_COST_KIB="16384", ARGON2_TIME_COST="2")
+    known = gateway.key().split("_")[1]
+    took: dict[str, list[float]] = {known: [], "unknown": []}
+    with gateway.http() as client:
+        for _ in range(15):
+            for name, times in took.items():
+                key = forged(known if name == known else api_key.mint().secret_id)
+                began = time.perf_counter()
+                assert client.get("/api/tags", headers={"x-api-key": key}).status_code == 401
+                times.append(time.perf_counter() - began)
+    wrong, unknown = (statistics.median(times) for times in took.values())
+    assert min(wrong, unknown) > 0.008, "argon2 has not run"
+    assert 0.6 < unknown / wrong < 1.7
+
+
+def test_both_wrong_keys_get_the_same_answer(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    revoked, expired = gateway.key(name="gone"), gateway.key(lifetime=timedelta())
+    gateway.call(gateway.ring().revoke("gone"))
+    keys = [forged(revoked.split("_")[1]), forged("abcdefgh"), "garbage", revoked, expired]
+    answers = [ask(gateway, key) for key in keys]
+    assert {answer.status_code for answer in answers} == {401} and len({answer.content for answer in answers}) == 1
+
+
+# ── stores that are away ──
+
+
+@contextmanager
+def closed(stores: TestStores, servers: local.Stores) -> Iterator[None]:
+    """The test's database lets nobody in and throws out who is there."""
+    name = stores.database_url.rpartition("/test_")[2].partition("?")[0]
+    database = f"test_{name}"
+    out = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+    sql(servers.database_url, f"ALTER DATABASE {database} ALLOW_CONNECTIONS false", out)
+    try:
+        yield
+    finally:
+        sql(servers.database_url, f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
+
+
+def test_postgresql_away(start_gateway: StartGateway, stores: TestStores, servers: local.Stores, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, REDIS_KEY_CACHE_TTL_S="1")
+    known, unknown = gateway.key(), gateway.key()
+    assert status(gateway, known) == 200
+    assert httpx.get(f"{gateway.url}/readyz").json()["database"] == "ok"
+    with closed(stores, servers):
+        time.sleep(1.2)  # Longer than the cache (and than readyz remembers), so that the database is asked again.
+        assert [status(gateway, known) for _ in range(3)] == [200] * 3
+        for key in (unknown, forged("abcdefgh")):
+            assert status(gateway, key) == 503
+        assert status(gateway, "garbage") == 401
+        with gateway.http() as client:
+            assert client.get("/readyz").json()["database"] == "degraded"
+    until(lambda: status(gateway, unknown) == 200, 5)
+    assert status(gateway, known) == 200
+
+
+def test_postgresql_away_and_when_to_come_back(
+    start_gateway: StartGateway, stores: TestStores, servers: local.Stores, alpha: PlayedBackend
+) -> None:
+    gateway = start_gateway(alpha)
+    with closed(stores, servers):
+        assert int(ask(gateway, forged("abcdefgh")).headers.get("Retry-After", 0)) >= 1
+
+
+@pytest.fixture
+def without_redis(stores: TestStores, alpha: PlayedBackend) -> Iterator[RunningGateway]:
+    names = {"REDIS_URL": "unix:///nowhere/redis.sock", "REDIS_KEY_CACHE_TTL_S": "1"}
+    with RunningGateway(settings_for(alpha, DATABASE_URL=stores.database_url, **names)) as gateway:
+        yield gateway
+
+
+def test_redis_away(without_redis: RunningGateway) -> None:
+    key, other = without_redis.key(name="mine"), without_redis.key()
+    assert [status(without_redis, each) for each in (key, other, key, "garbage")] == [200, 200, 200, 401]
+    _, at_once = without_redis.call(without_redis.ring().revoke("mine"))
+    revoked = time.monotonic()
+    assert not at_once
+    until(lambda: status(without_redis, key) == 401, 2)
+    assert time.monotonic() - revoked < 1.5
+    assert status(without_redis, other) == 200
+
+
+def test_redis_away_and_rotation(without_redis: RunningGateway) -> None:
+    old = without_redis.key(name="mine")
+    assert status(without_redis, old) == 200
+    _, new = without_redis.call(without_redis.ring().rotate("mine", timedelta()))
+    assert status(without_redis, new) == 200
+    until(lambda: status(without_redis, old) == 401, 2)
+
+
+def test_failures_are_limited_without_redis(stores: TestStores, alpha: PlayedBackend) -> None:
+    names = {"REDIS_URL": "unix:///nowhere/redis.sock", "AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "2"}
+    with RunningGateway(settings_for(alpha, DATABASE_URL=stores.database_url, **names)) as gateway:
+        assert [status(gateway, "garbage") for _ in range(3)] == [401, 401, 429]
