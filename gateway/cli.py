@@ -3,12 +3,13 @@
 import argparse
 import asyncio
 import os
+import re
 import sys
 import urllib.request
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from http.client import HTTPException
-from typing import Any
+from typing import Any, NoReturn
 
 from gateway import commands, console, demo, installation, serving
 from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
@@ -29,8 +30,16 @@ VERBS: dict[str, tuple[Command, str]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Names a missing or wrong option also as the Makefile's variable, which is what most operators type."""
+
+    def error(self, message: str) -> NoReturn:
+        told = re.sub(r"--([a-z-]+)", lambda found: f"{found[1].upper().replace('-', '_')}= (--{found[1]})", message)
+        self.exit(2, f"error: {told}; see `{self.prog} --help`\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m gateway", description="One door in front of your own model servers.")
+    top = Parser(prog="python -m gateway", description="One door in front of your own model servers.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("serve", help="serve, with the stores that the environment names")
     verbs.add_parser("run", help="serve on this machine, with a private PostgreSQL and Redis where none are named")

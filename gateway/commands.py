@@ -66,6 +66,8 @@ def limit(text: str) -> int:
 @asynccontextmanager
 async def key_ring(settings: Settings) -> AsyncIterator[KeyRing]:
     async with app.database_of(settings) as database, Store(settings.redis_url) as store:
+        if settings.has_private_database:
+            await database.migrate(console.say)
         await require_schema(database)
         yield KeyRing(database, app.hasher_of(settings), store)
 

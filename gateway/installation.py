@@ -12,7 +12,7 @@ from gateway import console, local, settings
 from gateway.errors import CommandFailed, SettingsError
 from gateway.settings import Settings
 
-LOCAL = "local run"
+LOCAL = settings.LOCAL_RUN
 RUN_FACTS = "run.json"
 OLLAMA_HERE = "http://127.0.0.1:11434"
 

@@ -24,6 +24,7 @@ WEAK_SECRETS = frozenset(
 KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 KUBERNETES_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://\S+")
 MASK = "***"
+LOCAL_RUN = "local run"
 COMPOSE_ONLY = (
     "GATEWAY_VIRTUAL_HOST",
     "LETSENCRYPT_EMAIL",
@@ -186,6 +187,10 @@ class Settings:
     docs_enabled: bool = env("false", boolean)
     backends: tuple[BackendConfig, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def has_private_database(self) -> bool:
+        return self.sources.get("database_url") == LOCAL_RUN
 
     def shown(self) -> list[tuple[str, str, str]]:
         """Name, value with secrets masked, and where it comes from."""

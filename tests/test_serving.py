@@ -191,6 +191,14 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
     assert warm_start_s < 30
 
 
+def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: PlayedBackend) -> None:
+    key = make_key(home, {})
+    with serving(home, {"OLLAMA_BASE_URL": alpha.url}, "run") as (_, url, log):
+        until(lambda: "Ctrl-C" in log.read_text(), 10)
+        assert "shown this once" not in log.read_text()
+        assert httpx.get(f"{url}/api/tags", headers={"x-api-key": key}).status_code == 200
+
+
 def test_the_local_run_uses_an_ollama_that_is_configured(home: Path, alpha: PlayedBackend) -> None:
     with serving(home, {"OLLAMA_BASE_URL": alpha.url, "GATEWAY_WORKERS": "2"}, "run") as (_, url, log):
         until(lambda: "Ctrl-C" in log.read_text(), 10)
