@@ -80,7 +80,7 @@ def test_lists_do_not_wait_for_a_frozen_backend(start_gateway: StartGateway, alp
         for path in ("/api/tags", "/v1/models", "/api/ps", "/api/version", "/v1/models/llama3.2"):
             began = time.monotonic()
             assert client.get(path).status_code == 200
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 1.5
     alpha.thaw()
 
 
