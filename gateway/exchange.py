@@ -100,6 +100,10 @@ class Exchange:
             if not answer.started:
                 raise
             await answer.break_off(error)
+        except ClientGone:
+            # Clients leave at the last frame, before the end of the body: they have had their answer.
+            if not answer.is_complete:
+                raise
         await answer.finish()
 
     async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, receive: Receive) -> None:
@@ -129,6 +133,7 @@ class Answer:
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
         self._whole: Opening | None = None
         self.started = False
+        self.is_complete = False
 
     def keep_whole(self, opening: Opening) -> None:
         self._whole = opening
@@ -145,7 +150,8 @@ class Answer:
         finally:
             tail = self._tail()
             self.record.usage = self._dialect.usage(tail)
-        if not self._dialect.is_complete(tail, self._call):
+            self.is_complete = self._dialect.is_complete(tail, self._call)
+        if not self.is_complete:
             raise AnswerCutShort
 
     async def _relay_frames(self, opening: Opening) -> None:

@@ -83,6 +83,20 @@ def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGa
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
 
 
+def test_a_client_that_leaves_at_the_last_frame_has_had_its_answer(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    """openai-python closes at [DONE], while the backend's body may not have ended yet."""
+    kind = [("Content-Type", "text/event-stream")]
+    alpha.play("/v1/chat/completions", [Head(200, kind, chunked=True), Piece(recording("openai_chat_stream.sse")), Forever()])
+    connection = send(gateway, gateway.key(), WAYS[3])
+    received = b""
+    while b"[DONE]" not in received:
+        received += connection.recv(65536)
+    connection.close()
+    line = gateway.request_lines()[-1]
+    assert line["outcome"] == "answered" and line["completion_tokens"]
+    assert alpha.wait_idle(NOTICED_WITHIN_S)
+
+
 def test_a_client_that_stops_reading_holds_up_only_its_own_answer(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.5")
     key = gateway.key()
