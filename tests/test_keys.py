@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -367,7 +366,8 @@ def test_an_unknown_id_takes_as_long_as_a_wrong_secret(start_gateway: StartGatew
                 began = time.perf_counter()
                 assert client.get("/api/tags", headers={"x-api-key": key}).status_code == 401
                 times.append(time.perf_counter() - began)
-    wrong, unknown = (statistics.median(times) for times in took.values())
+    # Other work on the machine only ever adds: the fastest of each are the ones to compare.
+    wrong, unknown = (min(times) for times in took.values())
     assert min(wrong, unknown) > 0.008, "argon2 has not run"
     assert 0.6 < unknown / wrong < 1.7
 
