@@ -153,15 +153,11 @@ def _unix(entry: Mapping[str, Any]) -> int:
 
 
 def read_tags(answer: object) -> tuple[dict[str, Any], ...]:
-    """The models of `/api/tags`, each completed with what clients break without. Raises ValueError on anything else."""
+    """The models of `/api/tags` or `/api/ps`, completed with what clients break without; raises ValueError on others."""
     models = answer.get("models") if isinstance(answer, dict) else None
     if not isinstance(models, list):
         raise ValueError("no list of models")
     return tuple(_native_entry(entry) for entry in models[:MOST_MODELS] if _has_name(entry, "name", "model"))
-
-
-def read_running(answer: object) -> tuple[dict[str, Any], ...]:
-    return read_tags(answer)
 
 
 def read_openai_models(answer: object) -> tuple[dict[str, Any], ...]:

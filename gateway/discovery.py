@@ -193,7 +193,7 @@ async def _ask(backend: Backend, path: str, read: Callable[[object], Answer]) ->
 
 async def _ask_running(backend: Backend) -> tuple[dict[str, Any], ...]:
     with suppress(BackendFault):
-        return await _ask(backend, "/api/ps", catalog.read_running)
+        return await _ask(backend, "/api/ps", catalog.read_tags)
     return ()
 
 

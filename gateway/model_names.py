@@ -7,7 +7,6 @@ is taken on one canonical spelling.
 
 import fnmatch
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,7 +77,3 @@ def _expression(pattern: str) -> str:
 def split_patterns(text: str) -> tuple[str, ...]:
     """`MODELS="a b*"` of an operator: separated by blanks or commas."""
     return tuple(dict.fromkeys(text.replace(",", " ").split()))
-
-
-def without_duplicates(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))

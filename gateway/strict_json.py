@@ -1,7 +1,7 @@
 """JSON as the gateway reads it: so strictly that no backend can read the same bytes as something else."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import orjson
@@ -85,10 +85,9 @@ def _refused_constant(name: str) -> NoReturn:
     raise BadRequest(f"{name} is not a JSON value")
 
 
-_constant: Callable[[str], Any] = _refused_constant
 _decoder = json.JSONDecoder(
     object_pairs_hook=_without_duplicates,
     parse_int=_bounded_integer,
     parse_float=_bounded_float,
-    parse_constant=_constant,
+    parse_constant=_refused_constant,
 )

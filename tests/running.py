@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Coroutine
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -111,9 +110,6 @@ class RunningGateway:
         client = OllamaClient(host=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20)
         self._clients.append(client)
         return client
-
-    def restart(self) -> "RunningGateway":
-        return RunningGateway(replace(self.settings))
 
     def wait_idle(self, seconds: float = 5.0) -> None:
         deadline = time.monotonic() + seconds
