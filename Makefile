@@ -7,13 +7,15 @@ GATEWAY := $(BIN)/python -m gateway
 COMPOSE := docker compose
 said = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(value $(1)),--$(2) "$$$(1)"))
 flag = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(filter-out 0 false no,$(value $(1))),--$(2)))
+LIMITS = $(call said,RPM,rpm) $(call said,TPM,tpm) $(call said,CONCURRENT,concurrent) $(call said,DAY,day) $(call said,MONTH,month)
 JSON_FLAG = $(call flag,JSON,json)
+CSV_FLAG = $(call flag,CSV,csv)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check key keys rotate revoke models refresh probe migrate psql config up down logs image lock clean
+.PHONY: help run test check key keys limit rotate revoke models refresh probe doctor audit usage audit-verify purge forget migrate psql config up down logs image lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: .venv/ready-to-run ## Serve on this machine: private stores, a backend, a key, ready to paste
 	@exec $(GATEWAY) run
@@ -28,8 +30,11 @@ check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabiliti
 	$(BIN)/bandit -q --ini setup.cfg -r gateway
 	@$(BIN)/python -m tests.audit_dependencies
 
-key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT=] [ADMIN_MODELS=1 SHOW_BACKEND=1]
-	@$(GATEWAY) key $(call said,NAME,name) $(call said,MODELS,models) $(call said,EXPIRES,expires) $(call said,RPM,rpm) $(call said,TPM,tpm) $(call said,CONCURRENT,concurrent) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(JSON_FLAG)
+key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ADMIN_MODELS=1 SHOW_BACKEND=1]
+	@$(GATEWAY) key $(call said,NAME,name) $(call said,MODELS,models) $(call said,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call said,RETENTION,retention) $(call said,AUDIT_RETENTION,audit-retention) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(JSON_FLAG)
+
+limit: .venv/ready-to-run ## Set a key's limits: KEY= [MODEL="a*"] RPM= TPM= CONCURRENT= DAY= MONTH= (a number, unlimited or unset)
+	@$(GATEWAY) limit $(call said,KEY,key) $(call said,MODEL,model) $(LIMITS) $(JSON_FLAG)
 
 keys: .venv/ready-to-run ## List all keys
 	@$(GATEWAY) keys $(JSON_FLAG)
@@ -48,6 +53,24 @@ refresh: .venv/ready-to-run ## Ask all backends for their models now
 
 probe: .venv/ready-to-run ## Try every backend: reachable, latency, version, models, token
 	@$(GATEWAY) probe $(JSON_FLAG)
+
+doctor: .venv/ready-to-run ## Check the whole installation: what is well, what is not, what to do
+	@$(GATEWAY) doctor $(JSON_FLAG)
+
+audit: .venv/ready-to-run ## List requests, the newest first: [KEY= MODEL="a*" SINCE=24h STATUS=4xx OUTCOME= LIMIT=] [CSV=1]
+	@$(GATEWAY) audit $(call said,KEY,key) $(call said,MODEL,model) $(call said,SINCE,since) $(call said,STATUS,status) $(call said,OUTCOME,outcome) $(call said,LIMIT,limit) $(JSON_FLAG) $(CSV_FLAG)
+
+usage: .venv/ready-to-run ## Sum requests and tokens: [BY=key,model,backend,day] [SINCE=30d] [CSV=1]
+	@$(GATEWAY) usage $(call said,BY,by) $(call said,SINCE,since) $(JSON_FLAG) $(CSV_FLAG)
+
+audit-verify: .venv/ready-to-run ## Check that the audit is as it was written
+	@$(GATEWAY) audit-verify $(JSON_FLAG)
+
+purge: .venv/ready-to-run ## Delete now what is kept no longer
+	@$(GATEWAY) purge $(JSON_FLAG)
+
+forget: .venv/ready-to-run ## Delete a key's prompts and answers now: KEY=
+	@$(GATEWAY) forget $(call said,KEY,key) $(JSON_FLAG)
 
 migrate: .venv/ready-to-run ## Bring the database's schema up to date
 	@$(GATEWAY) migrate $(JSON_FLAG)

@@ -1,19 +1,50 @@
-"""Who is calling: the key that a request carries."""
+"""Who is calling, and may they, now: the key that a request carries and the limits that it counts in."""
+
+import asyncio
 
 from starlette.types import Scope
 
 from gateway import api_key
+from gateway.admission import Admission, Ticket
 from gateway.authentication import Authenticator
+from gateway.errors import LimitReached
 from gateway.keys import Key
+from gateway.limits import Limits, remembered
+from gateway.quota import Quota
 from gateway.record import Record
+from gateway.tokens import NO_TOKENS, Need
+
+LOOK_UP_RESERVE = -1
 
 
 class Access:
-    def __init__(self, authenticator: Authenticator) -> None:
-        self._authenticator = authenticator
+    def __init__(self, authenticator: Authenticator, limits: Limits, defaults: Quota) -> None:
+        self._authenticator, self._limits, self._defaults = authenticator, limits, defaults
 
     async def key_of(self, scope: Scope, record: Record) -> Key:
         presented = api_key.find(scope["headers"], record.key_in_path)
-        key = await self._authenticator.key_for(presented, record.client)
-        record.key_id = key.id
+        record.key = await self._authenticator.key_for(presented, record.client)
+        return record.key
+
+    async def admit(self, record: Record, model: str = "", need: Need = NO_TOKENS, *, takes_slot: bool = True) -> None:
+        """Takes a request, its tokens and a slot from the key's limits; raises LimitReached."""
+        assert record.key is not None
+        record.need = need
+        scopes = record.key.scopes(model, self._defaults)
+        info = remembered(scopes, model, need.prompt, record.beginning()) if takes_slot else b""
+        ticket = Ticket(record.id, scopes, model, need, info)
+        try:
+            record.admission = await self._limits.admit(ticket)
+        except LimitReached as reached:
+            record.detail = reached.limit
+            raise
+        except asyncio.CancelledError:
+            # Redis may be about to let in whom nobody waits for any more.
+            record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", LOOK_UP_RESERVE)
+            raise
+
+    async def visitor(self, scope: Scope, record: Record) -> Key:
+        """The key of a request that asks no backend: it counts as a request and takes no slot."""
+        key = await self.key_of(scope, record)
+        await self.admit(record, takes_slot=False)
         return key

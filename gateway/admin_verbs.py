@@ -73,6 +73,7 @@ class AdminVerb:
         key = await self._access.key_of(scope, record)
         backend = self._backend_for(key, scope)
         record.backend = backend.name
+        await self._access.admit(record)
         answer = PassedThrough(self._dialect, record, send)
         headers = upstream_headers(scope["headers"], record.request_id)
         try:

@@ -1,18 +1,23 @@
 """The composition root: builds the rooms from the settings and connects them; nesting is shutdown order."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp
 
-from gateway import admin_verbs, routes
+from gateway import admin_verbs, retention, routes, tasks
 from gateway.access import Access
+from gateway.audit_writer import AuditWriter
 from gateway.auth_failures import AuthFailures
 from gateway.authentication import Authenticator
 from gateway.backends import Backend
+from gateway.books import Books
+from gateway.budgets import Budgets
 from gateway.client_address import TrustedProxies
 from gateway.database import Database
 from gateway.dialects.base import Dialect
@@ -23,7 +28,10 @@ from gateway.errors import StoreUnavailable
 from gateway.exchange import Exchange, Running
 from gateway.front import Front, by_prefix
 from gateway.health import Health
+from gateway.limits import FREED, Limits
 from gateway.lists import Lists
+from gateway.quota import Quota
+from gateway.redis_line import Line
 from gateway.routing import Router
 from gateway.settings import Settings
 from gateway.show import described
@@ -42,6 +50,8 @@ class Rooms:
     backends: dict[str, Backend]
     front: Front
     running: Running
+    limits: Limits
+    books: Books
 
 
 def hasher_of(settings: Settings) -> PasswordHasher:
@@ -75,14 +85,53 @@ async def build(settings: Settings) -> AsyncIterator[Rooms]:
         backends = await stack.enter_async_context(fleet(settings))
         discovery = await stack.enter_async_context(discovery_of(settings, backends, store))
         proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
-        running = Running()
+        limits = await stack.enter_async_context(limits_of(settings, database, store))
         dialects: dict[str, Dialect] = {"ollama": Ollama(), "openai": OpenAI()}
-        front = Front(_not_yet, proxies.client_of, by_prefix(dialects), request_id_header=settings.gateway_request_id_header)
-        rooms = Rooms(database, store, discovery, backends, front, running)
-        front.routes = _table(settings, rooms, Access(authenticator), dialects)
+        writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
+        await stack.enter_async_context(retaining(settings))
+        books = await stack.enter_async_context(Books(limits, dialects, writer.write, size=settings.audit_buffer_size))
+        id_header = settings.gateway_request_id_header
+        front = Front(_not_yet, proxies.client_of, by_prefix(dialects), books, request_id_header=id_header)
+        rooms = Rooms(database, store, discovery, backends, front, Running(), limits, books)
+        front.routes = _table(settings, rooms, Access(authenticator, limits, default_quota(settings)), dialects)
         LOG.info("PostgreSQL: %s", await _state_of(database))
         tell_what_is_in_force(settings, rooms)
         yield rooms
+
+
+@asynccontextmanager
+async def limits_of(settings: Settings, database: Database, store: Store) -> AsyncIterator[Limits]:
+    async with Line(settings.redis_url, store.count_failure) as line:
+        limits = Limits(
+            line,
+            Budgets(database, store).seed,
+            most_output=settings.max_num_predict,
+            queue_wait_s=settings.max_queue_wait_s,
+            closed_without_redis=settings.limits_without_redis == "closed",
+        )
+        async with limits:
+            store.subscribe({FREED: limits.slot_freed}, after_gap=lambda: None)
+            yield limits
+
+
+@asynccontextmanager
+async def retaining(settings: Settings) -> AsyncIterator[None]:
+    """On a connection of its own: what is slow here must not look like a database that is away."""
+    keep = timedelta(days=settings.audit_log_default_retention_days)
+    async with Database(settings.database_url, size=1) as database:
+        task = asyncio.create_task(retention.run_regularly(database, keep), name="retention")
+        try:
+            yield
+        finally:
+            await tasks.end([task])
+
+
+def default_quota(settings: Settings) -> Quota:
+    return Quota(settings.default_rpm, settings.default_tpm, settings.default_concurrent)
+
+
+def kept_prompts(settings: Settings) -> timedelta:
+    return timedelta(days=settings.prompt_log_default_retention_days)
 
 
 def discovery_of(settings: Settings, backends: dict[str, Backend], store: Store) -> Discovery:
@@ -122,7 +171,9 @@ def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             router,
             rooms.running,
             lambda: rooms.discovery.catalog,
+            rooms.books,
             longest_body=settings.max_request_body_bytes,
+            most_tokens=settings.max_num_predict,
             stand_in=described if operation.path == "/api/show" else None,
         )
         for dialect in dialects.values()
@@ -152,6 +203,9 @@ def tell_what_is_in_force(settings: Settings, rooms: Rooms) -> None:
     models = len(rooms.discovery.catalog.models)
     LOG.info("models: %d known, asked for every %g s", models, settings.model_discovery_refresh_s)
     LOG.info("keys: argon2id, remembered for %g s", settings.redis_key_cache_ttl_s)
+    own = f"{settings.default_rpm} requests and {settings.default_tpm} tokens a minute, {settings.default_concurrent} at once"
+    LOG.info("limits of keys without their own: %s; without Redis: %s", own, settings.limits_without_redis)
+    LOG.info("audit: kept for %d days", settings.audit_log_default_retention_days)
     LOG.info("bodies: at most %d bytes; answers: at most %d tokens", settings.max_request_body_bytes, settings.max_num_predict)
     LOG.info("Redis: %s", "in use" if rooms.store.up else "away, each process goes on by itself")
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from http.client import HTTPException
 from typing import Any, NoReturn
 
-from gateway import commands, console, demo, installation, serving
+from gateway import audit_commands, commands, console, demo, doctor, installation, serving
 from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.settings import Settings
 
@@ -22,11 +22,27 @@ VERBS: dict[str, tuple[Command, str]] = {
     "key": (commands.make_key, "make a key and print it, this once"),
     "keys": (commands.list_keys, "list all keys"),
     "rotate": (commands.rotate_key, "give a key a new secret; the old one works for the overlap"),
+    "limit": (commands.limit_key, "set a key's limits, everywhere at once"),
     "revoke": (commands.revoke_key, "end a key, everywhere at once"),
     "models": (commands.list_models, "list the models of all backends"),
     "refresh": (commands.refresh, "ask all backends for their models now"),
     "probe": (commands.probe, "try every backend: reachable, latency, version, models, token"),
+    "audit": (audit_commands.list_audit, "list requests, the newest first"),
+    "usage": (audit_commands.sum_audit, "sum requests and tokens"),
+    "audit-verify": (audit_commands.verify_audit, "check that the audit is as it was written"),
+    "purge": (audit_commands.purge, "delete now what is kept no longer"),
+    "forget": (audit_commands.forget, "delete a key's prompts and answers now"),
+    "doctor": (doctor.examine, "check the whole installation: what is well, what is not, what to do"),
     "config": (commands.show_config, "print the settings in force and where each comes from"),
+}
+
+
+LIMITS = {
+    "rpm": "requests per minute",
+    "tpm": "tokens per minute",
+    "concurrent": "requests at once",
+    "day": "tokens per day (UTC)",
+    "month": "tokens per calendar month (UTC)",
 }
 
 
@@ -47,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=summary, description=summary)
         verb.add_argument("--json", action="store_true", help="print JSON for machines")
         _add_options(name, verb)
+        _add_audit_options(name, verb)
     shell = verbs.add_parser("psql", help="open the database's own shell")
     shell.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to psql")
     verbs.add_parser("health", help="exit 0 if the gateway of these settings is alive (for containers)")
@@ -62,16 +79,42 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--name", required=True, help="what the key is called; unique among living keys")
         verb.add_argument("--models", default="", help="allowed models, globs separated by blanks; none means all")
         verb.add_argument("--expires", type=commands.lifetime, help="lifetime: 12h, 30d, 8w")
-        for limit, words in (("rpm", "requests per minute"), ("tpm", "tokens per minute"), ("concurrent", "requests at once")):
-            verb.add_argument(f"--{limit}", type=commands.limit, help=f"{words}; without it the default applies")
+        _add_limits(verb, None)
+        verb.add_argument("--prompt-log", action="store_true", help="keep this key's prompts and answers in the database")
+        verb.add_argument("--retention", type=commands.retention, help="how long they are kept: 12h, 7d")
+        verb.add_argument("--audit-retention", type=commands.retention, help="how long the key's audit rows are kept: 90d")
         verb.add_argument("--admin-models", action="store_true", help="may pull, create and delete models on a backend")
         verb.add_argument("--show-backend", action="store_true", help="answers name the backend in X-Gateway-Backend")
-    if name in ("rotate", "revoke"):
+    if name == "limit":
+        verb.add_argument("--model", default="", help="limit only the models that match this glob, beside the key's own limits")
+        _add_limits(verb, argparse.SUPPRESS)
+    if name in ("rotate", "revoke", "limit", "forget"):
         verb.add_argument("--key", required=True, help="the key's id or name")
     if name == "rotate":
         verb.add_argument(
             "--overlap", type=commands.duration, default=timedelta(hours=24), help="how long the old secret works: 24h, 0"
         )
+
+
+def _add_audit_options(name: str, verb: argparse.ArgumentParser) -> None:
+    if name in ("audit", "usage"):
+        verb.add_argument("--csv", action="store_true", help="print CSV for machines")
+    if name == "audit":
+        verb.add_argument("--key", help="only of this key: its id or name, also of one that was revoked")
+        verb.add_argument("--model", type=audit_commands.words, help="only of this model, or of those that match a glob")
+        verb.add_argument("--since", type=audit_commands.since, help="only since then: 24h, 7d, 2026-01-31")
+        verb.add_argument("--status", type=audit_commands.status, help="only with this status, or of its class: 429, 4xx")
+        verb.add_argument("--outcome", type=audit_commands.words, help="only with this outcome, or a beginning of it: refused")
+        verb.add_argument("--limit", type=audit_commands.count, help="at most this many")
+    if name == "usage":
+        verb.add_argument("--by", type=audit_commands.groups, default=["key"], help="what to sum by: key,model,backend,day")
+        verb.add_argument("--since", type=audit_commands.since, default="30d", help="since when: 24h, 30d, 2026-01-31")
+
+
+def _add_limits(verb: argparse.ArgumentParser, unsaid: str | None) -> None:
+    for name, words in LIMITS.items():
+        told = f"{words}: a number, unlimited, or unset for the default"
+        verb.add_argument(f"--{name}", type=commands.limit, default=unsaid, help=told)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,7 +163,8 @@ def _carry_out(said: argparse.Namespace) -> int:
 
 
 def _speak_to_stores(said: argparse.Namespace) -> int:
-    with installation.stores_of() as settings:
+    stores_of = doctor.stores_if_any if said.verb == "doctor" else installation.stores_of
+    with stores_of() as settings:
         if said.verb == "psql":
             own = said.arguments[1:] if said.arguments[:1] == ["--"] else said.arguments
             return commands.psql(settings, own)

@@ -13,13 +13,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from gateway import app, console, keys, model_names
+from gateway import app, console, keys, model_names, strict_json
 from gateway.backends import Backend, BackendFault
 from gateway.catalog import Snapshot
 from gateway.database import Database
 from gateway.discovery import Discovery, poll, takes_token
 from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.keys import KeyRing, NewKey
+from gateway.quota import NAMES as LIMITS
+from gateway.quota import UNLIMITED, Quota
 from gateway.settings import Settings
 from gateway.store import Store
 
@@ -57,10 +59,22 @@ def lifetime(text: str) -> timedelta:
     return length
 
 
-def limit(text: str) -> int:
+def limit(text: str) -> int | None:
+    """A number, `unlimited`, or `unset` for the default."""
+    if text in ("unset", "unlimited"):
+        return UNLIMITED if text == "unlimited" else None
     if not re.fullmatch(r"\d{1,15}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no limit: write a whole number from 0")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no limit: write a whole number from 0, unlimited, or unset for the default"
+        )
     return int(text)
+
+
+def retention(text: str) -> timedelta:
+    length = duration(text)
+    if not length:
+        raise argparse.ArgumentTypeError("nothing can be kept for no time: write 12h, 7d, 8w")
+    return length
 
 
 @asynccontextmanager
@@ -104,12 +118,17 @@ async def make_key(settings: Settings, said: argparse.Namespace) -> None:
     wanted = NewKey(
         name=said.name,
         models=model_names.split_patterns(said.models),
-        rpm=said.rpm,
-        tpm=said.tpm,
-        concurrent=said.concurrent,
+        quota=Quota(**{name: getattr(said, name, None) for name in LIMITS}),
         flags=tuple(flags),
         lifetime=said.expires,
+        prompt_log=said.prompt_log,
+        prompt_retention=said.retention,
+        audit_retention=said.audit_retention,
     )
+    if said.retention and not said.prompt_log:
+        raise CommandFailed(
+            "RETENTION= is for the prompts that PROMPT_LOG=1 keeps: say both, or AUDIT_RETENTION= for audit rows"
+        )
     async with key_ring(settings) as ring:
         key_id, whole = await ring.make(wanted)
     show_new_key(key_id, said.name, whole, as_json=said.json)
@@ -133,10 +152,35 @@ def _key_row(row: Mapping[str, Any]) -> dict[str, Any]:
     now = datetime.now(UTC)
     has_expired = row["expires_at"] is not None and row["expires_at"] <= now
     state = "revoked" if row["revoked_at"] else "expired" if has_expired else "active"
-    shown = ("id", "name", "models", "rpm", "tpm", "concurrent", "flags", "created_at", "expires_at", "last_used_at")
-    facts = {name: row[name] for name in shown}
+    facts = {name: row[name] for name in ("id", "name", "models", *LIMITS, "rules", "flags", "prompt_log", "created_at")}
+    facts |= {name: row[name] for name in ("expires_at", "last_used_at", "secrets")}
     facts["models"] = list(row["models"]) or ["(all)"]
-    return {**facts, "secrets": row["secrets"], "state": state}
+    facts |= shown_limits(row)
+    facts["rules"] = [_rule_words(rule) for rule in strict_json.read_loosely(row["rules"].encode())]
+    return {**facts, "state": state}
+
+
+def shown_limits(row: Mapping[str, Any]) -> dict[str, object]:
+    """A limit as it was typed; None where the default applies."""
+    return {name: "unlimited" if row[name] == UNLIMITED else row[name] for name in LIMITS}
+
+
+def _rule_words(rule: Mapping[str, Any]) -> str:
+    said = [f"{name}={value}" for name, value in shown_limits(rule).items() if value is not None]
+    return f"{rule['pattern']}: {', '.join(said)}"
+
+
+async def limit_key(settings: Settings, said: argparse.Namespace) -> None:
+    wished = {name: getattr(said, name) for name in LIMITS if name in said}
+    if not wished:
+        raise CommandFailed(
+            "say at least one of RPM= TPM= CONCURRENT= DAY= MONTH=: a number, unlimited, or unset for the default"
+        )
+    async with key_ring(settings) as ring:
+        key_id, found, at_once = await ring.limit(said.key, said.model, wished)
+    effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
+    whose = {"key": key_id, **({"model": said.model} if said.model else {})}
+    console.show_facts({**whose, **shown_limits(found.packed()), "everywhere": effect}, as_json=said.json)
 
 
 async def rotate_key(settings: Settings, said: argparse.Namespace) -> None:
@@ -200,13 +244,13 @@ async def refresh(settings: Settings, said: argparse.Namespace) -> None:
 
 async def probe(settings: Settings, said: argparse.Namespace) -> None:
     async with app.fleet(settings) as backends:
-        rows = await asyncio.gather(*(_probe_row(backend) for backend in backends.values()))
+        rows = await asyncio.gather(*(probe_row(backend) for backend in backends.values()))
     console.show(rows, as_json=said.json, empty="no backends")
     if any(row["problem"] for row in rows):
         raise CommandFailed("not every backend can be used: see its problem above")
 
 
-async def _probe_row(backend: Backend) -> dict[str, Any]:
+async def probe_row(backend: Backend) -> dict[str, Any]:
     facts: dict[str, Any] = {"backend": backend.name, "kind": backend.kind, "address": backend.config.base_url}
     has_token = bool(backend.config.auth_token)
     try:

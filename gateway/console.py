@@ -1,9 +1,10 @@
 """What operators read: aligned tables or JSON on standard output, progress and errors on standard error."""
 
+import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 
@@ -51,4 +52,63 @@ def cell(value: Any) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime) else list(value)
+    return value.isoformat() if isinstance(value, date) else list(value)
+
+
+class Table:
+    """A table of any length, its columns as wide as its first page needs."""
+
+    PAGE = 200
+
+    def __init__(self) -> None:
+        self._page: list[list[str]] = []
+        self._widths: list[int] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if not self._page and not self._widths:
+            self._page.append([name.replace("_", " ").upper() for name in row])
+        self._page.append([cell(value) for value in row.values()])
+        if self._widths or len(self._page) > self.PAGE:
+            self.end()
+
+    def end(self) -> None:
+        if not self._widths:
+            self._widths = [max(map(len, column)) for column in zip(*self._page, strict=True)]
+        for row in self._page:
+            print("  ".join(map(str.ljust, row, self._widths)).rstrip())
+        self._page.clear()
+
+
+class Lines:
+    """One JSON object a line."""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        print(json.dumps(dict(row), default=_jsonable))
+
+    def end(self) -> None:
+        pass
+
+
+class Csv:
+    """Comma-separated values below a line of their names; nothing is written as nothing."""
+
+    def __init__(self) -> None:
+        self._writer = csv.writer(sys.stdout, lineterminator="\n")
+        self._has_head = False
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if not self._has_head:
+            self._writer.writerow(row)
+            self._has_head = True
+        self._writer.writerow([_plain(value) for value in row.values()])
+
+    def end(self) -> None:
+        pass
+
+
+def printer(*, as_json: bool, as_csv: bool) -> Table | Lines | Csv:
+    return Lines() if as_json else Csv() if as_csv else Table()
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else _jsonable(value) if isinstance(value, date) else value

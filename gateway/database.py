@@ -5,7 +5,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,6 +18,7 @@ SQL = Path(__file__).resolve().parent.parent / "sql"
 NAMED_QUERY = re.compile(r"^-- name: (\w+)\n-- [^\n]+\n(.*?);\s*$", re.MULTILINE | re.DOTALL)
 PAUSE_AFTER_FAILURE_S = 1.0
 IDLE_CONNECTION_S = 300.0
+STREAMED_AT_ONCE = 500
 LOG = logging.getLogger("gateway.database")
 
 DIED = (
@@ -30,6 +31,7 @@ DIED = (
     TimeoutError,
 )
 Connection = asyncpg.pool.PoolConnectionProxy
+Row = asyncpg.Record
 
 
 class AlreadyThere(Exception):
@@ -95,6 +97,10 @@ class Database:
         except (TimeoutError, asyncpg.InterfaceError):
             self._pool.terminate()
 
+    def sql(self, query: str) -> str:
+        """A named query's text, for those who need a connection of their own."""
+        return self._queries[query]
+
     async def rows(self, query: str, *values: object) -> list[asyncpg.Record]:
         async with self.connection() as connection:
             return await connection.fetch(self._queries[query], *values)
@@ -106,6 +112,12 @@ class Database:
     async def value(self, query: str, *values: object) -> Any:
         async with self.connection() as connection:
             return await connection.fetchval(self._queries[query], *values)
+
+    async def stream(self, query: str, *values: object, timeout_s: float) -> AsyncGenerator[asyncpg.Record, None]:
+        """Any number of rows, a few at a time in memory; `timeout_s` is for each few."""
+        async with self.connection() as connection, connection.transaction(readonly=True):
+            async for row in connection.cursor(self._queries[query], *values, prefetch=STREAMED_AT_ONCE, timeout=timeout_s):
+                yield row
 
     async def run(self, query: str, *values: object) -> None:
         await self.run_all([(query, values)])

@@ -1,11 +1,16 @@
 """Every way a call can fail: a class's docstring is its message, `status` its HTTP status, `code` its stable name."""
 
+from collections.abc import Sequence
+
 
 class GatewayError(Exception):
     """The gateway failed; its operator finds the reason in the log under this request's id."""
 
     status = 500
     code = "internal_error"
+    # The type of an error in the OpenAI API where the status alone does not tell it.
+    kind = ""
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
         super().__init__(message or (type(self).__doc__ or "").partition("\n")[0])
@@ -103,6 +108,21 @@ class TooManyFailures(GatewayError):
     code = "too_many_auth_failures"
 
 
+class LimitReached(GatewayError):
+    """A limit of this key is reached."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    limit = ""
+    may_wait = False
+
+
+class BudgetSpent(LimitReached):
+    """A budget of this key is spent."""
+
+    code = "insufficient_quota"
+
+
 class BackendRefused(GatewayError):
     """The model server refused the request."""
 
@@ -155,6 +175,13 @@ class StoreUnavailable(GatewayError):
 
     def __init__(self, message: str = "", *, retry_after: float | None = 2.0) -> None:
         super().__init__(message, retry_after=retry_after)
+
+
+class LimitsUnavailable(GatewayError):
+    """The gateway cannot check this key's limits at the moment; try again shortly."""
+
+    status = 503
+    code = "limits_unavailable"
 
 
 class ShuttingDown(GatewayError):

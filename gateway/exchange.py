@@ -9,9 +9,11 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from gateway import tokens
 from gateway.access import Access
 from gateway.backends import BackendFault
 from gateway.body import read_body
+from gateway.books import Books
 from gateway.catalog import Catalog, Model
 from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, read_call, try_read
 from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError, ModelNotAvailable
@@ -20,8 +22,10 @@ from gateway.json_reply import send_json
 from gateway.keys import SHOW_BACKEND
 from gateway.record import Record
 from gateway.routing import Opening, Router, is_served
+from gateway.transcript import Transcript
 
 TAIL_PIECES = 4
+LAST_FRAME_WAITS_S = 0.05
 PASSED_ON = {b"user-agent": "User-Agent", b"accept": "Accept"}
 
 
@@ -72,13 +76,15 @@ class Exchange:
         router: Router,
         running: Running,
         catalog: Callable[[], Catalog],
+        books: Books,
         *,
         longest_body: int,
+        most_tokens: int,
         stand_in: Callable[[Model], dict[str, Any]] | None = None,
     ) -> None:
         self._dialect, self._operation, self._stand_in = dialect, operation, stand_in
         self._access, self._router, self._running, self._catalog = access, router, running, catalog
-        self._longest_body = longest_body
+        self._books, self._longest_body, self._most_tokens = books, longest_body, most_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -90,10 +96,13 @@ class Exchange:
         if model is None:
             raise ModelNotAvailable
         if self._stand_in is not None and not is_served(model, call):
+            await self._access.admit(record, model.name.canonical, takes_slot=False)
             await send_json(send, self._stand_in(model))
             return
         record.show_backend = SHOW_BACKEND in key.flags
-        answer = Answer(self._dialect, call, record, send)
+        if key.prompt_log and call.operation.need:
+            record.transcript = Transcript(call.body)
+        answer = Answer(self._dialect, call, record, send, self._books)
         try:
             await self._answer(call, model, answer, scope, receive)
         except GatewayError as error:
@@ -109,15 +118,14 @@ class Exchange:
     async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, receive: Receive) -> None:
         headers = upstream_headers(scope["headers"], answer.record.request_id)
         with self._running.guard() as guard:
-            async with (
-                watching(receive, guard),
-                self._router.open(call, self._dialect, model, headers, answer.record) as opening,
-            ):
-                guard.within(opening.backend.config.total_timeout_s, BackendTimeout())
-                if call.stream:
-                    await answer.relay(opening)
-                else:
-                    answer.keep_whole(opening)
+            async with watching(receive, guard):
+                await self._access.admit(answer.record, model.name.canonical, call.need(self._most_tokens))
+                async with self._router.open(call, self._dialect, model, headers, answer.record) as opening:
+                    guard.within(opening.backend.config.total_timeout_s, BackendTimeout())
+                    if call.stream:
+                        await answer.relay(opening)
+                    else:
+                        answer.keep_whole(opening)
 
 
 def upstream_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> dict[str, str]:
@@ -128,8 +136,10 @@ def upstream_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) ->
 class Answer:
     """What the client gets: the backend's bytes, cut at frames only; after a failure the dialect's error frame."""
 
-    def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send) -> None:
-        self._dialect, self._call, self.record, self._send = dialect, call, record, send
+    def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send, books: Books) -> None:
+        self._dialect, self._call, self.record, self._send, self._books = dialect, call, record, send, books
+        self._hides_usage = dialect.hides_usage(call)
+        self._said_last = False
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
         self._whole: Opening | None = None
         self.started = False
@@ -138,6 +148,10 @@ class Answer:
     def keep_whole(self, opening: Opening) -> None:
         self._whole = opening
         self.record.usage = self._dialect.usage([opening.frames])
+        if self.record.usage.completion_tokens is None and self.record.need.output != 0:
+            self.record.relayed_tokens = tokens.of_text(self._dialect.said(opening.frames))
+        if self.record.transcript is not None:
+            self.record.transcript.hear(opening.frames)
 
     async def relay(self, opening: Opening) -> None:
         content_type = opening.upstream.content_type or self._dialect.framing.content_type
@@ -145,20 +159,27 @@ class Answer:
         try:
             await self._relay_frames(opening)
         except BackendFault as fault:
-            self.record.detail = str(fault)
-            raise AnswerCutShort from fault
+            if not self._said_last:
+                self.record.detail = str(fault)
+                raise AnswerCutShort from fault
         finally:
-            tail = self._tail()
-            self.record.usage = self._dialect.usage(tail)
-            self.is_complete = self._dialect.is_complete(tail, self._call)
+            self._look_at_end()
         if not self.is_complete:
             raise AnswerCutShort
+
+    def _look_at_end(self) -> bool:
+        tail = self._tail()
+        self.record.usage = self._dialect.usage(tail)
+        self.is_complete = self._dialect.is_complete(tail, self._call)
+        return self.is_complete
 
     async def _relay_frames(self, opening: Opening) -> None:
         framing, idle_s = self._dialect.framing, opening.backend.config.idle_timeout_s
         frames, rest = opening.frames, opening.rest
         with Guard() as guard:
             while True:
+                if self._dialect.says_last(frames) and not opening.at_end:
+                    rest += await self._rest_of(opening)
                 guard.within(idle_s, ClientStalled())
                 await self._pass_on(frames)
                 guard.within(idle_s, BackendTimeout())
@@ -170,10 +191,30 @@ class Answer:
                 frames, rest = (data, b"") if end == len(data) else (data[:end], data[end:])
             await self._pass_on_last(rest)
 
+    async def _rest_of(self, opening: Opening) -> bytes:
+        """What comes behind the last frame: usually nothing but the body's end, and then the backend is free."""
+        try:
+            async with asyncio.timeout(LAST_FRAME_WAITS_S):
+                piece = await opening.upstream.read()
+        except (TimeoutError, BackendFault):
+            return b""
+        opening.at_end = not piece
+        return piece
+
     async def _pass_on(self, frames: bytes) -> None:
-        if frames:
-            self._recent.append(frames)
-            await self._send({"type": "http.response.body", "body": frames, "more_body": True})
+        if not frames:
+            return
+        self._recent.append(frames)
+        self.record.relayed_tokens += self._dialect.framing.count(frames)
+        if self.record.transcript is not None:
+            self.record.transcript.hear(frames)
+        shown = self._dialect.without_usage(frames) if self._hides_usage else frames
+        if self._dialect.says_last(frames) and self._look_at_end():
+            # Who has seen this may be gone, and back with the next request, before the body has ended.
+            self._said_last = True
+            await self._books.end(self.record, coming=len(shown))
+        if shown:
+            await self._send({"type": "http.response.body", "body": shown, "more_body": True})
 
     async def _pass_on_last(self, rest: bytes) -> None:
         """A stream may end without its last newline; half a frame is no frame and is not passed on."""

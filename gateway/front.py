@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import logs
+from gateway.books import Books
 from gateway.dialects.base import Dialect
 from gateway.errors import (
     BodyTooLarge,
@@ -26,6 +27,11 @@ LOG = logging.getLogger("gateway")
 WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 KEY_IN_PATH = re.compile(r"/k/([^/]*)(/.*)?", re.DOTALL)
 HEALTH = frozenset({"/healthz", "/readyz"})
+EXPOSED = (
+    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-ratelimit-limit-requests, "
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
+    b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
+)
 LINGER_S, LINGER_BYTES = 2.0, 4 * 2**20
 STATUS_OF_A_CLIENT_GONE = 499
 PREFLIGHT_HEADERS = (
@@ -45,10 +51,11 @@ class Front:
         routes: ASGIApp,
         client_of: Callable[[Scope], str],
         dialect_of: Callable[[str], Dialect],
+        books: Books,
         *,
         request_id_header: str,
     ) -> None:
-        self.routes, self._client_of, self._dialect_of = routes, client_of, dialect_of
+        self.routes, self._client_of, self._dialect_of, self._books = routes, client_of, dialect_of, books
         self._id_header = request_id_header.lower().encode()
         self.in_flight = 0
         self.idle = asyncio.Event()
@@ -59,12 +66,15 @@ class Front:
         if scope["type"] != "http":
             return
         record = self._begin(scope)
-        reply = Reply(record, send, self._id_header, with_cors=any(name == b"origin" for name, _ in scope["headers"]))
+        reply = Reply(
+            record, send, self._books, self._id_header, with_cors=any(name == b"origin" for name, _ in scope["headers"])
+        )
         self.in_flight += 1
         self.idle.clear()
         try:
             await self._handle(scope, receive, reply, record)
         finally:
+            self._books.close(record)
             if scope["path"] not in HEALTH:
                 logs.request_line(record.line())
             self.in_flight -= 1
@@ -72,9 +82,15 @@ class Front:
                 self.idle.set()
 
     def _begin(self, scope: Scope) -> Record:
-        presented = next((value for name, value in scope["headers"] if name == self._id_header), b"")
-        request_id = presented.decode() if WELL_FORMED_ID.fullmatch(presented) else uuid.uuid4().hex
-        record = Record(request_id, scope["method"], client=self._client_of(scope))
+        presented = agent = b""
+        for name, value in scope["headers"]:
+            if name == self._id_header:
+                presented = presented or value
+            elif name == b"user-agent":
+                agent = value
+        ours = uuid.uuid4().hex
+        request_id = presented.decode() if WELL_FORMED_ID.fullmatch(presented) else ours
+        record = Record(ours, request_id, scope["method"], client=self._client_of(scope), agent=agent[:200].decode("latin-1"))
         if in_path := KEY_IN_PATH.fullmatch(scope["path"]):
             record.key_in_path = in_path[1]
             scope["path"] = in_path[2] or "/"
@@ -91,7 +107,7 @@ class Front:
             if self.draining and scope["path"] not in HEALTH:
                 raise ShuttingDown(retry_after=1)
             await self.routes(scope, receive, reply.send)
-            record.outcome = record.outcome or ("answered" if record.status < 400 else "refused")
+            record.outcome = record.outcome or _plain_outcome(record)
         except ClientGone as gone:
             record.outcome, record.status = "client_gone", record.status or STATUS_OF_A_CLIENT_GONE
             record.detail = "stalled" if isinstance(gone, ClientStalled) else ""
@@ -119,11 +135,16 @@ class Front:
             await reply.send({"type": "http.response.body", "body": b""})
 
 
+def _plain_outcome(record: Record) -> str:
+    return "answered" if record.status < 400 else "refused"
+
+
 def error_headers(error: GatewayError, body: bytes, *, close: bool = False) -> list[tuple[bytes, bytes]]:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.retry_after is not None:
         headers.append((b"retry-after", str(max(1, -int(-error.retry_after // 1))).encode()))
         headers.append((b"retry-after-ms", str(max(1, round(error.retry_after * 1000))).encode()))
+    headers += error.headers
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, MethodNotAllowed):
@@ -149,11 +170,12 @@ async def _linger(receive: Receive) -> None:
 
 
 class Reply:
-    """`send` of one request, with our headers added and what goes out counted."""
+    """`send` of one request, with our headers added and what goes out counted; the head waits for the first of the body."""
 
-    def __init__(self, record: Record, send: Send, id_header: bytes, *, with_cors: bool) -> None:
-        self._record, self._send, self._id_header = record, send, id_header
+    def __init__(self, record: Record, send: Send, books: Books, id_header: bytes, *, with_cors: bool) -> None:
+        self._record, self._send, self._books, self._id_header = record, send, books, id_header
         self.with_cors = with_cors
+        self._head: Message | None = None
         self.started = False
 
     async def send(self, message: Message) -> None:
@@ -161,17 +183,26 @@ class Reply:
             self.started = True
             self._record.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self._own_headers()]
-        else:
-            self._record.bytes_out += len(message.get("body", b""))
+            self._head = message
+            return
+        self._record.bytes_out += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            self._record.outcome = self._record.outcome or _plain_outcome(self._record)
+            await self._books.end(self._record)
+        if self._head is not None:
+            head, self._head = self._head, None
+            await self._send(head)
         await self._send(message)
 
     def _own_headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(self._id_header, self._record.request_id.encode())]
         if self._record.show_backend and self._record.backend:
             headers.append((b"x-gateway-backend", self._record.backend.encode()))
+        if self._record.admission is not None:
+            headers += self._record.admission.headers
         if self.with_cors:
             # Keys travel in headers or the path, never in cookies: any origin may ask.
-            exposed = self._id_header + b", retry-after, retry-after-ms, x-gateway-backend"
+            exposed = self._id_header + EXPOSED
             headers += [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", exposed)]
         return headers
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from argon2 import PasswordHasher
 
-from gateway import api_key
+from gateway import api_key, quota, strict_json
 from gateway.database import AlreadyThere, Database
 from gateway.errors import CommandFailed
+from gateway.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
 from gateway.model_names import AllowList
+from gateway.quota import Quota, Rule, Scope
 from gateway.store import Store, StoreAway
 
 CHANGED = "nz:keys:changed"
@@ -21,44 +23,50 @@ ADMIN_MODELS, SHOW_BACKEND = "admin_models", "show_backend"
 
 @dataclass(frozen=True)
 class Key:
-    """An identity and its rights; None as a limit means the default, `expires_at` is in seconds since the epoch."""
+    """An identity and its rights; `expires_at` is in seconds since the epoch."""
 
     id: str
     name: str
     models: AllowList = field(default_factory=AllowList)
-    rpm: int | None = None
-    tpm: int | None = None
-    concurrent: int | None = None
+    quota: Quota = field(default_factory=Quota)
+    rules: tuple[Rule, ...] = ()
     flags: frozenset[str] = frozenset()
+    prompt_log: bool = False
     expires_at: float | None = None
 
     def has_expired(self, now: float) -> bool:
         return self.expires_at is not None and now >= self.expires_at
+
+    def scopes(self, model: str, defaults: Quota) -> tuple[Scope, ...]:
+        """The counters that a request counts in: the key's own, and one for each rule that the model matches."""
+        own = quota.scope(self.id, self.quota, defaults)
+        matching = (rule for rule in self.rules if model and rule.matches(model))
+        return (own, *(quota.scope(f"{self.id}|{rule.pattern}", rule.quota, Quota()) for rule in matching))
 
     def packed(self) -> dict[str, object]:
         return {
             "id": self.id,
             "name": self.name,
             "models": self.models.patterns,
-            "rpm": self.rpm,
-            "tpm": self.tpm,
-            "concurrent": self.concurrent,
+            **self.quota.packed(),
+            "rules": [rule.packed() for rule in self.rules],
             "flags": sorted(self.flags),
+            "prompt_log": self.prompt_log,
             "expires_at": self.expires_at,
         }
 
 
 def unpack(packed: Mapping[str, Any]) -> Key:
-    """A key from `Key.packed` or from a row of the database."""
-    expires = packed["expires_at"]
+    """A key from `Key.packed` or from a row of the database, which gives the rules as JSON."""
+    expires, rules = packed["expires_at"], packed["rules"]
     return Key(
         id=packed["id"],
         name=packed["name"],
         models=AllowList(tuple(packed["models"])),
-        rpm=packed["rpm"],
-        tpm=packed["tpm"],
-        concurrent=packed["concurrent"],
+        quota=quota.unpack(packed),
+        rules=quota.unpack_rules(strict_json.read_loosely(rules.encode()) if isinstance(rules, str) else rules),
         flags=frozenset(packed["flags"]),
+        prompt_log=packed["prompt_log"],
         expires_at=expires.timestamp() if isinstance(expires, datetime) else expires,
     )
 
@@ -69,11 +77,12 @@ class NewKey:
 
     name: str
     models: tuple[str, ...] = ()
-    rpm: int | None = None
-    tpm: int | None = None
-    concurrent: int | None = None
+    quota: Quota = field(default_factory=Quota)
     flags: tuple[str, ...] = ()
     lifetime: timedelta | None = None
+    prompt_log: bool = False
+    prompt_retention: timedelta | None = None
+    audit_retention: timedelta | None = None
 
 
 class KeyRing:
@@ -87,11 +96,12 @@ class KeyRing:
         _refuse_unreadable(wanted)
         minted = api_key.mint()
         expires = None if wanted.lifetime is None else datetime.now(UTC) + wanted.lifetime
-        rights = (list(wanted.models), wanted.rpm, wanted.tpm, wanted.concurrent, list(wanted.flags), expires)
+        rights = (list(wanted.models), *wanted.quota.packed().values(), list(wanted.flags), expires)
+        kept = (wanted.prompt_log, wanted.prompt_retention, wanted.audit_retention)
         try:
             await self._database.run_all(
                 [
-                    ("add_key", (minted.secret_id, wanted.name, *rights)),
+                    ("add_key", (minted.secret_id, wanted.name, *rights, *kept)),
                     ("add_secret", (minted.secret_id, minted.secret_id, self._hasher.hash(minted.whole))),
                 ]
             )
@@ -118,6 +128,25 @@ class KeyRing:
         key_id = await self._living(name_or_id)
         await self._database.run_all([("lock_key", (key_id,)), ("revoke_key", (key_id,))])
         return key_id, await self._announce(key_id)
+
+    async def limit(self, name_or_id: str, pattern: str, said: Mapping[str, int | None]) -> tuple[str, Quota, bool]:
+        """Set those limits that were said, of the key or of its models that match `pattern`; None means unset.
+
+        Returns the key's id, the whole quota as it is now, and whether every process was told at once.
+        """
+        key_id = await self._living(name_or_id)
+        _refuse_unreadable_pattern(pattern)
+        names = list(quota.NAMES)
+        wishes = [said.get(name) for name in names], [name in said for name in names]
+        values = [value for pair in zip(*wishes, strict=True) for value in pair]
+        if pattern:
+            row = await self._database.row("limit_models", key_id, pattern, *values)
+            if row is not None and not any(row[name] is not None for name in names):
+                await self._database.run("drop_model_limits", key_id, pattern)
+        else:
+            row = await self._database.row("limit_key", key_id, *values)
+        assert row is not None
+        return key_id, quota.unpack(dict(row)), await self._announce(key_id)
 
     async def all(self) -> Sequence[Mapping[str, Any]]:
         return [dict(row) for row in await self._database.rows("list_keys")]
@@ -162,6 +191,11 @@ def _refuse_unreadable(wanted: NewKey) -> None:
     for pattern in wanted.models:
         if not pattern.isprintable():
             raise CommandFailed(f"{pattern!r} is no model's name: write it in printable characters")
+
+
+def _refuse_unreadable_pattern(pattern: str) -> None:
+    if not pattern.isprintable() or len(pattern) > LONGEST_MODEL_NAME or len(pattern.split()) > 1:
+        raise CommandFailed("MODEL must be one model's name or one glob, such as llama3*: write it without blanks")
 
 
 def cache_key(secret_id: str) -> str:

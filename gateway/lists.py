@@ -49,4 +49,4 @@ class Lists:
 
     async def _key(self, scope: Scope) -> Key:
         record: Record = scope["state"]["record"]
-        return await self._access.key_of(scope, record)
+        return await self._access.visitor(scope, record)

@@ -1,10 +1,14 @@
-"""What became of one request: filled in as it goes, written as one log line at its end."""
+"""What became of one request: filled in as it goes, then told as one log line and one row of the audit."""
 
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.admission import Admission
 from gateway.dialects.base import Usage
+from gateway.keys import Key
+from gateway.tokens import NO_TOKENS, Need
+from gateway.transcript import Transcript
 
 
 @dataclass
@@ -16,31 +20,45 @@ class Attempt:
 
 @dataclass
 class Record:
-    """Times are seconds of the monotonic clock; `route` is a line of the route table, never the path as it was sent."""
+    """Times are seconds of the monotonic clock, `at` microseconds since the epoch; `route` is a line of the route table,
+    never the path as it was sent. `id` is ours and unique; `request_id` may be the caller's."""
 
+    id: str
     request_id: str
     method: str
     client: str = ""
+    agent: str = ""
+    at: int = field(default_factory=lambda: time.time_ns() // 1000)
     began: float = field(default_factory=time.monotonic)
     key_in_path: str | None = field(default=None, repr=False)
     dialect: str = ""
     route: str = "unmatched"
-    key_id: str = ""
+    key: Key | None = None
     model: str = ""
+    answered_as: str = ""
     stream: bool = False
+    need: Need = NO_TOKENS
+    admission: Admission | None = None
     backend: str = ""
     show_backend: bool = False
+    was_sent: bool = False
     attempts: list[Attempt] = field(default_factory=list)
     status: int = 0
     outcome: str = ""
     detail: str = ""
     usage: Usage = field(default_factory=Usage)
+    relayed_tokens: int = 0
+    transcript: Transcript | None = field(default=None, repr=False)
     bytes_in: int = 0
     bytes_out: int = 0
     first_byte_at: float | None = None
+    is_closed: bool = False
+
+    @property
+    def key_id(self) -> str:
+        return self.key.id if self.key else ""
 
     def line(self) -> dict[str, Any]:
-        now = time.monotonic()
         return {
             "request_id": self.request_id,
             "key": self.key_id,
@@ -56,6 +74,65 @@ class Record:
             "detail": self.detail,
             "prompt_tokens": self.usage.prompt_tokens,
             "completion_tokens": self.usage.completion_tokens,
-            "ttfb_ms": None if self.first_byte_at is None else round((self.first_byte_at - self.began) * 1000, 1),
-            "total_ms": round((now - self.began) * 1000, 1),
+            "queue_ms": round(self.queue_ms, 1),
+            "ttfb_ms": None if self.first_byte_at is None else _ms(self.first_byte_at - self.began),
+            "total_ms": _ms(time.monotonic() - self.began),
         }
+
+    @property
+    def queue_ms(self) -> float:
+        return self.admission.queue_s * 1000 if self.admission else 0.0
+
+    def beginning(self) -> dict[str, Any]:
+        """The row as far as it is known when the request is let in, and as it stays if nobody ever ends it."""
+        return {
+            "id": self.id,
+            "at": self.at,
+            "request_id": self.request_id,
+            "key_id": self.key_id,
+            "client": self.client,
+            "agent": self.agent,
+            "dialect": self.dialect,
+            "method": self.method,
+            "route": self.route,
+            "model": self.model,
+            "answered_as": "",
+            "backend": "",
+            "attempts": [],
+            "status": 0,
+            "outcome": "",
+            "detail": "",
+            "stream": self.stream,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "tokens_from": "none",
+            "bytes_in": self.bytes_in,
+            "bytes_out": 0,
+            "queue_ms": 0.0,
+            "ttfb_ms": None,
+            "total_ms": None,
+        }
+
+    def row(self, prompt_tokens: int, completion_tokens: int, tokens_from: str) -> dict[str, Any]:
+        return {
+            **self.beginning(),
+            "answered_as": self.answered_as,
+            "backend": self.backend,
+            "attempts": [
+                {"backend": attempt.backend, "fault": attempt.fault, "ms": _ms(attempt.ms / 1000)} for attempt in self.attempts
+            ],
+            "status": self.status,
+            "outcome": self.outcome,
+            "detail": self.detail,
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "tokens_from": tokens_from,
+            "bytes_out": self.bytes_out,
+            "queue_ms": round(self.queue_ms, 3),
+            "ttfb_ms": None if self.first_byte_at is None else _ms(self.first_byte_at - self.began),
+            "total_ms": _ms(time.monotonic() - self.began),
+        }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

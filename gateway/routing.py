@@ -79,19 +79,21 @@ class Router:
         faults: list[BackendFault] = []
         for backend, spelling in candidates:
             began = time.monotonic()
+            record.was_sent = True
             try:
                 async with AsyncExitStack() as stack:
                     opening = await stack.enter_async_context(self._try(backend, spelling, call, dialect, headers))
                     taken = stack.pop_all()
             except BackendFault as fault:
                 faults.append(fault)
+                record.was_sent = False
                 record.attempts.append(Attempt(backend.name, fault.reason, (time.monotonic() - began) * 1000))
                 record.detail = str(fault)
                 continue
             except BackendRefused:
                 record.backend = backend.name
                 raise
-            record.backend = backend.name
+            record.backend, record.answered_as = backend.name, spelling
             async with taken:
                 yield opening
             return

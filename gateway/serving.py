@@ -27,10 +27,13 @@ PROBE_S = 0.5
 STOP_MARGIN_S = 15.0
 
 
+def missing_accelerators() -> list[str]:
+    return [name for name in ("uvloop", "httptools", "hiredis", "aiohttp._http_parser") if find_spec(name) is None]
+
+
 def check_accelerators() -> None:
     """The C parts make the gateway several times faster: say so where one is missing."""
-    missing = [name for name in ("uvloop", "httptools", "hiredis", "aiohttp._http_parser") if find_spec(name) is None]
-    if missing:
+    if missing := missing_accelerators():
         LOG.warning("running slowly without %s: install the pinned requirements", ", ".join(missing))
 
 

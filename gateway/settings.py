@@ -173,6 +173,8 @@ class Settings:
     default_rpm: int = env("60", integer(0, 10**9))
     default_tpm: int = env("100000", integer(0, 10**12))
     default_concurrent: int = env("8", integer(0, 10**6))
+    max_queue_wait_s: float = env("0", seconds(0, 600))
+    limits_without_redis: str = env("share", one_of("share", "closed"))
     max_request_body_bytes: int = env("262144", integer(1024, 2**30))
     max_num_predict: int = env("4096", integer(1, 10**9))
     argon2_time_cost: int = env("3", integer(1, 100))

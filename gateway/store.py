@@ -102,7 +102,7 @@ class Store:
             async with asyncio.timeout(CALL_DEADLINE_S):
                 answer = await command(self._redis)
         except (RedisError, OSError, TimeoutError) as wrong:
-            self._count_failure(wrong)
+            self.count_failure(wrong)
             raise StoreAway from wrong
         self._timeouts = 0
         return answer
@@ -116,7 +116,18 @@ class Store:
         answers: list[Any] = await self.call(run)
         return answers
 
-    def _count_failure(self, wrong: Exception) -> None:
+    async def slow_call(self, command: Callable[[Redis], Awaitable[Any]], deadline_s: float) -> Any:
+        """For background work whose answers are large."""
+        if not self.up:
+            raise StoreAway
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await command(self._subscriber)
+        except (RedisError, OSError, TimeoutError) as wrong:
+            self.count_failure(wrong)
+            raise StoreAway from wrong
+
+    def count_failure(self, wrong: Exception) -> None:
         self._timeouts += 1
         if self._timeouts >= TIMEOUTS_UNTIL_AWAY:
             self._set_up(up=False, reason=type(wrong).__name__)

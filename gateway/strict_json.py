@@ -15,6 +15,14 @@ def write(value: object) -> bytes:
     return orjson.dumps(value)
 
 
+def write_anyhow(value: object) -> bytes:
+    """The same for texts that may be no Unicode, such as half a surrogate pair out of a client's JSON."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+
+
 def read_loosely(data: bytes) -> Any:
     """What a backend or store said; raises ValueError where it isn't JSON."""
     return orjson.loads(data)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,7 +17,10 @@ from openai import OpenAI
 from gateway import app, keys, server
 from gateway.app import Rooms
 from gateway.keys import KeyRing, NewKey
+from gateway.quota import NAMES as LIMITS
+from gateway.quota import Quota
 from gateway.settings import Settings
+from gateway.store import StoreAway
 
 Result = TypeVar("Result")
 START_S = 20.0
@@ -93,8 +97,9 @@ class RunningGateway:
         return KeyRing(self.rooms.database, app.hasher_of(self.settings), self.rooms.store)
 
     def key(self, *models: str, name: str = "", flags: tuple[str, ...] = (), **more: Any) -> str:
-        """A new key that may use these models, or all."""
-        return self.call(self.ring().make(NewKey(name or f"key {next(_names)}", models, flags=flags, **more)))[1]
+        """A new key that may use these models, or all; limits are said by their names."""
+        quota = Quota(**{limit: more.pop(limit) for limit in LIMITS if limit in more})
+        return self.call(self.ring().make(NewKey(name or f"key {next(_names)}", models, quota, flags=flags, **more)))[1]
 
     def admin_key(self) -> str:
         return self.key(flags=(keys.ADMIN_MODELS,))
@@ -116,6 +121,21 @@ class RunningGateway:
         while self.rooms.front.in_flight and time.monotonic() < deadline:
             time.sleep(0.002)
         assert not self.rooms.front.in_flight, "requests are still in flight"
+
+    def audit_rows(self) -> list[dict[str, Any]]:
+        """All rows, oldest first, once they have arrived in PostgreSQL."""
+        self.wait_idle()
+
+        async def settled() -> list[dict[str, Any]]:
+            for _ in range(500):
+                with suppress(StoreAway):
+                    if not self.rooms.books.backlog and not await self.rooms.store.call(lambda redis: redis.xlen("nz:audit")):
+                        break
+                await asyncio.sleep(0.02)
+            async with self.rooms.database.connection() as connection:
+                return [dict(row) for row in await connection.fetch("SELECT * FROM audit ORDER BY at, id")]
+
+        return self.call(settled())
 
     def request_lines(self) -> list[dict[str, Any]]:
         """One per finished request; a client may have its answer's end a moment before the line is written."""

@@ -286,7 +286,7 @@ def test_endless_comments_before_the_first_frame_cost_little(start_gateway: Star
     )
     with gateway.http(gateway.key()) as client:
         began = time.process_time()
-        got = client.post("/v1/chat/completions", json=WAYS[3].body)
+        got = client.post("/v1/chat/completions", json={**WAYS[3].body, "stream_options": {"include_usage": True}})
         spent = time.process_time() - began
     assert got.content.endswith(data) and len(got.content) < len(data) + 600_000
     assert spent < 20, "quadratic reading took minutes"

@@ -17,24 +17,28 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "errors tasks guard backend_config breaker console workers".split(),
+    "errors tasks guard backend_config breaker console workers checkup".split(),
     "api_key model_names strict_json local settings store database client_address".split(),
-    "catalog dialects.base json_reply local_servers logs auth_failures keys backends demo installation".split(),
-    "authentication dialects.ollama dialects.openai discovery keeper record show health".split(),
-    "access body front routes routing".split(),
-    "exchange lists".split(),
+    "tokens quota redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
+    "catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),
+    "authentication dialects.ollama dialects.openai discovery keeper show health local_limits record".split(),
+    "limits cost routing body postgres_checkup settings_checkup".split(),
+    "access books audit_writer redis_checkup".split(),
+    "front routes lists exchange".split(),
     "admin_verbs".split(),
     "app".split(),
     "commands server".split(),
-    "serving".split(),
+    "serving audit_commands".split(),
+    "doctor".split(),
     "cli".split(),
     "__main__".split(),
 ]
-KNOW_THE_SETTINGS = {"settings", "installation", "app", "commands", "serving", "cli"}
+KNOW_THE_SETTINGS = set("settings installation app commands audit_commands serving settings_checkup doctor cli".split())
 HOMES = {
     "orjson": {"strict_json"},
     "asyncpg": {"database"},
-    "redis": {"store"},
+    "redis": {"store", "redis_line"},
+    "hiredis": {"redis_line"},
     "argon2": {"app", "keys", "authentication"},
     "aiohttp": {"backends"},
     "yarl": {"backends"},
@@ -218,8 +222,8 @@ def test_the_requirements_are_what_the_code_imports() -> None:
     beside_imports = {"httptools", "prometheus-client"}
     import_names = {"argon2-cffi": "argon2"}
     named = {import_names.get(name, name) for name in required() - beside_imports}
-    # yarl comes with aiohttp, whose addresses are its own.
-    assert named == {*HOMES, "starlette"} - {"yarl"}
+    # yarl comes with aiohttp, whose addresses are its own; hiredis with redis, whose parser it is.
+    assert named == {*HOMES, "starlette"} - {"yarl", "hiredis"}
 
 
 def test_no_framework_and_no_mapper() -> None:

@@ -324,13 +324,13 @@ def test_psql_that_is_not_installed(operator: Operator, tmp_path: Path) -> None:
 
 
 def test_config_says_what_and_whence(operator: Operator) -> None:
-    (operator.folder / ".env").write_text("DEFAULT_RPM=7\n")
+    (operator.folder / ".env").write_text("MAX_REQUEST_BODY_BYTES=70000\n")
     (operator.folder / "token").write_text(CANARY)
     names = {"DATABASE_URL": f"postgresql://u:{CANARY}@h/d", "REDIS_URL": f"redis://:{CANARY}@h/0"}
     names |= {"OLLAMA_AUTH_TOKEN_FILE": str(operator.folder / "token")}
     told, rows = operator.gets("config", **names), operator.gets_json("config", **names).rows
     found = {row["name"]: (row["value"], row["from"]) for row in rows}
-    assert found["DEFAULT_RPM"] == ("7", ".env") and found["MAX_NUM_PREDICT"] == ("4096", "default")
+    assert found["MAX_REQUEST_BODY_BYTES"] == ("70000", ".env") and found["MAX_NUM_PREDICT"] == ("4096", "default")
     assert found["DATABASE_URL"] == ("postgresql://u:***@h/d", "environment")
     assert found["OLLAMA_AUTH_TOKEN"] == ("***", "OLLAMA_AUTH_TOKEN_FILE")
     assert CANARY not in told + json.dumps(rows) and len(told.splitlines()) == len(rows) + 1
@@ -428,6 +428,16 @@ def test_make_passes_everything_on(made: Path) -> None:
     assert make(made, "keys", "JSON=0") == ["keys"]
 
 
+def test_make_passes_on_what_is_asked_of_the_audit(made: Path) -> None:
+    filters = ["KEY=a b", "MODEL=a*", "SINCE=7d", "STATUS=4xx", "OUTCOME=refused", "LIMIT=5", "CSV=1"]
+    assert make(made, "audit", *filters) == [
+        *("audit", "--key", "a b", "--model", "a*", "--since", "7d", "--status", "4xx", "--outcome", "refused", "--limit", "5"),
+        "--csv",
+    ]
+    assert make(made, "usage", "BY=day,key", "SINCE=1d", "JSON=1") == ["usage", "--by", "day,key", "--since", "1d", "--json"]
+    assert make(made, "forget", "KEY=a") == ["forget", "--key", "a"]
+
+
 def test_the_environment_is_no_command_line(made: Path) -> None:
     names = {"NAME": "of the machine", "MODELS": "x", "JSON": "1", "ADMIN_MODELS": "1", "RPM": "1"}
     assert make(made, "key", "NAME=mine", **names) == ["key", "--name", "mine"]
@@ -435,6 +445,8 @@ def test_the_environment_is_no_command_line(made: Path) -> None:
     assert make(made, "revoke", KEY="of the environment") == ["revoke"]
 
 
-@pytest.mark.parametrize("verb", ["keys", "models", "refresh", "probe", "migrate", "config", "psql"])
+@pytest.mark.parametrize(
+    "verb", ["keys", "models", "refresh", "probe", "audit", "usage", "audit-verify", "purge", "migrate", "config", "psql"]
+)
 def test_each_target_calls_its_verb(made: Path, verb: str) -> None:
     assert make(made, verb) == [verb]

@@ -22,6 +22,7 @@ from tests.played import PlayedBackend
 from tests.processes import until
 from tests.running import RunningGateway
 from tests.settings_of import settings_for
+from tests.stored import all_of_postgresql, all_of_redis
 
 CHARACTERS = st.characters(codec="utf-8")
 IN_ANY_KEY = st.sampled_from(sorted(api_key.ALPHABET | {"_"}))
@@ -267,22 +268,14 @@ def test_a_key_is_stored_as_a_hash_alone(start_gateway: StartGateway, stores: Te
     assert [status(gateway, key) for key in (old, new, wrong)] == [200, 200, 401]
     hashes = [row["hash"] for row in sql(stores.database_url, "SELECT hash FROM secrets")]
     assert len(hashes) == 2 and all(stored.startswith("$argon2id$v=19$m=64,t=1,p=1$") for stored in hashes)
-    tables = sql(stores.database_url, "SELECT tablename AS name FROM pg_tables WHERE schemaname = 'public'")
-    stored = "".join(row[0] for table in tables for row in sql(stores.database_url, f"SELECT t::text FROM {table['name']} t"))
+    gateway.audit_rows()
+    stored = all_of_postgresql(stores)
     assert "mine" in stored
     kept = all_of_redis(stores)
     assert "mine" in kept
     for key in (old, new, wrong):
         for part in (key, key.split("_")[2], key.split("_")[2][: -api_key.CHECKSUM_CHARACTERS]):
             assert part not in stored and part not in kept
-
-
-def all_of_redis(stores: TestStores) -> str:
-    with stores.client() as client:
-        names = list(client.scan_iter("*"))
-        kinds = {name: client.type(name) for name in names}
-        assert set(kinds.values()) <= {b"string"}, "look into the new kinds too"
-        return "\n".join(str(name) + str(client.get(name)) for name in names)
 
 
 # ── wrong keys ──

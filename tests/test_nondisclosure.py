@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from gateway.quota import UNLIMITED
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
@@ -57,7 +58,7 @@ def test_the_same_bytes_on_every_route_and_spelling(gateway: RunningGateway, pat
 
 
 def test_the_same_bytes_for_one_model_of_the_list(gateway: RunningGateway) -> None:
-    with gateway.http(gateway.key("llama3.2")) as client:
+    with gateway.http(gateway.key("llama3.2", rpm=UNLIMITED, tpm=UNLIMITED)) as client:
         assert seen(client.get(f"/v1/models/{HIDDEN}")) == seen(client.get(f"/v1/models/{UNKNOWN}"))
         assert client.get(f"/v1/models/{HIDDEN}").status_code == 403
 

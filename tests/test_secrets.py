@@ -9,11 +9,12 @@ from contextlib import ExitStack
 import pytest
 
 from gateway.logs import ConsoleLines, JsonLines
-from tests.conftest import StartGateway
+from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
 from tests.scripts import FAULTS, answer
 from tests.settings_of import entry_of
+from tests.stored import all_of_postgresql, all_of_redis
 
 TOKEN = "canary-backend-token-4f7a1c"
 PROMPT = "canary prompt text"
@@ -41,7 +42,9 @@ def all_logged(gateway: RunningGateway) -> str:
     return "\n".join(formatter.format(record) for record in ours for formatter in formatters)
 
 
-def test_tokens_open_the_backends_and_appear_nowhere(start_gateway: StartGateway, backends: list[PlayedBackend]) -> None:
+def test_tokens_open_the_backends_and_appear_nowhere(
+    start_gateway: StartGateway, backends: list[PlayedBackend], stores: TestStores
+) -> None:
     gateway = start(start_gateway, backends)
     key = gateway.key()
     came_down: list[str] = []
@@ -63,6 +66,11 @@ def test_tokens_open_the_backends_and_appear_nowhere(start_gateway: StartGateway
     logged = all_logged(gateway)
     assert TOKEN not in logged and key not in logged and PROMPT not in logged
     assert "request_id" in logged
+    during = all_of_redis(stores)
+    gateway.audit_rows()
+    kept = during + all_of_redis(stores) + all_of_postgresql(stores)
+    assert TOKEN not in kept and key not in kept and key.rpartition("_")[2] not in kept and PROMPT not in kept
+    assert "/v1/chat/completions" in kept
 
 
 def test_a_key_goes_to_no_backend_and_into_no_log(start_gateway: StartGateway, backends: list[PlayedBackend]) -> None:

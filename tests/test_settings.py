@@ -74,6 +74,8 @@ BAD = {
     "DEFAULT_RPM": ["-1", "60/min", "1.5"],
     "DEFAULT_TPM": ["-1", "100k"],
     "DEFAULT_CONCURRENT": ["-1", "no"],
+    "MAX_QUEUE_WAIT_S": ["-1", "601", "5s"],
+    "LIMITS_WITHOUT_REDIS": ["open", "1"],
     "MAX_REQUEST_BODY_BYTES": ["1023", "256K", "-1"],
     "MAX_NUM_PREDICT": ["0", "-1", "x"],
     "ARGON2_TIME_COST": ["0", "101"],

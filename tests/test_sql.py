@@ -104,8 +104,10 @@ def test_migrations_are_numbered_without_gaps() -> None:
 
 def test_migrations_go_forward_only() -> None:
     for migration in database.migrations():
-        assert not re.search(r"\b(DROP|TRUNCATE)\b|\bDOWN\b", migration.sql, re.IGNORECASE), migration.name
-        assert not re.search(r"^\s*(BEGIN|COMMIT|ROLLBACK)\b", migration.sql, re.IGNORECASE | re.MULTILINE), migration.name
+        # What a function may do later is not what the migration does.
+        sql = re.sub(r"\$\$.*?\$\$", "", migration.sql, flags=re.DOTALL)
+        assert not re.search(r"\b(DROP|TRUNCATE)\b|\bDOWN\b", sql, re.IGNORECASE), migration.name
+        assert not re.search(r"^\s*(BEGIN|COMMIT|ROLLBACK)\b", sql, re.IGNORECASE | re.MULTILINE), migration.name
 
 
 def test_an_empty_database_is_not_current_until_migrated_and_then_stays_so(empty_database: str) -> None:

@@ -39,7 +39,9 @@ def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway
 
 
 def body_for(path: str, *, stream: bool) -> dict[str, object]:
-    more = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "input": "hi"}
+    more: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "input": "hi"}
+    if path.startswith("/v1/") and stream:
+        more["stream_options"] = {"include_usage": True}
     return {"model": MODEL, "stream": stream, **more}
 
 

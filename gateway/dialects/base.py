@@ -9,6 +9,7 @@ from gateway import strict_json
 from gateway.backend_config import Kind
 from gateway.errors import BadRequest, GatewayError
 from gateway.model_names import LONGEST_NAME, ModelName, canonical, is_plain
+from gateway.tokens import NO_TOKENS, Need
 
 Streaming = Literal["by default", "on request", "never"]
 LONGEST_FRAME = 8 * 2**20
@@ -32,7 +33,8 @@ class Usage:
 class Operation:
     """One thing a client may ask of a model: `path` is both our route and the backend's.
 
-    A whole answer has one of the fields `answers_with`, neither empty nor false; without it the answer is none.
+    A whole answer has one of the fields `answers_with`, neither empty nor false; without it the answer is none. `need` tells
+    how many tokens a request may take; without it the operation takes none.
     """
 
     path: str
@@ -41,6 +43,7 @@ class Operation:
     check: Callable[[dict[str, Any]], None]
     clamp: Callable[[dict[str, Any], Kind, int], None] | None = None
     answers_with: tuple[str, ...] = ()
+    need: Callable[[dict[str, Any]], Need] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class Call:
     model: ModelName
     stream: bool
     body: dict[str, Any] = field(repr=False)
+
+    def need(self, most_output: int) -> Need:
+        found = self.operation.need(self.body) if self.operation.need else NO_TOKENS
+        return found if found.output is None else Need(found.prompt, min(found.output, most_output))
 
     def body_for(self, kind: Kind, spelling: str, cap: int) -> bytes:
         """What is sent to a backend: what was read, its output bounded by `cap` tokens, the model as that backend spells it."""
@@ -74,6 +81,9 @@ class Framing(Protocol):
     def payloads(self, data: bytes) -> list[bytes]:
         """The JSON texts of complete frames, comments left out."""
 
+    def count(self, data: bytes) -> int:
+        """About how many frames: each is about one token."""
+
 
 class Dialect(Protocol):
     name: str
@@ -92,6 +102,18 @@ class Dialect(Protocol):
         """Whether a stream that ends with these payloads has said everything."""
 
     def usage(self, tail: Sequence[bytes]) -> Usage: ...
+
+    def says_last(self, frames: bytes) -> bool:
+        """Whether a client may take these frames for the end, whatever comes behind them."""
+
+    def hides_usage(self, call: Call) -> bool:
+        """Whether the backend was asked for counts that the caller did not ask for."""
+
+    def without_usage(self, frames: bytes) -> bytes:
+        """Complete frames without such counts."""
+
+    def said(self, data: bytes) -> str:
+        """The text of an answer, whole or in frames."""
 
 
 def read_call(dialect: Dialect, operation: Operation, raw: bytes) -> Call:
@@ -210,3 +232,16 @@ def count(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2**53:
         return None
     return int(value)
+
+
+def wish(value: object) -> int | None:
+    """A bound on output that a caller named, None where it is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if is_number and value >= 1 else None  # type: ignore[call-overload,operator]
+
+
+def text_of(message: dict[str, Any], *names: str) -> str:
+    """What a message or a part of one says, with the tools it calls."""
+    texts = [message[name] for name in names if isinstance(message.get(name), str)]
+    calls = message.get("tool_calls")
+    return "".join(texts) + (strict_json.write(calls).decode() if calls else "")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gateway import strict_json
+from gateway import strict_json, tokens
 from gateway.backend_config import Kind
 from gateway.dialects.base import (
     BadFrame,
@@ -17,9 +17,12 @@ from gateway.dialects.base import (
     expect_objects,
     expect_tools,
     read_answer,
+    text_of,
     try_read,
+    wish,
 )
 from gateway.errors import BadRequest, GatewayError
+from gateway.tokens import NO_TOKENS, Need
 
 KNOWN_FIELDS = frozenset(
     "model name prompt suffix system template context stream raw format images options keep_alive think truncate shift "
@@ -42,6 +45,9 @@ class Ndjson:
     def payloads(self, data: bytes) -> list[bytes]:
         return [line for line in data.split(b"\n") if line.strip()]
 
+    def count(self, data: bytes) -> int:
+        return data.count(b"\n")
+
 
 class Ollama:
     name = "ollama"
@@ -52,10 +58,10 @@ class Ollama:
         kinds: frozenset[Kind] = frozenset({"ollama"})
         ended = ("done", "done_reason")
         self.operations: Sequence[Operation] = (
-            Operation("/api/chat", "by default", kinds, _check_chat, _clamp, ended),
-            Operation("/api/generate", "by default", kinds, _check_generate, _clamp, ended),
-            Operation("/api/embed", "never", kinds, _check_embed),
-            Operation("/api/embeddings", "never", kinds, _check_embeddings),
+            Operation("/api/chat", "by default", kinds, _check_chat, _clamp, ended, _need_of_chat),
+            Operation("/api/generate", "by default", kinds, _check_generate, _clamp, ended, _need_of_generate),
+            Operation("/api/embed", "never", kinds, _check_embed, need=_need_of_embed),
+            Operation("/api/embeddings", "never", kinds, _check_embeddings, need=_need_of_embeddings),
             Operation("/api/show", "never", kinds, _check_common),
         )
 
@@ -76,6 +82,52 @@ class Ollama:
     def usage(self, tail: Sequence[bytes]) -> Usage:
         last = try_read(tail[-1]) if tail else {}
         return Usage(count(last.get("prompt_eval_count")), count(last.get("eval_count")))
+
+    def says_last(self, frames: bytes) -> bool:
+        return b'"done":true' in frames
+
+    def hides_usage(self, call: Call) -> bool:
+        return False
+
+    def without_usage(self, frames: bytes) -> bytes:
+        return frames
+
+    def said(self, data: bytes) -> str:
+        return "".join(_said(try_read(payload)) for payload in self.framing.payloads(data))
+
+
+def _said(record: dict[str, Any]) -> str:
+    message = record.get("message")
+    spoken = text_of(message, "thinking", "content") if isinstance(message, dict) else ""
+    return spoken + text_of(record, "thinking", "response")
+
+
+def _wish(body: dict[str, Any]) -> int | None:
+    return wish((body.get("options") or {}).get("num_predict"))
+
+
+def _need_of_chat(body: dict[str, Any]) -> Need:
+    """Without messages the model is only loaded or unloaded."""
+    messages = body.get("messages")
+    if not messages:
+        return NO_TOKENS
+    return Need(tokens.of_messages(messages) + tokens.of_json(body.get("tools")), _wish(body))
+
+
+def _need_of_generate(body: dict[str, Any]) -> Need:
+    if not body.get("prompt"):
+        return NO_TOKENS
+    texts = sum(tokens.of_text(body.get(name) or "") for name in ("prompt", "suffix", "system", "template"))
+    pictures = len(body.get("images") or ()) * tokens.TOKENS_PER_IMAGE
+    return Need(texts + pictures + len(body.get("context") or ()), _wish(body))
+
+
+def _need_of_embed(body: dict[str, Any]) -> Need:
+    return Need(tokens.of_input(body["input"]), 0) if body.get("input") else NO_TOKENS
+
+
+def _need_of_embeddings(body: dict[str, Any]) -> Need:
+    return Need(tokens.of_text(body["prompt"]), 0) if body.get("prompt") else NO_TOKENS
 
 
 def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:

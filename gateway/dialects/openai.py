@@ -1,9 +1,10 @@
 """The OpenAI API as Ollama, vLLM, llama.cpp and LM Studio serve it: server-sent events, `{"error": {…}}`, `usage`."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from gateway import strict_json
+from gateway import strict_json, tokens
 from gateway.backend_config import Kind
 from gateway.dialects.base import (
     BadFrame,
@@ -18,9 +19,12 @@ from gateway.dialects.base import (
     expect_objects,
     expect_tools,
     read_answer,
+    text_of,
     try_read,
+    wish,
 )
 from gateway.errors import BadRequest, GatewayError
+from gateway.tokens import Need
 
 CAPS = ("max_tokens", "max_completion_tokens", "n_predict")
 MOST_CHOICES = 128
@@ -31,6 +35,11 @@ KNOWN_FIELDS = frozenset(
     "max_tokens max_completion_tokens n_predict min_tokens use_beam_search ignore_eos logprobs top_logprobs logit_bias "
     "response_format reasoning reasoning_effort frequency_penalty presence_penalty suffix echo user encoding_format "
     "dimensions keep_alive options include_usage".split()
+)
+EVENT = re.compile(rb".+?(?:\r\n\r\n|\n\n|\n\r\n|\r\r|\Z)", re.DOTALL)
+# What servers put into every chunk when they are asked for counts: nothing yet.
+NO_USAGE = re.compile(
+    rb',\s?"usage":\s?(?:null|\{"prompt_tokens":\s?0,\s?"completion_tokens":\s?0,\s?"total_tokens":\s?0\})(?=[,}])'
 )
 
 
@@ -55,6 +64,9 @@ class ServerSentEvents:
                 lines = []
         return events
 
+    def count(self, data: bytes) -> int:
+        return data.count(b"data:")
+
 
 class OpenAI:
     name = "openai"
@@ -76,13 +88,13 @@ class OpenAI:
     def __init__(self) -> None:
         kinds: frozenset[Kind] = frozenset({"ollama", "openai"})
         self.operations: Sequence[Operation] = (
-            Operation("/v1/chat/completions", "on request", kinds, _check_chat, _clamp, ("choices",)),
-            Operation("/v1/completions", "on request", kinds, _check_completion, _clamp, ("choices",)),
-            Operation("/v1/embeddings", "never", kinds, _check_embeddings, answers_with=("data",)),
+            Operation("/v1/chat/completions", "on request", kinds, _check_chat, _clamp, ("choices",), _need_of_chat),
+            Operation("/v1/completions", "on request", kinds, _check_completion, _clamp, ("choices",), _need_of_completion),
+            Operation("/v1/embeddings", "never", kinds, _check_embeddings, None, ("data",), _need_of_embeddings),
         )
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
-        kind = self.error_types.get(error.status, "server_error")
+        kind = error.kind or self.error_types.get(error.status, "server_error")
         return strict_json.write({"error": {"message": error.message, "type": kind, "param": None, "code": error.code}})
 
     def error_frame(self, error: GatewayError) -> bytes:
@@ -117,6 +129,52 @@ class OpenAI:
                 return Usage(cached + read, count(timings.get("predicted_n")))
         return Usage()
 
+    def says_last(self, frames: bytes) -> bool:
+        return b"[DONE]" in frames[-16:]
+
+    def hides_usage(self, call: Call) -> bool:
+        options = call.body.get("stream_options") or {}
+        return call.stream and options.get("include_usage") is not True
+
+    def without_usage(self, frames: bytes) -> bytes:
+        if b'"usage"' not in frames:
+            return frames
+        kept = NO_USAGE.sub(b"", frames)
+        if b'"usage"' not in kept:
+            return kept
+        return b"".join(event for event in EVENT.findall(kept) if not self._is_usage_alone(event))
+
+    def _is_usage_alone(self, event: bytes) -> bool:
+        values = [try_read(payload) for payload in self.framing.payloads(event)]
+        return bool(values) and all(value.get("choices") == [] and isinstance(value.get("usage"), dict) for value in values)
+
+    def said(self, data: bytes) -> str:
+        payloads = [data] if data.lstrip()[:1] == b"{" else self.framing.payloads(data)
+        return "".join(_said(choice) for payload in payloads for choice in _choices(try_read(payload)))
+
+
+def _said(choice: dict[str, Any]) -> str:
+    parts = [choice.get(name) for name in ("delta", "message")]
+    spoken = (text_of(part, "reasoning", "reasoning_content", "content") for part in parts if isinstance(part, dict))
+    return text_of(choice, "text") + "".join(spoken)
+
+
+def _need_of_chat(body: dict[str, Any]) -> Need:
+    return Need(tokens.of_messages(body["messages"]) + tokens.of_json(body.get("tools")), _wish(body))
+
+
+def _need_of_completion(body: dict[str, Any]) -> Need:
+    return Need(tokens.of_input(body["prompt"]), _wish(body))
+
+
+def _need_of_embeddings(body: dict[str, Any]) -> Need:
+    return Need(tokens.of_input(body["input"]), 0)
+
+
+def _wish(body: dict[str, Any]) -> int | None:
+    wishes = [found for name in CAPS if (found := wish(body.get(name))) is not None]
+    return min(wishes) * _choices_asked(body) * _prompts(body) if wishes else None
+
 
 def _choices(value: dict[str, Any]) -> list[dict[str, Any]]:
     choices = value.get("choices")
@@ -145,6 +203,8 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
     body["max_tokens"] = min(wishes, default=each)
     if kind == "openai":
         body["max_completion_tokens"] = body["max_tokens"]
+    if body.get("stream") is True:
+        body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     if isinstance(body.get("min_tokens"), int | float):
         body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
 

@@ -1,14 +1,42 @@
 -- name: find_secret
 -- A presented secret id with its hash and the key it opens, whatever state both are in.
-SELECT s.hash, k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.flags,
-       least(k.expires_at, s.expires_at) AS expires_at, k.revoked_at
+SELECT s.hash, k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.flags, k.prompt_log,
+       least(k.expires_at, s.expires_at) AS expires_at, k.revoked_at,
+       (SELECT coalesce(jsonb_agg(to_jsonb(m) - 'key_id' ORDER BY m.pattern), '[]') FROM model_limits m WHERE m.key_id = k.id)::text
+           AS rules
 FROM secrets s JOIN keys k ON k.id = s.key_id
 WHERE s.id = $1;
 
 -- name: add_key
 -- A new key's identity and rights.
-INSERT INTO keys (id, name, models, rpm, tpm, concurrent, flags, expires_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8);
+INSERT INTO keys (id, name, models, rpm, tpm, concurrent, day, month, flags, expires_at, prompt_log, prompt_retention, audit_retention)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13);
+
+-- name: limit_key
+-- Those limits of a key that were said: each a value and whether it was said.
+UPDATE keys SET rpm = CASE WHEN $3::boolean THEN $2 ELSE rpm END,
+                tpm = CASE WHEN $5::boolean THEN $4 ELSE tpm END,
+                concurrent = CASE WHEN $7::boolean THEN $6 ELSE concurrent END,
+                day = CASE WHEN $9::boolean THEN $8 ELSE day END,
+                month = CASE WHEN $11::boolean THEN $10 ELSE month END
+WHERE id = $1
+RETURNING rpm, tpm, concurrent, day, month;
+
+-- name: limit_models
+-- Those limits of a key's models behind a glob that were said: each a value and whether it was said.
+INSERT INTO model_limits AS m (key_id, pattern, rpm, tpm, concurrent, day, month)
+VALUES ($1, $2, $3, $5, $7, $9, $11)
+ON CONFLICT (key_id, pattern) DO UPDATE
+SET rpm = CASE WHEN $4::boolean THEN $3 ELSE m.rpm END,
+    tpm = CASE WHEN $6::boolean THEN $5 ELSE m.tpm END,
+    concurrent = CASE WHEN $8::boolean THEN $7 ELSE m.concurrent END,
+    day = CASE WHEN $10::boolean THEN $9 ELSE m.day END,
+    month = CASE WHEN $12::boolean THEN $11 ELSE m.month END
+RETURNING m.rpm, m.tpm, m.concurrent, m.day, m.month;
+
+-- name: drop_model_limits
+-- A rule that says nothing any more.
+DELETE FROM model_limits WHERE key_id = $1 AND pattern = $2;
 
 -- name: add_secret
 -- A secret that opens a key.
@@ -40,7 +68,10 @@ UPDATE keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL;
 
 -- name: list_keys
 -- Every key, the living first, the newest first, with the number of secrets that open it now.
-SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.flags, k.created_at, k.expires_at, k.revoked_at, k.last_used_at,
+SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.flags, k.prompt_log, k.created_at, k.expires_at,
+       k.revoked_at, k.last_used_at,
+       (SELECT coalesce(jsonb_agg(to_jsonb(m) - 'key_id' ORDER BY m.pattern), '[]') FROM model_limits m WHERE m.key_id = k.id)::text
+           AS rules,
        (SELECT count(*) FROM secrets s WHERE s.key_id = k.id AND (s.expires_at IS NULL OR s.expires_at > now())) AS secrets
 FROM keys k
 ORDER BY (k.revoked_at IS NOT NULL), k.created_at DESC, k.id;

@@ -1,0 +1,109 @@
+"""Being let in: what a request asks for, what it was given, and how a refusal is told."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from gateway.errors import BudgetSpent, LimitReached
+from gateway.quota import Scope
+from gateway.tokens import Need
+
+BUDGETS = ("day", "month")
+Header = tuple[bytes, bytes]
+NO_RETRY_BEYOND_S = 60.0
+WORDS = {
+    "rpm": ("requests", "requests per minute"),
+    "tpm": ("tokens", "tokens per minute"),
+    "concurrent": ("requests", "requests at once"),
+    "day": ("insufficient_quota", "tokens per day"),
+    "month": ("insufficient_quota", "tokens per month"),
+}
+
+
+class Ticket(NamedTuple):
+    """A request that wants in; `info` is what others must know of it should its process die, b"" for one without a slot."""
+
+    id: str
+    scopes: tuple[Scope, ...]
+    model: str
+    need: Need
+    info: bytes
+
+
+@dataclass
+class Admission:
+    """What a request holds until it is settled; `how` is "admitted" by Redis or "alone", by this process without it."""
+
+    id: str
+    scopes: tuple[Scope, ...]
+    model: str
+    takes_slot: bool
+    how: str
+    reserved: int = 0
+    queue_s: float = 0.0
+    headers: list[Header] = field(default_factory=list)
+    began: float = 0.0
+
+
+class Usage(NamedTuple):
+    """One scope's counters as they are now; resets in milliseconds."""
+
+    requests: int
+    tokens: int
+    requests_reset: int
+    tokens_reset: int
+
+
+def refusal(
+    limit: str, scope: Scope, retry_after: float | None, told: list[Header], asked: int = 0, *, may_wait: bool = False
+) -> LimitReached:
+    """The error that names the limit and when it would pass; `retry_after` None: never."""
+    kind, words = WORDS[limit]
+    most = getattr(scope, limit)
+    whose = "this model with this key" if scope.is_of_rule else "this key"
+    message = f"Limit of {most} {words} for {whose} reached{_advice(most, asked, retry_after)}"
+    error = (BudgetSpent if limit in BUDGETS else LimitReached)(message, retry_after=retry_after)
+    error.kind, error.limit, error.may_wait = kind, limit, may_wait
+    is_long = retry_after is None or retry_after > NO_RETRY_BEYOND_S
+    error.headers = [*told, (b"x-should-retry", b"false")] if is_long else told
+    return error
+
+
+def _advice(most: int, asked: int, retry_after: float | None) -> str:
+    if retry_after is not None:
+        return f"; try again in {duration(round(retry_after * 1000))}."
+    if most == 0:
+        return ": it allows none."
+    return f": this request alone may take {asked}; ask for fewer with max_tokens or num_predict, or shorten the prompt."
+
+
+def headers(scopes: tuple[Scope, ...], usages: list[Usage]) -> list[Header]:
+    """The x-ratelimit headers as the OpenAI API has them, of the scope in which the least is left."""
+    found: list[Header] = []
+    requests = [
+        (scope.rpm - usage.requests, scope.rpm, usage.requests_reset) for scope, usage in _limited(scopes, usages, "rpm")
+    ]
+    tokens = [(scope.tpm - usage.tokens, scope.tpm, usage.tokens_reset) for scope, usage in _limited(scopes, usages, "tpm")]
+    for name, left in ((b"requests", requests), (b"tokens", tokens)):
+        if left:
+            remaining, limit, reset = min(left)
+            found.append((b"x-ratelimit-limit-" + name, b"%d" % limit))
+            found.append((b"x-ratelimit-remaining-" + name, b"%d" % max(0, remaining)))
+            found.append((b"x-ratelimit-reset-" + name, duration(reset).encode()))
+    return found
+
+
+def _limited(scopes: tuple[Scope, ...], usages: list[Usage], limit: str) -> list[tuple[Scope, Usage]]:
+    return [(scope, usage) for scope, usage in zip(scopes, usages, strict=True) if getattr(scope, limit) >= 0]
+
+
+def duration(milliseconds: int) -> str:
+    """As Go writes durations: 12ms, 1.5s, 6m0s, 1h0m0s."""
+    if milliseconds < 1000:
+        return f"{max(0, milliseconds)}ms" if milliseconds > 0 else "0s"
+    seconds, rest = divmod(milliseconds, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    shown = f"{seconds}.{rest:03d}".rstrip("0").rstrip(".") + "s"
+    if hours:
+        return f"{hours}h{minutes}m{shown}"
+    return f"{minutes}m{shown}" if minutes else shown

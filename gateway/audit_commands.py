@@ -1,0 +1,186 @@
+"""The operator's verbs for the audit: list it, sum it, verify it, take away what has expired, forget a key's prompts."""
+
+import argparse
+import re
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from gateway import app, audit_chain, commands, console, retention, strict_json
+from gateway.database import Database, Row
+from gateway.errors import CommandFailed
+from gateway.settings import Settings
+
+STATEMENT_S = 600.0
+GROUPS = ("key", "model", "backend", "day")
+FIRST_MOMENT = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def since(text: str) -> datetime:
+    """`24h` ago, or a day or a moment as ISO 8601, in UTC unless it says otherwise."""
+    try:
+        return datetime.now(UTC) - commands.duration(text)
+    except argparse.ArgumentTypeError:
+        try:
+            moment = datetime.fromisoformat(text.strip())
+            return max(FIRST_MOMENT, moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC))
+        except (ValueError, OverflowError):
+            told = f"{text!r} is no time: write 24h, 7d, 2026-01-31 or 2026-01-31T12:00"
+            raise argparse.ArgumentTypeError(told) from None
+
+
+def status(text: str) -> tuple[int, int]:
+    """`429`, or `4xx` for the whole class: the first and the last."""
+    if re.fullmatch(r"[1-5]xx", text.lower()):
+        first = int(text[0]) * 100
+        return first, first + 99
+    if not re.fullmatch(r"\d{1,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no status: write a number such as 429, or a class such as 4xx")
+    return int(text), int(text)
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"\d{1,12}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: write a whole number from 1")
+    return int(text)
+
+
+def words(text: str) -> str:
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is in no row: write printable characters")
+    return text
+
+
+def groups(text: str) -> list[str]:
+    found = list(dict.fromkeys(text.replace(",", " ").split()))
+    if not found or set(found) - set(GROUPS):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be summed by: write one or more of {','.join(GROUPS)}")
+    return found
+
+
+@asynccontextmanager
+async def current_database(settings: Settings) -> AsyncIterator[Database]:
+    async with app.database_of(settings) as database:
+        if settings.has_private_database:
+            await database.migrate(console.say)
+        await commands.require_schema(database)
+        yield database
+
+
+async def _key_of(database: Database, id_or_name: str) -> Row:
+    row = await database.row("find_any_key", id_or_name) if id_or_name.isprintable() else None
+    if row is None:
+        raise CommandFailed(f"there is no key {id_or_name!r}: see `make keys`")
+    return row
+
+
+def _model_patterns(model: str) -> list[str]:
+    """As PostgreSQL's ILIKE has them; a name without a tag and one with `latest` are the same, as clients write both."""
+    plain = re.sub(r"([\\%_])", r"\\\1", model.strip().lower()).replace("*", "%").replace("?", "_")
+    short = plain.removesuffix(":latest")
+    return [plain, short] if ":" in plain else [plain, f"{plain}:latest"]
+
+
+async def list_audit(settings: Settings, said: argparse.Namespace) -> None:
+    printer = _printer(said)
+    async with current_database(settings) as database:
+        key_id = (await _key_of(database, said.key))["id"] if said.key else None
+        models = _model_patterns(said.model) if said.model else None
+        filters = (key_id, models, said.since, *(said.status or (None, None)), said.outcome or None, said.limit)
+        async with aclosing(database.stream("list_audit", *filters, timeout_s=STATEMENT_S)) as rows:
+            is_empty = True
+            async for row in rows:
+                printer.add(_whole(row) if said.json or said.csv else _line(row))
+                is_empty = False
+    printer.end()
+    if is_empty:
+        console.say("no such request in the audit")
+
+
+def _printer(said: argparse.Namespace) -> console.Table | console.Lines | console.Csv:
+    if said.json and said.csv:
+        raise CommandFailed("JSON=1 or CSV=1: say one of them")
+    return console.printer(as_json=said.json, as_csv=said.csv)
+
+
+def _whole(row: Row) -> dict[str, Any]:
+    return {**row, "attempts": strict_json.read_loosely(row["attempts"])}
+
+
+def _line(row: Row) -> dict[str, Any]:
+    return {
+        "time": row["at"].astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        "key": row["key"] or row["key_id"],
+        **{name: row[name] or None for name in ("client", "model", "backend", "status", "outcome")},
+        "tokens": f"{row['prompt_tokens']}+{row['completion_tokens']}",
+        "counted": row["tokens_from"],
+        "ttfb_ms": _rounded(row["ttfb_ms"]),
+        "total_ms": _rounded(row["total_ms"]),
+    }
+
+
+def _rounded(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else round(milliseconds, 1)
+
+
+async def sum_audit(settings: Settings, said: argparse.Namespace) -> None:
+    printer = _printer(said)
+    async with current_database(settings) as database, database.connection() as connection:
+        rows = await connection.fetch(database.sql("sum_audit"), said.by, said.since, timeout=STATEMENT_S)
+    for row in rows:
+        printer.add(_sums(row, said))
+    printer.end()
+    if not rows:
+        console.say(f"no requests since {said.since:%Y-%m-%d %H:%M} UTC")
+
+
+def _sums(row: Row, said: argparse.Namespace) -> dict[str, Any]:
+    """Of the columns to sum by those that were asked for, in that order; the key's id only for machines."""
+    facts = {name: (row["key"] or row["key_id"]) if name == "key" else row[name] for name in said.by}
+    if "key" in said.by and (said.json or said.csv):
+        facts["key_id"] = row["key_id"]
+    numbers = ("requests", "answered", "failures", "refused", "prompt_tokens", "completion_tokens")
+    facts |= {name: row[name] for name in numbers}
+    return facts | {f"ttfb_{name}_ms": _rounded(row[f"ttfb_{name}"]) for name in ("p50", "p95", "p99")}
+
+
+async def verify_audit(settings: Settings, said: argparse.Namespace) -> None:
+    async with current_database(settings) as database:
+        verdict = await audit_chain.verify(database, console.say)
+    facts = {
+        "whole": not verdict.count,
+        "batches": verdict.batches,
+        "rows": verdict.rows,
+        "purged": verdict.purged,
+        "newest_batch": verdict.newest_batch,
+        "digest": verdict.digest.hex(),
+    }
+    findings = [dict(vars(finding)) for finding in verdict.findings]
+    if said.json:
+        console.show_facts({**facts, "findings": findings}, as_json=True)
+    else:
+        console.show_facts(facts, as_json=False)
+        if findings:
+            print()
+            console.show(findings, as_json=False, empty="")
+    if verdict.count:
+        shown = f", the first {len(findings)} are shown" if verdict.count > len(findings) else ""
+        raise CommandFailed(f"the audit is not as it was written: {verdict.count} findings{shown}")
+
+
+async def purge(settings: Settings, said: argparse.Namespace) -> None:
+    keep = timedelta(days=settings.audit_log_default_retention_days)
+    async with current_database(settings) as database:
+        went = await retention.apply(database, keep, console.say)
+    if went.is_busy_elsewhere:
+        raise CommandFailed("another process is purging at the moment: try again when it has ended")
+    facts = {"audit_rows": went.rows, "whole_months": went.partitions, "prompts": went.prompts}
+    console.show_facts(facts, as_json=said.json)
+
+
+async def forget(settings: Settings, said: argparse.Namespace) -> None:
+    async with current_database(settings) as database:
+        key = await _key_of(database, said.key)
+        deleted = await retention.forget(database, key["id"], console.say)
+    console.show_facts({"key": key["id"], "name": key["name"], "prompts_deleted": deleted}, as_json=said.json)

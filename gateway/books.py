@@ -1,0 +1,183 @@
+"""Every authenticated request's end, told once: what it cost to the limits, its row to the audit, whatever is away."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Self
+
+from gateway import cost, strict_json, tasks
+from gateway.dialects.base import Dialect
+from gateway.errors import StoreUnavailable
+from gateway.limits import Limits, Settlement
+from gateway.record import Record
+from gateway.store import StoreAway
+
+LOG = logging.getLogger("gateway.audit")
+LOOK_EVERY_S = 0.2
+AT_ONCE = 500
+# So long Redis may be silent before rows take the direct way.
+PATIENCE_S = 1.0
+CLOSING_S = 8.0
+
+WriteRows = Callable[[Sequence[bytes], Sequence[bytes]], Any]
+
+
+class Books:
+    """`async with Books(...) as books:` — `close` never waits, `end` at most 50 ms; neither fails.
+
+    What Redis does not take waits here, at most `size` requests; while Redis is away its rows go to PostgreSQL directly, and
+    its tokens and slots are told to Redis when it is back. With both away the oldest are lost, counted and said.
+    """
+
+    def __init__(self, limits: Limits, dialects: Mapping[str, Dialect], write: WriteRows, *, size: int) -> None:
+        self._limits, self._dialects, self._write, self._size = limits, dialects, write, size
+        self._backlog: deque[Settlement] = deque()
+        self._unsettled: deque[Settlement] = deque(maxlen=size)
+        self._under_way: set[asyncio.Future[Any]] = set()
+        self._away_since: float | None = None
+        self.dropped = 0
+        self._is_dropping = False
+        self._delivering: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._delivering = asyncio.create_task(self._keep_delivering(), name="books")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._delivering is not None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING_S):
+                await self._deliver_all()
+        await tasks.end([self._delivering])
+        if self._backlog:
+            LOG.error("%d audit rows could be written nowhere and are lost", len(self._backlog))
+
+    @property
+    def backlog(self) -> int:
+        return len(self._backlog)
+
+    async def end(self, record: Record, coming: int = 0) -> None:
+        """As `close`, before the last `coming` bytes are sent: who has them may ask again at once, of another process.
+
+        Everything is on its way to Redis by then, and there where a slot is scarce.
+        """
+        if record.is_closed:
+            return
+        told = self.close(record, coming)
+        if told is not None and record.admission is not None and self._limits.is_tight(record.admission):
+            with suppress(StoreAway):
+                await asyncio.shield(told)
+        elif told is not None:
+            await asyncio.sleep(0)
+
+    def close(self, record: Record, coming: int = 0) -> "asyncio.Future[Any] | None":
+        """Once for each request; `coming` bytes of its answer are still to be sent."""
+        if record.is_closed:
+            return None
+        record.is_closed = True
+        if record.key is None:
+            return None
+        record.outcome = record.outcome or "answered"
+        record.bytes_out += coming
+        settlement = self._settlement(record)
+        record.bytes_out -= coming
+        try:
+            told = self._limits.settle(settlement)
+        except StoreAway:
+            self._keep(settlement)
+            return None
+        self._watch(told, settlement)
+        return told
+
+    def _settlement(self, record: Record) -> Settlement:
+        spent = cost.of(record)
+        row = strict_json.write_anyhow(record.row(*spent))
+        is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0
+        completion = spent.completion if is_whole else -1
+        return Settlement(record.admission, spent.total, completion, row, self._prompt(record), record.id)
+
+    def _prompt(self, record: Record) -> bytes:
+        if record.transcript is None or record.key is None:
+            return b""
+        told = record.transcript.told(self._dialects[record.dialect].said)
+        return strict_json.write_anyhow({"id": record.id, "at": record.at, "key_id": record.key.id, **told})
+
+    def _watch(self, answer: "asyncio.Future[Any]", settlement: Settlement) -> None:
+        self._under_way.add(answer)
+        answer.add_done_callback(partial(self._told, settlement))
+
+    def _told(self, settlement: Settlement, answer: "asyncio.Future[Any]") -> None:
+        self._under_way.discard(answer)
+        if answer.cancelled() or answer.exception() is not None:
+            self._keep(settlement)
+
+    def _keep(self, settlement: Settlement) -> None:
+        if len(self._backlog) >= self._size:
+            self._backlog.popleft()
+            self.dropped += 1
+            if not self._is_dropping:
+                self._is_dropping = True
+                LOG.error("Redis and PostgreSQL are away and AUDIT_BUFFER_SIZE is reached: the oldest audit rows are dropped")
+        self._backlog.append(settlement)
+
+    async def _keep_delivering(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                await self._deliver()
+            except Exception:
+                LOG.exception("the audit's rows could not be delivered, trying again")
+
+    async def _deliver_all(self) -> None:
+        while self._backlog or self._under_way:
+            if self._under_way:
+                await asyncio.wait(set(self._under_way), timeout=1.0)
+            await self._deliver(patience_s=0.0)
+            if self._backlog:
+                await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _deliver(self, patience_s: float = PATIENCE_S) -> None:
+        if self._limits.is_usable:
+            self._away_since = None
+            self._tell_redis()
+            return
+        now = time.monotonic()
+        self._away_since = self._away_since or now
+        if self._backlog and now - self._away_since >= patience_s:
+            await self._write_directly()
+
+    def _tell_redis(self) -> None:
+        for waiting in (self._unsettled, self._backlog):
+            for _ in range(min(AT_ONCE, len(waiting))):
+                settlement = waiting.popleft()
+                try:
+                    self._watch(self._limits.tell(settlement), settlement)
+                except StoreAway:
+                    waiting.appendleft(settlement)
+                    return
+        self._say_whether_dropping()
+
+    async def _write_directly(self) -> None:
+        some = [self._backlog.popleft() for _ in range(min(AT_ONCE, len(self._backlog)))]
+        rows = [settlement.row for settlement in some if settlement.row]
+        try:
+            await self._write(rows, [settlement.prompt for settlement in some if settlement.prompt])
+        except BaseException as wrong:
+            self._backlog.extendleft(reversed(some))
+            if not isinstance(wrong, StoreUnavailable):
+                raise
+            return
+        for settlement in some:
+            settlement.row = settlement.prompt = b""
+            if settlement.admission is not None:
+                self._unsettled.append(settlement)
+        self._say_whether_dropping()
+
+    def _say_whether_dropping(self) -> None:
+        if self._is_dropping and len(self._backlog) < self._size:
+            self._is_dropping = False
+            LOG.warning("%d audit rows have been dropped since the start; none are now", self.dropped)

@@ -1,0 +1,30 @@
+"""Tokens per day and month, when Redis does not know what was spent: the audit does."""
+
+from datetime import UTC, datetime
+
+from gateway.database import Database
+from gateway.model_names import canonical
+from gateway.quota import Quota, Rule, Scope
+from gateway.store import Store
+
+KEPT_S = 70 * 86_400
+
+
+class Budgets:
+    def __init__(self, database: Database, store: Store) -> None:
+        self._database, self._store = database, store
+
+    async def seed(self, scope: Scope) -> None:
+        """Raises StoreAway or StoreUnavailable. Days and months are UTC's."""
+        now = datetime.now(UTC)
+        day = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        key_id, _, pattern = scope.name.partition("|")
+        rows = await self._database.rows("tokens_spent", key_id, day, day.replace(day=1))
+        rule = Rule(pattern, Quota())
+        counted = [row for row in rows if not pattern or (row["model"] and rule.matches(canonical(row["model"]).canonical))]
+        today, month = sum(row["day"] for row in counted), sum(row["month"] for row in counted)
+        name = f"nz:b:{scope.name}"
+        day_field, month_field = f"d{int(day.timestamp()) // 86_400}", f"m{now.year * 12 + now.month}"
+        await self._store.pipeline(
+            lambda pipe: pipe.hsetnx(name, day_field, today).hsetnx(name, month_field, month).expire(name, KEPT_S)
+        )

@@ -1,0 +1,130 @@
+"""`doctor`: looks at the whole installation at once and says what is well, what is not, and what to do next."""
+
+import argparse
+import asyncio
+import platform
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from threading import Thread
+from typing import Any
+
+from gateway import app, commands, console, installation, postgres_checkup, redis_checkup, serving, settings_checkup
+from gateway.backends import Backend
+from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
+from gateway.errors import CommandFailed
+from gateway.settings import Settings
+
+OLDEST_PYTHON = (3, 11)
+SLOW_MS = 1000
+
+
+class ForgottenThreads(ThreadPoolExecutor):
+    """Nobody waits for their end: a name server that is away holds up its question, but not us."""
+
+    def submit(self, work: Callable[..., Any], /, *values: Any, **named: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+
+        def carry_out() -> None:
+            future.set_running_or_notify_cancel()
+            try:
+                future.set_result(work(*values, **named))
+            except BaseException as wrong:  # noqa: BLE001 # it belongs to who asked
+                future.set_exception(wrong)
+
+        Thread(target=carry_out, daemon=True).start()
+        return future
+
+
+@contextmanager
+def stores_if_any() -> Iterator[Settings]:
+    """As other commands have them; where the private stores do not start, the settings without them."""
+    with ExitStack() as stack:
+        try:
+            settings = stack.enter_context(installation.stores_of())
+        except CommandFailed as failed:
+            console.say(f"the private stores do not start: {failed}")
+            settings = installation.read()
+        yield settings
+
+
+async def examine(settings: Settings, said: argparse.Namespace) -> None:
+    """Raises CommandFailed where there is a problem; warnings are only told."""
+    findings = await look_at_all(settings)
+    rows = [
+        {"check": found.check, "state": found.state, "found": found.found, "what_to_do": found.advice or None}
+        for found in findings
+    ]
+    console.show(rows, as_json=said.json, empty="")
+    states = [found.state for found in findings]
+    told = f"problems: {states.count('problem')}, warnings: {states.count('warning')}"
+    if "problem" in states:
+        raise CommandFailed(f"{told}: see what to do above")
+    console.say(told)
+
+
+async def look_at_all(settings: Settings) -> list[Finding]:
+    """Everything at the same time, so that what hangs holds up nothing else."""
+    asyncio.get_running_loop().set_default_executor(ForgottenThreads())
+    looks = [
+        ("settings", settings_checkup.examine(settings, installation.project() / ".env"), "see .env.example"),
+        ("PostgreSQL", _postgres(settings), postgres_checkup.ADVICE),
+        ("Redis", _redis(settings), redis_checkup.ADVICE),
+        ("backends", _backends(settings), "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"),
+    ]
+    groups = await asyncio.gather(*(guarded(name, look, advice, deadline_s=GROUP_DEADLINE_S) for name, look, advice in looks))
+    return [found for group in (*groups, [python(), accelerators()]) for found in group]
+
+
+async def _postgres(settings: Settings) -> list[Finding]:
+    of_one_process = settings.database_pool_size + settings.database_pool_overflow
+    return await postgres_checkup.examine(
+        settings.database_url,
+        most_connections=settings.gateway_workers * of_one_process,
+        migrates_itself=settings.has_private_database,
+    )
+
+
+async def _redis(settings: Settings) -> list[Finding]:
+    is_needed = settings.sources["redis_url"] != "default" or settings.gateway_workers > 1
+    return await redis_checkup.examine(settings.redis_url, is_needed=is_needed)
+
+
+async def _backends(settings: Settings) -> list[Finding]:
+    async with app.fleet(settings) as backends:
+        found = await asyncio.gather(*(_guarded_backend(backend) for backend in backends.values()))
+    return [one for group in found for one in group]
+
+
+async def _guarded_backend(backend: Backend) -> list[Finding]:
+    advice = f"check its address ({backend.config.base_url}) and that it runs"
+    return await guarded(f"backend {backend.name}", _backend(backend, advice), advice)
+
+
+async def _backend(backend: Backend, advice: str) -> list[Finding]:
+    seen = await commands.probe_row(backend)
+    check = f"backend {backend.name}"
+    if seen["token"] in ("REFUSED", "MISSING"):
+        told = "set OLLAMA_AUTH_TOKEN, or its auth_token in OLLAMA_BACKENDS"
+        return [problem(check, f"its token is {seen['token'].lower()}", told)]
+    if seen["problem"]:
+        return [problem(check, seen["problem"], advice)]
+    found = f"{seen['models']} models in {seen['latency_ms']} ms, token {seen['token']}"
+    if not seen["models"]:
+        return [warning(check, found, "give it a model (Ollama: `ollama pull NAME`)")]
+    if seen["latency_ms"] > SLOW_MS:
+        return [warning(check, found, "see what keeps it busy, or put it nearer")]
+    return [ok(check, found)]
+
+
+def python() -> Finding:
+    version = platform.python_version()
+    is_new = tuple(map(int, platform.python_version_tuple()[:2])) >= OLDEST_PYTHON
+    return ok("Python", version) if is_new else problem("Python", version, "use Python 3.11 or newer")
+
+
+def accelerators() -> Finding:
+    if missing := serving.missing_accelerators():
+        advice = "install the pinned requirements: it runs slowly without"
+        return warning("accelerators", f"missing: {', '.join(missing)}", advice)
+    return ok("accelerators", "all there")

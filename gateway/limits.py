@@ -1,0 +1,329 @@
+"""May a request pass, now, and what did it really cost: decided in Redis for all processes, without it by shares."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+from gateway import strict_json, tasks
+from gateway.admission import Admission, Ticket, Usage, headers, refusal
+from gateway.errors import LimitReached, LimitsUnavailable, StoreUnavailable
+from gateway.local_limits import LocalLimits, Share
+from gateway.quota import Scope
+from gateway.redis_line import Line
+from gateway.store import StoreAway
+
+LOG = logging.getLogger("gateway.limits")
+CALLS, LEASES, MEANS, PROCESSES = "nz:calls", "nz:leases", "nz:means", "nz:processes"
+ROWS, PROMPTS, DROPPED = "nz:audit", "nz:prompts", "nz:audit:dropped"
+FREED = "nz:slots"
+LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
+TICK_S, RENEW_EVERY_S, RENEWED_AT_ONCE = 1.0, 8.0, 500
+MEAN_OF_UNKNOWN_MODEL = 256
+MOST_ROWS, MOST_PROMPTS = 100_000, 2_000
+WAITING_PER_KEY, WAITING = 100, 1_000
+LOOK_AGAIN_S = 0.25
+LONGEST_LIKELY_S, SHORTEST_LIKELY_S = 60.0, 0.1
+SEED_WAIT_S = 3.0
+REMEMBERED = 10_000
+
+
+@dataclass
+class Settlement:
+    """What a finished request leaves behind: tokens to count, and its row and prompt for the audit, b"" for none."""
+
+    admission: Admission | None
+    used: int
+    completion: int
+    row: bytes
+    prompt: bytes = b""
+    id: str = ""
+
+
+class Limits:
+    """`async with Limits(...) as limits:` — `admit` lets a request in or raises LimitReached; `settle` ends it."""
+
+    def __init__(
+        self,
+        line: Line,
+        seed: Callable[[Scope], Awaitable[None]],
+        *,
+        most_output: int,
+        queue_wait_s: float = 0.0,
+        closed_without_redis: bool = False,
+    ) -> None:
+        self._line, self._seed = line, seed
+        self._most_output, self._queue_wait_s, self._closed = most_output, queue_wait_s, closed_without_redis
+        self.process = uuid.uuid4().hex
+        self.local = LocalLimits()
+        self.share = Share()
+        self._running: dict[str, Admission] = {}
+        self._means: OrderedDict[str, float] = OrderedDict()
+        self._lengths: OrderedDict[str, float] = OrderedDict()
+        self._seeding: dict[str, asyncio.Task[None]] = {}
+        self._waiting: OrderedDict[str, list[asyncio.Event]] = OrderedDict()
+        self._waiters = 0
+        self._usable_since: float | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._ticking = asyncio.create_task(self._tick(), name="limits")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._ticking is not None
+        await tasks.end([self._ticking, *self._seeding.values()])
+        with suppress(StoreAway):
+            await self._line.send("ZREM", PROCESSES, self.process)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether Redis decides; else this process does."""
+        return self._line.is_usable
+
+    def is_settled(self, seconds: float) -> bool:
+        """Whether Redis has decided for so long that everybody has had the time to renew."""
+        return self._usable_since is not None and time.monotonic() - self._usable_since > seconds
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return self._waiters
+
+    async def admit(self, ticket: Ticket) -> Admission:
+        """Raises LimitReached, LimitsUnavailable or StoreUnavailable; then nothing was taken."""
+        began = time.monotonic()
+        admission = await self._admit_or_wait(ticket, began)
+        admission.began = time.monotonic()
+        admission.queue_s = admission.began - began if self._queue_wait_s else 0.0
+        if admission.takes_slot:
+            self._running[admission.id] = admission
+            self.local.enter(admission.scopes)
+        return admission
+
+    async def _admit_or_wait(self, ticket: Ticket, began: float) -> Admission:
+        verdict = await self._ask(ticket, may_wait=bool(self._queue_wait_s) and self._waiters < WAITING)
+        if isinstance(verdict, LimitReached) and verdict.may_wait:
+            verdict = await self._wait(ticket, began + self._queue_wait_s)
+        if isinstance(verdict, LimitReached):
+            raise verdict
+        return verdict
+
+    async def _wait(self, ticket: Ticket, until: float) -> "Admission | LimitReached":
+        """In the key's queue, which Redis keeps for all processes in the order of arrival."""
+        freed = asyncio.Event()
+        lines = [self._waiting.setdefault(_key("q", scope), []) for scope in ticket.scopes]
+        for line in lines:
+            line.append(freed)
+        self._waiters += 1
+        try:
+            while True:
+                left = until - time.monotonic()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(freed.wait(), max(0.0, min(left, LOOK_AGAIN_S)))
+                freed.clear()
+                verdict = await self._ask(ticket, may_wait=time.monotonic() < until)
+                if not (isinstance(verdict, LimitReached) and verdict.may_wait):
+                    return verdict
+        except BaseException:
+            self._leave_queue(ticket)
+            raise
+        finally:
+            self._waiters -= 1
+            for line, scope in zip(lines, ticket.scopes, strict=True):
+                line.remove(freed)
+                if not line:
+                    self._waiting.pop(_key("q", scope), None)
+
+    def _leave_queue(self, ticket: Ticket) -> None:
+        with suppress(StoreAway):
+            for scope in ticket.scopes:
+                self._line.send("ZREM", _key("q", scope), ticket.id).add_done_callback(_look_at)
+
+    def slot_freed(self, queue: str) -> None:
+        """A call has ended somewhere: the first who waits here asks again."""
+        for freed in self._waiting.get(queue, ())[:1]:
+            freed.set()
+
+    async def _ask(self, ticket: Ticket, *, may_wait: bool) -> "Admission | LimitReached":
+        try:
+            reply = await self._line.run("admit", *self._question(ticket, may_wait))
+            if reply[0] == b"seed":
+                await self._seeded(ticket.scopes[reply[4] - 1])
+                reply = await self._line.run("admit", *self._question(ticket, may_wait))
+        except StoreAway:
+            return self._ask_ourselves(ticket, may_wait)
+        if reply[0] == b"seed":
+            raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
+        return self._read(ticket, reply)
+
+    def _question(self, ticket: Ticket, may_wait: bool) -> tuple[list[Any], list[Any]]:
+        keys: list[Any] = [CALLS, LEASES, MEANS]
+        wait_ms = int(self._queue_wait_s * 1000) if may_wait else 0
+        prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
+        values: list[Any] = [ticket.id, ticket.info, LEASE_MS, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
+        values += [self._most_output, wait_ms, WAITING_PER_KEY, round(self._likely_s(ticket.scopes[0]) * 1000)]
+        for scope in ticket.scopes:
+            keys += [f"nz:{kind}:{scope.name}" for kind in "wtvcqb"]
+            values += scope[1:]
+        return keys, values
+
+    def _read(self, ticket: Ticket, reply: list[Any]) -> "Admission | LimitReached":
+        counters = [reply[5 + n * 7 : 12 + n * 7] for n in range(len(ticket.scopes))]
+        usages = [Usage(*found[:4]) for found in counters]
+        for scope, usage, found in zip(ticket.scopes, usages, counters, strict=True):
+            self.local.note(scope, usage, *found[4:])
+        told = headers(ticket.scopes, usages)
+        if reply[0] == b"ok":
+            return Admission(ticket.id, ticket.scopes, ticket.model, bool(ticket.info), "admitted", reply[1], headers=told)
+        scope = ticket.scopes[reply[4] - 1]
+        wait_s = None if reply[2] < 0 else max(0.001, reply[2] / 1000)
+        return refusal(reply[3].decode(), scope, wait_s, told, self._asked(ticket), may_wait=reply[0] == b"queued")
+
+    def _asked(self, ticket: Ticket) -> int:
+        if ticket.need.prompt < 0:
+            return 0
+        output = ticket.need.output
+        return ticket.need.prompt + (self._mean(ticket.model) if output is None else output)
+
+    def _mean(self, model: str) -> int:
+        return min(self._most_output, round(self._means.get(model, MEAN_OF_UNKNOWN_MODEL)))
+
+    def _ask_ourselves(self, ticket: Ticket, may_wait: bool) -> "Admission | LimitReached":
+        if self._closed:
+            raise LimitsUnavailable(retry_after=2.0)
+        tokens = self._asked(ticket) if ticket.need.prompt >= 0 else -1
+        takes_slot = bool(ticket.info)
+        refused = self.local.admit(ticket.scopes, tokens, self.share, takes_slot=takes_slot)
+        told = headers(ticket.scopes, self.local.usages(ticket.scopes))
+        if refused is None:
+            return Admission(ticket.id, ticket.scopes, ticket.model, takes_slot, "alone", max(0, tokens), headers=told)
+        wait_s = refused.wait_s if refused.wait_s != 0.0 else self._likely_s(refused.scope)
+        waits = may_wait and refused.limit == "concurrent" and wait_s is not None
+        return refusal(refused.limit, refused.scope, wait_s, told, max(0, tokens), may_wait=waits)
+
+    async def _seeded(self, scope: Scope) -> None:
+        """A budget's counters after Redis has lost them: the audit knows what was spent. Asked once for all who wait."""
+        task = self._seeding.get(scope.name)
+        if task is None:
+            task = self._seeding[scope.name] = asyncio.create_task(self._run_seed(scope), name="budget")
+            task.add_done_callback(lambda _: self._seeding.pop(scope.name, None))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(task), SEED_WAIT_S)
+
+    async def _run_seed(self, scope: Scope) -> None:
+        with suppress(StoreAway, StoreUnavailable):
+            await self._seed(scope)
+
+    def settle(self, settlement: Settlement) -> "asyncio.Future[Any]":
+        """Ends a request; what it held is free and its row is on its way when this returns. Raises StoreAway.
+
+        Without an answer in the end it may be said again: it counts once.
+        """
+        admission = settlement.admission
+        if admission is not None and self._running.pop(admission.id, None) is not None:
+            self._note_end(admission, settlement)
+        return self.tell(settlement)
+
+    def is_tight(self, admission: Admission) -> bool:
+        """Whether the next request may need the very slot that this one gives back."""
+        return any(self.local.slots(scope) * 2 >= scope.concurrent >= 0 for scope in admission.scopes)
+
+    def tell(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
+        admission = settlement.admission
+        scopes: Sequence[Scope] = admission.scopes if admission else ()
+        keys: list[Any] = [CALLS, LEASES, MEANS, ROWS, PROMPTS, DROPPED, f"nz:once:{settlement.id}"]
+        model = admission.model if admission else ""
+        how = how or (admission.how if admission else "admitted")
+        # Redis may have let in, unheard, what this process then let in alone.
+        reserved = admission.reserved if admission and how != "alone" else -1
+        values: list[Any] = [settlement.id, reserved, settlement.used, settlement.row, settlement.prompt, how]
+        values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS]
+        for scope in scopes:
+            keys += [f"nz:{kind}:{scope.name}" for kind in "tvcqb"]
+            values += [int(scope.tpm >= 0), int(scope.has_budget)]
+        answer = self._line.run("settle", keys, values)
+        self._line.flush()
+        return answer
+
+    def _note_end(self, admission: Admission, settlement: Settlement) -> None:
+        self.local.leave(admission.scopes)
+        if admission.how == "alone":
+            self.local.settle(admission.scopes, admission.reserved, settlement.used)
+            for scope in admission.scopes:
+                self.slot_freed(_key("q", scope))
+        _move(self._lengths, admission.scopes[0].name, time.monotonic() - admission.began, 0.2)
+        if settlement.completion >= 0:
+            _move(self._means, admission.model, settlement.completion, 0.05)
+
+    def _likely_s(self, scope: Scope) -> float:
+        """How long until one of the calls that hold a slot is likely to end."""
+        length = self._lengths.get(scope.name, 1.0) / max(1, scope.concurrent)
+        return min(LONGEST_LIKELY_S, max(SHORTEST_LIKELY_S, length))
+
+    async def _tick(self) -> None:
+        renewed_at = 0.0
+        while True:
+            now = time.monotonic()
+            if not self._line.is_usable:
+                self._usable_since = None
+            elif self._usable_since is None or now - renewed_at > RENEW_EVERY_S:
+                self._usable_since = self._usable_since or now
+                renewed_at = now
+                with suppress(StoreAway):
+                    await self._renew()
+            await asyncio.sleep(TICK_S)
+
+    async def _renew(self) -> None:
+        leases = [(admission.id, scope) for admission in list(self._running.values()) for scope in admission.scopes]
+        for start in range(0, len(leases) + 1, RENEWED_AT_ONCE):
+            some = leases[start : start + RENEWED_AT_ONCE]
+            keys = [LEASES, PROCESSES, *(_key("c", scope) for _, scope in some)]
+            living = await self._line.run("renew", keys, [self.process, LEASE_MS, PROCESS_LIFE_MS, *(id_ for id_, _ in some)])
+            ids = sorted(process.decode() for process in living)
+            self.share = Share(ids.index(self.process), len(ids))
+
+    async def overdue(self, since_ms: int, most: int) -> list[Settlement]:
+        """Calls whose process is gone, each to be told as "reaped". Raises StoreAway."""
+        found = await self._line.run("overdue", [LEASES, CALLS], [since_ms, most])
+        return [_abandoned(id_.decode(), info) for id_, info in zip(found[::2], found[1::2], strict=True)]
+
+
+def remembered(scopes: Sequence[Scope], model: str, prompt: int, row: dict[str, Any]) -> bytes:
+    """What Redis keeps of a running call."""
+    return strict_json.write({"scopes": [list(scope) for scope in scopes], "model": model, "prompt": prompt, "row": row})
+
+
+def _abandoned(call: str, info: bytes) -> Settlement:
+    reserved, _, text = info.partition(b" ")
+    told = strict_json.read_loosely(text)
+    scopes = tuple(Scope(*scope) for scope in told["scopes"])
+    used = max(0, told["prompt"])
+    row = {**told["row"], "outcome": "abandoned", "prompt_tokens": used, "tokens_from": "partial" if used else "none"}
+    admission = Admission(call, scopes, told["model"], True, "reaped", int(reserved))
+    return Settlement(admission, used, -1, strict_json.write(row), id=call)
+
+
+def _key(kind: str, scope: Scope) -> str:
+    return f"nz:{kind}:{scope.name}"
+
+
+def _look_at(answer: "asyncio.Future[Any]") -> None:
+    if not answer.cancelled():
+        answer.exception()
+
+
+def _move(means: OrderedDict[str, float], name: str, value: float, weight: float) -> None:
+    known = means.get(name)
+    means[name] = value if known is None else known * (1 - weight) + value * weight
+    means.move_to_end(name)
+    if len(means) > REMEMBERED:
+        means.popitem(last=False)

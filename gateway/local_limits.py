@@ -1,0 +1,183 @@
+"""Limits without Redis: this process's share of each, counted in its own memory."""
+
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from gateway.admission import Usage
+from gateway.quota import Scope
+
+WINDOW_S = 60
+REMEMBERED_SCOPES = 20_000
+
+
+class Share(NamedTuple):
+    """This process is the `rank`-th (from 0) of `of`; all shares of a limit add up to the limit."""
+
+    rank: int = 0
+    of: int = 1
+
+    def out_of(self, limit: int) -> int:
+        return limit // self.of + (1 if self.rank < limit % self.of else 0)
+
+
+class Refusal(NamedTuple):
+    """`wait_s` None: it will never pass; 0: unknown, it depends on calls that run or on Redis."""
+
+    limit: str
+    scope: Scope
+    wait_s: float | None
+
+
+class Window:
+    """Counts of the last minute, by seconds."""
+
+    def __init__(self) -> None:
+        self._counts: deque[list[float]] = deque()
+        self.sum = 0
+
+    def add(self, now: float, count: int) -> None:
+        if self._counts and self._counts[-1][0] == now // 1:
+            self._counts[-1][1] += count
+        else:
+            self._counts.append([now // 1, count])
+        self.sum += count
+
+    def used(self, now: float) -> int:
+        while self._counts and self._counts[0][0] < now // 1 - WINDOW_S:
+            self.sum -= int(self._counts.popleft()[1])
+        return self.sum
+
+    def until_gone(self, now: float, count: int) -> float:
+        """Seconds until so many have left; 0 where even all of them are not enough."""
+        for second, some in self._counts:
+            count -= int(some)
+            if count <= 0:
+                return second + WINDOW_S + 1 - now
+        return 0.0
+
+    def reset_s(self, now: float) -> float:
+        return self._counts[-1][0] + WINDOW_S + 1 - now if self._counts else 0.0
+
+
+class Known(NamedTuple):
+    """What Redis last said of a scope, and when: used of each limit in the minute before, and of the budgets."""
+
+    at: float = -1e9
+    requests: int = 0
+    tokens: int = 0
+    day: int = 0
+    month: int = 0
+    slots: int = 0
+
+
+class Counters:
+    """One scope's state in this process: what was let in here, alone, since Redis last spoke."""
+
+    def __init__(self) -> None:
+        self.known = Known()
+        self.requests, self.tokens = Window(), Window()
+        self.reserved = 0
+        self.spent_day = self.spent_month = 0
+        self.day = 0
+
+    def left(self, limit: int, known: int, now: float) -> int:
+        """What Redis had not given away yet; a minute later it would have all of it again."""
+        return limit - known if now - self.known.at <= WINDOW_S else limit
+
+
+class LocalLimits:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, today: Callable[[], int] = lambda: int(time.time() // 86_400)
+    ):
+        self._clock, self._today = clock, today
+        self._counters: OrderedDict[str, Counters] = OrderedDict()
+        self._running: Counter[str] = Counter()
+
+    def enter(self, scopes: Sequence[Scope]) -> None:
+        """A call takes a slot in this process, whoever let it in."""
+        for scope in scopes:
+            self._running[scope.name] += 1
+
+    def leave(self, scopes: Sequence[Scope]) -> None:
+        for scope in scopes:
+            self._running[scope.name] -= 1
+            if not self._running[scope.name]:
+                del self._running[scope.name]
+
+    def slots(self, scope: Scope) -> int:
+        """How many slots were taken when this process last asked Redis."""
+        return self._of(scope).known.slots + 1
+
+    def note(self, scope: Scope, usage: Usage, day: int, month: int, slots: int) -> None:
+        """What Redis said last: the ground to stand on should it go away."""
+        counters = self._of(scope)
+        counters.known = Known(self._clock(), usage.requests, usage.tokens, day, month, slots)
+        counters.spent_day = counters.spent_month = 0
+
+    def admit(self, scopes: Sequence[Scope], tokens: int, share: Share, *, takes_slot: bool) -> Refusal | None:
+        """Takes from all scopes, or from none; `tokens` -1: the request counts none."""
+        refusals = [found for scope in scopes if (found := self._refusal(scope, tokens, share, takes_slot))]
+        if refusals:
+            return max(refusals, key=lambda refusal: float("inf") if refusal.wait_s is None else refusal.wait_s)
+        now = self._clock()
+        for scope in scopes:
+            counters = self._of(scope)
+            counters.requests.add(now, 1)
+            counters.reserved += max(0, tokens)
+        return None
+
+    def settle(self, scopes: Sequence[Scope], reserved: int, used: int) -> None:
+        for scope in scopes:
+            counters = self._of(scope)
+            counters.reserved = max(0, counters.reserved - reserved)
+            if used:
+                counters.tokens.add(self._clock(), used)
+                counters.spent_day += used
+                counters.spent_month += used
+
+    def usages(self, scopes: Sequence[Scope]) -> list[Usage]:
+        now = self._clock()
+        return [self._usage(self._of(scope), now) for scope in scopes]
+
+    @staticmethod
+    def _usage(counters: Counters, now: float) -> Usage:
+        requests, tokens = counters.requests.used(now), counters.tokens.used(now) + counters.reserved
+        resets = (round(window.reset_s(now) * 1000) for window in (counters.requests, counters.tokens))
+        return Usage(requests, tokens, *resets)
+
+    def _of(self, scope: Scope) -> Counters:
+        counters = self._counters.get(scope.name)
+        if counters is None:
+            counters = self._counters[scope.name] = Counters()
+            if len(self._counters) > REMEMBERED_SCOPES:
+                self._counters.popitem(last=False)
+        if counters.day != self._today():
+            counters.day, counters.spent_day, counters.known = self._today(), 0, counters.known._replace(day=0)
+        self._counters.move_to_end(scope.name)
+        return counters
+
+    def _refusal(self, scope: Scope, tokens: int, share: Share, takes_slot: bool) -> Refusal | None:
+        now, counters = self._clock(), self._of(scope)
+        rpm = share.out_of(max(0, counters.left(scope.rpm, counters.known.requests, now)))
+        if scope.rpm >= 0 and (excess := counters.requests.used(now) + 1 - rpm) > 0:
+            return Refusal("rpm", scope, counters.requests.until_gone(now, excess) if scope.rpm else None)
+        if tokens >= 0 and (found := self._token_refusal(scope, counters, tokens, share, now)):
+            return found
+        if takes_slot and scope.concurrent >= 0 and self._running[scope.name] >= share.out_of(scope.concurrent):
+            return Refusal("concurrent", scope, 0.0 if scope.concurrent else None)
+        return None
+
+    @staticmethod
+    def _token_refusal(scope: Scope, counters: Counters, tokens: int, share: Share, now: float) -> Refusal | None:
+        held, known = counters.reserved + tokens, counters.known
+        tpm = share.out_of(max(0, counters.left(scope.tpm, known.tokens, now)))
+        if scope.tpm >= 0 and (excess := counters.tokens.used(now) + held - tpm) > 0:
+            wait = counters.tokens.until_gone(now, excess)
+            return Refusal("tpm", scope, wait if tokens <= scope.tpm and scope.tpm else None)
+        if scope.day >= 0 and counters.spent_day + held > share.out_of(max(0, scope.day - known.day)):
+            return Refusal("day", scope, 0.0 if tokens <= scope.day and scope.day else None)
+        if scope.month >= 0 and counters.spent_month + held > share.out_of(max(0, scope.month - known.month)):
+            return Refusal("month", scope, 0.0 if tokens <= scope.month and scope.month else None)
+        return None

@@ -1,0 +1,193 @@
+-- May a request pass all limits of all its scopes, now? Takes from all of them, or from none.
+-- KEYS: calls, leases, means; then for each scope: requests, tokens, reserve, slots, queue, budget.
+-- ARGV: call id; what to remember of the call ('' where it takes no slot); lease in ms; prompt tokens (-1: counts no tokens);
+-- output tokens (-1: the model's mean); model; mean of an unknown model; largest output; ms to wait for a slot; most who may
+-- wait; ms that a running call is likely to go on; then for each scope: rpm, tpm, concurrent, day, month (-1: no limit).
+-- Answers {verdict, tokens reserved, ms until it would pass (-1: never), limit hit, number of its scope,
+-- then for each scope: requests and tokens used, ms until each is all there again, tokens used of day and month, and the
+-- slots that others hold}.
+local id, info, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local prompt, output, wait_ms, likely_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[9]), tonumber(ARGV[11])
+local scopes = (#KEYS - 3) / 6
+local answer = {'ok', 0, 0, '', 0}
+local worst, only_slots, somebody_waits = 0, true, {}
+
+local function used_of(key)
+    local head = redis.call('HMGET', key, 'n', 'o', 'l')
+    if not head[1] then return 0, 0 end
+    local sum, oldest, newest = tonumber(head[1]), tonumber(head[2]), tonumber(head[3])
+    if newest < second - 60 then
+        redis.call('DEL', key)
+        return 0, 0
+    end
+    if oldest < second - 60 then
+        local names = {}
+        -- Long calls that end add to a window at which nobody has looked for a while.
+        if second - oldest > 600 then
+            for _, name in ipairs(redis.call('HKEYS', key)) do
+                if tonumber(name) and tonumber(name) < second - 60 then names[#names + 1] = name end
+            end
+        else
+            for s = oldest, second - 61 do names[#names + 1] = s end
+        end
+        if #names > 5000 then
+            redis.call('DEL', key)
+            return 0, 0
+        end
+        for _, count in ipairs(redis.call('HMGET', key, unpack(names))) do
+            if count then sum = sum - tonumber(count) end
+        end
+        redis.call('HDEL', key, unpack(names))
+        redis.call('HSET', key, 'n', sum, 'o', second - 60)
+    end
+    return sum, (newest + 61) * 1000 - now
+end
+
+-- How long until so many have left the window; nil where even its end is not enough.
+local function until_gone(key, count)
+    local oldest = tonumber(redis.call('HGET', key, 'o') or second)
+    local names = {}
+    for s = oldest, second do names[#names + 1] = s end
+    for n, found in ipairs(redis.call('HMGET', key, unpack(names))) do
+        if found then count = count - tonumber(found) end
+        if count <= 0 then return (names[n] + 61) * 1000 - now end
+    end
+    return nil
+end
+
+local function refuse(limit, scope, ms)
+    if limit ~= 'concurrent' then only_slots = false end
+    if answer[1] == 'ok' or (worst >= 0 and (ms < 0 or ms > worst)) then
+        answer[1], answer[4], answer[5], worst = 'refused', limit, scope, ms
+    end
+end
+
+local function ms_to_next_month()
+    local day = today
+    repeat day = day + 1 until month_of(day) ~= month_of(today)
+    return (day * 86400 - second) * 1000
+end
+
+local need = 0
+if prompt >= 0 then
+    if output < 0 then
+        output = math.min(math.floor(tonumber(redis.call('HGET', KEYS[3], ARGV[6]) or ARGV[7]) + 0.5), tonumber(ARGV[8]))
+    end
+    need = prompt + output
+end
+
+for i = 1, scopes do
+    local k, a = 3 + (i - 1) * 6, 11 + (i - 1) * 5
+    local requests, tokens, reserve, slots, queue, budget = KEYS[k + 1], KEYS[k + 2], KEYS[k + 3], KEYS[k + 4], KEYS[k + 5], KEYS[k + 6]
+    local rpm, tpm, concurrent = tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
+    local day, month = tonumber(ARGV[a + 4]), tonumber(ARGV[a + 5])
+    local requests_used, requests_reset, tokens_used, tokens_reset, day_used, month_used = 0, 0, 0, 0, 0, 0
+    local slots_used = 0
+    if rpm >= 0 then
+        requests_used, requests_reset = used_of(requests)
+        if rpm == 0 then
+            refuse('rpm', i, -1)
+        elseif requests_used + 1 > rpm then
+            refuse('rpm', i, until_gone(requests, requests_used + 1 - rpm) or 61000)
+        end
+    end
+    local reserved = 0
+    if tpm >= 0 or day >= 0 or month >= 0 then
+        reserved = tonumber(redis.call('GET', reserve) or 0)
+    end
+    if tpm >= 0 then
+        tokens_used, tokens_reset = used_of(tokens)
+        if prompt >= 0 then
+            local excess = tokens_used + reserved + need - tpm
+            if need > tpm or tpm == 0 then
+                refuse('tpm', i, -1)
+            elseif excess > 0 then
+                refuse('tpm', i, until_gone(tokens, excess) or likely_ms)
+            end
+        end
+        tokens_used = tokens_used + reserved
+    end
+    if day >= 0 or month >= 0 then
+        if redis.call('EXISTS', budget) == 0 then
+            return {'seed', 0, 0, '', i}
+        end
+        local found = redis.call('HMGET', budget, 'd' .. today, 'm' .. month_of(today))
+        day_used, month_used = tonumber(found[1] or 0), tonumber(found[2] or 0)
+        if not found[1] then
+            redis.call('HDEL', budget, 'd' .. (today - 1), 'd' .. (today - 2), 'd' .. (today - 3))
+        end
+        if prompt >= 0 then
+            if day >= 0 and (need > day or day == 0) then
+                refuse('day', i, -1)
+            elseif day >= 0 and day_used + reserved + need > day then
+                refuse('day', i, day_used + need > day and ((today + 1) * 86400 - second) * 1000 or likely_ms)
+            end
+            if month >= 0 and (need > month or month == 0) then
+                refuse('month', i, -1)
+            elseif month >= 0 and month_used + reserved + need > month then
+                refuse('month', i, month_used + need > month and ms_to_next_month() or likely_ms)
+            end
+        end
+    end
+    if info ~= '' and concurrent == 0 then
+        refuse('concurrent', i, -1)
+    elseif info ~= '' and concurrent > 0 then
+        local before_us = redis.call('ZCARD', queue)
+        somebody_waits[i] = before_us > 0
+        if before_us > 0 then
+            redis.call('ZREMRANGEBYSCORE', queue, '-inf', now)
+            before_us = redis.call('ZRANK', queue, id) or redis.call('ZCARD', queue)
+        end
+        slots_used = redis.call('ZCOUNT', slots, '(' .. now, '+inf')
+        if slots_used + before_us >= concurrent then
+            refuse('concurrent', i, likely_ms)
+        end
+    end
+    local o = 5 + (i - 1) * 7
+    answer[o + 1], answer[o + 2], answer[o + 3], answer[o + 4] = requests_used, tokens_used, requests_reset, tokens_reset
+    answer[o + 5], answer[o + 6], answer[o + 7] = day_used, month_used, slots_used
+end
+
+if answer[1] == 'refused' then
+    answer[3] = worst
+    local may_wait = only_slots and worst >= 0 and wait_ms > 0
+    for i = 1, scopes do
+        local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[11 + (i - 1) * 5 + 3])
+        if may_wait and concurrent > 0 then
+            local is_in = redis.call('ZSCORE', queue, id)
+            may_wait = is_in or redis.call('ZCARD', queue) < tonumber(ARGV[10])
+        end
+    end
+    for i = 1, scopes do
+        local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[11 + (i - 1) * 5 + 3])
+        if may_wait and concurrent > 0 then
+            -- The score is when the place in the queue ends; all wait equally long, so it is the order of arrival, too.
+            redis.call('ZADD', queue, 'NX', now + wait_ms, id)
+            redis.call('PEXPIRE', queue, wait_ms + 60000)
+        elseif concurrent > 0 then
+            redis.call('ZREM', queue, id)
+        end
+    end
+    if may_wait then answer[1] = 'queued' end
+    return answer
+end
+
+answer[2] = need
+for i = 1, scopes do
+    local k, a, o = 3 + (i - 1) * 6, 11 + (i - 1) * 5, 5 + (i - 1) * 7
+    if tonumber(ARGV[a + 1]) >= 0 then
+        add_to(KEYS[k + 1], 1)
+        answer[o + 1], answer[o + 3] = answer[o + 1] + 1, 61000 - now % 1000
+    end
+    answer[o + 2] = answer[o + 2] + need
+    if info ~= '' then
+        redis.call('ZADD', KEYS[k + 4], now + lease_ms, id)
+        if need > 0 then redis.call('INCRBY', KEYS[k + 3], need) end
+        if somebody_waits[i] then redis.call('ZREM', KEYS[k + 5], id) end
+    end
+end
+if info ~= '' then
+    redis.call('ZADD', KEYS[2], now + lease_ms, id)
+    redis.call('HSET', KEYS[1], id, need .. ' ' .. info)
+end
+return answer

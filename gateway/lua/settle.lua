@@ -1,0 +1,56 @@
+-- What a call really cost, and its row for the audit: once, whoever says it and however often.
+-- KEYS: calls, leases, means, rows, prompts, dropped, once; then for each scope: tokens, reserve, slots, queue, budget.
+-- ARGV: call id; tokens reserved (-1: look what was remembered); tokens used; row ('' for none); prompt ('' for none); how ('admitted', 'alone': admitted
+-- without Redis, 'reaped': nobody else will settle it); model; completion tokens for its mean (-1: none); most rows; most
+-- prompts; then for each scope: whether it limits tokens per minute, whether it has a budget (1 or 0).
+-- Answers 1 where the tokens were counted now, else 0.
+local id, reserved, used, row, prompt, how = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
+
+if reserved < 0 then
+    local remembered = redis.call('HGET', KEYS[1], id)
+    reserved = remembered and tonumber(string.match(remembered, '^%d+')) or 0
+end
+local was_running = redis.call('HDEL', KEYS[1], id) == 1
+if was_running then redis.call('ZREM', KEYS[2], id) end
+local counts = was_running
+if not was_running and how == 'alone' and used > 0 then
+    counts = redis.call('SET', KEYS[7], 1, 'NX', 'EX', 600) and true or false
+end
+if not was_running and how == 'reaped' then return 0 end
+
+for i = 1, (#KEYS - 7) / 5 do
+    local k, a = 7 + (i - 1) * 5, 10 + (i - 1) * 2
+    if was_running then
+        redis.call('ZREM', KEYS[k + 3], id)
+        if redis.call('EXISTS', KEYS[k + 3]) == 0 then
+            redis.call('DEL', KEYS[k + 2])
+        elseif reserved > 0 then
+            redis.call('DECRBY', KEYS[k + 2], reserved)
+        end
+        if redis.call('EXISTS', KEYS[k + 4]) == 1 then redis.call('PUBLISH', 'nz:slots', KEYS[k + 4]) end
+    end
+    if counts and used > 0 then
+        if ARGV[a + 1] == '1' then add_to(KEYS[k + 1], used) end
+        if ARGV[a + 2] == '1' and redis.call('EXISTS', KEYS[k + 5]) == 1 then
+            redis.call('HINCRBY', KEYS[k + 5], 'd' .. today, used)
+            redis.call('HINCRBY', KEYS[k + 5], 'm' .. month_of(today), used)
+            redis.call('EXPIRE', KEYS[k + 5], 6048000)
+        end
+    end
+end
+
+if counts and tonumber(ARGV[8]) >= 0 then
+    local mean = redis.call('HGET', KEYS[3], ARGV[7])
+    local fresh = mean and tonumber(mean) * 0.95 + tonumber(ARGV[8]) * 0.05 or tonumber(ARGV[8])
+    redis.call('HSET', KEYS[3], ARGV[7], string.format('%.2f', fresh))
+end
+if row ~= '' then
+    if redis.call('XLEN', KEYS[4]) >= tonumber(ARGV[9]) then
+        redis.call('INCRBY', KEYS[6], redis.call('XTRIM', KEYS[4], 'MAXLEN', tonumber(ARGV[9]) - 1))
+    end
+    redis.call('XADD', KEYS[4], '*', 'row', row)
+end
+if prompt ~= '' then
+    redis.call('XADD', KEYS[5], 'MAXLEN', ARGV[10], '*', 'prompt', prompt)
+end
+return counts and 1 or 0

@@ -1,0 +1,73 @@
+"""Limits as numbers: what an operator said of a key or of some of its models, and what then holds for a request."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from gateway.model_names import AllowList
+
+# Not said (None): the default applies. 0: none at all. UNLIMITED is the largest bigint, which nobody can type.
+UNLIMITED = 2**63 - 1
+NAMES = ("rpm", "tpm", "concurrent", "day", "month")
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Requests per minute, tokens per minute, requests at once, tokens per day and per calendar month (UTC)."""
+
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrent: int | None = None
+    day: int | None = None
+    month: int | None = None
+
+    def packed(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in NAMES}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A quota that the models matching a glob share, beside the key's own."""
+
+    pattern: str
+    quota: Quota
+
+    def packed(self) -> dict[str, Any]:
+        return {"pattern": self.pattern, **self.quota.packed()}
+
+    def matches(self, model: str) -> bool:
+        return AllowList((self.pattern,)).allows(model, cloud=False)
+
+
+class Scope(NamedTuple):
+    """One set of counters and its limits, -1 where there is none; `name` is part of the counters' names in Redis."""
+
+    name: str
+    rpm: int
+    tpm: int
+    concurrent: int
+    day: int
+    month: int
+
+    @property
+    def has_budget(self) -> bool:
+        return self.day >= 0 or self.month >= 0
+
+    @property
+    def is_of_rule(self) -> bool:
+        return "|" in self.name
+
+
+def unpack(packed: Mapping[str, Any]) -> Quota:
+    return Quota(**{name: packed[name] for name in NAMES})
+
+
+def unpack_rules(packed: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
+    return tuple(Rule(rule["pattern"], unpack(rule)) for rule in packed)
+
+
+def scope(name: str, quota: Quota, defaults: Quota) -> Scope:
+    said = [getattr(quota, field) for field in NAMES]
+    standard = [getattr(defaults, field) for field in NAMES]
+    limits = [second if first is None else first for first, second in zip(said, standard, strict=True)]
+    return Scope(name, *(-1 if limit is None or limit == UNLIMITED else limit for limit in limits))

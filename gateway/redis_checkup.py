@@ -1,0 +1,119 @@
+"""Redis as an installation needs it: fast, writable, never evicting, kept over a restart, its audit taken away in time."""
+
+import asyncio
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from gateway import store
+from gateway.checkup import Finding, State, clock, guarded, ok, problem, warning, words
+from gateway.limits import DROPPED, ROWS
+
+NAME = "Redis"
+OLDEST_VERSION = (6, 2)
+CALL_S, CLOSE_S = 2.0, 1.0
+LONGEST_BACKLOG = 10_000
+MARK, MARK_MS = "nz:doctor", 1000
+ADVICE = "check REDIS_URL and that the server runs"
+ADVICE_RIGHTS = "see whether the user of REDIS_URL may use this command"
+
+
+async def examine(url: str, *, is_needed: bool) -> list[Finding]:
+    """Without being needed (one process, no address given) its absence is a warning only."""
+    client = store.connect(url, deadline_s=CALL_S)
+    try:
+        try:
+            await client.ping()
+        except Exception as away:  # noqa: BLE001 # whatever the reason is: it cannot be used
+            state: State = "problem" if is_needed else "warning"
+            return [Finding(NAME, state, f"does not answer: {words(away)}", ADVICE)]
+        return await _findings(client)
+    finally:
+        with suppress(Exception):
+            await client.aclose()
+
+
+async def _findings(client: Any) -> list[Finding]:
+    speed = await guarded(NAME, _speed(client), ADVICE)
+    let_it_write = "let it write: room in memory and on disk, the user's rights, no read-only replica"
+    others = await asyncio.gather(
+        guarded(f"{NAME} clock", _clock(client), ADVICE_RIGHTS),
+        guarded(f"{NAME} writes", _writes(client), let_it_write),
+        guarded(f"{NAME} facts", _facts(client), ADVICE_RIGHTS),
+        guarded("audit backlog", _backlog(client), ADVICE_RIGHTS),
+        guarded("audit losses", _losses(client), ADVICE_RIGHTS),
+    )
+    return [found for group in (speed, *others) for found in group]
+
+
+async def _speed(client: Any) -> list[Finding]:
+    """The best of three: the gateway leaves Redis out where a call takes longer than its deadline."""
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        await client.ping()
+        times.append(time.monotonic() - began)
+    found = f"answers in {min(times) * 1000:.1f} ms"
+    advice = f"put it nearer: a gateway waits {store.CALL_DEADLINE_S * 1000:g} ms and then goes on without it"
+    if min(times) > store.CALL_DEADLINE_S:
+        return [problem(NAME, found, advice)]
+    return [warning(NAME, found, advice) if min(times) > store.CALL_DEADLINE_S / 2 else ok(NAME, found)]
+
+
+async def _clock(client: Any) -> list[Finding]:
+    asked_at = time.time()
+    seconds, microseconds = await client.time()
+    return [clock(f"{NAME} clock", seconds + microseconds / 1e6 - (asked_at + time.time()) / 2)]
+
+
+async def _writes(client: Any) -> list[Finding]:
+    await client.set(MARK, "", px=MARK_MS)
+    return [ok(f"{NAME} writes", "taken")]
+
+
+async def _facts(client: Any) -> list[Finding]:
+    """INFO tells the policy where managed services forbid CONFIG."""
+    info = await client.info()
+    return [version(info), eviction(info), persistence(info)]
+
+
+def version(info: Mapping[str, Any]) -> Finding:
+    check, spoken = f"{NAME} version", str(info.get("redis_version", "unknown"))
+    number = tuple(map(int, re.findall(r"\d+", spoken)[:2]))
+    found = f"{spoken} (Valkey {info['valkey_version']})" if "valkey_version" in info else spoken
+    oldest = ".".join(map(str, OLDEST_VERSION))
+    if number < OLDEST_VERSION:
+        return problem(check, found, f"use Redis {oldest} or newer, or Valkey")
+    return ok(check, found)
+
+
+def eviction(info: Mapping[str, Any]) -> Finding:
+    check, policy = f"{NAME} eviction", str(info.get("maxmemory_policy", "unknown"))
+    if policy == "noeviction":
+        return ok(check, policy)
+    return warning(check, policy, "set maxmemory-policy to noeviction: limits and audit rows must not be thrown away")
+
+
+def persistence(info: Mapping[str, Any]) -> Finding:
+    check = f"{NAME} persistence"
+    if info.get("aof_enabled"):
+        return ok(check, "append-only file")
+    return warning(check, "no append-only file", "set appendonly to yes: else a restart loses counts and unwritten audit rows")
+
+
+async def _backlog(client: Any) -> list[Finding]:
+    count = await client.xlen(ROWS)
+    found = f"{count} rows wait for PostgreSQL"
+    if count > LONGEST_BACKLOG:
+        return [warning("audit backlog", found, "see whether a gateway runs and PostgreSQL answers: they take the rows away")]
+    return [ok("audit backlog", found)]
+
+
+async def _losses(client: Any) -> list[Finding]:
+    count = int(await client.get(DROPPED) or 0)
+    if count:
+        advice = f"read the gateway's log for the reason; when you know it, begin anew: `redis-cli DEL {DROPPED}`"
+        return [warning("audit losses", f"{count} rows were dropped", advice)]
+    return [ok("audit losses", "none")]

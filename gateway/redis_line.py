@@ -1,0 +1,236 @@
+"""One connection to Redis that many requests share: written in order, answered in order, never waited for too long."""
+
+import asyncio
+import hashlib
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import hiredis
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
+
+from gateway import tasks
+from gateway.store import CALL_DEADLINE_S, CONNECT_DEADLINE_S, StoreAway, connect
+
+LOG = logging.getLogger("gateway.store")
+LUA = Path(__file__).parent / "lua"
+MOST_PENDING = 20_000
+# A busy loop of our own must not pass for a frozen Redis: answers that have arrived get this long to be read.
+LOOKS, LOOK_AGAIN_S = 4, 0.003
+GIVE_UP_S = 5.0
+PAUSE_S = 0.2
+
+
+def pack(*command: Any) -> bytes:
+    packed: bytes = hiredis.pack_command(command)
+    return packed
+
+
+class Sent(NamedTuple):
+    answer: "asyncio.Future[Any]"
+    command: bytes
+    due: float
+    is_second_try: bool
+
+
+class Script(NamedTuple):
+    sha: str
+    text: str
+
+
+def scripts(folder: Path = LUA) -> dict[str, Script]:
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.lua"))}
+    common = texts.pop("common")
+    texts = {name: common + text for name, text in texts.items()}
+    return {name: Script(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), text) for name, text in texts.items()}
+
+
+class Line:
+    """`async with Line(url, on_failure) as line:` — `await line.run("admit", keys, values)` runs a script.
+
+    Commands of one turn of the loop are written together; `flush` writes at once. An answer that is not there after 50 ms
+    fails with StoreAway, and until Redis has caught up everything else fails at once.
+    """
+
+    def __init__(self, url: str, on_failure: Callable[[Exception], None]) -> None:
+        self._client: Redis = connect(url, deadline_s=CONNECT_DEADLINE_S)
+        self._on_failure = on_failure
+        self._scripts = scripts()
+        self._loads = b"".join(pack("SCRIPT", "LOAD", script.text) for script in self._scripts.values())
+        self._connection: Any = None
+        self._unwritten: list[bytes] = []
+        self._pending: deque[Sent] = deque()
+        self._is_late = False
+        self._suspect: Sent | None = None
+        self._looks = 0
+        self._watch: asyncio.TimerHandle | None = None
+        self._connected = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._keep(), name="redis line")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._connected.wait(), CONNECT_DEADLINE_S)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self.flush()
+        await tasks.end([self._task])
+        with suppress(RedisError, OSError, TimeoutError):
+            await asyncio.wait_for(self._client.aclose(), CONNECT_DEADLINE_S)
+
+    @property
+    def is_usable(self) -> bool:
+        return self._connection is not None and not self._is_late and len(self._pending) < MOST_PENDING
+
+    @property
+    def pending(self) -> int:
+        return len(self._pending)
+
+    def run(self, script: str, keys: list[Any], values: list[Any]) -> "asyncio.Future[Any]":
+        """The script's answer; raises StoreAway, now or when awaited."""
+        return self.send("EVALSHA", self._scripts[script].sha, len(keys), *keys, *values)
+
+    def send(self, *command: Any) -> "asyncio.Future[Any]":
+        if not self.is_usable:
+            raise StoreAway
+        if not self._unwritten:
+            self._loop.call_soon(self.flush)
+        packed = pack(*command)
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        self._enqueue(Sent(answer, packed, self._loop.time() + CALL_DEADLINE_S, False))
+        return answer
+
+    def _enqueue(self, sent: Sent) -> None:
+        self._unwritten.append(sent.command)
+        self._pending.append(sent)
+        if self._watch is None:
+            self._watch = self._loop.call_at(sent.due, self._look)
+
+    def flush(self) -> None:
+        if self._unwritten and self._connection is not None:
+            _writer_of(self._connection).write(b"".join(self._unwritten))
+        self._unwritten.clear()
+
+    def _look(self) -> None:
+        """The oldest answer may be due by now."""
+        self._watch = None
+        if not self._pending:
+            return
+        oldest = self._pending[0]
+        overdue = self._loop.time() - oldest.due
+        if overdue < 0:
+            self._watch = self._loop.call_at(oldest.due, self._look)
+        elif self._looked_again(oldest) < LOOKS:
+            self._watch = self._loop.call_later(LOOK_AGAIN_S, self._look)
+        elif overdue < GIVE_UP_S:
+            self._fall_behind()
+            self._watch = self._loop.call_later(GIVE_UP_S / 10, self._look)
+        else:
+            self._hang_up()
+
+    def _looked_again(self, oldest: Sent) -> int:
+        self._looks = self._looks + 1 if oldest is self._suspect else 0
+        self._suspect = oldest
+        return self._looks
+
+    def _fall_behind(self) -> None:
+        if not self._is_late:
+            self._is_late = True
+            self._on_failure(TimeoutError())
+        for sent in self._pending:
+            if not sent.answer.done():
+                sent.answer.set_exception(StoreAway())
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            _writer_of(self._connection).transport.abort()
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                await self._use_one_connection()
+            except (RedisError, OSError, TimeoutError) as wrong:
+                self._on_failure(wrong)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _use_one_connection(self) -> None:
+        async with asyncio.timeout(CONNECT_DEADLINE_S * 2):
+            connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            _writer_of(connection).write(self._loads)
+            for _ in self._scripts:
+                async with asyncio.timeout(CONNECT_DEADLINE_S):
+                    await connection.read_response()
+            self._connection = connection
+            self._connected.set()
+            await self._read(connection)
+        finally:
+            self._connection = None
+            self._drop_all()
+            with suppress(RedisError, OSError, TimeoutError):
+                await connection.disconnect(nowait=True)
+                await self._client.connection_pool.release(connection)
+
+    async def _read(self, connection: Any) -> None:
+        while True:
+            try:
+                reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
+            except ReadOnlyError:
+                # What was the primary is none any more: another connection finds the new one.
+                raise
+            except ResponseError as refused:
+                reply = refused
+            self._take(reply)
+
+    def _take(self, reply: Any) -> None:
+        sent = self._pending.popleft()
+        if not self._pending:
+            self._is_late = False
+        if sent.answer.done():
+            return
+        if isinstance(reply, NoScriptError) and not sent.is_second_try:
+            self._try_again(sent)
+        elif isinstance(reply, ResponseError):
+            LOG.error("Redis refuses: %s", reply)
+            sent.answer.set_exception(StoreAway())
+        else:
+            sent.answer.set_result(reply)
+
+    def _try_again(self, sent: Sent) -> None:
+        """Somebody has emptied Redis's memory of scripts. Their answers come first, after those under way."""
+        self.flush()
+        loads = [pack("SCRIPT", "LOAD", script.text) for script in self._scripts.values()]
+        for command in loads:
+            self._enqueue(Sent(self._forgotten(), command, sent.due, True))
+        self._enqueue(sent._replace(is_second_try=True))
+        self.flush()
+
+    def _forgotten(self) -> "asyncio.Future[Any]":
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        answer.cancel()
+        return answer
+
+    def _drop_all(self) -> None:
+        self._unwritten.clear()
+        self._is_late = False
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        while self._pending:
+            sent = self._pending.popleft()
+            if not sent.answer.done():
+                sent.answer.set_exception(StoreAway())
+
+
+def _writer_of(connection: Any) -> asyncio.StreamWriter:
+    # The library's own way to send waits and sets a timer for each command.
+    writer: asyncio.StreamWriter = connection._writer  # noqa: SLF001
+    return writer

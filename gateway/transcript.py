@@ -1,0 +1,46 @@
+"""The texts of one request and its answer, for keys whose operator keeps them; bounded, and never in logs."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from gateway import strict_json
+
+LONGEST_TEXT = 64 * 1024
+LONGEST_RAW = 1024 * 1024
+LONGEST_WORD = 1000
+ENDLESS = re.compile(r"[!-~]*")
+
+
+class Transcript:
+    """Collects the answer's bytes as they pass; `said` of the dialect makes text of them when the request has ended."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._body = body
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._is_cut = False
+
+    def hear(self, piece: bytes) -> None:
+        if self._size + len(piece) > LONGEST_RAW:
+            self._is_cut = True
+        else:
+            self._pieces.append(piece)
+            self._size += len(piece)
+
+    def told(self, said: Callable[[bytes], str]) -> dict[str, Any]:
+        request = strict_json.write(without_blobs(self._body)).decode()
+        answer = said(b"".join(self._pieces))
+        is_cut = self._is_cut or len(request) > LONGEST_TEXT or len(answer) > LONGEST_TEXT
+        return {"request": request[:LONGEST_TEXT], "answer": answer[:LONGEST_TEXT], "is_cut": is_cut}
+
+
+def without_blobs(value: Any) -> Any:
+    """The same, with pictures and other endless words left out."""
+    if isinstance(value, dict):
+        return {name: without_blobs(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_blobs(inner) for inner in value]
+    if isinstance(value, str) and len(value) > LONGEST_WORD and ENDLESS.fullmatch(value):
+        return f"({len(value)} characters left out)"
+    return value

@@ -1,0 +1,40 @@
+-- name: find_any_key
+-- The key an operator means by an id, by the id of one of its secrets, or by its name; of several the newest, revoked ones too.
+SELECT k.id, k.name FROM keys k
+WHERE k.id = $1 OR k.name = $1 OR k.id = (SELECT key_id FROM secrets WHERE id = $1)
+ORDER BY (k.name = $1) DESC, k.created_at DESC
+LIMIT 1;
+
+-- name: list_audit
+-- Rows of the audit, the newest first: of a key, of models, since a time, with a status in a range, with an outcome's beginning.
+SELECT a.id::text AS id, a.at, a.batch, a.request_id, a.key_id, k.name AS key, a.client, a.agent, a.dialect, a.method, a.route,
+       a.model, a.answered_as, a.backend, a.attempts::text AS attempts, a.status, a.outcome, a.detail, a.stream, a.prompt_tokens,
+       a.completion_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms, a.total_ms
+FROM audit a LEFT JOIN keys k ON k.id = a.key_id
+WHERE ($1::text IS NULL OR a.key_id = $1)
+  AND ($2::text[] IS NULL OR a.model ILIKE ANY ($2))
+  AND ($3::timestamptz IS NULL OR a.at >= $3)
+  AND ($4::integer IS NULL OR a.status BETWEEN $4 AND $5)
+  AND ($6::text IS NULL OR starts_with(a.outcome, $6))
+ORDER BY a.at DESC, a.id DESC
+LIMIT $7;
+
+-- name: sum_audit
+-- Sums of the audit since a time, by any of key, model, backend and day; the times are those of requests that got an answer.
+SELECT s.day, s.key_id, k.name AS key, s.model, s.backend, s.requests, s.answered, s.failures, s.refused, s.prompt_tokens,
+       s.completion_tokens, s.ttfb[1] AS ttfb_p50, s.ttfb[2] AS ttfb_p95, s.ttfb[3] AS ttfb_p99
+FROM (SELECT CASE WHEN 'day' = ANY ($1::text[]) THEN (at AT TIME ZONE 'UTC')::date END AS day,
+             CASE WHEN 'key' = ANY ($1) THEN key_id END AS key_id,
+             CASE WHEN 'model' = ANY ($1) THEN model END AS model,
+             CASE WHEN 'backend' = ANY ($1) THEN backend END AS backend,
+             count(*) AS requests,
+             count(*) FILTER (WHERE outcome = 'answered') AS answered,
+             count(*) FILTER (WHERE outcome IN ('backend_failed', 'truncated')) AS failures,
+             count(*) FILTER (WHERE starts_with(outcome, 'refused')) AS refused,
+             sum(prompt_tokens)::bigint AS prompt_tokens,
+             sum(completion_tokens)::bigint AS completion_tokens,
+             percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb
+      FROM audit WHERE at >= $2
+      GROUP BY 1, 2, 3, 4) AS s
+LEFT JOIN keys k ON k.id = s.key_id
+ORDER BY s.day DESC, s.requests DESC, k.name, s.key_id, s.model, s.backend;

@@ -1,0 +1,16 @@
+-- name: server_facts
+-- What an installation needs of the server: its version and clock, connections for us, the right to make the audit's months.
+SELECT current_setting('server_version') AS version, current_setting('server_version_num')::integer AS number,
+       clock_timestamp() AS now,
+       least(current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer
+                 - coalesce(current_setting('reserved_connections', true)::integer, 0),
+             (SELECT nullif(datconnlimit, -1) FROM pg_database WHERE datname = current_database()),
+             (SELECT nullif(rolconnlimit, -1) FROM pg_roles WHERE rolname = current_user)) AS connections,
+       coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS may_create,
+       coalesce((SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass('audit')), false) AS owns_audit;
+
+-- name: count_audit_rows_roughly
+-- How many rows the audit has, as the server last estimated it; counting them would read them all.
+SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint
+FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+WHERE i.inhparent = to_regclass('audit');

@@ -1,0 +1,289 @@
+"""Limits of a key: each is exact, all are taken or none, and a refusal says which it was and when it would pass."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from ollama import ResponseError
+from openai import RateLimitError
+
+from gateway.quota import UNLIMITED
+from tests.asking import MODEL, SAY_HI, WAYS, Way
+from tests.conftest import StartGateway, TestStores
+from tests.played import PlayedBackend
+from tests.running import RunningGateway
+from tests.scripts import Hold, Step, answer
+
+FEW_TOKENS = {"options": {"num_predict": 20}, "max_tokens": 20}
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha)
+
+
+@pytest.fixture
+def held(alpha: PlayedBackend) -> Iterator[threading.Event]:
+    """Every chat waits for this event."""
+    event = threading.Event()
+
+    def script(request: Any) -> list[Step]:
+        return [Hold(event), *alpha.healthy(request)]
+
+    for way in WAYS:
+        alpha.play(way.path, script)
+    yield event
+    event.set()
+
+
+def ask(client: httpx.Client, way: Way, **more: Any) -> httpx.Response:
+    return client.post(way.path, json={**way.body, **more})
+
+
+def told(response: httpx.Response, way: Way) -> str:
+    error = response.json()["error"]
+    return str(error if way.dialect == "ollama" else error["message"])
+
+
+def limits(name: str, most: int) -> dict[str, Any]:
+    return {name: most}
+
+
+def limit(gateway: RunningGateway, name: str, pattern: str = "", **said: int | None) -> None:
+    gateway.call(gateway.ring().limit(name, pattern, said))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_requests_per_minute(gateway: RunningGateway, way: Way) -> None:
+    with gateway.http(gateway.key(rpm=2)) as client:
+        statuses = [ask(client, way).status_code for _ in range(4)]
+        refused = ask(client, way)
+    assert statuses == [200, 200, 429, 429]
+    assert told(refused, way).startswith("Limit of 2 requests per minute for this key reached; try again in ")
+    assert 50 < float(refused.headers["retry-after-ms"]) / 1000 <= 61 and 50 < int(refused.headers["retry-after"]) <= 61
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_tokens_per_minute(gateway: RunningGateway, way: Way) -> None:
+    with gateway.http(gateway.key(tpm=60)) as client:
+        answers = [ask(client, way, **FEW_TOKENS) for _ in range(20)]
+    statuses = [found.status_code for found in answers]
+    assert 1 < statuses.count(200) < 12 and statuses == sorted(statuses)
+    assert told(answers[-1], way).startswith("Limit of 60 tokens per minute for this key reached; try again in ")
+    spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in gateway.audit_rows())
+    assert spent <= 60
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_requests_at_once(gateway: RunningGateway, held: threading.Event, way: Way) -> None:
+    key = gateway.key(concurrent=3)
+    statuses: Counter[int] = Counter()
+
+    def one() -> None:
+        with gateway.http(key) as client:
+            statuses[ask(client, way).status_code] += 1
+
+    threads = [threading.Thread(target=one) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    until(lambda: statuses[429] == 7)
+    held.set()
+    for thread in threads:
+        thread.join()
+    assert statuses == {200: 3, 429: 7}
+    with gateway.http(key) as client:
+        assert ask(client, way).status_code == 200
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(("name", "words"), [("day", "tokens per day"), ("month", "tokens per month")])
+def test_budgets(gateway: RunningGateway, way: Way, name: str, words: str) -> None:
+    with gateway.http(gateway.key(**limits(name, 60))) as client:
+        answers = [ask(client, way, **FEW_TOKENS) for _ in range(20)]
+    assert answers[0].status_code == 200 and answers[-1].status_code == 429
+    assert f"Limit of 60 {words} for this key reached; try again in " in told(answers[-1], way)
+    assert answers[-1].headers["x-should-retry"] == "false"
+    if way.dialect == "openai":
+        assert (answers[-1].json()["error"]["type"], answers[-1].json()["error"]["code"]) == ("insufficient_quota",) * 2
+    assert sum(row["prompt_tokens"] + row["completion_tokens"] for row in gateway.audit_rows()) <= 60
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("name", ["rpm", "tpm", "concurrent", "day", "month"])
+def test_none_at_all(gateway: RunningGateway, way: Way, name: str) -> None:
+    with gateway.http(gateway.key(**limits(name, 0))) as client:
+        refused = ask(client, way)
+    assert refused.status_code == 429 and "retry-after" not in refused.headers
+    assert refused.headers["x-should-retry"] == "false" and told(refused, way).endswith("reached: it allows none.")
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("name", ["rpm", "tpm", "concurrent", "day", "month"])
+def test_limits_of_some_models(gateway: RunningGateway, way: Way, name: str) -> None:
+    key = gateway.key(name="mine")
+    limit(gateway, "mine", "llama3*", **{name: 0})
+    with gateway.http(key) as client:
+        refused = ask(client, way)
+        assert refused.status_code == 429 and "for this model with this key" in told(refused, way)
+    limit(gateway, "mine", "llama3*", **{name: None})
+    limit(gateway, "mine", "qwen*", **{name: 0})
+    with gateway.http(key) as client:
+        assert wait_for_status(client, way, 200)
+
+
+def wait_for_status(client: httpx.Client, way: Way, status: int, seconds: float = 1.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if ask(client, way).status_code == status:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def until(done: Any, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_a_limit_that_is_changed_holds_within_a_second(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    one, other = start_gateway(alpha, DEFAULT_RPM="1"), start_gateway(alpha, DEFAULT_RPM="1")
+    key = one.key(name="mine")
+    with one.http(key) as first, other.http(key) as second:
+        assert [ask(client, WAYS[0]).status_code for client in (first, second)] == [200, 429]
+        limit(one, "mine", rpm=UNLIMITED)
+        assert wait_for_status(second, WAYS[0], 200)
+        limit(one, "mine", rpm=None)
+        assert wait_for_status(second, WAYS[0], 429)
+        limit(one, "mine", rpm=0)
+        until(lambda: told(ask(second, WAYS[0]), WAYS[0]).endswith("it allows none."), 1.0)
+
+
+def test_all_limits_or_none(gateway: RunningGateway, stores: TestStores) -> None:
+    """A refused request costs nothing: not of the limits that would have let it pass."""
+    key = gateway.key(name="mine", rpm=100, tpm=5000, day=10**9)
+    limit(gateway, "mine", "llama3*", concurrent=0)
+    with gateway.http(key) as client:
+        refused = [ask(client, WAYS[1]) for _ in range(20)]
+        assert {found.status_code for found in refused} == {429}
+        limit(gateway, "mine", "llama3*", concurrent=None)
+        assert wait_for_status(client, WAYS[1], 200)
+        passed = ask(client, WAYS[1])
+    assert int(passed.headers["x-ratelimit-remaining-requests"]) == 98
+    with stores.client() as redis:
+        assert not redis.exists("nz:leases", "nz:calls")
+
+
+def test_headers_of_every_answer(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key(rpm=10, tpm=10_000)) as client:
+        first, second = (ask(client, WAYS[2], max_tokens=100) for _ in range(2))
+        listed = client.get("/v1/models")
+    assert [found.headers["x-ratelimit-remaining-requests"] for found in (first, second, listed)] == ["9", "8", "7"]
+    assert first.headers["x-ratelimit-limit-requests"] == "10" and first.headers["x-ratelimit-limit-tokens"] == "10000"
+    assert 9_800 < int(first.headers["x-ratelimit-remaining-tokens"]) < 9_900
+    assert 9_950 < int(listed.headers["x-ratelimit-remaining-tokens"]) < 10_000
+    assert first.headers["x-ratelimit-reset-requests"] in ("1m0s", "1m1s") or first.headers[
+        "x-ratelimit-reset-requests"
+    ].startswith("1m0.")
+
+
+def test_no_headers_of_what_is_unlimited(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key(rpm=UNLIMITED, tpm=UNLIMITED)) as client:
+        assert not [name for name in ask(client, WAYS[2]).headers if name.startswith("x-ratelimit")]
+
+
+def test_what_takes_no_tokens(gateway: RunningGateway) -> None:
+    """Lists, show, loading and unloading count as requests."""
+    with gateway.http(gateway.key(rpm=8, tpm=0)) as client:
+        statuses = [client.get(path).status_code for path in ("/api/tags", "/api/ps", "/api/version", "/v1/models")]
+        statuses.append(client.post("/api/show", json={"model": MODEL}).status_code)
+        statuses.append(client.post("/api/generate", json={"model": MODEL}).status_code)
+        statuses.append(client.post("/api/chat", json={"model": MODEL, "keep_alive": 0}).status_code)
+        statuses.append(client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI}).status_code)
+        statuses.append(client.get("/api/tags").status_code)
+        statuses.append(client.get("/api/tags").status_code)
+    assert statuses == [200] * 7 + [429, 200, 429]
+    assert {row["tokens_from"] for row in gateway.audit_rows()} == {"none"}
+
+
+def test_more_than_the_whole_limit_says_so(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key(tpm=100)) as client:
+        refused = ask(client, WAYS[2], max_tokens=500)
+    assert refused.status_code == 429 and refused.headers["x-should-retry"] == "false" and "retry-after" not in refused.headers
+    assert "this request alone may take 5" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["type"] == "tokens"
+
+
+def test_a_sequence_of_one_at_a_time_is_never_refused(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    """The slot is free before the client can know that its answer has ended, in whichever process it asks next."""
+    one, other = start_gateway(alpha), start_gateway(alpha)
+    key = one.key(concurrent=1)
+    with one.http(key) as first, other.http(key) as second:
+        for n in range(150):
+            way = WAYS[n % 4]
+            assert ask(first, way).status_code == 200
+            assert ask(second, way).status_code == 200
+
+
+def test_retry_after_is_the_time_until_it_passes(gateway: RunningGateway, held: threading.Event) -> None:
+    held.set()
+    key = gateway.key(tpm=1000)
+    with gateway.http(key) as client:
+        while (found := ask(client, WAYS[2], max_tokens=300)).status_code == 200:
+            pass
+        wait = float(found.headers["retry-after-ms"]) / 1000
+        assert wait > 5
+        time.sleep(max(0.0, wait - 2))
+        assert ask(client, WAYS[2], max_tokens=300).status_code == 429
+        time.sleep(2.1)
+        assert ask(client, WAYS[2], max_tokens=300).status_code == 200
+
+
+def test_openai_backs_off_and_succeeds(gateway: RunningGateway, held: threading.Event) -> None:
+    key = gateway.key(concurrent=1)
+    with gateway.http(key) as client:
+        waiting = threading.Thread(target=lambda: ask(client, WAYS[2]))
+        waiting.start()
+        until(lambda: gateway.rooms.limits.running == 1)
+        threading.Timer(0.7, held.set).start()
+        with gateway.openai(key, max_retries=20) as official:
+            began = time.monotonic()
+            assert official.chat.completions.create(model=MODEL, messages=SAY_HI).choices[0].message.content
+            assert time.monotonic() - began > 0.5
+        waiting.join()
+
+
+def test_openai_does_not_retry_what_takes_long(gateway: RunningGateway) -> None:
+    with gateway.openai(gateway.key(day=1), max_retries=5) as official, pytest.raises(RateLimitError, match="tokens per day"):
+        official.chat.completions.create(model=MODEL, messages=SAY_HI)
+    assert len(gateway.request_lines()) == 1
+
+
+def test_ollama_is_told_and_succeeds_later(gateway: RunningGateway, held: threading.Event) -> None:
+    key = gateway.key(concurrent=1)
+    with gateway.http(key) as client:
+        waiting = threading.Thread(target=lambda: ask(client, WAYS[0]))
+        waiting.start()
+        until(lambda: gateway.rooms.limits.running == 1)
+        with pytest.raises(ResponseError, match="Limit of 1 requests at once for this key reached; try") as refused:
+            gateway.ollama(key).chat(MODEL, SAY_HI)
+        assert refused.value.status_code == 429
+        held.set()
+        waiting.join()
+        assert gateway.ollama(key).chat(MODEL, SAY_HI).message.content
+
+
+def test_a_backend_that_failed_costs_no_tokens(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    with gateway.http(gateway.key(tpm=2000)) as client:
+        for way in WAYS:
+            alpha.play(way.path, answer(500, {"error": "no"}))
+            for _ in range(5):
+                assert ask(client, way, **FEW_TOKENS).status_code in (502, 503)
+            alpha.play(way.path, None)
+        passed = ask(client, WAYS[1], **FEW_TOKENS)
+    assert int(passed.headers["x-ratelimit-remaining-tokens"]) > 1900

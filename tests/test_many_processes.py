@@ -1,0 +1,172 @@
+"""Two installations of two workers each, one Redis and one PostgreSQL: limits are exact over all four processes."""
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from gateway import app
+from gateway.keys import KeyRing, NewKey
+from gateway.quota import Quota
+from gateway.store import Store
+from tests.asking import WAYS
+from tests.conftest import TestStores
+from tests.played import PlayedBackend
+from tests.processes import descendants, serving
+from tests.settings_of import environment_for, settings_for
+
+ROUNDS = int(os.environ.get("BURST_ROUNDS", "3"))
+CLIENTS = 100
+MOMENT_S = 0.003
+
+
+@pytest.fixture
+def backend() -> Iterator[PlayedBackend]:
+    with PlayedBackend(models=["llama3.2:latest"], name="alpha", pieces=3, pause_s=0.01) as played:
+        yield played
+
+
+@pytest.fixture
+def addresses(tmp_path: Path, stores: TestStores, backend: PlayedBackend) -> Iterator[list[str]]:
+    names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, GATEWAY_WORKERS="2")
+    with ExitStack() as stack:
+        found = []
+        for place in ("one", "two"):
+            folder = tmp_path / place
+            folder.mkdir()
+            process, url, _ = stack.enter_context(serving(folder, names))
+            assert len(descendants(process.pid)) == 2
+            found.append(url)
+        yield found
+
+
+class Operator:
+    def __init__(self, stores: TestStores) -> None:
+        self.settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+
+    def key(self, name: str, **limits: int) -> str:
+        async def make() -> str:
+            async with app.database_of(self.settings) as database:
+                ring = KeyRing(database, app.hasher_of(self.settings), None)
+                return (await ring.make(NewKey(name, quota=Quota(**limits))))[1]
+
+        return asyncio.run(make())
+
+    def limit(self, name: str, pattern: str, **limits: int) -> None:
+        async def say() -> None:
+            async with app.database_of(self.settings) as database, Store(self.settings.redis_url) as store:
+                await KeyRing(database, app.hasher_of(self.settings), store).limit(name, pattern, limits)
+
+        asyncio.run(say())
+
+
+@pytest.fixture
+def operator(stores: TestStores) -> Operator:
+    return Operator(stores)
+
+
+async def burst(addresses: list[str], key: str, each: int = 4) -> Counter[int]:
+    """All clients at once, each on connections of its own to both installations, each asking several times."""
+    statuses: Counter[int] = Counter()
+    headers = {"Authorization": f"Bearer {key}"}
+
+    async def client(number: int) -> None:
+        async with aiohttp.ClientSession(headers=headers) as session:
+            for n in range(each):
+                way = WAYS[(number + n) % 4]
+                body = {**way.body, "max_tokens": 5, "options": {"num_predict": 5}}
+                async with session.post(addresses[(number + n) % 2] + way.path, json=body) as found:
+                    await found.read()
+                    statuses[found.status] += 1
+
+    await asyncio.gather(*(client(number) for number in range(CLIENTS)))
+    return statuses
+
+
+def most_at_once(backend: PlayedBackend, since: float) -> int:
+    """The played backend notes an end a moment after its last byte has gone."""
+    calls = [call for call in backend.requests if call.method == "POST" and call.started >= since]
+    edges = [(call.started, 1) for call in calls] + [((call.finished or time.monotonic()) - MOMENT_S, -1) for call in calls]
+    running = most = 0
+    for _, step in sorted(edges):
+        running += step
+        most = max(most, running)
+    return most
+
+
+@pytest.mark.parametrize("kind", ["of the key", "of a model"])
+def test_requests_per_minute_and_at_once_are_exact(
+    addresses: list[str], operator: Operator, backend: PlayedBackend, kind: str
+) -> None:
+    for number in range(ROUNDS):
+        name, since = f"{kind} {number}", time.monotonic()
+        limits = {"rpm": 50, "concurrent": 5}
+        key = operator.key(name, **(limits if kind == "of the key" else {}))
+        if kind == "of a model":
+            operator.limit(name, "llama*", **limits)
+        admitted = 0
+        while admitted < 50 and time.monotonic() - since < 20:
+            statuses = asyncio.run(burst(addresses, key))
+            assert set(statuses) <= {200, 429}
+            admitted += statuses[200]
+        assert admitted == 50
+        assert asyncio.run(burst(addresses, key)) == {429: CLIENTS * 4}
+        assert backend.wait_idle() and most_at_once(backend, since) <= 5
+    rows = wait_for_rows(operator)
+    assert rows["answered"] == 50 * ROUNDS and rows["refused:rate_limit_exceeded"] > 0 and len(rows) == 2
+
+
+def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backend: PlayedBackend) -> None:
+    for number in range(ROUNDS):
+        name = f"budget {number}"
+        key = operator.key(name, day=300)
+        while asyncio.run(burst(addresses, key, 1))[200]:
+            pass
+    spent = wait_for_spent(operator)
+    assert len(spent) == ROUNDS and all(300 - 20 < tokens <= 300 for tokens in spent)
+
+
+def test_no_minute_holds_more(addresses: list[str], operator: Operator, backend: PlayedBackend) -> None:
+    """Asking on for more than a minute: whatever 60 seconds one looks at, the limit holds."""
+    key, since = operator.key("steady", rpm=50), time.monotonic()
+    while time.monotonic() - since < 75:
+        asyncio.run(burst(addresses, key, 1))
+        time.sleep(0.3)
+    starts = sorted(call.started for call in backend.calls(WAYS[0].path) + backend.calls(WAYS[2].path))
+    assert len(starts) == 100
+    assert all(later - earlier > 60 for earlier, later in zip(starts, starts[50:], strict=False))
+
+
+async def _rows(operator: Operator, query: str) -> list[Any]:
+    async with app.database_of(operator.settings) as database, database.connection() as connection:
+        return list(await connection.fetch(query))
+
+
+def settled(operator: Operator) -> None:
+    async def wait() -> None:
+        async with Store(operator.settings.redis_url) as store:
+            for _ in range(300):
+                if not await store.call(lambda redis: redis.xlen("nz:audit")):
+                    return
+                await asyncio.sleep(0.05)
+        raise AssertionError("the audit was not written")
+
+    asyncio.run(wait())
+
+
+def wait_for_rows(operator: Operator) -> dict[str, int]:
+    settled(operator)
+    return {row[0]: row[1] for row in asyncio.run(_rows(operator, "SELECT outcome, count(*) FROM audit GROUP BY 1"))}
+
+
+def wait_for_spent(operator: Operator) -> list[int]:
+    settled(operator)
+    rows = asyncio.run(_rows(operator, "SELECT sum(prompt_tokens + completion_tokens)::bigint FROM audit GROUP BY key_id"))
+    return [row[0] for row in rows]

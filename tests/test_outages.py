@@ -1,0 +1,239 @@
+"""Workers killed, stores restarted, frozen and stopped, under load: every answer keeps its row, limits hold to the share."""
+
+import asyncio
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import redis
+
+from gateway import app
+from gateway.keys import KeyRing, NewKey
+from gateway.quota import Quota
+from tests.asking import WAYS
+from tests.crowd import Crowd
+from tests.own_stores import OwnStores, own_stores
+from tests.played import PlayedBackend
+from tests.processes import descendants, serving, until
+from tests.running import RunningGateway
+from tests.settings_of import environment_for, settings_for
+
+# Longer by hand: OUTAGE_S=60 FREEZE_S=30 DRAINS=20.
+OUTAGE_S = float(os.environ.get("OUTAGE_S", "5"))
+FREEZE_S = float(os.environ.get("FREEZE_S", "5"))
+DRAINS = int(os.environ.get("DRAINS", "5"))
+LEASE_ENDS_S = 45.0
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[OwnStores]:
+    with own_stores() as found:
+        yield found
+
+
+@pytest.fixture
+def stores(shared: OwnStores) -> OwnStores:
+    """The same servers for all tests of this file, emptied."""
+    with redis.Redis.from_url(shared.redis_url) as client:
+        client.flushall()
+    sql(shared, "TRUNCATE audit, audit_batches, audit_anchor, keys CASCADE")
+    return shared
+
+
+@pytest.fixture
+def backend() -> Iterator[PlayedBackend]:
+    with PlayedBackend(models=["llama3.2:latest"], name="alpha", pieces=4, pause_s=0.01) as played:
+        yield played
+
+
+def names_for(stores: OwnStores, backend: PlayedBackend, **names: str) -> dict[str, str]:
+    return environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **names)
+
+
+def new_key(stores: OwnStores, **limits: int) -> str:
+    settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+
+    async def make() -> str:
+        async with app.database_of(settings) as database:
+            ring = KeyRing(database, app.hasher_of(settings), None)
+            return (await ring.make(NewKey(f"key {time.time()}", quota=Quota(**limits))))[1]
+
+    return asyncio.run(make())
+
+
+def sql(stores: OwnStores, query: str) -> list[Any]:
+    async def run() -> list[Any]:
+        connection = await asyncpg.connect(stores.database_url)
+        try:
+            return list(await connection.fetch(query))
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())
+
+
+class Load:
+    """Clients that read, in a thread, until told to stop."""
+
+    def __init__(self, key: str, urls: list[str], at_once: int = 20) -> None:
+        self.crowd = Crowd(key, random.Random(3), ["reads"])
+        self._urls, self._at_once = urls, at_once
+        self._stopping = False
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> Crowd:
+        self._thread.start()
+        return self.crowd
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        self._thread.join(120)
+
+    async def _run(self) -> None:
+        await asyncio.gather(*(self._one(number) for number in range(self._at_once)))
+
+    async def _one(self, number: int) -> None:
+        while not self._stopping:
+            await self.crowd.ask(self._urls[number % len(self._urls)])
+            await asyncio.sleep(0.005)
+
+
+def backlog(stores: OwnStores) -> int:
+    with redis.Redis.from_url(stores.redis_url) as client:
+        return int(client.xlen("nz:audit")) + int(client.hlen("nz:calls"))
+
+
+def test_kills_and_restarts_lose_no_row_and_write_none_twice(stores: OwnStores, backend: PlayedBackend, tmp_path: Path) -> None:
+    names = names_for(stores, backend, GATEWAY_WORKERS="3")
+    with serving(tmp_path, names) as (process, url, _):
+        with Load(new_key(stores), [url]) as crowd:
+            for number in range(5):
+                time.sleep(1.0)
+                os.kill(random.choice(sorted(descendants(process.pid))), signal.SIGKILL)
+                if number in (1, 3):
+                    stores.restart(stores.redis)
+            stores.restart(stores.postgres, OUTAGE_S)
+            time.sleep(2)
+        until(lambda: backlog(stores) == 0, LEASE_ENDS_S)
+        time.sleep(1)
+        rows = sql(stores, "SELECT request_id, outcome, id FROM audit")
+    by_request = Counter(row["request_id"] for row in rows)
+    outcomes = {row["request_id"]: row["outcome"] for row in rows}
+    assert max(by_request.values()) == 1 and len({row["id"] for row in rows}) == len(rows)
+    answered = {name for name, outcome in outcomes.items() if outcome == "answered"}
+    assert crowd.whole <= answered and len(crowd.whole) > 200
+    worked_on = {call.header("x-request-id") for call in backend.requests if call.method == "POST"}
+    assert worked_on <= set(outcomes), "a call that reached a backend has no row"
+    abandoned = {name for name, outcome in outcomes.items() if outcome == "abandoned"}
+    assert abandoned and not abandoned & crowd.whole
+
+
+def per_second(crowd: Crowd, seconds: float, watch: Callable[[], None] = lambda: None) -> float:
+    before, began = crowd.sent, time.monotonic()
+    while time.monotonic() - began < seconds:
+        watch()
+        time.sleep(0.1)
+    return (crowd.sent - before) / seconds
+
+
+def test_a_frozen_redis_slows_nobody_and_limits_hold_to_the_share(stores: OwnStores, backend: PlayedBackend) -> None:
+    settings = settings_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+    with RunningGateway(settings) as gateway:
+        limited = gateway.key(rpm=30)
+        with Load(gateway.key(), [gateway.url], at_once=8) as crowd:
+            per_second(crowd, 2)
+            slowest_before, crowd.slowest_s = crowd.slowest_s, 0.0
+            with stores.frozen(stores.redis):
+                statuses = Counter(ask(gateway, limited) for _ in range(60))
+                per_second(crowd, FREEZE_S)
+            slowest_meanwhile = crowd.slowest_s
+            until(lambda: gateway.rooms.limits.is_usable and gateway.rooms.store.up, 10)
+        assert statuses == {200: 30, 429: 30}
+        assert slowest_meanwhile - slowest_before < 0.1
+        assert crowd.ends["429"] == 0 and set(crowd.ends) <= {"200", "complete"}
+        rows = gateway.audit_rows()
+        assert len(rows) == crowd.sent + 60 == len({row["id"] for row in rows})
+        told = [record.getMessage() for record in gateway.logged.records if record.name == "gateway.store"]
+        assert [words.partition(":")[0] for words in told] == ["Redis answers", "Redis is away", "Redis answers"]
+
+
+def ask(gateway: RunningGateway, key: str) -> int:
+    with gateway.http(key) as client:
+        return client.post(WAYS[0].path, json=WAYS[0].body).status_code
+
+
+def test_closed_without_redis(stores: OwnStores, backend: PlayedBackend) -> None:
+    names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "LIMITS_WITHOUT_REDIS": "closed"}
+    with RunningGateway(settings_for(backend, **names)) as gateway:
+        key = gateway.key()
+        assert ask(gateway, key) == 200
+        with stores.frozen(stores.redis), gateway.http(key) as client:
+            refused = client.post(WAYS[0].path, json=WAYS[0].body)
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+        until(lambda: ask(gateway, key) == 200, 10)
+
+
+def test_rows_go_to_the_database_while_redis_is_away(stores: OwnStores, backend: PlayedBackend) -> None:
+    settings = settings_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+    with RunningGateway(settings) as gateway:
+        key = gateway.key()
+        ask(gateway, key)
+        with stores.frozen(stores.redis):
+            for _ in range(20):
+                assert ask(gateway, key) == 200
+            until(lambda: sql(stores, "SELECT count(*) FROM audit")[0][0] >= 20, 10)
+        assert len(gateway.audit_rows()) == 21
+
+
+def test_both_away_keeps_the_newest_and_says_so(stores: OwnStores, backend: PlayedBackend) -> None:
+    names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "AUDIT_BUFFER_SIZE": "5"}
+    with RunningGateway(settings_for(backend, **names)) as gateway:
+        key = gateway.key()
+        ask(gateway, key)
+        assert len(gateway.audit_rows()) == 1
+        stores.postgres.stop()
+        try:
+            with stores.frozen(stores.redis):
+                assert [ask(gateway, key) for _ in range(12)] == [200] * 12
+                gateway.wait_idle()
+                until(lambda: gateway.rooms.books.dropped >= 7, 5)
+        finally:
+            stores.start(stores.postgres)
+        until(lambda: gateway.rooms.limits.is_usable, 10)
+        rows = gateway.audit_rows()
+        assert 4 <= len(rows) <= 7 and gateway.rooms.books.dropped in (7, 8)
+        told = [record.getMessage() for record in gateway.logged.records if record.name == "gateway.audit"]
+        assert sum("the oldest audit rows are dropped" in words for words in told) == 1
+
+
+def test_sigterm_under_load_writes_a_row_for_every_answer(stores: OwnStores, backend: PlayedBackend, tmp_path: Path) -> None:
+    key = new_key(stores)
+    whole: set[str] = set()
+    cut = 0
+    for number in range(DRAINS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with serving(folder, names_for(stores, backend, GATEWAY_DRAIN_S="0.3" if number % 2 else "5")) as (process, url, _):
+            with Load(key, [url], at_once=10) as crowd:
+                time.sleep(0.7)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(20) == 0
+            whole |= crowd.whole
+            cut += crowd.ends["cut"]
+    with serving(tmp_path, names_for(stores, backend)):
+        until(lambda: backlog(stores) == 0, LEASE_ENDS_S)
+        time.sleep(1)
+    rows = sql(stores, "SELECT request_id, outcome FROM audit")
+    assert len({row["request_id"] for row in rows}) == len(rows)
+    assert {row["outcome"] for row in rows} <= {"answered", "shutdown", "refused:shutting_down"}
+    assert whole == {row["request_id"] for row in rows if row["outcome"] == "answered"} and cut == 0
+    worked_on = {call.header("x-request-id") for call in backend.requests if call.method == "POST"}
+    assert worked_on <= {row["request_id"] for row in rows}

@@ -1,0 +1,183 @@
+"""What a request costs: the backend's own count, asked for where a stream would not carry it, guessed where there is none."""
+
+import random
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gateway import tokens
+from tests.asking import MODEL, SAY_HI, WAYS
+from tests.conftest import StartGateway, TestStores
+from tests.played import PlayedBackend
+from tests.scripts import Received, Step, answer, compact, ndjson, sse, stream
+from tests.test_limits import until
+
+ROUTES = ["/v1/chat/completions", "/v1/completions"]
+STREAMED = {"model": MODEL, "messages": SAY_HI, "prompt": "Say hi", "stream": True}
+VOLATILE = re.compile(rb'"created":\d+')
+
+
+@pytest.fixture(params=["ollama", "openai"])
+def backend(request: pytest.FixtureRequest) -> Iterator[PlayedBackend]:
+    with PlayedBackend(kind=request.param, models=["llama3.2:latest"], name="alpha") as played:
+        yield played
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("options", [None, {"include_usage": False}, {}], ids=str)
+def test_counts_are_asked_for_and_left_out_again(
+    start_gateway: StartGateway, backend: PlayedBackend, route: str, options: dict[str, bool] | None
+) -> None:
+    gateway = start_gateway(backend)
+    asked = {**STREAMED, **({} if options is None else {"stream_options": options})}
+    if options == {} and backend.healthy.kind == "openai":
+        pytest.skip("vLLM takes an empty stream_options for a yes")
+    with gateway.http() as direct, gateway.http(gateway.key()) as client:
+        plain = direct.post(backend.url + route, json={**asked, "model": "llama3.2:latest"})
+        got = client.post(route, json={**asked, "model": "llama3.2:latest"})
+    assert VOLATILE.sub(b"", got.content) == VOLATILE.sub(b"", plain.content)
+    assert backend.calls(route)[-1].json["stream_options"]["include_usage"] is True
+    (row,) = gateway.audit_rows()
+    assert (row["prompt_tokens"], row["completion_tokens"], row["tokens_from"]) == (4, 4, "reported")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_counts_that_were_asked_for_stay(start_gateway: StartGateway, backend: PlayedBackend, route: str) -> None:
+    gateway = start_gateway(backend)
+    asked = {**STREAMED, "model": "llama3.2:latest", "stream_options": {"include_usage": True}}
+    with gateway.http() as direct, gateway.http(gateway.key()) as client:
+        plain, got = direct.post(backend.url + route, json=asked), client.post(route, json=asked)
+    assert VOLATILE.sub(b"", got.content) == VOLATILE.sub(b"", plain.content) and b'"usage"' in got.content
+
+
+def test_words_that_look_like_counts_stay(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    said = ',"usage":null {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}'
+    choice = {"index": 0, "delta": {"content": said}}
+    chunk: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "model": MODEL, "choices": [choice]}
+    last = {**chunk, "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16}}
+    alpha.play("/v1/chat/completions", stream(sse([chunk, last])))
+    with gateway.http(gateway.key()) as client:
+        got = client.post("/v1/chat/completions", json=STREAMED)
+    assert got.content == b"".join(sse([chunk]))
+    assert gateway.audit_rows()[0]["completion_tokens"] == 9
+
+
+def test_a_whole_answer_is_not_asked_for_counts(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    with gateway.http(gateway.key()) as client:
+        assert client.post("/v1/chat/completions", json={**STREAMED, "stream": False}).status_code == 200
+    assert "stream_options" not in alpha.calls("/v1/chat/completions")[-1].json
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_without_counts_they_are_guessed(start_gateway: StartGateway, alpha: PlayedBackend, streamed: bool) -> None:
+    gateway = start_gateway(alpha)
+    records = [{"model": MODEL, "message": {"role": "assistant", "content": f"word {n}"}, "done": False} for n in range(9)]
+    last = {"model": MODEL, "message": {"role": "assistant", "content": "one two three four"}, "done": True}
+    alpha.play("/api/chat", stream(ndjson([*records, last]), "application/x-ndjson") if streamed else answer(200, last))
+    with gateway.http(gateway.key()) as client:
+        client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": streamed})
+    (row,) = gateway.audit_rows()
+    assert row["tokens_from"] == "estimated" and row["prompt_tokens"] == 6
+    assert row["completion_tokens"] == (10 if streamed else 5)
+
+
+def test_legacy_embeddings_are_guessed(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    with gateway.http(gateway.key()) as client:
+        client.post("/api/embeddings", json={"model": MODEL, "prompt": "x" * 400})
+        client.post("/v1/embeddings", json={"model": MODEL, "input": "one two three"})
+    first, second = gateway.audit_rows()
+    assert (first["prompt_tokens"], first["completion_tokens"], first["tokens_from"]) == (100, 0, "estimated")
+    assert (second["prompt_tokens"], second["completion_tokens"], second["tokens_from"]) == (3, 0, "reported")
+
+
+def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    alpha.healthy.pieces, alpha.healthy.pause_s = 200, 0.02
+    with gateway.http(gateway.key()) as client, client.stream("POST", "/api/chat", json=WAYS[1].body) as got:
+        lines = got.iter_lines()
+        for _ in range(5):
+            next(lines)
+    (row,) = gateway.audit_rows()
+    assert (row["outcome"], row["tokens_from"]) == ("client_gone", "partial")
+    assert row["prompt_tokens"] == 6 and 5 <= row["completion_tokens"] < 60
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [("", 0, 0), ("word " * 100, 100, 150), ("слово " * 50, 250, 320), ("你好世界" * 25, 100, 100), ("a", 1, 1)],
+)
+def test_guesses_are_of_the_right_size(text: str, least: int, most: int) -> None:
+    assert least <= tokens.of_text(text) <= most
+
+
+def test_the_overshoot_is_bounded_by_what_was_in_flight(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    """A backend that says much more than it did until now: each call in flight may exceed its reserve, no other gets in."""
+    most, tpm, at_once = 300, 2000, 6
+    gateway = start_gateway(alpha, MAX_NUM_PREDICT=str(most))
+    chance = random.Random(2)
+
+    def script(request: Received) -> list[Step]:
+        said = chance.choice([10, most])
+        assert request.json["options"]["num_predict"] == most
+        done = {"model": MODEL, "message": {"role": "assistant", "content": "x"}, "done": True}
+        return answer(200, compact({**done, "prompt_eval_count": 6, "eval_count": said}))
+
+    alpha.play("/api/chat", script)
+    key = gateway.key(tpm=tpm, concurrent=at_once, day=10**12)
+
+    def ask() -> None:
+        with gateway.http(key) as client:
+            for _ in range(30):
+                client.post("/api/chat", json=WAYS[0].body)
+
+    threads = [threading.Thread(target=ask) for _ in range(at_once)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in gateway.audit_rows())
+    assert tpm - most - 6 < spent <= tpm + at_once * most
+
+
+def test_a_named_bound_is_never_overshot(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    alpha.healthy.pieces = 50
+    with gateway.http(gateway.key(tpm=500)) as client:
+        while client.post("/api/chat", json={**WAYS[0].body, "options": {"num_predict": 50}}).status_code == 200:
+            pass
+    spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in gateway.audit_rows())
+    assert 400 < spent <= 500
+
+
+def test_budgets_are_known_after_redis_has_lost_everything(
+    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores
+) -> None:
+    gateway = start_gateway(alpha)
+    few: dict[str, Any] = {"options": {"num_predict": 20}}
+    with gateway.http(gateway.key(month=60)) as client:
+        while client.post("/api/chat", json={**WAYS[0].body, **few}).status_code == 200:
+            pass
+        before = len(gateway.audit_rows())
+        with stores.client() as redis:
+            redis.flushall()
+        assert client.post("/api/chat", json={**WAYS[0].body, **few}).status_code == 429
+    assert len(gateway.audit_rows()) == before + 1
+
+
+def test_scripts_that_redis_forgot_are_told_again(
+    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores
+) -> None:
+    gateway = start_gateway(alpha)
+    with gateway.http(gateway.key(rpm=3)) as client, stores.client() as redis:
+        statuses = []
+        for _ in range(5):
+            redis.script_flush()
+            statuses.append(client.get("/api/tags").status_code)
+    assert statuses == [200, 200, 200, 429, 429]
+    until(lambda: len(gateway.audit_rows()) == 5)
