@@ -21,7 +21,7 @@ run: .venv/ready-to-run ## Serve on this machine: private stores, a backend, a k
 	@exec $(GATEWAY) run
 
 test: .venv/ready-to-test ## Run all tests against private servers
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabilities
 	$(BIN)/ruff check gateway tests

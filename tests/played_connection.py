@@ -114,6 +114,7 @@ class Connection(asyncio.Protocol):
         try:
             outcome = await self._tell(telling, self._house.arrived(request))
         finally:
+            request.last_step = telling.last_step
             self._house.finished(request, outcome)
         return outcome == "answered" and telling.complete and _keeps_alive(request)
 
@@ -255,6 +256,7 @@ class _Telling:
         self._head: Head | None = None
         self._sent = 0
         self._ended = False
+        self.last_step = 0.0
 
     @property
     def complete(self) -> bool:
@@ -265,6 +267,7 @@ class _Telling:
     async def tell(self, steps: Steps) -> Outcome:
         for step in steps:
             await self._connection.thawed()
+            self.last_step = time.monotonic()
             if isinstance(step, Reset):
                 await self._connection.delivered()
                 self._connection.reset()

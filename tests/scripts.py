@@ -21,7 +21,10 @@ RECORDINGS = Path(__file__).parent / "recordings"
 
 @dataclass
 class Received:
-    """A request as it came in. `outcome` and `finished` are None while it is being answered."""
+    """A request as it came in. `outcome` and `finished` are None while it is being answered.
+
+    `last_step` is the moment before the last byte went out: nobody can have had the whole answer before.
+    """
 
     method: str
     target: str
@@ -31,6 +34,7 @@ class Received:
     started: float
     finished: float | None = None
     outcome: Outcome | None = None
+    last_step: float = 0.0
 
     @property
     def path(self) -> str:

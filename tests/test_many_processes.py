@@ -24,7 +24,6 @@ from tests.settings_of import environment_for, settings_for
 
 ROUNDS = int(os.environ.get("BURST_ROUNDS", "3"))
 CLIENTS = 100
-MOMENT_S = 0.003
 
 
 @pytest.fixture
@@ -91,9 +90,8 @@ async def burst(addresses: list[str], key: str, each: int = 4) -> Counter[int]:
 
 
 def most_at_once(backend: PlayedBackend, since: float) -> int:
-    """The played backend notes an end a moment after its last byte has gone."""
     calls = [call for call in backend.requests if call.method == "POST" and call.started >= since]
-    edges = [(call.started, 1) for call in calls] + [((call.finished or time.monotonic()) - MOMENT_S, -1) for call in calls]
+    edges = [(call.started, 1) for call in calls] + [(call.last_step, -1) for call in calls]
     running = most = 0
     for _, step in sorted(edges):
         running += step
