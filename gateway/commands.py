@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 from gateway import app, console, keys, model_names, strict_json
+from gateway.address import split as address_parts
 from gateway.backends import Backend, BackendFault
 from gateway.catalog import Snapshot
 from gateway.database import Database
@@ -286,7 +287,7 @@ def psql(settings: Settings, arguments: Sequence[str]) -> int:
 
 def _libpq(address: str) -> dict[str, str]:
     """The variables that say to PostgreSQL's own programs what the address says."""
-    parts = urlsplit(address)
+    parts = address_parts(address)
     login, _, places = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts = [place.rpartition(":") if re.search(r":\d*$", place) else (place, "", "") for place in places.split(",")]

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, fields
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote
 
 from starlette.config import Config
 
+from gateway import address
 from gateway.backend_config import BackendConfig, header_name, read_backends, secret, url
 from gateway.errors import SettingsError
 
@@ -115,13 +116,10 @@ def redis_url(text: str) -> str:
 
 
 def _split(text: str) -> SplitResult | None:
-    """None where it is no address; the words of urlsplit's own errors would show the password."""
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        return None
+    """None where it is no address."""
+    parts = address.split(text)
     hosts = [HOST_AND_PORT.fullmatch(host) for host in parts.netloc.rpartition("@")[2].split(",")]
-    usable = all(host and int(host["port"] or 0) < 2**16 for host in hosts)
+    usable = parts.netloc.isascii() and all(host and int(host["port"] or 0) < 2**16 for host in hosts)
     return None if re.search(r"\s", text) or not usable else parts
 
 
@@ -345,9 +343,9 @@ def refuse_weak_secrets(settings: Settings) -> None:
             )
 
 
-def _login(address: str) -> tuple[str, str, bool]:
+def _login(url: str) -> tuple[str, str, bool]:
     """User, password, and whether another machine may listen there."""
-    parts = urlsplit(address)
+    parts = address.split(url)
     login, _, host = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     asked = {name: values[-1] for name, values in parse_qs(parts.query).items()}

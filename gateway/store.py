@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -14,7 +14,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from gateway import tasks
+from gateway import address, tasks
 
 LOG = logging.getLogger("gateway.store")
 CALL_DEADLINE_S = 0.05
@@ -41,13 +41,13 @@ def connect(url: str, *, deadline_s: float) -> Redis:
         "retry": Retry(NoBackoff(), 0),
         "client_name": "neuronetz-gateway",
     }
-    if "+sentinel" not in urlsplit(url).scheme:
+    if "+sentinel" not in address.split(url).scheme:
         return Redis.from_url(url, **options)
     return _through_sentinels(url, options)
 
 
 def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
-    parts = urlsplit(url)
+    parts = address.split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
     master, _, database = parts.path.strip("/").partition("/")

@@ -17,7 +17,7 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "errors tasks guard backend_config breaker console workers checkup".split(),
+    "address errors tasks guard backend_config breaker console workers checkup".split(),
     "api_key model_names strict_json local settings store database client_address".split(),
     "tokens quota redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),

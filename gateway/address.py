@@ -1,0 +1,14 @@
+"""Addresses of stores, which may name several hosts: Python's own urlsplit refuses some of those, by its version."""
+
+import re
+from urllib.parse import SplitResult
+
+# RFC 3986, appendix B.
+PARTS = re.compile(r"(?:([^:/?#]+):)?(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(?:#(.*))?", re.DOTALL)
+
+
+def split(text: str) -> SplitResult:
+    found = PARTS.fullmatch(text)
+    assert found is not None, "the expression fits every text"
+    scheme, netloc, path, query, fragment = (part or "" for part in found.groups())
+    return SplitResult(scheme.lower(), netloc, path, query, fragment)
