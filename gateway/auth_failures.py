@@ -43,16 +43,22 @@ class AuthFailures:
     async def count(self, address: str) -> GatewayError:
         """Count one failure and return the error to raise."""
         counted = _counted_as(address)
-        count, ends = self._counts.get(counted, (0, 0.0))
-        now = time.monotonic()
-        if ends <= now:
-            count, ends = 0, now + WINDOW_S
-        shared, left_s = await self._count_shared(counted)
-        self._counts[counted] = (max(count + 1, shared), now + left_s if left_s else ends)
+        count, ends = self._counted_here(counted)
+        self._counts[counted] = (count + 1, ends)
         self._counts.move_to_end(counted)
         if len(self._counts) > REMEMBERED_ADDRESSES:
             self._counts.popitem(last=False)
+        shared, left_s = await self._count_shared(counted)
+        # Others of this address may have been counted meanwhile.
+        count, ends = self._counted_here(counted)
+        if shared > count:
+            self._counts[counted] = (shared, time.monotonic() + left_s)
         return WrongKey()
+
+    def _counted_here(self, counted: str) -> tuple[int, float]:
+        now = time.monotonic()
+        count, ends = self._counts.get(counted, (0, 0.0))
+        return (count, ends) if ends > now else (0, now + WINDOW_S)
 
     async def _count_shared(self, counted: str) -> tuple[int, float]:
         name = f"nz:authfail:{counted}"

@@ -34,7 +34,7 @@ class Crowd:
     sent: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     whole: set[str] = field(default_factory=set)
-    slowest_s: float = 0.0
+    took_s: list[float] = field(default_factory=list)
 
     async def ask(self, url: str) -> None:
         chosen: Manner = self.chance.choice(self.manners)
@@ -53,7 +53,7 @@ class Crowd:
             async with asyncio.timeout(PATIENCE_S):
                 await self._converse((reader, writer), chosen, way, number)
             if chosen == "reads":
-                self.slowest_s = max(self.slowest_s, asyncio.get_running_loop().time() - began)
+                self.took_s.append(asyncio.get_running_loop().time() - began)
         except OSError:
             self.ends["reset"] += 1
         finally:
