@@ -2,13 +2,14 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import strict_json
 from gateway.access import Access
-from gateway.backends import Backend, BackendFault, Upstream
+from gateway.backends import Backend
 from gateway.body import check_head, read_body
 from gateway.dialects.base import Dialect
 from gateway.errors import (
@@ -21,10 +22,11 @@ from gateway.errors import (
     GatewayError,
     NotPermitted,
 )
-from gateway.exchange import Running, upstream_headers, watching
+from gateway.exchange import Running
 from gateway.guard import Guard
 from gateway.keys import ADMIN_MODELS, Key
 from gateway.record import Record
+from gateway.upstream import BackendFault, Upstream
 
 LARGEST_BLOB = 2**44
 LONGEST_UPLOAD_S = 86_400.0
@@ -46,7 +48,29 @@ ROUTES = (
     ("POST", "/api/experimental/web_fetch"),
     ("GET", "/api/experimental/model-recommendations"),
 )
+PASSED_ON = {b"user-agent": "User-Agent", b"accept": "Accept"}
 CHANGES_MODELS = frozenset({"/api/pull", "/api/create", "/api/copy", "/api/delete"})
+
+
+@asynccontextmanager
+async def watching(receive: Receive, guard: Guard) -> AsyncIterator[None]:
+    """Interrupts the guard when the client closes its connection."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        guard.interrupt(ClientGone())
+
+    task = asyncio.create_task(watch(), name="client watch")
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> dict[str, str]:
+    passed = {PASSED_ON[name]: value.decode("latin-1") for name, value in headers if name in PASSED_ON}
+    return {**passed, "Content-Type": "application/json", "X-Request-ID": request_id}
 
 
 class AdminVerb:
@@ -75,7 +99,7 @@ class AdminVerb:
         record.backend = backend.name
         await self._access.admit(record)
         answer = PassedThrough(self._dialect, record, send)
-        headers = upstream_headers(scope["headers"], record.request_id)
+        headers = _passed_on(scope["headers"], record.request_id)
         try:
             if "{digest}" in self._route and self._method == "POST":
                 check_head(scope, LARGEST_BLOB)
@@ -111,7 +135,8 @@ class AdminVerb:
     async def _json(self, scope: Scope, receive: Receive, record: Record) -> bytes | None:
         if self._method in ("GET", "HEAD") or not _has_body(scope):
             return None
-        raw = await read_body(scope, receive, self._longest_body, record)
+        with Guard() as guard:
+            raw = await read_body(scope, receive, self._longest_body, record, guard)
         read = strict_json.read_object(raw, self._dialect.known_fields)
         record.model = str(read.get("model") or read.get("name") or read.get("source") or "")[:350]
         return strict_json.write_strictly(read)
@@ -158,7 +183,7 @@ class Upload:
     async def pieces(self, guard: Guard, backend: Backend) -> AsyncIterator[bytes]:
         more = True
         while more:
-            guard.within(PIECE_DEADLINE_S, BodyTooSlow())
+            guard.within(PIECE_DEADLINE_S, BodyTooSlow)
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 self.is_gone = True
@@ -166,9 +191,9 @@ class Upload:
             more = message.get("more_body", False)
             if piece := message.get("body", b""):
                 self._record.bytes_in += len(piece)
-                guard.within(backend.config.read_timeout_s, BackendTimeout())
+                guard.within(backend.config.read_timeout_s, BackendTimeout)
                 yield piece
-        guard.within(backend.config.read_timeout_s, BackendTimeout())
+        guard.within(backend.config.read_timeout_s, BackendTimeout)
         self._ended.set()
 
     async def rest(self) -> Message:
@@ -196,10 +221,10 @@ class PassedThrough:
             {"type": "http.response.start", "status": upstream.status, "headers": [(b"content-type", content_type)]}
         )
         with Guard() as guard:
-            guard.within(silence_s, BackendTimeout())
+            guard.within(silence_s, BackendTimeout)
             while piece := await upstream.read():
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-                guard.within(silence_s, BackendTimeout())
+                guard.within(silence_s, BackendTimeout)
 
     async def fail(self, error: GatewayError) -> None:
         if not self.started:

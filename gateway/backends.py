@@ -1,7 +1,5 @@
 """The servers behind us: one aiohttp session each, claims on their connections, their failures in our words."""
 
-import logging
-import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
@@ -13,56 +11,10 @@ from yarl import URL
 from gateway.backend_config import BackendConfig
 from gateway.breaker import Breaker
 from gateway.guard import Guard
+from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Upstream
 
-LOG = logging.getLogger("gateway.backends")
 KEEP_IDLE_CONNECTIONS_S = 30.0
-LONGEST_WHOLE_ANSWER = 64 * 2**20
-PRINTABLE = re.compile(r"[\x20-\x7e]*")
-
-
-class BackendFault(Exception):
-    """A backend did not answer as it should; `reason` is one word for logs and metrics."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-
-class ConnectionLost(BackendFault):
-    """A connection ended before any byte of the answer."""
-
-
-class Upstream:
-    """An answer whose head has come; leaving its block closes the connection unless the answer was read to its end."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self.status = response.status
-        content_type = response.headers.get("Content-Type", "")
-        self.content_type = content_type if PRINTABLE.fullmatch(content_type) else ""
-        self.headers = response.headers
-
-    async def read(self) -> bytes:
-        """The next bytes as they come, b"" at the end; raises BackendFault where the answer breaks off."""
-        try:
-            return await self._response.content.readany()
-        except (aiohttp.ClientError, OSError) as wrong:
-            raise BackendFault("broken_off", type(wrong).__name__) from wrong
-
-    async def read_whole(self, limit: int = LONGEST_WHOLE_ANSWER) -> bytes:
-        pieces, size = [], 0
-        while piece := await self.read():
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                raise BackendFault("too_large", f"more than {limit} bytes")
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        if self._response.content.is_eof():
-            self._response.release()
-        else:
-            self._response.close()
+FIXED = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 
 
 class Backend:
@@ -78,6 +30,9 @@ class Backend:
     async def __aenter__(self) -> Self:
         self._session = self._new_session(force_close=False)
         self._fresh_session = self._new_session(force_close=True)
+        fixed = {**FIXED, **self._auth}
+        self._caller = Caller(self._session, self.config, fixed)
+        self._fresh_caller = Caller(self._fresh_session, self.config, fixed)
         return self
 
     async def __aexit__(
@@ -101,23 +56,40 @@ class Backend:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
-            max_line_size=65_536,
-            max_field_size=65_536,
+            max_line_size=LONGEST_LINE,
+            max_field_size=LONGEST_LINE,
         )
 
     @property
     def is_full(self) -> bool:
         return self.in_flight >= self.config.max_connections
 
-    @contextmanager
-    def claim(self) -> Iterator[None]:
+    def take(self) -> None:
+        """One of its connections; `give_back` is owed."""
         self.in_flight += 1
         self.breaker.attempt()
+
+    def give_back(self) -> None:
+        self.in_flight -= 1
+        self.breaker.abandoned()
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        self.take()
         try:
             yield
         finally:
-            self.in_flight -= 1
-            self.breaker.abandoned()
+            self.give_back()
+
+    async def post(self, path: bytes, headers: bytes, body: bytes) -> Upstream:
+        """The way of calls to models: ends with the answer's head, `close` is owed to it; `headers` are whole lines.
+
+        A connection that was lost before any byte is replaced by a fresh one, once.
+        """
+        try:
+            return await self._caller.post(path, headers, body)
+        except ConnectionLost:
+            return await self._fresh_caller.post(path, headers, body)
 
     def url(self, path: str) -> URL:
         return URL(self.config.base_url + path, encoded=True)
@@ -132,7 +104,7 @@ class Backend:
         *,
         wait_s: float | None = None,
     ) -> AsyncIterator[Upstream]:
-        """Ends with the answer's head. A connection that was lost before any byte is replaced by a fresh one, once."""
+        """The way of everything else, as `post` in all but the method."""
         try:
             upstream = await self._head(self._session, method, path, headers, body, wait_s)
         except ConnectionLost:
@@ -155,11 +127,9 @@ class Backend:
     ) -> Upstream:
         try:
             with Guard() as guard:
-                guard.within(wait_s or self.config.read_timeout_s, BackendFault("head_timeout"))
-                return Upstream(
-                    await session.request(
-                        method, self.url(path), data=body, headers={**headers, **self._auth}, allow_redirects=False
-                    )
+                guard.within(wait_s or self.config.read_timeout_s, lambda: BackendFault("head_timeout"))
+                response = await session.request(
+                    method, self.url(path), data=body, headers={**headers, **self._auth}, allow_redirects=False
                 )
         except (aiohttp.ConnectionTimeoutError, aiohttp.ServerTimeoutError) as wrong:
             raise BackendFault("connect_timeout") from wrong
@@ -169,3 +139,4 @@ class Backend:
             raise ConnectionLost("disconnected", type(wrong).__name__) from wrong
         except (aiohttp.ClientError, ValueError) as wrong:
             raise BackendFault("not_http", type(wrong).__name__) from wrong
+        return Upstream(response.status, response.headers, response.content, response.release, response.close)

@@ -18,21 +18,22 @@ def check_head(scope: Scope, limit: int) -> None:
             raise BodyTooLarge(f"the request's body is larger than {limit} bytes")
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, record: Record) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int, record: Record, guard: Guard) -> bytes:
+    """Its deadline is the guard's."""
     check_head(scope, limit)
     pieces: list[bytes] = []
-    with Guard() as guard:
-        guard.within(BODY_DEADLINE_S, BodyTooSlow())
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            pieces.append(message.get("body", b""))
-            record.bytes_in += len(pieces[-1])
-            if record.bytes_in > limit:
-                raise BodyTooLarge(f"the request's body is larger than {limit} bytes")
-            if not message.get("more_body", False):
-                break
+    guard.within(BODY_DEADLINE_S, BodyTooSlow)
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        pieces.append(message.get("body", b""))
+        record.bytes_in += len(pieces[-1])
+        if record.bytes_in > limit:
+            raise BodyTooLarge(f"the request's body is larger than {limit} bytes")
+        more = message.get("more_body", False)
+    guard.without_deadline()
     if not record.bytes_in:
         raise BadRequest("the body is empty; send a JSON object")
-    return b"".join(pieces)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote
 
 from gateway import app, console, keys, model_names, strict_json
 from gateway.address import split as address_parts
-from gateway.backends import Backend, BackendFault
+from gateway.backends import Backend
 from gateway.catalog import Snapshot
 from gateway.database import Database
 from gateway.discovery import Discovery, poll, takes_token
@@ -25,6 +25,7 @@ from gateway.quota import NAMES as LIMITS
 from gateway.quota import UNLIMITED, Quota
 from gateway.settings import Settings
 from gateway.store import Store
+from gateway.upstream import BackendFault
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 LIBPQ = {

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from gateway import catalog, strict_json, tasks
-from gateway.backends import Backend, BackendFault
+from gateway.backends import Backend
 from gateway.catalog import Catalog, Snapshot
 from gateway.store import Store, StoreAway
+from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.discovery")
 CHANGED = "nz:map:changed"

@@ -3,18 +3,19 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from gateway import tokens
 from gateway.access import Access
-from gateway.backends import BackendFault
 from gateway.body import read_body
 from gateway.books import Books
 from gateway.catalog import Catalog, Model
+from gateway.connection import Connection
 from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, read_call, try_read
 from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError, ModelNotAvailable
 from gateway.guard import Guard
@@ -23,10 +24,11 @@ from gateway.keys import SHOW_BACKEND
 from gateway.record import Record
 from gateway.routing import Opening, Router, is_served
 from gateway.transcript import Transcript
+from gateway.upstream import UNSAFE, BackendFault
 
 TAIL_PIECES = 4
 LAST_FRAME_WAITS_S = 0.05
-PASSED_ON = {b"user-agent": "User-Agent", b"accept": "Accept"}
+PASSED_ON = {b"user-agent": b"User-Agent: %b\r\n", b"accept": b"Accept: %b\r\n"}
 
 
 class Running:
@@ -47,22 +49,6 @@ class Running:
     def end_all(self, reason: Callable[[], Exception]) -> None:
         for guard in list(self._guards):
             guard.interrupt(reason())
-
-
-@asynccontextmanager
-async def watching(receive: Receive, guard: Guard) -> AsyncIterator[None]:
-    """Interrupts the guard when the client closes its connection."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        guard.interrupt(ClientGone())
-
-    task = asyncio.create_task(watch(), name="client watch")
-    try:
-        yield
-    finally:
-        task.cancel()
 
 
 class Exchange:
@@ -88,49 +74,64 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
+        answer = None
+        try:
+            with self._running.guard() as guard:
+                call, model = await self._read(scope, receive, record, guard)
+                if self._stand_in is not None and not is_served(model, call):
+                    await self._access.admit(record, model.name.canonical, takes_slot=False)
+                    await send_json(send, self._stand_in(model))
+                    return
+                answer = Answer(self._dialect, call, record, send, self._books)
+                await self._answer(call, model, answer, scope, guard)
+        except GatewayError as error:
+            if answer is None or not answer.started:
+                raise
+            await answer.break_off(error)
+        except ClientGone:
+            # Clients leave at the last frame, before the end of the body: they have had their answer.
+            if answer is None or not answer.is_complete:
+                raise
+        await answer.finish()
+
+    async def _read(self, scope: Scope, receive: Receive, record: Record, guard: Guard) -> tuple[Call, Model]:
         key = await self._access.key_of(scope, record)
-        raw = await read_body(scope, receive, self._longest_body, record)
+        raw = await read_body(scope, receive, self._longest_body, record, guard)
         call = read_call(self._dialect, self._operation, raw)
         record.model, record.stream = call.asked_model, call.stream
         model = self._catalog().find(call.model, key.models)
         if model is None:
             raise ModelNotAvailable
-        if self._stand_in is not None and not is_served(model, call):
-            await self._access.admit(record, model.name.canonical, takes_slot=False)
-            await send_json(send, self._stand_in(model))
-            return
         record.show_backend = SHOW_BACKEND in key.flags
         if key.prompt_log and call.operation.need:
             record.transcript = Transcript(call.body)
-        answer = Answer(self._dialect, call, record, send, self._books)
+        return call, model
+
+    async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, guard: Guard) -> None:
+        headers = _passed_on(scope["headers"], answer.record.request_id)
+        connection: Connection = scope["state"]["connection"]
+        connection.watch(partial(guard.interrupt, ClientGone()))
         try:
-            await self._answer(call, model, answer, scope, receive)
-        except GatewayError as error:
-            if not answer.started:
-                raise
-            await answer.break_off(error)
-        except ClientGone:
-            # Clients leave at the last frame, before the end of the body: they have had their answer.
-            if not answer.is_complete:
-                raise
-        await answer.finish()
-
-    async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, receive: Receive) -> None:
-        headers = upstream_headers(scope["headers"], answer.record.request_id)
-        with self._running.guard() as guard:
-            async with watching(receive, guard):
-                await self._access.admit(answer.record, model.name.canonical, call.need(self._most_tokens))
-                async with self._router.open(call, self._dialect, model, headers, answer.record) as opening:
-                    guard.within(opening.backend.config.total_timeout_s, BackendTimeout())
-                    if call.stream:
-                        await answer.relay(opening)
-                    else:
-                        answer.keep_whole(opening)
+            await self._access.admit(answer.record, model.name.canonical, call.need(self._most_tokens))
+            opening = await self._router.open(call, self._dialect, model, headers, answer.record)
+            try:
+                guard.within(opening.backend.config.total_timeout_s, BackendTimeout)
+                if call.stream:
+                    await answer.relay(opening)
+                else:
+                    answer.keep_whole(opening)
+            finally:
+                opening.close()
+        finally:
+            # The rest is quick, and a client that leaves now has had its answer.
+            connection.watch(None)
+            guard.without_deadline()
 
 
-def upstream_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> dict[str, str]:
-    passed = {PASSED_ON[name]: value.decode("latin-1") for name, value in headers if name in PASSED_ON}
-    return {**passed, "Content-Type": "application/json", "X-Request-ID": request_id}
+def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> bytes:
+    """What a backend is told of a request's headers, as lines."""
+    lines = [PASSED_ON[name] % value for name, value in headers if name in PASSED_ON and not UNSAFE.search(value)]
+    return b"".join(lines) + b"X-Request-ID: %b\r\n" % request_id.encode()
 
 
 class Answer:
@@ -174,16 +175,18 @@ class Answer:
         return self.is_complete
 
     async def _relay_frames(self, opening: Opening) -> None:
-        framing, idle_s = self._dialect.framing, opening.backend.config.idle_timeout_s
+        framing, idle_s, upstream = self._dialect.framing, opening.backend.config.idle_timeout_s, opening.upstream
         frames, rest = opening.frames, opening.rest
         with Guard() as guard:
             while True:
                 if self._dialect.says_last(frames) and not opening.at_end:
                     rest += await self._rest_of(opening)
-                guard.within(idle_s, ClientStalled())
+                guard.within(idle_s, ClientStalled)
                 await self._pass_on(frames)
-                guard.within(idle_s, BackendTimeout())
-                piece = b"" if opening.at_end else await opening.upstream.read()
+                guard.without_deadline()
+                upstream.within(idle_s, BackendTimeout)
+                piece = b"" if opening.at_end else await upstream.read()
+                upstream.without_deadline()
                 if not piece:
                     break
                 data = rest + piece if rest else piece

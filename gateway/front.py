@@ -159,7 +159,7 @@ async def _linger(receive: Receive) -> None:
     taken = 0
     try:
         with Guard() as guard:
-            guard.within(LINGER_S, BodyTooSlow())
+            guard.within(LINGER_S, BodyTooSlow)
             while taken < LINGER_BYTES:
                 message = await receive()
                 taken += len(message.get("body", b""))

@@ -1,6 +1,7 @@
 """Ends a piece of work early, for one of several reasons that stay distinct: client gone, deadline passed, shutting down."""
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -16,7 +17,7 @@ class Guard:
         self._task: asyncio.Task[object] | None = None
         self._reason: Exception | None = None
         self._due = 0.0
-        self._overdue: Exception | None = None
+        self._overdue: Callable[[], Exception] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -31,8 +32,8 @@ class Guard:
             self._reason = reason
             self._task.cancel()
 
-    def within(self, seconds: float, overdue: Exception) -> None:
-        """From now on, interrupt with `overdue` unless told otherwise within `seconds`."""
+    def within(self, seconds: float, overdue: Callable[[], Exception]) -> None:
+        """From now on, interrupt with what `overdue` makes unless told otherwise within `seconds`."""
         self._due = self._loop.time() + seconds
         self._overdue = overdue
         if self._timer is not None and self._timer.when() > self._due:
@@ -49,7 +50,7 @@ class Guard:
         if self._overdue is None:
             return
         if self._loop.time() >= self._due:
-            self.interrupt(self._overdue)
+            self.interrupt(self._overdue())
         else:
             self._timer = self._loop.call_at(self._due, self._look)
 

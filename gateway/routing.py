@@ -2,17 +2,16 @@
 
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gateway.backends import Backend, BackendFault, Upstream
+from gateway.backends import Backend
 from gateway.catalog import Model
 from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, error_text, judge_whole, read_answer, try_read
 from gateway.errors import BackendFailed, BackendRefused, BackendTimeout, BadRequest, GatewayError, NoBackend
-from gateway.guard import Guard
 from gateway.record import Attempt, Record
+from gateway.upstream import BackendFault, Upstream
 
 RETRY_AFTER_S = 5.0
 LONGEST_RETRY_AFTER_S = 60.0
@@ -30,15 +29,22 @@ class Candidate(NamedTuple):
     spelling: str
 
 
-@dataclass
+@dataclass(slots=True)
 class Opening:
-    """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it."""
+    """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it.
+
+    `close` is owed to it.
+    """
 
     backend: Backend
     upstream: Upstream
     frames: bytes = field(repr=False)
     rest: bytes = field(default=b"", repr=False)
     at_end: bool = False
+
+    def close(self) -> None:
+        self.upstream.close()
+        self.backend.give_back()
 
 
 class Busy(BackendFault):
@@ -68,10 +74,7 @@ class Router:
     def __init__(self, backends: Mapping[str, Backend], *, most_tokens: int) -> None:
         self._backends, self._most_tokens = backends, most_tokens
 
-    @asynccontextmanager
-    async def open(
-        self, call: Call, dialect: Dialect, model: Model, headers: Mapping[str, str], record: Record
-    ) -> AsyncIterator[Opening]:
+    async def open(self, call: Call, dialect: Dialect, model: Model, headers: bytes, record: Record) -> Opening:
         """The first good answer's beginning; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
         candidates = choose(model, self._backends, call, time.time())
         if not candidates and not is_served(model, call):
@@ -81,9 +84,7 @@ class Router:
             began = time.monotonic()
             record.was_sent = True
             try:
-                async with AsyncExitStack() as stack:
-                    opening = await stack.enter_async_context(self._try(backend, spelling, call, dialect, headers))
-                    taken = stack.pop_all()
+                opening = await self._try(backend, spelling, call, dialect, headers)
             except BackendFault as fault:
                 faults.append(fault)
                 record.was_sent = False
@@ -94,49 +95,52 @@ class Router:
                 record.backend = backend.name
                 raise
             record.backend, record.answered_as = backend.name, spelling
-            async with taken:
-                yield opening
-            return
+            return opening
         raise verdict(faults)
 
-    @asynccontextmanager
-    async def _try(
-        self, backend: Backend, spelling: str, call: Call, dialect: Dialect, headers: Mapping[str, str]
-    ) -> AsyncIterator[Opening]:
+    async def _try(self, backend: Backend, spelling: str, call: Call, dialect: Dialect, headers: bytes) -> Opening:
         if backend.is_full:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
         body = call.body_for(backend.kind, spelling, self._most_tokens)
-        with backend.claim():
-            try:
-                async with backend.send("POST", call.operation.path, headers, body) as upstream:
-                    opening = await self._look(backend, upstream, call, dialect)
-                    backend.breaker.succeeded()
-                    yield opening
-            except Busy as busy:
-                if busy.detail != "status 429":
-                    backend.breaker.failed()
-                raise
-            except BackendFault as fault:
-                if fault.reason not in ("broken_off", "model_gone"):
-                    backend.breaker.failed()
-                raise
+        backend.take()
+        upstream = None
+        try:
+            upstream = await backend.post(call.operation.path.encode(), headers, body)
+            opening = await self._look(backend, upstream, call, dialect)
+            backend.breaker.succeeded()
+        except BaseException as wrong:
+            if isinstance(wrong, BackendFault) and not _says_nothing_of_it(wrong):
+                backend.breaker.failed()
+            if upstream is not None:
+                upstream.close()
+            backend.give_back()
+            raise
+        return opening
 
     async def _look(self, backend: Backend, upstream: Upstream, call: Call, dialect: Dialect) -> Opening:
         """Reads on until the first frame, or the whole answer, has shown itself to be good."""
-        with Guard() as guard:
-            guard.within(backend.config.read_timeout_s, BackendFault("first_byte_timeout"))
-            try:
-                if upstream.status != 200:
-                    raise await refusal(upstream, backend)
-                if call.stream:
-                    return await _first_frames(backend, upstream, dialect)
-                whole = await upstream.read_whole()
-                judge_whole(read_answer(whole), call.operation)
-                return Opening(backend, upstream, whole, at_end=True)
-            except BadFrame as bad:
-                raise BackendFault("bad_first_frame", scrub(str(bad), backend)) from bad
-            except BackendFault as fault:
-                raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
+        upstream.within(backend.config.read_timeout_s, _no_first_byte)
+        try:
+            if upstream.status != 200:
+                raise await refusal(upstream, backend)
+            if call.stream:
+                return await _first_frames(backend, upstream, dialect)
+            whole = await upstream.read_whole()
+            judge_whole(read_answer(whole), call.operation)
+            return Opening(backend, upstream, whole, at_end=True)
+        except BadFrame as bad:
+            raise BackendFault("bad_first_frame", scrub(str(bad), backend)) from bad
+        except BackendFault as fault:
+            raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
+
+
+def _no_first_byte() -> BackendFault:
+    return BackendFault("first_byte_timeout")
+
+
+def _says_nothing_of_it(fault: BackendFault) -> bool:
+    """Whether a backend may be well in spite of this."""
+    return fault.reason == "model_gone" or (isinstance(fault, Busy) and fault.detail == "status 429")
 
 
 async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) -> Opening:

@@ -32,6 +32,8 @@ class Protocol(HttpToolsProtocol):
     _head_bytes = 0
     _in_head = True
     _unsent = 0
+    _gone: Callable[[], None] | None = None
+    _is_lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,6 +45,22 @@ class Protocol(HttpToolsProtocol):
         self._stop_waiting()
         self._stop_watching_reader()
         super().connection_lost(exc)
+        self._is_lost = True
+        self.watch(self._gone)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"]["connection"] = self
+
+    def watch(self, gone: Callable[[], None] | None) -> None:
+        """See `gateway.connection`."""
+        self._gone = gone
+        if gone is not None and self._is_lost:
+            self._gone = None
+            gone()
+        elif gone is not None:
+            # A body that came all at once may have stopped the reading, and with it the news of the end.
+            self.flow.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:

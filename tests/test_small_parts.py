@@ -104,29 +104,29 @@ class Other(Exception):
 
 async def _deadlines() -> None:
     with pytest.raises(Reason), Guard() as guard:
-        guard.within(0.01, Reason())
+        guard.within(0.01, Reason)
         await asyncio.sleep(5)
     with Guard() as guard:
-        guard.within(0.01, Reason())
-        guard.within(5, Reason())
+        guard.within(0.01, Reason)
+        guard.within(5, Reason)
         await asyncio.sleep(0.05)
         guard.without_deadline()
     with pytest.raises(Reason), Guard() as guard:
-        guard.within(5, Other())
-        guard.within(0.01, Reason())
+        guard.within(5, Other)
+        guard.within(0.01, Reason)
         await asyncio.sleep(5)
 
 
 async def _nesting() -> None:
     with pytest.raises(Other), Guard() as outer:
-        outer.within(0.01, Other())
+        outer.within(0.01, Other)
         with Guard() as inner:
-            inner.within(5, Reason())
+            inner.within(5, Reason)
             await asyncio.sleep(5)
     with Guard() as outer:
-        outer.within(5, Other())
+        outer.within(5, Other)
         with pytest.raises(Reason), Guard() as inner:
-            inner.within(0.01, Reason())
+            inner.within(0.01, Reason)
             await asyncio.sleep(5)
         await asyncio.sleep(0)
 
@@ -134,7 +134,7 @@ async def _nesting() -> None:
 async def _cancelled_from_outside() -> None:
     async def work() -> None:
         with Guard() as guard:
-            guard.within(5, Reason())
+            guard.within(5, Reason)
             await asyncio.sleep(5)
 
     task = asyncio.create_task(work())

@@ -46,7 +46,7 @@ class Operation:
     need: Callable[[dict[str, Any]], Need] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Call:
     """A client's request, read and checked."""
 

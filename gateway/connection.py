@@ -1,0 +1,9 @@
+"""What the rooms know of a client's connection."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Connection(Protocol):
+    def watch(self, gone: Callable[[], None] | None) -> None:
+        """Call `gone` once when the client closes its connection, at once where it has; None: nobody asks any more."""

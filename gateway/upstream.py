@@ -1,0 +1,197 @@
+"""One call to a backend and its answer, through aiohttp's connector and parser without what its client adds to each call.
+
+A `ClientSession.request` builds a URL, merges headers, looks for cookies, redirects and proxies; behind a gateway all of
+that is known beforehand. The pool of connections, their making, TLS and the parsing stay aiohttp's.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
+from aiohttp.http import HttpProcessingError
+from aiohttp.streams import EofStream
+from yarl import URL
+
+from gateway.backend_config import BackendConfig
+
+LONGEST_WHOLE_ANSWER = 64 * 2**20
+LONGEST_LINE = 65_536
+PRINTABLE = re.compile(r"[\x20-\x7e]*")
+UNSAFE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+NEVER = float("inf")
+
+
+class BackendFault(Exception):
+    """A backend did not answer as it should; `reason` is one word for logs and metrics."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+class ConnectionLost(BackendFault):
+    """A connection ended before any byte of the answer."""
+
+
+class Body(Protocol):
+    """What aiohttp's reader of a body offers here."""
+
+    async def readany(self) -> bytes: ...
+
+    def is_eof(self) -> bool: ...
+
+    def set_exception(self, exc: BaseException) -> None: ...
+
+
+class Deadline:
+    """Fails whatever waits when it is overdue; moving it costs an assignment, its timer is set anew only when it fires."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, fail: Callable[[Exception], None]) -> None:
+        self._loop, self._fail = loop, fail
+        self._due, self._seconds = NEVER, 0.0
+        self._overdue: Callable[[], Exception] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float, overdue: Callable[[], Exception]) -> None:
+        self._due, self._seconds, self._overdue = self._loop.time() + seconds, seconds, overdue
+        if self._timer is not None and self._timer.when() > self._due:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._look)
+
+    def pause(self) -> None:
+        self._due = NEVER
+
+    def fail_by(self, fail: Callable[[Exception], None]) -> None:
+        self._fail = fail
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        if now < self._due:
+            self._timer = self._loop.call_at(min(self._due, now + self._seconds), self._look)
+        elif self._overdue is not None:
+            self._fail(self._overdue())
+
+
+class Upstream:
+    """An answer whose head has come; `close` gives its connection back, or ends it unless the answer was read to its end."""
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        body: Body,
+        release: Callable[[], None],
+        abort: Callable[[], None],
+        deadline: Deadline | None = None,
+    ) -> None:
+        self.status, self.headers, self._body = status, headers, body
+        self._release, self._abort, self._deadline = release, abort, deadline
+        content_type = headers.get("Content-Type", "")
+        self.content_type = content_type if PRINTABLE.fullmatch(content_type) else ""
+
+    def within(self, seconds: float, overdue: Callable[[], Exception]) -> None:
+        """From now on `read` raises what `overdue` makes unless told otherwise within `seconds`."""
+        if self._deadline is not None:
+            self._deadline.start(seconds, overdue)
+
+    def without_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.pause()
+
+    async def read(self) -> bytes:
+        """The next bytes as they come, b"" at the end; raises BackendFault where the answer breaks off."""
+        try:
+            return await self._body.readany()
+        except (aiohttp.ClientError, OSError) as wrong:
+            raise BackendFault("broken_off", type(wrong).__name__) from wrong
+
+    async def read_whole(self, limit: int = LONGEST_WHOLE_ANSWER) -> bytes:
+        pieces, size = [], 0
+        while piece := await self.read():
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise BackendFault("too_large", f"more than {limit} bytes")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        if self._deadline is not None:
+            self._deadline.end()
+        if self._body.is_eof():
+            self._release()
+        else:
+            self._abort()
+
+
+class Caller:
+    """POSTs to one backend over the connections of one session; `fixed` are the headers that each call carries."""
+
+    def __init__(self, session: aiohttp.ClientSession, config: BackendConfig, fixed: Mapping[str, str]) -> None:
+        url = URL(config.base_url, encoded=True)
+        assert session.connector is not None
+        self._connector, self._loop = session.connector, asyncio.get_running_loop()
+        self._target = aiohttp.ClientRequest("POST", url, loop=self._loop, session=session)
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=config.read_timeout_s, sock_connect=config.connect_timeout_s)
+        self._wait_s = config.read_timeout_s
+        self._prefix = url.raw_path.rstrip("/").encode()
+        lines = {"Host": url.host_port_subcomponent, **fixed}
+        self._fixed = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode("latin-1")
+
+    async def post(self, path: bytes, headers: bytes, body: bytes) -> Upstream:
+        """Ends with the answer's head. Raises BackendFault; `headers` are whole lines."""
+        connection = await self._connect()
+        protocol = connection.protocol
+        assert protocol is not None and protocol.transport is not None
+        deadline = Deadline(self._loop, protocol.set_exception)
+        try:
+            protocol.set_response_params(
+                read_until_eof=True, auto_decompress=False, max_line_size=LONGEST_LINE, max_field_size=LONGEST_LINE
+            )
+            head = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b"
+            protocol.transport.write(head % (self._prefix, path, self._fixed, headers, len(body), body))
+            deadline.start(self._wait_s, _no_head)
+            message, payload = await _head(protocol)
+        except BaseException:
+            deadline.end()
+            connection.close()
+            raise
+        deadline.fail_by(payload.set_exception)
+        return Upstream(message.code, message.headers, payload, connection.release, connection.close, deadline)
+
+    async def _connect(self) -> Connection:
+        try:
+            return await self._connector.connect(self._target, [], self._timeout)
+        except TimeoutError as wrong:
+            raise BackendFault("connect_timeout") from wrong
+        except aiohttp.ClientConnectorError as wrong:
+            raise BackendFault("unreachable", type(wrong.os_error).__name__) from wrong
+        except (aiohttp.ClientError, OSError, ValueError) as wrong:
+            raise BackendFault("unreachable", type(wrong).__name__) from wrong
+
+
+def _no_head() -> BackendFault:
+    return BackendFault("head_timeout")
+
+
+async def _head(protocol: ResponseHandler) -> tuple[aiohttp.http.RawResponseMessage, aiohttp.StreamReader]:
+    try:
+        while True:
+            message, payload = await protocol.read()
+            if message.code >= 200 or message.code == 101:
+                return message, payload
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError, EofStream) as wrong:
+        raise ConnectionLost("disconnected", type(wrong).__name__) from wrong
+    except (HttpProcessingError, aiohttp.ClientError, ValueError) as wrong:
+        raise BackendFault("not_http", type(wrong).__name__) from wrong
