@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import hiredis
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from gateway import tasks
 from gateway.store import CALL_DEADLINE_S, CONNECT_DEADLINE_S, StoreAway, connect
@@ -61,8 +60,7 @@ class Line:
         self._client: Redis = connect(url, deadline_s=CONNECT_DEADLINE_S)
         self._on_failure = on_failure
         self._scripts = scripts()
-        self._loads = b"".join(pack("SCRIPT", "LOAD", script.text) for script in self._scripts.values())
-        self._connection: Any = None
+        self._transport: asyncio.WriteTransport | None = None
         self._unwritten: list[bytes] = []
         self._pending: deque[Sent] = deque()
         self._is_late = False
@@ -88,7 +86,7 @@ class Line:
 
     @property
     def is_usable(self) -> bool:
-        return self._connection is not None and not self._is_late and len(self._pending) < MOST_PENDING
+        return self._transport is not None and not self._is_late and len(self._pending) < MOST_PENDING
 
     @property
     def pending(self) -> int:
@@ -115,8 +113,8 @@ class Line:
             self._watch = self._loop.call_at(sent.due, self._look)
 
     def flush(self) -> None:
-        if self._unwritten and self._connection is not None:
-            _writer_of(self._connection).write(b"".join(self._unwritten))
+        if self._unwritten and self._transport is not None:
+            self._transport.write(b"".join(self._unwritten))
         self._unwritten.clear()
 
     def _look(self) -> None:
@@ -150,8 +148,8 @@ class Line:
                 sent.answer.set_exception(StoreAway())
 
     def _hang_up(self) -> None:
-        if self._connection is not None:
-            _writer_of(self._connection).transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
     async def _keep(self) -> None:
         while True:
@@ -164,54 +162,50 @@ class Line:
     async def _use_one_connection(self) -> None:
         async with asyncio.timeout(CONNECT_DEADLINE_S * 2):
             connection = await self._client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        replies = Replies(self._take)
         try:
-            _writer_of(connection).write(self._loads)
-            for _ in self._scripts:
-                async with asyncio.timeout(CONNECT_DEADLINE_S):
-                    await connection.read_response()
-            self._connection = connection
+            self._transport = _taken_over(connection, replies)
+            self._load_scripts(self._loop.time() + CONNECT_DEADLINE_S)
+            self.flush()
             self._connected.set()
-            await self._read(connection)
+            await replies.ended
         finally:
-            self._connection = None
+            self._transport = None
             self._drop_all()
             with suppress(RedisError, OSError, TimeoutError):
                 await connection.disconnect(nowait=True)
                 await self._client.connection_pool.release(connection)
 
-    async def _read(self, connection: Any) -> None:
-        while True:
-            try:
-                reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
-            except ReadOnlyError:
-                # What was the primary is none any more: another connection finds the new one.
-                raise
-            except ResponseError as refused:
-                reply = refused
-            self._take(reply)
-
     def _take(self, reply: Any) -> None:
         sent = self._pending.popleft()
         if not self._pending:
             self._is_late = False
+        if isinstance(reply, hiredis.ReplyError):
+            self._take_error(sent, str(reply))
+        elif not sent.answer.done():
+            sent.answer.set_result(reply)
+
+    def _take_error(self, sent: Sent, told: str) -> None:
+        if told.startswith("READONLY"):
+            # What was the primary is none any more: another connection finds the new one.
+            self._hang_up()
         if sent.answer.done():
             return
-        if isinstance(reply, NoScriptError) and not sent.is_second_try:
+        if told.startswith("NOSCRIPT") and not sent.is_second_try:
             self._try_again(sent)
-        elif isinstance(reply, ResponseError):
-            LOG.error("Redis refuses: %s", reply)
-            sent.answer.set_exception(StoreAway())
         else:
-            sent.answer.set_result(reply)
+            LOG.error("Redis refuses: %s", told)
+            sent.answer.set_exception(StoreAway())
 
     def _try_again(self, sent: Sent) -> None:
         """Somebody has emptied Redis's memory of scripts. Their answers come first, after those under way."""
-        self.flush()
-        loads = [pack("SCRIPT", "LOAD", script.text) for script in self._scripts.values()]
-        for command in loads:
-            self._enqueue(Sent(self._forgotten(), command, sent.due, True))
+        self._load_scripts(sent.due)
         self._enqueue(sent._replace(is_second_try=True))
         self.flush()
+
+    def _load_scripts(self, due: float) -> None:
+        for script in self._scripts.values():
+            self._enqueue(Sent(self._forgotten(), pack("SCRIPT", "LOAD", script.text), due, True))
 
     def _forgotten(self) -> "asyncio.Future[Any]":
         answer: asyncio.Future[Any] = self._loop.create_future()
@@ -230,7 +224,27 @@ class Line:
                 sent.answer.set_exception(StoreAway())
 
 
-def _writer_of(connection: Any) -> asyncio.StreamWriter:
-    # The library's own way to send waits and sets a timer for each command.
-    writer: asyncio.StreamWriter = connection._writer  # noqa: SLF001
-    return writer
+class Replies(asyncio.Protocol):
+    """Hands over each reply as it comes; `ended` is done when the connection is."""
+
+    def __init__(self, take: Callable[[Any], None]) -> None:
+        self._take = take
+        self._reader = hiredis.Reader()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        while (reply := self._reader.gets()) is not False:
+            if not isinstance(reply, hiredis.PushNotification):
+                self._take(reply)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(exc or ConnectionResetError("closed by Redis"))
+
+
+def _taken_over(connection: Any, replies: Replies) -> asyncio.WriteTransport:
+    """The transport of a connection that the library has made; its own way to send and read waits and sets timers each time."""
+    transport: asyncio.WriteTransport = connection._writer.transport  # noqa: SLF001
+    transport.set_protocol(replies)
+    return transport
