@@ -17,6 +17,10 @@ WORDS = {
     "day": ("insufficient_quota", "tokens per day"),
     "month": ("insufficient_quota", "tokens per month"),
 }
+REQUESTS, TOKENS = (
+    (b"x-ratelimit-limit-" + name, b"x-ratelimit-remaining-" + name, b"x-ratelimit-reset-" + name)
+    for name in (b"requests", b"tokens")
+)
 
 
 class Ticket(NamedTuple):
@@ -78,22 +82,19 @@ def _advice(most: int, asked: int, retry_after: float | None) -> str:
 
 def headers(scopes: tuple[Scope, ...], usages: list[Usage]) -> list[Header]:
     """The x-ratelimit headers as the OpenAI API has them, of the scope in which the least is left."""
+    requests = tokens = None
+    for scope, usage in zip(scopes, usages, strict=True):
+        if scope.rpm >= 0 and (requests is None or scope.rpm - usage.requests < requests[0]):
+            requests = scope.rpm - usage.requests, scope.rpm, usage.requests_reset
+        if scope.tpm >= 0 and (tokens is None or scope.tpm - usage.tokens < tokens[0]):
+            tokens = scope.tpm - usage.tokens, scope.tpm, usage.tokens_reset
     found: list[Header] = []
-    requests = [
-        (scope.rpm - usage.requests, scope.rpm, usage.requests_reset) for scope, usage in _limited(scopes, usages, "rpm")
-    ]
-    tokens = [(scope.tpm - usage.tokens, scope.tpm, usage.tokens_reset) for scope, usage in _limited(scopes, usages, "tpm")]
-    for name, left in ((b"requests", requests), (b"tokens", tokens)):
-        if left:
-            remaining, limit, reset = min(left)
-            found.append((b"x-ratelimit-limit-" + name, b"%d" % limit))
-            found.append((b"x-ratelimit-remaining-" + name, b"%d" % max(0, remaining)))
-            found.append((b"x-ratelimit-reset-" + name, duration(reset).encode()))
+    for (limit, remaining, reset), left in ((REQUESTS, requests), (TOKENS, tokens)):
+        if left is not None:
+            found.append((limit, b"%d" % left[1]))
+            found.append((remaining, b"%d" % max(0, left[0])))
+            found.append((reset, duration(left[2]).encode()))
     return found
-
-
-def _limited(scopes: tuple[Scope, ...], usages: list[Usage], limit: str) -> list[tuple[Scope, Usage]]:
-    return [(scope, usage) for scope, usage in zip(scopes, usages, strict=True) if getattr(scope, limit) >= 0]
 
 
 def duration(milliseconds: int) -> str:

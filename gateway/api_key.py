@@ -24,7 +24,11 @@ class PresentedKey:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.whole.encode()).hexdigest()
+        return digest(self.whole)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def mint() -> PresentedKey:

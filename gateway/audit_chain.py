@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 
-from gateway.audit_table import EMPTY_CHAIN
 from gateway.database import Database, Row
 
+EMPTY_CHAIN = bytes(32)
 BATCHES_AT_ONCE, ROWS_AT_ONCE = 1000, 10_000
 STATEMENT_S = 120.0
 SAY_EVERY_S = 2.0

@@ -44,7 +44,7 @@ class AuditWriter:
 
     async def write(self, rows: Sequence[bytes], prompts: Sequence[bytes]) -> None:
         """Raises StoreUnavailable, with nothing written."""
-        await self._write([_read(row) for row in rows], [_read(prompt) for prompt in prompts])
+        await self._write(rows, [_read(prompt) for prompt in prompts])
 
     async def _run(self) -> None:
         while True:
@@ -77,7 +77,7 @@ class AuditWriter:
         rows = await self._oldest(ROWS, MOST_ROWS)
         prompts = await self._oldest(PROMPTS, MOST_PROMPTS)
         if rows or prompts:
-            await self._write(_contents(rows, b"row"), _contents(prompts, b"prompt"))
+            await self._write([fields.get(b"row", b"") for _, fields in rows], _contents(prompts))
             await self._forget(rows, prompts)
         return len(rows)
 
@@ -88,9 +88,9 @@ class AuditWriter:
     async def _forget(self, rows: Sequence[Entry], prompts: Sequence[Entry]) -> None:
         for stream, entries in ((ROWS, rows), (PROMPTS, prompts)):
             if entries:
-                await self._store.slow_call(_deletion(stream, entries), READ_DEADLINE_S)
+                await self._store.slow_call(_trim(stream, entries[-1][0]), READ_DEADLINE_S)
 
-    async def _write(self, rows: Sequence[dict[str, Any]], prompts: Sequence[dict[str, Any]]) -> None:
+    async def _write(self, rows: Sequence[bytes], prompts: Sequence[dict[str, Any]]) -> None:
         try:
             self.written += await audit_table.write(self._database, rows, prompts, self._keep_prompts)
         except StoreUnavailable:
@@ -99,7 +99,7 @@ class AuditWriter:
             if len(rows) + len(prompts) < 2 or not await self._write_singly(rows, prompts):
                 raise
 
-    async def _write_singly(self, rows: Sequence[dict[str, Any]], prompts: Sequence[dict[str, Any]]) -> int:
+    async def _write_singly(self, rows: Sequence[bytes], prompts: Sequence[dict[str, Any]]) -> int:
         """One row that the database does not take must not hold up all others; where it takes none, it is not the rows."""
         taken, refused = 0, []
         for some, other in [*(([row], []) for row in rows), *(([], [prompt]) for prompt in prompts)]:
@@ -121,23 +121,25 @@ class AuditWriter:
             await self._limits.tell(settlement, "reaped")
 
 
-def _deletion(stream: str, entries: Sequence[Entry]) -> Callable[[Any], Any]:
-    return lambda redis: redis.xdel(stream, *(entry for entry, _ in entries))
+def _trim(stream: str, last: bytes) -> Callable[[Any], Any]:
+    """Away with all entries up to this one: they were the oldest."""
+    time, _, number = last.partition(b"-")
+    return lambda redis: redis.xtrim(stream, minid=b"%b-%d" % (time, int(number) + 1), approximate=False)
 
 
-def _contents(entries: Sequence[Entry], name: bytes) -> list[dict[str, Any]]:
+def _contents(prompts: Sequence[Entry]) -> list[dict[str, Any]]:
     """Whatever is not ours is passed over: the store may hold anything."""
     found = []
-    for _, fields in entries:
+    for _, fields in prompts:
         try:
-            found.append(_read(fields[name]))
+            found.append(_read(fields[b"prompt"]))
         except (KeyError, ValueError):
-            LOG.error("an entry of the audit in Redis is no row and is left out")
+            LOG.error("an entry of the prompt log in Redis is none and is left out")
     return found
 
 
 def _read(text: bytes) -> dict[str, Any]:
     value = strict_json.read_loosely(text)
     if not isinstance(value, dict):
-        raise ValueError("not a row")
+        raise ValueError("not a prompt")
     return value

@@ -64,7 +64,7 @@ class Authenticator:
         self._decoy = hasher.hash("nobody's key")
         self._generation = 0
         self._strangers = 0
-        self._used: dict[str, datetime] = {}
+        self._used: dict[str, float] = {}
         self._noting: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -85,10 +85,10 @@ class Authenticator:
     async def key_for(self, presented: str, address: str) -> Key:
         """Raises WrongKey, TooManyFailures (before any work), Overloaded or StoreUnavailable."""
         now = time.monotonic()
-        parsed = api_key.parse(presented)
-        known = self._verified.get(parsed.digest) if parsed else None
+        known = self._verified.get(api_key.digest(presented))
         if known is not None and now < known.fresh_until:
             return self._accept(known.key)
+        parsed = api_key.parse(presented)
         if known is None:
             self._failures.check(address)
             if parsed is None or self._refused.get(parsed.digest, 0.0) > now:
@@ -97,9 +97,10 @@ class Authenticator:
         return self._accept(await self._checked_once(parsed, known, address))
 
     def _accept(self, key: Key) -> Key:
-        if key.has_expired(time.time()):
+        now = time.time()
+        if key.has_expired(now):
             raise WrongKey
-        self._used[key.id] = datetime.now(UTC)
+        self._used[key.id] = now
         return key
 
     async def _checked_once(self, presented: PresentedKey, known: Verified | None, address: str) -> Key:
@@ -254,7 +255,7 @@ class Authenticator:
     async def _write_uses(self) -> None:
         used, self._used = self._used, {}
         if used:
-            await self._database.run("note_use", list(used), list(used.values()))
+            await self._database.run("note_use", list(used), [datetime.fromtimestamp(at, UTC) for at in used.values()])
 
 
 def _remember(memory: OrderedDict[str, Any], digest: str, value: object) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Self
 
@@ -76,6 +77,7 @@ def _forwarded_for(scope: Scope) -> list[str]:
     return [entry.strip() for entry in ",".join(lines).split(",") if entry.strip()]
 
 
+@lru_cache(maxsize=10_000)
 def _address(text: str) -> Address | None:
     """An address, also as proxies write it: with a port, in brackets, an IPv4 one mapped into IPv6."""
     plain = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text

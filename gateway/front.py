@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
+import os
 import re
-import uuid
 from collections.abc import Callable, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -66,9 +66,7 @@ class Front:
         if scope["type"] != "http":
             return
         record = self._begin(scope)
-        reply = Reply(
-            record, send, self._books, self._id_header, with_cors=any(name == b"origin" for name, _ in scope["headers"])
-        )
+        reply = Reply(record, send, self._books, self._id_header, with_cors=record.with_cors)
         self.in_flight += 1
         self.idle.clear()
         try:
@@ -83,18 +81,23 @@ class Front:
 
     def _begin(self, scope: Scope) -> Record:
         presented = agent = b""
+        with_cors = False
         for name, value in scope["headers"]:
             if name == self._id_header:
                 presented = presented or value
             elif name == b"user-agent":
                 agent = value
-        ours = uuid.uuid4().hex
+            elif name == b"origin":
+                with_cors = True
+        ours = os.urandom(16).hex()
         request_id = presented.decode() if WELL_FORMED_ID.fullmatch(presented) else ours
         record = Record(ours, request_id, scope["method"], client=self._client_of(scope), agent=agent[:200].decode("latin-1"))
-        if in_path := KEY_IN_PATH.fullmatch(scope["path"]):
+        path = scope["path"]
+        if path.startswith("/k/") and (in_path := KEY_IN_PATH.fullmatch(path)):
             record.key_in_path = in_path[1]
             scope["path"] = in_path[2] or "/"
             scope["raw_path"] = scope["path"].encode()
+        record.with_cors = with_cors
         record.dialect = self._dialect_of(scope["path"]).name
         scope.setdefault("state", {})["record"] = record
         return record

@@ -19,6 +19,7 @@ CHANGED = "nz:keys:changed"
 VERSION_KEPT_S = 86_400
 LONGEST_NAME = 200
 ADMIN_MODELS, SHOW_BACKEND = "admin_models", "show_backend"
+REMEMBERED_SCOPES = 1000
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,24 @@ class Key:
     prompt_log: bool = False
     expires_at: float | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_scopes", {})
+
     def has_expired(self, now: float) -> bool:
         return self.expires_at is not None and now >= self.expires_at
 
     def scopes(self, model: str, defaults: Quota) -> tuple[Scope, ...]:
         """The counters that a request counts in: the key's own, and one for each rule that the model matches."""
+        known = self._scopes  # type: ignore[attr-defined]
+        asked = (model if self.rules else "", defaults)
+        if asked not in known:
+            if len(known) >= REMEMBERED_SCOPES:
+                known.clear()
+            known[asked] = self._find_scopes(model, defaults)
+        found: tuple[Scope, ...] = known[asked]
+        return found
+
+    def _find_scopes(self, model: str, defaults: Quota) -> tuple[Scope, ...]:
         own = quota.scope(self.id, self.quota, defaults)
         matching = (rule for rule in self.rules if model and rule.matches(model))
         return (own, *(quota.scope(f"{self.id}|{rule.pattern}", rule.quota, Quota()) for rule in matching))

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 from gateway import strict_json, tasks
@@ -15,6 +16,7 @@ from gateway.admission import Admission, Ticket, Usage, headers, refusal
 from gateway.errors import LimitReached, LimitsUnavailable, StoreUnavailable
 from gateway.local_limits import LocalLimits, Share
 from gateway.quota import Scope
+from gateway.record import NEVER_ENDED
 from gateway.redis_line import Line
 from gateway.store import StoreAway
 
@@ -172,15 +174,17 @@ class Limits:
         values: list[Any] = [ticket.id, ticket.info, LEASE_MS, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
         values += [self._most_output, wait_ms, WAITING_PER_KEY, round(self._likely_s(ticket.scopes[0]) * 1000)]
         for scope in ticket.scopes:
-            keys += [f"nz:{kind}:{scope.name}" for kind in "wtvcqb"]
+            keys += _names(scope.name)
             values += scope[1:]
         return keys, values
 
     def _read(self, ticket: Ticket, reply: list[Any]) -> "Admission | LimitReached":
-        counters = [reply[5 + n * 7 : 12 + n * 7] for n in range(len(ticket.scopes))]
-        usages = [Usage(*found[:4]) for found in counters]
-        for scope, usage, found in zip(ticket.scopes, usages, counters, strict=True):
-            self.local.note(scope, usage, *found[4:])
+        usages = []
+        for start, scope in enumerate(ticket.scopes):
+            first = 5 + start * 7
+            usage = Usage(*reply[first : first + 4])
+            usages.append(usage)
+            self.local.note(scope, usage, reply[first + 4], reply[first + 5], reply[first + 6])
         told = headers(ticket.scopes, usages)
         if reply[0] == b"ok":
             return Admission(ticket.id, ticket.scopes, ticket.model, bool(ticket.info), "admitted", reply[1], headers=told)
@@ -248,7 +252,7 @@ class Limits:
         values: list[Any] = [settlement.id, reserved, settlement.used, settlement.row, settlement.prompt, how]
         values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS]
         for scope in scopes:
-            keys += [f"nz:{kind}:{scope.name}" for kind in "tvcqb"]
+            keys += _names(scope.name)[1:]
             values += [int(scope.tpm >= 0), int(scope.has_budget)]
         answer = self._line.run("settle", keys, values)
         self._line.flush()
@@ -307,9 +311,21 @@ def _abandoned(call: str, info: bytes) -> Settlement:
     told = strict_json.read_loosely(text)
     scopes = tuple(Scope(*scope) for scope in told["scopes"])
     used = max(0, told["prompt"])
-    row = {**told["row"], "outcome": "abandoned", "prompt_tokens": used, "tokens_from": "partial" if used else "none"}
+    row = {
+        **NEVER_ENDED,
+        **told["row"],
+        "outcome": "abandoned",
+        "prompt_tokens": used,
+        "tokens_from": "partial" if used else "none",
+    }
     admission = Admission(call, scopes, told["model"], True, "reaped", int(reserved))
     return Settlement(admission, used, -1, strict_json.write(row), id=call)
+
+
+@lru_cache(maxsize=20_000)
+def _names(scope: str) -> tuple[bytes, ...]:
+    """The keys of a scope's requests, tokens, reserve, slots, queue and budget."""
+    return tuple(f"nz:{kind}:{scope}".encode() for kind in "wtvcqb")
 
 
 def _key(kind: str, scope: Scope) -> str:

@@ -108,11 +108,12 @@ class LocalLimits:
 
     def slots(self, scope: Scope) -> int:
         """How many slots were taken when this process last asked Redis."""
-        return self._of(scope).known.slots + 1
+        counters = self._counters.get(scope.name)
+        return counters.known.slots + 1 if counters else 1
 
     def note(self, scope: Scope, usage: Usage, day: int, month: int, slots: int) -> None:
         """What Redis said last: the ground to stand on should it go away."""
-        counters = self._of(scope)
+        counters = self._counters.get(scope.name) or self._of(scope)
         counters.known = Known(self._clock(), usage.requests, usage.tokens, day, month, slots)
         counters.spent_day = counters.spent_month = 0
 

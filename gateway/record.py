@@ -10,15 +10,30 @@ from gateway.keys import Key
 from gateway.tokens import NO_TOKENS, Need
 from gateway.transcript import Transcript
 
+NOTHING_COUNTED = Usage()
+# The rest of a row whose request nobody has ended.
+NEVER_ENDED = {
+    "answered_as": "",
+    "backend": "",
+    "attempts": [],
+    "status": 0,
+    "detail": "",
+    "completion_tokens": 0,
+    "bytes_out": 0,
+    "queue_ms": 0.0,
+    "ttfb_ms": None,
+    "total_ms": None,
+}
 
-@dataclass
+
+@dataclass(slots=True)
 class Attempt:
     backend: str
     fault: str
     ms: float
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
     """Times are seconds of the monotonic clock, `at` microseconds since the epoch; `route` is a line of the route table,
     never the path as it was sent. `id` is ours and unique; `request_id` may be the caller's."""
@@ -41,12 +56,13 @@ class Record:
     admission: Admission | None = None
     backend: str = ""
     show_backend: bool = False
+    with_cors: bool = False
     was_sent: bool = False
     attempts: list[Attempt] = field(default_factory=list)
     status: int = 0
     outcome: str = ""
     detail: str = ""
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = NOTHING_COUNTED
     relayed_tokens: int = 0
     transcript: Transcript | None = field(default=None, repr=False)
     bytes_in: int = 0
@@ -84,7 +100,7 @@ class Record:
         return self.admission.queue_s * 1000 if self.admission else 0.0
 
     def beginning(self) -> dict[str, Any]:
-        """The row as far as it is known when the request is let in, and as it stays if nobody ever ends it."""
+        """What is known of the row when the request is let in; `completed` makes it whole if nobody ever ends it."""
         return {
             "id": self.id,
             "at": self.at,
@@ -96,42 +112,28 @@ class Record:
             "method": self.method,
             "route": self.route,
             "model": self.model,
-            "answered_as": "",
-            "backend": "",
-            "attempts": [],
-            "status": 0,
-            "outcome": "",
-            "detail": "",
             "stream": self.stream,
-            "prompt_tokens": 0,
-            "completion_tokens": 0,
-            "tokens_from": "none",
             "bytes_in": self.bytes_in,
-            "bytes_out": 0,
-            "queue_ms": 0.0,
-            "ttfb_ms": None,
-            "total_ms": None,
         }
 
     def row(self, prompt_tokens: int, completion_tokens: int, tokens_from: str) -> dict[str, Any]:
-        return {
-            **self.beginning(),
-            "answered_as": self.answered_as,
-            "backend": self.backend,
-            "attempts": [
-                {"backend": attempt.backend, "fault": attempt.fault, "ms": _ms(attempt.ms / 1000)} for attempt in self.attempts
-            ],
-            "status": self.status,
-            "outcome": self.outcome,
-            "detail": self.detail,
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "tokens_from": tokens_from,
-            "bytes_out": self.bytes_out,
-            "queue_ms": round(self.queue_ms, 3),
-            "ttfb_ms": None if self.first_byte_at is None else _ms(self.first_byte_at - self.began),
-            "total_ms": _ms(time.monotonic() - self.began),
-        }
+        row = self.beginning()
+        row["answered_as"] = self.answered_as
+        row["backend"] = self.backend
+        row["attempts"] = [
+            {"backend": attempt.backend, "fault": attempt.fault, "ms": round(attempt.ms, 3)} for attempt in self.attempts
+        ]
+        row["status"] = self.status
+        row["outcome"] = self.outcome
+        row["detail"] = self.detail
+        row["prompt_tokens"] = prompt_tokens
+        row["completion_tokens"] = completion_tokens
+        row["tokens_from"] = tokens_from
+        row["bytes_out"] = self.bytes_out
+        row["queue_ms"] = round(self.queue_ms, 3)
+        row["ttfb_ms"] = None if self.first_byte_at is None else _ms(self.first_byte_at - self.began)
+        row["total_ms"] = _ms(time.monotonic() - self.began)
+        return row
 
 
 def _ms(seconds: float) -> float:

@@ -38,8 +38,16 @@ def table(lines: Mapping[tuple[str, str], ASGIApp]) -> ASGIApp:
     by_path: dict[str, Methods] = {}
     for (method, path), endpoint in lines.items():
         by_path.setdefault(path, Methods(path)).add(method, endpoint)
-    routes = [Route(path, methods) for path, methods in by_path.items()]
-    return PathTable(routes, redirect_slashes=False, default=_unknown)
+    fixed = {path: methods for path, methods in by_path.items() if "{" not in path}
+    others = PathTable(
+        [Route(path, methods) for path, methods in by_path.items() if "{" in path], redirect_slashes=False, default=_unknown
+    )
+
+    async def find(scope: Scope, receive: Receive, send: Send) -> None:
+        # Paths without a variable part need no matching.
+        await (fixed.get(scope["path"]) or others)(scope, receive, send)
+
+    return find
 
 
 async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:

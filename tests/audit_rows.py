@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from gateway import audit_table
+from gateway import audit_table, strict_json
 from gateway.database import Database
 
 Result = TypeVar("Result")
@@ -52,6 +52,10 @@ def row(at: datetime, **changes: Any) -> dict[str, Any]:
     return {**PLAIN, "id": str(uuid.uuid4()), "at": micros(at), **changes}
 
 
+def packed(rows: list[dict[str, Any]]) -> list[bytes]:
+    return [strict_json.write(row) for row in rows]
+
+
 def prompt(at: datetime, key_id: str) -> dict[str, Any]:
     return {"id": str(uuid.uuid4()), "at": micros(at), "key_id": key_id, "request": "{}", "answer": "words", "is_cut": False}
 
@@ -67,7 +71,7 @@ def in_database(url: str, work: Callable[[Database], Awaitable[Result]]) -> Resu
 def write(url: str, *batches: list[dict[str, Any]]) -> None:
     async def run(database: Database) -> None:
         for batch in batches:
-            assert await audit_table.write(database, batch) == len(batch)
+            assert await audit_table.write(database, packed(batch)) == len(batch)
 
     in_database(url, run)
 

@@ -12,7 +12,7 @@ from gateway import audit_chain, audit_table, retention
 from gateway.database import Database
 from gateway.errors import StoreUnavailable
 from gateway.retention import Went
-from tests.audit_rows import DAY, add_key, ago, in_database, prompt, row, sql, write, write_prompts
+from tests.audit_rows import DAY, add_key, ago, in_database, packed, prompt, row, sql, write, write_prompts
 from tests.conftest import TestStores
 from tests.processes import until
 
@@ -213,7 +213,7 @@ def test_writing_and_months_to_come_wait_for_no_reader(url: str) -> None:
 
     async def run(database: Database) -> int:
         async with reading_the_audit(database):
-            return await audit_table.write(database, [row(ago(-100))])
+            return await audit_table.write(database, packed([row(ago(-100))]))
 
     assert in_database(url, run) == 1
 
@@ -238,7 +238,7 @@ def test_writing_goes_on_meanwhile(url: str) -> None:
         purging = asyncio.create_task(retention.apply(database, DAY))
         written = 0
         while not purging.done():
-            written += await audit_table.write(database, [row(ago(0)), row(ago(0))])
+            written += await audit_table.write(database, packed([row(ago(0)), row(ago(0))]))
         assert (await purging).rows == 2000
         return written
 
