@@ -72,6 +72,8 @@ class Books:
             with suppress(StoreAway):
                 await asyncio.shield(told)
         elif told is not None:
+            # In the next turn of the loop it is written, with what others tell; after the second it has gone.
+            await asyncio.sleep(0)
             await asyncio.sleep(0)
 
     def close(self, record: Record, coming: int = 0) -> "asyncio.Future[Any] | None":

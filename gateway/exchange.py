@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -37,14 +36,8 @@ class Running:
     def __init__(self) -> None:
         self._guards: set[Guard] = set()
 
-    @contextmanager
-    def guard(self) -> Iterator[Guard]:
-        with Guard() as guard:
-            self._guards.add(guard)
-            try:
-                yield guard
-            finally:
-                self._guards.discard(guard)
+    def guard(self) -> Guard:
+        return Guard(self._guards)
 
     def end_all(self, reason: Callable[[], Exception]) -> None:
         for guard in list(self._guards):

@@ -10,10 +10,11 @@ class Guard:
     """`with Guard() as guard:` — whoever calls `guard.interrupt(reason)` makes the block raise `reason` at its next wait.
 
     The block's task is cancelled and the cancellation taken back at the block's end, as asyncio.timeout does it, so guards
-    nest. A deadline is kept as a number and its timer is set anew only when it fires: moving it costs an assignment.
+    nest; `living` holds it meanwhile. A deadline is kept as a number and its timer is set anew only when it fires: moving it costs an assignment.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, living: "set[Guard] | None" = None) -> None:
+        self._living = living
         self._task: asyncio.Task[object] | None = None
         self._reason: Exception | None = None
         self._due = 0.0
@@ -25,6 +26,8 @@ class Guard:
         assert self._task is not None
         self._loop = self._task.get_loop()
         self._cancelling = self._task.cancelling()
+        if self._living is not None:
+            self._living.add(self)
         return self
 
     def interrupt(self, reason: Exception) -> None:
@@ -56,6 +59,8 @@ class Guard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         task, self._task = self._task, None
+        if self._living is not None:
+            self._living.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         if self._reason is None or task is None:

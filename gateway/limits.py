@@ -254,9 +254,7 @@ class Limits:
         for scope in scopes:
             keys += _names(scope.name)[1:]
             values += [int(scope.tpm >= 0), int(scope.has_budget)]
-        answer = self._line.run("settle", keys, values)
-        self._line.flush()
-        return answer
+        return self._line.run("settle", keys, values)
 
     def _note_end(self, admission: Admission, settlement: Settlement) -> None:
         self.local.leave(admission.scopes)

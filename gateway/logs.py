@@ -1,32 +1,30 @@
 """Log lines as JSON or for a console: one per request, one per event; secrets never get this far."""
 
-import json
+import asyncio
 import logging
 import sys
 import time
-from typing import Any
+from functools import lru_cache
+from typing import Any, TextIO
 
 from gateway import strict_json
 
 REQUESTS = logging.getLogger("gateway.request")
+HELD_S, MOST_HELD = 0.05, 500
+_requests: "Lines | None" = None
 
 
 class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": _timestamp(record.created),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
+        more = dict(getattr(record, "fields", {}))
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        try:
-            return strict_json.write(line).decode()
-        except TypeError:
-            # Text that is no Unicode, such as half a surrogate pair out of a client's JSON.
-            return json.dumps(line, default=str)
+            more["exception"] = self.formatException(record.exc_info)
+        return json_line(record.created, record.levelname, record.name, record.getMessage(), more).decode()
+
+
+def json_line(when: float, level: str, logger: str, message: str, fields: dict[str, Any]) -> bytes:
+    line = {"time": _timestamp(when), "level": level.lower(), "logger": logger, "message": message, **fields}
+    return strict_json.write_anyhow(line)
 
 
 class ConsoleLines(logging.Formatter):
@@ -44,20 +42,57 @@ def _word(value: object) -> str:
     return shown if shown.isprintable() and " " not in shown else ascii(shown)
 
 
+@lru_cache(maxsize=4)
+def _second(when: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
+
+
 def _timestamp(when: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)) + f".{int(when % 1 * 1000):03d}Z"
+    return f"{_second(int(when))}.{int(when % 1 * 1000):03d}Z"
+
+
+class Lines(logging.StreamHandler[TextIO]):
+    """Lines to a stream; those of requests, which are many, are written together."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._held: list[bytes] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.flush()
+        super().emit(record)
+
+    def hold(self, line: bytes) -> None:
+        self._held.append(line)
+        if len(self._held) == 1:
+            asyncio.get_running_loop().call_later(HELD_S, self.flush)
+        elif len(self._held) >= MOST_HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._held:
+            held, self._held = self._held, []
+            self.stream.write(b"\n".join(held).decode("utf-8", "replace") + "\n")
+        super().flush()
 
 
 def configure(level: str, style: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    global _requests
+    handler = Lines(sys.stderr)
     handler.setFormatter(JsonLines() if style == "json" else ConsoleLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     logging.getLogger("uvicorn.error").setLevel(max(logging.getLevelName(level), logging.WARNING))
+    _requests = handler if style == "json" else None
 
 
 def request_line(fields: dict[str, Any]) -> None:
     level = logging.WARNING if fields["status"] >= 500 else logging.INFO
-    if REQUESTS.isEnabledFor(level):
+    if not REQUESTS.isEnabledFor(level):
+        return
+    if _requests is None:
         REQUESTS.log(level, "request", extra={"fields": fields})
+    else:
+        # As logging would do it, without a record and a search for the caller for each.
+        _requests.hold(json_line(time.time(), logging.getLevelName(level), REQUESTS.name, "request", fields))

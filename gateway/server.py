@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import re
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.app import Rooms
 from gateway.errors import ShuttingDown
@@ -22,6 +23,57 @@ KEEP_ALIVE_S = 75
 LAST_FRAMES_S = 5.0
 READER_DEADLINE_S = 60.0
 UPGRADE = re.compile(rb"\r\n(?:upgrade|http2-settings):[^\r\n]*", re.IGNORECASE)
+
+
+class Cycle(RequestResponseCycle):
+    """One request and its answer. The head goes out with the first of the body, and our own headers need no second look."""
+
+    _head = b""
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._begin(message["status"], message["headers"])
+            return
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        head, self._head = self._head, b""
+        self.transport.write(head + self._framed(body, more=more))
+        if not more:
+            self._end()
+
+    def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.response_started, self.waiting_for_100_continue = True, False
+        lines = [STATUS_LINE[status]]
+        self.chunked_encoding = self.scope["method"] != "HEAD" and status not in (204, 304)
+        for name, value in self.default_headers + headers:
+            if name == b"content-length":
+                self.chunked_encoding = False
+            elif name == b"connection":
+                self.keep_alive = False
+                continue
+            lines.append(b"%b: %b\r\n" % (name, value))
+        if not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"transfer-encoding: chunked\r\n\r\n" if self.chunked_encoding else b"\r\n")
+        self._head = b"".join(lines)
+
+    def _framed(self, body: bytes, *, more: bool) -> bytes:
+        if self.scope["method"] == "HEAD":
+            return b""
+        if not self.chunked_encoding:
+            return body
+        frame = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+        return frame if more else frame + b"0\r\n\r\n"
+
+    def _end(self) -> None:
+        self.response_complete = True
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
 
 
 class Protocol(HttpToolsProtocol):
@@ -81,6 +133,8 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_waiting()
         super().on_headers_complete()
+        # Its task has not run yet; there is no other way to say which class of cycles to make.
+        self.cycle.__class__ = Cycle
 
     def on_message_complete(self) -> None:
         self._in_head, self._head_bytes = True, 0
@@ -162,6 +216,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        spare_the_collector()
         self._on_ready()
 
     @contextlib.contextmanager
@@ -193,6 +248,13 @@ class Server(uvicorn.Server):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._rooms.front.idle.wait()
+
+
+def spare_the_collector() -> None:
+    """What is there now stays: looking through it again and again only makes requests wait."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 def listen(host: str, port: int) -> socket.socket:

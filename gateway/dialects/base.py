@@ -155,8 +155,8 @@ def expect(body: dict[str, Any], name: str, kinds: type | tuple[type, ...], word
         raise BadRequest(f"the field {name!r} must be {words}")
 
 
-def expect_number(body: dict[str, Any], *names: str) -> None:
-    for name in names:
+def expect_number(body: dict[str, Any], names: frozenset[str]) -> None:
+    for name in body.keys() & names:
         expect(body, name, (int, float), "a number")
 
 

@@ -29,11 +29,11 @@ KNOWN_FIELDS = frozenset(
     "logprobs top_logprobs messages tools input dimensions verbose insecure username password from files adapters "
     "parameters license quantize source destination modelfile path".split()
 )
-INTEGER_OPTIONS = (
-    "num_predict num_ctx num_batch num_gpu main_gpu num_thread num_keep seed top_k repeat_last_n draft_num_predict".split()
+NUMBERS = frozenset(
+    "num_predict num_ctx num_batch num_gpu main_gpu num_thread num_keep seed top_k repeat_last_n draft_num_predict "
+    "top_p min_p typical_p temperature repeat_penalty presence_penalty frequency_penalty".split()
 )
-BOOLEAN_OPTIONS = "numa low_vram f16_kv logits_all vocab_only use_mmap use_mlock penalize_newline".split()
-NUMBER_OPTIONS = "top_p min_p typical_p temperature repeat_penalty presence_penalty frequency_penalty".split()
+BOOLEAN_OPTIONS = frozenset("numa low_vram f16_kv logits_all vocab_only use_mmap use_mlock penalize_newline".split())
 
 
 class Ndjson:
@@ -143,12 +143,12 @@ def _check_common(body: dict[str, Any]) -> None:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    for name in (*INTEGER_OPTIONS, *NUMBER_OPTIONS):
-        value = options.get(name)
+    for name in options.keys() & NUMBERS:
+        value = options[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise BadRequest(f"the option {name!r} must be a number")
-    for name in BOOLEAN_OPTIONS:
-        if options.get(name) is not None and not isinstance(options[name], bool):
+    for name in options.keys() & BOOLEAN_OPTIONS:
+        if options[name] is not None and not isinstance(options[name], bool):
             raise BadRequest(f"the option {name!r} must be true or false")
     stop = options.get("stop")
     if stop is not None and not _is_list_of_strings(stop):

@@ -29,7 +29,9 @@ from gateway.tokens import Need
 CAPS = ("max_tokens", "max_completion_tokens", "n_predict")
 MOST_CHOICES = 128
 # They reach past what a key may use: another model, another host.
-REFUSED_FIELDS = ("draft_model", "kv_transfer_params")
+REFUSED_FIELDS = frozenset({"draft_model", "kv_transfer_params"})
+CHOICES = frozenset({"n", "n_cmpl", "best_of"})
+NUMBERS = frozenset({*CAPS, "min_tokens", "temperature", "top_p", "seed", "frequency_penalty", "presence_penalty"})
 KNOWN_FIELDS = frozenset(
     "model messages prompt input stream stream_options temperature top_p top_k seed stop tools tool_choice n n_cmpl best_of "
     "max_tokens max_completion_tokens n_predict min_tokens use_beam_search ignore_eos logprobs top_logprobs logit_bias "
@@ -172,7 +174,7 @@ def _need_of_embeddings(body: dict[str, Any]) -> Need:
 
 
 def _wish(body: dict[str, Any]) -> int | None:
-    wishes = [found for name in CAPS if (found := wish(body.get(name))) is not None]
+    wishes = [found for name in CAPS if name in body and (found := wish(body[name])) is not None]
     return min(wishes) * _choices_asked(body) * _prompts(body) if wishes else None
 
 
@@ -197,9 +199,7 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
     if answers > cap:
         raise BadRequest(f"{answers} answers in one request are too many: at most {cap} tokens are allowed for all of them")
     each = cap // answers
-    wishes = [bounded(body[name], each) for name in CAPS if body.get(name) is not None]
-    for name in CAPS:
-        body.pop(name, None)
+    wishes = [bounded(wished, each) for name in CAPS if (wished := body.pop(name, None)) is not None]
     body["max_tokens"] = min(wishes, default=each)
     if kind == "openai":
         body["max_completion_tokens"] = body["max_tokens"]
@@ -210,7 +210,7 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
 
 
 def _choices_asked(body: dict[str, Any]) -> int:
-    return max(int(body.get(name) or 1) for name in ("n", "n_cmpl", "best_of"))
+    return max((int(body[name] or 1) for name in body.keys() & CHOICES), default=1)
 
 
 def _prompts(body: dict[str, Any]) -> int:
@@ -221,13 +221,14 @@ def _prompts(body: dict[str, Any]) -> int:
 
 
 def _check_common(body: dict[str, Any]) -> None:
-    if refused := [name for name in REFUSED_FIELDS if body.get(name) is not None]:
-        raise BadRequest(f"the field {refused[0]!r} is not taken here")
+    for name in body.keys() & REFUSED_FIELDS:
+        if body[name] is not None:
+            raise BadRequest(f"the field {name!r} is not taken here")
     expect(body, "stream_options", dict, "an object")
     strict_json.refuse_look_alikes(body.get("stream_options") or {}, ("include_usage",))
-    expect_number(body, *CAPS, "min_tokens", "temperature", "top_p", "seed", "frequency_penalty", "presence_penalty")
-    for name in ("n", "n_cmpl", "best_of"):
-        value = body.get(name)
+    expect_number(body, NUMBERS)
+    for name in body.keys() & CHOICES:
+        value = body[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_CHOICES):
             raise BadRequest(f"the field {name!r} must be an integer from 1 to {MOST_CHOICES}")
 
