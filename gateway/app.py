@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 from argon2 import PasswordHasher
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from gateway import admin_verbs, retention, routes, tasks
 from gateway.access import Access
@@ -143,7 +143,7 @@ def discovery_of(settings: Settings, backends: dict[str, Backend], store: Store)
     )
 
 
-def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> ASGIApp:
+def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> Callable[[Scope], ASGIApp]:
     lines: dict[tuple[str, str], ASGIApp] = {("GET", "/"): routes.running}
     lines |= _calls(settings, rooms, access, dialects)
     lines |= _lists(rooms, access)
@@ -217,5 +217,5 @@ async def _state_of(database: Database) -> str:
         return "away, keys cannot be checked until it answers"
 
 
-async def _not_yet(*_: object) -> None:
+def _not_yet(scope: Scope) -> ASGIApp:
     raise RuntimeError("the routes are not in place yet")

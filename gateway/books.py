@@ -97,7 +97,7 @@ class Books:
 
     def _settlement(self, record: Record) -> Settlement:
         spent = cost.of(record)
-        row = strict_json.write_anyhow(record.row(*spent))
+        row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0
         completion = spent.completion if is_whole else -1
         return Settlement(record.admission, spent.total, completion, row, self._prompt(record), record.id)

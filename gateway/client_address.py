@@ -56,8 +56,8 @@ class TrustedProxies:
         """The peer, or, where the peer is a trusted proxy, the rightmost entry of X-Forwarded-For that is not."""
         client = scope.get("client")
         peer = _address(client[0]) if client else None
-        if peer is None or not self._trusts(peer):
-            return str(peer or "local")
+        if peer is None or not ((self._networks or self._resolved) and self._trusts(peer)):
+            return _shown(peer)
         found = peer
         for text in reversed(_forwarded_for(scope)):
             entry = _address(text)
@@ -66,7 +66,7 @@ class TrustedProxies:
             found = entry
             if not self._trusts(entry):
                 break
-        return str(found)
+        return _shown(found)
 
     def _trusts(self, address: Address) -> bool:
         return address in self._resolved or any(address in network for network in self._networks)
@@ -75,6 +75,11 @@ class TrustedProxies:
 def _forwarded_for(scope: Scope) -> list[str]:
     lines = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
     return [entry.strip() for entry in ",".join(lines).split(",") if entry.strip()]
+
+
+@lru_cache(maxsize=10_000)
+def _shown(address: Address | None) -> str:
+    return str(address or "local")
 
 
 @lru_cache(maxsize=10_000)

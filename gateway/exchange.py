@@ -141,7 +141,7 @@ class Answer:
 
     def keep_whole(self, opening: Opening) -> None:
         self._whole = opening
-        self.record.usage = self._dialect.usage([opening.frames])
+        self.record.usage = self._dialect.usage_of(opening.value)
         if self.record.usage.completion_tokens is None and self.record.need.output != 0:
             self.record.relayed_tokens = tokens.of_text(self._dialect.said(opening.frames))
         if self.record.transcript is not None:

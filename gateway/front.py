@@ -48,7 +48,7 @@ class Front:
 
     def __init__(
         self,
-        routes: ASGIApp,
+        routes: Callable[[Scope], ASGIApp],
         client_of: Callable[[Scope], str],
         dialect_of: Callable[[str], Dialect],
         books: Books,
@@ -74,7 +74,7 @@ class Front:
         finally:
             self._books.close(record)
             if scope["path"] not in HEALTH:
-                logs.request_line(record.line())
+                logs.request_line(record.status, record.told(), record.told_json)
             self.in_flight -= 1
             if not self.in_flight:
                 self.idle.set()
@@ -109,7 +109,7 @@ class Front:
                 return
             if self.draining and scope["path"] not in HEALTH:
                 raise ShuttingDown(retry_after=1)
-            await self.routes(scope, receive, reply.send)
+            await self.routes(scope)(scope, receive, reply.send)
             record.outcome = record.outcome or _plain_outcome(record)
         except ClientGone as gone:
             record.outcome, record.status = "client_gone", record.status or STATUS_OF_A_CLIENT_GONE

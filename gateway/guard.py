@@ -10,7 +10,8 @@ class Guard:
     """`with Guard() as guard:` — whoever calls `guard.interrupt(reason)` makes the block raise `reason` at its next wait.
 
     The block's task is cancelled and the cancellation taken back at the block's end, as asyncio.timeout does it, so guards
-    nest; `living` holds it meanwhile. A deadline is kept as a number and its timer is set anew only when it fires: moving it costs an assignment.
+    nest; `living` holds it meanwhile. A deadline is kept as a number and its timer is set anew only when it fires: moving it
+    costs an assignment.
     """
 
     def __init__(self, living: "set[Guard] | None" = None) -> None:

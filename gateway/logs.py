@@ -11,7 +11,10 @@ from gateway import strict_json
 
 REQUESTS = logging.getLogger("gateway.request")
 HELD_S, MOST_HELD = 0.05, 500
-_requests: "Lines | None" = None
+PREFIX = b'{"time":"%b","level":"%b","logger":"gateway.request","message":"request",'
+LEVELS = {logging.INFO: b"info", logging.WARNING: b"warning"}
+# Where lines of requests go as JSON, past logging; empty where logging has them.
+_direct: "list[Lines]" = []
 
 
 class JsonLines(logging.Formatter):
@@ -77,22 +80,24 @@ class Lines(logging.StreamHandler[TextIO]):
 
 
 def configure(level: str, style: str) -> None:
-    global _requests
     handler = Lines(sys.stderr)
     handler.setFormatter(JsonLines() if style == "json" else ConsoleLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     logging.getLogger("uvicorn.error").setLevel(max(logging.getLevelName(level), logging.WARNING))
-    _requests = handler if style == "json" else None
+    _direct[:] = [handler] if style == "json" else []
 
 
-def request_line(fields: dict[str, Any]) -> None:
-    level = logging.WARNING if fields["status"] >= 500 else logging.INFO
+def request_line(status: int, fields: dict[str, Any], as_json: bytes) -> None:
+    """One request's end; `as_json` are the fields where somebody has written them already."""
+    level = logging.WARNING if status >= 500 else logging.INFO
     if not REQUESTS.isEnabledFor(level):
         return
-    if _requests is None:
+    if not _direct:
         REQUESTS.log(level, "request", extra={"fields": fields})
-    else:
+    elif as_json:
         # As logging would do it, without a record and a search for the caller for each.
-        _requests.hold(json_line(time.time(), logging.getLevelName(level), REQUESTS.name, "request", fields))
+        _direct[0].hold(PREFIX % (_timestamp(time.time()).encode(), LEVELS[level]) + as_json[1:])
+    else:
+        _direct[0].hold(json_line(time.time(), logging.getLevelName(level), REQUESTS.name, "request", fields))

@@ -8,6 +8,7 @@ is taken on one canonical spelling.
 import fnmatch
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 LONGEST_NAME = 350
@@ -22,6 +23,7 @@ class ModelName(NamedTuple):
     cloud: bool
 
 
+@lru_cache(maxsize=10_000)
 def canonical(name: str) -> ModelName:
     plain = SCHEME.sub("", name.strip().lower(), count=1)
     cloud = plain.endswith(":cloud") or (":" in plain.rpartition("/")[2] and plain.endswith("-cloud"))

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway import strict_json
 from gateway.admission import Admission
 from gateway.dialects.base import Usage
 from gateway.keys import Key
@@ -69,31 +70,12 @@ class Record:
     bytes_out: int = 0
     first_byte_at: float | None = None
     is_closed: bool = False
+    row: dict[str, Any] | None = field(default=None, repr=False)
+    told_json: bytes = field(default=b"", repr=False)
 
     @property
     def key_id(self) -> str:
         return self.key.id if self.key else ""
-
-    def line(self) -> dict[str, Any]:
-        return {
-            "request_id": self.request_id,
-            "key": self.key_id,
-            "client": self.client,
-            "dialect": self.dialect,
-            "method": self.method,
-            "route": self.route,
-            "model": self.model,
-            "backend": self.backend,
-            "attempts": [f"{attempt.backend}: {attempt.fault}" for attempt in self.attempts],
-            "status": self.status,
-            "outcome": self.outcome,
-            "detail": self.detail,
-            "prompt_tokens": self.usage.prompt_tokens,
-            "completion_tokens": self.usage.completion_tokens,
-            "queue_ms": round(self.queue_ms, 1),
-            "ttfb_ms": None if self.first_byte_at is None else _ms(self.first_byte_at - self.began),
-            "total_ms": _ms(time.monotonic() - self.began),
-        }
 
     @property
     def queue_ms(self) -> float:
@@ -116,7 +98,16 @@ class Record:
             "bytes_in": self.bytes_in,
         }
 
-    def row(self, prompt_tokens: int, completion_tokens: int, tokens_from: str) -> dict[str, Any]:
+    def end(self, prompt_tokens: int, completion_tokens: int, tokens_from: str) -> bytes:
+        """The row of the audit as JSON, which is the log's line, too."""
+        self.row = self._row(prompt_tokens, completion_tokens, tokens_from)
+        self.told_json = strict_json.write_anyhow(self.row)
+        return self.told_json
+
+    def told(self) -> dict[str, Any]:
+        return self.row if self.row is not None else self._row(0, 0, "none")
+
+    def _row(self, prompt_tokens: int, completion_tokens: int, tokens_from: str) -> dict[str, Any]:
         row = self.beginning()
         row["answered_as"] = self.answered_as
         row["backend"] = self.backend

@@ -1,6 +1,6 @@
 """The table of paths: what stands here is reachable, nothing else is."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.routing import Route
 from starlette.routing import Router as PathTable
@@ -24,28 +24,32 @@ class Methods:
         if method == "GET":
             self._endpoints.setdefault("HEAD", endpoint)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def of(self, scope: Scope) -> ASGIApp:
+        """The endpoint that a request asks for. Raises MethodNotAllowed."""
         record: Record = scope["state"]["record"]
         record.route = self.path
         endpoint = self._endpoints.get(scope["method"])
         if endpoint is None:
             raise MethodNotAllowed(", ".join(sorted(self._endpoints)))
-        await endpoint(scope, receive, send)
+        return endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.of(scope)(scope, receive, send)
 
 
-def table(lines: Mapping[tuple[str, str], ASGIApp]) -> ASGIApp:
-    """(method, path) -> endpoint as one ASGI application; everything else is UnknownRoute or MethodNotAllowed."""
+def table(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp]:
+    """(method, path) -> endpoint; what finds the endpoint of a request, and raises UnknownRoute or MethodNotAllowed."""
     by_path: dict[str, Methods] = {}
     for (method, path), endpoint in lines.items():
         by_path.setdefault(path, Methods(path)).add(method, endpoint)
     fixed = {path: methods for path, methods in by_path.items() if "{" not in path}
-    others = PathTable(
-        [Route(path, methods) for path, methods in by_path.items() if "{" in path], redirect_slashes=False, default=_unknown
-    )
+    variable = [Route(path, methods) for path, methods in by_path.items() if "{" in path]
+    others = PathTable(variable, redirect_slashes=False, default=_unknown)
 
-    async def find(scope: Scope, receive: Receive, send: Send) -> None:
-        # Paths without a variable part need no matching.
-        await (fixed.get(scope["path"]) or others)(scope, receive, send)
+    def find(scope: Scope) -> ASGIApp:
+        # A path without a variable part needs no matching.
+        methods = fixed.get(scope["path"])
+        return others if methods is None else methods.of(scope)
 
     return find
 

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gateway.backends import Backend
 from gateway.catalog import Model
@@ -31,7 +31,8 @@ class Candidate(NamedTuple):
 
 @dataclass(slots=True)
 class Opening:
-    """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it.
+    """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it
+    and what it means.
 
     `close` is owed to it.
     """
@@ -41,6 +42,7 @@ class Opening:
     frames: bytes = field(repr=False)
     rest: bytes = field(default=b"", repr=False)
     at_end: bool = False
+    value: Any = field(default=None, repr=False)
 
     def close(self) -> None:
         self.upstream.close()
@@ -126,8 +128,9 @@ class Router:
             if call.stream:
                 return await _first_frames(backend, upstream, dialect)
             whole = await upstream.read_whole()
-            judge_whole(read_answer(whole), call.operation)
-            return Opening(backend, upstream, whole, at_end=True)
+            value = read_answer(whole)
+            judge_whole(value, call.operation)
+            return Opening(backend, upstream, whole, at_end=True, value=value)
         except BadFrame as bad:
             raise BackendFault("bad_first_frame", scrub(str(bad), backend)) from bad
         except BackendFault as fault:

@@ -21,7 +21,9 @@ NO_TOKENS = Need()
 
 def of_text(text: str) -> int:
     """Chinese or Cyrillic take about a token a character where English takes a quarter."""
-    letters = len(text) if text.isascii() else len(text.encode("ascii", "ignore"))
+    if text.isascii():
+        return -(-len(text) // LETTERS_PER_TOKEN)
+    letters = len(text.encode("ascii", "ignore"))
     return -(-letters // LETTERS_PER_TOKEN) + len(text) - letters
 
 
@@ -30,13 +32,14 @@ def of_json(value: Any) -> int:
 
 
 def of_messages(messages: list[dict[str, Any]]) -> int:
-    return sum(TOKENS_PER_MESSAGE + _of_message(message) for message in messages)
-
-
-def _of_message(message: dict[str, Any]) -> int:
-    images = message.get("images")
-    pictures = len(images) * TOKENS_PER_IMAGE if isinstance(images, list) else 0
-    return of_content(message.get("content")) + of_json(message.get("tool_calls")) + pictures
+    found = TOKENS_PER_MESSAGE * len(messages)
+    for message in messages:
+        found += of_content(message.get("content"))
+        if "tool_calls" in message:
+            found += of_json(message["tool_calls"])
+        if "images" in message and isinstance(message["images"], list):
+            found += len(message["images"]) * TOKENS_PER_IMAGE
+    return found
 
 
 def of_content(content: Any) -> int:

@@ -46,7 +46,7 @@ class Operation:
     need: Callable[[dict[str, Any]], Need] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """A client's request, read and checked."""
 
@@ -101,7 +101,11 @@ class Dialect(Protocol):
     def is_complete(self, tail: Sequence[bytes], call: Call) -> bool:
         """Whether a stream that ends with these payloads has said everything."""
 
-    def usage(self, tail: Sequence[bytes]) -> Usage: ...
+    def usage(self, tail: Sequence[bytes]) -> Usage:
+        """As the last frames of a stream tell it."""
+
+    def usage_of(self, answer: Any) -> Usage:
+        """As a whole answer tells it."""
 
     def says_last(self, frames: bytes) -> bool:
         """Whether a client may take these frames for the end, whatever comes behind them."""
@@ -129,7 +133,7 @@ def model_of(body: dict[str, Any]) -> str:
     asked = body.get("model")
     if asked is None or asked == "":
         asked = body.get("name")
-    elif body.get("name") not in (None, "", asked):
+    elif "name" in body and body["name"] not in (None, "", asked):
         raise BadRequest("the fields 'model' and 'name' differ; send 'model' alone")
     if asked is None or asked == "":
         raise BadRequest("the field 'model' is missing")
@@ -162,14 +166,17 @@ def expect_number(body: dict[str, Any], names: frozenset[str]) -> None:
 
 def expect_objects(body: dict[str, Any], name: str) -> None:
     expect(body, name, list, "a list")
-    if any(not isinstance(item, dict) for item in body.get(name) or ()):
-        raise BadRequest(f"the field {name!r} must be a list of objects")
+    for item in body.get(name) or ():
+        if not isinstance(item, dict):
+            raise BadRequest(f"the field {name!r} must be a list of objects")
 
 
 def expect_tools(body: dict[str, Any]) -> None:
     """Backends answer 500 to a function without a name."""
+    if body.get("tools") is None:
+        return
     expect_objects(body, "tools")
-    for tool in body.get("tools") or ():
+    for tool in body["tools"]:
         function = tool.get("function")
         named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
         if tool.get("type", "function") == "function" and not named:

@@ -80,8 +80,11 @@ class Ollama:
         return bool(last.get("done") or last.get("done_reason"))
 
     def usage(self, tail: Sequence[bytes]) -> Usage:
-        last = try_read(tail[-1]) if tail else {}
-        return Usage(count(last.get("prompt_eval_count")), count(last.get("eval_count")))
+        return self.usage_of(try_read(tail[-1]) if tail else {})
+
+    def usage_of(self, answer: Any) -> Usage:
+        told = answer if isinstance(answer, dict) else {}
+        return Usage(count(told.get("prompt_eval_count")), count(told.get("eval_count")))
 
     def says_last(self, frames: bytes) -> bool:
         return b'"done":true' in frames

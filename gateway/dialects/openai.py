@@ -26,7 +26,7 @@ from gateway.dialects.base import (
 from gateway.errors import BadRequest, GatewayError
 from gateway.tokens import Need
 
-CAPS = ("max_tokens", "max_completion_tokens", "n_predict")
+CAPS = frozenset({"max_tokens", "max_completion_tokens", "n_predict"})
 MOST_CHOICES = 128
 # They reach past what a key may use: another model, another host.
 REFUSED_FIELDS = frozenset({"draft_model", "kv_transfer_params"})
@@ -38,6 +38,7 @@ KNOWN_FIELDS = frozenset(
     "response_format reasoning reasoning_effort frequency_penalty presence_penalty suffix echo user encoding_format "
     "dimensions keep_alive options include_usage".split()
 )
+UNKNOWN = Usage()
 EVENT = re.compile(rb".+?(?:\r\n\r\n|\n\n|\n\r\n|\r\r|\Z)", re.DOTALL)
 # What servers put into every chunk when they are asked for counts: nothing yet.
 NO_USAGE = re.compile(
@@ -117,19 +118,27 @@ class OpenAI:
             return not any(try_read(payload).get("error") for payload in tail[:-1])
         # Some servers leave the last line out. One choice that has finished says nothing of the others.
         ended = any(choice.get("finish_reason") for payload in tail for choice in _choices(try_read(payload)))
-        return ended and _choices_asked(call.body) * _prompts(call.body) == 1
+        return ended and _answers(call.body) == 1
 
     def usage(self, tail: Sequence[bytes]) -> Usage:
         for payload in reversed(tail):
-            value = try_read(payload)
-            told = value.get("usage")
-            if isinstance(told, dict) and (told.get("prompt_tokens") or told.get("completion_tokens")):
-                return Usage(count(told.get("prompt_tokens")), count(told.get("completion_tokens")))
-            timings = value.get("timings")
-            if isinstance(timings, dict):
-                cached, read = count(timings.get("cache_n")) or 0, count(timings.get("prompt_n")) or 0
-                return Usage(cached + read, count(timings.get("predicted_n")))
-        return Usage()
+            if b'"usage"' in payload or b'"timings"' in payload:
+                found = self.usage_of(try_read(payload))
+                if found is not UNKNOWN:
+                    return found
+        return UNKNOWN
+
+    def usage_of(self, answer: Any) -> Usage:
+        if not isinstance(answer, dict):
+            return UNKNOWN
+        told = answer.get("usage")
+        if isinstance(told, dict) and (told.get("prompt_tokens") or told.get("completion_tokens")):
+            return Usage(count(told.get("prompt_tokens")), count(told.get("completion_tokens")))
+        timings = answer.get("timings")
+        if isinstance(timings, dict):
+            cached, read = count(timings.get("cache_n")) or 0, count(timings.get("prompt_n")) or 0
+            return Usage(cached + read, count(timings.get("predicted_n")))
+        return UNKNOWN
 
     def says_last(self, frames: bytes) -> bool:
         return b"[DONE]" in frames[-16:]
@@ -162,7 +171,8 @@ def _said(choice: dict[str, Any]) -> str:
 
 
 def _need_of_chat(body: dict[str, Any]) -> Need:
-    return Need(tokens.of_messages(body["messages"]) + tokens.of_json(body.get("tools")), _wish(body))
+    tools = tokens.of_json(body["tools"]) if "tools" in body else 0
+    return Need(tokens.of_messages(body["messages"]) + tools, _wish(body))
 
 
 def _need_of_completion(body: dict[str, Any]) -> Need:
@@ -174,8 +184,8 @@ def _need_of_embeddings(body: dict[str, Any]) -> Need:
 
 
 def _wish(body: dict[str, Any]) -> int | None:
-    wishes = [found for name in CAPS if name in body and (found := wish(body[name])) is not None]
-    return min(wishes) * _choices_asked(body) * _prompts(body) if wishes else None
+    wishes = [found for name in body.keys() & CAPS if (found := wish(body[name])) is not None]
+    return min(wishes) * _answers(body) if wishes else None
 
 
 def _choices(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -195,37 +205,36 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
 
     Ollama reads `max_tokens` alone; llama.cpp n_predict before max_completion_tokens before max_tokens; vLLM the last two.
     """
-    answers = _choices_asked(body) * _prompts(body)
+    answers = _answers(body)
     if answers > cap:
         raise BadRequest(f"{answers} answers in one request are too many: at most {cap} tokens are allowed for all of them")
     each = cap // answers
-    wishes = [bounded(wished, each) for name in CAPS if (wished := body.pop(name, None)) is not None]
+    wishes = [bounded(wished, each) for name in body.keys() & CAPS if (wished := body.pop(name)) is not None]
     body["max_tokens"] = min(wishes, default=each)
     if kind == "openai":
         body["max_completion_tokens"] = body["max_tokens"]
     if body.get("stream") is True:
         body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-    if isinstance(body.get("min_tokens"), int | float):
+    if "min_tokens" in body and isinstance(body["min_tokens"], int | float):
         body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
 
 
-def _choices_asked(body: dict[str, Any]) -> int:
-    return max((int(body[name] or 1) for name in body.keys() & CHOICES), default=1)
-
-
-def _prompts(body: dict[str, Any]) -> int:
+def _answers(body: dict[str, Any]) -> int:
+    """How many are asked for at once: choices, of each of several prompts."""
+    asked = body.keys() & CHOICES
+    choices = max(int(body[name] or 1) for name in asked) if asked else 1
     prompt = body.get("prompt")
-    if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
-        return 1
-    return len(prompt)
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    return choices * len(prompt) if several else choices  # type: ignore[arg-type]
 
 
 def _check_common(body: dict[str, Any]) -> None:
     for name in body.keys() & REFUSED_FIELDS:
         if body[name] is not None:
             raise BadRequest(f"the field {name!r} is not taken here")
-    expect(body, "stream_options", dict, "an object")
-    strict_json.refuse_look_alikes(body.get("stream_options") or {}, ("include_usage",))
+    if "stream_options" in body:
+        expect(body, "stream_options", dict, "an object")
+        strict_json.refuse_look_alikes(body["stream_options"] or {}, ("include_usage",))
     expect_number(body, NUMBERS)
     for name in body.keys() & CHOICES:
         value = body[name]
