@@ -22,8 +22,7 @@ from gateway.errors import (
     GatewayError,
     NotPermitted,
 )
-from gateway.exchange import Running
-from gateway.guard import Guard
+from gateway.guard import Guard, Watch
 from gateway.keys import ADMIN_MODELS, Key
 from gateway.record import Record
 from gateway.upstream import BackendFault, Upstream
@@ -83,13 +82,13 @@ class AdminVerb:
         dialect: Dialect,
         access: Access,
         backends: Mapping[str, Backend],
-        running: Running,
+        watch: Watch,
         models_changed: Callable[[], None],
         *,
         longest_body: int,
     ) -> None:
         self._method, self._route, self._dialect = method, route, dialect
-        self._access, self._backends, self._running = access, backends, running
+        self._access, self._backends, self._watch = access, backends, watch
         self._models_changed, self._longest_body = models_changed, longest_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,7 +149,7 @@ class AdminVerb:
         answer: "PassedThrough",
         receive: Receive,
     ) -> None:
-        with self._running.guard() as guard, backend.claim():
+        with self._watch.guard() as guard, backend.claim():
             async with watching(receive, guard), backend.send(self._method, path, headers, body) as upstream:
                 await answer.pass_on(upstream, backend.config.read_timeout_s)
 
@@ -159,7 +158,7 @@ class AdminVerb:
     ) -> None:
         """The body is passed on as it comes; the backend's time to answer begins when it has all of it."""
         upload = Upload(receive, answer.record)
-        with self._running.guard() as guard, backend.claim():
+        with self._watch.guard() as guard, backend.claim():
             async with watching(upload.rest, guard):
                 try:
                     sending = backend.send(self._method, path, headers, upload.pieces(guard, backend), wait_s=LONGEST_UPLOAD_S)

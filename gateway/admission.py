@@ -100,11 +100,11 @@ def headers(scopes: tuple[Scope, ...], usages: list[Usage]) -> list[Header]:
 def duration(milliseconds: int) -> str:
     """As Go writes durations: 12ms, 1.5s, 6m0s, 1h0m0s."""
     if milliseconds < 1000:
-        return f"{max(0, milliseconds)}ms" if milliseconds > 0 else "0s"
+        return f"{milliseconds}ms" if milliseconds > 0 else "0s"
+    if milliseconds < 60_000:
+        return f"{milliseconds / 1000:.15g}s"
     seconds, rest = divmod(milliseconds, 1000)
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     shown = f"{seconds}.{rest:03d}".rstrip("0").rstrip(".") + "s"
-    if hours:
-        return f"{hours}h{minutes}m{shown}"
-    return f"{minutes}m{shown}" if minutes else shown
+    return f"{hours}h{minutes}m{shown}" if hours else f"{minutes}m{shown}"

@@ -25,8 +25,9 @@ from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.discovery import Discovery
 from gateway.errors import StoreUnavailable
-from gateway.exchange import Exchange, Running
+from gateway.exchange import Exchange
 from gateway.front import Front, by_prefix
+from gateway.guard import Watch
 from gateway.health import Health
 from gateway.limits import FREED, Limits
 from gateway.lists import Lists
@@ -49,7 +50,7 @@ class Rooms:
     discovery: Discovery
     backends: dict[str, Backend]
     front: Front
-    running: Running
+    watch: Watch
     limits: Limits
     books: Books
 
@@ -90,9 +91,10 @@ async def build(settings: Settings) -> AsyncIterator[Rooms]:
         writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
         await stack.enter_async_context(retaining(settings))
         books = await stack.enter_async_context(Books(limits, dialects, writer.write, size=settings.audit_buffer_size))
+        watch = await stack.enter_async_context(Watch())
         id_header = settings.gateway_request_id_header
         front = Front(_not_yet, proxies.client_of, by_prefix(dialects), books, request_id_header=id_header)
-        rooms = Rooms(database, store, discovery, backends, front, Running(), limits, books)
+        rooms = Rooms(database, store, discovery, backends, front, watch, limits, books)
         front.routes = _table(settings, rooms, Access(authenticator, limits, default_quota(settings)), dialects)
         LOG.info("PostgreSQL: %s", await _state_of(database))
         tell_what_is_in_force(settings, rooms)
@@ -154,7 +156,7 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             dialects["ollama"],
             access,
             rooms.backends,
-            rooms.running,
+            rooms.watch,
             rooms.discovery.refresh_soon,
             longest_body=settings.max_request_body_bytes,
         )
@@ -169,7 +171,7 @@ def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             operation,
             access,
             router,
-            rooms.running,
+            rooms.watch,
             lambda: rooms.discovery.catalog,
             rooms.books,
             longest_body=settings.max_request_body_bytes,

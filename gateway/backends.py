@@ -10,7 +10,7 @@ from yarl import URL
 
 from gateway.backend_config import BackendConfig
 from gateway.breaker import Breaker
-from gateway.guard import Guard
+from gateway.guard import Guard, Watched
 from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Upstream
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
@@ -81,15 +81,15 @@ class Backend:
         finally:
             self.give_back()
 
-    async def post(self, path: bytes, headers: bytes, body: bytes) -> Upstream:
+    async def post(self, path: bytes, headers: bytes, body: bytes, guard: Watched) -> Upstream:
         """The way of calls to models: ends with the answer's head, `close` is owed to it; `headers` are whole lines.
 
         A connection that was lost before any byte is replaced by a fresh one, once.
         """
         try:
-            return await self._caller.post(path, headers, body)
+            return await self._caller.post(path, headers, body, guard)
         except ConnectionLost:
-            return await self._fresh_caller.post(path, headers, body)
+            return await self._fresh_caller.post(path, headers, body, guard)
 
     def url(self, path: str) -> URL:
         return URL(self.config.base_url + path, encoded=True)

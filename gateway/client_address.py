@@ -13,6 +13,7 @@ from starlette.types import Scope
 from gateway import tasks
 
 RESOLVE_EVERY_S = 60.0
+NOBODY = "local"
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -55,9 +56,11 @@ class TrustedProxies:
     def client_of(self, scope: Scope) -> str:
         """The peer, or, where the peer is a trusted proxy, the rightmost entry of X-Forwarded-For that is not."""
         client = scope.get("client")
-        peer = _address(client[0]) if client else None
-        if peer is None or not ((self._networks or self._resolved) and self._trusts(peer)):
-            return _shown(peer)
+        if client is None or not (self._networks or self._resolved):
+            return _shown(client[0]) if client else NOBODY
+        peer = _address(client[0])
+        if peer is None or not self._trusts(peer):
+            return _shown(client[0])
         found = peer
         for text in reversed(_forwarded_for(scope)):
             entry = _address(text)
@@ -66,7 +69,7 @@ class TrustedProxies:
             found = entry
             if not self._trusts(entry):
                 break
-        return _shown(found)
+        return str(found)
 
     def _trusts(self, address: Address) -> bool:
         return address in self._resolved or any(address in network for network in self._networks)
@@ -78,8 +81,9 @@ def _forwarded_for(scope: Scope) -> list[str]:
 
 
 @lru_cache(maxsize=10_000)
-def _shown(address: Address | None) -> str:
-    return str(address or "local")
+def _shown(text: str) -> str:
+    """An address in its one spelling."""
+    return str(_address(text) or NOBODY)
 
 
 @lru_cache(maxsize=10_000)

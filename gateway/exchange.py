@@ -17,7 +17,7 @@ from gateway.catalog import Catalog, Model
 from gateway.connection import Connection
 from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, read_call, try_read
 from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError, ModelNotAvailable
-from gateway.guard import Guard
+from gateway.guard import Watch, Watched
 from gateway.json_reply import send_json
 from gateway.keys import SHOW_BACKEND
 from gateway.record import Record
@@ -30,20 +30,6 @@ LAST_FRAME_WAITS_S = 0.05
 PASSED_ON = {b"user-agent": b"User-Agent: %b\r\n", b"accept": b"Accept: %b\r\n"}
 
 
-class Running:
-    """The calls under way, so that shutting down can end them."""
-
-    def __init__(self) -> None:
-        self._guards: set[Guard] = set()
-
-    def guard(self) -> Guard:
-        return Guard(self._guards)
-
-    def end_all(self, reason: Callable[[], Exception]) -> None:
-        for guard in list(self._guards):
-            guard.interrupt(reason())
-
-
 class Exchange:
     """The ASGI endpoint of one operation."""
 
@@ -53,7 +39,7 @@ class Exchange:
         operation: Operation,
         access: Access,
         router: Router,
-        running: Running,
+        watch: Watch,
         catalog: Callable[[], Catalog],
         books: Books,
         *,
@@ -62,14 +48,14 @@ class Exchange:
         stand_in: Callable[[Model], dict[str, Any]] | None = None,
     ) -> None:
         self._dialect, self._operation, self._stand_in = dialect, operation, stand_in
-        self._access, self._router, self._running, self._catalog = access, router, running, catalog
+        self._access, self._router, self._watch, self._catalog = access, router, watch, catalog
         self._books, self._longest_body, self._most_tokens = books, longest_body, most_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
         answer = None
         try:
-            with self._running.guard() as guard:
+            with self._watch.guard() as guard:
                 call, model = await self._read(scope, receive, record, guard)
                 if self._stand_in is not None and not is_served(model, call):
                     await self._access.admit(record, model.name.canonical, takes_slot=False)
@@ -87,7 +73,7 @@ class Exchange:
                 raise
         await answer.finish()
 
-    async def _read(self, scope: Scope, receive: Receive, record: Record, guard: Guard) -> tuple[Call, Model]:
+    async def _read(self, scope: Scope, receive: Receive, record: Record, guard: Watched) -> tuple[Call, Model]:
         key = await self._access.key_of(scope, record)
         raw = await read_body(scope, receive, self._longest_body, record, guard)
         call = read_call(self._dialect, self._operation, raw)
@@ -100,17 +86,17 @@ class Exchange:
             record.transcript = Transcript(call.body)
         return call, model
 
-    async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, guard: Guard) -> None:
+    async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, guard: Watched) -> None:
         headers = _passed_on(scope["headers"], answer.record.request_id)
         connection: Connection = scope["state"]["connection"]
         connection.watch(partial(guard.interrupt, ClientGone()))
         try:
             await self._access.admit(answer.record, model.name.canonical, call.need(self._most_tokens))
-            opening = await self._router.open(call, self._dialect, model, headers, answer.record)
+            opening = await self._router.open(call, self._dialect, model, headers, answer.record, guard)
             try:
-                guard.within(opening.backend.config.total_timeout_s, BackendTimeout)
                 if call.stream:
-                    await answer.relay(opening)
+                    guard.end_within(opening.backend.config.total_timeout_s, BackendTimeout)
+                    await answer.relay(opening, guard)
                 else:
                     answer.keep_whole(opening)
             finally:
@@ -118,7 +104,6 @@ class Exchange:
         finally:
             # The rest is quick, and a client that leaves now has had its answer.
             connection.watch(None)
-            guard.without_deadline()
 
 
 def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> bytes:
@@ -147,11 +132,11 @@ class Answer:
         if self.record.transcript is not None:
             self.record.transcript.hear(opening.frames)
 
-    async def relay(self, opening: Opening) -> None:
+    async def relay(self, opening: Opening, guard: Watched) -> None:
         content_type = opening.upstream.content_type or self._dialect.framing.content_type
         await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
         try:
-            await self._relay_frames(opening)
+            await self._relay_frames(opening, guard)
         except BackendFault as fault:
             if not self._said_last:
                 self.record.detail = str(fault)
@@ -167,25 +152,22 @@ class Answer:
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
 
-    async def _relay_frames(self, opening: Opening) -> None:
+    async def _relay_frames(self, opening: Opening, guard: Watched) -> None:
         framing, idle_s, upstream = self._dialect.framing, opening.backend.config.idle_timeout_s, opening.upstream
         frames, rest = opening.frames, opening.rest
-        with Guard() as guard:
-            while True:
-                if self._dialect.says_last(frames) and not opening.at_end:
-                    rest += await self._rest_of(opening)
-                guard.within(idle_s, ClientStalled)
-                await self._pass_on(frames)
-                guard.without_deadline()
-                upstream.within(idle_s, BackendTimeout)
-                piece = b"" if opening.at_end else await upstream.read()
-                upstream.without_deadline()
-                if not piece:
-                    break
-                data = rest + piece if rest else piece
-                end = framing.end_of_frames(data) if len(data) <= LONGEST_FRAME else len(data)
-                frames, rest = (data, b"") if end == len(data) else (data[:end], data[end:])
-            await self._pass_on_last(rest)
+        while True:
+            if self._dialect.says_last(frames) and not opening.at_end:
+                rest += await self._rest_of(opening)
+            guard.within(idle_s, ClientStalled)
+            await self._pass_on(frames)
+            guard.within(idle_s, BackendTimeout)
+            piece = b"" if opening.at_end else await upstream.read()
+            if not piece:
+                break
+            data = rest + piece if rest else piece
+            end = framing.end_of_frames(data) if len(data) <= LONGEST_FRAME else len(data)
+            frames, rest = (data, b"") if end == len(data) else (data[:end], data[end:])
+        await self._pass_on_last(rest)
 
     async def _rest_of(self, opening: Opening) -> bytes:
         """What comes behind the last frame: usually nothing but the body's end, and then the backend is free."""

@@ -5,21 +5,26 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from gateway import tasks
+
+LOOK_EVERY_S = 0.1
+NEVER = float("inf")
+
+Reason = Callable[[], Exception]
+
 
 class Guard:
     """`with Guard() as guard:` — whoever calls `guard.interrupt(reason)` makes the block raise `reason` at its next wait.
 
     The block's task is cancelled and the cancellation taken back at the block's end, as asyncio.timeout does it, so guards
-    nest; `living` holds it meanwhile. A deadline is kept as a number and its timer is set anew only when it fires: moving it
-    costs an assignment.
+    nest. A deadline is kept as a number and its timer is set anew only when it fires: moving it costs an assignment.
     """
 
-    def __init__(self, living: "set[Guard] | None" = None) -> None:
-        self._living = living
+    def __init__(self) -> None:
         self._task: asyncio.Task[object] | None = None
         self._reason: Exception | None = None
-        self._due = 0.0
-        self._overdue: Callable[[], Exception] | None = None
+        self._due = NEVER
+        self._overdue: Reason | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -27,8 +32,6 @@ class Guard:
         assert self._task is not None
         self._loop = self._task.get_loop()
         self._cancelling = self._task.cancelling()
-        if self._living is not None:
-            self._living.add(self)
         return self
 
     def interrupt(self, reason: Exception) -> None:
@@ -36,7 +39,7 @@ class Guard:
             self._reason = reason
             self._task.cancel()
 
-    def within(self, seconds: float, overdue: Callable[[], Exception]) -> None:
+    def within(self, seconds: float, overdue: Reason) -> None:
         """From now on, interrupt with what `overdue` makes unless told otherwise within `seconds`."""
         self._due = self._loop.time() + seconds
         self._overdue = overdue
@@ -47,21 +50,17 @@ class Guard:
             self._timer = self._loop.call_at(self._due, self._look)
 
     def without_deadline(self) -> None:
-        self._overdue = None
+        self._due = NEVER
 
     def _look(self) -> None:
         self._timer = None
-        if self._overdue is None:
-            return
-        if self._loop.time() >= self._due:
+        if self._loop.time() >= self._due and self._overdue is not None:
             self.interrupt(self._overdue())
-        else:
+        elif self._due != NEVER:
             self._timer = self._loop.call_at(self._due, self._look)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         task, self._task = self._task, None
-        if self._living is not None:
-            self._living.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         if self._reason is None or task is None:
@@ -69,3 +68,70 @@ class Guard:
         cancelled_by_others = task.uncancel() > self._cancelling
         if kind is not None and issubclass(kind, asyncio.CancelledError) and not cancelled_by_others:
             raise self._reason from None
+
+
+class Watched(Guard):
+    """A guard without a timer of its own: a Watch looks at it, ten times a second.
+
+    It has a deadline for the whole block and one for what is waited for at the moment, which may end in another way.
+    """
+
+    def __init__(self, living: "set[Watched]") -> None:
+        super().__init__()
+        self._living = living
+        self._end = NEVER
+        self._too_long: Reason | None = None
+        self._act: Callable[[Exception], None] | None = None
+
+    def __enter__(self) -> Self:
+        self._living.add(self)
+        return super().__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._living.discard(self)
+        super().__exit__(kind, error, traceback)
+
+    def within(self, seconds: float, overdue: Reason, act: Callable[[Exception], None] | None = None) -> None:
+        """`act` is called with what `overdue` makes, instead of interrupting the block."""
+        self._due, self._overdue, self._act = self._loop.time() + seconds, overdue, act
+
+    def end_within(self, seconds: float, too_long: Reason) -> None:
+        self._end, self._too_long = self._loop.time() + seconds, too_long
+
+    def look(self, now: float) -> None:
+        if now >= self._due and self._overdue is not None:
+            self._due = NEVER
+            (self._act or self.interrupt)(self._overdue())
+        elif now >= self._end and self._too_long is not None:
+            self.interrupt(self._too_long())
+
+
+class Watch:
+    """`async with Watch() as watch:` — keeps the deadlines of the guards that it makes, and can end them all."""
+
+    def __init__(self) -> None:
+        self._living: set[Watched] = set()
+        self._looking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._looking = asyncio.create_task(self._keep_looking(), name="deadlines")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._looking is not None
+        await tasks.end([self._looking])
+
+    def guard(self) -> Watched:
+        return Watched(self._living)
+
+    def end_all(self, reason: Reason) -> None:
+        for guard in list(self._living):
+            guard.interrupt(reason())
+
+    async def _keep_looking(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            now = loop.time()
+            for guard in list(self._living):
+                guard.look(now)

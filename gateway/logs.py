@@ -11,8 +11,10 @@ from gateway import strict_json
 
 REQUESTS = logging.getLogger("gateway.request")
 HELD_S, MOST_HELD = 0.05, 500
-PREFIX = b'{"time":"%b","level":"%b","logger":"gateway.request","message":"request",'
-LEVELS = {logging.INFO: b"info", logging.WARNING: b"warning"}
+REST = {
+    level: b'"level":"%b","logger":"gateway.request","message":"request",' % name
+    for level, name in ((logging.INFO, b"info"), (logging.WARNING, b"warning"))
+}
 # Where lines of requests go as JSON, past logging; empty where logging has them.
 _direct: "list[Lines]" = []
 
@@ -98,6 +100,6 @@ def request_line(status: int, fields: dict[str, Any], as_json: bytes) -> None:
         REQUESTS.log(level, "request", extra={"fields": fields})
     elif as_json:
         # As logging would do it, without a record and a search for the caller for each.
-        _direct[0].hold(PREFIX % (_timestamp(time.time()).encode(), LEVELS[level]) + as_json[1:])
+        _direct[0].hold(b'{"time":"%b",%b%b' % (_timestamp(time.time()).encode(), REST[level], as_json[1:]))
     else:
         _direct[0].hold(json_line(time.time(), logging.getLevelName(level), REQUESTS.name, "request", fields))

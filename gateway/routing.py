@@ -10,6 +10,7 @@ from gateway.backends import Backend
 from gateway.catalog import Model
 from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, error_text, judge_whole, read_answer, try_read
 from gateway.errors import BackendFailed, BackendRefused, BackendTimeout, BadRequest, GatewayError, NoBackend
+from gateway.guard import Watched
 from gateway.record import Attempt, Record
 from gateway.upstream import BackendFault, Upstream
 
@@ -76,17 +77,18 @@ class Router:
     def __init__(self, backends: Mapping[str, Backend], *, most_tokens: int) -> None:
         self._backends, self._most_tokens = backends, most_tokens
 
-    async def open(self, call: Call, dialect: Dialect, model: Model, headers: bytes, record: Record) -> Opening:
+    async def open(self, call: Call, dialect: Dialect, model: Model, headers: bytes, record: Record, guard: Watched) -> Opening:
         """The first good answer's beginning; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
         candidates = choose(model, self._backends, call, time.time())
         if not candidates and not is_served(model, call):
             raise BadRequest("this model is served by the OpenAI-compatible routes alone: use /v1/chat/completions")
         faults: list[BackendFault] = []
-        for backend, spelling in candidates:
+        for candidate in candidates:
+            backend, spelling = candidate
             began = time.monotonic()
             record.was_sent = True
             try:
-                opening = await self._try(backend, spelling, call, dialect, headers)
+                opening = await self._try(candidate, call, dialect, headers, guard)
             except BackendFault as fault:
                 faults.append(fault)
                 record.was_sent = False
@@ -100,14 +102,16 @@ class Router:
             return opening
         raise verdict(faults)
 
-    async def _try(self, backend: Backend, spelling: str, call: Call, dialect: Dialect, headers: bytes) -> Opening:
+    async def _try(self, candidate: Candidate, call: Call, dialect: Dialect, headers: bytes, guard: Watched) -> Opening:
+        backend, spelling = candidate
         if backend.is_full:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
         body = call.body_for(backend.kind, spelling, self._most_tokens)
         backend.take()
         upstream = None
         try:
-            upstream = await backend.post(call.operation.path.encode(), headers, body)
+            upstream = await backend.post(call.operation.path.encode(), headers, body, guard)
+            guard.within(backend.config.read_timeout_s, _no_first_byte, upstream.fail)
             opening = await self._look(backend, upstream, call, dialect)
             backend.breaker.succeeded()
         except BaseException as wrong:
@@ -117,11 +121,12 @@ class Router:
                 upstream.close()
             backend.give_back()
             raise
+        finally:
+            guard.without_deadline()
         return opening
 
     async def _look(self, backend: Backend, upstream: Upstream, call: Call, dialect: Dialect) -> Opening:
         """Reads on until the first frame, or the whole answer, has shown itself to be good."""
-        upstream.within(backend.config.read_timeout_s, _no_first_byte)
         try:
             if upstream.status != 200:
                 raise await refusal(upstream, backend)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 import re
 import signal
@@ -104,6 +103,12 @@ class Protocol(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["state"]["connection"] = self
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        self.headers.append((name, value))
+        if name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+
     def watch(self, gone: Callable[[], None] | None) -> None:
         """See `gateway.connection`."""
         self._gone = gone
@@ -117,7 +122,8 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
-            data = without_upgrade(data)
+            if b"upgrade" in data.lower() or b"http2-settings" in data.lower():
+                data = without_upgrade(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > LARGEST_HEAD:
             self.transport.close()
@@ -216,7 +222,6 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        spare_the_collector()
         self._on_ready()
 
     @contextlib.contextmanager
@@ -229,12 +234,12 @@ class Server(uvicorn.Server):
 
     def begin_drain(self) -> None:
         if self._draining is not None:
-            self._rooms.running.end_all(ShuttingDown)
+            self._rooms.watch.end_all(ShuttingDown)
             return
         self._draining = asyncio.get_running_loop().create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:
-        front, running = self._rooms.front, self._rooms.running
+        front, running = self._rooms.front, self._rooms.watch
         front.draining = True
         LOG.info("draining: %d requests in flight, at most %g s", front.in_flight, self._drain_s)
         await self._until_idle(self._drain_s)
@@ -248,13 +253,6 @@ class Server(uvicorn.Server):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._rooms.front.idle.wait()
-
-
-def spare_the_collector() -> None:
-    """What is there now stays: looking through it again and again only makes requests wait."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
 
 
 def listen(host: str, port: int) -> socket.socket:

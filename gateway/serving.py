@@ -1,6 +1,7 @@
 """The long-running verbs: `serve` in a deployment, `worker` under it, `run` on one's own machine."""
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -62,7 +63,15 @@ def serve(settings: Settings, on_ready: Callable[[Rooms | None], None] = lambda 
 async def _serve_one(settings: Settings, listener: socket.socket, on_ready: Callable[[Rooms | None], None]) -> None:
     async with app.build(settings) as rooms:
         one = server.Server(rooms, drain_s=settings.gateway_drain_s, on_ready=lambda: on_ready(rooms))
+        spare_the_collector()
         await one.serve([listener])
+
+
+def spare_the_collector() -> None:
+    """What is there now stays: looking through it again and again only makes requests wait."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 def worker(settings: Settings, descriptor: int, parent: int) -> None:

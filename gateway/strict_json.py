@@ -9,6 +9,7 @@ import orjson
 from gateway.errors import BadRequest
 
 LARGEST_INTEGER = 2**63 - 1
+BLANKS = " \t\n\r"
 
 
 def write(value: object) -> bytes:
@@ -36,7 +37,7 @@ def read_object(body: bytes, known_fields: Collection[str] = ()) -> dict[str, An
     encoding/json would take them for that field).
     """
     try:
-        value = _decoder.decode(body.decode("utf-8"))
+        value = _decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         raise BadRequest("the body is not valid UTF-8") from None
     except RecursionError:
@@ -91,6 +92,18 @@ def _bounded_float(text: str) -> float:
 
 def _refused_constant(name: str) -> NoReturn:
     raise BadRequest(f"{name} is not a JSON value")
+
+
+def _decode(text: str) -> Any:
+    """As the decoder's own `decode`, whose search for blanks costs as much as the reading of a short body."""
+    start = 0 if text.startswith("{") else len(text) - len(text.lstrip(BLANKS))
+    try:
+        value, end = _decoder.scan_once(text, start)  # type: ignore[attr-defined]
+    except StopIteration as nothing:
+        raise json.JSONDecodeError("Expecting value", text, nothing.value) from None
+    if end != len(text) and (rest := text[end:].lstrip(BLANKS)):
+        raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
+    return value
 
 
 _decoder = json.JSONDecoder(

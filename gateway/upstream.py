@@ -17,12 +17,12 @@ from aiohttp.streams import EofStream
 from yarl import URL
 
 from gateway.backend_config import BackendConfig
+from gateway.guard import Watched
 
 LONGEST_WHOLE_ANSWER = 64 * 2**20
 LONGEST_LINE = 65_536
 PRINTABLE = re.compile(r"[\x20-\x7e]*")
 UNSAFE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-NEVER = float("inf")
 
 
 class BackendFault(Exception):
@@ -47,43 +47,6 @@ class Body(Protocol):
     def set_exception(self, exc: BaseException) -> None: ...
 
 
-class Deadline:
-    """Fails whatever waits when it is overdue; moving it costs an assignment, its timer is set anew only when it fires."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, fail: Callable[[Exception], None]) -> None:
-        self._loop, self._fail = loop, fail
-        self._due, self._seconds = NEVER, 0.0
-        self._overdue: Callable[[], Exception] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self, seconds: float, overdue: Callable[[], Exception]) -> None:
-        self._due, self._seconds, self._overdue = self._loop.time() + seconds, seconds, overdue
-        if self._timer is not None and self._timer.when() > self._due:
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._due, self._look)
-
-    def pause(self) -> None:
-        self._due = NEVER
-
-    def fail_by(self, fail: Callable[[Exception], None]) -> None:
-        self._fail = fail
-
-    def end(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _look(self) -> None:
-        self._timer = None
-        now = self._loop.time()
-        if now < self._due:
-            self._timer = self._loop.call_at(min(self._due, now + self._seconds), self._look)
-        elif self._overdue is not None:
-            self._fail(self._overdue())
-
-
 class Upstream:
     """An answer whose head has come; `close` gives its connection back, or ends it unless the answer was read to its end."""
 
@@ -94,21 +57,15 @@ class Upstream:
         body: Body,
         release: Callable[[], None],
         abort: Callable[[], None],
-        deadline: Deadline | None = None,
     ) -> None:
         self.status, self.headers, self._body = status, headers, body
-        self._release, self._abort, self._deadline = release, abort, deadline
+        self._release, self._abort = release, abort
         content_type = headers.get("Content-Type", "")
         self.content_type = content_type if PRINTABLE.fullmatch(content_type) else ""
 
-    def within(self, seconds: float, overdue: Callable[[], Exception]) -> None:
-        """From now on `read` raises what `overdue` makes unless told otherwise within `seconds`."""
-        if self._deadline is not None:
-            self._deadline.start(seconds, overdue)
-
-    def without_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.pause()
+    def fail(self, error: Exception) -> None:
+        """Whoever reads, now or next, gets this."""
+        self._body.set_exception(error)
 
     async def read(self) -> bytes:
         """The next bytes as they come, b"" at the end; raises BackendFault where the answer breaks off."""
@@ -127,8 +84,6 @@ class Upstream:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
-        if self._deadline is not None:
-            self._deadline.end()
         if self._body.is_eof():
             self._release()
         else:
@@ -141,34 +96,33 @@ class Caller:
     def __init__(self, session: aiohttp.ClientSession, config: BackendConfig, fixed: Mapping[str, str]) -> None:
         url = URL(config.base_url, encoded=True)
         assert session.connector is not None
-        self._connector, self._loop = session.connector, asyncio.get_running_loop()
-        self._target = aiohttp.ClientRequest("POST", url, loop=self._loop, session=session)
+        self._connector = session.connector
+        self._target = aiohttp.ClientRequest("POST", url, loop=asyncio.get_running_loop(), session=session)
         self._timeout = aiohttp.ClientTimeout(total=None, connect=config.read_timeout_s, sock_connect=config.connect_timeout_s)
         self._wait_s = config.read_timeout_s
         self._prefix = url.raw_path.rstrip("/").encode()
         lines = {"Host": url.host_port_subcomponent, **fixed}
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode("latin-1")
 
-    async def post(self, path: bytes, headers: bytes, body: bytes) -> Upstream:
+    async def post(self, path: bytes, headers: bytes, body: bytes, guard: Watched) -> Upstream:
         """Ends with the answer's head. Raises BackendFault; `headers` are whole lines."""
         connection = await self._connect()
         protocol = connection.protocol
         assert protocol is not None and protocol.transport is not None
-        deadline = Deadline(self._loop, protocol.set_exception)
         try:
             protocol.set_response_params(
                 read_until_eof=True, auto_decompress=False, max_line_size=LONGEST_LINE, max_field_size=LONGEST_LINE
             )
             head = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b"
             protocol.transport.write(head % (self._prefix, path, self._fixed, headers, len(body), body))
-            deadline.start(self._wait_s, _no_head)
+            guard.within(self._wait_s, _no_head, protocol.set_exception)
             message, payload = await _head(protocol)
         except BaseException:
-            deadline.end()
             connection.close()
             raise
-        deadline.fail_by(payload.set_exception)
-        return Upstream(message.code, message.headers, payload, connection.release, connection.close, deadline)
+        finally:
+            guard.without_deadline()
+        return Upstream(message.code, message.headers, payload, connection.release, connection.close)
 
     async def _connect(self) -> Connection:
         try:
