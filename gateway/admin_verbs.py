@@ -126,7 +126,7 @@ class AdminVerb:
         return backend
 
     def _path(self, scope: Scope) -> str:
-        digest = scope["path_params"].get("digest", "")
+        digest = scope.get("path_params", {}).get("digest", "")
         if "{digest}" in self._route and not DIGEST.fullmatch(digest):
             raise BadRequest("the digest must be sha256:<64 hexadecimal digits>")
         return self._route.replace("{digest}", digest)

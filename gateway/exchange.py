@@ -96,7 +96,7 @@ class Exchange:
             try:
                 if call.stream:
                     guard.end_within(opening.backend.config.total_timeout_s, BackendTimeout)
-                    await answer.relay(opening, guard)
+                    await answer.relay(opening, guard, connection)
                 else:
                     answer.keep_whole(opening)
             finally:
@@ -132,11 +132,11 @@ class Answer:
         if self.record.transcript is not None:
             self.record.transcript.hear(opening.frames)
 
-    async def relay(self, opening: Opening, guard: Watched) -> None:
+    async def relay(self, opening: Opening, guard: Watched, connection: Connection) -> None:
         content_type = opening.upstream.content_type or self._dialect.framing.content_type
         await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
         try:
-            await self._relay_frames(opening, guard)
+            await self._relay_frames(opening, guard, connection)
         except BackendFault as fault:
             if not self._said_last:
                 self.record.detail = str(fault)
@@ -152,16 +152,27 @@ class Answer:
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
 
-    async def _relay_frames(self, opening: Opening, guard: Watched) -> None:
+    async def _relay_frames(self, opening: Opening, guard: Watched, connection: Connection) -> None:
         framing, idle_s, upstream = self._dialect.framing, opening.backend.config.idle_timeout_s, opening.upstream
         frames, rest = opening.frames, opening.rest
+
+        def pass_at_once(piece: bytes) -> bool:
+            """Most pieces are whole frames for a client that keeps up: they need no turn of this task."""
+            if rest or framing.end_of_frames(piece) != len(piece) or self._dialect.says_last(piece) or not connection.keeps_up:
+                return False
+            if shown := self._hear(piece):
+                connection.push(shown)
+                self.record.bytes_out += len(shown)
+            guard.within(idle_s, BackendTimeout)
+            return True
+
         while True:
             if self._dialect.says_last(frames) and not opening.at_end:
                 rest += await self._rest_of(opening)
             guard.within(idle_s, ClientStalled)
             await self._pass_on(frames)
             guard.within(idle_s, BackendTimeout)
-            piece = b"" if opening.at_end else await upstream.read()
+            piece = b"" if opening.at_end else await upstream.flow(pass_at_once)
             if not piece:
                 break
             data = rest + piece if rest else piece
@@ -182,17 +193,21 @@ class Answer:
     async def _pass_on(self, frames: bytes) -> None:
         if not frames:
             return
-        self._recent.append(frames)
-        self.record.relayed_tokens += self._dialect.framing.count(frames)
-        if self.record.transcript is not None:
-            self.record.transcript.hear(frames)
-        shown = self._dialect.without_usage(frames) if self._hides_usage else frames
+        shown = self._hear(frames)
         if self._dialect.says_last(frames) and self._look_at_end():
             # Who has seen this may be gone, and back with the next request, before the body has ended.
             self._said_last = True
             await self._books.end(self.record, coming=len(shown))
         if shown:
             await self._send({"type": "http.response.body", "body": shown, "more_body": True})
+
+    def _hear(self, frames: bytes) -> bytes:
+        """Takes note of frames; returns what the client is shown of them."""
+        self._recent.append(frames)
+        self.record.relayed_tokens += self._dialect.framing.count(frames)
+        if self.record.transcript is not None:
+            self.record.transcript.hear(frames)
+        return self._dialect.without_usage(frames) if self._hides_usage else frames
 
     async def _pass_on_last(self, rest: bytes) -> None:
         """A stream may end without its last newline; half a frame is no frame and is not passed on."""

@@ -25,9 +25,23 @@ UPGRADE = re.compile(rb"\r\n(?:upgrade|http2-settings):[^\r\n]*", re.IGNORECASE)
 
 
 class Cycle(RequestResponseCycle):
-    """One request and its answer. The head goes out with the first of the body, and our own headers need no second look."""
+    """One request and its answer, a `gateway.connection`.
+
+    The head goes out with the first of the body, and our own headers need no second look.
+    """
 
     _head = b""
+    protocol: "Protocol"
+
+    def watch(self, gone: Callable[[], None] | None) -> None:
+        self.protocol.watch(gone)
+
+    @property
+    def keeps_up(self) -> bool:
+        return self.response_started and not (self._head or self.flow.write_paused or self.disconnected)
+
+    def push(self, body: bytes) -> None:
+        self.transport.write(self._framed(body, more=True))
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
@@ -99,10 +113,6 @@ class Protocol(HttpToolsProtocol):
         self._is_lost = True
         self.watch(self._gone)
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["state"]["connection"] = self
-
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         self.headers.append((name, value))
@@ -110,7 +120,6 @@ class Protocol(HttpToolsProtocol):
             self.expect_100_continue = value.lower() == b"100-continue"
 
     def watch(self, gone: Callable[[], None] | None) -> None:
-        """See `gateway.connection`."""
         self._gone = gone
         if gone is not None and self._is_lost:
             self._gone = None
@@ -140,7 +149,10 @@ class Protocol(HttpToolsProtocol):
         self._stop_waiting()
         super().on_headers_complete()
         # Its task has not run yet; there is no other way to say which class of cycles to make.
-        self.cycle.__class__ = Cycle
+        cycle: Any = self.cycle
+        cycle.__class__ = Cycle
+        cycle.protocol = self
+        self.scope["state"]["connection"] = cycle
 
     def on_message_complete(self) -> None:
         self._in_head, self._head_bytes = True, 0

@@ -7,7 +7,6 @@ that is known beforehand. The pool of connections, their making, TLS and the par
 import asyncio
 import re
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -37,14 +36,36 @@ class ConnectionLost(BackendFault):
     """A connection ended before any byte of the answer."""
 
 
-class Body(Protocol):
-    """What aiohttp's reader of a body offers here."""
+class Tap(asyncio.Protocol):
+    """Between a transport and aiohttp's protocol: what that makes of each arrival is taken at once, without waking a task."""
 
-    async def readany(self) -> bytes: ...
+    def __init__(self, protocol: ResponseHandler, body: aiohttp.StreamReader, take: Callable[[bytes], bool]) -> None:
+        self._protocol, self._body, self._take = protocol, body, take
+        self.left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
-    def is_eof(self) -> bool: ...
+    def data_received(self, data: bytes) -> None:
+        self._protocol.data_received(data)
+        self.look()
 
-    def set_exception(self, exc: BaseException) -> None: ...
+    def eof_received(self) -> None:
+        self._protocol.eof_received()
+        self.look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+        self.look()
+
+    def look(self) -> None:
+        if self.left.done():
+            return
+        if (wrong := self._body.exception()) is not None:
+            self.left.set_exception(wrong)
+            return
+        piece = self._body.read_nowait()
+        if piece and not self._take(piece):
+            self.left.set_result(piece)
+        elif self._body.at_eof():
+            self.left.set_result(b"")
 
 
 class Upstream:
@@ -54,12 +75,13 @@ class Upstream:
         self,
         status: int,
         headers: Mapping[str, str],
-        body: Body,
+        body: aiohttp.StreamReader,
         release: Callable[[], None],
         abort: Callable[[], None],
+        protocol: ResponseHandler | None = None,
     ) -> None:
         self.status, self.headers, self._body = status, headers, body
-        self._release, self._abort = release, abort
+        self._release, self._abort, self._protocol = release, abort, protocol
         content_type = headers.get("Content-Type", "")
         self.content_type = content_type if PRINTABLE.fullmatch(content_type) else ""
 
@@ -73,6 +95,25 @@ class Upstream:
             return await self._body.readany()
         except (aiohttp.ClientError, OSError) as wrong:
             raise BackendFault("broken_off", type(wrong).__name__) from wrong
+
+    async def flow(self, take: Callable[[bytes], bool]) -> bytes:
+        """Calls `take` with the bytes as they come and returns the first that it does not take, b"" at the end.
+
+        Raises as `read` does.
+        """
+        protocol = self._protocol
+        transport = None if protocol is None else protocol.transport
+        if protocol is None or transport is None or transport.is_closing():
+            return await self.read()
+        tap = Tap(protocol, self._body, take)
+        transport.set_protocol(tap)
+        try:
+            tap.look()
+            return await tap.left
+        except (aiohttp.ClientError, OSError) as wrong:
+            raise BackendFault("broken_off", type(wrong).__name__) from wrong
+        finally:
+            transport.set_protocol(protocol)
 
     async def read_whole(self, limit: int = LONGEST_WHOLE_ANSWER) -> bytes:
         pieces, size = [], 0
@@ -122,7 +163,7 @@ class Caller:
             raise
         finally:
             guard.without_deadline()
-        return Upstream(message.code, message.headers, payload, connection.release, connection.close)
+        return Upstream(message.code, message.headers, payload, connection.release, connection.close, protocol)
 
     async def _connect(self) -> Connection:
         try:

@@ -50,6 +50,8 @@ class ServerSentEvents:
     content_type = "text/event-stream"
 
     def end_of_frames(self, data: bytes) -> int:
+        if data.endswith(b"\n\n"):
+            return len(data)
         return max(
             data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0,
             data.rfind(b"\n\r\n") + 3 if b"\n\r\n" in data else 0,
