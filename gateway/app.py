@@ -29,12 +29,13 @@ from gateway.exchange import Exchange
 from gateway.front import Front, by_prefix
 from gateway.guard import Watch
 from gateway.health import Health
-from gateway.limits import FREED, Limits
+from gateway.limits import Limits
 from gateway.lists import Lists
 from gateway.quota import Quota
-from gateway.redis_line import Line
+from gateway.redis_lines import Lines
 from gateway.routing import Router
 from gateway.settings import Settings
+from gateway.shards import FREED
 from gateway.show import described
 from gateway.store import Store
 
@@ -103,16 +104,16 @@ async def build(settings: Settings) -> AsyncIterator[Rooms]:
 
 @asynccontextmanager
 async def limits_of(settings: Settings, database: Database, store: Store) -> AsyncIterator[Limits]:
-    async with Line(settings.redis_url, store.count_failure) as line:
+    async with Lines(settings.redis_url, store.count_failure) as lines:
         limits = Limits(
-            line,
+            lines,
             Budgets(database, store).seed,
             most_output=settings.max_num_predict,
             queue_wait_s=settings.max_queue_wait_s,
             closed_without_redis=settings.limits_without_redis == "closed",
         )
         async with limits:
-            store.subscribe({FREED: limits.slot_freed}, after_gap=lambda: None)
+            store.subscribe({FREED: lambda queue: limits.slot_freed(queue.encode())}, after_gap=lambda: None)
             yield limits
 
 

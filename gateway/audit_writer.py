@@ -3,14 +3,15 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Self
 
-from gateway import audit_table, strict_json, tasks
+from gateway import audit_table, shards, strict_json, tasks
 from gateway.database import Database
 from gateway.errors import StoreUnavailable
-from gateway.limits import DROPPED, PROMPTS, ROWS, Limits
+from gateway.limits import Limits
+from gateway.shards import HOME
 from gateway.store import Store, StoreAway
 
 LOG = logging.getLogger("gateway.audit")
@@ -74,21 +75,34 @@ class AuditWriter:
         return bool(holder == mine)
 
     async def _move(self) -> int:
-        rows = await self._oldest(ROWS, MOST_ROWS)
-        prompts = await self._oldest(PROMPTS, MOST_PROMPTS)
-        if rows or prompts:
-            await self._write([fields.get(b"row", b"") for _, fields in rows], _contents(prompts))
-            await self._forget(rows, prompts)
-        return len(rows)
+        """The oldest of every shard; how many rows came from where most did."""
+        rows = await self._oldest([shared.rows for shared in shards.ALL], MOST_ROWS)
+        prompts = await self._oldest([shared.prompts for shared in shards.ALL], MOST_PROMPTS)
+        told = [fields.get(b"row", b"") for entries in rows for _, fields in entries]
+        contents = _contents([entry for entries in prompts for entry in entries])
+        for start in range(0, max(len(told), 1 if contents else 0), MOST_ROWS):
+            await self._write(told[start : start + MOST_ROWS], contents if start == 0 else [])
+        await self._forget(rows, prompts)
+        return max(map(len, rows))
 
-    async def _oldest(self, stream: str, most: int) -> list[Entry]:
-        found: list[Entry] = await self._store.slow_call(lambda redis: redis.xrange(stream, count=most), READ_DEADLINE_S)
-        return found
+    async def _oldest(self, streams: Sequence[bytes], most: int) -> list[list[Entry]]:
+        def fill(pipe: Any) -> None:
+            for stream in streams:
+                pipe.xrange(stream, count=most)
 
-    async def _forget(self, rows: Sequence[Entry], prompts: Sequence[Entry]) -> None:
-        for stream, entries in ((ROWS, rows), (PROMPTS, prompts)):
-            if entries:
-                await self._store.slow_call(_trim(stream, entries[-1][0]), READ_DEADLINE_S)
+        return await self._store.slow_pipeline(fill, READ_DEADLINE_S)
+
+    async def _forget(self, rows: Sequence[Sequence[Entry]], prompts: Sequence[Sequence[Entry]]) -> None:
+        """Away with all that was read: it was the oldest."""
+
+        def fill(pipe: Any) -> None:
+            for shared, some, others in zip(shards.ALL, rows, prompts, strict=True):
+                for stream, entries in ((shared.rows, some), (shared.prompts, others)):
+                    if entries:
+                        pipe.xtrim(stream, minid=_behind(entries[-1][0]), approximate=False)
+
+        if any(rows) or any(prompts):
+            await self._store.slow_pipeline(fill, READ_DEADLINE_S)
 
     async def _write(self, rows: Sequence[bytes], prompts: Sequence[dict[str, Any]]) -> None:
         try:
@@ -111,7 +125,7 @@ class AuditWriter:
                 refused.append(type(wrong).__name__)
         if taken and refused:
             LOG.error("%d audit rows are refused by the database and lost: %s", len(refused), ", ".join(sorted(set(refused))))
-            await self._store.call(lambda redis: redis.incrby(DROPPED, len(refused)))
+            await self._store.call(lambda redis: redis.incrby(shards.ALL[HOME].dropped, len(refused)))
         return taken
 
     async def _reap(self) -> None:
@@ -121,10 +135,9 @@ class AuditWriter:
             await self._limits.tell(settlement, "reaped")
 
 
-def _trim(stream: str, last: bytes) -> Callable[[Any], Any]:
-    """Away with all entries up to this one: they were the oldest."""
-    time, _, number = last.partition(b"-")
-    return lambda redis: redis.xtrim(stream, minid=b"%b-%d" % (time, int(number) + 1), approximate=False)
+def _behind(entry: bytes) -> bytes:
+    time, _, number = entry.partition(b"-")
+    return b"%b-%d" % (time, int(number) + 1)
 
 
 def _contents(prompts: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ class Books:
         row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0
         completion = spent.completion if is_whole else -1
-        return Settlement(record.admission, spent.total, completion, row, self._prompt(record), record.id)
+        return Settlement(record.admission, spent.total, completion, row, self._prompt(record), record.id, record.key_id)
 
     def _prompt(self, record: Record) -> bytes:
         if record.transcript is None or record.key is None:

@@ -107,10 +107,11 @@ class Discovery:
         def fill(pipe: Any) -> None:
             for name, value in packed.items():
                 pipe.set(name, value, ex=KEPT_IN_REDIS_S)
-            pipe.set(MAP, whole, ex=KEPT_IN_REDIS_S).publish(CHANGED, "")
+            pipe.set(MAP, whole, ex=KEPT_IN_REDIS_S)
 
         with suppress(StoreAway):
             await self._store.pipeline(fill)
+            await self._store.call(lambda redis: redis.publish(CHANGED, ""))
 
     def _load_soon(self, _: str) -> None:
         self._spawn(self._load())
@@ -148,7 +149,8 @@ def _unknown(backend: Backend) -> Snapshot:
 
 
 def _snapshot_key(backend: str) -> str:
-    return f"nz:models:{backend}"
+    # One hash tag for all: a cluster can then give them at once.
+    return f"nz:{{models}}:{backend}"
 
 
 async def poll(backend: Backend) -> Snapshot:

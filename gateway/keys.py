@@ -181,7 +181,8 @@ class KeyRing:
             return False
         secret_ids = [row["id"] for row in await self._database.rows("secret_ids", key_id)]
         try:
-            await self._store.pipeline(lambda pipe: _forget(pipe, secret_ids).publish(CHANGED, key_id))
+            await self._store.pipeline(lambda pipe: _forget(pipe, secret_ids))
+            await self._store.call(lambda redis: redis.publish(CHANGED, key_id))
         except StoreAway:
             return False
         return True
@@ -196,7 +197,7 @@ def _forget(pipe: Any, secret_ids: Sequence[str]) -> Any:
 
 def version_key(secret_id: str) -> str:
     """Counts the changes of a key, so that what was read before a change is not remembered after it."""
-    return f"nz:keyversion:{secret_id}"
+    return f"nz:keyversion:{{{secret_id}}}"
 
 
 def _refuse_unreadable(wanted: NewKey) -> None:
@@ -213,4 +214,4 @@ def _refuse_unreadable_pattern(pattern: str) -> None:
 
 
 def cache_key(secret_id: str) -> str:
-    return f"nz:key:{secret_id}"
+    return f"nz:key:{{{secret_id}}}"

@@ -8,26 +8,25 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Self
 
-from gateway import strict_json, tasks
+from gateway import shards, strict_json, tasks
 from gateway.admission import Admission, Ticket, Usage, headers, refusal
 from gateway.errors import LimitReached, LimitsUnavailable, StoreUnavailable
 from gateway.local_limits import LocalLimits, Share
 from gateway.quota import Scope
 from gateway.record import NEVER_ENDED
 from gateway.redis_line import Line
+from gateway.redis_lines import Lines
+from gateway.shards import HOME, PROCESSES
 from gateway.store import StoreAway
 
 LOG = logging.getLogger("gateway.limits")
-CALLS, LEASES, MEANS, PROCESSES = "nz:calls", "nz:leases", "nz:means", "nz:processes"
-ROWS, PROMPTS, DROPPED = "nz:audit", "nz:prompts", "nz:audit:dropped"
-FREED = "nz:slots"
 LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
 TICK_S, RENEW_EVERY_S, RENEWED_AT_ONCE = 1.0, 8.0, 500
 MEAN_OF_UNKNOWN_MODEL = 256
-MOST_ROWS, MOST_PROMPTS = 100_000, 2_000
+# Of one shard.
+MOST_ROWS, MOST_PROMPTS = 25_000, 500
 WAITING_PER_KEY, WAITING = 100, 1_000
 LOOK_AGAIN_S = 0.25
 LONGEST_LIKELY_S, SHORTEST_LIKELY_S = 60.0, 0.1
@@ -45,6 +44,7 @@ class Settlement:
     row: bytes
     prompt: bytes = b""
     id: str = ""
+    key_id: str = ""
 
 
 class Limits:
@@ -52,14 +52,14 @@ class Limits:
 
     def __init__(
         self,
-        line: Line,
+        lines: Lines,
         seed: Callable[[Scope], Awaitable[None]],
         *,
         most_output: int,
         queue_wait_s: float = 0.0,
         closed_without_redis: bool = False,
     ) -> None:
-        self._line, self._seed = line, seed
+        self._lines, self._seed = lines, seed
         self._most_output, self._queue_wait_s, self._closed = most_output, queue_wait_s, closed_without_redis
         self.process = uuid.uuid4().hex
         self.local = LocalLimits()
@@ -68,7 +68,7 @@ class Limits:
         self._means: OrderedDict[str, float] = OrderedDict()
         self._lengths: OrderedDict[str, float] = OrderedDict()
         self._seeding: dict[str, asyncio.Task[None]] = {}
-        self._waiting: OrderedDict[str, list[asyncio.Event]] = OrderedDict()
+        self._waiting: OrderedDict[bytes, list[asyncio.Event]] = OrderedDict()
         self._waiters = 0
         self._usable_since: float | None = None
         self._ticking: asyncio.Task[None] | None = None
@@ -81,12 +81,12 @@ class Limits:
         assert self._ticking is not None
         await tasks.end([self._ticking, *self._seeding.values()])
         with suppress(StoreAway):
-            await self._line.send("ZREM", PROCESSES, self.process)
+            await self._line(HOME).send("ZREM", PROCESSES, self.process)
 
     @property
     def is_usable(self) -> bool:
         """Whether Redis decides; else this process does."""
-        return self._line.is_usable
+        return self._lines.is_usable
 
     def is_settled(self, seconds: float) -> bool:
         """Whether Redis has decided for so long that everybody has had the time to renew."""
@@ -122,7 +122,7 @@ class Limits:
     async def _wait(self, ticket: Ticket, until: float) -> "Admission | LimitReached":
         """In the key's queue, which Redis keeps for all processes in the order of arrival."""
         freed = asyncio.Event()
-        lines = [self._waiting.setdefault(_key("q", scope), []) for scope in ticket.scopes]
+        lines = [self._waiting.setdefault(shards.queue(scope.name), []) for scope in ticket.scopes]
         for line in lines:
             line.append(freed)
         self._waiters += 1
@@ -143,24 +143,26 @@ class Limits:
             for line, scope in zip(lines, ticket.scopes, strict=True):
                 line.remove(freed)
                 if not line:
-                    self._waiting.pop(_key("q", scope), None)
+                    self._waiting.pop(shards.queue(scope.name), None)
 
     def _leave_queue(self, ticket: Ticket) -> None:
         with suppress(StoreAway):
             for scope in ticket.scopes:
-                self._line.send("ZREM", _key("q", scope), ticket.id).add_done_callback(_look_at)
+                line = self._line(shards.shard_of(scope.name))
+                line.send("ZREM", shards.queue(scope.name), ticket.id).add_done_callback(_look_at)
 
-    def slot_freed(self, queue: str) -> None:
+    def slot_freed(self, queue: bytes) -> None:
         """A call has ended somewhere: the first who waits here asks again."""
         for freed in self._waiting.get(queue, ())[:1]:
             freed.set()
 
     async def _ask(self, ticket: Ticket, *, may_wait: bool) -> "Admission | LimitReached":
         try:
-            reply = await self._line.run("admit", *self._question(ticket, may_wait))
+            line = self._line(shards.shard_of(ticket.scopes[0].name))
+            reply = await line.run("admit", *self._question(ticket, may_wait))
             if reply[0] == b"seed":
                 await self._seeded(ticket.scopes[reply[4] - 1])
-                reply = await self._line.run("admit", *self._question(ticket, may_wait))
+                reply = await line.run("admit", *self._question(ticket, may_wait))
         except StoreAway:
             return self._ask_ourselves(ticket, may_wait)
         if reply[0] == b"seed":
@@ -168,13 +170,13 @@ class Limits:
         return self._read(ticket, reply)
 
     def _question(self, ticket: Ticket, may_wait: bool) -> tuple[list[Any], list[Any]]:
-        keys: list[Any] = [CALLS, LEASES, MEANS]
+        keys: list[Any] = [*shards.ALL[shards.shard_of(ticket.scopes[0].name)][:3]]
         wait_ms = int(self._queue_wait_s * 1000) if may_wait else 0
         prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
         values: list[Any] = [ticket.id, ticket.info, LEASE_MS, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
         values += [self._most_output, wait_ms, WAITING_PER_KEY, round(self._likely_s(ticket.scopes[0]) * 1000)]
         for scope in ticket.scopes:
-            keys += _names(scope.name)
+            keys += shards.counters(scope.name)
             values += scope[1:]
         return keys, values
 
@@ -244,7 +246,8 @@ class Limits:
     def tell(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
         admission = settlement.admission
         scopes: Sequence[Scope] = admission.scopes if admission else ()
-        keys: list[Any] = [CALLS, LEASES, MEANS, ROWS, PROMPTS, DROPPED, f"nz:once:{settlement.id}"]
+        shard = shards.shard_of(settlement.key_id)
+        keys: list[Any] = [*shards.ALL[shard], shards.once(shard, settlement.id)]
         model = admission.model if admission else ""
         how = how or (admission.how if admission else "admitted")
         # Redis may have let in, unheard, what this process then let in alone.
@@ -252,16 +255,16 @@ class Limits:
         values: list[Any] = [settlement.id, reserved, settlement.used, settlement.row, settlement.prompt, how]
         values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS]
         for scope in scopes:
-            keys += _names(scope.name)[1:]
+            keys += shards.counters(scope.name)[1:]
             values += [int(scope.tpm >= 0), int(scope.has_budget)]
-        return self._line.run("settle", keys, values)
+        return self._line(shard).run("settle", keys, values)
 
     def _note_end(self, admission: Admission, settlement: Settlement) -> None:
         self.local.leave(admission.scopes)
         if admission.how == "alone":
             self.local.settle(admission.scopes, admission.reserved, settlement.used)
             for scope in admission.scopes:
-                self.slot_freed(_key("q", scope))
+                self.slot_freed(shards.queue(scope.name))
         _move(self._lengths, admission.scopes[0].name, time.monotonic() - admission.began, 0.2)
         if settlement.completion >= 0:
             _move(self._means, admission.model, settlement.completion, 0.05)
@@ -275,28 +278,49 @@ class Limits:
         renewed_at = 0.0
         while True:
             now = time.monotonic()
-            if not self._line.is_usable:
+            if not self._lines.is_usable:
                 self._usable_since = None
-            elif self._usable_since is None or now - renewed_at > RENEW_EVERY_S:
-                self._usable_since = self._usable_since or now
+            elif self._usable_since is None:
+                self._usable_since, renewed_at = now, 0.0
+            if now - renewed_at > RENEW_EVERY_S:
                 renewed_at = now
-                with suppress(StoreAway):
-                    await self._renew()
+                await self._renew()
             await asyncio.sleep(TICK_S)
 
     async def _renew(self) -> None:
-        leases = [(admission.id, scope) for admission in list(self._running.values()) for scope in admission.scopes]
-        for start in range(0, len(leases) + 1, RENEWED_AT_ONCE):
-            some = leases[start : start + RENEWED_AT_ONCE]
-            keys = [LEASES, PROCESSES, *(_key("c", scope) for _, scope in some)]
-            living = await self._line.run("renew", keys, [self.process, LEASE_MS, PROCESS_LIFE_MS, *(id_ for id_, _ in some)])
+        """The leases of long calls, shard by shard, and this process's own."""
+        of_shards: dict[int, list[tuple[str, bytes]]] = {}
+        for admission in list(self._running.values()):
+            shard = shards.shard_of(admission.scopes[0].name)
+            slots = [(admission.id, shards.slots(scope.name)) for scope in admission.scopes]
+            of_shards.setdefault(shard, []).extend(slots)
+        for shard, slots in of_shards.items():
+            with suppress(StoreAway):
+                await self._renew_in(shard, slots)
+        with suppress(StoreAway):
+            living = await self._line(HOME).run("beat", [PROCESSES], [self.process, PROCESS_LIFE_MS])
             ids = sorted(process.decode() for process in living)
             self.share = Share(ids.index(self.process), len(ids))
 
+    async def _renew_in(self, shard: int, slots: Sequence[tuple[str, bytes]]) -> None:
+        for start in range(0, len(slots), RENEWED_AT_ONCE):
+            some = slots[start : start + RENEWED_AT_ONCE]
+            keys = [shards.ALL[shard].leases, *(slot for _, slot in some)]
+            await self._line(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
+
     async def overdue(self, since_ms: int, most: int) -> list[Settlement]:
         """Calls whose process is gone, each to be told as "reaped". Raises StoreAway."""
-        found = await self._line.run("overdue", [LEASES, CALLS], [since_ms, most])
-        return [_abandoned(id_.decode(), info) for id_, info in zip(found[::2], found[1::2], strict=True)]
+        settlements = []
+        for shard, shared in enumerate(shards.ALL):
+            found = await self._line(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
+            settlements += [_abandoned(id_.decode(), info) for id_, info in zip(found[::2], found[1::2], strict=True)]
+        return settlements
+
+    def _line(self, shard: int) -> Line:
+        line = self._lines.of(shard)
+        if line is None:
+            raise StoreAway
+        return line
 
 
 def remembered(scopes: Sequence[Scope], model: str, prompt: int, row: dict[str, Any]) -> bytes:
@@ -317,17 +341,7 @@ def _abandoned(call: str, info: bytes) -> Settlement:
         "tokens_from": "partial" if used else "none",
     }
     admission = Admission(call, scopes, told["model"], True, "reaped", int(reserved))
-    return Settlement(admission, used, -1, strict_json.write(row), id=call)
-
-
-@lru_cache(maxsize=20_000)
-def _names(scope: str) -> tuple[bytes, ...]:
-    """The keys of a scope's requests, tokens, reserve, slots, queue and budget."""
-    return tuple(f"nz:{kind}:{scope}".encode() for kind in "wtvcqb")
-
-
-def _key(kind: str, scope: Scope) -> str:
-    return f"nz:{kind}:{scope.name}"
+    return Settlement(admission, used, -1, strict_json.write(row), id=call, key_id=scopes[0].name)
 
 
 def _look_at(answer: "asyncio.Future[Any]") -> None:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from gateway import store
+from gateway import shards, store
 from gateway.checkup import Finding, State, clock, guarded, ok, problem, warning, words
-from gateway.limits import DROPPED, ROWS
 
 NAME = "Redis"
 OLDEST_VERSION = (6, 2)
@@ -104,7 +103,7 @@ def persistence(info: Mapping[str, Any]) -> Finding:
 
 
 async def _backlog(client: Any) -> list[Finding]:
-    count = await client.xlen(ROWS)
+    count = sum([await client.xlen(shared.rows) for shared in shards.ALL])
     found = f"{count} rows wait for PostgreSQL"
     if count > LONGEST_BACKLOG:
         return [warning("audit backlog", found, "see whether a gateway runs and PostgreSQL answers: they take the rows away")]
@@ -112,8 +111,10 @@ async def _backlog(client: Any) -> list[Finding]:
 
 
 async def _losses(client: Any) -> list[Finding]:
-    count = int(await client.get(DROPPED) or 0)
+    counts = {shared.dropped.decode(): int(await client.get(shared.dropped) or 0) for shared in shards.ALL}
+    count = sum(counts.values())
     if count:
-        advice = f"read the gateway's log for the reason; when you know it, begin anew: `redis-cli DEL {DROPPED}`"
+        names = " ".join(name for name, lost in counts.items() if lost)
+        advice = f"read the gateway's log for the reason; when you know it, begin anew: `redis-cli DEL {names}`"
         return [warning("audit losses", f"{count} rows were dropped", advice)]
     return [ok("audit losses", "none")]

@@ -23,6 +23,8 @@ MOST_PENDING = 20_000
 LOOKS, LOOK_AGAIN_S = 4, 0.003
 GIVE_UP_S = 5.0
 PAUSE_S = 0.2
+# What a node of a cluster says of a key that it does not hold, or not yet, or that nobody holds.
+NOT_HERE = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 
 
 def pack(*command: Any) -> bytes:
@@ -56,9 +58,9 @@ class Line:
     fails with StoreAway, and until Redis has caught up everything else fails at once.
     """
 
-    def __init__(self, url: str, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(self, url: str, on_failure: Callable[[Exception], None], on_moved: Callable[[], None] = lambda: None) -> None:
         self._client: Redis = connect(url, deadline_s=CONNECT_DEADLINE_S)
-        self._on_failure = on_failure
+        self._on_failure, self._on_moved = on_failure, on_moved
         self._scripts = scripts()
         self._transport: asyncio.WriteTransport | None = None
         self._unwritten: list[bytes] = []
@@ -189,12 +191,15 @@ class Line:
         if told.startswith("READONLY"):
             # What was the primary is none any more: another connection finds the new one.
             self._hang_up()
+        if told.startswith(NOT_HERE):
+            self._on_moved()
         if sent.answer.done():
             return
         if told.startswith("NOSCRIPT") and not sent.is_second_try:
             self._try_again(sent)
         else:
-            LOG.error("Redis refuses: %s", told)
+            if not told.startswith(NOT_HERE):
+                LOG.error("Redis refuses: %s", told)
             sent.answer.set_exception(StoreAway())
 
     def _try_again(self, sent: Sent) -> None:

@@ -95,7 +95,7 @@ def _is_network(text: str) -> bool:
 
 
 DATABASE_SCHEMES = ("postgresql+asyncpg", "postgresql", "postgres")
-REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]*)(:(?P<port>\d{0,5}))?")
 
 
@@ -110,7 +110,8 @@ def redis_url(text: str) -> str:
     parts = _split(text)
     if parts is None or parts.scheme not in REDIS_SCHEMES or not _names_a_place(parts):
         raise ValueError(
-            "an address such as redis://host:6379/0, rediss://…, unix:///path or redis+sentinel://host:26379,host/master/0"
+            "an address such as redis://host:6379/0, rediss://…, unix:///path, redis+sentinel://host:26379,host/master/0 "
+            "or redis+cluster://host:6379,host:6379"
         )
     return text
 
@@ -128,6 +129,9 @@ def _names_a_place(parts: SplitResult) -> bool:
         return bool(parts.path)
     path = parts.path.strip("/")
     number = path.partition("/")[2] if "sentinel" in parts.scheme else path
+    if "cluster" in parts.scheme and number not in ("", "0"):
+        # A cluster has no databases but the first.
+        return False
     return bool(re.fullmatch(r"\d{0,5}", number))
 
 

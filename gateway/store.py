@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Self
 from urllib.parse import unquote
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -34,16 +35,42 @@ class StoreAway(Exception):
 
 
 def connect(url: str, *, deadline_s: float) -> Redis:
-    """A client for redis://, rediss://, unix:// or redis+sentinel://[user:password@]host:port[,host:port…]/master[/db]."""
+    """A client for redis://, rediss://, unix://, redis+sentinel://[user:password@]host:port[,host:port…]/master[/db] or
+    redis+cluster://[user:password@]host:port[,host:port…]."""
     options: dict[str, Any] = {
         "socket_timeout": deadline_s,
         "socket_connect_timeout": CONNECT_DEADLINE_S,
         "retry": Retry(NoBackoff(), 0),
         "client_name": "neuronetz-gateway",
     }
+    if is_cluster(url):
+        found: Redis = _of_cluster(url, options)
+        return found
     if "+sentinel" not in address.split(url).scheme:
         return Redis.from_url(url, **options)
     return _through_sentinels(url, options)
+
+
+def is_cluster(url: str) -> bool:
+    return "+cluster" in address.split(url).scheme
+
+
+def of_node(url: str, host: str, port: int) -> str:
+    """The URL of one node of a cluster, with the cluster's way to log in."""
+    parts = address.split(url)
+    login, at, _ = parts.netloc.rpartition("@")
+    shown = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme.partition('+')[0]}://{login}{at}{shown}:{port}"
+
+
+def _of_cluster(url: str, options: dict[str, Any]) -> Any:
+    parts = address.split(url)
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    user, _, password = credentials.partition(":")
+    nodes = [ClusterNode(*_host_and_port(host, "6379")) for host in hosts.split(",")]
+    options = {**options, "ssl": parts.scheme.startswith("rediss")}
+    login: dict[str, Any] = {"username": unquote(user) or None, "password": unquote(password) or None}
+    return RedisCluster(startup_nodes=nodes, **login, **options)
 
 
 def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
@@ -63,12 +90,12 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
 
 def _all_clients(client: Redis) -> list[Redis]:
     """A client through sentinels leaves those that it asked open."""
-    manager = getattr(client.connection_pool, "sentinel_manager", None)
+    manager = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
     return [client, *(manager.sentinels if manager else ())]
 
 
-def _host_and_port(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if ":" in text else (text, "", "26379")
+def _host_and_port(text: str, standard: str = "26379") -> tuple[str, int]:
+    host, _, port = text.rpartition(":") if ":" in text else (text, "", standard)
     return host, int(port)
 
 
@@ -76,6 +103,7 @@ class Store:
     """`async with Store(url) as store:`; a call raises StoreAway at the latest after 50 ms, and at once while Redis is away."""
 
     def __init__(self, url: str) -> None:
+        self._url = url
         self._redis = connect(url, deadline_s=CALL_DEADLINE_S)
         self._subscriber = connect(url, deadline_s=PING_EVERY_S * 2)
         self._timeouts = 0
@@ -114,6 +142,15 @@ class Store:
                 return await pipe.execute()
 
         answers: list[Any] = await self.call(run)
+        return answers
+
+    async def slow_pipeline(self, fill: Callable[[Any], object], deadline_s: float) -> list[Any]:
+        async def run(redis: Redis) -> list[Any]:
+            async with redis.pipeline(transaction=False) as pipe:
+                fill(pipe)
+                return await pipe.execute()
+
+        answers: list[Any] = await self.slow_call(run, deadline_s)
         return answers
 
     async def slow_call(self, command: Callable[[Redis], Awaitable[Any]], deadline_s: float) -> Any:
@@ -178,12 +215,25 @@ class Store:
 
     @asynccontextmanager
     async def _subscription(self, channels: tuple[str, ...]) -> AsyncIterator[AsyncIterator[tuple[str, str]]]:
-        subscription = self._subscriber.pubsub()
-        try:
-            await subscription.subscribe(*channels)
-            yield self._messages(subscription)
-        finally:
-            await subscription.aclose()  # type: ignore[no-untyped-call]
+        async with self._listening_post() as client:
+            subscription = client.pubsub()
+            try:
+                await subscription.subscribe(*channels)
+                yield self._messages(subscription)
+            finally:
+                await subscription.aclose()  # type: ignore[no-untyped-call]
+
+    @asynccontextmanager
+    async def _listening_post(self) -> AsyncIterator[Redis]:
+        """The nodes of a cluster tell each other all messages: any of them will do."""
+        if not is_cluster(self._url):
+            yield self._subscriber
+            return
+        cluster: Any = self._subscriber
+        await cluster.initialize()
+        node = cluster.get_random_node()
+        async with connect(of_node(self._url, node.host, node.port), deadline_s=PING_EVERY_S * 2) as client:
+            yield client
 
     @staticmethod
     async def _messages(subscription: Any) -> AsyncIterator[tuple[str, str]]:

@@ -14,17 +14,27 @@ import httpx
 from ollama import Client as OllamaClient
 from openai import OpenAI
 
-from gateway import app, keys, server
+from gateway import app, keys, server, shards
 from gateway.app import Rooms
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import NAMES as LIMITS
 from gateway.quota import Quota
 from gateway.settings import Settings
-from gateway.store import StoreAway
+from gateway.store import Store, StoreAway
 
 Result = TypeVar("Result")
 START_S = 20.0
 _names = itertools.count()
+
+
+async def waiting_rows(store: Store) -> int:
+    """Rows of the audit that have not been taken from Redis yet."""
+
+    def fill(pipe: Any) -> None:
+        for shared in shards.ALL:
+            pipe.xlen(shared.rows)
+
+    return sum(await store.pipeline(fill))
 
 
 class Lines(logging.Handler):
@@ -129,7 +139,7 @@ class RunningGateway:
         async def settled() -> list[dict[str, Any]]:
             for _ in range(500):
                 with suppress(StoreAway):
-                    if not self.rooms.books.backlog and not await self.rooms.store.call(lambda redis: redis.xlen("nz:audit")):
+                    if not self.rooms.books.backlog and not await waiting_rows(self.rooms.store):
                         break
                 await asyncio.sleep(0.02)
             async with self.rooms.database.connection() as connection:

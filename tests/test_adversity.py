@@ -12,6 +12,7 @@ import pytest
 
 from gateway import api_key
 from gateway.authentication import Authenticator, Verified
+from gateway.keys import cache_key
 from tests.asking import SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -71,11 +72,11 @@ def test_garbage_in_redis_stops_nothing(
     start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores, text: str
 ) -> None:
     with stores.client() as redis:
-        redis.set("nz:models:alpha", text)
+        redis.set("nz:{models}:alpha", text)
         gateway = start_gateway(alpha)
         key = gateway.key(name="mine")
         for garbage in (text, "{}", '{"digest":5}', json.dumps({"digest": hashlib.sha256(key.encode()).hexdigest()})):
-            redis.set(f"nz:key:{key.split('_')[1]}", garbage)
+            redis.set(cache_key(key.split("_")[1]), garbage)
             gateway.call(_forget_everything(gateway))
             assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
         redis.publish("nz:keys:changed", b"\xff\xfe")

@@ -19,8 +19,8 @@ SOURCES = PROJECT / "gateway"
 FLOORS = [
     "address errors tasks connection backend_config breaker console workers checkup".split(),
     "guard api_key model_names strict_json local settings store database client_address".split(),
-    "upstream tokens quota redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
-    "catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),
+    "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
+    "redis_lines catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),
     "authentication dialects.ollama dialects.openai discovery keeper show health local_limits record".split(),
     "limits cost routing body postgres_checkup settings_checkup".split(),
     "access books audit_writer redis_checkup".split(),
@@ -37,7 +37,7 @@ KNOW_THE_SETTINGS = set("settings installation app commands audit_commands servi
 HOMES = {
     "orjson": {"strict_json"},
     "asyncpg": {"database"},
-    "redis": {"store", "redis_line"},
+    "redis": {"store", "redis_line", "redis_lines"},
     "hiredis": {"redis_line"},
     "argon2": {"app", "keys", "authentication"},
     "aiohttp": {"backends", "upstream"},

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gateway import shards
 from tests.conftest import StartGateway, TestStores
 from tests.crowd import Crowd, gather_crowd
 from tests.played import PlayedBackend
@@ -41,13 +42,13 @@ def unreliable(backend: PlayedBackend, chance: random.Random) -> Script:
 def settled_today(stores: TestStores) -> int:
     today = f"d{int(datetime.now(UTC).timestamp()) // 86_400}"
     with stores.client() as redis:
-        return sum(int(redis.hget(name, today) or 0) for name in redis.scan_iter("nz:b:*"))
+        return sum(int(redis.hget(name, today) or 0) for name in redis.scan_iter("nz:*:b:*"))
 
 
 def still_taken(stores: TestStores) -> list[bytes]:
     with stores.client() as redis:
-        return [name for kind in ("c", "v", "q") for name in redis.scan_iter(f"nz:{kind}:*")] + [
-            name for name in (b"nz:calls", b"nz:leases") if redis.exists(name)
+        return [name for kind in ("c", "v", "q") for name in redis.scan_iter(f"nz:*:{kind}:*")] + [
+            name for shared in shards.ALL for name in (shared.calls, shared.leases) if redis.exists(name)
         ]
 
 

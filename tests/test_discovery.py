@@ -59,7 +59,7 @@ def test_the_map_stands_in_redis_in_priority_order(
     with stores.client() as redis:
         stored = json.loads(redis.get("nz:map"))
         assert stored["models"] == {"llama3.2:latest": ["alpha", "beta"], "only-beta:7b": ["beta"]}
-        assert b"models" in redis.get("nz:models:alpha")
+        assert b"models" in redis.get("nz:{models}:alpha")
 
 
 def test_a_slow_backend_delays_nobody(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:

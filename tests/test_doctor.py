@@ -20,8 +20,8 @@ from gateway import checkup, doctor, installation, postgres_checkup, redis_check
 from gateway.backend_config import BackendConfig
 from gateway.checkup import Finding
 from gateway.errors import CommandFailed
-from gateway.limits import DROPPED, ROWS
 from gateway.settings import LOCAL_RUN, Settings
+from gateway.shards import ALL
 from tests.conftest import TestStores
 from tests.played import PlayedBackend
 from tests.processes import environment
@@ -356,13 +356,13 @@ def test_an_audit_that_piles_up_or_was_lost(
     monkeypatch.setattr(redis_checkup, "LONGEST_BACKLOG", 2)
     with stores.client() as client:
         for _ in range(2):
-            client.xadd(ROWS, {"row": "{}"})
+            client.xadd(ALL[1].rows, {"row": "{}"})
         assert is_told(look_at(alpha)["audit backlog"], "ok", "2 rows wait")
-        client.xadd(ROWS, {"row": "{}"})
-        client.set(DROPPED, 5)
+        client.xadd(ALL[7].rows, {"row": "{}"})
+        client.set(ALL[3].dropped, 5)
     found = look_at(alpha)
     assert is_told(found["audit backlog"], "warning", "3 rows wait", "whether a gateway runs")
-    assert is_told(found["audit losses"], "warning", "5 rows were dropped", "DEL nz:audit:dropped")
+    assert is_told(found["audit losses"], "warning", "5 rows were dropped", "DEL nz:{3}:dropped")
 
 
 def test_redis_that_forgets_or_refuses(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:

@@ -75,8 +75,8 @@ def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGa
         thread.start()
     for thread in threads:
         thread.join()
-    wait_until(lambda: gateway.rooms.front.in_flight == 0)
-    assert len(gateway.request_lines()) == many
+    # The last to leave may not have been heard of yet.
+    wait_until(lambda: len(gateway.request_lines()) == many)
     assert gateway.rooms.backends["alpha"].in_flight == 0
     assert alpha.wait_idle(1.0)
     assert {line["outcome"] for line in gateway.request_lines()} <= {"client_gone", "answered"}

@@ -11,6 +11,7 @@ import pytest
 from ollama import ResponseError
 from openai import RateLimitError
 
+from gateway import shards
 from gateway.quota import UNLIMITED
 from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
@@ -176,7 +177,7 @@ def test_all_limits_or_none(gateway: RunningGateway, stores: TestStores) -> None
         passed = ask(client, WAYS[1])
     assert int(passed.headers["x-ratelimit-remaining-requests"]) == 98
     with stores.client() as redis:
-        assert not redis.exists("nz:leases", "nz:calls")
+        assert not any(redis.exists(shared.leases, shared.calls) for shared in shards.ALL)
 
 
 def test_headers_of_every_answer(gateway: RunningGateway) -> None:

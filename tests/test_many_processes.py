@@ -1,4 +1,4 @@
-"""Two installations of two workers each, one Redis and one PostgreSQL: limits are exact over all four processes."""
+"""Two installations of two workers each, one Redis or cluster, one PostgreSQL: limits are exact over all four processes."""
 
 import asyncio
 import os
@@ -20,6 +20,8 @@ from tests.asking import WAYS
 from tests.conftest import TestStores
 from tests.played import PlayedBackend
 from tests.processes import descendants, serving
+from tests.redis_cluster import redis_cluster, url_of
+from tests.running import waiting_rows
 from tests.settings_of import environment_for, settings_for
 
 ROUNDS = int(os.environ.get("BURST_ROUNDS", "3"))
@@ -32,9 +34,21 @@ def backend() -> Iterator[PlayedBackend]:
         yield played
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as ports:
+        yield url_of(ports)
+
+
 @pytest.fixture
-def addresses(tmp_path: Path, stores: TestStores, backend: PlayedBackend) -> Iterator[list[str]]:
-    names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, GATEWAY_WORKERS="2")
+def redis_url(request: pytest.FixtureRequest, stores: TestStores) -> str:
+    found: str = request.getfixturevalue("cluster") if getattr(request, "param", "") == "cluster" else stores.redis_url
+    return found
+
+
+@pytest.fixture
+def addresses(tmp_path: Path, stores: TestStores, redis_url: str, backend: PlayedBackend) -> Iterator[list[str]]:
+    names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=redis_url, GATEWAY_WORKERS="2")
     with ExitStack() as stack:
         found = []
         for place in ("one", "two"):
@@ -47,8 +61,8 @@ def addresses(tmp_path: Path, stores: TestStores, backend: PlayedBackend) -> Ite
 
 
 class Operator:
-    def __init__(self, stores: TestStores) -> None:
-        self.settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+    def __init__(self, stores: TestStores, redis_url: str) -> None:
+        self.settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=redis_url)
 
     def key(self, name: str, **limits: int) -> str:
         async def make() -> str:
@@ -67,8 +81,8 @@ class Operator:
 
 
 @pytest.fixture
-def operator(stores: TestStores) -> Operator:
-    return Operator(stores)
+def operator(stores: TestStores, redis_url: str) -> Operator:
+    return Operator(stores, redis_url)
 
 
 async def burst(addresses: list[str], key: str, each: int = 4) -> Counter[int]:
@@ -99,6 +113,7 @@ def most_at_once(backend: PlayedBackend, since: float) -> int:
     return most
 
 
+@pytest.mark.parametrize("redis_url", ["server", "cluster"], indirect=True)
 @pytest.mark.parametrize("kind", ["of the key", "of a model"])
 def test_requests_per_minute_and_at_once_are_exact(
     addresses: list[str], operator: Operator, backend: PlayedBackend, kind: str
@@ -121,6 +136,7 @@ def test_requests_per_minute_and_at_once_are_exact(
     assert rows["answered"] == 50 * ROUNDS and rows["refused:rate_limit_exceeded"] > 0 and len(rows) == 2
 
 
+@pytest.mark.parametrize("redis_url", ["server", "cluster"], indirect=True)
 def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backend: PlayedBackend) -> None:
     for number in range(ROUNDS):
         name = f"budget {number}"
@@ -151,7 +167,7 @@ def settled(operator: Operator) -> None:
     async def wait() -> None:
         async with Store(operator.settings.redis_url) as store:
             for _ in range(300):
-                if not await store.call(lambda redis: redis.xlen("nz:audit")):
+                if not await waiting_rows(store):
                     return
                 await asyncio.sleep(0.05)
         raise AssertionError("the audit was not written")

@@ -17,7 +17,7 @@ import asyncpg
 import pytest
 import redis
 
-from gateway import api_key, app
+from gateway import api_key, app, shards
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import Quota
 from tests.asking import WAYS
@@ -110,7 +110,7 @@ class Load:
 
 def backlog(stores: OwnStores) -> int:
     with redis.Redis.from_url(stores.redis_url) as client:
-        return int(client.xlen("nz:audit")) + int(client.hlen("nz:calls"))
+        return sum(int(client.xlen(shared.rows)) + int(client.hlen(shared.calls)) for shared in shards.ALL)
 
 
 def test_kills_and_restarts_lose_no_row_and_write_none_twice(stores: OwnStores, backend: PlayedBackend, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_who_leaves_is_out_of_the_queue(
     assert done == [("first", 200), ("patient", 200)]
     assert sorted(row["outcome"] for row in gateway.audit_rows()) == ["answered", "answered", "client_gone"]
     with stores.client() as redis:
-        assert list(redis.scan_iter("nz:q:*")) == []
+        assert list(redis.scan_iter("nz:*:q:*")) == []
 
 
 def test_one_key_cannot_fill_the_queue(

@@ -5,45 +5,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import redis
 
-from gateway import local
 from gateway.store import CALL_DEADLINE_S, Store, StoreAway
 from tests.conftest import TestStores
-from tests.processes import free_port, until
-
-
-@contextmanager
-def server(folder: Path, *arguments: str, sentinel: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A Redis or Sentinel of its own on a TCP port."""
-    port = free_port()
-    config = folder / f"{port}.conf"
-    config.write_text("\n".join((f"port {port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', *arguments)) + "\n")
-    program = str(next(local.redis_programs()))
-    command = [program, str(config), *(["--sentinel"] if sentinel else [])]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until(lambda: answers(port), 10)
-        yield process, port
-    finally:
-        process.send_signal(signal.SIGCONT)
-        process.terminate()
-        process.wait(10)
-
-
-def answers(port: int) -> bool:
-    try:
-        with redis.Redis(port=port, socket_timeout=1) as client:
-            return bool(client.ping())
-    except redis.AuthenticationError:
-        return True
-    except redis.RedisError:
-        return False
+from tests.redis_server import server
 
 
 async def set_and_get(url: str) -> bytes:

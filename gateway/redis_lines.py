@@ -1,0 +1,80 @@
+"""The lines to Redis: one to a server of its own, one to each primary of a cluster; a shard has its line."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Self
+
+from redis.exceptions import RedisError
+
+from gateway import shards, tasks
+from gateway.redis_line import Line
+from gateway.store import CONNECT_DEADLINE_S, connect, is_cluster, of_node
+
+LOG = logging.getLogger("gateway.store")
+LOOK_EVERY_S, LOOK_AGAIN_S = 30.0, 0.5
+
+Address = tuple[str, int]
+
+
+class Lines:
+    """`async with Lines(url, on_failure) as lines:` — `lines.of(shard)` is the line to whoever holds that shard."""
+
+    def __init__(self, url: str, on_failure: Callable[[Exception], None]) -> None:
+        self._url, self._on_failure = url, on_failure
+        self._open: dict[Address | None, Line] = {}
+        self._of_shard: list[Line] = []
+        self._moved = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if not is_cluster(self._url):
+            self._of_shard = [await self._line_to(None)] * shards.SHARDS
+            return self
+        with suppress(RedisError, OSError, TimeoutError):
+            await self._look()
+        self._looking = asyncio.create_task(self._keep_looking(), name="redis cluster")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._looking is not None:
+            await tasks.end([self._looking])
+        for line in self._open.values():
+            await line.__aexit__()
+
+    @property
+    def is_usable(self) -> bool:
+        return bool(self._of_shard) and all(line.is_usable for line in self._open.values())
+
+    def of(self, shard: int) -> Line | None:
+        """None where it is not known yet who holds it."""
+        return self._of_shard[shard] if self._of_shard else None
+
+    async def _line_to(self, address: Address | None) -> Line:
+        if address not in self._open:
+            url = self._url if address is None else of_node(self._url, *address)
+            self._open[address] = await Line(url, self._on_failure, self._moved.set).__aenter__()
+        return self._open[address]
+
+    async def _look(self) -> None:
+        """Who holds which shard, as the cluster says it now."""
+        client: Any = connect(self._url, deadline_s=CONNECT_DEADLINE_S)
+        async with asyncio.timeout(CONNECT_DEADLINE_S * 2), client as cluster:
+            nodes = [cluster.get_node_from_key(shared.calls) for shared in shards.ALL]
+        found: list[Address] = [(node.host, int(node.port)) for node in nodes]
+        self._of_shard = [await self._line_to(address) for address in found]
+        for address in self._open.keys() - set(found):
+            await self._open.pop(address).__aexit__()
+
+    async def _keep_looking(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S if self.is_usable else LOOK_AGAIN_S):
+                    await self._moved.wait()
+            self._moved.clear()
+            try:
+                await self._look()
+            except (RedisError, OSError, TimeoutError) as wrong:
+                self._on_failure(wrong)
+            await asyncio.sleep(LOOK_AGAIN_S)
