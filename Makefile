@@ -12,7 +12,7 @@ JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check key keys limit rotate revoke models refresh probe doctor audit usage audit-verify purge forget migrate psql config up down logs image lock clean
+.PHONY: help run test bench check key keys limit rotate revoke models refresh probe doctor audit usage audit-verify purge forget migrate psql config up down logs image lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ run: .venv/ready-to-run ## Serve on this machine: private stores, a backend, a k
 
 test: .venv/ready-to-test ## Run all tests against private servers
 	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+bench: .venv/ready-to-test ## Measure the speed against plain passthroughs, and nginx if installed [LITELLM=its python]
+	@$(BIN)/python -m tests.bench $(if $(LITELLM),--litellm $(LITELLM))
 
 check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabilities
 	$(BIN)/ruff check gateway tests

@@ -1,0 +1,49 @@
+"""`python -m tests.bench`: builds, starts, measures in turn, prints the table and writes JSON and a plot."""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.bench import report, scenarios, subjects, tools
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench", description="The gateway against plain passthroughs and nginx.")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn (3)")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for results.json and results.svg")
+    parser.add_argument("--litellm", default="", metavar="PYTHON", help="the python of an environment with litellm[proxy]")
+    asked = parser.parse_args()
+    began = time.monotonic()
+    say = lambda words: print(f"{time.monotonic() - began:5.0f} s  {words}", file=sys.stderr, flush=True)  # noqa: E731
+    try:
+        with tempfile.TemporaryDirectory(prefix="nz-bench-") as folder:
+            results = measure(Path(folder), asked, say)
+    except tools.CannotMeasure as missing:
+        print(f"cannot measure: {missing}", file=sys.stderr)
+        return 1
+    report.write(results, asked.out)
+    print(report.table(results), "", report.goals_table(results), sep="\n")
+    print(f"\n{results.dropped} rounds dropped because others used the cores. Raw figures: {asked.out / 'results.json'}")
+    return 0
+
+
+def measure(folder: Path, asked: argparse.Namespace, say: scenarios.Say) -> scenarios.Results:
+    folder.chmod(0o711)
+    say("building the mock backend and the load generator")
+    built = tools.build(folder)
+    if not tools.stay_off_the_subjects_core():
+        say("one core only: what measures and what is measured share it, the figures say little")
+    say("starting everything, the stores take some seconds")
+    with subjects.all_of_them(built, folder, asked.litellm) as (found, direct):
+        own = scenarios.alone(built, found[0], folder, say)
+        results = scenarios.compare(built, found, direct, asked.rounds, say)
+    results.alone = own
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())
