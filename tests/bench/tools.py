@@ -11,6 +11,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SUBJECT_CORE, OTHER_CORE = 1, 0
+# As this process found it: it moves to one of them later.
+CORES = os.sched_getaffinity(0)
 # Of a core, in a round: more than this taken by others, and the round is no measurement.
 DISTURBED_PERCENT = 5.0
 
@@ -37,13 +39,13 @@ def build(folder: Path) -> Tools:
 
 def pinned(core: int, command: Sequence[str]) -> list[str]:
     """On one core where there are two; else what is measured and what measures share."""
-    able = shutil.which("taskset") and len(os.sched_getaffinity(0)) > 1
+    able = shutil.which("taskset") and {SUBJECT_CORE, OTHER_CORE} <= CORES
     return ["taskset", "-c", str(core), *command] if able else list(command)
 
 
 def stay_off_the_subjects_core() -> bool:
     """For this process and all that it starts, the stores among them."""
-    if len(os.sched_getaffinity(0)) < 2:
+    if not {SUBJECT_CORE, OTHER_CORE} <= CORES:
         return False
     os.sched_setaffinity(0, {OTHER_CORE})
     return True
