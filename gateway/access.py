@@ -7,7 +7,7 @@ from starlette.types import Scope
 from gateway import api_key
 from gateway.admission import Admission, Ticket
 from gateway.authentication import Authenticator
-from gateway.errors import LimitReached
+from gateway.errors import LimitReached, LimitsUnavailable
 from gateway.keys import Key
 from gateway.limits import Limits, remembered
 from gateway.quota import Quota
@@ -37,9 +37,11 @@ class Access:
             record.admission = await self._limits.admit(ticket)
         except LimitReached as reached:
             record.detail = reached.limit
+            if reached.is_alone:
+                record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", LOOK_UP_RESERVE)
             raise
-        except asyncio.CancelledError:
-            # Redis may be about to let in whom nobody waits for any more.
+        except (asyncio.CancelledError, LimitsUnavailable):
+            # Redis, unheard, may be about to let in whom nobody waits for any more: the settlement takes it back.
             record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", LOOK_UP_RESERVE)
             raise
 

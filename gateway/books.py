@@ -105,8 +105,13 @@ class Books:
     def _prompt(self, record: Record) -> bytes:
         if record.transcript is None or record.key is None:
             return b""
-        told = record.transcript.told(self._dialects[record.dialect].said)
-        return strict_json.write_anyhow({"id": record.id, "at": record.at, "key_id": record.key.id, **told})
+        try:
+            told = record.transcript.told(self._dialects[record.dialect].said)
+            return strict_json.write_anyhow({"id": record.id, "at": record.at, "key_id": record.key.id, **told})
+        except Exception:
+            # What it held must come back, whatever it said.
+            LOG.exception("the prompt of request %s could not be kept", record.request_id)
+            return b""
 
     def _watch(self, answer: "asyncio.Future[Any]", settlement: Settlement) -> None:
         self._under_way.add(answer)

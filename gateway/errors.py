@@ -115,6 +115,8 @@ class LimitReached(GatewayError):
     code = "rate_limit_exceeded"
     limit = ""
     may_wait = False
+    # Decided by this process without Redis, which may yet decide otherwise.
+    is_alone = False
 
 
 class BudgetSpent(LimitReached):

@@ -65,8 +65,8 @@ class Limits:
         self.local = LocalLimits()
         self.share = Share()
         self._running: dict[str, Admission] = {}
-        self._means: OrderedDict[str, float] = OrderedDict()
-        self._lengths: OrderedDict[str, float] = OrderedDict()
+        self._means: dict[str, float] = {}
+        self._lengths: dict[str, float] = {}
         self._seeding: dict[str, asyncio.Task[None]] = {}
         self._waiting: OrderedDict[bytes, list[asyncio.Event]] = OrderedDict()
         self._waiters = 0
@@ -214,7 +214,9 @@ class Limits:
             return Admission(ticket.id, ticket.scopes, ticket.model, takes_slot, "alone", max(0, tokens), headers=told)
         wait_s = refused.wait_s if refused.wait_s != 0.0 else self._likely_s(refused.scope)
         waits = may_wait and refused.limit == "concurrent" and wait_s is not None
-        return refusal(refused.limit, refused.scope, wait_s, told, max(0, tokens), may_wait=waits)
+        error = refusal(refused.limit, refused.scope, wait_s, told, max(0, tokens), may_wait=waits)
+        error.is_alone = True
+        return error
 
     async def _seeded(self, scope: Scope) -> None:
         """A budget's counters after Redis has lost them: the audit knows what was spent. Asked once for all who wait."""
@@ -349,9 +351,8 @@ def _look_at(answer: "asyncio.Future[Any]") -> None:
         answer.exception()
 
 
-def _move(means: OrderedDict[str, float], name: str, value: float, weight: float) -> None:
+def _move(means: dict[str, float], name: str, value: float, weight: float) -> None:
     known = means.get(name)
+    if known is None and len(means) >= REMEMBERED:
+        del means[next(iter(means))]
     means[name] = value if known is None else known * (1 - weight) + value * weight
-    means.move_to_end(name)
-    if len(means) > REMEMBERED:
-        means.popitem(last=False)

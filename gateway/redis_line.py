@@ -23,6 +23,7 @@ MOST_PENDING = 20_000
 LOOKS, LOOK_AGAIN_S = 4, 0.003
 GIVE_UP_S = 5.0
 PAUSE_S = 0.2
+COMPLAIN_EVERY_S = 60.0
 # What a node of a cluster says of a key that it does not hold, or not yet, or that nobody holds.
 NOT_HERE = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 
@@ -68,6 +69,7 @@ class Line:
         self._is_late = False
         self._suspect: Sent | None = None
         self._looks = 0
+        self._complained_at = -COMPLAIN_EVERY_S
         self._watch: asyncio.TimerHandle | None = None
         self._connected = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -198,9 +200,15 @@ class Line:
         if told.startswith("NOSCRIPT") and not sent.is_second_try:
             self._try_again(sent)
         else:
-            if not told.startswith(NOT_HERE):
-                LOG.error("Redis refuses: %s", told)
+            self._complain(told)
             sent.answer.set_exception(StoreAway())
+
+    def _complain(self, told: str) -> None:
+        """Once a minute: a Redis without room says so to every command."""
+        now = self._loop.time()
+        if not told.startswith(NOT_HERE) and now - self._complained_at > COMPLAIN_EVERY_S:
+            self._complained_at = now
+            LOG.error("Redis refuses: %s", told)
 
     def _try_again(self, sent: Sent) -> None:
         """Somebody has emptied Redis's memory of scripts. Their answers come first, after those under way."""

@@ -13,7 +13,7 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from gateway import address, tasks
 
@@ -31,7 +31,15 @@ SENTINEL: dict[str, Any] = {
 
 
 class StoreAway(Exception):
-    """Redis does not answer; go on without it."""
+    """Redis does not answer, or has no room; go on without it."""
+
+    is_full = False
+
+
+def _full() -> StoreAway:
+    away = StoreAway()
+    away.is_full = True
+    return away
 
 
 def connect(url: str, *, deadline_s: float) -> Redis:
@@ -129,6 +137,8 @@ class Store:
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
                 answer = await command(self._redis)
+        except OutOfMemoryError as full:
+            raise _full() from full
         except (RedisError, OSError, TimeoutError) as wrong:
             self.count_failure(wrong)
             raise StoreAway from wrong
@@ -160,6 +170,8 @@ class Store:
         try:
             async with asyncio.timeout(deadline_s):
                 return await command(self._subscriber)
+        except OutOfMemoryError as full:
+            raise _full() from full
         except (RedisError, OSError, TimeoutError) as wrong:
             self.count_failure(wrong)
             raise StoreAway from wrong

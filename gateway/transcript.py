@@ -29,7 +29,7 @@ class Transcript:
             self._size += len(piece)
 
     def told(self, said: Callable[[bytes], str]) -> dict[str, Any]:
-        request = strict_json.write(without_blobs(self._body)).decode()
+        request = strict_json.write_anyhow(without_blobs(self._body)).decode("utf-8", "replace")
         answer = said(b"".join(self._pieces))
         is_cut = self._is_cut or len(request) > LONGEST_TEXT or len(answer) > LONGEST_TEXT
         return {"request": request[:LONGEST_TEXT], "answer": answer[:LONGEST_TEXT], "is_cut": is_cut}

@@ -19,6 +19,7 @@ import redis
 
 from gateway import api_key, app, shards
 from gateway.keys import KeyRing, NewKey
+from gateway.local_limits import Share
 from gateway.quota import Quota
 from tests.asking import WAYS
 from tests.crowd import Crowd
@@ -192,6 +193,49 @@ def test_closed_without_redis(stores: OwnStores, backend: PlayedBackend) -> None
             refused = client.post(WAYS[0].path, json=WAYS[0].body)
             assert refused.status_code == 503 and refused.headers["retry-after"]
         until(lambda: ask(gateway, key) == 200, 10)
+
+
+def test_who_was_refused_alone_holds_nothing_when_redis_lets_in_late(stores: OwnStores, backend: PlayedBackend) -> None:
+    """What Redis has read before it froze it does afterwards, though nobody waits for it any more."""
+    names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
+    with RunningGateway(settings_for(backend, **names)) as gateway:
+        key = gateway.key(tpm=2000, concurrent=3)
+        assert ask(gateway, key) == 200
+        large = {**WAYS[0].body, "options": {"num_predict": 1500}}
+        with gateway.http(key) as client:
+            gateway.rooms.limits.share = Share(0, 4)
+            with stores.frozen(stores.redis):
+                assert client.post(WAYS[0].path, json=large).status_code == 429
+            until(lambda: gateway.rooms.limits.is_usable and not gateway.rooms.books.backlog, 10)
+            until(lambda: not held(stores), 5)
+            assert client.post(WAYS[0].path, json=large).status_code == 200
+        assert [row["outcome"] for row in gateway.audit_rows()] == ["answered", "refused:rate_limit_exceeded", "answered"]
+
+
+def held(stores: OwnStores) -> list[bytes]:
+    with redis.Redis.from_url(stores.redis_url) as client:
+        return [name for kind in ("c", "v") for name in client.scan_iter(f"nz:*:{kind}:*")]
+
+
+def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: OwnStores, backend: PlayedBackend) -> None:
+    names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
+    with RunningGateway(settings_for(backend, **names)) as gateway, redis.Redis.from_url(stores.redis_url) as client:
+        key = gateway.key()
+        assert ask(gateway, key) == 200
+        gateway.audit_rows()
+        client.set("nz:audit:writer", "somebody else", px=60_000)
+        assert [ask(gateway, key) for _ in range(10)] == [200] * 10
+        client.config_set("maxmemory", 1_000_000)
+        try:
+            assert ask(gateway, key) == 200
+            client.delete("nz:audit:writer")
+            until(lambda: not any(client.xlen(shared.rows) for shared in shards.ALL), 15)
+        finally:
+            client.config_set("maxmemory", 0)
+        until(lambda: gateway.rooms.limits.is_usable and not gateway.rooms.books.backlog, 10)
+        assert len(gateway.audit_rows()) == 12
+        told = [record.getMessage() for record in gateway.logged.records if record.getMessage().startswith("Redis refuses")]
+        assert len(told) <= 2
 
 
 def test_wrong_keys_are_counted_while_redis_is_away(stores: OwnStores, backend: PlayedBackend) -> None:

@@ -83,3 +83,13 @@ def test_forgotten_prompts_do_not_come_back(gateway: RunningGateway, stores: Tes
         gateway.call(forget())
         until(lambda: not any(redis.xlen(shared.prompts) for shared in shards.ALL))
     assert prompts(gateway) == []
+
+
+def test_a_prompt_that_is_no_text_is_refused_and_holds_nothing(gateway: RunningGateway) -> None:
+    key = gateway.key(prompt_log=True, concurrent=1)
+    body = '{"model":"llama3.2","messages":[{"role":"user","content":"\\ud800 half a letter"}]}'
+    with gateway.http(key, headers={"Content-Type": "application/json"}) as client:
+        assert client.post("/v1/chat/completions", content=body).status_code == 400
+        assert client.post("/v1/chat/completions", json=WAYS[2].body).status_code == 200
+    assert gateway.rooms.limits.running == 0
+    assert [row["outcome"] for row in gateway.audit_rows()] == ["refused:bad_request", "answered"]

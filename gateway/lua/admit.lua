@@ -94,6 +94,11 @@ for i = 1, scopes do
     local reserved = 0
     if tpm >= 0 or day >= 0 or month >= 0 then
         reserved = tonumber(redis.call('GET', reserve) or 0)
+        if reserved ~= 0 and redis.call('ZCOUNT', slots, '(' .. now, '+inf') == 0 then
+            -- Nobody is left to give it back.
+            redis.call('DEL', reserve)
+            reserved = 0
+        end
     end
     if tpm >= 0 then
         tokens_used, tokens_reset = used_of(tokens)

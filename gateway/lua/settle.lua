@@ -24,8 +24,8 @@ for i = 1, (#KEYS - 7) / 5 do
         redis.call('ZREM', KEYS[k + 3], id)
         if redis.call('EXISTS', KEYS[k + 3]) == 0 then
             redis.call('DEL', KEYS[k + 2])
-        elseif reserved > 0 then
-            redis.call('DECRBY', KEYS[k + 2], reserved)
+        elseif reserved > 0 and redis.call('DECRBY', KEYS[k + 2], reserved) < 0 then
+            redis.call('DEL', KEYS[k + 2])
         end
         if redis.call('EXISTS', KEYS[k + 4]) == 1 then redis.call('PUBLISH', 'nz:slots', KEYS[k + 4]) end
     end
