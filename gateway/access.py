@@ -36,7 +36,7 @@ class Access:
         try:
             record.admission = await self._limits.admit(ticket)
         except LimitReached as reached:
-            record.detail = reached.limit
+            record.detail, record.waited_s = reached.limit, reached.waited_s
             if reached.is_alone:
                 record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", LOOK_UP_RESERVE)
             raise

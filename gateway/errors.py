@@ -117,6 +117,7 @@ class LimitReached(GatewayError):
     may_wait = False
     # Decided by this process without Redis, which may yet decide otherwise.
     is_alone = False
+    waited_s = 0.0
 
 
 class BudgetSpent(LimitReached):

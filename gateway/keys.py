@@ -1,13 +1,14 @@
 """Who may call: keys with their rights, made, rotated, revoked and listed in PostgreSQL."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from argon2 import PasswordHasher
 
-from gateway import api_key, quota, strict_json
+from gateway import api_key, model_names, quota, shards, strict_json
 from gateway.database import AlreadyThere, Database
 from gateway.errors import CommandFailed
 from gateway.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
@@ -150,7 +151,10 @@ class KeyRing:
         """
         key_id = await self._living(name_or_id)
         _refuse_unreadable_pattern(pattern)
+        pattern = model_names.rule_pattern(pattern)
         names = list(quota.NAMES)
+        nothing_said = [None, False] * len(names)
+        before = None if pattern else await self._database.row("limit_key", key_id, *nothing_said)
         wishes = [said.get(name) for name in names], [name in said for name in names]
         values = [value for pair in zip(*wishes, strict=True) for value in pair]
         if pattern:
@@ -160,7 +164,15 @@ class KeyRing:
         else:
             row = await self._database.row("limit_key", key_id, *values)
         assert row is not None
+        if not _has_budget(before) and _has_budget(row):
+            await self._forget_spent(f"{key_id}|{pattern}" if pattern else key_id)
         return key_id, quota.unpack(dict(row)), await self._announce(key_id)
+
+    async def _forget_spent(self, scope: str) -> None:
+        """Nobody counted while there was no budget: what the audit knows is asked for anew."""
+        if self._store is not None:
+            with suppress(StoreAway):
+                await self._store.call(lambda redis: redis.delete(shards.budget(scope)))
 
     async def all(self) -> Sequence[Mapping[str, Any]]:
         return [dict(row) for row in await self._database.rows("list_keys")]
@@ -193,6 +205,10 @@ def _forget(pipe: Any, secret_ids: Sequence[str]) -> Any:
         pipe.incr(version_key(secret_id)).expire(version_key(secret_id), VERSION_KEPT_S)
         pipe.delete(cache_key(secret_id))
     return pipe
+
+
+def _has_budget(row: Any) -> bool:
+    return row is not None and any(row[name] not in (None, quota.UNLIMITED) for name in ("day", "month"))
 
 
 def version_key(secret_id: str) -> str:

@@ -116,6 +116,7 @@ class Limits:
         if isinstance(verdict, LimitReached) and verdict.may_wait:
             verdict = await self._wait(ticket, began + self._queue_wait_s)
         if isinstance(verdict, LimitReached):
+            verdict.waited_s = time.monotonic() - began if self._queue_wait_s else 0.0
             raise verdict
         return verdict
 
@@ -174,7 +175,9 @@ class Limits:
         wait_ms = int(self._queue_wait_s * 1000) if may_wait else 0
         prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
         values: list[Any] = [ticket.id, ticket.info, LEASE_MS, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
-        values += [self._most_output, wait_ms, WAITING_PER_KEY, round(self._likely_s(ticket.scopes[0]) * 1000)]
+        first = ticket.scopes[0]
+        values += [self._most_output, wait_ms, WAITING_PER_KEY, round(self._likely_s(first) * 1000)]
+        values.append(round(self._call_s(first) * 1000))
         for scope in ticket.scopes:
             keys += shards.counters(scope.name)
             values += scope[1:]
@@ -212,7 +215,8 @@ class Limits:
         told = headers(ticket.scopes, self.local.usages(ticket.scopes))
         if refused is None:
             return Admission(ticket.id, ticket.scopes, ticket.model, takes_slot, "alone", max(0, tokens), headers=told)
-        wait_s = refused.wait_s if refused.wait_s != 0.0 else self._likely_s(refused.scope)
+        likely_s = self._likely_s(refused.scope) if refused.limit == "concurrent" else self._call_s(refused.scope)
+        wait_s = refused.wait_s if refused.wait_s != 0.0 else likely_s
         waits = may_wait and refused.limit == "concurrent" and wait_s is not None
         error = refusal(refused.limit, refused.scope, wait_s, told, max(0, tokens), may_wait=waits)
         error.is_alone = True
@@ -273,8 +277,11 @@ class Limits:
 
     def _likely_s(self, scope: Scope) -> float:
         """How long until one of the calls that hold a slot is likely to end."""
-        length = self._lengths.get(scope.name, 1.0) / max(1, scope.concurrent)
-        return min(LONGEST_LIKELY_S, max(SHORTEST_LIKELY_S, length))
+        return max(SHORTEST_LIKELY_S, self._call_s(scope) / max(1, scope.concurrent))
+
+    def _call_s(self, scope: Scope) -> float:
+        """How long a call of this key is likely to take."""
+        return min(LONGEST_LIKELY_S, max(SHORTEST_LIKELY_S, self._lengths.get(scope.name, 1.0)))
 
     async def _tick(self) -> None:
         renewed_at = 0.0
@@ -306,7 +313,8 @@ class Limits:
 
     async def _renew_in(self, shard: int, slots: Sequence[tuple[str, bytes]]) -> None:
         for start in range(0, len(slots), RENEWED_AT_ONCE):
-            some = slots[start : start + RENEWED_AT_ONCE]
+            # Those that have ended since are not to be found there again.
+            some = [(call, slot) for call, slot in slots[start : start + RENEWED_AT_ONCE] if call in self._running]
             keys = [shards.ALL[shard].leases, *(slot for _, slot in some)]
             await self._line(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
 
@@ -315,7 +323,12 @@ class Limits:
         settlements = []
         for shard, shared in enumerate(shards.ALL):
             found = await self._line(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
-            settlements += [_abandoned(id_.decode(), info) for id_, info in zip(found[::2], found[1::2], strict=True)]
+            for call, info in zip(found[::2], found[1::2], strict=True):
+                try:
+                    settlements.append(_abandoned(call.decode(), info))
+                except (ValueError, KeyError, TypeError):
+                    LOG.error("a running call in Redis is none of ours and is left out")
+                    await self._line(shard).send("HDEL", shared.calls, call)
         return settlements
 
     def _line(self, shard: int) -> Line:

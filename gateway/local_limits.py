@@ -3,6 +3,7 @@
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from gateway.admission import Usage
@@ -178,7 +179,23 @@ class LocalLimits:
             wait = counters.tokens.until_gone(now, excess)
             return Refusal("tpm", scope, wait if tokens <= scope.tpm and scope.tpm else None)
         if scope.day >= 0 and counters.spent_day + held > share.out_of(max(0, scope.day - known.day)):
-            return Refusal("day", scope, 0.0 if tokens <= scope.day and scope.day else None)
+            is_spent = known.day + counters.spent_day + tokens > scope.day
+            wait = _until_next("day") if is_spent else 0.0
+            return Refusal("day", scope, wait if tokens <= scope.day and scope.day else None)
         if scope.month >= 0 and counters.spent_month + held > share.out_of(max(0, scope.month - known.month)):
-            return Refusal("month", scope, 0.0 if tokens <= scope.month and scope.month else None)
+            is_spent = known.month + counters.spent_month + tokens > scope.month
+            wait = _until_next("month") if is_spent else 0.0
+            return Refusal("month", scope, wait if tokens <= scope.month and scope.month else None)
         return None
+
+
+def _until_next(span: str) -> float:
+    """Seconds until a day or month of UTC ends."""
+    now = datetime.now(UTC)
+    begun = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    if span == "month":
+        begun = begun.replace(day=1)
+        ends = begun.replace(year=begun.year + begun.month // 12, month=begun.month % 12 + 1)
+    else:
+        ends = begun + timedelta(days=1)
+    return (ends - now).total_seconds()

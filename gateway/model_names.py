@@ -76,6 +76,11 @@ def _expression(pattern: str) -> str:
     return whole if ":" in plain else f"{whole}|{fnmatch.translate(plain + ':latest')}"
 
 
+def rule_pattern(pattern: str) -> str:
+    """One spelling for a rule that names one model; globs stay as they are."""
+    return pattern if not pattern or _is_glob(pattern) else canonical(pattern).canonical
+
+
 def split_patterns(text: str) -> tuple[str, ...]:
     """`MODELS="a b*"` of an operator: separated by blanks or commas."""
     return tuple(dict.fromkeys(text.replace(",", " ").split()))

@@ -54,6 +54,7 @@ class Record:
     answered_as: str = ""
     stream: bool = False
     need: Need = NO_TOKENS
+    waited_s: float = 0.0
     admission: Admission | None = None
     backend: str = ""
     show_backend: bool = False
@@ -79,7 +80,7 @@ class Record:
 
     @property
     def queue_ms(self) -> float:
-        return self.admission.queue_s * 1000 if self.admission else 0.0
+        return (self.admission.queue_s if self.admission else self.waited_s) * 1000
 
     def beginning(self) -> dict[str, Any]:
         """What is known of the row when the request is let in; `completed` makes it whole if nobody ever ends it."""

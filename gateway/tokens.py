@@ -28,7 +28,7 @@ def of_text(text: str) -> int:
 
 
 def of_json(value: Any) -> int:
-    return of_text(strict_json.write(value).decode()) if value else 0
+    return of_text(strict_json.write_anyhow(value).decode("utf-8", "replace")) if value else 0
 
 
 def of_messages(messages: list[dict[str, Any]]) -> int:

@@ -227,3 +227,24 @@ def test_nothing_a_backend_says_makes_a_500(
     assert got.status_code != 500
     if got.status_code != 200:
         assert message(got)
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + '"x"' + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/embeddings", '{"model":"a","input":' + nested(900) + "}"),
+        ("/v1/completions", '{"model":"a","prompt":' + nested(600) + "}"),
+        (SPOKEN, '{"model":"a",' + GOOD + ',"tools":[{"type":"x","y":"\\ud800"}]}'),
+        (SPOKEN, '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":' + nested(300) + "}]}"),
+        (NATIVE, '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":[{"a":"\\udfff"}]}]}'),
+    ],
+    ids=["deep input", "deep prompt", "half a letter in tools", "deep calls", "half a letter in calls"],
+)
+def test_what_cannot_be_counted_is_refused(gateway: RunningGateway, route: str, body: str) -> None:
+    with gateway.http(gateway.key(tpm=10_000)) as client:
+        got = client.post(route, content=body, headers={"Content-Type": "application/json"})
+    assert got.status_code == 400 and "the body" in message(got)

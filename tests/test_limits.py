@@ -12,7 +12,9 @@ from ollama import ResponseError
 from openai import RateLimitError
 
 from gateway import shards
-from gateway.quota import UNLIMITED
+from gateway.admission import Usage
+from gateway.local_limits import LocalLimits, Share
+from gateway.quota import UNLIMITED, Scope
 from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -288,3 +290,58 @@ def test_a_backend_that_failed_costs_no_tokens(gateway: RunningGateway, alpha: P
             alpha.play(way.path, None)
         passed = ask(client, WAYS[1], **FEW_TOKENS)
     assert int(passed.headers["x-ratelimit-remaining-tokens"]) > 1900
+
+
+def test_a_budget_given_again_knows_what_was_spent_meanwhile(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key(name="mine", day=10_000)) as client:
+        assert ask(client, WAYS[0]).status_code == 200
+        limit(gateway, "mine", day=UNLIMITED)
+        for _ in range(10):
+            until(lambda: ask(client, WAYS[0]).status_code == 200)
+        spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in gateway.audit_rows())
+        limit(gateway, "mine", day=spent)
+        assert wait_for_status(client, WAYS[0], 429)
+
+
+def test_one_model_has_one_rule_however_it_is_spelt(gateway: RunningGateway) -> None:
+    key = gateway.key(name="mine")
+    limit(gateway, "mine", "LLAMA3.2", rpm=0)
+    with gateway.http(key) as client:
+        assert wait_for_status(client, WAYS[0], 429)
+        limit(gateway, "mine", "llama3.2:latest", rpm=100)
+        assert wait_for_status(client, WAYS[0], 200)
+
+
+def test_a_running_call_is_not_forgotten_with_redis_data(
+    gateway: RunningGateway, stores: TestStores, held: threading.Event
+) -> None:
+    with gateway.http(gateway.key(concurrent=1)) as client:
+        first = threading.Thread(target=ask, args=(client, WAYS[0]))
+        first.start()
+        until(lambda: gateway.rooms.limits.running == 1)
+        with stores.client() as redis:
+            redis.flushall()
+        gateway.call(gateway.rooms.limits._renew())
+        assert ask(client, WAYS[0]).status_code == 429
+        held.set()
+        first.join()
+        assert ask(client, WAYS[0]).status_code == 200
+
+
+def test_the_wait_for_a_spent_budget_is_known_without_redis() -> None:
+    scope = Scope("k", -1, -1, -1, 100, -1)
+    local = LocalLimits()
+    local.note(scope, Usage(0, 0, 0, 0), 95, 95, 0)
+    refused = local.admit([scope], 10, Share(), takes_slot=True)
+    assert refused is not None and refused.limit == "day" and refused.wait_s
+    left = 86_400 - time.time() % 86_400
+    assert abs(refused.wait_s - left) < 5
+
+
+def test_a_call_of_nobody_is_left_out(gateway: RunningGateway, stores: TestStores) -> None:
+    shared = shards.ALL[4]
+    with stores.client() as redis:
+        redis.hset(shared.calls, "x", b'0 {"scopes":[[1,2,3,4,5,6,7]],"model":"m","prompt":1,"row":{}}')
+        redis.zadd(shared.leases, {"x": 1})
+        assert gateway.call(gateway.rooms.limits.overdue(0, 10)) == []
+        until(lambda: not redis.exists(shared.calls))

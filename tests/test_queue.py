@@ -140,3 +140,37 @@ def test_one_key_cannot_fill_the_queue(
     for thread in threads:
         thread.join()
     assert sorted(status for _, status in done) == [200] * 4 + [429] * 4
+
+
+def test_who_waits_for_one_model_keeps_no_other_model_waiting(
+    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event]
+) -> None:
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="3")
+    alpha.healthy.models = [*alpha.healthy.models, "other:latest"]
+    gateway.call(gateway.rooms.discovery.refresh())
+    key = gateway.key(name="mine", concurrent=2)
+    gateway.call(gateway.ring().limit("mine", "llama3.2", {"concurrent": 1}))
+    done: list[tuple[str, int]] = []
+    threads = [in_background(gateway, key, done, "runs")]
+    until(lambda: len(hold) == 1)
+    threads.append(in_background(gateway, key, done, "waits"))
+    queued(gateway, 1)
+    began = time.monotonic()
+    other = threading.Thread(target=lambda: other_model(gateway, key, done))
+    other.start()
+    until(lambda: len(hold) == 2)
+    assert time.monotonic() - began < 1
+    hold[1].set()
+    other.join()
+    until(lambda: ("waits", 429) in done)
+    hold[0].set()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [("other", 200), ("runs", 200), ("waits", 429)]
+    (refused,) = [row for row in gateway.audit_rows() if row["status"] == 429]
+    assert 2500 < refused["queue_ms"] < 6000
+
+
+def other_model(gateway: RunningGateway, key: str, done: list[tuple[str, int]]) -> None:
+    with gateway.http(key) as client:
+        done.append(("other", ask(client, WAYS[0], model="other").status_code))

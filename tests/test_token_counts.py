@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway import tokens
+from gateway.dialects.openai import OpenAI
 from tests.asking import MODEL, SAY_HI, WAYS
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -181,3 +182,27 @@ def test_scripts_that_redis_forgot_are_told_again(
             statuses.append(client.get("/api/tags").status_code)
     assert statuses == [200, 200, 200, 429, 429]
     until(lambda: len(gateway.audit_rows()) == 5)
+
+
+COUNTS = b'{"prompt_tokens":7,"completion_tokens":9,"total_tokens":16}'
+ZEROS = b'{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}'
+WORDS = b'{"model":"m","choices":[{"index":0,"delta":{"content":"hi"},"finish_reason":null}]}'
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        (b'{"choices":[],"usage":' + COUNTS + b"}", None),
+        (b'{"choices":null,"usage":' + COUNTS + b"}", None),
+        (b'{"model":"m","usage":' + COUNTS + b"}", None),
+        (b'{"choices":[],"usage":' + ZEROS + b"}", None),
+        (b'{"usage":null,' + WORDS[1:], WORDS),
+        (WORDS[:-1] + b', "usage" : null}', WORDS),
+        (b'{"error":{"message":"usage"},"usage":null}', b'{"error":{"message":"usage"}}'),
+        (b'{"choices":[]}', b'{"choices":[]}'),
+    ],
+    ids=["alone", "null choices", "no choices", "zeros", "null first", "null with blanks", "an error", "no usage at all"],
+)
+def test_counts_nobody_asked_for_are_taken_out_whatever_their_form(sent: bytes, shown: bytes | None) -> None:
+    dialect = OpenAI()
+    assert dialect.without_usage(b"data: " + sent + b"\n\n") == (b"" if shown is None else b"data: " + shown + b"\n\n")

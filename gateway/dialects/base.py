@@ -57,7 +57,10 @@ class Call:
     body: dict[str, Any] = field(repr=False)
 
     def need(self, most_output: int) -> Need:
-        found = self.operation.need(self.body) if self.operation.need else NO_TOKENS
+        try:
+            found = self.operation.need(self.body) if self.operation.need else NO_TOKENS
+        except RecursionError:
+            raise BadRequest("the body is nested too deeply") from None
         return found if found.output is None else Need(found.prompt, min(found.output, most_output))
 
     def body_for(self, kind: Kind, spelling: str, cap: int) -> bytes:
@@ -251,4 +254,4 @@ def text_of(message: dict[str, Any], *names: str) -> str:
     """What a message or a part of one says, with the tools it calls."""
     texts = [message[name] for name in names if isinstance(message.get(name), str)]
     calls = message.get("tool_calls")
-    return "".join(texts) + (strict_json.write(calls).decode() if calls else "")
+    return "".join(texts) + (strict_json.write_anyhow(calls).decode("utf-8", "replace") if calls else "")

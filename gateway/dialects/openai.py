@@ -41,9 +41,9 @@ KNOWN_FIELDS = frozenset(
 UNKNOWN = Usage()
 EVENT = re.compile(rb".+?(?:\r\n\r\n|\n\n|\n\r\n|\r\r|\Z)", re.DOTALL)
 # What servers put into every chunk when they are asked for counts: nothing yet.
-NO_USAGE = re.compile(
-    rb',\s?"usage":\s?(?:null|\{"prompt_tokens":\s?0,\s?"completion_tokens":\s?0,\s?"total_tokens":\s?0\})(?=[,}])'
-)
+NOTHING = rb'(?:null|\{"prompt_tokens"\s?:\s?0,\s?"completion_tokens"\s?:\s?0,\s?"total_tokens"\s?:\s?0\})'
+NO_USAGE = re.compile(rb',\s?"usage"\s?:\s?' + NOTHING + rb'(?=\s?[,}])|(?<=\{)"usage"\s?:\s?' + NOTHING + rb"\s?,\s?")
+NO_CHOICES = re.compile(rb'"choices"\s?:\s?(?:\[\s?\]|null)')
 
 
 class ServerSentEvents:
@@ -153,13 +153,14 @@ class OpenAI:
         if b'"usage"' not in frames:
             return frames
         kept = NO_USAGE.sub(b"", frames)
-        if b'"usage"' not in kept:
+        if b'"usage"' not in kept and not NO_CHOICES.search(kept):
             return kept
-        return b"".join(event for event in EVENT.findall(kept) if not self._is_usage_alone(event))
+        return b"".join(NO_USAGE.sub(b"", event) for event in EVENT.findall(frames) if not self._is_usage_alone(event))
 
     def _is_usage_alone(self, event: bytes) -> bool:
+        """Whether the event is there for its counts, or for the place where they would stand."""
         values = [try_read(payload) for payload in self.framing.payloads(event)]
-        return bool(values) and all(value.get("choices") == [] and isinstance(value.get("usage"), dict) for value in values)
+        return bool(values) and all("usage" in value and not value.get("choices") and "error" not in value for value in values)
 
     def said(self, data: bytes) -> str:
         payloads = [data] if data.lstrip()[:1] == b"{" else self.framing.payloads(data)

@@ -2,15 +2,17 @@
 -- KEYS: calls, leases, means; then for each scope: requests, tokens, reserve, slots, queue, budget.
 -- ARGV: call id; what to remember of the call ('' where it takes no slot); lease in ms; prompt tokens (-1: counts no tokens);
 -- output tokens (-1: the model's mean); model; mean of an unknown model; largest output; ms to wait for a slot; most who may
--- wait; ms that a running call is likely to go on; then for each scope: rpm, tpm, concurrent, day, month (-1: no limit).
+-- wait; ms until a slot is likely to be free; ms that a call is likely to go on; then for each scope: rpm, tpm, concurrent, day, month (-1: no limit).
 -- Answers {verdict, tokens reserved, ms until it would pass (-1: never), limit hit, number of its scope,
 -- then for each scope: requests and tokens used, ms until each is all there again, tokens used of day and month, and the
 -- slots that others hold}.
 local id, info, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local prompt, output, wait_ms, likely_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[9]), tonumber(ARGV[11])
+local prompt, output, wait_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[9])
+-- Until a slot is free again, and until a call has ended and its tokens are known.
+local slot_ms, call_ms = tonumber(ARGV[11]), tonumber(ARGV[12])
 local scopes = (#KEYS - 3) / 6
 local answer = {'ok', 0, 0, '', 0}
-local worst, only_slots, somebody_waits = 0, true, {}
+local worst, only_slots, somebody_waits, full = 0, true, {}, {}
 
 local function used_of(key)
     local head = redis.call('HMGET', key, 'n', 'o', 'l')
@@ -77,7 +79,7 @@ if prompt >= 0 then
 end
 
 for i = 1, scopes do
-    local k, a = 3 + (i - 1) * 6, 11 + (i - 1) * 5
+    local k, a = 3 + (i - 1) * 6, 12 + (i - 1) * 5
     local requests, tokens, reserve, slots, queue, budget = KEYS[k + 1], KEYS[k + 2], KEYS[k + 3], KEYS[k + 4], KEYS[k + 5], KEYS[k + 6]
     local rpm, tpm, concurrent = tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
     local day, month = tonumber(ARGV[a + 4]), tonumber(ARGV[a + 5])
@@ -107,10 +109,11 @@ for i = 1, scopes do
             if need > tpm or tpm == 0 then
                 refuse('tpm', i, -1)
             elseif excess > 0 then
-                refuse('tpm', i, until_gone(tokens, excess) or likely_ms)
+                refuse('tpm', i, until_gone(tokens, excess) or call_ms)
             end
         end
         tokens_used = tokens_used + reserved
+        if reserved > 0 then tokens_reset = 61000 - now % 1000 end
     end
     if day >= 0 or month >= 0 then
         if redis.call('EXISTS', budget) == 0 then
@@ -125,12 +128,12 @@ for i = 1, scopes do
             if day >= 0 and (need > day or day == 0) then
                 refuse('day', i, -1)
             elseif day >= 0 and day_used + reserved + need > day then
-                refuse('day', i, day_used + need > day and ((today + 1) * 86400 - second) * 1000 or likely_ms)
+                refuse('day', i, day_used + need > day and ((today + 1) * 86400 - second) * 1000 or call_ms)
             end
             if month >= 0 and (need > month or month == 0) then
                 refuse('month', i, -1)
             elseif month >= 0 and month_used + reserved + need > month then
-                refuse('month', i, month_used + need > month and ms_to_next_month() or likely_ms)
+                refuse('month', i, month_used + need > month and ms_to_next_month() or call_ms)
             end
         end
     end
@@ -145,7 +148,8 @@ for i = 1, scopes do
         end
         slots_used = redis.call('ZCOUNT', slots, '(' .. now, '+inf')
         if slots_used + before_us >= concurrent then
-            refuse('concurrent', i, likely_ms)
+            full[i] = true
+            refuse('concurrent', i, slot_ms)
         end
     end
     local o = 5 + (i - 1) * 7
@@ -157,15 +161,16 @@ if answer[1] == 'refused' then
     answer[3] = worst
     local may_wait = only_slots and worst >= 0 and wait_ms > 0
     for i = 1, scopes do
-        local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[11 + (i - 1) * 5 + 3])
+        local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[12 + (i - 1) * 5 + 3])
         if may_wait and concurrent > 0 then
             local is_in = redis.call('ZSCORE', queue, id)
             may_wait = is_in or redis.call('ZCARD', queue) < tonumber(ARGV[10])
         end
     end
     for i = 1, scopes do
-        local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[11 + (i - 1) * 5 + 3])
-        if may_wait and concurrent > 0 then
+        local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[12 + (i - 1) * 5 + 3])
+        -- Only where there is no room: a place in another queue would keep others waiting for nothing.
+        if may_wait and full[i] then
             -- The score is when the place in the queue ends; all wait equally long, so it is the order of arrival, too.
             redis.call('ZADD', queue, 'NX', now + wait_ms, id)
             redis.call('PEXPIRE', queue, wait_ms + 60000)
@@ -179,7 +184,7 @@ end
 
 answer[2] = need
 for i = 1, scopes do
-    local k, a, o = 3 + (i - 1) * 6, 11 + (i - 1) * 5, 5 + (i - 1) * 7
+    local k, a, o = 3 + (i - 1) * 6, 12 + (i - 1) * 5, 5 + (i - 1) * 7
     if tonumber(ARGV[a + 1]) >= 0 then
         add_to(KEYS[k + 1], 1)
         answer[o + 1], answer[o + 3] = answer[o + 1] + 1, 61000 - now % 1000

@@ -20,14 +20,16 @@ if not was_running and how == 'reaped' then return 0 end
 
 for i = 1, (#KEYS - 7) / 5 do
     local k, a = 7 + (i - 1) * 5, 10 + (i - 1) * 2
+    local had_slot = redis.call('ZREM', KEYS[k + 3], id) == 1
     if was_running then
-        redis.call('ZREM', KEYS[k + 3], id)
         if redis.call('EXISTS', KEYS[k + 3]) == 0 then
             redis.call('DEL', KEYS[k + 2])
         elseif reserved > 0 and redis.call('DECRBY', KEYS[k + 2], reserved) < 0 then
             redis.call('DEL', KEYS[k + 2])
         end
-        if redis.call('EXISTS', KEYS[k + 4]) == 1 then redis.call('PUBLISH', 'nz:slots', KEYS[k + 4]) end
+    end
+    if (was_running or had_slot) and redis.call('EXISTS', KEYS[k + 4]) == 1 then
+        redis.call('PUBLISH', 'nz:slots', KEYS[k + 4])
     end
     if counts and used > 0 then
         if ARGV[a + 1] == '1' then add_to(KEYS[k + 1], used) end
