@@ -12,7 +12,7 @@ JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench check key keys limit rotate revoke models refresh probe doctor audit usage audit-verify purge forget migrate psql config up down logs image lock clean
+.PHONY: help run test bench profile check key keys limit rotate revoke models refresh probe doctor audit usage audit-verify purge forget migrate psql config up down logs image lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: .venv/ready-to-test ## Run all tests against private servers
 
 bench: .venv/ready-to-test ## Measure the speed against plain passthroughs, and nginx if installed [LITELLM=its python]
 	@$(BIN)/python -m tests.bench $(if $(LITELLM),--litellm $(LITELLM))
+
+profile: .venv/ready-to-test ## Show where the time of a request and of a chunk goes, by rooms and functions
+	@$(BIN)/python -m tests.bench.profile
 
 check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabilities
 	$(BIN)/ruff check gateway tests

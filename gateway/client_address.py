@@ -56,13 +56,14 @@ class TrustedProxies:
     def client_of(self, scope: Scope) -> str:
         """The peer, or, where the peer is a trusted proxy, the rightmost entry of X-Forwarded-For that is not."""
         client = scope.get("client")
-        if client is None or not (self._networks or self._resolved):
-            return _shown(client[0]) if client else NOBODY
+        if client is None:
+            return NOBODY
+        entries = _forwarded_for(scope) if self._networks or self._resolved else []
         peer = _address(client[0])
-        if peer is None or not self._trusts(peer):
+        if not entries or peer is None or not self._trusts(peer):
             return _shown(client[0])
         found = peer
-        for text in reversed(_forwarded_for(scope)):
+        for text in reversed(entries):
             entry = _address(text)
             if entry is None:
                 break
@@ -77,6 +78,8 @@ class TrustedProxies:
 
 def _forwarded_for(scope: Scope) -> list[str]:
     lines = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    if not lines:
+        return lines
     return [entry.strip() for entry in ",".join(lines).split(",") if entry.strip()]
 
 

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,12 @@ def environment(names: dict[str, str]) -> dict[str, str]:
 
 @contextmanager
 def serving(
-    folder: Path, names: dict[str, str], verb: str = "serve", *, new_group: bool = False
+    folder: Path,
+    names: dict[str, str],
+    verb: str = "serve",
+    *,
+    new_group: bool = False,
+    entry: Sequence[str] = ("-m", "gateway"),
 ) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
     """The process, its address, and the file with all it has said."""
     port = free_port()
@@ -36,7 +41,7 @@ def serving(
     named = {**names, "GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_BIND_PORT": str(port)}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway", verb],
+            [sys.executable, *entry, verb],
             cwd=folder,
             env=environment(named),
             stdout=out,

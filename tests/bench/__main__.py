@@ -39,7 +39,7 @@ def measure(folder: Path, asked: argparse.Namespace, say: scenarios.Say) -> scen
         say("one core only: what measures and what is measured share it, the figures say little")
     say("starting everything, the stores take some seconds")
     with subjects.all_of_them(built, folder, asked.litellm) as (found, direct):
-        own = scenarios.alone(built, found[0], folder, say)
+        own = scenarios.alone(built, found[0], direct, folder, say)
         results = scenarios.compare(built, found, direct, asked.rounds, say)
     results.alone = own
     return results

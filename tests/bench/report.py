@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.bench import growth
 from tests.bench.scenarios import ONE, RATE, STREAMS, THOUSAND, WHOLE, Results, Scenario
 
 GATEWAY, PLAIN, NGINX, DIRECT = "gateway", "Starlette + aiohttp", "nginx", "direct"
@@ -71,6 +72,8 @@ def _goals(results: Results) -> Iterator[tuple[str, str, str, bool | None]]:
     yield line("memory after large bodies against idle", "≤ 1.2×", after and idle and after / idle, lambda x: x <= 1.2)
     quiet, loud = own.get("good p99 alone, ms"), own.get("good p99 beside the flood, ms")
     yield line("good p99 beside 2,000 wrong keys/s", "≤ 2×", quiet and loud and loud / quiet, lambda x: x <= 2)
+    few, many = (own.get(growth.name_of(size)) for size in (growth.FEW, growth.MANY))
+    yield line("CPU of a request, 1,000 times the keys", "≤ 1.1×", few and many and many / few, lambda x: x <= 1.1)
     pause_s = own.get("chunk's longest pause beside large bodies, ms")
     yield line("longest pause of a chunk beside 200 KB bodies, ms", "≤ 20", pause_s, lambda x: x <= 20)
 

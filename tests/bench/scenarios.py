@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.bench import growth, stores
 from tests.bench.subjects import MODEL, Subject
 from tests.bench.tools import Tools, is_disturbed, load, memory_mib
 
@@ -74,12 +75,12 @@ def compare(tools: Tools, subjects: Sequence[Subject], direct: Subject, rounds: 
     return results
 
 
-def alone(tools: Tools, gateway: Subject, folder: Path, say: Say) -> dict[str, float]:
+def alone(tools: Tools, gateway: Subject, direct: Subject, folder: Path, say: Say) -> dict[str, float]:
     """What has no counterpart: the gateway's memory, and good traffic beside bad."""
-    return dict(_of_the_gateway(tools, gateway, folder, say))
+    return dict(_of_the_gateway(tools, gateway, direct, folder, say))
 
 
-def _of_the_gateway(tools: Tools, gateway: Subject, folder: Path, say: Say) -> Iterator[tuple[str, float]]:
+def _of_the_gateway(tools: Tools, gateway: Subject, direct: Subject, folder: Path, say: Say) -> Iterator[tuple[str, float]]:
     def run(*options: str, key: str = gateway.key) -> dict[str, Any]:
         return load(tools, gateway.port, key, gateway.pids, *options)
 
@@ -114,6 +115,17 @@ def _of_the_gateway(tools: Tools, gateway: Subject, folder: Path, say: Say) -> I
         lag = run("-s", "-n", "100", "-D", "50", "-c", "200", "-t", "4", "-w", "2")["lag"]
         yield "chunk's longest pause beside large bodies, ms", lag["max"] / 1000
         bodies.result()
+
+    say("what requests cost the stores")
+    redis_s, postgres_s = stores.redis_cpu_s(gateway), stores.postgres_cpu_s(folder)
+    done = run("-c", "32", "-t", "4", "-w", "0")["ok"]
+    yield "CPU of Redis for a request, µs", (stores.redis_cpu_s(gateway) - redis_s) / done * 1e6
+    # The last rows are still on their way.
+    time.sleep(2)
+    yield "CPU of PostgreSQL for a request, µs", (stores.postgres_cpu_s(folder) - postgres_s) / done * 1e6
+
+    say("growth: 10,000 keys, 1,000 models, 50 backends against 10, 5 and 2; making the keys takes a while")
+    yield from growth.measure(tools, direct.port, folder).items()
 
 
 def _body(size: int) -> str:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from tests.bench.tools import OTHER_CORE, SUBJECT_CORE, CannotMeasure, Tools, pi
 from tests.processes import PROJECT, descendants, environment, free_port, until
 
 MODEL = "mock-model"
+NOTHING: Mapping[str, str] = {}
 NGINX = """
 worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx.err;
 worker_rlimit_nofile 65536;
@@ -39,6 +40,7 @@ class Subject:
     port: int
     pids: list[int] = field(default_factory=list)
     key: str = "none"
+    names: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -74,15 +76,17 @@ def mock(tools: Tools, folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def gateway(mock_port: int, folder: Path, **more: str) -> Iterator[Subject]:
+def gateway(
+    mock_port: int, folder: Path, entry: Sequence[str] = ("-m", "gateway"), more: Mapping[str, str] = NOTHING
+) -> Iterator[Subject]:
     """Keys, limits and audit on: limits that are counted and never reached."""
     port = free_port()
-    entry = {"name": "mock", "kind": "openai", "base_url": f"http://127.0.0.1:{mock_port}", "max_connections": 10_000}
+    backend = {"name": "mock", "kind": "openai", "base_url": f"http://127.0.0.1:{mock_port}", "max_connections": 10_000}
     with local.stores(folder / "stores") as stores:
         names = {
             "DATABASE_URL": stores.database_url,
             "REDIS_URL": stores.redis_url,
-            "OLLAMA_BACKENDS": json.dumps([entry]),
+            "OLLAMA_BACKENDS": json.dumps([backend]),
             "GATEWAY_BIND_HOST": "127.0.0.1",
             "GATEWAY_BIND_PORT": str(port),
             "GATEWAY_LOG_FORMAT": "json",
@@ -94,8 +98,8 @@ def gateway(mock_port: int, folder: Path, **more: str) -> Iterator[Subject]:
         }
         operate(names, folder, "migrate")
         key = operate(names, folder, "key", "--name", f"bench {port}").split()[-1]
-        with running("gateway", SUBJECT_CORE, [sys.executable, "-m", "gateway", "serve"], port, names, folder) as subject:
-            subject.key = key
+        with running("gateway", SUBJECT_CORE, [sys.executable, *entry, "serve"], port, names, folder) as subject:
+            subject.key, subject.names = key, names
             yield subject
 
 

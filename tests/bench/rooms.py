@@ -1,0 +1,102 @@
+"""Where calls and time go, by the rooms of the house: what a profile says of functions, summed up."""
+
+import pstats
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BUILT_IN = "~"
+GATEWAY = {
+    "server": "server connection workers serving",
+    "front": "front routes client_address errors json_reply health",
+    "keys": "authentication access api_key keys auth_failures",
+    "limits": "limits admission local_limits quota budgets",
+    "Redis": "redis_line redis_lines store shards",
+    "dialect": "body strict_json tokens model_names base ollama openai",
+    "exchange": "exchange guard transcript",
+    "routing": "routing backends upstream breaker catalog discovery",
+    "audit": "books record audit_writer audit_table database cost",
+    "log": "logs",
+}
+ROOM_OF_MODULE = {module: room for room, modules in GATEWAY.items() for module in modules.split()}
+ROOM_OF_PACKAGE = {
+    "uvicorn": "server",
+    "starlette": "front",
+    "redis": "Redis",
+    "aiohttp": "routing",
+    "yarl": "routing",
+    "multidict": "routing",
+    "asyncpg": "audit",
+    "logging": "log",
+}
+OTHER = "the rest"
+
+Function = tuple[str, int, str]
+
+
+class Cost(NamedTuple):
+    calls: int
+    seconds: float
+
+
+@dataclass
+class Account:
+    """Calls and seconds of own time, by room and by function; what is built in belongs to whoever called it."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    functions: dict[Function, Cost] = field(default_factory=dict)
+    own: Counter[Function] = field(default_factory=Counter)
+
+    def add(self, function: Function, calls: int, seconds: float) -> None:
+        room = room_of(function[0])
+        self.calls[room] += calls
+        self.seconds[room] += seconds  # type: ignore[assignment] # a counter of fractions
+        known = self.functions.get(function, Cost(0, 0))
+        self.functions[function] = Cost(known.calls + calls, known.seconds + seconds)
+
+    def calls_of(self, file: str, name: str) -> int:
+        """How often a function was called, without what it calls."""
+        return sum(calls for (path, _, known), calls in self.own.items() if known == name and path.endswith(file))
+
+
+def room_of(path: str) -> str:
+    parts = Path(path).parts
+    if "gateway" in parts[:-1]:
+        return ROOM_OF_MODULE.get(Path(path).stem, OTHER)
+    return next((ROOM_OF_PACKAGE[part] for part in reversed(parts) if part in ROOM_OF_PACKAGE), OTHER)
+
+
+def read(file: Path) -> Account:
+    account = Account()
+    stats: dict[Function, Any] = pstats.Stats(str(file)).stats  # type: ignore[attr-defined] # typeshed leaves it out
+    for function, (_, calls, seconds, _, callers) in stats.items():
+        if function[0] != BUILT_IN:
+            account.add(function, calls, seconds)
+            account.own[function] += calls
+            continue
+        for caller, (_, some, of_them, _) in callers.items():
+            account.add(caller, some, of_them)
+    return account
+
+
+def table(account: Account, events: float) -> list[list[str]]:
+    """Per event (a request, a chunk): calls, microseconds of own time, share."""
+    total = sum(account.seconds.values())
+    rows = [["room", "calls", "own time", "share"]]
+    for room, seconds in account.seconds.most_common():
+        row = [room, f"{account.calls[room] / events:.1f}", f"{seconds / events * 1e6:.1f} µs", f"{seconds / total:.0%}"]
+        rows.append(row)
+    rows.append(["all", f"{sum(account.calls.values()) / events:.1f}", f"{total / events * 1e6:.1f} µs", "100%"])
+    return rows
+
+
+def dearest(account: Account, events: float, most: int) -> Iterator[list[str]]:
+    """The functions that take most, what they call that is built in included."""
+    ranked = sorted(account.functions.items(), key=lambda item: -item[1].seconds)[:most]
+    yield ["function", "calls", "own time"]
+    for (path, _, name), cost in ranked:
+        where = f"{Path(path).stem}.{name}"
+        yield [where, f"{cost.calls / events:.2f}", f"{cost.seconds / events * 1e6:.1f} µs"]
