@@ -154,15 +154,15 @@ class Answer:
 
     async def _relay_frames(self, opening: Opening, guard: Watched, connection: Connection) -> None:
         framing, idle_s, upstream = self._dialect.framing, opening.backend.config.idle_timeout_s, opening.upstream
-        frames, rest = opening.frames, opening.rest
+        frames, rest, is_plain, record = opening.frames, opening.rest, self._dialect.is_plain, self.record
 
         def pass_at_once(piece: bytes) -> bool:
             """Most pieces are whole frames for a client that keeps up: they need no turn of this task."""
-            if rest or framing.end_of_frames(piece) != len(piece) or self._dialect.says_last(piece) or not connection.keeps_up:
+            if rest or not is_plain(piece) or not connection.keeps_up:
                 return False
             if shown := self._hear(piece):
                 connection.push(shown)
-                self.record.bytes_out += len(shown)
+                record.bytes_out += len(shown)
             guard.within(idle_s, BackendTimeout)
             return True
 

@@ -41,7 +41,7 @@ class Cycle(RequestResponseCycle):
         return self.response_started and not (self._head or self.flow.write_paused or self.disconnected)
 
     def push(self, body: bytes) -> None:
-        self.transport.write(self._framed(body, more=True))
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body) if self.chunked_encoding else self._framed(body, more=True))
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":

@@ -7,6 +7,7 @@ that is known beforehand. The pool of connections, their making, TLS and the par
 import asyncio
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -36,36 +37,55 @@ class ConnectionLost(BackendFault):
     """A connection ended before any byte of the answer."""
 
 
-class Tap(asyncio.Protocol):
-    """Between a transport and aiohttp's protocol: what that makes of each arrival is taken at once, without waking a task."""
+class Flow(aiohttp.StreamReader):
+    """A body whose pieces are taken as they arrive, without waking a task: what a StreamReader becomes for a while.
 
-    def __init__(self, protocol: ResponseHandler, body: aiohttp.StreamReader, take: Callable[[bytes], bool]) -> None:
-        self._protocol, self._body, self._take = protocol, body, take
-        self.left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    The first piece that is not taken, the end or a failure makes it again what it was, and all that follows waits in it.
+    """
 
-    def data_received(self, data: bytes) -> None:
-        self._protocol.data_received(data)
-        self.look()
+    # The parser holds on to the reader that it has made, so that one must change: no more than its methods.
+    __slots__ = ()
+    # Where a StreamReader has whoever waits for data: here what takes it, and a future for what was not taken.
+    _waiter: Any
 
-    def eof_received(self) -> None:
-        self._protocol.eof_received()
-        self.look()
+    @classmethod
+    def begin(cls, body: aiohttp.StreamReader, take: Callable[[bytes], bool]) -> "asyncio.Future[bytes]":
+        """The future has what was not taken, b"" at the end."""
+        left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        changed: Any = body
+        changed.__class__, changed._waiter = cls, (take, left)
+        return left
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._protocol.connection_lost(exc)
-        self.look()
+    @staticmethod
+    def end(body: aiohttp.StreamReader) -> None:
+        if isinstance(body, Flow):
+            changed: Any = body
+            changed.__class__, changed._waiter = aiohttp.StreamReader, None
 
-    def look(self) -> None:
-        if self.left.done():
-            return
-        if (wrong := self._body.exception()) is not None:
-            self.left.set_exception(wrong)
-            return
-        piece = self._body.read_nowait()
-        if piece and not self._take(piece):
-            self.left.set_result(piece)
-        elif self._body.at_eof():
-            self.left.set_result(b"")
+    def feed_data(self, data: bytes, size: int = 0) -> bool:
+        take, left = self._waiter
+        if data and not take(data):
+            Flow.end(self)
+            if not left.done():
+                left.set_result(data)
+        return False
+
+    def end_http_chunk_receiving(self) -> None:
+        """Nobody asks here how the backend has cut its answer."""
+
+    def feed_eof(self) -> None:
+        _, left = self._waiter
+        Flow.end(self)
+        self.feed_eof()
+        if not left.done():
+            left.set_result(b"")
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        _, left = self._waiter
+        Flow.end(self)
+        self.set_exception(exc, *cause)
+        if not left.done():
+            left.set_exception(exc)
 
 
 class Upstream:
@@ -78,10 +98,9 @@ class Upstream:
         body: aiohttp.StreamReader,
         release: Callable[[], None],
         abort: Callable[[], None],
-        protocol: ResponseHandler | None = None,
     ) -> None:
         self.status, self.headers, self._body = status, headers, body
-        self._release, self._abort, self._protocol = release, abort, protocol
+        self._release, self._abort = release, abort
         content_type = headers.get("Content-Type", "")
         self.content_type = content_type if PRINTABLE.fullmatch(content_type) else ""
 
@@ -101,19 +120,20 @@ class Upstream:
 
         Raises as `read` does.
         """
-        protocol = self._protocol
-        transport = None if protocol is None else protocol.transport
-        if protocol is None or transport is None or transport.is_closing():
+        body = self._body
+        while not body.is_eof() and body.exception() is None:
+            if not (piece := body.read_nowait()):
+                break
+            if not take(piece):
+                return piece
+        else:
             return await self.read()
-        tap = Tap(protocol, self._body, take)
-        transport.set_protocol(tap)
         try:
-            tap.look()
-            return await tap.left
+            return await Flow.begin(body, take)
         except (aiohttp.ClientError, OSError) as wrong:
             raise BackendFault("broken_off", type(wrong).__name__) from wrong
         finally:
-            transport.set_protocol(protocol)
+            Flow.end(body)
 
     async def read_whole(self, limit: int = LONGEST_WHOLE_ANSWER) -> bytes:
         pieces, size = [], 0
@@ -163,7 +183,7 @@ class Caller:
             raise
         finally:
             guard.without_deadline()
-        return Upstream(message.code, message.headers, payload, connection.release, connection.close, protocol)
+        return Upstream(message.code, message.headers, payload, connection.release, connection.close)
 
     async def _connect(self) -> Connection:
         try:

@@ -113,6 +113,9 @@ class Dialect(Protocol):
     def says_last(self, frames: bytes) -> bool:
         """Whether a client may take these frames for the end, whatever comes behind them."""
 
+    def is_plain(self, frames: bytes) -> bool:
+        """Whether these are whole frames and none says that it is the last, at a glance."""
+
     def hides_usage(self, call: Call) -> bool:
         """Whether the backend was asked for counts that the caller did not ask for."""
 

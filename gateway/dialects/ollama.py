@@ -89,6 +89,9 @@ class Ollama:
     def says_last(self, frames: bytes) -> bool:
         return b'"done":true' in frames
 
+    def is_plain(self, frames: bytes) -> bool:
+        return frames.endswith(b"\n") and b'"done":true' not in frames
+
     def hides_usage(self, call: Call) -> bool:
         return False
 

@@ -145,6 +145,9 @@ class OpenAI:
     def says_last(self, frames: bytes) -> bool:
         return b"[DONE]" in frames[-16:]
 
+    def is_plain(self, frames: bytes) -> bool:
+        return frames.endswith(b"\n\n") and b"[DONE]" not in frames[-16:]
+
     def hides_usage(self, call: Call) -> bool:
         options = call.body.get("stream_options") or {}
         return call.stream and options.get("include_usage") is not True
