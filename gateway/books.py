@@ -71,7 +71,7 @@ class Books:
         if told is not None and record.admission is not None and self._limits.is_tight(record.admission):
             with suppress(StoreAway):
                 await asyncio.shield(told)
-        elif told is not None:
+        elif told is not None and not self._limits.has_told(record.key_id):
             # In the next turn of the loop it is written, with what others tell; after the second it has gone.
             await asyncio.sleep(0)
             await asyncio.sleep(0)

@@ -249,6 +249,11 @@ class Limits:
         """Whether the next request may need the very slot that this one gives back."""
         return any(self.local.slots(scope) * 2 >= scope.concurrent >= 0 for scope in admission.scopes)
 
+    def has_told(self, key_id: str) -> bool:
+        """Whether all that was said of this key is on its way to Redis."""
+        line = self._lines.of(shards.shard_of(key_id))
+        return line is None or line.has_written
+
     def tell(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
         admission = settlement.admission
         scopes: Sequence[Scope] = admission.scopes if admission else ()

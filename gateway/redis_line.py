@@ -55,8 +55,9 @@ def scripts(folder: Path = LUA) -> dict[str, Script]:
 class Line:
     """`async with Line(url, on_failure) as line:` — `await line.run("admit", keys, values)` runs a script.
 
-    Commands of one turn of the loop are written together; `flush` writes at once. An answer that is not there after 50 ms
-    fails with StoreAway, and until Redis has caught up everything else fails at once.
+    A command is written at once while Redis has nothing to do for us, else together with the others of the same turn of the
+    loop; `flush` writes at once. An answer that is not there after 50 ms fails with StoreAway, and until Redis has caught up
+    everything else fails at once.
     """
 
     def __init__(self, url: str, on_failure: Callable[[Exception], None], on_moved: Callable[[], None] = lambda: None) -> None:
@@ -93,6 +94,11 @@ class Line:
         return self._transport is not None and not self._is_late and len(self._pending) < MOST_PENDING
 
     @property
+    def has_written(self) -> bool:
+        """Whether all that was sent is on its way."""
+        return not self._unwritten
+
+    @property
     def pending(self) -> int:
         return len(self._pending)
 
@@ -103,11 +109,13 @@ class Line:
     def send(self, *command: Any) -> "asyncio.Future[Any]":
         if not self.is_usable:
             raise StoreAway
-        if not self._unwritten:
-            self._loop.call_soon(self.flush)
         packed = pack(*command)
         answer: asyncio.Future[Any] = self._loop.create_future()
         self._enqueue(Sent(answer, packed, self._loop.time() + CALL_DEADLINE_S, False))
+        if len(self._pending) == 1:
+            self.flush()
+        elif len(self._unwritten) == 1:
+            self._loop.call_soon(self.flush)
         return answer
 
     def _enqueue(self, sent: Sent) -> None:

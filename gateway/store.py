@@ -112,6 +112,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self.is_cluster = is_cluster(url)
         self._redis = connect(url, deadline_s=CALL_DEADLINE_S)
         self._subscriber = connect(url, deadline_s=PING_EVERY_S * 2)
         self._timeouts = 0

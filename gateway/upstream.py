@@ -53,14 +53,14 @@ class Flow(aiohttp.StreamReader):
         """The future has what was not taken, b"" at the end."""
         left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         changed: Any = body
-        changed.__class__, changed._waiter = cls, (take, left)
+        changed.__class__, changed._waiter = cls, (take, left)  # noqa: SLF001
         return left
 
     @staticmethod
     def end(body: aiohttp.StreamReader) -> None:
         if isinstance(body, Flow):
             changed: Any = body
-            changed.__class__, changed._waiter = aiohttp.StreamReader, None
+            changed.__class__, changed._waiter = aiohttp.StreamReader, None  # noqa: SLF001
 
     def feed_data(self, data: bytes, size: int = 0) -> bool:
         take, left = self._waiter
