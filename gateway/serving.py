@@ -1,9 +1,6 @@
 """The long-running verbs: `serve` in a deployment, `worker` under it, `run` on one's own machine."""
 
 import asyncio
-import contextlib
-import ctypes
-import gc
 import logging
 import os
 import socket
@@ -16,7 +13,7 @@ from dataclasses import replace
 from http.client import HTTPException
 from importlib.util import find_spec
 
-from gateway import app, console, installation, logs, server
+from gateway import app, console, installation, logs, memory, server
 from gateway.app import Rooms
 from gateway.commands import require_schema
 from gateway.errors import CommandFailed
@@ -27,9 +24,6 @@ from gateway.workers import Workers, end_with_parent
 LOG = logging.getLogger("gateway")
 LOCAL_HOST, FIRST_KEY = "127.0.0.1", "local"
 PROBE_S = 0.5
-# Numbers of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGE_BLOCK = 128 * 1024
 STOP_MARGIN_S = 15.0
 
 
@@ -68,24 +62,8 @@ def serve(settings: Settings, on_ready: Callable[[Rooms | None], None] = lambda 
 async def _serve_one(settings: Settings, listener: socket.socket, on_ready: Callable[[Rooms | None], None]) -> None:
     async with app.build(settings) as rooms:
         one = server.Server(rooms, drain_s=settings.gateway_drain_s, on_ready=lambda: on_ready(rooms))
-        spare_the_collector()
-        return_large_blocks()
-        await one.serve([listener])
-
-
-def return_large_blocks() -> None:
-    """Bodies of some 100 KB go back to the system when they are done with, instead of growing what is kept (mallopt(3))."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        libc = ctypes.CDLL(None)
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(parameter, LARGE_BLOCK)
-
-
-def spare_the_collector() -> None:
-    """What is there now stays: looking through it again and again only makes requests wait."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+        async with memory.kept_small():
+            await one.serve([listener])
 
 
 def worker(settings: Settings, descriptor: int, parent: int) -> None:

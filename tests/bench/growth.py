@@ -104,11 +104,13 @@ def measure(tools: Tools, mock_port: int, folder: Path) -> dict[str, float]:
     with ExitStack() as stack:
         grown = [(size, *stack.enter_context(installation(size, mock_port, folder / f"{size.keys}"))) for size in (FEW, MANY)]
         for size, gateway, keys in grown:
+            asked = 0
             # Each key is checked once.
-            load(tools, gateway.port, "", gateway.pids, "-k", str(keys), "-c", "8", "-t", "0.1", "-w", str(size.keys / 400))
+            while asked < size.keys:
+                asked += load(tools, gateway.port, "", gateway.pids, "-k", str(keys), "-c", "16", "-t", "4", "-w", "0")["ok"]
         for _ in range(ROUNDS):
             for size, gateway, keys in grown:
-                told = load(tools, gateway.port, "", gateway.pids, "-k", str(keys), "-c", "32", "-t", "3", "-w", "0.5")
+                told = load(tools, gateway.port, "", gateway.pids, "-k", str(keys), "-c", "32", "-t", "2", "-w", "0.5")
                 found.setdefault(name_of(size), []).append(told["cpu_us_req"])
     return {name: statistics.median(values) for name, values in found.items()}
 

@@ -1,13 +1,24 @@
 """What requests cost the stores, as the stores' own processes say it."""
 
+import asyncio
 import os
+import time
+import uuid
 from pathlib import Path
 
+import asyncpg
 import redis
 
+from gateway import shards
+from gateway.record import Record
 from tests.bench.subjects import Subject
+from tests.processes import until
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+SIZE_OF_A_ROW = """
+SELECT sum(pg_total_relation_size(relid))::float8 / (SELECT count(*) FROM audit)
+FROM pg_partition_tree('audit') WHERE isleaf
+"""
 
 
 def redis_cpu_s(gateway: Subject) -> float:
@@ -40,3 +51,36 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def drained_rows_s(gateway: Subject, rows: int = 30_000) -> float:
+    """How many rows of the audit one gateway moves from Redis to PostgreSQL in a second, with nothing else to do."""
+    with redis.Redis.from_url(gateway.names["REDIS_URL"]) as client:
+        # All at once, as after PostgreSQL was away.
+        pipe = client.pipeline(transaction=True)
+        for number in range(rows):
+            pipe.xadd(shards.ALL[number % shards.SHARDS].rows, {"row": _row()})
+        pipe.execute()
+        began = time.monotonic()
+        until(lambda: not any(client.xlen(shared.rows) for shared in shards.ALL), 120)
+    return rows / (time.monotonic() - began)
+
+
+def _row() -> bytes:
+    record = Record(uuid.uuid4().hex, uuid.uuid4().hex, "POST", "192.0.2.7", "bench/1")
+    record.dialect, record.route, record.model = "openai", "/v1/chat/completions", "llama3.2:latest"
+    record.backend, record.status, record.outcome = "backend-1", 200, "answered"
+    return record.end(40, 120, "reported")
+
+
+def bytes_of_a_row(gateway: Subject) -> float:
+    """On disk, indexes included."""
+
+    async def ask() -> float:
+        connection = await asyncpg.connect(gateway.names["DATABASE_URL"])
+        try:
+            return float(await connection.fetchval(SIZE_OF_A_ROW))
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
