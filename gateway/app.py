@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
@@ -26,20 +27,25 @@ from gateway.dialects.openai import OpenAI
 from gateway.discovery import Discovery
 from gateway.errors import StoreUnavailable
 from gateway.exchange import Exchange
-from gateway.front import Front, by_prefix
+from gateway.front import METRICS, Front, by_prefix
 from gateway.guard import Watch
 from gateway.health import Health
 from gateway.limits import Limits
 from gateway.lists import Lists
+from gateway.metrics import Metrics
 from gateway.quota import Quota
 from gateway.redis_lines import Lines
 from gateway.routing import Router
+from gateway.sampler import Sampler
+from gateway.scrape import Scrape
 from gateway.settings import Settings
 from gateway.shards import FREED
 from gateway.show import described
 from gateway.store import Store
 
 LOG = logging.getLogger("gateway")
+# A path that is not there for who may not see it is there in no way.
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 @dataclass
@@ -54,6 +60,7 @@ class Rooms:
     watch: Watch
     limits: Limits
     books: Books
+    metrics: Metrics
 
 
 def hasher_of(settings: Settings) -> PasswordHasher:
@@ -76,7 +83,8 @@ async def fleet(settings: Settings) -> AsyncIterator[dict[str, Backend]]:
 
 
 @asynccontextmanager
-async def build(settings: Settings) -> AsyncIterator[Rooms]:
+async def build(settings: Settings, metrics_folder: Path | None = None) -> AsyncIterator[Rooms]:
+    """`metrics_folder` is where the workers of one gateway share what they have counted."""
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(database_of(settings))
         store = await stack.enter_async_context(Store(settings.redis_url))
@@ -87,15 +95,20 @@ async def build(settings: Settings) -> AsyncIterator[Rooms]:
         backends = await stack.enter_async_context(fleet(settings))
         discovery = await stack.enter_async_context(discovery_of(settings, backends, store))
         proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
-        limits = await stack.enter_async_context(limits_of(settings, database, store))
+        lines = await stack.enter_async_context(Lines(settings.redis_url, store.count_failure))
+        limits = await stack.enter_async_context(limits_of(settings, database, store, lines))
         dialects: dict[str, Dialect] = {"ollama": Ollama(), "openai": OpenAI()}
         writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
         await stack.enter_async_context(retaining(settings))
         books = await stack.enter_async_context(Books(limits, dialects, writer.write, size=settings.audit_buffer_size))
         watch = await stack.enter_async_context(Watch())
         id_header = settings.gateway_request_id_header
-        front = Front(_not_yet, proxies.client_of, by_prefix(dialects), books, request_id_header=id_header)
-        rooms = Rooms(database, store, discovery, backends, front, watch, limits, books)
+        metrics = Metrics(metrics_folder)
+        front = Front(_not_yet, proxies.client_of, by_prefix(dialects), books, metrics, request_id_header=id_header)
+        rooms = Rooms(database, store, discovery, backends, front, watch, limits, books, metrics)
+        catalog = lambda: discovery.catalog  # noqa: E731
+        sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
+        await stack.enter_async_context(sampler)
         front.routes = _table(settings, rooms, Access(authenticator, limits, default_quota(settings)), dialects)
         LOG.info("PostgreSQL: %s", await _state_of(database))
         tell_what_is_in_force(settings, rooms)
@@ -103,18 +116,17 @@ async def build(settings: Settings) -> AsyncIterator[Rooms]:
 
 
 @asynccontextmanager
-async def limits_of(settings: Settings, database: Database, store: Store) -> AsyncIterator[Limits]:
-    async with Lines(settings.redis_url, store.count_failure) as lines:
-        limits = Limits(
-            lines,
-            Budgets(database, store).seed,
-            most_output=settings.max_num_predict,
-            queue_wait_s=settings.max_queue_wait_s,
-            closed_without_redis=settings.limits_without_redis == "closed",
-        )
-        async with limits:
-            store.subscribe({FREED: lambda queue: limits.slot_freed(queue.encode())}, after_gap=lambda: None)
-            yield limits
+async def limits_of(settings: Settings, database: Database, store: Store, lines: Lines) -> AsyncIterator[Limits]:
+    limits = Limits(
+        lines,
+        Budgets(database, store).seed,
+        most_output=settings.max_num_predict,
+        queue_wait_s=settings.max_queue_wait_s,
+        closed_without_redis=settings.limits_without_redis == "closed",
+    )
+    async with limits:
+        store.subscribe({FREED: lambda queue: limits.slot_freed(queue.encode())}, after_gap=lambda: None)
+        yield limits
 
 
 @asynccontextmanager
@@ -150,6 +162,9 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     lines: dict[tuple[str, str], ASGIApp] = {("GET", "/"): routes.running}
     lines |= _calls(settings, rooms, access, dialects)
     lines |= _lists(rooms, access)
+    if settings.metrics_token or settings.metrics_allow:
+        scrape = Scrape(rooms.metrics, settings.metrics_token, settings.metrics_allow)
+        lines |= {(method, METRICS): scrape for method in METHODS}
     for method, path in admin_verbs.ROUTES:
         lines[method, path] = admin_verbs.AdminVerb(
             method,

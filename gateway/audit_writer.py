@@ -44,6 +44,8 @@ class AuditWriter:
         self._task: asyncio.Task[None] | None = None
         self._reaped_at = 0.0
         self.written = 0
+        # Rows in Redis; None where another process looks after them.
+        self.waiting: int | None = None
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="audit writer")
@@ -71,6 +73,7 @@ class AuditWriter:
 
     async def _work(self) -> int:
         if not await self._is_my_turn():
+            self.waiting = None
             return 0
         if time.monotonic() - self._reaped_at > REAP_EVERY_S:
             self._reaped_at = time.monotonic()
@@ -92,7 +95,9 @@ class AuditWriter:
 
     async def _move(self) -> int:
         """The oldest of every shard; how many rows came from where most did."""
-        streams = [stream for stream, length in zip(STREAMS, await self._lengths(), strict=True) if length]
+        lengths = await self._lengths()
+        self.waiting = sum(lengths[: len(ROWS)])
+        streams = [stream for stream, length in zip(STREAMS, lengths, strict=True) if length]
         if not streams:
             return 0
         read = await self._oldest(streams)

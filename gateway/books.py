@@ -97,6 +97,7 @@ class Books:
 
     def _settlement(self, record: Record) -> Settlement:
         spent = cost.of(record)
+        record.spent_prompt, record.spent_completion = spent.prompt, spent.completion
         row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0
         completion = spent.completion if is_whole else -1

@@ -85,6 +85,7 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--audit-retention", type=commands.retention, help="how long the key's audit rows are kept: 90d")
         verb.add_argument("--admin-models", action="store_true", help="may pull, create and delete models on a backend")
         verb.add_argument("--show-backend", action="store_true", help="answers name the backend in X-Gateway-Backend")
+        verb.add_argument("--show-overhead", action="store_true", help="answers say in X-Gateway-Overhead-Ms what was added")
     if name == "limit":
         verb.add_argument("--model", default="", help="limit only the models that match this glob, beside the key's own limits")
         _add_limits(verb, argparse.SUPPRESS)

@@ -116,7 +116,7 @@ async def migrate(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def make_key(settings: Settings, said: argparse.Namespace) -> None:
-    flags = [name for name in (keys.ADMIN_MODELS, keys.SHOW_BACKEND) if getattr(said, name)]
+    flags = [name for name in (keys.ADMIN_MODELS, keys.SHOW_BACKEND, keys.SHOW_OVERHEAD) if getattr(said, name)]
     wanted = NewKey(
         name=said.name,
         models=model_names.split_patterns(said.models),

@@ -77,6 +77,7 @@ class Database:
         self._down_until = 0.0
         self.up = True
         self.was_reached = False
+        self.calls = self.errors = 0
 
     async def __aenter__(self) -> Self:
         self._pool = await asyncpg.create_pool(
@@ -133,6 +134,7 @@ class Database:
         if time.monotonic() < self._down_until:
             raise StoreUnavailable
         assert self._pool is not None
+        self.calls += 1
         connection = await self._acquire(self._pool)
         try:
             yield connection
@@ -155,6 +157,7 @@ class Database:
 
     def _down(self, wrong: BaseException) -> StoreUnavailable:
         self._down_until = time.monotonic() + PAUSE_AFTER_FAILURE_S
+        self.errors += 1
         self._note(up=False, reason=type(wrong).__name__)
         return StoreUnavailable()
 

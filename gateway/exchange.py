@@ -19,7 +19,7 @@ from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, read_
 from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError, ModelNotAvailable
 from gateway.guard import Watch, Watched
 from gateway.json_reply import send_json
-from gateway.keys import SHOW_BACKEND
+from gateway.keys import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.record import Record
 from gateway.routing import Opening, Router, is_served
 from gateway.transcript import Transcript
@@ -75,13 +75,16 @@ class Exchange:
 
     async def _read(self, scope: Scope, receive: Receive, record: Record, guard: Watched) -> tuple[Call, Model]:
         key = await self._access.key_of(scope, record)
+        began = time.monotonic()
         raw = await read_body(scope, receive, self._longest_body, record, guard)
+        record.reading_s = time.monotonic() - began
         call = read_call(self._dialect, self._operation, raw)
         record.model, record.stream = call.asked_model, call.stream
         model = self._catalog().find(call.model, key.models)
         if model is None:
             raise ModelNotAvailable
-        record.show_backend = SHOW_BACKEND in key.flags
+        record.canonical = model.name.canonical
+        record.show_backend, record.show_overhead = SHOW_BACKEND in key.flags, SHOW_OVERHEAD in key.flags
         if key.prompt_log and call.operation.need:
             record.transcript = Transcript(call.body)
         return call, model

@@ -21,14 +21,16 @@ from gateway.errors import (
     ShuttingDown,
 )
 from gateway.guard import Guard
+from gateway.metrics import Metrics
 from gateway.record import Record
 
 LOG = logging.getLogger("gateway")
 WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 KEY_IN_PATH = re.compile(r"/k/([^/]*)(/.*)?", re.DOTALL)
 HEALTH = frozenset({"/healthz", "/readyz"})
+METRICS = "/metrics"
 EXPOSED = (
-    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-ratelimit-limit-requests, "
+    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-overhead-ms, x-ratelimit-limit-requests, "
     b"x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
     b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
@@ -52,10 +54,12 @@ class Front:
         client_of: Callable[[Scope], str],
         dialect_of: Callable[[str], Dialect],
         books: Books,
+        metrics: Metrics,
         *,
         request_id_header: str,
     ) -> None:
         self.routes, self._client_of, self._dialect_of, self._books = routes, client_of, dialect_of, books
+        self._metrics = metrics
         self._id_header = request_id_header.lower().encode()
         self.in_flight = 0
         self.idle = asyncio.Event()
@@ -73,8 +77,9 @@ class Front:
             await self._handle(scope, receive, reply, record)
         finally:
             self._books.close(record)
-            if scope["path"] not in HEALTH:
+            if scope["path"] not in HEALTH and record.route != METRICS:
                 logs.request_line(record.status, record.told(), record.told_json)
+                self._metrics.ended(record)
             # The connection knows the scope: without this its memory would wait for the collector.
             scope["state"].clear()
             self.in_flight -= 1
@@ -203,6 +208,8 @@ class Reply:
         headers = [(self._id_header, self._record.request_id.encode())]
         if self._record.show_backend and self._record.backend:
             headers.append((b"x-gateway-backend", self._record.backend.encode()))
+        if self._record.show_overhead:
+            headers.append((b"x-gateway-overhead-ms", b"%.2f" % (self._record.overhead_s * 1000)))
         if self._record.admission is not None:
             headers += self._record.admission.headers
         if self.with_cors:

@@ -19,7 +19,7 @@ from gateway.store import Store, StoreAway
 CHANGED = "nz:keys:changed"
 VERSION_KEPT_S = 86_400
 LONGEST_NAME = 200
-ADMIN_MODELS, SHOW_BACKEND = "admin_models", "show_backend"
+ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "show_overhead"
 REMEMBERED_SCOPES = 1000
 
 

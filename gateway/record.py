@@ -37,7 +37,8 @@ class Attempt:
 @dataclass(slots=True)
 class Record:
     """Times are seconds of the monotonic clock, `at` microseconds since the epoch; `route` is a line of the route table,
-    never the path as it was sent. `id` is ours and unique; `request_id` may be the caller's."""
+    never the path as it was sent. `id` is ours and unique; `request_id` may be the caller's. `model` is what was asked for,
+    `canonical` its one spelling where the key may use it."""
 
     id: str
     request_id: str
@@ -51,6 +52,7 @@ class Record:
     route: str = "unmatched"
     key: Key | None = None
     model: str = ""
+    canonical: str = ""
     answered_as: str = ""
     stream: bool = False
     need: Need = NO_TOKENS
@@ -58,6 +60,7 @@ class Record:
     admission: Admission | None = None
     backend: str = ""
     show_backend: bool = False
+    show_overhead: bool = False
     with_cors: bool = False
     was_sent: bool = False
     attempts: list[Attempt] = field(default_factory=list)
@@ -66,10 +69,14 @@ class Record:
     detail: str = ""
     usage: Usage = NOTHING_COUNTED
     relayed_tokens: int = 0
+    spent_prompt: int = 0
+    spent_completion: int = 0
     transcript: Transcript | None = field(default=None, repr=False)
     bytes_in: int = 0
     bytes_out: int = 0
     first_byte_at: float | None = None
+    reading_s: float = 0.0
+    upstream_s: float = 0.0
     is_closed: bool = False
     row: dict[str, Any] | None = field(default=None, repr=False)
     told_json: bytes = field(default=b"", repr=False)
@@ -81,6 +88,12 @@ class Record:
     @property
     def queue_ms(self) -> float:
         return (self.admission.queue_s if self.admission else self.waited_s) * 1000
+
+    @property
+    def overhead_s(self) -> float:
+        """What the gateway itself added until the first byte: all but the sending of the body, a queue, and the backends."""
+        until = time.monotonic() if self.first_byte_at is None else self.first_byte_at
+        return max(0.0, until - self.began - self.reading_s - self.queue_ms / 1000 - self.upstream_s)
 
     def beginning(self) -> dict[str, Any]:
         """What is known of the row when the request is let in; `completed` makes it whole if nobody ever ends it."""

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -31,6 +32,14 @@ NOT_HERE = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 def pack(*command: Any) -> bytes:
     packed: bytes = hiredis.pack_command(command)
     return packed
+
+
+@dataclass
+class Tally:
+    """How often Redis was asked, and how often it did not answer as it should."""
+
+    calls: int = 0
+    errors: int = 0
 
 
 class Sent(NamedTuple):
@@ -60,7 +69,14 @@ class Line:
     everything else fails at once.
     """
 
-    def __init__(self, url: str, on_failure: Callable[[Exception], None], on_moved: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        url: str,
+        on_failure: Callable[[Exception], None],
+        on_moved: Callable[[], None] = lambda: None,
+        tally: Tally | None = None,
+    ) -> None:
+        self._tally = tally or Tally()
         self._client: Redis = connect(url, deadline_s=CONNECT_DEADLINE_S)
         self._on_failure, self._on_moved = on_failure, on_moved
         self._scripts = scripts()
@@ -109,6 +125,7 @@ class Line:
     def send(self, *command: Any) -> "asyncio.Future[Any]":
         if not self.is_usable:
             raise StoreAway
+        self._tally.calls += 1
         packed = pack(*command)
         answer: asyncio.Future[Any] = self._loop.create_future()
         self._enqueue(Sent(answer, packed, self._loop.time() + CALL_DEADLINE_S, False))
@@ -156,8 +173,12 @@ class Line:
             self._is_late = True
             self._on_failure(TimeoutError())
         for sent in self._pending:
-            if not sent.answer.done():
-                sent.answer.set_exception(StoreAway())
+            self._fail(sent)
+
+    def _fail(self, sent: Sent) -> None:
+        if not sent.answer.done():
+            self._tally.errors += 1
+            sent.answer.set_exception(StoreAway())
 
     def _hang_up(self) -> None:
         if self._transport is not None:
@@ -209,7 +230,7 @@ class Line:
             self._try_again(sent)
         else:
             self._complain(told)
-            sent.answer.set_exception(StoreAway())
+            self._fail(sent)
 
     def _complain(self, told: str) -> None:
         """Once a minute: a Redis without room says so to every command."""
@@ -240,9 +261,7 @@ class Line:
             self._watch.cancel()
             self._watch = None
         while self._pending:
-            sent = self._pending.popleft()
-            if not sent.answer.done():
-                sent.answer.set_exception(StoreAway())
+            self._fail(self._pending.popleft())
 
 
 class Replies(asyncio.Protocol):

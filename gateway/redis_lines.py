@@ -9,7 +9,7 @@ from typing import Any, Self
 from redis.exceptions import RedisError
 
 from gateway import shards, tasks
-from gateway.redis_line import Line
+from gateway.redis_line import Line, Tally
 from gateway.store import CONNECT_DEADLINE_S, connect, is_cluster, of_node
 
 LOG = logging.getLogger("gateway.store")
@@ -23,6 +23,7 @@ class Lines:
 
     def __init__(self, url: str, on_failure: Callable[[Exception], None]) -> None:
         self._url, self._on_failure = url, on_failure
+        self.tally = Tally()
         self._open: dict[Address | None, Line] = {}
         self._of_shard: list[Line] = []
         self._moved = asyncio.Event()
@@ -54,7 +55,7 @@ class Lines:
     async def _line_to(self, address: Address | None) -> Line:
         if address not in self._open:
             url = self._url if address is None else of_node(self._url, *address)
-            self._open[address] = await Line(url, self._on_failure, self._moved.set).__aenter__()
+            self._open[address] = await Line(url, self._on_failure, self._moved.set, self.tally).__aenter__()
         return self._open[address]
 
     async def _look(self) -> None:

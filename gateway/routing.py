@@ -98,6 +98,8 @@ class Router:
             except BackendRefused:
                 record.backend = backend.name
                 raise
+            finally:
+                record.upstream_s += time.monotonic() - began
             record.backend, record.answered_as = backend.name, spelling
             return opening
         raise verdict(faults)

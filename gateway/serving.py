@@ -6,14 +6,17 @@ import os
 import socket
 import subprocess  # starts the demonstration backend, our own code  # nosec B404
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
+from pathlib import Path
 
-from gateway import app, console, installation, logs, memory, server
+from gateway import app, console, installation, logs, memory, metrics, server
 from gateway.app import Rooms
 from gateway.commands import require_schema
 from gateway.errors import CommandFailed
@@ -53,14 +56,29 @@ def serve(settings: Settings, on_ready: Callable[[Rooms | None], None] = lambda 
         if settings.gateway_workers == 1:
             server.run(_serve_one(settings, listener, on_ready))
         else:
-            workers = Workers(
-                listener, settings.gateway_workers, settings.gateway_drain_s + STOP_MARGIN_S, lambda: on_ready(None)
-            )
-            asyncio.run(workers.run())
+            _serve_many(settings, listener, on_ready)
 
 
-async def _serve_one(settings: Settings, listener: socket.socket, on_ready: Callable[[Rooms | None], None]) -> None:
-    async with app.build(settings) as rooms:
+def _serve_many(settings: Settings, listener: socket.socket, on_ready: Callable[[Rooms | None], None]) -> None:
+    with tempfile.TemporaryDirectory(prefix="nz-metrics-") as folder:
+        os.environ[metrics.FOLDER_VARIABLE] = folder
+        workers = Workers(
+            listener,
+            settings.gateway_workers,
+            settings.gateway_drain_s + STOP_MARGIN_S,
+            on_ready=lambda: on_ready(None),
+            on_end=partial(metrics.bury, Path(folder)),
+        )
+        asyncio.run(workers.run())
+
+
+async def _serve_one(
+    settings: Settings,
+    listener: socket.socket,
+    on_ready: Callable[[Rooms | None], None],
+    metrics_folder: Path | None = None,
+) -> None:
+    async with app.build(settings, metrics_folder) as rooms:
         one = server.Server(rooms, drain_s=settings.gateway_drain_s, on_ready=lambda: on_ready(rooms))
         async with memory.kept_small():
             await one.serve([listener])
@@ -71,7 +89,8 @@ def worker(settings: Settings, descriptor: int, parent: int) -> None:
     logs.configure(settings.gateway_log_level, settings.gateway_log_format)
     with socket.socket(fileno=descriptor) as listener:
         listener.setblocking(False)
-        server.run(_serve_one(settings, listener, lambda _: None))
+        folder = Path(os.environ[metrics.FOLDER_VARIABLE])
+        server.run(_serve_one(settings, listener, lambda _: None, folder))
 
 
 def run() -> None:

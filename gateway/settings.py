@@ -86,6 +86,15 @@ def proxies(text: str) -> tuple[str, ...]:
     return entries
 
 
+def networks(text: str) -> tuple[str, ...]:
+    """Addresses and networks (CIDR), separated by commas."""
+    entries = tuple(entry.strip() for entry in text.split(",") if entry.strip())
+    for entry in entries:
+        if not _is_network(entry):
+            raise ValueError(f"addresses and CIDRs separated by commas, not {entry!r}")
+    return entries
+
+
 def _is_network(text: str) -> bool:
     try:
         ip_network(text, strict=False)
@@ -186,6 +195,8 @@ class Settings:
     audit_buffer_size: int = env("1000", integer(1, 10**7))
     prompt_log_default_retention_days: int = env("30", integer(1, 36_500))
     audit_log_default_retention_days: int = env("365", integer(1, 36_500))
+    metrics_token: str = env("", secret, is_secret=True)
+    metrics_allow: tuple[str, ...] = env("", networks)
     playground_enabled: bool = env("false", boolean)
     playground_file: str = env("")
     docs_enabled: bool = env("false", boolean)
@@ -339,6 +350,8 @@ def refuse_weak_secrets(settings: Settings) -> None:
         user, password, is_remote = _login(getattr(settings, name))
         if is_remote and (name == "database_url" or password) and _is_weak(password, user):
             raise SettingsError(f"{name.upper()} must carry a password nobody can guess: set one of 12 or more characters")
+    if settings.metrics_token and _is_weak(settings.metrics_token, None, shortest=12):
+        raise SettingsError("METRICS_TOKEN must be one nobody can guess: set one of 12 or more characters")
     variable = "OLLAMA_BACKENDS" if settings.ollama_backends else "OLLAMA_AUTH_TOKEN"
     for backend in settings.backends:
         if backend.auth_token and _is_weak(backend.auth_token, None, shortest=1):

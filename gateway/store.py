@@ -116,6 +116,7 @@ class Store:
         self._redis = connect(url, deadline_s=CALL_DEADLINE_S)
         self._subscriber = connect(url, deadline_s=PING_EVERY_S * 2)
         self._timeouts = 0
+        self.calls = self.errors = 0
         self._look = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.up = False
@@ -135,12 +136,14 @@ class Store:
     async def call(self, command: Callable[[Redis], Awaitable[Any]]) -> Any:
         if not self.up:
             raise StoreAway
+        self.calls += 1
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
                 answer = await command(self._redis)
         except OutOfMemoryError as full:
             raise _full() from full
         except (RedisError, OSError, TimeoutError) as wrong:
+            self.errors += 1
             self.count_failure(wrong)
             raise StoreAway from wrong
         self._timeouts = 0
@@ -168,12 +171,14 @@ class Store:
         """For background work whose answers are large."""
         if not self.up:
             raise StoreAway
+        self.calls += 1
         try:
             async with asyncio.timeout(deadline_s):
                 return await command(self._subscriber)
         except OutOfMemoryError as full:
             raise _full() from full
         except (RedisError, OSError, TimeoutError) as wrong:
+            self.errors += 1
             self.count_failure(wrong)
             raise StoreAway from wrong
 

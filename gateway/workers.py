@@ -25,11 +25,21 @@ def end_with_parent(parent: int) -> None:
 
 
 class Workers:
-    """`count` copies of `command` (a worker's arguments for `python -m gateway`), each given the listening socket."""
+    """`count` copies of `command` (a worker's arguments for `python -m gateway`), each given the listening socket.
 
-    def __init__(self, listener: socket.socket, count: int, stop_within_s: float, on_ready: Callable[[], None]) -> None:
+    `on_end` is told the process id of each that has ended.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        count: int,
+        stop_within_s: float,
+        on_ready: Callable[[], None],
+        on_end: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._listener, self._count, self._stop_within_s = listener, count, stop_within_s
-        self._on_ready = on_ready
+        self._on_ready, self._on_end = on_ready, on_end
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -60,7 +70,10 @@ class Workers:
             # A terminal's Ctrl-C would reach the workers too, and a second signal means: at once.
             start_new_session=True,
         )
-        return await self._wait_for(process)
+        try:
+            return await self._wait_for(process)
+        finally:
+            self._on_end(process.pid)
 
     async def _wait_for(self, process: asyncio.subprocess.Process) -> int:
         ended = asyncio.create_task(process.wait())

@@ -58,6 +58,14 @@ def serving(
                 process.wait(60)
 
 
+def operate(folder: Path, names: dict[str, str], *words: str) -> str:
+    """What a verb of the command line prints."""
+    command = [sys.executable, "-m", "gateway", *words]
+    done = subprocess.run(command, cwd=folder, env=environment(names), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=2).status_code == 200

@@ -22,10 +22,10 @@ FLOORS = [
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "redis_lines catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),
     "authentication dialects.ollama dialects.openai discovery keeper show health local_limits record".split(),
-    "limits cost routing body postgres_checkup settings_checkup".split(),
+    "limits cost metrics routing body postgres_checkup settings_checkup".split(),
     "access books audit_writer redis_checkup".split(),
-    "front routes lists exchange".split(),
-    "admin_verbs".split(),
+    "front routes lists exchange scrape".split(),
+    "admin_verbs sampler".split(),
     "app".split(),
     "commands server".split(),
     "serving audit_commands".split(),
@@ -44,6 +44,7 @@ HOMES = {
     "yarl": {"backends", "upstream"},
     "uvicorn": {"server", "demo"},
     "uvloop": {"server"},
+    "prometheus_client": {"metrics"},
 }
 # Starlette's types and its plain tools; what wraps a request or hides a disconnect is only for the demonstration.
 STARLETTE = {
@@ -219,8 +220,8 @@ def is_asked_for(requirement: Requirement, extras: set[str]) -> bool:
 
 
 def test_the_requirements_are_what_the_code_imports() -> None:
-    beside_imports = {"httptools", "prometheus-client"}
-    import_names = {"argon2-cffi": "argon2"}
+    beside_imports = {"httptools"}
+    import_names = {"argon2-cffi": "argon2", "prometheus-client": "prometheus_client"}
     named = {import_names.get(name, name) for name in required() - beside_imports}
     # yarl comes with aiohttp, whose addresses are its own; hiredis with redis, whose parser it is.
     assert named == {*HOMES, "starlette"} - {"yarl", "hiredis"}

@@ -1,8 +1,6 @@
 """What a request costs in things that every machine counts alike: calls of functions and stores, memory, garbage."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,14 @@ from tests.bench.profile import counted
 from tests.bench.profiled import CALLS, COSTS
 from tests.conftest import TestStores
 from tests.played import PlayedBackend
-from tests.processes import environment, serving
+from tests.processes import operate, serving
 from tests.settings_of import environment_for
 
 MODEL = "llama3.2:latest"
 REQUESTS, STREAMS, PIECES = 300, 10, 150
-ON_THE_WAY = ("server", "front", "keys", "limits", "dialect", "exchange", "routing", "log")
+ON_THE_WAY = ("server", "front", "keys", "limits", "dialect", "exchange", "routing", "log", "metrics")
 # What was counted, and a little for other versions of Python and of the libraries: more is a regression to look at.
-MOST_CALLS, MOST_CALLS_PER_FRAME = 530, 56
+MOST_CALLS, MOST_CALLS_PER_FRAME = 590, 40
 REDIS_CALLS, SQL_CALLS = 2.1, 0.1
 GARBAGE, BLOCKS = 0.5, 20.0
 
@@ -66,17 +64,10 @@ def counting(tmp_path: Path, stores: TestStores, request: pytest.FixtureRequest)
     pieces, pause_s = getattr(request, "param", (3, 0.0))
     with PlayedBackend(models=[MODEL], name="alpha", pieces=pieces, pause_s=pause_s) as backend:
         names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
-        made = subprocess.run(
-            [sys.executable, "-m", "gateway", "key", "--name", "counted"],
-            cwd=tmp_path,
-            env=environment(names),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        key = operate(tmp_path, names, "key", "--name", "counted").split()[-1]
         entry = ("-m", "tests.bench.profiled", str(tmp_path))
         with serving(tmp_path, names, entry=entry) as (process, url, _):
-            headers = {"Authorization": f"Bearer {made.stdout.split()[-1]}"}
+            headers = {"Authorization": f"Bearer {key}"}
             with httpx.Client(base_url=url, headers=headers, timeout=30) as client:
                 found = Counting(tmp_path, process.pid, client)
                 found.ask("/api/chat", 20, stream=False)

@@ -16,11 +16,12 @@ from gateway.settings import Settings
 from tests.processes import environment
 
 CANARY = "canary-7d1f0b"
-SECRETS = ["DATABASE_URL", "REDIS_URL", "OLLAMA_AUTH_TOKEN", "OLLAMA_BACKENDS"]
+SECRETS = ["DATABASE_URL", "REDIS_URL", "OLLAMA_AUTH_TOKEN", "OLLAMA_BACKENDS", "METRICS_TOKEN"]
 GOOD_SECRET = {
     "DATABASE_URL": f"postgresql://u:{CANARY}@h/d",
     "REDIS_URL": f"redis://u:{CANARY}@h:6379/0",
     "OLLAMA_AUTH_TOKEN": CANARY,
+    "METRICS_TOKEN": CANARY,
     "OLLAMA_BACKENDS": json.dumps([{"name": "a", "base_url": "http://a", "auth_token": CANARY}]),
 }
 
@@ -39,6 +40,8 @@ def refusal(**names: str) -> str:
 
 
 BAD = {
+    "METRICS_TOKEN": ["two\nlines"],
+    "METRICS_ALLOW": ["here", "127.0.0.1,there", "10.0.0.0/40", "300.1.1.1"],
     "GATEWAY_BIND_HOST": ["a b", "http://x", "x/y"],
     "GATEWAY_BIND_PORT": ["http", "-1", "65536", "80.5", "1e3", " ", "8080 8081", "0x50", "9" * 40],
     "GATEWAY_WORKERS": ["0", "65", "two", "auto"],

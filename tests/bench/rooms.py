@@ -19,6 +19,7 @@ GATEWAY = {
     "routing": "routing backends upstream breaker catalog discovery",
     "audit": "books record audit_writer audit_table database cost",
     "log": "logs",
+    "metrics": "metrics scrape sampler",
 }
 ROOM_OF_MODULE = {module: room for room, modules in GATEWAY.items() for module in modules.split()}
 ROOM_OF_PACKAGE = {
@@ -29,6 +30,7 @@ ROOM_OF_PACKAGE = {
     "yarl": "routing",
     "multidict": "routing",
     "asyncpg": "audit",
+    "prometheus_client": "metrics",
     "logging": "log",
 }
 OTHER = "the rest"

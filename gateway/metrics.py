@@ -1,0 +1,231 @@
+"""What Prometheus is told: every counter, gauge and histogram, declared here (home of prometheus-client).
+
+With several workers the values lie in files of one folder, one set for each process, and whoever is asked adds them up
+(prometheus-client's multiprocess mode); the files of a worker that has ended are merged into one.
+"""
+
+import asyncio
+import fcntl
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from gateway.errors import BudgetSpent, ConflictingKeys, LimitReached, MissingKey, TooManyFailures, WrongKey
+from gateway.record import Record
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+# Read by prometheus-client when it is imported.
+FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+LOCK, DEAD = "lock", "dead"
+OTHER = "other"
+ATTEMPTS, AGAIN_S = 5, 0.02
+LIMITED = frozenset(f"refused:{kind.code}" for kind in (LimitReached, BudgetSpent))
+UNKNOWN_CALLERS = frozenset(f"refused:{kind.code}" for kind in (MissingKey, WrongKey, ConflictingKeys, TooManyFailures))
+# Seconds. Whole answers of large models take minutes; what the gateway adds is a matter of milliseconds.
+LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
+SHORT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+
+
+class Children(NamedTuple):
+    """Those of one combination of labels: looked up once."""
+
+    requests: Any
+    prompt: Any
+    completion: Any
+    duration: Any
+    first_byte: Any
+    overhead: Any
+
+
+class Metrics:
+    def __init__(self, folder: Path | None = None) -> None:
+        # The moment at which a counter began says nothing that its first scrape does not.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._folder = folder
+        self._registry = CollectorRegistry()
+        self._children: dict[tuple[str, str, str, str], Children] = {}
+        self._telling: asyncio.Lock = asyncio.Lock()
+        self._declare_requests()
+        self._declare_backends()
+        self._declare_stores()
+        self._declare_process()
+
+    def _counter(self, name: str, words: str, *labels: str) -> Counter:
+        return Counter(name, words, labels, registry=self._registry)
+
+    def _gauge(self, name: str, words: str, *labels: str, of_all: Any) -> Gauge:
+        return Gauge(name, words, labels, registry=self._registry, multiprocess_mode=of_all)
+
+    def _histogram(self, name: str, words: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, words, labels, registry=self._registry, buckets=buckets)
+
+    def _declare_requests(self) -> None:
+        self.requests = self._counter("gateway_requests", "Requests that have ended", "dialect", "route", "model", "outcome")
+        self.tokens = self._counter("gateway_tokens", "Tokens, as counted or guessed for the audit", "kind", "model")
+        self.duration = self._histogram(
+            "gateway_request_duration_seconds", "From a request's head to its answer's end", "dialect", buckets=LONG
+        )
+        self.first_byte = self._histogram(
+            "gateway_time_to_first_byte_seconds",
+            "From a request's head to the first byte of its answer",
+            "dialect",
+            buckets=LONG,
+        )
+        self.overhead = self._histogram(
+            "gateway_overhead_seconds",
+            "What the gateway added to the time to the first byte, waiting in a queue left out",
+            "dialect",
+            buckets=SHORT,
+        )
+        self.queue = self._histogram("gateway_queue_wait_seconds", "Waiting for a slot of the key", buckets=LONG)
+        self.refused = self._counter("gateway_limit_refusals", "Requests refused by a limit", "limit")
+        self.auth_failures = self._counter("gateway_auth_failures", "Requests with a wrong key, or with none")
+        self.in_flight = self._gauge("gateway_requests_in_flight", "Requests under way", of_all="livesum")
+        self.waiting = self._gauge("gateway_requests_waiting", "Requests that wait for a slot of their key", of_all="livesum")
+
+    def _declare_backends(self) -> None:
+        self.attempts = self._counter("gateway_backend_attempts", "Calls sent to a backend", "backend")
+        self.failures = self._counter("gateway_backend_failures", "Calls that a backend failed", "backend", "reason")
+        self.backend_in_flight = self._gauge(
+            "gateway_backend_requests_in_flight", "Calls under way at a backend", "backend", of_all="livesum"
+        )
+        self.backend_up = self._gauge(
+            "gateway_backend_up",
+            "1 where a backend answered when last asked for its models",
+            "backend",
+            of_all="livemostrecent",
+        )
+        self.breaker = self._gauge(
+            "gateway_backend_breaker_state", "0 closed, 1 trying again, 2 open", "backend", of_all="livemax"
+        )
+
+    def _declare_stores(self) -> None:
+        self.store_calls = self._counter("gateway_store_calls", "Commands and queries", "store")
+        self.store_errors = self._counter("gateway_store_errors", "Commands and queries without an answer", "store")
+        self.store_up = self._gauge("gateway_store_up", "1 where a store answers", "store", of_all="livemin")
+        self.alone = self._gauge(
+            "gateway_limits_degraded", "1 while processes admit their share of each limit without Redis", of_all="livemax"
+        )
+        self.held = self._gauge("gateway_audit_rows_held", "Audit rows that wait in processes for a store", of_all="livesum")
+        self.backlog = self._gauge(
+            "gateway_audit_rows_waiting", "Audit rows that wait in Redis for PostgreSQL", of_all="livemostrecent"
+        )
+        self.written = self._counter("gateway_audit_rows_written", "Audit rows written to PostgreSQL")
+        self.dropped = self._counter("gateway_audit_rows_dropped", "Audit rows lost with both stores away")
+
+    def _declare_process(self) -> None:
+        self.lag = self._histogram("gateway_event_loop_lag_seconds", "How late a timer fires", buckets=SHORT)
+        self.draining = self._gauge("gateway_draining", "Processes that take no new requests", of_all="livesum")
+
+    def families(self) -> list[Metric]:
+        """What there is, with its words, in the order of declaration."""
+        return list(self._registry.collect())
+
+    def ended(self, record: Record) -> None:
+        """Counts one request, with all that became of it."""
+        model = record.canonical or (OTHER if record.model else "")
+        labels = (record.dialect, record.route, model, record.outcome)
+        children = self._children.get(labels) or self._remembered(labels)
+        children.requests.inc()
+        children.duration.observe(time.monotonic() - record.began)
+        if record.spent_prompt:
+            children.prompt.inc(record.spent_prompt)
+        if record.spent_completion:
+            children.completion.inc(record.spent_completion)
+        if record.first_byte_at is not None:
+            children.first_byte.observe(record.first_byte_at - record.began)
+            children.overhead.observe(record.overhead_s)
+        if record.queue_ms:
+            self.queue.observe(record.queue_ms / 1000)
+        if record.backend or record.attempts:
+            self._count_attempts(record)
+        if record.outcome in LIMITED:
+            self.refused.labels(record.detail or OTHER).inc()
+        elif record.outcome in UNKNOWN_CALLERS:
+            self.auth_failures.inc()
+
+    def _remembered(self, labels: tuple[str, str, str, str]) -> Children:
+        dialect, _, model, _ = labels
+        children = self._children[labels] = Children(
+            self.requests.labels(*labels),
+            self.tokens.labels("prompt", model),
+            self.tokens.labels("completion", model),
+            self.duration.labels(dialect),
+            self.first_byte.labels(dialect),
+            self.overhead.labels(dialect),
+        )
+        return children
+
+    def _count_attempts(self, record: Record) -> None:
+        if record.backend:
+            self.attempts.labels(record.backend).inc()
+        for attempt in record.attempts:
+            self.attempts.labels(attempt.backend).inc()
+            self.failures.labels(attempt.backend, attempt.fault).inc()
+
+    async def exposition(self) -> bytes:
+        """The text that Prometheus reads, of all workers; in a thread, as adding up many files takes its time."""
+        async with self._telling:
+            return await asyncio.to_thread(self._told)
+
+    def _told(self) -> bytes:
+        if self._folder is None:
+            return generate_latest(self._registry)
+        for _ in range(ATTEMPTS - 1):
+            # A worker that starts makes its files in steps, and one of no length yet cannot be read.
+            with suppress(OSError, ValueError, struct.error):
+                return _of_all(self._folder)
+            time.sleep(AGAIN_S)
+        return _of_all(self._folder)
+
+
+def _of_all(folder: Path) -> bytes:
+    registry = CollectorRegistry()
+    with locked(folder, fcntl.LOCK_SH):
+        MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+@contextmanager
+def locked(folder: Path, how: int) -> Iterator[None]:
+    """Nobody adds the files up while two of them have the same counts."""
+    with (folder / LOCK).open("ab") as file:
+        fcntl.flock(file, how)
+        yield
+
+
+def bury(folder: Path, pid: int) -> None:
+    """A worker has ended: what it measured of its present goes, what it counted is added to that of those before it."""
+    with locked(folder, fcntl.LOCK_EX), suppress(OSError):
+        mark_process_dead(pid, path=str(folder))  # type: ignore[no-untyped-call]
+        for kind in ("counter", "histogram"):
+            file = folder / f"{kind}_{pid}.db"
+            if file.exists():
+                _merge(file, folder / f"{kind}_{DEAD}.db")
+                file.unlink()
+
+
+def _merge(file: Path, into: Path) -> None:
+    sums = MmapedDict(str(into))  # type: ignore[no-untyped-call]
+    try:
+        known = {key: value for key, value, *_ in sums.read_all_values()}  # type: ignore[no-untyped-call]
+        for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):  # type: ignore[no-untyped-call]
+            sums.write_value(key, known.get(key, 0.0) + value, 0.0)  # type: ignore[no-untyped-call]
+    finally:
+        sums.close()  # type: ignore[no-untyped-call]

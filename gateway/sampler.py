@@ -1,0 +1,97 @@
+"""What is not counted as it happens but looked at once a second, for the metrics: what is under way, what waits, what is up."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Self
+
+from gateway import tasks
+from gateway.audit_writer import AuditWriter
+from gateway.backends import Backend
+from gateway.books import Books
+from gateway.catalog import Catalog
+from gateway.database import Database
+from gateway.front import Front
+from gateway.limits import Limits
+from gateway.metrics import Metrics
+from gateway.redis_lines import Lines
+from gateway.store import Store
+
+EVERY_S = 1.0
+BREAKER = {"closed": 0, "half-open": 1, "open": 2}
+
+
+class Sampler:
+    """`async with Sampler(...)`: until the block ends."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        front: Front,
+        limits: Limits,
+        lines: Lines,
+        books: Books,
+        writer: AuditWriter,
+        backends: Mapping[str, Backend],
+        catalog: Callable[[], Catalog],
+        store: Store,
+        database: Database,
+    ) -> None:
+        self._metrics, self._front, self._limits, self._lines = metrics, front, limits, lines
+        self._books, self._writer, self._backends, self._catalog = books, writer, backends, catalog
+        self._store, self._database = store, database
+        self._counted: dict[str, int] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._keep_looking(), name="metrics")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        await tasks.end([self._task])
+        self.look()
+
+    async def _keep_looking(self) -> None:
+        while True:
+            due = time.monotonic() + EVERY_S
+            await asyncio.sleep(EVERY_S)
+            self._metrics.lag.observe(max(0.0, time.monotonic() - due))
+            self.look()
+
+    def look(self) -> None:
+        metrics, front = self._metrics, self._front
+        metrics.in_flight.set(front.in_flight)
+        metrics.draining.set(int(front.draining))
+        metrics.waiting.set(self._limits.waiting)
+        metrics.alone.set(int(not self._limits.is_usable))
+        metrics.held.set(self._books.backlog)
+        if self._writer.waiting is not None:
+            metrics.backlog.set(self._writer.waiting)
+        self._look_at_backends()
+        self._look_at_stores()
+
+    def _look_at_backends(self) -> None:
+        for name, backend in self._backends.items():
+            self._metrics.backend_in_flight.labels(name).set(backend.in_flight)
+            self._metrics.breaker.labels(name).set(BREAKER[backend.breaker.state])
+        for snapshot in self._catalog().snapshots:
+            self._metrics.backend_up.labels(snapshot.backend).set(int(not snapshot.error))
+
+    def _look_at_stores(self) -> None:
+        metrics = self._metrics
+        metrics.store_up.labels("redis").set(int(self._store.up))
+        metrics.store_up.labels("postgresql").set(int(self._database.up))
+        self._add(metrics.store_calls.labels("redis").inc, "redis calls", self._store.calls + self._lines.tally.calls)
+        self._add(metrics.store_errors.labels("redis").inc, "redis errors", self._store.errors + self._lines.tally.errors)
+        self._add(metrics.store_calls.labels("postgresql").inc, "postgresql calls", self._database.calls)
+        self._add(metrics.store_errors.labels("postgresql").inc, "postgresql errors", self._database.errors)
+        self._add(metrics.written.inc, "written", self._writer.written)
+        self._add(metrics.dropped.inc, "dropped", self._books.dropped)
+
+    def _add(self, count: Callable[[float], None], name: str, total: int) -> None:
+        """What rooms have counted for themselves, as far as it has not been told yet."""
+        before = self._counted.get(name, 0)
+        if total > before:
+            count(total - before)
+            self._counted[name] = total

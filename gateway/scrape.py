@@ -1,0 +1,43 @@
+"""`/metrics`: for those who have the token or come from where the operator said; for all others there is no such path."""
+
+import hmac
+from collections.abc import Sequence
+from ipaddress import ip_address, ip_network
+
+from starlette.types import Receive, Scope, Send
+
+from gateway import api_key
+from gateway.errors import ConflictingKeys, MissingKey, UnknownRoute
+from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.record import Record
+
+
+class Scrape:
+    def __init__(self, metrics: Metrics, token: str, allowed: Sequence[str]) -> None:
+        self._metrics, self._token = metrics, token.encode()
+        self._allowed = [ip_network(entry, strict=False) for entry in allowed]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record: Record = scope["state"]["record"]
+        is_asked = scope["method"] in ("GET", "HEAD")
+        if not is_asked or not (self._has_token(scope) or self._may_come(record.client)):
+            record.route = "unmatched"
+            raise UnknownRoute
+        body = await self._metrics.exposition()
+        headers = [(b"content-type", CONTENT_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _has_token(self, scope: Scope) -> bool:
+        try:
+            presented = api_key.find(scope["headers"], None)
+        except (MissingKey, ConflictingKeys):
+            return False
+        return bool(self._token) and hmac.compare_digest(presented.encode(), self._token)
+
+    def _may_come(self, client: str) -> bool:
+        try:
+            address = ip_address(client)
+        except ValueError:
+            return False
+        return any(address in network for network in self._allowed)
