@@ -12,7 +12,7 @@ JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench profile check key keys limit rotate revoke models refresh probe doctor audit usage audit-verify purge forget migrate psql config up down logs image lock clean
+.PHONY: help run test bench profile check key keys limit rotate revoke models refresh probe doctor explain trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,18 @@ probe: .venv/ready-to-run ## Try every backend: reachable, latency, version, mod
 
 doctor: .venv/ready-to-run ## Check the whole installation: what is well, what is not, what to do
 	@$(GATEWAY) doctor $(JSON_FLAG)
+
+explain: .venv/ready-to-run ## Say where a call would go now, and why: KEY= MODEL= [CLIENT=ollama, openai or a route]
+	@$(GATEWAY) explain $(call said,KEY,key) $(call said,MODEL,model) $(call said,CLIENT,client) $(JSON_FLAG)
+
+trace: .venv/ready-to-run ## Tell what became of one request: ID= [SINCE=24h]
+	@$(GATEWAY) trace $(call said,ID,id) $(call said,SINCE,since) $(JSON_FLAG)
+
+drain: .venv/ready-to-run ## Give a backend no new requests, in every process: BACKEND=
+	@$(GATEWAY) drain $(call said,BACKEND,backend) $(JSON_FLAG)
+
+undrain: .venv/ready-to-run ## Give a backend requests again: BACKEND=
+	@$(GATEWAY) undrain $(call said,BACKEND,backend) $(JSON_FLAG)
 
 audit: .venv/ready-to-run ## List requests, the newest first: [KEY= MODEL="a*" SINCE=24h STATUS=4xx OUTCOME= LIMIT=] [CSV=1]
 	@$(GATEWAY) audit $(call said,KEY,key) $(call said,MODEL,model) $(call said,SINCE,since) $(call said,STATUS,status) $(call said,OUTCOME,outcome) $(call said,LIMIT,limit) $(JSON_FLAG) $(CSV_FLAG)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, retention, routes, tasks
+from gateway import admin_verbs, bulletin, retention, routes, tasks
 from gateway.access import Access
 from gateway.audit_writer import AuditWriter
 from gateway.auth_failures import AuthFailures
@@ -19,14 +20,17 @@ from gateway.authentication import Authenticator
 from gateway.backends import Backend
 from gateway.books import Books
 from gateway.budgets import Budgets
+from gateway.bulletin import Bulletin, ProcessState
 from gateway.client_address import TrustedProxies
 from gateway.database import Database
 from gateway.dialects.base import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.discovery import Discovery
+from gateway.drains import Drains
 from gateway.errors import StoreUnavailable
 from gateway.exchange import Exchange
+from gateway.explain import Fleet
 from gateway.front import METRICS, Front, by_prefix
 from gateway.guard import Watch
 from gateway.health import Health
@@ -63,6 +67,10 @@ class Rooms:
     metrics: Metrics
 
 
+def dialects() -> dict[str, Dialect]:
+    return {"ollama": Ollama(), "openai": OpenAI()}
+
+
 def hasher_of(settings: Settings) -> PasswordHasher:
     return PasswordHasher(
         time_cost=settings.argon2_time_cost,
@@ -94,25 +102,40 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         )
         backends = await stack.enter_async_context(fleet(settings))
         discovery = await stack.enter_async_context(discovery_of(settings, backends, store))
+        await stack.enter_async_context(Drains(database, store, backends))
         proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
         lines = await stack.enter_async_context(Lines(settings.redis_url, store.count_failure))
         limits = await stack.enter_async_context(limits_of(settings, database, store, lines))
-        dialects: dict[str, Dialect] = {"ollama": Ollama(), "openai": OpenAI()}
+        spoken = dialects()
         writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
         await stack.enter_async_context(retaining(settings))
-        books = await stack.enter_async_context(Books(limits, dialects, writer.write, size=settings.audit_buffer_size))
+        books = await stack.enter_async_context(Books(limits, spoken, writer.write, size=settings.audit_buffer_size))
         watch = await stack.enter_async_context(Watch())
         id_header = settings.gateway_request_id_header
         metrics = Metrics(metrics_folder)
-        front = Front(_not_yet, proxies.client_of, by_prefix(dialects), books, metrics, request_id_header=id_header)
+        front = Front(_not_yet, proxies.client_of, by_prefix(spoken), books, metrics, request_id_header=id_header)
         rooms = Rooms(database, store, discovery, backends, front, watch, limits, books, metrics)
         catalog = lambda: discovery.catalog  # noqa: E731
         sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
-        front.routes = _table(settings, rooms, Access(authenticator, limits, default_quota(settings)), dialects)
+        await stack.enter_async_context(Bulletin(lines, lambda: state_of(rooms)))
+        front.routes = _table(settings, rooms, Access(authenticator, limits, default_quota(settings)), spoken)
         LOG.info("PostgreSQL: %s", await _state_of(database))
         tell_what_is_in_force(settings, rooms)
         yield rooms
+
+
+def fleet_as_seen(settings: Settings, rooms: Rooms) -> Fleet:
+    """The backends as this process sees them, for explanations."""
+    drained = frozenset(name for name, backend in rooms.backends.items() if backend.is_drained)
+    return Fleet(settings.backends, bulletin.seen(rooms.backends), drained, rooms.discovery.catalog)
+
+
+def state_of(rooms: Rooms) -> ProcessState:
+    """This process, for the bulletin."""
+    front, limits = rooms.front, rooms.limits
+    backends = bulletin.seen(rooms.backends)
+    return ProcessState(limits.process, time.time(), front.in_flight, limits.waiting, front.draining, backends)
 
 
 @asynccontextmanager

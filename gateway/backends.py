@@ -25,6 +25,7 @@ class Backend:
         self.name, self.kind = config.name, config.kind
         self.breaker = Breaker()
         self.in_flight = 0
+        self.is_drained = False
         self._auth = config.auth()
 
     async def __aenter__(self) -> Self:

@@ -25,6 +25,11 @@ class Breaker:
     def lets_pass(self) -> bool:
         return self.state == "closed" or (self.state == "half-open" and not self._probing)
 
+    @property
+    def open_for_s(self) -> float:
+        """How long until it is tried again."""
+        return max(0.0, self._open_until - self._clock()) if self.state == "open" else 0.0
+
     def attempt(self) -> None:
         """A request goes out; in the half-open state it is the one probe."""
         self._probing = self.state == "half-open"

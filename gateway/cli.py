@@ -11,7 +11,7 @@ from datetime import timedelta
 from http.client import HTTPException
 from typing import Any, NoReturn
 
-from gateway import audit_commands, commands, console, demo, doctor, installation, serving
+from gateway import audit_commands, commands, console, demo, doctor, installation, serving, why_commands
 from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.settings import Settings
 
@@ -32,6 +32,10 @@ VERBS: dict[str, tuple[Command, str]] = {
     "audit-verify": (audit_commands.verify_audit, "check that the audit is as it was written"),
     "purge": (audit_commands.purge, "delete now what is kept no longer"),
     "forget": (audit_commands.forget, "delete a key's prompts and answers now"),
+    "explain": (why_commands.explain_call, "say where a call would go now, and why; no backend is asked, nothing is taken"),
+    "trace": (why_commands.trace, "tell what became of one request"),
+    "drain": (why_commands.drain_backend, "give a backend no new requests, in every process, until undrain"),
+    "undrain": (why_commands.undrain_backend, "give a backend requests again"),
     "doctor": (doctor.examine, "check the whole installation: what is well, what is not, what to do"),
     "config": (commands.show_config, "print the settings in force and where each comes from"),
 }
@@ -89,8 +93,16 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "limit":
         verb.add_argument("--model", default="", help="limit only the models that match this glob, beside the key's own limits")
         _add_limits(verb, argparse.SUPPRESS)
-    if name in ("rotate", "revoke", "limit", "forget"):
+    if name in ("rotate", "revoke", "limit", "forget", "explain"):
         verb.add_argument("--key", required=True, help="the key's id or name")
+    if name == "explain":
+        verb.add_argument("--model", required=True, help="the model that is asked for, as a client would write it")
+        verb.add_argument("--client", default="openai", help="ollama, openai, or a route such as /v1/embeddings")
+    if name == "trace":
+        verb.add_argument("--id", required=True, help="the request's id: X-Request-ID of its answer, or the id in the log")
+        verb.add_argument("--since", type=audit_commands.since, help="look no further back: 24h, 7d, 2026-01-31")
+    if name in ("drain", "undrain"):
+        verb.add_argument("--backend", required=True, help="the backend's name")
     if name == "rotate":
         verb.add_argument(
             "--overlap", type=commands.duration, default=timedelta(hours=24), help="how long the old secret works: 24h, 0"

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from gateway import shards, strict_json, tasks
 from gateway.admission import Admission, Ticket, Usage, headers, refusal
@@ -45,6 +45,16 @@ class Settlement:
     prompt: bytes = b""
     id: str = ""
     key_id: str = ""
+
+
+class Used(NamedTuple):
+    """Of one scope: in the last minute, at the moment, today and this month; named as the limits are."""
+
+    rpm: int
+    tpm: int
+    concurrent: int
+    day: int
+    month: int
 
 
 class Limits:
@@ -159,22 +169,35 @@ class Limits:
 
     async def _ask(self, ticket: Ticket, *, may_wait: bool) -> "Admission | LimitReached":
         try:
-            line = self._line(shards.shard_of(ticket.scopes[0].name))
-            reply = await line.run("admit", *self._question(ticket, may_wait))
-            if reply[0] == b"seed":
-                await self._seeded(ticket.scopes[reply[4] - 1])
-                reply = await line.run("admit", *self._question(ticket, may_wait))
+            reply = await self._reply(ticket, may_wait, LEASE_MS)
         except StoreAway:
             return self._ask_ourselves(ticket, may_wait)
-        if reply[0] == b"seed":
-            raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
         return self._read(ticket, reply)
 
-    def _question(self, ticket: Ticket, may_wait: bool) -> tuple[list[Any], list[Any]]:
+    async def look(self, ticket: Ticket) -> "tuple[Admission | LimitReached, list[Used]]":
+        """As `admit` would decide now, and what is used of each scope; takes nothing. Raises StoreAway."""
+        reply = await self._reply(ticket, may_wait=False, lease_ms=0)
+        used = []
+        for start in range(5, 5 + 7 * len(ticket.scopes), 7):
+            requests, tokens, _, _, day, month, slots = reply[start : start + 7]
+            used.append(Used(requests, tokens, slots, day, month))
+        return self._read(ticket, reply), used
+
+    async def _reply(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> list[Any]:
+        line = self._line(shards.shard_of(ticket.scopes[0].name))
+        reply: list[Any] = await line.run("admit", *self._question(ticket, may_wait, lease_ms))
+        if reply[0] == b"seed":
+            await self._seeded(ticket.scopes[reply[4] - 1])
+            reply = await line.run("admit", *self._question(ticket, may_wait, lease_ms))
+        if reply[0] == b"seed":
+            raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
+        return reply
+
+    def _question(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> tuple[list[Any], list[Any]]:
         keys: list[Any] = [*shards.ALL[shards.shard_of(ticket.scopes[0].name)][:3]]
         wait_ms = int(self._queue_wait_s * 1000) if may_wait else 0
         prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
-        values: list[Any] = [ticket.id, ticket.info, LEASE_MS, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
+        values: list[Any] = [ticket.id, ticket.info, lease_ms, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
         first = ticket.scopes[0]
         values += [self._most_output, wait_ms, WAITING_PER_KEY, round(self._likely_s(first) * 1000)]
         values.append(round(self._call_s(first) * 1000))

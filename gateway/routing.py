@@ -61,9 +61,12 @@ class Busy(BackendFault):
 def choose(model: Model, backends: Mapping[str, Backend], call: Call, now: float) -> list[Candidate]:
     """The backends to try, in order: those whose breaker lets pass, then the others as the last resort."""
     able = [
-        Candidate(backends[offer.backend], offer.spelling)
+        Candidate(backend, offer.spelling)
         for offer in model.offers
-        if offer.good_until > now and offer.backend in backends and offer.kind in call.operation.kinds
+        if offer.good_until > now
+        and (backend := backends.get(offer.backend)) is not None
+        and not backend.is_drained
+        and offer.kind in call.operation.kinds
     ]
     return [c for c in able if c.backend.breaker.lets_pass] + [c for c in able if not c.backend.breaker.lets_pass]
 

@@ -30,6 +30,7 @@ def _tagged(shard: int, name: str) -> bytes:
 
 
 PROCESSES = _tagged(HOME, "processes")
+BULLETIN = _tagged(HOME, "bulletin")
 ALL = tuple(Shared(*(_tagged(shard, name) for name in Shared._fields)) for shard in range(SHARDS))
 
 

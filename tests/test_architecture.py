@@ -21,19 +21,21 @@ FLOORS = [
     "guard memory api_key model_names strict_json local settings store database client_address".split(),
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "redis_lines catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),
-    "authentication dialects.ollama dialects.openai discovery keeper show health local_limits record".split(),
+    "authentication dialects.ollama dialects.openai discovery drains bulletin keeper show health local_limits record".split(),
     "limits cost metrics routing body postgres_checkup settings_checkup".split(),
-    "access books audit_writer redis_checkup".split(),
+    "access books audit_writer explain redis_checkup".split(),
     "front routes lists exchange scrape".split(),
     "admin_verbs sampler".split(),
     "app".split(),
     "commands server".split(),
     "serving audit_commands".split(),
-    "doctor".split(),
+    "doctor why_commands".split(),
     "cli".split(),
     "__main__".split(),
 ]
-KNOW_THE_SETTINGS = set("settings installation app commands audit_commands serving settings_checkup doctor cli".split())
+KNOW_THE_SETTINGS = set(
+    "settings installation app commands audit_commands serving settings_checkup doctor why_commands cli".split()
+)
 HOMES = {
     "orjson": {"strict_json"},
     "asyncpg": {"database"},

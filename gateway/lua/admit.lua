@@ -1,6 +1,6 @@
 -- May a request pass all limits of all its scopes, now? Takes from all of them, or from none.
 -- KEYS: calls, leases, means; then for each scope: requests, tokens, reserve, slots, queue, budget.
--- ARGV: call id; what to remember of the call ('' where it takes no slot); lease in ms; prompt tokens (-1: counts no tokens);
+-- ARGV: call id; what to remember of the call ('' where it takes no slot); lease in ms (0: only look, take nothing); prompt tokens (-1: counts no tokens);
 -- output tokens (-1: the model's mean); model; mean of an unknown model; largest output; ms to wait for a slot; most who may
 -- wait; ms until a slot is likely to be free; ms that a call is likely to go on; then for each scope: rpm, tpm, concurrent, day, month (-1: no limit).
 -- Answers {verdict, tokens reserved, ms until it would pass (-1: never), limit hit, number of its scope,
@@ -183,6 +183,7 @@ if answer[1] == 'refused' then
 end
 
 answer[2] = need
+if lease_ms == 0 then return answer end
 for i = 1, scopes do
     local k, a, o = 3 + (i - 1) * 6, 12 + (i - 1) * 5, 5 + (i - 1) * 7
     if tonumber(ARGV[a + 1]) >= 0 then

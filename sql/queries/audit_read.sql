@@ -38,3 +38,13 @@ FROM (SELECT CASE WHEN 'day' = ANY ($1::text[]) THEN (at AT TIME ZONE 'UTC')::da
       GROUP BY 1, 2, 3, 4) AS s
 LEFT JOIN keys k ON k.id = s.key_id
 ORDER BY s.day DESC, s.requests DESC, k.name, s.key_id, s.model, s.backend;
+
+-- name: trace_request
+-- The rows of one request: by our id, or by the id that its caller gave it, which may have been given more than once.
+SELECT a.id::text AS id, a.at, a.request_id, a.key_id, k.name AS key, a.client, a.agent, a.dialect, a.method, a.route,
+       a.model, a.answered_as, a.backend, a.attempts::text AS attempts, a.status, a.outcome, a.detail, a.stream, a.prompt_tokens,
+       a.completion_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms, a.total_ms
+FROM audit a LEFT JOIN keys k ON k.id = a.key_id
+WHERE (a.id = $1::uuid OR a.request_id = $2) AND a.at >= $3
+ORDER BY a.at, a.id
+LIMIT $4;

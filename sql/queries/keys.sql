@@ -85,3 +85,11 @@ SELECT count(*) FROM keys WHERE revoked_at IS NULL AND (expires_at IS NULL OR ex
 UPDATE keys SET last_used_at = greatest(keys.last_used_at, used.at)
 FROM unnest($1::text[], $2::timestamptz[]) AS used (id, at)
 WHERE keys.id = used.id;
+
+-- name: key_with_rights
+-- A key as its callers have it, whatever secret they use.
+SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.flags, k.prompt_log, k.expires_at, k.revoked_at,
+       (SELECT coalesce(jsonb_agg(to_jsonb(m) - 'key_id' ORDER BY m.pattern), '[]') FROM model_limits m WHERE m.key_id = k.id)::text
+           AS rules
+FROM keys k
+WHERE k.id = $1;

@@ -1,0 +1,115 @@
+"""What each process says of itself once a second, in Redis, so that one answer can speak of all of them."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from gateway import shards, strict_json, tasks
+from gateway.backends import Backend
+from gateway.redis_lines import Lines
+from gateway.store import Store, StoreAway
+
+EVERY_S = 1.0
+# Nobody who lives is silent for so long; what is older is of a process that was killed.
+FRESH_S, FORGOTTEN_S = 5.0, 60.0
+LOOK_DEADLINE_S = 2.0
+
+
+@dataclass
+class BackendState:
+    """How one process, or all of them together, see a backend; `open_for_s` until its breaker lets a request try."""
+
+    breaker: str = "closed"
+    open_for_s: float = 0.0
+    in_flight: int = 0
+
+
+@dataclass
+class ProcessState:
+    """`at` in seconds since the epoch."""
+
+    process: str
+    at: float
+    in_flight: int = 0
+    waiting: int = 0
+    is_draining: bool = False
+    backends: dict[str, BackendState] = field(default_factory=dict)
+
+
+def seen(backends: Mapping[str, Backend]) -> dict[str, BackendState]:
+    """As this process sees them."""
+    return {
+        name: BackendState(backend.breaker.state, round(backend.breaker.open_for_s, 3), backend.in_flight)
+        for name, backend in backends.items()
+    }
+
+
+class Bulletin:
+    """`async with Bulletin(lines, look)`: `look` says how this process is."""
+
+    def __init__(self, lines: Lines, look: Callable[[], ProcessState]) -> None:
+        self._lines, self._look = lines, look
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._keep_telling(), name="bulletin")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        await tasks.end([self._task])
+        self._send("HDEL", shards.BULLETIN, self._look().process)
+
+    async def _keep_telling(self) -> None:
+        while True:
+            state = self._look()
+            self._send("HSET", shards.BULLETIN, state.process, strict_json.write(asdict(state)))
+            await asyncio.sleep(EVERY_S)
+
+    def _send(self, *command: Any) -> None:
+        line = self._lines.of(shards.HOME)
+        if line is not None:
+            with suppress(StoreAway):
+                line.send(*command).add_done_callback(_look_at)
+
+
+def _look_at(answer: "asyncio.Future[Any]") -> None:
+    if not answer.cancelled():
+        answer.exception()
+
+
+async def read(store: Store) -> list[ProcessState]:
+    """Of all processes that live; raises StoreAway."""
+    told = await store.slow_call(lambda redis: redis.hgetall(shards.BULLETIN), LOOK_DEADLINE_S)
+    states = {process: _unpacked(text) for process, text in told.items()}
+    now = time.time()
+    gone = [process for process, state in states.items() if state is None or now - state.at > FORGOTTEN_S]
+    if gone:
+        await store.call(lambda redis: redis.hdel(shards.BULLETIN, *gone))
+    return [state for state in states.values() if state is not None and now - state.at <= FRESH_S]
+
+
+def _unpacked(text: bytes) -> ProcessState | None:
+    """None where it is nothing of ours: the store may hold anything."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        packed = strict_json.read_loosely(text)
+        backends = {name: BackendState(**state) for name, state in packed.pop("backends").items()}
+        return ProcessState(**packed, backends=backends)
+    return None
+
+
+def together(states: Iterable[ProcessState]) -> dict[str, BackendState]:
+    """Of each backend: open only where it is so for every process, the sum of what is in flight."""
+    found: dict[str, list[BackendState]] = {}
+    for state in states:
+        for name, backend in state.backends.items():
+            found.setdefault(name, []).append(backend)
+    return {name: _of_all(seen_by) for name, seen_by in found.items()}
+
+
+def _of_all(states: list[BackendState]) -> BackendState:
+    best = min(states, key=lambda state: (("closed", "half-open", "open").index(state.breaker), state.open_for_s))
+    return BackendState(best.breaker, best.open_for_s, sum(state.in_flight for state in states))

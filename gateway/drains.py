@@ -1,0 +1,71 @@
+"""Backends that an operator has taken out: they finish what they have and get nothing new, in every process, until told."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Self
+
+from gateway import tasks
+from gateway.backends import Backend
+from gateway.database import Database
+from gateway.errors import StoreUnavailable
+from gateway.store import Store, StoreAway
+
+LOG = logging.getLogger("gateway.drains")
+CHANGED = "nz:drains:changed"
+LOOK_EVERY_S = 15.0
+
+
+async def mark(database: Database, store: Store, backend: str, *, drained: bool, by: str) -> bool:
+    """Whether all processes hear of it at once; else they look every fifteen seconds. Raises StoreUnavailable."""
+    if drained:
+        await database.run("drain_backend", backend, by)
+    else:
+        await database.run("undrain_backend", backend)
+    try:
+        await store.call(lambda redis: redis.publish(CHANGED, backend))
+    except StoreAway:
+        return False
+    return True
+
+
+class Drains:
+    """`async with Drains(...)`: keeps each backend's `is_drained` as the database has it."""
+
+    def __init__(self, database: Database, store: Store, backends: Mapping[str, Backend]) -> None:
+        self._database, self._store, self._backends = database, store, backends
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._look()
+        self._store.subscribe({CHANGED: lambda _: self._changed.set()}, after_gap=self._changed.set)
+        self._task = asyncio.create_task(self._keep_looking(), name="drains")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        await tasks.end([self._task])
+
+    async def _keep_looking(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._changed.wait()
+            self._changed.clear()
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            drained = {row["backend"] for row in await self._database.rows("drained_backends")}
+        except StoreUnavailable:
+            return
+        except Exception:
+            # A schema of before this table: `make migrate` is told elsewhere.
+            LOG.debug("the drained backends could not be read", exc_info=True)
+            return
+        for name, backend in self._backends.items():
+            if backend.is_drained != (name in drained):
+                backend.is_drained = name in drained
+                LOG.info("backend %s %s", name, "gets no new requests" if backend.is_drained else "gets requests again")

@@ -1,0 +1,169 @@
+"""Why a call would go where it would go: a dry run that asks no backend and takes nothing."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.admission import Admission, Ticket
+from gateway.backend_config import BackendConfig
+from gateway.bulletin import BackendState
+from gateway.catalog import Catalog, Model, Offer
+from gateway.dialects.base import Operation
+from gateway.errors import LimitReached
+from gateway.keys import Key
+from gateway.limits import Limits, Used
+from gateway.model_names import ModelName, canonical
+from gateway.quota import NAMES, Quota, Scope
+from gateway.store import StoreAway
+from gateway.tokens import Need
+
+UNASKED = BackendState()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call of a key: `prompt` and `output` are the tokens it would ask for, None for output where it names no bound."""
+
+    key: Key
+    asked: str
+    operation: Operation
+    prompt: int = 1
+    output: int | None = None
+
+    @property
+    def model(self) -> ModelName:
+        return canonical(self.asked)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What is known of the backends, in the operator's order."""
+
+    configs: Sequence[BackendConfig]
+    states: Mapping[str, BackendState]
+    drained: frozenset[str]
+    catalog: Catalog
+
+
+def backends(question: Question, fleet: Fleet) -> list[dict[str, Any]]:
+    """For each backend: `serves`, `order` (from 1, in which they would be tried) and, in words, why or why not."""
+    model = fleet.catalog.models.get(question.model.canonical)
+    offers = {offer.backend: offer for offer in model.offers} if model else {}
+    rows = [_row(config, offers.get(config.name), question, fleet) for config in fleet.configs]
+    tried = [row for row in rows if row["serves"]]
+    # A breaker that is open makes a backend the last resort, in the same order.
+    for order, row in enumerate(sorted(tried, key=lambda row: row["breaker"] == "open"), 1):
+        row["order"] = order
+    return rows
+
+
+def _row(config: BackendConfig, offer: Offer | None, question: Question, fleet: Fleet) -> dict[str, Any]:
+    state = fleet.states.get(config.name, UNASKED)
+    why_not = _why_not(config, offer, question, fleet, state)
+    return {
+        "backend": config.name,
+        "serves": not why_not,
+        "order": None,
+        "why": why_not or _why(state),
+        "spelling": offer.spelling if offer else None,
+        "breaker": state.breaker,
+        "open_for_s": state.open_for_s,
+        "in_flight": state.in_flight,
+        "max_connections": config.max_connections,
+    }
+
+
+def _why_not(config: BackendConfig, offer: Offer | None, question: Question, fleet: Fleet, state: BackendState) -> str:
+    if offer is None:
+        return _why_no_offer(config.name, fleet.catalog)
+    if offer.good_until <= time.time():
+        return "its list of models is too old: it has not answered lately"
+    if config.name in fleet.drained:
+        return "drained: an operator has taken it out"
+    if offer.kind not in question.operation.kinds:
+        return f"has no route {question.operation.path}"
+    if state.in_flight >= config.max_connections:
+        return f"full: {state.in_flight} of {config.max_connections} requests in flight"
+    return ""
+
+
+def _why_no_offer(name: str, catalog: Catalog) -> str:
+    snapshot = next((snapshot for snapshot in catalog.snapshots if snapshot.backend == name), None)
+    if snapshot is None or not snapshot.answered_at:
+        return f"has never answered: {snapshot.error}" if snapshot and snapshot.error else "has never answered"
+    return "does not have this model"
+
+
+def _why(state: BackendState) -> str:
+    if state.breaker == "open":
+        return f"last resort: its breaker is open for {state.open_for_s:.1f} s more"
+    return "its breaker lets one request try" if state.breaker == "half-open" else "ready"
+
+
+async def explain(question: Question, fleet: Fleet, limits: Limits, defaults: Quota, most_output: int) -> dict[str, Any]:
+    """The whole story; `status` and `backend` are what the call would meet if it came now and its backend kept its word."""
+    rows = backends(question, fleet)
+    model = fleet.catalog.find(question.model, question.key.models)
+    told: dict[str, Any] = {
+        "key": {"id": question.key.id, "name": question.key.name},
+        "route": question.operation.path,
+        "model": question.asked,
+        "canonical": question.model.canonical,
+        "model_is_known": question.model.canonical in fleet.catalog.models,
+        "key_may_use_it": question.key.models.allows(question.model.canonical, cloud=_is_cloud(question, fleet.catalog)),
+        "backends": rows,
+        "most_tokens": min(most_output, question.output or most_output),
+        "limits": [],
+        "limits_decided_by": "Redis",
+        "refused_by": None,
+        "passes_in_s": None,
+    }
+    if model is None:
+        return {**told, **_verdict(403, "model_not_available")}
+    refusal = await _limits(question, limits, defaults, most_output, told)
+    if refusal is not None:
+        told |= {"refused_by": refusal.limit, "passes_in_s": refusal.retry_after}
+        return {**told, **_verdict(429, refusal.code)}
+    return {**told, **_outcome(rows, model, question)}
+
+
+def _is_cloud(question: Question, catalog: Catalog) -> bool:
+    known = catalog.models.get(question.model.canonical)
+    return question.model.cloud or (known is not None and known.name.cloud)
+
+
+def _outcome(rows: Sequence[Mapping[str, Any]], model: Model, question: Question) -> dict[str, Any]:
+    if not any(offer.kind in question.operation.kinds for offer in model.offers):
+        return _verdict(400, "bad_request")
+    first = min((row for row in rows if row["serves"]), key=lambda row: row["order"], default=None)
+    return _verdict(503, "upstream_unavailable") if first is None else _verdict(200, "answered", first["backend"])
+
+
+def _verdict(status: int, code: str, backend: str = "") -> dict[str, Any]:
+    return {"status": status, "outcome": code, "backend": backend}
+
+
+async def _limits(
+    question: Question, limits: Limits, defaults: Quota, most_output: int, told: dict[str, Any]
+) -> LimitReached | None:
+    scopes = question.key.scopes(question.model.canonical, defaults)
+    output = None if question.output is None else min(question.output, most_output)
+    ticket = Ticket("explain", scopes, question.model.canonical, Need(question.prompt, output), b"explain")
+    try:
+        found, usages = await limits.look(ticket)
+    except StoreAway:
+        told["limits_decided_by"] = "each process by itself: Redis is away"
+        return None
+    told["limits"] = [line for scope, used in zip(scopes, usages, strict=True) for line in _lines(scope, used)]
+    return None if isinstance(found, Admission) else found
+
+
+def _lines(scope: Scope, used: Used) -> list[dict[str, Any]]:
+    """Each limit that there is, with what is used of it."""
+    whose = scope.name.partition("|")[2] or "all"
+    return [
+        {"models": whose, "limit": name, "of": getattr(scope, name), "used": getattr(used, name)}
+        for name in NAMES
+        if getattr(scope, name) >= 0
+    ]

@@ -1,0 +1,167 @@
+"""The operator's verbs that say why: what would become of a call, and what became of one; and taking a backend out."""
+
+import argparse
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from gateway import app, audit_commands, bulletin, commands, console, drains, keys, strict_json
+from gateway.budgets import Budgets
+from gateway.database import Database
+from gateway.dialects.base import Operation
+from gateway.errors import CommandFailed
+from gateway.explain import Fleet, Question, explain
+from gateway.limits import Limits
+from gateway.redis_lines import Lines
+from gateway.settings import Settings
+from gateway.store import Store, StoreAway
+
+ROUTES = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
+OPERATOR = "operator"
+MOST_ROWS = 20
+
+
+async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
+    operation = operation_of(said.client)
+    async with (
+        commands.discovering(settings) as (discovery, store),
+        audit_commands.current_database(settings) as database,
+        Lines(settings.redis_url, lambda _: None) as lines,
+    ):
+        question = Question(await key_named(database, said.key), said.model, operation)
+        states, told = await _states(store)
+        drained = frozenset(row["backend"] for row in await database.rows("drained_backends"))
+        fleet = Fleet(settings.backends, states, drained, discovery.catalog)
+        limits = Limits(lines, Budgets(database, store).seed, most_output=settings.max_num_predict)
+        defaults, most = app.default_quota(settings), settings.max_num_predict
+        found = {**await explain(question, fleet, limits, defaults, most), "processes": told}
+    if said.json:
+        console.show_facts(found, as_json=True)
+    else:
+        _show(found)
+
+
+def operation_of(client: str) -> Operation:
+    """A dialect's chat, or any route by its path. Raises CommandFailed."""
+    operations = {operation.path: operation for dialect in app.dialects().values() for operation in dialect.operations}
+    path = ROUTES.get(client, client)
+    if path not in operations:
+        raise CommandFailed(f"{client!r} calls nothing: write ollama, openai, or one of {', '.join(sorted(operations))}")
+    return operations[path]
+
+
+async def key_named(database: Database, id_or_name: str) -> keys.Key:
+    found = await database.row("find_living_key", id_or_name) if id_or_name.isprintable() else None
+    if found is None:
+        raise CommandFailed(f"there is no living key {id_or_name!r}: see `make keys`")
+    row = await database.row("key_with_rights", found["id"])
+    assert row is not None
+    return keys.unpack(dict(row))
+
+
+async def _states(store: Store) -> tuple[dict[str, bulletin.BackendState], int | None]:
+    """How the running gateways see the backends, and how many processes say so."""
+    try:
+        states = await bulletin.read(store)
+    except StoreAway:
+        return {}, None
+    return bulletin.together(states), len(states)
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    known = "known" if found["model_is_known"] else "NOT KNOWN to any backend"
+    allowed = "may use it" if found["key_may_use_it"] else "may NOT use it"
+    print(f"{found['route']} for {found['model']} ({found['canonical']}): {known}; the key {found['key']['name']} {allowed}\n")
+    rows = [
+        {"try": row["order"], "backend": row["backend"], "breaker": row["breaker"], **_load(row), "why": row["why"]}
+        for row in sorted(found["backends"], key=lambda row: row["order"] or 10**6)
+    ]
+    console.show(rows, as_json=False, empty="no backends")
+    print()
+    limits = [{**line, "left": max(0, line["of"] - line["used"])} for line in found["limits"]]
+    console.show(limits, as_json=False, empty=f"no limits (decided by {found['limits_decided_by']})")
+    print(f"\nmost tokens of an answer: {found['most_tokens']}")
+    print(f"running processes: {'unknown, Redis is away' if found['processes'] is None else found['processes']}")
+    print(f"\nnow it would be {_verdict(found)}")
+
+
+def _load(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"in_flight": f"{row['in_flight']}/{row['max_connections']}"}
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    if found["status"] == 200:
+        return f"sent to {found['backend']}"
+    if found["refused_by"]:
+        wait_s = found["passes_in_s"]
+        passes = "never passes as it is" if wait_s is None else f"passes in about {wait_s:.1f} s"
+        return f"refused with 429 {found['outcome']}: {found['refused_by']} is reached; it {passes}"
+    return f"refused with {found['status']} {found['outcome']}"
+
+
+async def trace(settings: Settings, said: argparse.Namespace) -> None:
+    since = said.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
+    async with audit_commands.current_database(settings) as database:
+        rows = await database.rows("trace_request", _ours(said.id), said.id, since, MOST_ROWS) if said.id.isprintable() else []
+    if not rows:
+        raise CommandFailed(
+            f"no request {said.id!r} in the audit: it keeps those with a valid key, for as long as it is told to"
+        )
+    told = [{**row, "attempts": strict_json.read_loosely(row["attempts"])} for row in rows]
+    if said.json:
+        console.show(told, as_json=True, empty="")
+        return
+    for number, row in enumerate(told):
+        print(("\n" if number else "") + "\n".join(_story(row)))
+
+
+def _ours(text: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return None
+
+
+def _story(row: Mapping[str, Any]) -> Iterator[str]:
+    stamp = row["at"].astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    yield f"request {row['request_id']} (id {row['id']})"
+    yield f"  {stamp} UTC  {row['method']} {row['route']}, {row['bytes_in']} bytes"
+    yield f"  key      {row['key'] or '-'} ({row['key_id']}) from {row['client']}, {row['agent'] or 'no agent named'}"
+    yield f"  model    {row['model'] or '-'}{', streamed' if row['stream'] else ''}"
+    if row["queue_ms"]:
+        yield f"  queue    waited {row['queue_ms']:.1f} ms for a slot of the key"
+    for attempt in row["attempts"]:
+        yield f"  attempt  {attempt['backend']}: {attempt['fault']} after {attempt['ms']:.1f} ms"
+    if row["backend"]:
+        yield f"  backend  {row['backend']}, as {row['answered_as'] or row['model']}"
+    if row["ttfb_ms"] is not None:
+        yield f"  first    byte after {row['ttfb_ms']:.1f} ms"
+    yield f"  tokens   {row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
+    ended = (
+        "never ended by its process" if row["total_ms"] is None else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
+    )
+    yield f"  end      {row['status'] or '-'} {row['outcome']}{_detail(row)}, {ended}"
+
+
+def _detail(row: Mapping[str, Any]) -> str:
+    return f" ({row['detail']})" if row["detail"] else ""
+
+
+async def drain_backend(settings: Settings, said: argparse.Namespace) -> None:
+    await _mark(settings, said, drained=True)
+
+
+async def undrain_backend(settings: Settings, said: argparse.Namespace) -> None:
+    await _mark(settings, said, drained=False)
+
+
+async def _mark(settings: Settings, said: argparse.Namespace, *, drained: bool) -> None:
+    names = [backend.name for backend in settings.backends]
+    if said.backend not in names:
+        raise CommandFailed(f"there is no backend {said.backend!r}: write one of {', '.join(names)}")
+    async with audit_commands.current_database(settings) as database, Store(settings.redis_url) as store:
+        at_once = await drains.mark(database, store, said.backend, drained=drained, by=OPERATOR)
+    effect = "at once" if at_once else f"within {drains.LOOK_EVERY_S:g} s (Redis did not answer)"
+    state = "gets no new requests" if drained else "gets requests"
+    console.show_facts({"backend": said.backend, "state": state, "everywhere": effect}, as_json=said.json)
