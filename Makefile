@@ -36,8 +36,8 @@ check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabiliti
 	$(BIN)/bandit -q --ini setup.cfg -r gateway
 	@$(BIN)/python -m tests.audit_dependencies
 
-key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1]
-	@$(GATEWAY) key $(call said,NAME,name) $(call said,MODELS,models) $(call said,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call said,RETENTION,retention) $(call said,AUDIT_RETENTION,audit-retention) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(JSON_FLAG)
+key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1]
+	@$(GATEWAY) key $(call said,NAME,name) $(call said,MODELS,models) $(call said,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call said,RETENTION,retention) $(call said,AUDIT_RETENTION,audit-retention) $(call said,ROLE,role) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(JSON_FLAG)
 
 limit: .venv/ready-to-run ## Set a key's limits: KEY= [MODEL="a*"] RPM= TPM= CONCURRENT= DAY= MONTH= (a number, unlimited or unset)
 	@$(GATEWAY) limit $(call said,KEY,key) $(call said,MODEL,model) $(LIMITS) $(JSON_FLAG)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Scope
 
 from gateway import admin_verbs, bulletin, retention, routes, tasks
 from gateway.access import Access
+from gateway.admin_api import AdminApi
 from gateway.audit_writer import AuditWriter
 from gateway.auth_failures import AuthFailures
 from gateway.authentication import Authenticator
@@ -30,13 +31,15 @@ from gateway.discovery import Discovery
 from gateway.drains import Drains
 from gateway.errors import StoreUnavailable
 from gateway.exchange import Exchange
-from gateway.explain import Fleet
+from gateway.explain import Fleet, explain
 from gateway.front import METRICS, Front, by_prefix
 from gateway.guard import Watch
 from gateway.health import Health
+from gateway.keys import KeyRing
 from gateway.limits import Limits
 from gateway.lists import Lists
 from gateway.metrics import Metrics
+from gateway.overview import Overview
 from gateway.quota import Quota
 from gateway.redis_lines import Lines
 from gateway.routing import Router
@@ -125,6 +128,21 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         yield rooms
 
 
+def admin_api_of(settings: Settings, rooms: Rooms) -> AdminApi:
+    operations = {operation.path: operation for dialect in dialects().values() for operation in dialect.operations}
+    defaults, most = default_quota(settings), settings.max_num_predict
+    return AdminApi(
+        KeyRing(rooms.database, hasher_of(settings), rooms.store),
+        Overview(settings.backends, rooms.discovery, rooms.database, rooms.store),
+        rooms.database,
+        rooms.store,
+        rooms.discovery,
+        rooms.backends,
+        operations,
+        lambda question: explain(question, fleet_as_seen(settings, rooms), rooms.limits, defaults, most),
+    )
+
+
 def fleet_as_seen(settings: Settings, rooms: Rooms) -> Fleet:
     """The backends as this process sees them, for explanations."""
     drained = frozenset(name for name, backend in rooms.backends.items() if backend.is_drained)
@@ -185,6 +203,7 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     lines: dict[tuple[str, str], ASGIApp] = {("GET", "/"): routes.running}
     lines |= _calls(settings, rooms, access, dialects)
     lines |= _lists(rooms, access)
+    lines |= admin_api_of(settings, rooms).routes(access, rooms.watch)
     if settings.metrics_token or settings.metrics_allow:
         scrape = Scrape(rooms.metrics, settings.metrics_token, settings.metrics_allow)
         lines |= {(method, METRICS): scrape for method in METHODS}

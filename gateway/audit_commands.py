@@ -1,62 +1,17 @@
 """The operator's verbs for the audit: list it, sum it, verify it, take away what has expired, forget a key's prompts."""
 
 import argparse
-import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, timedelta
 from typing import Any
 
-from gateway import app, audit_chain, commands, console, retention, strict_json
+from gateway import app, audit_chain, commands, console, retention, spoken, strict_json
 from gateway.database import Database, Row
 from gateway.errors import CommandFailed
 from gateway.settings import Settings
 
 STATEMENT_S = 600.0
-GROUPS = ("key", "model", "backend", "day")
-FIRST_MOMENT = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def since(text: str) -> datetime:
-    """`24h` ago, or a day or a moment as ISO 8601, in UTC unless it says otherwise."""
-    try:
-        return datetime.now(UTC) - commands.duration(text)
-    except argparse.ArgumentTypeError:
-        try:
-            moment = datetime.fromisoformat(text.strip())
-            return max(FIRST_MOMENT, moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC))
-        except (ValueError, OverflowError):
-            told = f"{text!r} is no time: write 24h, 7d, 2026-01-31 or 2026-01-31T12:00"
-            raise argparse.ArgumentTypeError(told) from None
-
-
-def status(text: str) -> tuple[int, int]:
-    """`429`, or `4xx` for the whole class: the first and the last."""
-    if re.fullmatch(r"[1-5]xx", text.lower()):
-        first = int(text[0]) * 100
-        return first, first + 99
-    if not re.fullmatch(r"\d{1,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no status: write a number such as 429, or a class such as 4xx")
-    return int(text), int(text)
-
-
-def count(text: str) -> int:
-    if not re.fullmatch(r"\d{1,12}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: write a whole number from 1")
-    return int(text)
-
-
-def words(text: str) -> str:
-    if not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is in no row: write printable characters")
-    return text
-
-
-def groups(text: str) -> list[str]:
-    found = list(dict.fromkeys(text.replace(",", " ").split()))
-    if not found or set(found) - set(GROUPS):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be summed by: write one or more of {','.join(GROUPS)}")
-    return found
 
 
 @asynccontextmanager
@@ -75,18 +30,11 @@ async def _key_of(database: Database, id_or_name: str) -> Row:
     return row
 
 
-def _model_patterns(model: str) -> list[str]:
-    """As PostgreSQL's ILIKE has them; a name without a tag and one with `latest` are the same, as clients write both."""
-    plain = re.sub(r"([\\%_])", r"\\\1", model.strip().lower()).replace("*", "%").replace("?", "_")
-    short = plain.removesuffix(":latest")
-    return [plain, short] if ":" in plain else [plain, f"{plain}:latest"]
-
-
 async def list_audit(settings: Settings, said: argparse.Namespace) -> None:
     printer = _printer(said)
     async with current_database(settings) as database:
         key_id = (await _key_of(database, said.key))["id"] if said.key else None
-        models = _model_patterns(said.model) if said.model else None
+        models = spoken.model_patterns(said.model) if said.model else None
         filters = (key_id, models, said.since, *(said.status or (None, None)), said.outcome or None, said.limit)
         async with aclosing(database.stream("list_audit", *filters, timeout_s=STATEMENT_S)) as rows:
             is_empty = True

@@ -7,27 +7,22 @@ import re
 import shutil
 import subprocess  # runs psql with our own arguments  # nosec B404
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
-from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from gateway import app, console, keys, model_names, strict_json
+from gateway import app, console, key_facts, keys, model_names, probing
 from gateway.address import split as address_parts
-from gateway.backends import Backend
 from gateway.catalog import Snapshot
 from gateway.database import Database
-from gateway.discovery import Discovery, poll, takes_token
+from gateway.discovery import Discovery
 from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import NAMES as LIMITS
-from gateway.quota import UNLIMITED, Quota
+from gateway.quota import Quota
 from gateway.settings import Settings
 from gateway.store import Store
-from gateway.upstream import BackendFault
 
-UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 LIBPQ = {
     "host": "PGHOST",
     "port": "PGPORT",
@@ -40,43 +35,6 @@ LIBPQ = {
     "sslcert": "PGSSLCERT",
     "sslkey": "PGSSLKEY",
 }
-LONGEST = timedelta(days=36_500)
-
-
-def duration(text: str) -> timedelta:
-    """`90s`, `15m`, `24h`, `30d`, `2w` or `0`."""
-    found = re.fullmatch(r"(\d{1,6})([smhdw])|0", text.strip())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 15m, 24h, 30d or 2w")
-    length = timedelta(**{UNITS[found[2]]: int(found[1])}) if found[2] else timedelta()
-    if length > LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is too long: write at most {LONGEST.days}d")
-    return length
-
-
-def lifetime(text: str) -> timedelta:
-    length = duration(text)
-    if not length:
-        raise argparse.ArgumentTypeError("a key needs time to be used: write 15m, 24h, 30d, or leave it out for no end")
-    return length
-
-
-def limit(text: str) -> int | None:
-    """A number, `unlimited`, or `unset` for the default."""
-    if text in ("unset", "unlimited"):
-        return UNLIMITED if text == "unlimited" else None
-    if not re.fullmatch(r"\d{1,15}", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no limit: write a whole number from 0, unlimited, or unset for the default"
-        )
-    return int(text)
-
-
-def retention(text: str) -> timedelta:
-    length = duration(text)
-    if not length:
-        raise argparse.ArgumentTypeError("nothing can be kept for no time: write 12h, 7d, 8w")
-    return length
 
 
 @asynccontextmanager
@@ -117,6 +75,7 @@ async def migrate(settings: Settings, said: argparse.Namespace) -> None:
 
 async def make_key(settings: Settings, said: argparse.Namespace) -> None:
     flags = [name for name in (keys.ADMIN_MODELS, keys.SHOW_BACKEND, keys.SHOW_OVERHEAD) if getattr(said, name)]
+    flags += [keys.ADMIN] if said.role == keys.ADMIN else []
     wanted = NewKey(
         name=said.name,
         models=model_names.split_patterns(said.models),
@@ -147,29 +106,7 @@ def show_new_key(key_id: str, name: str, whole: str, *, as_json: bool) -> None:
 async def list_keys(settings: Settings, said: argparse.Namespace) -> None:
     async with key_ring(settings) as ring:
         rows = await ring.all()
-    console.show([_key_row(row) for row in rows], as_json=said.json, empty="no keys yet: `make key NAME=…` makes one")
-
-
-def _key_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    now = datetime.now(UTC)
-    has_expired = row["expires_at"] is not None and row["expires_at"] <= now
-    state = "revoked" if row["revoked_at"] else "expired" if has_expired else "active"
-    facts = {name: row[name] for name in ("id", "name", "models", *LIMITS, "rules", "flags", "prompt_log", "created_at")}
-    facts |= {name: row[name] for name in ("expires_at", "last_used_at", "secrets")}
-    facts["models"] = list(row["models"]) or ["(all)"]
-    facts |= shown_limits(row)
-    facts["rules"] = [_rule_words(rule) for rule in strict_json.read_loosely(row["rules"].encode())]
-    return {**facts, "state": state}
-
-
-def shown_limits(row: Mapping[str, Any]) -> dict[str, object]:
-    """A limit as it was typed; None where the default applies."""
-    return {name: "unlimited" if row[name] == UNLIMITED else row[name] for name in LIMITS}
-
-
-def _rule_words(rule: Mapping[str, Any]) -> str:
-    said = [f"{name}={value}" for name, value in shown_limits(rule).items() if value is not None]
-    return f"{rule['pattern']}: {', '.join(said)}"
+    console.show([key_facts.of_row(row) for row in rows], as_json=said.json, empty="no keys yet: `make key NAME=…` makes one")
 
 
 async def limit_key(settings: Settings, said: argparse.Namespace) -> None:
@@ -182,7 +119,7 @@ async def limit_key(settings: Settings, said: argparse.Namespace) -> None:
         key_id, found, at_once = await ring.limit(said.key, said.model, wished)
     effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
     whose = {"key": key_id, **({"model": said.model} if said.model else {})}
-    console.show_facts({**whose, **shown_limits(found.packed()), "everywhere": effect}, as_json=said.json)
+    console.show_facts({**whose, **key_facts.shown_limits(found.packed()), "everywhere": effect}, as_json=said.json)
 
 
 async def rotate_key(settings: Settings, said: argparse.Namespace) -> None:
@@ -246,31 +183,10 @@ async def refresh(settings: Settings, said: argparse.Namespace) -> None:
 
 async def probe(settings: Settings, said: argparse.Namespace) -> None:
     async with app.fleet(settings) as backends:
-        rows = await asyncio.gather(*(probe_row(backend) for backend in backends.values()))
+        rows = await asyncio.gather(*(probing.probe(backend) for backend in backends.values()))
     console.show(rows, as_json=said.json, empty="no backends")
     if any(row["problem"] for row in rows):
         raise CommandFailed("not every backend can be used: see its problem above")
-
-
-async def probe_row(backend: Backend) -> dict[str, Any]:
-    facts: dict[str, Any] = {"backend": backend.name, "kind": backend.kind, "address": backend.config.base_url}
-    has_token = bool(backend.config.auth_token)
-    try:
-        found = await poll(backend)
-        is_open = await takes_token(backend)
-    except BackendFault as fault:
-        refused = fault.reason == "token_refused"
-        verdict = {"token": _token_words(has_token, is_open=False) if refused else None, "problem": str(fault)}
-        return {**facts, "reachable": refused, "latency_ms": None, "version": None, "models": None, **verdict}
-    seen = {"latency_ms": found.latency_ms, "version": found.version or None, "models": len(found.models)}
-    problem = None if is_open else "refuses to answer calls"
-    return {**facts, "reachable": True, **seen, "token": _token_words(has_token, is_open=is_open), "problem": problem}
-
-
-def _token_words(has_token: bool, *, is_open: bool) -> str:
-    if has_token:
-        return "accepted" if is_open else "REFUSED"
-    return "none needed" if is_open else "MISSING"
 
 
 async def show_config(settings: Settings, said: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from threading import Thread
 from typing import Any
 
-from gateway import app, commands, console, installation, postgres_checkup, redis_checkup, serving, settings_checkup
+from gateway import app, console, installation, postgres_checkup, probing, redis_checkup, serving, settings_checkup
 from gateway.backends import Backend
 from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.errors import CommandFailed
@@ -102,7 +102,7 @@ async def _guarded_backend(backend: Backend) -> list[Finding]:
 
 
 async def _backend(backend: Backend, advice: str) -> list[Finding]:
-    seen = await commands.probe_row(backend)
+    seen = await probing.probe(backend)
     check = f"backend {backend.name}"
     if seen["token"] in ("REFUSED", "MISSING"):
         told = "set OLLAMA_AUTH_TOKEN, or its auth_token in OLLAMA_BACKENDS"

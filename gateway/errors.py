@@ -69,6 +69,13 @@ class UnknownRoute(GatewayError):
     code = "not_found"
 
 
+class NoSuchThing(GatewayError):
+    """What the path names is not there."""
+
+    status = 404
+    code = "no_such_thing"
+
+
 class MethodNotAllowed(GatewayError):
     """This route does not take this method."""
 
@@ -208,3 +215,7 @@ class SettingsError(Exception):
 
 class CommandFailed(Exception):
     """An operator's command could not be carried out; the message says what to do next."""
+
+
+class NotThere(CommandFailed):
+    """What an operator named does not exist."""

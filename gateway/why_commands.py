@@ -1,12 +1,11 @@
 """The operator's verbs that say why: what would become of a call, and what became of one; and taking a backend out."""
 
 import argparse
-import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import app, audit_commands, bulletin, commands, console, drains, keys, strict_json
+from gateway import app, audit_commands, bulletin, commands, console, drains, keys, spoken, strict_json
 from gateway.budgets import Budgets
 from gateway.database import Database
 from gateway.dialects.base import Operation
@@ -103,7 +102,11 @@ def _verdict(found: Mapping[str, Any]) -> str:
 async def trace(settings: Settings, said: argparse.Namespace) -> None:
     since = said.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
     async with audit_commands.current_database(settings) as database:
-        rows = await database.rows("trace_request", _ours(said.id), said.id, since, MOST_ROWS) if said.id.isprintable() else []
+        rows = (
+            await database.rows("trace_request", spoken.our_id(said.id), said.id, since, MOST_ROWS)
+            if said.id.isprintable()
+            else []
+        )
     if not rows:
         raise CommandFailed(
             f"no request {said.id!r} in the audit: it keeps those with a valid key, for as long as it is told to"
@@ -114,13 +117,6 @@ async def trace(settings: Settings, said: argparse.Namespace) -> None:
         return
     for number, row in enumerate(told):
         print(("\n" if number else "") + "\n".join(_story(row)))
-
-
-def _ours(text: str) -> uuid.UUID | None:
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        return None
 
 
 def _story(row: Mapping[str, Any]) -> Iterator[str]:

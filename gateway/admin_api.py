@@ -1,0 +1,315 @@
+"""`/admin/v1`: what operators see and do, for scripts and for the pages; for keys with the role `admin`.
+
+Who asks shows a key in a header, never a cookie, so that no other page can ask in somebody's name. Each request is in the audit
+as any other; `detail` has what it did to what.
+"""
+
+import argparse
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import parse_qsl
+
+from starlette.types import Receive, Scope, Send
+
+from gateway import drains, key_facts, keys, model_names, probing, spoken, strict_json
+from gateway.access import Access
+from gateway.backends import Backend
+from gateway.body import read_body
+from gateway.database import Database, Row
+from gateway.dialects.base import Operation
+from gateway.discovery import Discovery
+from gateway.errors import BadRequest, CommandFailed, NoSuchThing, NotPermitted, NotThere
+from gateway.explain import Question
+from gateway.guard import Watch
+from gateway.json_reply import send_json
+from gateway.keys import ADMIN, Key, KeyRing, NewKey
+from gateway.overview import WINDOWS, Overview
+from gateway.quota import NAMES as LIMITS
+from gateway.quota import UNLIMITED, Quota
+from gateway.record import Record
+from gateway.store import Store
+
+LONGEST_BODY = 65_536
+MOST_ROWS, USUAL_ROWS = 1000, 100
+CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
+FLAGS = {"admin_models": keys.ADMIN_MODELS, "show_backend": keys.SHOW_BACKEND, "show_overhead": keys.SHOW_OVERHEAD}
+NEW_KEY = frozenset({"name", "models", "role", "expires", "prompt_log", "retention", "audit_retention", *FLAGS, *LIMITS})
+
+Explain = Callable[[Question], Awaitable[dict[str, Any]]]
+
+
+@dataclass
+class Asked:
+    """One request of an operator, read."""
+
+    key: Key
+    path: Mapping[str, str]
+    query: dict[str, str]
+    body: dict[str, Any]
+    record: Record
+
+    def did(self, what: str) -> None:
+        """For the audit."""
+        self.record.detail = what[:200]
+
+
+Handler = Callable[[Asked], Awaitable[Any]]
+
+
+class AdminRoute:
+    """The ASGI endpoint of one handler; `takes` are the names that its query or body may have."""
+
+    def __init__(
+        self,
+        access: Access,
+        watch: Watch,
+        handler: Handler,
+        *,
+        takes: Collection[str] = (),
+        has_body: bool = False,
+        status: int = 200,
+    ) -> None:
+        self._access, self._watch, self._handler = access, watch, handler
+        self._takes, self._has_body, self._status = takes, has_body, status
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record: Record = scope["state"]["record"]
+        key = await self._access.visitor(scope, record)
+        if ADMIN not in key.flags:
+            raise NotPermitted("this needs a key with the role admin: make key ROLE=admin")
+        body: dict[str, Any] = {}
+        if self._has_body:
+            with self._watch.guard() as guard:
+                body = strict_json.read_object(await read_body(scope, receive, LONGEST_BODY, record, guard))
+        query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        self._refuse_unknown(query if not self._has_body else body)
+        answer = await self._answer(Asked(key, scope.get("path_params", {}), query, body, record))
+        await send_json(send, answer, self._status)
+
+    def _refuse_unknown(self, said: Mapping[str, Any]) -> None:
+        for name in said.keys() - set(self._takes):
+            raise BadRequest(f"{name[:64]!a} is not taken here: {', '.join(sorted(self._takes)) or 'nothing is'}")
+
+    async def _answer(self, asked: Asked) -> Any:
+        try:
+            return await self._handler(asked)
+        except NotThere as wrong:
+            raise NoSuchThing(str(wrong)) from wrong
+        except (CommandFailed, argparse.ArgumentTypeError) as wrong:
+            raise BadRequest(str(wrong)) from wrong
+
+
+class AdminApi:
+    """The handlers, by method and path."""
+
+    def __init__(
+        self,
+        ring: KeyRing,
+        overview: Overview,
+        database: Database,
+        store: Store,
+        discovery: Discovery,
+        backends: Mapping[str, Backend],
+        operations: Mapping[str, Operation],
+        explain: Explain,
+    ) -> None:
+        self._ring, self._overview, self._database, self._store = ring, overview, database, store
+        self._discovery, self._backends, self._operations, self._explain = discovery, backends, operations, explain
+
+    def routes(self, access: Access, watch: Watch) -> dict[tuple[str, str], AdminRoute]:
+        def route(handler: Handler, *takes: str, **how: Any) -> AdminRoute:
+            return AdminRoute(access, watch, handler, takes=takes, **how)
+
+        return {
+            ("GET", "/admin/v1/overview"): route(self.overview),
+            ("GET", "/admin/v1/series"): route(self.series, "window"),
+            ("GET", "/admin/v1/backends"): route(self.backends),
+            ("POST", "/admin/v1/backends/{name}/drain"): route(self.drain),
+            ("POST", "/admin/v1/backends/{name}/undrain"): route(self.undrain),
+            ("POST", "/admin/v1/backends/{name}/probe"): route(self.probe),
+            ("POST", "/admin/v1/refresh"): route(self.refresh),
+            ("GET", "/admin/v1/keys"): route(self.keys),
+            ("POST", "/admin/v1/keys"): route(self.make_key, *NEW_KEY, has_body=True, status=201),
+            ("PATCH", "/admin/v1/keys/{id}"): route(self.limit_key, "model", *LIMITS, has_body=True),
+            ("POST", "/admin/v1/keys/{id}/rotate"): route(self.rotate_key, "overlap", has_body=True, status=201),
+            ("DELETE", "/admin/v1/keys/{id}"): route(self.revoke_key),
+            ("GET", "/admin/v1/audit"): route(self.audit, "key", "model", "since", "status", "outcome", "limit"),
+            ("GET", "/admin/v1/requests/{id}"): route(self.trace, "since"),
+            ("GET", "/admin/v1/usage"): route(self.usage, "by", "since"),
+            ("GET", "/admin/v1/explain"): route(self.explain, "key", "model", "client"),
+        }
+
+    async def overview(self, asked: Asked) -> dict[str, Any]:
+        return await self._overview.now()
+
+    async def series(self, asked: Asked) -> dict[str, Any]:
+        window = asked.query.get("window", "15m")
+        if window not in WINDOWS:
+            raise BadRequest(f"window must be one of {', '.join(WINDOWS)}")
+        return await self._overview.series(window)
+
+    async def backends(self, asked: Asked) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (await self._overview.now())["backends"]
+        return found
+
+    async def drain(self, asked: Asked) -> dict[str, Any]:
+        return await self._mark(asked, drained=True)
+
+    async def undrain(self, asked: Asked) -> dict[str, Any]:
+        return await self._mark(asked, drained=False)
+
+    async def _mark(self, asked: Asked, *, drained: bool) -> dict[str, Any]:
+        name = self._backend(asked).name
+        asked.did(f"{'drain' if drained else 'undrain'} {name}")
+        at_once = await drains.mark(self._database, self._store, name, drained=drained, by=asked.key.id)
+        return {"backend": name, "drained": drained, "everywhere_at_once": at_once}
+
+    async def probe(self, asked: Asked) -> dict[str, Any]:
+        backend = self._backend(asked)
+        asked.did(f"probe {backend.name}")
+        return await probing.probe(backend)
+
+    def _backend(self, asked: Asked) -> Backend:
+        backend = self._backends.get(asked.path["name"])
+        if backend is None:
+            raise NoSuchThing(f"there is no backend {asked.path['name'][:64]!a}")
+        return backend
+
+    async def refresh(self, asked: Asked) -> dict[str, Any]:
+        asked.did("refresh")
+        await self._discovery.refresh()
+        catalog = self._discovery.catalog
+        rows = [{"backend": found.backend, "models": len(found.models), "error": found.error} for found in catalog.snapshots]
+        return {"models": len(catalog.models), "backends": rows}
+
+    async def keys(self, asked: Asked) -> list[dict[str, Any]]:
+        return [key_facts.of_row(row) for row in await self._ring.all()]
+
+    async def make_key(self, asked: Asked) -> dict[str, Any]:
+        wanted = new_key(asked.body)
+        asked.did(f"make key {wanted.name}")
+        key_id, whole = await self._ring.make(wanted)
+        return {"id": key_id, "name": wanted.name, "key": whole}
+
+    async def limit_key(self, asked: Asked) -> dict[str, Any]:
+        wished = limits_of(asked.body)
+        pattern = text_of(asked.body, "model")
+        if not wished:
+            raise BadRequest(f'say at least one of {", ".join(LIMITS)}: a number, "unlimited", or null for the default')
+        asked.did(f"limit key {asked.path['id']} {pattern}".rstrip())
+        key_id, found, at_once = await self._ring.limit(asked.path["id"], pattern, wished)
+        return {"id": key_id, "model": pattern, **key_facts.shown_limits(found.packed()), "everywhere_at_once": at_once}
+
+    async def rotate_key(self, asked: Asked) -> dict[str, Any]:
+        overlap = spoken.duration(text_of(asked.body, "overlap") or "24h")
+        asked.did(f"rotate key {asked.path['id']}")
+        key_id, whole = await self._ring.rotate(asked.path["id"], overlap)
+        return {"id": key_id, "key": whole, "old_secrets_end": datetime.now(UTC) + overlap}
+
+    async def revoke_key(self, asked: Asked) -> dict[str, Any]:
+        asked.did(f"revoke key {asked.path['id']}")
+        key_id, at_once = await self._ring.revoke(asked.path["id"])
+        return {"id": key_id, "revoked": True, "everywhere_at_once": at_once}
+
+    async def audit(self, asked: Asked) -> list[dict[str, Any]]:
+        said = asked.query
+        key_id = (await self._key_row(said["key"]))["id"] if said.get("key") else None
+        models = spoken.model_patterns(spoken.words(said["model"])) if said.get("model") else None
+        since = spoken.since(said["since"]) if said.get("since") else None
+        low, high = spoken.status(said["status"]) if said.get("status") else (None, None)
+        outcome = spoken.words(said["outcome"]) if said.get("outcome") else None
+        most = min(MOST_ROWS, spoken.count(said["limit"])) if said.get("limit") else USUAL_ROWS
+        rows = await self._database.rows("list_audit", key_id, models, since, low, high, outcome, most)
+        return [audit_row(row) for row in rows]
+
+    async def trace(self, asked: Asked) -> list[dict[str, Any]]:
+        since = spoken.since(asked.query["since"]) if asked.query.get("since") else spoken.FIRST_MOMENT
+        text = asked.path["id"]
+        rows = (
+            await self._database.rows("trace_request", spoken.our_id(text), text, since, MOST_ROWS)
+            if text.isprintable()
+            else []
+        )
+        if not rows:
+            raise NoSuchThing("the audit has no request of this id: it keeps those with a valid key, until their time is over")
+        return [audit_row(row) for row in rows]
+
+    async def usage(self, asked: Asked) -> list[dict[str, Any]]:
+        by = spoken.groups(asked.query.get("by") or "key")
+        since = spoken.since(asked.query.get("since") or "30d")
+        rows = await self._database.rows("sum_audit", by, since)
+        left_out = {"day", "key_id", "key", "model", "backend"} - {*by, *(("key_id",) if "key" in by else ())}
+        return [{name: value for name, value in row.items() if name not in left_out} for row in rows]
+
+    async def explain(self, asked: Asked) -> dict[str, Any]:
+        client, model = asked.query.get("client") or "openai", asked.query.get("model", "")
+        path = CHATS.get(client, client)
+        if path not in self._operations or not model or not asked.query.get("key"):
+            routes = ", ".join(sorted(self._operations))
+            raise BadRequest(f"say key= (id or name), model=, and client= as ollama, openai, or one of {routes}")
+        row = await self._database.row("key_with_rights", (await self._key_row(asked.query["key"]))["id"])
+        assert row is not None
+        return await self._explain(Question(keys.unpack(dict(row)), model, self._operations[path]))
+
+    async def _key_row(self, id_or_name: str) -> Mapping[str, Any]:
+        row = await self._database.row("find_any_key", id_or_name) if id_or_name.isprintable() else None
+        if row is None:
+            raise NoSuchThing(f"there is no key {id_or_name[:64]!a}")
+        return dict(row)
+
+
+def audit_row(row: Row) -> dict[str, Any]:
+    return {**row, "attempts": strict_json.read_loosely(row["attempts"])}
+
+
+def text_of(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    if value is not None and not isinstance(value, str):
+        raise BadRequest(f"the field {name!r} must be a string")
+    return value or ""
+
+
+def limits_of(body: Mapping[str, Any]) -> dict[str, int | None]:
+    """Those that were said: a number, "unlimited", or null for the default."""
+    found: dict[str, int | None] = {}
+    for name in LIMITS:
+        if name not in body:
+            continue
+        value = body[name]
+        is_number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**15
+        if value is not None and value != "unlimited" and not is_number:
+            raise BadRequest(f'the field {name!r} must be a whole number from 0, "unlimited", or null for the default')
+        found[name] = UNLIMITED if value == "unlimited" else value
+    return found
+
+
+def new_key(body: Mapping[str, Any]) -> NewKey:
+    models = body.get("models") or []
+    if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
+        raise BadRequest("the field 'models' must be a list of names or globs; none means all")
+    if body.get("role") not in (None, "user", ADMIN):
+        raise BadRequest('the field \'role\' must be "user" or "admin"')
+    for name in ("prompt_log", *FLAGS):
+        if not isinstance(body.get(name, False), bool):
+            raise BadRequest(f"the field {name!r} must be true or false")
+    flags = [flag for name, flag in FLAGS.items() if body.get(name)] + ([ADMIN] if body.get("role") == ADMIN else [])
+    times: dict[str, timedelta | None] = {
+        name: spoken.lifetime(text_of(body, name)) if body.get(name) else None
+        for name in ("expires", "retention", "audit_retention")
+    }
+    if times["retention"] and not body.get("prompt_log"):
+        raise BadRequest(
+            "'retention' is for the prompts that 'prompt_log' keeps: say both, or 'audit_retention' for audit rows"
+        )
+    return NewKey(
+        name=text_of(body, "name"),
+        models=model_names.split_patterns(" ".join(models)),
+        quota=Quota(**limits_of(body)),
+        flags=tuple(flags),
+        lifetime=times["expires"],
+        prompt_log=bool(body.get("prompt_log")),
+        prompt_retention=times["retention"],
+        audit_retention=times["audit_retention"],
+    )

@@ -1,0 +1,31 @@
+"""Keys as operators see them: rights and limits in words, never a secret."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from gateway import strict_json
+from gateway.quota import NAMES as LIMITS
+from gateway.quota import UNLIMITED
+
+
+def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    has_expired = row["expires_at"] is not None and row["expires_at"] <= now
+    state = "revoked" if row["revoked_at"] else "expired" if has_expired else "active"
+    facts = {name: row[name] for name in ("id", "name", "models", *LIMITS, "rules", "flags", "prompt_log", "created_at")}
+    facts |= {name: row[name] for name in ("expires_at", "last_used_at", "secrets")}
+    facts["models"] = list(row["models"]) or ["(all)"]
+    facts |= shown_limits(row)
+    facts["rules"] = [_rule_words(rule) for rule in strict_json.read_loosely(row["rules"].encode())]
+    return {**facts, "state": state}
+
+
+def shown_limits(row: Mapping[str, Any]) -> dict[str, object]:
+    """A limit as it was typed; None where the default applies."""
+    return {name: "unlimited" if row[name] == UNLIMITED else row[name] for name in LIMITS}
+
+
+def _rule_words(rule: Mapping[str, Any]) -> str:
+    said = [f"{name}={value}" for name, value in shown_limits(rule).items() if value is not None]
+    return f"{rule['pattern']}: {', '.join(said)}"

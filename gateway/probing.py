@@ -1,0 +1,28 @@
+"""Trying a backend: whether it answers, how fast, with what, and whether it takes the token."""
+
+from typing import Any
+
+from gateway.backends import Backend
+from gateway.discovery import poll, takes_token
+from gateway.upstream import BackendFault
+
+
+async def probe(backend: Backend) -> dict[str, Any]:
+    facts: dict[str, Any] = {"backend": backend.name, "kind": backend.kind, "address": backend.config.base_url}
+    has_token = bool(backend.config.auth_token)
+    try:
+        found = await poll(backend)
+        is_open = await takes_token(backend)
+    except BackendFault as fault:
+        refused = fault.reason == "token_refused"
+        verdict = {"token": _token_words(has_token, is_open=False) if refused else None, "problem": str(fault)}
+        return {**facts, "reachable": refused, "latency_ms": None, "version": None, "models": None, **verdict}
+    seen = {"latency_ms": found.latency_ms, "version": found.version or None, "models": len(found.models)}
+    problem = None if is_open else "refuses to answer calls"
+    return {**facts, "reachable": True, **seen, "token": _token_words(has_token, is_open=is_open), "problem": problem}
+
+
+def _token_words(has_token: bool, *, is_open: bool) -> str:
+    if has_token:
+        return "accepted" if is_open else "REFUSED"
+    return "none needed" if is_open else "MISSING"

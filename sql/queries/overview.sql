@@ -1,0 +1,48 @@
+-- name: recent_sums
+-- What has happened since a time, all together.
+SELECT count(*) AS requests,
+       count(*) FILTER (WHERE outcome = 'answered') AS answered,
+       count(*) FILTER (WHERE outcome IN ('backend_failed', 'truncated')) AS failures,
+       count(*) FILTER (WHERE starts_with(outcome, 'refused')) AS refused,
+       coalesce(sum(prompt_tokens), 0)::bigint AS prompt_tokens,
+       coalesce(sum(completion_tokens), 0)::bigint AS completion_tokens,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p50_ms,
+       percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
+FROM audit WHERE at >= $1;
+
+-- name: busiest_keys
+-- Those with the most requests since a time, and how many of them a limit refused.
+SELECT a.key_id, k.name AS key, count(*) AS requests,
+       sum(a.prompt_tokens + a.completion_tokens)::bigint AS tokens,
+       count(*) FILTER (WHERE a.status = 429) AS limited,
+       mode() WITHIN GROUP (ORDER BY a.detail) FILTER (WHERE a.status = 429) AS limit
+FROM audit a LEFT JOIN keys k ON k.id = a.key_id
+WHERE a.at >= $1
+GROUP BY a.key_id, k.name
+ORDER BY requests DESC, a.key_id
+LIMIT $2;
+
+-- name: busiest_models
+-- Those with the most requests since a time.
+SELECT a.model, count(*) AS requests, sum(a.prompt_tokens + a.completion_tokens)::bigint AS tokens,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY a.ttfb_ms) AS ttfb_p50_ms
+FROM audit a
+WHERE a.at >= $1 AND a.model <> ''
+GROUP BY a.model
+ORDER BY requests DESC, a.model
+LIMIT $2;
+
+-- name: series
+-- Sums of steps of the same length since a time; steps in which nothing happened are left out.
+SELECT extract(epoch FROM date_bin($2::interval, at, timestamptz '2000-01-01'))::bigint AS at,
+       count(*) AS requests,
+       count(*) FILTER (WHERE outcome IN ('backend_failed', 'truncated')) AS failures,
+       count(*) FILTER (WHERE starts_with(outcome, 'refused')) AS refused,
+       sum(prompt_tokens)::bigint AS prompt_tokens,
+       sum(completion_tokens)::bigint AS completion_tokens,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p50_ms,
+       percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
+FROM audit
+WHERE audit.at >= $1
+GROUP BY 1
+ORDER BY 1;
