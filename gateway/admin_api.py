@@ -11,10 +11,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import drains, key_facts, keys, model_names, probing, spoken, strict_json
 from gateway.access import Access
+from gateway.admin_events import AdminEvents
 from gateway.backends import Backend
 from gateway.body import read_body
 from gateway.database import Database, Row
@@ -115,15 +116,16 @@ class AdminApi:
         operations: Mapping[str, Operation],
         explain: Explain,
     ) -> None:
-        self._ring, self._overview, self._database, self._store = ring, overview, database, store
+        self._ring, self.at_a_glance, self._database, self._store = ring, overview, database, store
         self._discovery, self._backends, self._operations, self._explain = discovery, backends, operations, explain
 
-    def routes(self, access: Access, watch: Watch) -> dict[tuple[str, str], AdminRoute]:
+    def routes(self, access: Access, watch: Watch) -> dict[tuple[str, str], ASGIApp]:
         def route(handler: Handler, *takes: str, **how: Any) -> AdminRoute:
             return AdminRoute(access, watch, handler, takes=takes, **how)
 
         return {
             ("GET", "/admin/v1/overview"): route(self.overview),
+            ("GET", "/admin/v1/events"): AdminEvents(access, watch, self.at_a_glance),
             ("GET", "/admin/v1/series"): route(self.series, "window"),
             ("GET", "/admin/v1/backends"): route(self.backends),
             ("POST", "/admin/v1/backends/{name}/drain"): route(self.drain),
@@ -142,16 +144,16 @@ class AdminApi:
         }
 
     async def overview(self, asked: Asked) -> dict[str, Any]:
-        return await self._overview.now()
+        return await self.at_a_glance.now()
 
     async def series(self, asked: Asked) -> dict[str, Any]:
         window = asked.query.get("window", "15m")
         if window not in WINDOWS:
             raise BadRequest(f"window must be one of {', '.join(WINDOWS)}")
-        return await self._overview.series(window)
+        return await self.at_a_glance.series(window)
 
     async def backends(self, asked: Asked) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (await self._overview.now())["backends"]
+        found: list[dict[str, Any]] = (await self.at_a_glance.now())["backends"]
         return found
 
     async def drain(self, asked: Asked) -> dict[str, Any]:

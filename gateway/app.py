@@ -12,7 +12,7 @@ from pathlib import Path
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, bulletin, retention, routes, tasks
+from gateway import admin_verbs, bulletin, pages, retention, routes, tasks
 from gateway.access import Access
 from gateway.admin_api import AdminApi
 from gateway.audit_writer import AuditWriter
@@ -68,6 +68,7 @@ class Rooms:
     limits: Limits
     books: Books
     metrics: Metrics
+    writer: AuditWriter
 
 
 def dialects() -> dict[str, Dialect]:
@@ -117,7 +118,7 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         id_header = settings.gateway_request_id_header
         metrics = Metrics(metrics_folder)
         front = Front(_not_yet, proxies.client_of, by_prefix(spoken), books, metrics, request_id_header=id_header)
-        rooms = Rooms(database, store, discovery, backends, front, watch, limits, books, metrics)
+        rooms = Rooms(database, store, discovery, backends, front, watch, limits, books, metrics, writer)
         catalog = lambda: discovery.catalog  # noqa: E731
         sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
@@ -153,7 +154,8 @@ def state_of(rooms: Rooms) -> ProcessState:
     """This process, for the bulletin."""
     front, limits = rooms.front, rooms.limits
     backends = bulletin.seen(rooms.backends)
-    return ProcessState(limits.process, time.time(), front.in_flight, limits.waiting, front.draining, backends)
+    waiting = rooms.writer.waiting
+    return ProcessState(limits.process, time.time(), front.in_flight, limits.waiting, front.draining, waiting, backends)
 
 
 @asynccontextmanager
@@ -204,6 +206,8 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     lines |= _calls(settings, rooms, access, dialects)
     lines |= _lists(rooms, access)
     lines |= admin_api_of(settings, rooms).routes(access, rooms.watch)
+    if settings.dashboard_enabled:
+        lines |= pages.routes(pages.DASHBOARD)
     if settings.metrics_token or settings.metrics_allow:
         scrape = Scrape(rooms.metrics, settings.metrics_token, settings.metrics_allow)
         lines |= {(method, METRICS): scrape for method in METHODS}

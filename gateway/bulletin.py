@@ -36,6 +36,8 @@ class ProcessState:
     in_flight: int = 0
     waiting: int = 0
     is_draining: bool = False
+    # Only the one that moves them knows.
+    audit_waiting: int | None = None
     backends: dict[str, BackendState] = field(default_factory=dict)
 
 

@@ -74,6 +74,9 @@ class Overview:
             "processes": None if states is None else len(states),
             "in_flight": sum(state.in_flight for state in states or ()),
             "waiting": sum(state.waiting for state in states or ()),
+            "audit_backlog": max(
+                (state.audit_waiting for state in states or () if state.audit_waiting is not None), default=None
+            ),
             "backends": backends(self._configs, self._discovery.catalog, bulletin.together(states or ()), drained or {}),
             "stores": {"redis": self._store.up, "postgresql": lately is not None},
             "lately": lately,

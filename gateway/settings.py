@@ -197,6 +197,7 @@ class Settings:
     audit_log_default_retention_days: int = env("365", integer(1, 36_500))
     metrics_token: str = env("", secret, is_secret=True)
     metrics_allow: tuple[str, ...] = env("", networks)
+    dashboard_enabled: bool = env("false", boolean)
     playground_enabled: bool = env("false", boolean)
     playground_file: str = env("")
     docs_enabled: bool = env("false", boolean)

@@ -40,6 +40,7 @@ def refusal(**names: str) -> str:
 
 
 BAD = {
+    "DASHBOARD_ENABLED": ["oui"],
     "METRICS_TOKEN": ["two\nlines"],
     "METRICS_ALLOW": ["here", "127.0.0.1,there", "10.0.0.0/40", "300.1.1.1"],
     "GATEWAY_BIND_HOST": ["a b", "http://x", "x/y"],

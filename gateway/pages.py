@@ -1,0 +1,43 @@
+"""The gateway's own pages: files of this package, whole in memory, under a policy that lets nothing in from elsewhere."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+FOLDER = Path(__file__).parent / "pages"
+KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cache-control", b"no-cache"),
+]
+DASHBOARD = {
+    "/dashboard": "dashboard.html",
+    "/dashboard/dashboard.js": "dashboard.js",
+    "/dashboard/style.css": "style.css",
+}
+
+
+class Page:
+    """One file, read once."""
+
+    def __init__(self, file: Path) -> None:
+        self._body = file.read_bytes()
+        kind = (b"content-type", KINDS[file.suffix].encode())
+        self._headers = [kind, (b"content-length", b"%d" % len(self._body)), *HEADERS]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        await send({"type": "http.response.body", "body": self._body})
+
+
+def routes(files: Mapping[str, str]) -> dict[tuple[str, str], ASGIApp]:
+    """By path, each to be got."""
+    return {("GET", path): Page(FOLDER / name) for path, name in files.items()}
