@@ -206,6 +206,8 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     lines |= _calls(settings, rooms, access, dialects)
     lines |= _lists(rooms, access)
     lines |= admin_api_of(settings, rooms).routes(access, rooms.watch)
+    if settings.playground_enabled:
+        lines |= pages.playground(settings.playground_file)
     if settings.dashboard_enabled:
         lines |= pages.routes(pages.DASHBOARD)
     if settings.metrics_token or settings.metrics_allow:

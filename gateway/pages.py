@@ -5,14 +5,17 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.errors import SettingsError
+
 FOLDER = Path(__file__).parent / "pages"
 KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
+# An operator's own page says for itself what it needs; it must only not stand in another's frame.
+OWN_POLICY = "frame-ancestors 'none'"
 HEADERS = [
-    (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
@@ -23,15 +26,21 @@ DASHBOARD = {
     "/dashboard/dashboard.js": "dashboard.js",
     "/dashboard/style.css": "style.css",
 }
+PLAYGROUND = {
+    "/playground": "playground.html",
+    "/playground/playground.js": "playground.js",
+    "/playground/style.css": "style.css",
+}
 
 
 class Page:
-    """One file, read once."""
+    """One file, read once; `policy` is its Content-Security-Policy. Raises OSError."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, policy: str = POLICY) -> None:
         self._body = file.read_bytes()
-        kind = (b"content-type", KINDS[file.suffix].encode())
-        self._headers = [kind, (b"content-length", b"%d" % len(self._body)), *HEADERS]
+        kind = (b"content-type", KINDS.get(file.suffix, KINDS[".html"]).encode())
+        told = (b"content-security-policy", policy.encode())
+        self._headers = [kind, (b"content-length", b"%d" % len(self._body)), told, *HEADERS]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._headers})
@@ -41,3 +50,13 @@ class Page:
 def routes(files: Mapping[str, str]) -> dict[tuple[str, str], ASGIApp]:
     """By path, each to be got."""
     return {("GET", path): Page(FOLDER / name) for path, name in files.items()}
+
+
+def playground(own: str) -> dict[tuple[str, str], ASGIApp]:
+    """Ours, or the operator's file in its place. Raises SettingsError."""
+    if not own:
+        return routes(PLAYGROUND)
+    try:
+        return {("GET", "/playground"): Page(Path(own), OWN_POLICY)}
+    except OSError as wrong:
+        raise SettingsError(f"PLAYGROUND_FILE must name a readable file: {type(wrong).__name__}") from None

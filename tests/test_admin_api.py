@@ -40,7 +40,7 @@ def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
 def test_only_the_role_opens_it(gateway: RunningGateway) -> None:
     user = gateway.key(flags=(keys.ADMIN_MODELS, keys.SHOW_BACKEND))
     routes = routes_of(gateway)
-    assert len(routes) == 16
+    assert len(routes) == 17
     with gateway.http() as nobody, gateway.http(user) as somebody:
         for method, path in routes:
             where = path.replace("{name}", "alpha").replace("{id}", "x")
