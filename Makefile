@@ -12,7 +12,7 @@ JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench profile check key keys limit rotate revoke models refresh probe doctor explain trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
+.PHONY: help run test bench profile check key keys limit rotate revoke models refresh probe doctor explain top trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ doctor: .venv/ready-to-run ## Check the whole installation: what is well, what i
 
 explain: .venv/ready-to-run ## Say where a call would go now, and why: KEY= MODEL= [CLIENT=ollama, openai or a route]
 	@$(GATEWAY) explain $(call said,KEY,key) $(call said,MODEL,model) $(call said,CLIENT,client) $(JSON_FLAG)
+
+top: .venv/ready-to-run ## Watch the installation in the terminal: ADMIN_KEY= (of a key with ROLE=admin) [URL=http://host:8080] [ONCE=1]
+	@ADMIN_KEY="$$ADMIN_KEY" $(GATEWAY) top $(call said,URL,url) $(call flag,ONCE,once) $(JSON_FLAG)
 
 trace: .venv/ready-to-run ## Tell what became of one request: ID= [SINCE=24h]
 	@$(GATEWAY) trace $(call said,ID,id) $(call said,SINCE,since) $(JSON_FLAG)

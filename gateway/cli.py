@@ -11,7 +11,7 @@ from datetime import timedelta
 from http.client import HTTPException
 from typing import Any, NoReturn
 
-from gateway import audit_commands, commands, console, demo, doctor, installation, serving, spoken, why_commands
+from gateway import audit_commands, commands, console, demo, doctor, installation, serving, spoken, top, why_commands
 from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.settings import Settings
 
@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[Command, str]] = {
     "trace": (why_commands.trace, "tell what became of one request"),
     "drain": (why_commands.drain_backend, "give a backend no new requests, in every process, until undrain"),
     "undrain": (why_commands.undrain_backend, "give a backend requests again"),
+    "top": (top.watch, "watch backends, requests, busy keys and models in the terminal, from the admin API"),
     "doctor": (doctor.examine, "check the whole installation: what is well, what is not, what to do"),
     "config": (commands.show_config, "print the settings in force and where each comes from"),
 }
@@ -99,6 +100,9 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "explain":
         verb.add_argument("--model", required=True, help="the model that is asked for, as a client would write it")
         verb.add_argument("--client", default="openai", help="ollama, openai, or a route such as /v1/embeddings")
+    if name == "top":
+        verb.add_argument("--url", default="", help="the gateway's address; by default that of these settings")
+        verb.add_argument("--once", action="store_true", help="print it once and end")
     if name == "trace":
         verb.add_argument("--id", required=True, help="the request's id: X-Request-ID of its answer, or the id in the log")
         verb.add_argument("--since", type=spoken.since, help="look no further back: 24h, 7d, 2026-01-31")

@@ -2,10 +2,12 @@
 
 import argparse
 import asyncio
+import getpass
 import os
 import re
 import shutil
 import subprocess  # runs psql with our own arguments  # nosec B404
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +25,7 @@ from gateway.quota import Quota
 from gateway.settings import Settings
 from gateway.store import Store
 
+KEY_VARIABLE = "ADMIN_KEY"
 LIBPQ = {
     "host": "PGHOST",
     "port": "PGPORT",
@@ -54,6 +57,14 @@ async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Stor
         app.discovery_of(settings, backends, store) as discovery,
     ):
         yield discovery, store
+
+
+def admin_key() -> str:
+    """A key for the admin API: from the environment, where `ps` does not show it, or asked for."""
+    key = os.environ.get(KEY_VARIABLE) or (getpass.getpass("admin key: ") if sys.stdin.isatty() else "")
+    if not key:
+        raise CommandFailed(f"say a key: {KEY_VARIABLE}=… make top; `make key NAME=ops ROLE=admin` makes one")
+    return key
 
 
 async def require_schema(database: Database) -> None:

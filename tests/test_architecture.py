@@ -30,13 +30,13 @@ FLOORS = [
     "admin_api".split(),
     "app".split(),
     "commands server".split(),
-    "serving audit_commands".split(),
+    "serving audit_commands top".split(),
     "doctor why_commands".split(),
     "cli".split(),
     "__main__".split(),
 ]
 KNOW_THE_SETTINGS = set(
-    "settings installation app commands audit_commands serving settings_checkup doctor why_commands cli".split()
+    "settings installation app commands audit_commands serving settings_checkup doctor why_commands top cli".split()
 )
 HOMES = {
     "orjson": {"strict_json"},
