@@ -185,13 +185,13 @@ class Limits:
 
     async def _reply(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> list[Any]:
         line = self._line(shards.shard_of(ticket.scopes[0].name))
-        reply: list[Any] = await line.run("admit", *self._question(ticket, may_wait, lease_ms))
-        if reply[0] == b"seed":
+        # The key and each of its rules has a budget of its own, that may have to be read first.
+        for _ in range(len(ticket.scopes) + 1):
+            reply: list[Any] = await line.run("admit", *self._question(ticket, may_wait, lease_ms))
+            if reply[0] != b"seed":
+                return reply
             await self._seeded(ticket.scopes[reply[4] - 1])
-            reply = await line.run("admit", *self._question(ticket, may_wait, lease_ms))
-        if reply[0] == b"seed":
-            raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
-        return reply
+        raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
 
     def _question(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> tuple[list[Any], list[Any]]:
         keys: list[Any] = [*shards.ALL[shards.shard_of(ticket.scopes[0].name)][:3]]

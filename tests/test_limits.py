@@ -312,6 +312,19 @@ def test_one_model_has_one_rule_however_it_is_spelt(gateway: RunningGateway) -> 
         assert wait_for_status(client, WAYS[0], 200)
 
 
+def test_budgets_of_a_key_and_of_its_rule_are_read_at_once_when_redis_has_neither(
+    gateway: RunningGateway, stores: TestStores
+) -> None:
+    key = gateway.key(name="mine", day=100_000)
+    limit(gateway, "mine", "llama3.2", month=100_000)
+    with gateway.http(key) as client:
+        assert wait_for_status(client, WAYS[0], 200)
+        with stores.client() as redis:
+            until(lambda: len(list(redis.scan_iter("*:b:*"))) == 2)
+            redis.flushall()
+        assert ask(client, WAYS[0]).status_code == 200
+
+
 def test_a_running_call_is_not_forgotten_with_redis_data(
     gateway: RunningGateway, stores: TestStores, held: threading.Event
 ) -> None:
