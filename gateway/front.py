@@ -220,7 +220,7 @@ class Reply:
 
     async def preflight(self) -> None:
         headers = [
-            (b"access-control-allow-methods", b"GET, HEAD, POST, DELETE, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, HEAD, POST, PATCH, DELETE, OPTIONS"),
             (b"access-control-allow-headers", PREFLIGHT_HEADERS),
             (b"access-control-max-age", b"86400"),
         ]
