@@ -21,7 +21,7 @@ from gateway.body import read_body
 from gateway.database import Database, Row
 from gateway.dialects.base import Operation
 from gateway.discovery import Discovery
-from gateway.errors import BadRequest, CommandFailed, NoSuchThing, NotPermitted, NotThere
+from gateway.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotPermitted, NotThere
 from gateway.explain import Question
 from gateway.guard import Watch
 from gateway.json_reply import send_json
@@ -73,7 +73,7 @@ class AdminRoute:
         status: int = 200,
     ) -> None:
         self._access, self._watch, self._handler = access, watch, handler
-        self._takes, self._has_body, self._status = takes, has_body, status
+        self.takes, self.has_body, self.status = takes, has_body, status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -81,23 +81,25 @@ class AdminRoute:
         if ADMIN not in key.flags:
             raise NotPermitted("this needs a key with the role admin: make key ROLE=admin")
         body: dict[str, Any] = {}
-        if self._has_body:
+        if self.has_body:
             with self._watch.guard() as guard:
                 body = strict_json.read_object(await read_body(scope, receive, LONGEST_BODY, record, guard))
         query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
-        self._refuse_unknown(query if not self._has_body else body)
+        self._refuse_unknown(query if not self.has_body else body)
         answer = await self._answer(Asked(key, scope.get("path_params", {}), query, body, record))
-        await send_json(send, answer, self._status)
+        await send_json(send, answer, self.status)
 
     def _refuse_unknown(self, said: Mapping[str, Any]) -> None:
-        for name in said.keys() - set(self._takes):
-            raise BadRequest(f"{name[:64]!a} is not taken here: {', '.join(sorted(self._takes)) or 'nothing is'}")
+        for name in said.keys() - set(self.takes):
+            raise BadRequest(f"{name[:64]!a} is not taken here: {', '.join(sorted(self.takes)) or 'nothing is'}")
 
     async def _answer(self, asked: Asked) -> Any:
         try:
             return await self._handler(asked)
         except NotThere as wrong:
             raise NoSuchThing(str(wrong)) from wrong
+        except NameTaken as wrong:
+            raise AlreadyThere(str(wrong)) from wrong
         except (CommandFailed, argparse.ArgumentTypeError) as wrong:
             raise BadRequest(str(wrong)) from wrong
 
@@ -217,17 +219,17 @@ class AdminApi:
 
     async def audit(self, asked: Asked) -> list[dict[str, Any]]:
         said = asked.query
-        key_id = (await self._key_row(said["key"]))["id"] if said.get("key") else None
-        models = spoken.model_patterns(spoken.words(said["model"])) if said.get("model") else None
-        since = spoken.since(said["since"]) if said.get("since") else None
-        low, high = spoken.status(said["status"]) if said.get("status") else (None, None)
-        outcome = spoken.words(said["outcome"]) if said.get("outcome") else None
-        most = min(MOST_ROWS, spoken.count(said["limit"])) if said.get("limit") else USUAL_ROWS
+        key_id = (await self._key_row(said["key"]))["id"] if "key" in said else None
+        models = spoken.model_patterns(spoken.words(said["model"])) if "model" in said else None
+        since = spoken.since(said["since"]) if "since" in said else None
+        low, high = spoken.status(said["status"]) if "status" in said else (None, None)
+        outcome = spoken.words(said["outcome"]) if "outcome" in said else None
+        most = min(MOST_ROWS, spoken.count(said["limit"])) if "limit" in said else USUAL_ROWS
         rows = await self._database.rows("list_audit", key_id, models, since, low, high, outcome, most)
         return [audit_row(row) for row in rows]
 
     async def trace(self, asked: Asked) -> list[dict[str, Any]]:
-        since = spoken.since(asked.query["since"]) if asked.query.get("since") else spoken.FIRST_MOMENT
+        since = spoken.since(asked.query["since"]) if "since" in asked.query else spoken.FIRST_MOMENT
         text = asked.path["id"]
         rows = (
             await self._database.rows("trace_request", spoken.our_id(text), text, since, MOST_ROWS)
@@ -239,14 +241,14 @@ class AdminApi:
         return [audit_row(row) for row in rows]
 
     async def usage(self, asked: Asked) -> list[dict[str, Any]]:
-        by = spoken.groups(asked.query.get("by") or "key")
-        since = spoken.since(asked.query.get("since") or "30d")
+        by = spoken.groups(asked.query.get("by", "key"))
+        since = spoken.since(asked.query.get("since", "30d"))
         rows = await self._database.rows("sum_audit", by, since)
         left_out = {"day", "key_id", "key", "model", "backend"} - {*by, *(("key_id",) if "key" in by else ())}
         return [{name: value for name, value in row.items() if name not in left_out} for row in rows]
 
     async def explain(self, asked: Asked) -> dict[str, Any]:
-        client, model = asked.query.get("client") or "openai", asked.query.get("model", "")
+        client, model = asked.query.get("client", "openai"), asked.query.get("model", "")
         path = CHATS.get(client, client)
         if path not in self._operations or not model or not asked.query.get("key"):
             routes = ", ".join(sorted(self._operations))
@@ -267,10 +269,13 @@ def audit_row(row: Row) -> dict[str, Any]:
 
 
 def text_of(body: Mapping[str, Any], name: str) -> str:
+    """Empty where it is left out. What a script left empty by mistake must not mean all, or for ever."""
     value = body.get(name)
-    if value is not None and not isinstance(value, str):
-        raise BadRequest(f"the field {name!r} must be a string")
-    return value or ""
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not value.strip():
+        raise BadRequest(f"the field {name!r} must be a string that says something; leave it out otherwise")
+    return value
 
 
 def limits_of(body: Mapping[str, Any]) -> dict[str, int | None]:
@@ -280,6 +285,8 @@ def limits_of(body: Mapping[str, Any]) -> dict[str, int | None]:
         if name not in body:
             continue
         value = body[name]
+        # JSON knows one kind of number: 60.0 is 60.
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
         is_number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**15
         if value is not None and value != "unlimited" and not is_number:
             raise BadRequest(f'the field {name!r} must be a whole number from 0, "unlimited", or null for the default')
@@ -289,7 +296,9 @@ def limits_of(body: Mapping[str, Any]) -> dict[str, int | None]:
 
 def new_key(body: Mapping[str, Any]) -> NewKey:
     models = body.get("models") or []
-    if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
+    if not isinstance(models, list) or not all(
+        isinstance(model, str) and model_names.split_patterns(model) == (model,) for model in models
+    ):
         raise BadRequest("the field 'models' must be a list of names or globs; none means all")
     if body.get("role") not in (None, "user", ADMIN):
         raise BadRequest('the field \'role\' must be "user" or "admin"')
@@ -298,7 +307,7 @@ def new_key(body: Mapping[str, Any]) -> NewKey:
             raise BadRequest(f"the field {name!r} must be true or false")
     flags = [flag for name, flag in FLAGS.items() if body.get(name)] + ([ADMIN] if body.get("role") == ADMIN else [])
     times: dict[str, timedelta | None] = {
-        name: spoken.lifetime(text_of(body, name)) if body.get(name) else None
+        name: spoken.lifetime(said) if (said := text_of(body, name)) else None
         for name in ("expires", "retention", "audit_retention")
     }
     if times["retention"] and not body.get("prompt_log"):

@@ -76,6 +76,13 @@ class NoSuchThing(GatewayError):
     code = "no_such_thing"
 
 
+class AlreadyThere(GatewayError):
+    """What the request would make is already there."""
+
+    status = 409
+    code = "already_there"
+
+
 class MethodNotAllowed(GatewayError):
     """This route does not take this method."""
 
@@ -219,3 +226,7 @@ class CommandFailed(Exception):
 
 class NotThere(CommandFailed):
     """What an operator named does not exist."""
+
+
+class NameTaken(CommandFailed):
+    """What an operator wants to make exists."""

@@ -11,7 +11,7 @@ from argon2 import PasswordHasher
 
 from gateway import api_key, model_names, quota, shards, strict_json
 from gateway.database import AlreadyThere, Database
-from gateway.errors import CommandFailed, NotThere
+from gateway.errors import CommandFailed, NameTaken, NotThere
 from gateway.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
 from gateway.model_names import AllowList
 from gateway.quota import Quota, Rule, Scope
@@ -125,7 +125,7 @@ class KeyRing:
                 ]
             )
         except AlreadyThere:
-            raise CommandFailed(f"a key named {wanted.name!r} exists: choose another name, or rotate or revoke it") from None
+            raise NameTaken(f"a key named {wanted.name!r} exists: choose another name, or rotate or revoke it") from None
         return minted.secret_id, minted.whole
 
     async def _hashed(self, whole: str) -> str:

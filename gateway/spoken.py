@@ -70,7 +70,7 @@ def status(text: str) -> tuple[int, int]:
     if re.fullmatch(r"[1-5]xx", text.lower()):
         first = int(text[0]) * 100
         return first, first + 99
-    if not re.fullmatch(r"\d{1,3}", text):
+    if not re.fullmatch(r"[1-5]\d\d", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no status: write a number such as 429, or a class such as 4xx")
     return int(text), int(text)
 
@@ -82,7 +82,7 @@ def count(text: str) -> int:
 
 
 def words(text: str) -> str:
-    if not text.isprintable():
+    if not text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is in no row: write printable characters")
     return text
 

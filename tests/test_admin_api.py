@@ -151,7 +151,7 @@ def test_the_audit_and_one_request(gateway: RunningGateway, admin: httpx.Client)
         ("GET", "/usage?by=colour", None, 400, "'colour' cannot be summed by: write one or more of key,model"),
         ("GET", "/explain?model=x", None, 400, "say key= (id or name), model=, and client= as ollama, openai"),
         ("POST", "/keys", {}, 400, "a key's name must be 1 to 200 printable characters"),
-        ("POST", "/keys", {"name": "ops"}, 400, "a key named 'ops' exists"),
+        ("POST", "/keys", {"name": "ops"}, 409, "a key named 'ops' exists"),
         ("POST", "/keys", {"name": "x", "colour": 1}, 400, "'colour' is not taken here"),
         ("POST", "/keys", {"name": "x", "rpm": -1}, 400, "the field 'rpm' must be a whole number from 0"),
         ("POST", "/keys", {"name": "x", "rpm": True}, 400, "the field 'rpm' must be a whole number from 0"),
