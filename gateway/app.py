@@ -12,9 +12,10 @@ from pathlib import Path
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, bulletin, pages, retention, routes, tasks
+from gateway import admin_verbs, bulletin, pages, retention, routes, strict_json, tasks
 from gateway.access import Access
 from gateway.admin_api import AdminApi
+from gateway.api_document import ApiDocument
 from gateway.audit_writer import AuditWriter
 from gateway.auth_failures import AuthFailures
 from gateway.authentication import Authenticator
@@ -224,7 +225,19 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             rooms.discovery.refresh_soon,
             longest_body=settings.max_request_body_bytes,
         )
+    if settings.docs_enabled:
+        lines |= pages.routes(pages.DOCS)
+        lines |= _document(lines, by_prefix(dialects), settings.gateway_request_id_header)
     return routes.table(lines)
+
+
+def _document(
+    lines: dict[tuple[str, str], ASGIApp], dialect_of: Callable[[str], Dialect], id_header: str
+) -> dict[tuple[str, str], ASGIApp]:
+    """A page of the document that describes `lines`, and itself."""
+    line = ("GET", "/openapi.json")
+    document = ApiDocument(dialect_of, id_header).of({**lines, line: None})
+    return {line: pages.Page(strict_json.write(document), "application/json")}
 
 
 def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> dict[tuple[str, str], ASGIApp]:

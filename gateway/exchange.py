@@ -47,7 +47,7 @@ class Exchange:
         most_tokens: int,
         stand_in: Callable[[Model], dict[str, Any]] | None = None,
     ) -> None:
-        self._dialect, self._operation, self._stand_in = dialect, operation, stand_in
+        self.dialect, self.operation, self._stand_in = dialect, operation, stand_in
         self._access, self._router, self._watch, self._catalog = access, router, watch, catalog
         self._books, self._longest_body, self._most_tokens = books, longest_body, most_tokens
 
@@ -61,7 +61,7 @@ class Exchange:
                     await self._access.admit(record, model.name.canonical, takes_slot=False)
                     await send_json(send, self._stand_in(model))
                     return
-                answer = Answer(self._dialect, call, record, send, self._books)
+                answer = Answer(self.dialect, call, record, send, self._books)
                 await self._answer(call, model, answer, scope, guard)
         except GatewayError as error:
             if answer is None or not answer.started:
@@ -78,7 +78,7 @@ class Exchange:
         began = time.monotonic()
         raw = await read_body(scope, receive, self._longest_body, record, guard)
         record.reading_s = time.monotonic() - began
-        call = read_call(self._dialect, self._operation, raw)
+        call = read_call(self.dialect, self.operation, raw)
         record.model, record.stream = call.asked_model, call.stream
         model = self._catalog().find(call.model, key.models)
         if model is None:
@@ -95,7 +95,7 @@ class Exchange:
         connection.watch(partial(guard.interrupt, ClientGone()))
         try:
             await self._access.admit(answer.record, model.name.canonical, call.need(self._most_tokens))
-            opening = await self._router.open(call, self._dialect, model, headers, answer.record, guard)
+            opening = await self._router.open(call, self.dialect, model, headers, answer.record, guard)
             try:
                 if call.stream:
                     guard.end_within(opening.backend.config.total_timeout_s, BackendTimeout)

@@ -33,23 +33,30 @@ PLAYGROUND = {
 }
 
 
-class Page:
-    """One file, read once; `policy` is its Content-Security-Policy. Raises OSError."""
+DOCS = {"/docs": "docs.html", "/docs/docs.js": "docs.js", "/docs/style.css": "style.css"}
 
-    def __init__(self, file: Path, policy: str = POLICY) -> None:
-        self._body = file.read_bytes()
-        kind = (b"content-type", KINDS.get(file.suffix, KINDS[".html"]).encode())
-        told = (b"content-security-policy", policy.encode())
-        self._headers = [kind, (b"content-length", b"%d" % len(self._body)), told, *HEADERS]
+
+class Page:
+    """A body that never changes; `policy` is its Content-Security-Policy."""
+
+    def __init__(self, body: bytes, kind: str, policy: str = POLICY) -> None:
+        self._body = body
+        told = [(b"content-type", kind.encode()), (b"content-security-policy", policy.encode())]
+        self._headers = [*told, (b"content-length", b"%d" % len(body)), *HEADERS]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._headers})
         await send({"type": "http.response.body", "body": self._body})
 
 
+def of_file(file: Path, policy: str = POLICY) -> Page:
+    """Read once. Raises OSError."""
+    return Page(file.read_bytes(), KINDS.get(file.suffix, KINDS[".html"]), policy)
+
+
 def routes(files: Mapping[str, str]) -> dict[tuple[str, str], ASGIApp]:
     """By path, each to be got."""
-    return {("GET", path): Page(FOLDER / name) for path, name in files.items()}
+    return {("GET", path): of_file(FOLDER / name) for path, name in files.items()}
 
 
 def playground(own: str) -> dict[tuple[str, str], ASGIApp]:
@@ -57,6 +64,6 @@ def playground(own: str) -> dict[tuple[str, str], ASGIApp]:
     if not own:
         return routes(PLAYGROUND)
     try:
-        return {("GET", "/playground"): Page(Path(own), OWN_POLICY)}
+        return {("GET", "/playground"): of_file(Path(own), OWN_POLICY)}
     except OSError as wrong:
         raise SettingsError(f"PLAYGROUND_FILE must name a readable file: {type(wrong).__name__}") from None

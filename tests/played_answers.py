@@ -262,6 +262,8 @@ def _progress(healthy: Healthy, asked: Asked, records: list[dict[str, Any]]) -> 
 
 def _copy(healthy: Healthy, asked: Asked) -> list[Step]:
     source = asked.get("source", "")
+    if not isinstance(source, str) or not isinstance(asked.get("destination"), str):
+        raise Refused(400, "source and destination are required")
     if not healthy.has(source):
         raise Refused(404, f'model "{source}" not found')
     healthy.models.append(canonical(asked["destination"]))

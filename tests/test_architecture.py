@@ -18,7 +18,7 @@ SOURCES = PROJECT / "gateway"
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
     "address errors tasks connection backend_config breaker console workers checkup".split(),
-    "guard memory api_key model_names strict_json local settings store database client_address".split(),
+    "guard memory samples api_key model_names strict_json local settings store database client_address".split(),
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "redis_lines catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),
     "authentication dialects.ollama dialects.openai discovery drains bulletin show health local_limits record".split(),
@@ -28,6 +28,7 @@ FLOORS = [
     "admin_verbs sampler overview".split(),
     "admin_events".split(),
     "admin_api".split(),
+    "api_document".split(),
     "app".split(),
     "commands server".split(),
     "serving audit_commands top".split(),

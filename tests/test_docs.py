@@ -30,7 +30,6 @@ CARD = {
     "pyproject.toml",
 }
 COMPOSE_DEFAULTS = {"POSTGRES_USER": "gateway", "POSTGRES_DB": "gateway"}
-WITHOUT_EFFECT = "Without effect in this version"
 
 
 def example_lines(text: str) -> list[tuple[str, str]]:
@@ -94,15 +93,14 @@ def test_the_example_of_backends_is_refused_with_its_own_token(tmp_path: Path) -
         settings.refuse_weak_secrets(with_example_of_backends(tmp_path, "change-me"))
 
 
-def test_settings_said_to_be_without_effect_are_those_that_nothing_uses() -> None:
+def test_every_setting_is_used() -> None:
     code = "\n".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "gateway").rglob("*.py") if path.name != "settings.py"
     )
     names = {declared.name for declared in settings.declarations()}
     # These reach the backends through `_backends` of settings.py itself.
     in_backends = {name for name in names if name.startswith("ollama_")}
-    unused = {name.upper() for name in names - in_backends if not re.search(rf"\.{name}\b", code)}
-    assert {name for name, _ in example_lines(EXAMPLE.partition(WITHOUT_EFFECT)[2])} == unused
+    assert {name for name in names - in_backends if not re.search(rf"\.{name}\b", code)} == set()
 
 
 def targets() -> list[str]:

@@ -1,0 +1,237 @@
+"""`/openapi.json`: an OpenAPI 3.1 document of the routes that are there.
+
+Made from the route table, the dialects, the error classes and two files: `openapi/routes.json` says of each route
+(`METHOD /path`) what no code says, `openapi/schemas.json` has the shapes.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gateway import errors, samples, strict_json
+from gateway.admin_api import AdminRoute
+from gateway.dialects.base import Dialect
+from gateway.errors import GatewayError
+from gateway.exchange import Exchange
+from gateway.front import HEALTH
+from gateway.scrape import Scrape
+
+FOLDER = Path(__file__).parent / "openapi"
+JSON, EVENTS = "application/json", "text/event-stream"
+DESCRIPTION = (
+    "One door in front of many model servers: clients speak Ollama or OpenAI, unchanged. What a model server refuses, with a "
+    "status from 400 to 499, reaches the caller with its words. Every answer carries a request id, by which operators find it."
+)
+SERVERS = [
+    {"url": "/"},
+    {
+        "url": "/k/{key}",
+        "description": "For clients that can set an address and no key.",
+        "variables": {"key": {"default": "nz_…", "description": "The key."}},
+    },
+]
+SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "As the OpenAI clients send a key."},
+    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password; the user is not looked at."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "api-key": {"type": "apiKey", "in": "header", "name": "api-key"},
+}
+RETRY = {"Retry-After": ("Seconds, rounded up.", "integer"), "Retry-After-Ms": ("Milliseconds.", "integer")}
+RATES = {
+    "X-RateLimit-Limit-Requests": ("Requests a minute.", "integer"),
+    "X-RateLimit-Remaining-Requests": ("How many of them are left.", "integer"),
+    "X-RateLimit-Reset-Requests": ("Until all are there again, such as `1m30s`.", "string"),
+    "X-RateLimit-Limit-Tokens": ("Tokens a minute.", "integer"),
+    "X-RateLimit-Remaining-Tokens": ("How many of them are left.", "integer"),
+    "X-RateLimit-Reset-Tokens": ("Until all are there again.", "string"),
+}
+Failures = tuple[type[GatewayError], ...]
+OF_A_KEY: Failures = (
+    errors.ConflictingKeys,
+    errors.MissingKey,
+    errors.WrongKey,
+    errors.TooManyFailures,
+    errors.LimitReached,
+    errors.Overloaded,
+    errors.StoreUnavailable,
+    errors.LimitsUnavailable,
+)
+OF_A_BODY: Failures = (errors.BadRequest, errors.BodyTooSlow, errors.BodyTooLarge, errors.UnsupportedEncoding)
+OF_BACKENDS: Failures = (errors.BackendFailed, errors.NoBackend, errors.BackendTimeout)
+OF_A_CALL: Failures = (*OF_A_BODY, errors.ModelNotAvailable, errors.BudgetSpent, *OF_BACKENDS)
+# By whom a route is for.
+FAILURES: Mapping[str, Failures] = {
+    "nobody": (),
+    "metrics": (),
+    "key": OF_A_KEY,
+    "admin": (*OF_A_KEY, errors.BadRequest, errors.NotPermitted),
+    "models": (*OF_A_KEY, *OF_A_BODY, errors.NotPermitted, *OF_BACKENDS),
+}
+BY_CODE = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GatewayError)}
+
+
+class ApiDocument:
+    """`dialect_of` tells in which dialect a path's errors are said; `id_header` carries the request id."""
+
+    def __init__(self, dialect_of: Callable[[str], Dialect], id_header: str) -> None:
+        self._dialect_of, self._id_header = dialect_of, id_header
+        self._facts: dict[str, dict[str, Any]] = strict_json.read_loosely((FOLDER / "routes.json").read_bytes())
+        shapes: dict[str, Any] = strict_json.read_loosely((FOLDER / "schemas.json").read_bytes())
+        self._schemas, self._parameters = shapes["schemas"], shapes["parameters"]
+        # Many routes fail alike: each answer is told once.
+        self._shared: dict[str, dict[str, Any]] = {}
+
+    def of(self, table: Mapping[tuple[str, str], object]) -> dict[str, Any]:
+        """`table` is (method, path) -> endpoint, as the router has it. Raises KeyError for a route without facts."""
+        paths: dict[str, dict[str, Any]] = {}
+        calls = [path for (_, path), endpoint in table.items() if isinstance(endpoint, Exchange)]
+        self._parameters["client"]["schema"]["enum"] = ["ollama", "openai", *sorted(calls)]
+        for (method, route), endpoint in table.items():
+            # That other methods find nothing there is no news.
+            if not isinstance(endpoint, Scrape) or method == "GET":
+                path = route.replace(":path}", "}")
+                paths.setdefault(path, {})[method.lower()] = self._operation(method, path, endpoint)
+        headers = {self._id_header: ("The request's id: yours, or one made here.", "string"), **RETRY, **RATES}
+        return {
+            "openapi": "3.1.0",
+            "info": {"title": "neuronetz-gateway", "version": "1", "description": DESCRIPTION},
+            "servers": SERVERS,
+            "tags": [{"name": tag} for tag in dict.fromkeys(facts["tag"] for facts in self._facts.values())],
+            "paths": paths,
+            "components": {
+                "schemas": self._schemas,
+                "responses": self._shared,
+                "headers": {name: _header(*told) for name, told in headers.items()},
+                "securitySchemes": SECURITY,
+            },
+        }
+
+    def _operation(self, method: str, path: str, endpoint: object) -> dict[str, Any]:
+        facts = self._facts[f"{method} {path}"]
+        parameters = self._parameters_of(path, facts, endpoint)
+        found: dict[str, Any] = {
+            "operationId": "_".join([method.lower(), *re.findall(r"[\w-]+", path)]),
+            "summary": facts["summary"],
+            "tags": [facts["tag"]],
+            "security": _security(facts["for"]),
+        }
+        if parameters:
+            found["parameters"] = parameters
+        if "body" in facts:
+            content = {JSON: {"schema": _ref(facts["body"]), "example": facts["example"]}}
+            found["requestBody"] = {"required": True, "content": content}
+        elif "raw" in facts:
+            content = {"application/octet-stream": {"schema": {}, "example": facts["raw"]}}
+            found["requestBody"] = {"required": True, "content": content}
+        found["responses"] = self._responses(method, path, facts, endpoint)
+        found["x-codeSamples"] = _sample(method, path, facts, parameters).in_all_languages()
+        return found
+
+    def _parameters_of(self, path: str, facts: dict[str, Any], endpoint: object) -> list[dict[str, Any]]:
+        named = {name: facts.get("path", {}).get(name, name) for name in re.findall(r"{(\w+)}", path)}
+        found = [{"name": name, "in": "path", "required": True, **self._parameters[kind]} for name, kind in named.items()]
+        if isinstance(endpoint, AdminRoute) and not endpoint.has_body:
+            required = facts.get("required", ())
+            found += [
+                {"name": name, "in": "query", "required": name in required, **self._parameters[name]} for name in endpoint.takes
+            ]
+        if facts["for"] == "models":
+            found.append(self._parameters["backend"])
+        return found
+
+    def _responses(self, method: str, path: str, facts: dict[str, Any], endpoint: object) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if facts["for"] == "models":
+            found["default"] = self._response("What the model server answers.", {"*/*": {}}, RATES)
+        else:
+            status = str(endpoint.status) if isinstance(endpoint, AdminRoute) else "200"
+            rates = () if facts["for"] in ("nobody", "metrics") else RATES
+            found[status] = self._response(_said_of(facts), _content(facts, endpoint), rates)
+        error = _ref("OpenAIError" if self._dialect_of(path).name == "openai" else "OllamaError")
+        if isinstance(endpoint, Exchange):
+            found["4XX"] = self._response("The model server refused the request.", {JSON: {"schema": error}}, RATES)
+        for failed, kinds in _by_status(_failures(path, facts, endpoint)).items():
+            words = "\n".join(f"- `{kind.code}`: {kind.__doc__}" for kind in kinds)
+            headers = [*(RETRY if failed in ("429", "503") else ()), *(RATES if failed == "429" else ())]
+            found[failed] = self._response(words, {JSON: {"schema": error}}, headers)
+        for also, schema in facts.get("also", {}).items():
+            found[also] = self._response("Not now.", {JSON: {"schema": _ref(schema)}}, ())
+        if method == "HEAD":
+            found = {status: {name: told for name, told in one.items() if name != "content"} for status, one in found.items()}
+        return {status: self._share(status, found[status]) for status in sorted(found)}
+
+    def _share(self, status: str, response: dict[str, Any]) -> dict[str, Any]:
+        if status < "4":
+            return response
+        alike = [name for name, told in self._shared.items() if told == response]
+        name = alike[0] if alike else f"{status}-{len(self._shared) + 1}"
+        self._shared[name] = response
+        return {"$ref": f"#/components/responses/{name}"}
+
+    def _response(self, description: str, content: dict[str, Any], headers: Iterable[str]) -> dict[str, Any]:
+        told = {name: {"$ref": f"#/components/headers/{name}"} for name in (self._id_header, *headers)}
+        return {"description": description, "headers": told, "content": content}
+
+
+def _content(facts: dict[str, Any], endpoint: object) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if isinstance(endpoint, Exchange) and endpoint.operation.streaming != "never":
+        # A stream has no shape as a whole; its frames are told in words.
+        found[endpoint.dialect.framing.content_type] = {}
+    if "media" in facts:
+        found[facts["media"]] = {} if facts["media"] == EVENTS else {"schema": {"type": "string"}}
+    else:
+        found[JSON] = {"schema": _ref(facts["answer"])}
+    return found
+
+
+def _said_of(facts: dict[str, Any]) -> str:
+    return f"Done. Of a stream: {facts['frames']}." if "frames" in facts else "Done."
+
+
+def _failures(path: str, facts: dict[str, Any], endpoint: object) -> Iterable[type[GatewayError]]:
+    found = [*FAILURES[facts["for"]], *(BY_CODE[code] for code in facts.get("fails", ()))]
+    if isinstance(endpoint, Exchange):
+        found += OF_A_CALL
+    if isinstance(endpoint, AdminRoute) and endpoint.has_body:
+        found += OF_A_BODY
+    if path not in HEALTH:
+        found.append(errors.ShuttingDown)
+    return dict.fromkeys(found)
+
+
+def _by_status(kinds: Iterable[type[GatewayError]]) -> dict[str, list[type[GatewayError]]]:
+    found: dict[str, list[type[GatewayError]]] = {}
+    for kind in kinds:
+        found.setdefault(str(kind.status), []).append(kind)
+    return found
+
+
+def _sample(method: str, path: str, facts: dict[str, Any], parameters: list[dict[str, Any]]) -> samples.Sample:
+    in_path = {told["name"]: told["example"] for told in parameters if told["in"] == "path"}
+    return samples.Sample(
+        method,
+        samples.address(path, in_path, facts.get("query", {})),
+        {"nobody": "", "metrics": "METRICS_TOKEN"}.get(facts["for"], "GATEWAY_KEY"),
+        facts.get("example"),
+        facts.get("raw", ""),
+        facts.get("media") == EVENTS or facts.get("frames", "").endswith("`done: true`"),
+        facts.get("client", ""),
+    )
+
+
+def _security(whom: str) -> list[dict[str, list[str]]]:
+    if whom == "nobody":
+        return []
+    # Metrics may be opened to addresses: then no key is needed.
+    found: list[dict[str, list[str]]] = [{name: []} for name in SECURITY]
+    return [*found, {}] if whom == "metrics" else found
+
+
+def _header(description: str, kind: str) -> dict[str, Any]:
+    return {"description": description, "schema": {"type": kind}}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}

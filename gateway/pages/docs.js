@@ -1,0 +1,169 @@
+// The document of this gateway as a page; what it says is shown as text, never as markup.
+const $ = (id) => document.getElementById(id);
+const SAMPLES_ASK = "http://127.0.0.1:8080";
+let told = {}, language = "curl";
+
+function h(tag, facts = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(facts)) {
+    if (name === "on") for (const [event, act] of Object.entries(value)) made.addEventListener(event, act);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
+  }
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return made;
+}
+
+// `code` in backticks, and lists of lines.
+function words(text) {
+  const inline = (line) => line.split(/`([^`]+)`/).map((part, at) => (at % 2 ? h("code", {}, part) : part));
+  const lines = String(text || "").split("\n");
+  if (lines.length > 1) return h("ul", { class: "plain" }, lines.map((line) => h("li", {}, inline(line.replace(/^- /, "")))));
+  return h("span", {}, inline(lines[0].replace(/^- /, "")));
+}
+
+const found = (ref) => ref.split("/").slice(1).reduce((at, name) => at[name], told);
+const resolved = (schema) => (schema.$ref ? { ...found(schema.$ref), ...schema } : schema);
+
+// ── shapes ──
+
+function kind(schema) {
+  const name = schema.$ref?.split("/").pop();
+  const shape = resolved(schema);
+  if (shape.const !== undefined) return JSON.stringify(shape.const);
+  if (shape.enum) return shape.enum.map((value) => JSON.stringify(value)).join(" or ");
+  const choices = shape.oneOf || (!shape.type && shape.anyOf);
+  if (choices) return choices.map(kind).join(" or ");
+  const types = [shape.type || "anything"].flat().map((type) => (type === "array" && shape.items ? `list of ${kind(shape.items)}` : type));
+  return name && shape.properties ? name : types.join(" or ");
+}
+
+function bounds(shape) {
+  const said = [];
+  if (shape.default !== undefined) said.push(`default ${JSON.stringify(shape.default)}`);
+  if (shape.minimum !== undefined) said.push(`from ${shape.minimum}`);
+  if (shape.maximum !== undefined) said.push(`to ${shape.maximum}`);
+  if (shape.maxLength !== undefined) said.push(`at most ${shape.maxLength} characters`);
+  return said.join(", ");
+}
+
+const inner = (shape) => {
+  const at = shape.items ? resolved(shape.items) : (shape.oneOf || []).map(resolved).find((one) => one.properties) || shape;
+  return at.properties ? at : null;
+};
+
+function fields(schema) {
+  const shape = inner(resolved(schema)) || {};
+  if (!shape.properties) return h("p", { class: "dim" }, kind(schema), ". ", words(resolved(schema).description));
+  return h("ul", { class: "shape" }, Object.entries(shape.properties).map(([name, of]) => {
+    const field = resolved(of), below = inner(field);
+    const required = (shape.required || []).includes(name);
+    return h("li", {}, h("code", {}, name), " ", h("span", { class: "dim" }, [kind(of), required ? "required" : "", bounds(field)].filter(Boolean).join(" · ")),
+      field.description && h("div", {}, words(field.description)), below && unfolded("Its fields", () => fields(of)));
+  }));
+}
+
+// Made when it is opened: shapes may hold each other.
+function unfolded(title, make) {
+  const box = h("details", { on: { toggle: () => { if (box.open && box.childElementCount === 1) box.append(make()); } } }, h("summary", {}, title));
+  return box;
+}
+
+// ── operations ──
+
+function sample(samples) {
+  const code = h("pre", { tabindex: "0" }), buttons = h("div", { class: "segments" });
+  const source = () => samples.find((one) => one.label === language).source.replaceAll(SAMPLES_ASK, location.origin);
+  const show = () => {
+    code.textContent = source();
+    for (const button of buttons.children) button.setAttribute("aria-pressed", String(button.textContent === language));
+  };
+  for (const { label } of samples) {
+    buttons.append(h("button", { type: "button", class: "small", on: { click: () => { language = label; document.dispatchEvent(new Event("language")); } } }, label));
+  }
+  document.addEventListener("language", show);
+  show();
+  const copy = h("button", { type: "button", class: "small", on: { click: () => copied(copy, code, source()) } }, "Copy");
+  return h("div", {}, h("div", { class: "row" }, buttons, copy), code);
+}
+
+async function copied(button, code, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(code);
+    button.textContent = "Selected: copy it";
+  }
+  setTimeout(() => { button.textContent = "Copy"; }, 2000);
+}
+
+const cell = (label, ...children) => h("td", { "data-label": label, class: "wide" }, h("span", {}, children));
+
+function parameters(list) {
+  const rows = list.map((one) => h("tr", {}, cell("Name", h("code", {}, one.name)), cell("In", one.in), cell("Kind", [kind(one.schema), one.required ? "required" : "", bounds(one.schema)].filter(Boolean).join(" · ")), cell("What", words(one.description))));
+  return h("table", {}, h("thead", {}, h("tr", {}, ["Name", "In", "Kind", "What"].map((name) => h("th", {}, name)))), h("tbody", {}, rows));
+}
+
+function answers(responses) {
+  const rows = Object.entries(responses).map(([status, given]) => {
+    const one = resolved(given);
+    const shapes = Object.entries(one.content || {}).map(([media, content]) => (content.schema ? unfolded(media, () => fields(content.schema)) : h("div", { class: "dim" }, media)));
+    return h("tr", {}, cell("Status", h("b", { class: /^[23d]/.test(status) ? "good" : "" }, status)), cell("What", words(one.description)), cell("Shape", shapes));
+  });
+  return h("table", {}, h("thead", {}, h("tr", {}, ["Status", "What", "Shape"].map((name) => h("th", {}, name)))), h("tbody", {}, rows));
+}
+
+function whose(operation) {
+  if (!operation.security.length) return "Without a key.";
+  if (operation.tags[0] === "Admin") return "For keys with the role admin.";
+  return operation.operationId === "get_metrics" ? "With METRICS_TOKEN, or from where METRICS_ALLOW says." : "With a key.";
+}
+
+function opened(operation) {
+  const body = operation.requestBody && Object.values(operation.requestBody.content)[0];
+  return h("div", { class: "operation" }, h("p", { class: "dim" }, whose(operation)),
+    h("h3", {}, "Call"), sample(operation["x-codeSamples"]),
+    operation.parameters && [h("h3", {}, "Parameters"), parameters(operation.parameters)],
+    body && [h("h3", {}, "Body"), fields(body.schema)],
+    h("h3", {}, "Answers"), answers(operation.responses));
+}
+
+function line(method, path, operation) {
+  const title = h("summary", {}, h("b", { class: `method ${method}` }, method.toUpperCase()), " ", h("code", {}, path), " ", h("span", { class: "dim" }, operation.summary));
+  const box = h("details", { id: operation.operationId, class: "line", "data-words": `${method} ${path} ${operation.summary}`.toLowerCase() }, title);
+  box.addEventListener("toggle", () => {
+    if (!box.open) return;
+    if (box.childElementCount === 1) box.append(opened(operation));
+    history.replaceState(null, "", `#${box.id}`);
+  });
+  return box;
+}
+
+function show() {
+  const groups = told.tags.map(({ name }) => {
+    const lines = Object.entries(told.paths).flatMap(([path, methods]) =>
+      Object.entries(methods).filter(([, operation]) => operation.tags.includes(name)).map(([method, operation]) => line(method, path, operation)));
+    return lines.length ? h("section", { class: "card" }, h("h2", {}, name), lines) : null;
+  });
+  const keys = Object.entries(told.components.securitySchemes).map(([, one]) => (one.name ? `${one.name}: nz_…` : one.scheme === "bearer" ? "Authorization: Bearer nz_…" : "Authorization: Basic, the key as the password"));
+  $("document").append(h("section", { class: "card" }, h("p", {}, words(told.info.description)),
+    h("p", {}, "A key travels in a header, one of: ", keys.flatMap((text, at) => [at ? "; " : "", h("code", {}, text)]), ". Or in the address: ", h("code", {}, `${location.origin}/k/nz_…/v1`), ".")), ...groups.filter(Boolean));
+}
+
+$("find").addEventListener("input", () => {
+  const wanted = $("find").value.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const box of document.querySelectorAll(".line")) box.hidden = !wanted.every((word) => box.dataset.words.includes(word));
+  for (const group of document.querySelectorAll("section.card:has(.line)")) group.hidden = !group.querySelector(".line:not([hidden])");
+});
+
+async function begin() {
+  const answer = await fetch("/openapi.json");
+  if (!answer.ok) throw new Error(`/openapi.json: ${answer.status}`);
+  told = await answer.json();
+  show();
+  const wanted = location.hash && $(decodeURIComponent(location.hash.slice(1)));
+  if (wanted) { wanted.open = true; wanted.scrollIntoView(); }
+}
+
+begin().catch((wrong) => { $("problem").textContent = String(wrong.message || wrong); $("problem").hidden = false; });

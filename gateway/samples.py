@@ -1,0 +1,100 @@
+"""Each route's call as an operator or a developer would write it: curl, Python, JavaScript. Every one of them runs as it is."""
+
+import json
+import shlex
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+BASE = "http://127.0.0.1:8080"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A call: `address` is path and query; `body` is sent as JSON, `raw` as it is; `key_in` names the environment's variable
+    with the key; `client` is the method of the `openai` or `ollama` package that makes this call."""
+
+    method: str
+    address: str
+    key_in: str = ""
+    body: Any = None
+    raw: str = ""
+    streams: bool = False
+    client: str = ""
+
+    @property
+    def url(self) -> str:
+        return BASE + self.address
+
+    def in_all_languages(self) -> list[dict[str, str]]:
+        """As the extension `x-codeSamples` has them."""
+        python = self._with_client() if self.client else self._python()
+        return [
+            {"lang": "Shell", "label": "curl", "source": self._curl()},
+            {"lang": "Python", "label": "Python", "source": python},
+            {"lang": "JavaScript", "label": "JavaScript", "source": self._javascript()},
+        ]
+
+    def _curl(self) -> str:
+        own = "POST" if self._has_body else "GET"
+        how = "--head " if self.method == "HEAD" else f"-X {self.method} " if self.method != own else ""
+        parts = [f"curl {'-N ' if self.streams else ''}{how}{shlex.quote(self.url)}"]
+        if self.key_in:
+            parts.append(f'-H "Authorization: Bearer ${self.key_in}"')
+        if self.body is not None:
+            parts += ["-H 'Content-Type: application/json'", f"-d {shlex.quote(json.dumps(self.body))}"]
+        if self.raw:
+            parts += ["-H 'Content-Type: application/octet-stream'", f"--data-binary {shlex.quote(self.raw)}"]
+        return " \\\n  ".join(parts)
+
+    def _python(self) -> str:
+        said = [json.dumps(self.url)]
+        if self.key_in:
+            said.append(f'headers={{"Authorization": f"Bearer {{os.environ[\'{self.key_in}\']}}"}}')
+        if self.body is not None:
+            said.append(f"json={json.dumps(self.body)}")
+        if self.raw:
+            said.append(f"data={json.dumps(self.raw)}")
+        said += ["stream=True", "timeout=600"] if self.streams else ["timeout=60"]
+        asked = "".join(f"    {argument},\n" for argument in said)
+        shown = (
+            "for line in answer.iter_lines():\n    print(line.decode(), flush=True)" if self.streams else "print(answer.text)"
+        )
+        imports = "import os\n\nimport requests\n" if self.key_in else "import requests\n"
+        return f"{imports}\nanswer = requests.{self.method.lower()}(\n{asked})\nanswer.raise_for_status()\n{shown}"
+
+    def _with_client(self) -> str:
+        """By the official package."""
+        said = ", ".join(f"{name}={json.dumps(value)}" for name, value in (self.body or {}).items())
+        said = said or (json.dumps(self.address.rpartition("/")[2]) if self.client.endswith(".retrieve") else "")
+        if "." in self.client:
+            made = f'from openai import OpenAI\n\nclient = OpenAI(base_url="{BASE}/v1", api_key=os.environ["{self.key_in}"])'
+        else:
+            bearer = f"f\"Bearer {{os.environ['{self.key_in}']}}\""
+            made = f'from ollama import Client\n\nclient = Client("{BASE}", headers={{"Authorization": {bearer}}})'
+        return f"import os\n\n{made}\nanswer = client.{self.client}({said})\nprint(answer.model_dump_json(indent=2))"
+
+    def _javascript(self) -> str:
+        kind = "application/octet-stream" if self.raw else "application/json"
+        headers = [f"Authorization: `Bearer ${{process.env.{self.key_in}}}`"] if self.key_in else []
+        headers += [f'"Content-Type": "{kind}"'] if self._has_body else []
+        said = [f'method: "{self.method}"'] if self.method != "GET" else []
+        said += [f"headers: {{ {', '.join(headers)} }}"] if headers else []
+        if self._has_body:
+            said.append(f"body: {json.dumps(self.raw) if self.raw else f'JSON.stringify({json.dumps(self.body)})'}")
+        how = "".join(f"  {line},\n" for line in said)
+        options = f", {{\n{how}}}" if how else ""
+        asked = f"const answer = await fetch({json.dumps(self.url)}{options});"
+        shown = "for await (const piece of answer.body) process.stdout.write(piece);"
+        shown = shown if self.streams else "console.log(await answer.text());"
+        return f"{asked}\nif (!answer.ok) throw new Error(await answer.text());\n{shown}"
+
+    @property
+    def _has_body(self) -> bool:
+        return self.body is not None or bool(self.raw)
+
+
+def address(path: str, in_path: dict[str, str], query: dict[str, Any]) -> str:
+    """`path` with its variables filled in, and the query."""
+    filled = path.format(**in_path)
+    return f"{filled}?{urlencode(query)}" if query else filled

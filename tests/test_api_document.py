@@ -1,0 +1,205 @@
+"""What the API's document says is what the gateway is: each route, body and sample; and the page that shows it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from playwright.sync_api import Browser, Page, expect
+
+from gateway import admin_verbs, app, keys, pages, samples, strict_json
+from gateway.admin_api import AdminRoute
+from gateway.api_document import FOLDER
+from tests.browser import WIDTHS, chromium, page_of
+from tests.conftest import StartGateway
+from tests.played import PlayedBackend
+from tests.running import RunningGateway
+
+MODEL = "llama3.2:latest"
+TOKEN = "a-token-of-metrics"
+LARGEST_PAGE = 100_000
+EVERYTHING = {"DOCS_ENABLED": "true", "DASHBOARD_ENABLED": "true", "PLAYGROUND_ENABLED": "true", "METRICS_TOKEN": TOKEN}
+# What runs a sample, by its language; it is read from its standard input.
+RUNS = {"curl": ["sh"], "Python": [sys.executable, "-"], "JavaScript": ["node", "--input-type=module"]}
+# The played backend has no account and no searches: that it refuses is passed on.
+REFUSED = {
+    "GET /api/status",
+    "POST /api/me",
+    "POST /api/signout",
+    "POST /api/experimental/web_search",
+    "POST /api/experimental/web_fetch",
+    "GET /api/experimental/model-recommendations",
+}
+UNENDING = "GET /admin/v1/events"
+# What ends a thing that other samples name.
+LAST = ["DELETE /api/delete", "DELETE /admin/v1/keys/{id}"]
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """Named last by the tests: its own loop is in the way of fixtures that run one."""
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
+    with PlayedBackend(models=[MODEL, "alice/llama3.2:latest"], name="ollama") as backend:
+        yield start_gateway(backend, **EVERYTHING)
+
+
+def document_of(gateway: RunningGateway) -> dict[str, Any]:
+    with gateway.http() as client:
+        found: dict[str, Any] = client.get("/openapi.json").json()
+    return found
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By `METHOD /path`."""
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def test_it_is_right_by_the_specification(gateway: RunningGateway) -> None:
+    OpenAPIV31SpecValidator(document_of(gateway)).validate()
+
+
+def test_every_route_is_in_it_and_no_other(gateway: RunningGateway) -> None:
+    found = operations(document_of(gateway))
+    assert found.keys() == strict_json.read_loosely((FOLDER / "routes.json").read_bytes()).keys()
+    admin = app.admin_api_of(gateway.settings, gateway.rooms).routes(None, gateway.rooms.watch)  # type: ignore[arg-type]
+    calls = {f"POST {operation.path}" for dialect in app.dialects().values() for operation in dialect.operations}
+    verbs = {f"{method} {path}" for method, path in admin_verbs.ROUTES}
+    assert found.keys() >= {f"{method} {path}" for method, path in admin} | calls | verbs
+    for line in found:
+        method, _, path = line.partition(" ")
+        with gateway.http() as client:
+            where = path.format(id="x", name="x", digest="sha256:" + "0" * 64)
+            known = client.request(method, where).status_code
+            assert known != 405 and (known != 404 or path == "/metrics"), line
+
+
+def test_only_what_is_there_is_in_it(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    found = operations(document_of(start_gateway(alpha, DOCS_ENABLED="true"))).keys()
+    assert "GET /docs" in found and not {"GET /dashboard", "GET /playground", "GET /metrics"} & found
+
+
+def test_bodies_have_the_names_that_the_gateway_takes(gateway: RunningGateway) -> None:
+    document = document_of(gateway)
+    schemas, found = document["components"]["schemas"], operations(document)
+    admin = app.admin_api_of(gateway.settings, gateway.rooms).routes(None, gateway.rooms.watch)  # type: ignore[arg-type]
+    for (method, path), route in admin.items():
+        if isinstance(route, AdminRoute) and route.has_body:
+            body = schemas[name_of_body(found[f"{method} {path}"])]
+            assert (body["properties"].keys(), body["additionalProperties"]) == (set(route.takes), False)
+    for dialect in app.dialects().values():
+        for operation in dialect.operations:
+            body = schemas[name_of_body(found[f"POST {operation.path}"])]
+            assert body["properties"].keys() <= dialect.known_fields | {"verbose"}, operation.path
+            assert "model" in body["required"]
+            assert ("stream" in body["properties"]) is (operation.streaming != "never")
+
+
+def name_of_body(operation: dict[str, Any]) -> str:
+    reference: str = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    return reference.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("language", RUNS)
+@pytest.mark.timeout(240)
+def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> None:
+    if shutil.which(RUNS[language][0]) is None or (language == "curl" and shutil.which("curl") is None):
+        pytest.skip(f"{language} is not on this machine")
+    flags = (keys.ADMIN, keys.ADMIN_MODELS)
+    known = {"GATEWAY_KEY": gateway.key(name="ops", flags=flags), "METRICS_TOKEN": TOKEN, "PATH": os.environ["PATH"]}
+    with gateway.http(gateway.key(name="alice")) as client:
+        client.get("/api/tags", headers={"X-Request-ID": "my-request-1"})
+    gateway.audit_rows()
+    found = operations(document_of(gateway))
+    # What uploads a thing comes before what looks for it.
+    for line in sorted(found, key=lambda line: (line in LAST, line.startswith("HEAD"))):
+        (sample,) = [one["source"] for one in found[line]["x-codeSamples"] if one["label"] == language]
+        status, said = run(language, sample.replace(samples.BASE, gateway.url), known, ends=line != UNENDING)
+        if line in REFUSED:
+            assert status != 0 and "404" in said, (line, said)
+        else:
+            assert status == 0 and (said or line.startswith(("POST /api/", "HEAD", "DELETE"))), (line, said)
+
+
+def run(language: str, sample: str, known: dict[str, str], *, ends: bool) -> tuple[int, str]:
+    """The exit status, and what was said in both outputs; what does not end is stopped when it has said something."""
+    # Without it curl is content with any status.
+    script = f'curl() {{ command curl --fail-with-body "$@"; }}\n{sample}' if language == "curl" else sample
+    started = subprocess.Popen(
+        RUNS[language], env=known, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with started:
+        assert started.stdin is not None and started.stdout is not None
+        if ends:
+            said, wrong = started.communicate(script, timeout=30)
+            return started.returncode, said + (wrong if started.returncode else "")
+        started.stdin.write(script)
+        started.stdin.close()
+        said = started.stdout.readline()
+        started.kill()
+        return (0 if said.startswith("data: {") else 1), said
+
+
+def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    with start_gateway(alpha).http() as client:
+        nowhere = client.get("/nowhere")
+        for path in [*pages.DOCS, "/openapi.json"]:
+            assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
+
+
+def test_the_page_is_small_and_under_the_policy(gateway: RunningGateway) -> None:
+    with gateway.http() as client:
+        answers = [client.get(path) for path in pages.DOCS]
+    assert sum(len(answer.content) for answer in answers) < LARGEST_PAGE
+    assert {answer.headers["content-security-policy"] for answer in answers} == {pages.POLICY}
+
+
+def opened(page: Page, gateway: RunningGateway, operation: str) -> Any:
+    page.goto(f"{gateway.url}/docs#{operation}")
+    return page.locator(f"#{operation}")
+
+
+def test_the_page_shows_every_operation_and_asks_nobody_else(gateway: RunningGateway, browser: Browser) -> None:
+    found = operations(document_of(gateway))
+    asked: list[str] = []
+    with page_of(browser) as (page, wrong):
+        page.on("request", lambda request: asked.append(request.url))
+        line = opened(page, gateway, "post_v1_chat_completions")
+        expect(line.locator("pre")).to_contain_text(f"curl {gateway.url}/v1/chat/completions")
+        line.get_by_role("button", name="Python").click()
+        expect(line.locator("pre")).to_contain_text("client.chat.completions.create")
+        assert page.locator(".line").count() == len(found)
+        for box in page.locator(".line > summary").all()[1:]:
+            box.click()
+        # The language that was chosen is that of all samples.
+        assert page.locator("pre", has_text="curl ").count() == 0
+        for fold in page.locator(".operation details:not([open]) > summary").all()[:40]:
+            fold.click()
+        assert "[object" not in page.inner_text("#document") and "undefined" not in page.inner_text("#document")
+        page.fill("#find", "keys rotate")
+        expect(page.locator(".line:visible")).to_have_count(1)
+        assert wrong == [] and all(url.startswith(gateway.url) for url in asked)
+
+
+def test_the_page_fits_a_phone(gateway: RunningGateway, browser: Browser) -> None:
+    for scheme in ("light", "dark"):
+        with page_of(browser, "phone", scheme) as (page, wrong):
+            line = opened(page, gateway, "get_admin_v1_audit")
+            expect(line.locator("pre")).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS["phone"][0]
+            if folder := os.environ.get("SCREENSHOTS"):
+                page.screenshot(path=Path(folder) / f"docs-phone-{scheme}.png", full_page=True)
+            assert wrong == []
