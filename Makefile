@@ -12,7 +12,7 @@ JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench profile check key keys limit rotate revoke models refresh probe doctor explain top trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
+.PHONY: help run test bench profile check key keys limit rotate revoke models refresh probe doctor drill explain top trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ probe: .venv/ready-to-run ## Try every backend: reachable, latency, version, mod
 
 doctor: .venv/ready-to-run ## Check the whole installation: what is well, what is not, what to do
 	@$(GATEWAY) doctor $(JSON_FLAG)
+
+drill: .venv/ready-to-run ## Break what can break, on played backends beside this installation, and see what holds: [ONLY="redis revoke"]
+	@$(GATEWAY) drill $(call said,ONLY,only) $(JSON_FLAG)
 
 explain: .venv/ready-to-run ## Say where a call would go now, and why: KEY= MODEL= [CLIENT=ollama, openai or a route]
 	@$(GATEWAY) explain $(call said,KEY,key) $(call said,MODEL,model) $(call said,CLIENT,client) $(JSON_FLAG)

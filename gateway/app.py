@@ -43,11 +43,11 @@ from gateway.metrics import Metrics
 from gateway.overview import Overview
 from gateway.quota import Quota
 from gateway.redis_lines import Lines
+from gateway.redis_names import FREED
 from gateway.routing import Router
 from gateway.sampler import Sampler
 from gateway.scrape import Scrape
 from gateway.settings import Settings
-from gateway.shards import FREED
 from gateway.show import described
 from gateway.store import Store
 

@@ -11,11 +11,12 @@ from gateway import audit_table, shards, strict_json, tasks
 from gateway.database import Database
 from gateway.errors import StoreUnavailable
 from gateway.limits import Limits
+from gateway.redis_names import named
 from gateway.shards import HOME
 from gateway.store import Store, StoreAway
 
 LOG = logging.getLogger("gateway.audit")
-LEASE, LEASE_MS = "nz:audit:writer", 5000
+LEASE, LEASE_MS = named("audit:writer"), 5000
 MOST_ROWS, MOST_PROMPTS = 1000, 50
 IDLE_S, AWAY_S = 0.25, 1.0
 READ_DEADLINE_S = 2.0

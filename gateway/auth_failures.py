@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 
 from gateway.errors import GatewayError, TooManyFailures, WrongKey
+from gateway.redis_names import named
 from gateway.store import Store, StoreAway
 
 WINDOW_S = 60.0
@@ -61,7 +62,7 @@ class AuthFailures:
         return (count, ends) if ends > now else (0, now + WINDOW_S)
 
     async def _count_shared(self, counted: str) -> tuple[int, float]:
-        name = f"nz:authfail:{counted}"
+        name = named(f"authfail:{counted}")
         try:
             count, _, left_ms = await self._store.pipeline(
                 lambda pipe: pipe.incr(name).expire(name, int(WINDOW_S), nx=True).pttl(name)

@@ -20,6 +20,7 @@ from gateway.auth_failures import AuthFailures
 from gateway.database import Database
 from gateway.errors import Overloaded, StoreUnavailable, WrongKey
 from gateway.keys import CHANGED, Key, cache_key, unpack, version_key
+from gateway.redis_names import named
 from gateway.store import Store, StoreAway
 
 REMEMBERED = 10_000
@@ -266,4 +267,4 @@ def _remember(memory: OrderedDict[str, Any], digest: str, value: object) -> None
 
 
 def _refused_key(digest: str) -> str:
-    return f"nz:nokey:{digest}"
+    return named(f"nokey:{digest}")

@@ -12,6 +12,7 @@ from http.client import HTTPException
 from typing import Any, NoReturn
 
 from gateway import audit_commands, commands, console, demo, doctor, installation, serving, spoken, top, why_commands
+from gateway.drill import command
 from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.settings import Settings
 
@@ -38,6 +39,7 @@ VERBS: dict[str, tuple[Command, str]] = {
     "undrain": (why_commands.undrain_backend, "give a backend requests again"),
     "top": (top.watch, "watch backends, requests, busy keys and models in the terminal, from the admin API"),
     "doctor": (doctor.examine, "check the whole installation: what is well, what is not, what to do"),
+    "drill": (command.drill, "break what can break, on played backends beside this installation, and see what holds"),
     "config": (commands.show_config, "print the settings in force and where each comes from"),
 }
 
@@ -106,6 +108,8 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "trace":
         verb.add_argument("--id", required=True, help="the request's id: X-Request-ID of its answer, or the id in the log")
         verb.add_argument("--since", type=spoken.since, help="look no further back: 24h, 7d, 2026-01-31")
+    if name == "drill":
+        verb.add_argument("--only", type=str.split, default=[], help="only these lines, by their names, separated by blanks")
     if name in ("drain", "undrain"):
         verb.add_argument("--backend", required=True, help="the backend's name")
     if name == "rotate":
@@ -181,6 +185,8 @@ def _carry_out(said: argparse.Namespace) -> int:
 
 
 def _speak_to_stores(said: argparse.Namespace) -> int:
+    if said.verb == "drill":
+        command.with_names_of_its_own()
     stores_of = doctor.stores_if_any if said.verb == "doctor" else installation.stores_of
     with stores_of() as settings:
         if said.verb == "psql":

@@ -13,12 +13,13 @@ from typing import Any, Self, TypeVar
 from gateway import catalog, strict_json, tasks
 from gateway.backends import Backend
 from gateway.catalog import Catalog, Snapshot
+from gateway.redis_names import named
 from gateway.store import Store, StoreAway
 from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.discovery")
-CHANGED = "nz:map:changed"
-MAP, LEASE = "nz:map", "nz:discovery:lease"
+CHANGED = named("map:changed")
+MAP, LEASE = named("map"), named("discovery:lease")
 POLL_DEADLINE_S = 10.0
 FAST_ANSWERS_S = 1.0
 KEPT_IN_REDIS_S = 86_400
@@ -150,7 +151,7 @@ def _unknown(backend: Backend) -> Snapshot:
 
 def _snapshot_key(backend: str) -> str:
     # One hash tag for all: a cluster can then give them at once.
-    return f"nz:{{models}}:{backend}"
+    return named(f"{{models}}:{backend}")
 
 
 async def poll(backend: Backend) -> Snapshot:

@@ -10,10 +10,11 @@ from gateway import tasks
 from gateway.backends import Backend
 from gateway.database import Database
 from gateway.errors import StoreUnavailable
+from gateway.redis_names import named
 from gateway.store import Store, StoreAway
 
 LOG = logging.getLogger("gateway.drains")
-CHANGED = "nz:drains:changed"
+CHANGED = named("drains:changed")
 LOOK_EVERY_S = 15.0
 
 

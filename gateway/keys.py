@@ -15,9 +15,10 @@ from gateway.errors import CommandFailed, NameTaken, NotThere
 from gateway.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
 from gateway.model_names import AllowList
 from gateway.quota import Quota, Rule, Scope
+from gateway.redis_names import named
 from gateway.store import Store, StoreAway
 
-CHANGED = "nz:keys:changed"
+CHANGED = named("keys:changed")
 VERSION_KEPT_S = 86_400
 LONGEST_NAME = 200
 # The role: what it opens is the operator's, not a caller's.
@@ -221,7 +222,7 @@ def _has_budget(row: Any) -> bool:
 
 def version_key(secret_id: str) -> str:
     """Counts the changes of a key, so that what was read before a change is not remembered after it."""
-    return f"nz:keyversion:{{{secret_id}}}"
+    return named(f"keyversion:{{{secret_id}}}")
 
 
 def _refuse_unreadable(wanted: NewKey) -> None:
@@ -238,4 +239,4 @@ def _refuse_unreadable_pattern(pattern: str) -> None:
 
 
 def cache_key(secret_id: str) -> str:
-    return f"nz:key:{{{secret_id}}}"
+    return named(f"key:{{{secret_id}}}")

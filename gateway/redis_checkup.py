@@ -9,12 +9,13 @@ from typing import Any
 
 from gateway import shards, store
 from gateway.checkup import Finding, State, clock, guarded, ok, problem, warning, words
+from gateway.redis_names import named
 
 NAME = "Redis"
 OLDEST_VERSION = (6, 2)
 CALL_S, CLOSE_S = 2.0, 1.0
 LONGEST_BACKLOG = 10_000
-MARK, MARK_MS = "nz:doctor", 1000
+MARK, MARK_MS = named("doctor"), 1000
 ADVICE = "check REDIS_URL and that the server runs"
 ADVICE_RIGHTS = "see whether the user of REDIS_URL may use this command"
 

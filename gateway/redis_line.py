@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway import tasks
+from gateway.redis_names import FREED
 from gateway.store import CALL_DEADLINE_S, CONNECT_DEADLINE_S, StoreAway, connect
 
 LOG = logging.getLogger("gateway.store")
@@ -55,7 +56,7 @@ class Script(NamedTuple):
 
 
 def scripts(folder: Path = LUA) -> dict[str, Script]:
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.lua"))}
+    texts = {path.stem: path.read_text(encoding="utf-8").replace("nz:slots", FREED) for path in sorted(folder.glob("*.lua"))}
     common = texts.pop("common")
     texts = {name: common + text for name, text in texts.items()}
     return {name: Script(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), text) for name, text in texts.items()}

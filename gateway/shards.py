@@ -8,10 +8,11 @@ import zlib
 from functools import lru_cache
 from typing import NamedTuple
 
+from gateway.redis_names import named
+
 SHARDS = 16
 # What all share lies with the first of them.
 HOME = 0
-FREED = "nz:slots"
 
 
 class Shared(NamedTuple):
@@ -26,7 +27,7 @@ class Shared(NamedTuple):
 
 
 def _tagged(shard: int, name: str) -> bytes:
-    return b"nz:{%d}:%b" % (shard, name.encode())
+    return named(f"{{{shard}}}:{name}").encode()
 
 
 PROCESSES = _tagged(HOME, "processes")

@@ -17,7 +17,8 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "address errors tasks connection backend_config breaker console workers checkup".split(),
+    "address redis_names errors tasks connection backend_config breaker console workers checkup".split(),
+    "drill.played drill.client drill.redis_wire".split(),
     "guard memory samples api_key model_names strict_json local settings store database client_address".split(),
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "redis_lines catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),
@@ -32,20 +33,22 @@ FLOORS = [
     "app".split(),
     "commands server".split(),
     "serving audit_commands top".split(),
-    "doctor why_commands".split(),
+    "doctor why_commands drill.scene".split(),
+    "drill.sheet".split(),
+    "drill.command".split(),
     "cli".split(),
     "__main__".split(),
 ]
 KNOW_THE_SETTINGS = set(
     "settings installation app commands audit_commands serving settings_checkup doctor why_commands top cli".split()
-)
+) | {"drill.command"}
 HOMES = {
     "orjson": {"strict_json"},
     "asyncpg": {"database"},
     "redis": {"store", "redis_line", "redis_lines"},
     "hiredis": {"redis_line"},
     "argon2": {"app", "keys", "authentication"},
-    "aiohttp": {"backends", "upstream"},
+    "aiohttp": {"backends", "upstream", "drill.client"},
     "yarl": {"backends", "upstream"},
     "uvicorn": {"server", "demo"},
     "uvloop": {"server"},
@@ -125,7 +128,10 @@ def test_the_environment_is_read_in_few_places() -> None:
         if re.search(r"value=Name\(id='os', .*?attr='(environ|getenv)'", ast.dump(tree))
     }
     # Those of the local run pass it on to their programs.
-    assert reads - {"installation", "commands", "serving", "local", "local_servers"} == set()
+    assert (
+        reads - {"installation", "commands", "serving", "local", "local_servers", "redis_names", "drill.scene", "drill.command"}
+        == set()
+    )
 
 
 @pytest.mark.parametrize("package", HOMES)

@@ -1,0 +1,111 @@
+"""`make drill`: the fault sheet, played beside this installation; a table of what held, exit 1 where something did not."""
+
+import argparse
+import asyncio
+import os
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway import app, console, redis_names
+from gateway.commands import key_ring
+from gateway.drill import played
+from gateway.drill.scene import Installation, Scene
+from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
+from gateway.errors import CommandFailed
+from gateway.settings import Settings
+
+LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 110.0
+HELD, BROKEN, LEFT_OUT = "held", "BROKEN", "left out"
+
+
+@dataclass
+class Result:
+    line: Line
+    state: str
+    seconds: float
+    told: str = ""
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "line": self.line.name,
+            "promise": self.line.promise,
+            "what": self.line.words,
+            "result": self.state,
+            "seconds": round(self.seconds, 2),
+            "why": self.told or None,
+        }
+
+
+async def drill(settings: Settings, said: argparse.Namespace) -> None:
+    """Raises CommandFailed where a promise does not hold, or where the drill cannot begin."""
+    lines = chosen(said.only)
+    results: list[Result] = []
+    try:
+        async with asyncio.timeout(LONGEST_DRILL_S), app.database_of(settings) as database, key_ring(settings) as ring:
+            console.say("starting played backends and gateways of the drill's own")
+            async with Scene(installation_of(settings), database, ring, with_third=BY_NAME["killed"] in lines) as scene:
+                await play(scene, lines, results, as_json=said.json)
+    except TimeoutError:
+        results += [Result(line, BROKEN, 0, "the drill's time was over") for line in lines[len(results) :]]
+    if said.json:
+        console.show([result.row() for result in results], as_json=True, empty="")
+    broken = [result for result in results if result.state == BROKEN]
+    told = f"{sum(result.state == HELD for result in results)} held, {len(broken)} broken"
+    left_out = len(results) - len(broken) - sum(result.state == HELD for result in results)
+    told += f", {left_out} left out" if left_out else ""
+    if broken:
+        raise CommandFailed(f"{told}: {', '.join(result.line.name for result in broken)}")
+    console.say(told)
+
+
+def installation_of(settings: Settings) -> Installation:
+    id_header, closed = settings.gateway_request_id_header, settings.limits_without_redis == "closed"
+    return Installation(settings.database_url, settings.redis_url, id_header, closed)
+
+
+def chosen(only: Sequence[str]) -> list[Line]:
+    if unknown := set(only) - BY_NAME.keys():
+        raise CommandFailed(f"there is no line {min(unknown)!r}: say some of {', '.join(BY_NAME)}")
+    return [line for line in SHEET if not only or line.name in only]
+
+
+async def play(scene: Scene, lines: Sequence[Line], results: list[Result], *, as_json: bool) -> None:
+    if BY_NAME["killed"] in lines:
+        await kill_the_third(scene)
+    widths = [max(len(line.name) for line in SHEET), 3, max(len(line.words) for line in SHEET)]
+    for line in lines:
+        result = await one(scene, line)
+        results.append(result)
+        if not as_json:
+            cells = [text.ljust(width) for text, width in zip((line.name, line.promise, line.words), widths, strict=True)]
+            print(f"{'  '.join(cells)}  {result.seconds:6.2f} s  {result.state:<8}  {result.told}".rstrip(), flush=True)
+
+
+async def one(scene: Scene, line: Line) -> Result:
+    began = time.monotonic()
+    scene.sound.behaviour = played.answer_well
+    state, told = HELD, ""
+    try:
+        async with asyncio.timeout(LONGEST_LINE_S):
+            await line.hold(scene)
+    except LeftOut as why:
+        state, told = LEFT_OUT, str(why)
+    except Broken as how:
+        state, told = BROKEN, str(how)
+    except (OSError, TimeoutError, ValueError, KeyError) as wrong:
+        state, told = BROKEN, f"{type(wrong).__name__}: {wrong}".rstrip(": ")
+    finally:
+        scene.sound.go_on.set()
+    return Result(line, state, time.monotonic() - began, told)
+
+
+def with_names_of_its_own() -> None:
+    """Starts this command anew where its names in Redis are still those of the installation; returns when they are not."""
+    if redis_names.PREFIX != "nz":
+        return
+    os.environ[redis_names.VARIABLE] = f"nz-drill-{secrets.token_hex(4)}"
+    os.execv(sys.executable, [sys.executable, "-m", "gateway", *sys.argv[1:]])  # noqa: S606 # our own command, once more  # nosec B606

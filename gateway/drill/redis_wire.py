@@ -1,0 +1,87 @@
+"""A wire to Redis that can be frozen: the server behind it goes on, only who uses the wire hears nothing."""
+
+import asyncio
+import ssl
+from contextlib import suppress
+from typing import Self
+from urllib.parse import SplitResult, urlunsplit
+
+from gateway.address import split
+
+HOST = "127.0.0.1"
+PIECE, CONNECT_S = 65_536, 3.0
+
+
+def can_be_wired(url: str) -> bool:
+    """A cluster and sentinels tell addresses of their own, and certificates of a client are Redis's matter."""
+    parts = split(url)
+    return parts.scheme in ("redis", "rediss", "unix") and (parts.scheme != "rediss" or not parts.query)
+
+
+class RedisWire:
+    """`async with RedisWire(url) as wire:` listens on `wire.url`."""
+
+    def __init__(self, url: str) -> None:
+        self._to = split(url)
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._open: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._carry, HOST, 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.thaw()
+        self._server.close()
+        for writer in list(self._open):
+            writer.transport.abort()
+
+    @property
+    def url(self) -> str:
+        login, at, _ = self._to.netloc.rpartition("@")
+        port = self._server.sockets[0].getsockname()[1]
+        place = SplitResult("redis", f"{login}{at}{HOST}:{port}", self._database(), "", "")
+        return urlunsplit(place)
+
+    def _database(self) -> str:
+        if self._to.scheme != "unix":
+            return self._to.path
+        numbers = [value for name, _, value in (part.partition("=") for part in self._to.query.split("&")) if name == "db"]
+        return f"/{numbers[0]}" if numbers else ""
+
+    def freeze(self) -> None:
+        self._flows.clear()
+
+    def thaw(self) -> None:
+        self._flows.set()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.wait_for(self._connect(), CONNECT_S)
+        except (OSError, TimeoutError):
+            writer.transport.abort()
+            return
+        self._open |= {writer, far_writer}
+        ways = [asyncio.create_task(self._pass(*way)) for way in ((reader, far_writer), (far_reader, writer))]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            for one in (writer, far_writer):
+                self._open.discard(one)
+                one.transport.abort()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._to.scheme == "unix":
+            return await asyncio.open_unix_connection(self._to.path)
+        secure = ssl.create_default_context() if self._to.scheme == "rediss" else None
+        return await asyncio.open_connection(self._to.hostname or HOST, self._to.port or 6379, ssl=secure)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while piece := await reader.read(PIECE):
+                await self._flows.wait()
+                writer.write(piece)
+                await writer.drain()

@@ -1,0 +1,236 @@
+"""What the drill is played on: backends of its own, gateways of this installation's configuration before them, keys that end.
+
+Nothing of the installation's traffic passes here: the gateways listen on ports of 127.0.0.1 that nobody knows, their names in
+Redis begin otherwise, and the keys are the drill's own. What is left afterwards are those keys, ended, and their rows in the
+audit, which are kept for a day.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from gateway import metrics, redis_names, server
+from gateway.database import Database
+from gateway.drill.client import Client, Heard, chat, look
+from gateway.drill.played import HOST, Played
+from gateway.drill.redis_wire import RedisWire, can_be_wired
+from gateway.errors import CommandFailed, StoreUnavailable
+from gateway.keys import SHOW_BACKEND, KeyRing, NewKey
+from gateway.quota import Quota
+from gateway.store import StoreAway, drop_names
+
+# Each has its fault and a model of its own name; the last has all models, and is sound.
+FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing")
+ALONE, PLAIN, SOUND = "drill-alone", "drill-plain", "drill-sound"
+START_S, STOP_S, CLEAN_S = 20.0, 5.0, 10.0
+KEYS_LIVE, ROWS_LIVE = timedelta(minutes=10), timedelta(days=1)
+LIMITS: Mapping[str, tuple[Quota, tuple[str, ...]]] = {
+    "plain": (Quota(10_000, 10**9, 100), ()),
+    "narrow": (Quota(10_000, 10**9, 100), (PLAIN,)),
+    "doomed": (Quota(10_000, 10**9, 100), ()),
+    "requests": (Quota(20, 10**9, 100), ()),
+    "tokens": (Quota(10_000, 100, 100), ()),
+    "slots": (Quota(10_000, 10**9, 4), ()),
+    "one slot": (Quota(5, 10**9, 1), ()),
+    "killed": (Quota(10_000, 10**9, 1), ()),
+}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What the drill needs to know of it; its gateways read the rest from the environment themselves."""
+
+    database_url: str = field(repr=False)
+    redis_url: str = field(repr=False)
+    id_header: str
+    is_closed_without_redis: bool
+
+
+class Process:
+    """One gateway: a process of its own, with the environment of this installation but for what the drill needs."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+        self._environment, self.log = environment, log
+
+    async def start(self) -> None:
+        with server.listen(HOST, 0) as listener, self.log.open("ab") as log:
+            self.url = f"http://{HOST}:{listener.getsockname()[1]}"
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "gateway", "worker", str(listener.fileno()), str(os.getpid())),
+                pass_fds=[listener.fileno()],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    async def refuses_work(self, seconds: float) -> bool:
+        """Whether within so many seconds it says that it is not ready, or takes no connections."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while asyncio.get_running_loop().time() < deadline:
+            told = await look(f"{self.url}/readyz")
+            if told is None or b'"ready":false' in told:
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
+    def signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def ended(self, seconds: float) -> int | None:
+        """Its exit status; None where it lives on."""
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(self._process.wait(), seconds)
+        return None
+
+    async def stop(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self.signal(number)
+            if await self.ended(STOP_S) is not None:
+                return
+
+
+class Scene:
+    """`async with Scene(...) as scene:`; `first` and `second` are gateways that share one Redis."""
+
+    def __init__(self, of: Installation, database: Database, ring: KeyRing, *, with_third: bool) -> None:
+        self._of, self._database, self.ring = of, database, ring
+        self._with_third = with_third
+        self.client = Client(of.id_header)
+        self.backends = {name: Played(name, name) for name in (*FAULTY, ALONE)}
+        self.sound = self.backends[SOUND] = Played(SOUND, PLAIN, *FAULTY)
+        self.wire = RedisWire(of.redis_url) if can_be_wired(of.redis_url) else None
+        self.is_closed_without_redis = of.is_closed_without_redis
+        self.token = secrets.token_urlsafe(24)
+        self.keys: dict[str, str] = {}
+        self.key_ids: dict[str, str] = {}
+        # What the audit must say of some requests, by their ids.
+        self.outcomes: dict[str, str] = {}
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nz-drill-")))
+            stack.push_async_callback(self._forget_names)
+            for backend in self.backends.values():
+                await stack.enter_async_context(backend)
+            await stack.enter_async_context(self.client)
+            if self.wire is not None:
+                await stack.enter_async_context(self.wire)
+            stack.push_async_callback(self._end_keys)
+            await self._make_keys()
+            count = 3 if self._with_third else 2
+            self.processes = [Process(self._environment(folder), folder / f"{number}.log") for number in range(count)]
+            for process in self.processes:
+                await process.start()
+                stack.push_async_callback(process.stop)
+            self.first, self.second = self.processes[:2]
+            await asyncio.gather(*map(self._ready, self.processes))
+            for name in ("drill-refused", ALONE):
+                await self.backends[name].close()
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def _environment(self, folder: Path) -> dict[str, str]:
+        told = {
+            "DATABASE_URL": self._of.database_url,
+            "REDIS_URL": self.wire.url if self.wire else self._of.redis_url,
+            "OLLAMA_BACKENDS": json.dumps([self._config(backend) for backend in self.backends.values()]),
+            "GATEWAY_LOG_LEVEL": "WARNING",
+            "GATEWAY_LOG_FORMAT": "console",
+            "GATEWAY_DRAIN_S": "10",
+            "MODEL_DISCOVERY_REFRESH_S": "60",
+            "MODEL_DISCOVERY_CACHE_TTL_S": "600",
+            "MAX_QUEUE_WAIT_S": "0",
+            "DATABASE_POOL_SIZE": "2",
+            "DATABASE_POOL_OVERFLOW": "2",
+            metrics.FOLDER_VARIABLE: str(folder),
+        }
+        empty = dict.fromkeys(("DATABASE_URL_FILE", "REDIS_URL_FILE", "OLLAMA_BACKENDS_FILE"), "")
+        return {**os.environ, **told, **empty}
+
+    def _config(self, backend: Played) -> dict[str, Any]:
+        waits = {"connect_timeout_s": 1, "read_timeout_s": 2, "idle_timeout_s": 30, "total_timeout_s": 60}
+        named = {"name": backend.name, "base_url": backend.url, "kind": "ollama", "max_connections": 32}
+        return {**named, **waits, "auth_token": self.token}
+
+    async def _make_keys(self) -> None:
+        """At the same time, because hashing is slow on purpose."""
+        mark = secrets.token_hex(4)
+
+        async def make(name: str, quota: Quota, models: Sequence[str]) -> None:
+            wanted = NewKey(
+                f"drill {mark} {name}",
+                tuple(models),
+                quota,
+                flags=(SHOW_BACKEND,),
+                lifetime=KEYS_LIVE,
+                audit_retention=ROWS_LIVE,
+            )
+            self.key_ids[name], self.keys[name] = await self.ring.make(wanted)
+
+        await asyncio.gather(*(make(name, quota, models) for name, (quota, models) in LIMITS.items()))
+
+    async def _end_keys(self) -> None:
+        for key_id in self.key_ids.values():
+            with suppress(CommandFailed, StoreUnavailable):
+                await self.ring.revoke(key_id)
+
+    async def _forget_names(self) -> None:
+        """Only names that this drill has given can be among these."""
+        assert redis_names.PREFIX.startswith("nz-drill-")
+        with suppress(StoreAway):
+            await drop_names(self._of.redis_url, redis_names.PREFIX, CLEAN_S)
+
+    async def _ready(self, process: Process) -> None:
+        """Raises CommandFailed with the end of its log."""
+        wanted = {*FAULTY, ALONE, PLAIN}
+        key = self.keys["plain"]
+
+        async def knows_all() -> bool:
+            try:
+                heard = await self.client.ask(f"{process.url}/v1/models", key, method="GET")
+                return {entry["id"].removesuffix(":latest") for entry in json.loads(heard.body)["data"]} >= wanted
+            except (OSError, ValueError, KeyError):
+                # It never arrived, or was no answer yet.
+                self.client.sent.pop()
+                return False
+
+        deadline = asyncio.get_running_loop().time() + START_S
+        while not await knows_all():
+            if asyncio.get_running_loop().time() > deadline or await process.ended(0.1) is not None:
+                last = " / ".join(process.log.read_text(errors="replace").strip().splitlines()[-3:])
+                raise CommandFailed(f"the drill's gateway does not start: {last or 'it says nothing'}; see `make doctor`")
+
+    async def ask(self, path: str, model: str, key: str = "plain", *, stream: bool, at: Process | None = None) -> Heard:
+        url = (at or self.first).url + path
+        return await self.client.ask(url, self.keys[key], chat(model, stream=stream))
+
+    async def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """The audit's rows of the drill's keys, by request id."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for key_id in self.key_ids.values():
+            for row in await self._database.rows("list_audit", key_id, None, None, None, None, None, 1000):
+                found.setdefault(row["request_id"], []).append(dict(row))
+        return found
+
+    async def until_rows_are_there(self, seconds: float) -> dict[str, list[dict[str, Any]]]:
+        deadline = asyncio.get_running_loop().time() + seconds
+        while True:
+            found = await self.rows()
+            if set(self.client.sent) <= found.keys() or asyncio.get_running_loop().time() > deadline:
+                return found
+            await asyncio.sleep(0.3)
