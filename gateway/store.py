@@ -107,13 +107,14 @@ def _host_and_port(text: str, standard: str = "26379") -> tuple[str, int]:
     return host, int(port)
 
 
-async def drop_names(url: str, prefix: str, within_s: float) -> None:
-    """Deletes everything whose name begins so. Raises StoreAway, with some of it perhaps still there."""
+async def drop_names(url: str, prefix: str, is_meant: Callable[[str], bool], within_s: float) -> None:
+    """Deletes what is meant of everything whose name begins so. Raises StoreAway, with some of it perhaps still there."""
     client = connect(url, deadline_s=CONNECT_DEADLINE_S)
     try:
         async with asyncio.timeout(within_s), client:
-            async for name in client.scan_iter(match=f"{prefix}:*", count=1000):
-                await client.unlink(name)
+            async for name in client.scan_iter(match=f"{prefix}*", count=1000):
+                if is_meant(name.decode(errors="replace")):
+                    await client.unlink(name)
     except (RedisError, OSError, TimeoutError) as wrong:
         raise StoreAway from wrong
 

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from gateway.drill.redis_wire import RedisWire, can_be_wired
 from gateway.drill.sheet import BY_NAME
 from tests.conftest import TestStores
-from tests.processes import environment
+from tests.processes import environment, until
 from tests.settings_of import QUICK
 
 LONGEST_S = 120
@@ -236,10 +238,14 @@ def test_this_gateway_keeps_its_promises_and_nothing_stays(stores: TestStores, t
     assert (code, sum(row["seconds"] for row in rows) < LONGEST_S) == (0, True)
     with stores.client() as redis:
         assert [name for name in redis.scan_iter("nz*") if name.startswith(b"nz-drill")] == []
+    assert states_of_keys(stores, tmp_path) == {"revoked"}
+
+
+def states_of_keys(stores: TestStores, folder: Path) -> set[str]:
     command = [sys.executable, "-m", "gateway", "keys", "--json"]
     names = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
-    listed = subprocess.run(command, cwd=tmp_path, env=environment(names), capture_output=True, text=True, check=True)
-    assert {row["state"] for row in json.loads(listed.stdout)} == {"revoked"}
+    listed = subprocess.run(command, cwd=folder, env=environment(names), capture_output=True, text=True, check=True)
+    return {row["state"] for row in json.loads(listed.stdout)}
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -288,3 +294,54 @@ def test_a_line_that_is_not_there_is_named(stores: TestStores, tmp_path: Path) -
 def test_what_cannot_begin_says_what_to_do(stores: TestStores, tmp_path: Path) -> None:
     status, _, said = drill(stores, tmp_path, "bytes", DATABASE_URL="postgresql://gateway@127.0.0.1:9/gateway")
     assert status == 1 and "PostgreSQL does not answer" in said
+
+
+@contextmanager
+def drill_under_way(stores: TestStores, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    told = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "TMPDIR": str(folder)}
+    command = [sys.executable, "-m", "gateway", "drill", "--only", "bytes killed"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment(told), **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("bytes")
+        yield process
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(child) for child in children.read_text().split()]
+
+
+def names_in_redis(stores: TestStores) -> list[bytes]:
+    with stores.client() as redis:
+        return list(redis.scan_iter("nz-drill-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_drill_that_is_stopped_leaves_nothing(stores: TestStores, tmp_path: Path, number: signal.Signals) -> None:
+    with drill_under_way(stores, tmp_path) as process:
+        assert len(workers_of(process)) >= 2 and names_in_redis(stores)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    assert (process.returncode, "the drill was stopped" in said) == (1, True), said
+    assert names_in_redis(stores) == [] and not list(tmp_path.glob("nz-drill-*"))
+    assert states_of_keys(stores, tmp_path) == {"revoked"}
+
+
+def test_of_a_drill_that_was_killed_the_gateways_end_and_the_next_removes_the_names(stores: TestStores, tmp_path: Path) -> None:
+    with drill_under_way(stores, tmp_path) as process:
+        workers = workers_of(process)
+        process.kill()
+    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 20)
+    left = names_in_redis(stores)
+    assert left
+    # The keys have ten minutes; so have the names.
+    old = [re.sub(rb"nz-drill-\d+", b"nz-drill-1", name) for name in left]
+    with stores.client() as redis:
+        for name, new in zip(left, old, strict=True):
+            redis.rename(name, new)
+        redis.set(b"nz-drilled:by another", b"")
+    drill(stores, tmp_path, "dialect")
+    assert names_in_redis(stores) == []
+    with stores.client() as redis:
+        assert redis.exists(b"nz-drilled:by another")

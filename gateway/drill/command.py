@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 import os
-import secrets
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -44,11 +44,16 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
     """Raises CommandFailed where a promise does not hold, or where the drill cannot begin."""
     lines = chosen(said.only)
     results: list[Result] = []
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         async with asyncio.timeout(LONGEST_DRILL_S), app.database_of(settings) as database, key_ring(settings) as ring:
             console.say("starting played backends and gateways of the drill's own")
             async with Scene(installation_of(settings), database, ring, with_third=BY_NAME["killed"] in lines) as scene:
                 await play(scene, lines, results, as_json=said.json)
+    except asyncio.CancelledError:
+        raise CommandFailed("the drill was stopped; what it had started is ended") from None
     except TimeoutError:
         results += [Result(line, BROKEN, 0, "the drill's time was over") for line in lines[len(results) :]]
     if said.json:
@@ -107,5 +112,5 @@ def with_names_of_its_own() -> None:
     """Starts this command anew where its names in Redis are still those of the installation; returns when they are not."""
     if redis_names.PREFIX != "nz":
         return
-    os.environ[redis_names.VARIABLE] = f"nz-drill-{secrets.token_hex(4)}"
+    os.environ[redis_names.VARIABLE] = redis_names.of_a_new_trial()
     os.execv(sys.executable, [sys.executable, "-m", "gateway", *sys.argv[1:]])  # noqa: S606 # our own command, once more  # nosec B606

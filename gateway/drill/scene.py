@@ -56,6 +56,10 @@ class Installation:
     is_closed_without_redis: bool
 
 
+def _is_over(name: str) -> bool:
+    return name.startswith(f"{redis_names.PREFIX}:") or redis_names.age_of_trial(name) > KEYS_LIVE.total_seconds()
+
+
 class Process:
     """One gateway: a process of its own, with the environment of this installation but for what the drill needs."""
 
@@ -190,10 +194,9 @@ class Scene:
                 await self.ring.revoke(key_id)
 
     async def _forget_names(self) -> None:
-        """Only names that this drill has given can be among these."""
-        assert redis_names.PREFIX.startswith("nz-drill-")
+        """Those that this drill has given, and those of drills that were killed long ago."""
         with suppress(StoreAway):
-            await drop_names(self._of.redis_url, redis_names.PREFIX, CLEAN_S)
+            await drop_names(self._of.redis_url, redis_names.TRIAL, _is_over, CLEAN_S)
 
     async def _ready(self, process: Process) -> None:
         """Raises CommandFailed with the end of its log."""
