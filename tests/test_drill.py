@@ -294,6 +294,8 @@ def test_a_line_that_is_not_there_is_named(stores: TestStores, tmp_path: Path) -
 def test_what_cannot_begin_says_what_to_do(stores: TestStores, tmp_path: Path) -> None:
     status, _, said = drill(stores, tmp_path, "bytes", DATABASE_URL="postgresql://gateway@127.0.0.1:9/gateway")
     assert status == 1 and "PostgreSQL does not answer" in said
+    status, _, said = drill(stores, tmp_path, "bytes", REDIS_URL="redis://127.0.0.1:9")
+    assert status == 1 and "Redis does not answer" in said and "make doctor" in said
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from gateway.drill.scene import Installation, Scene
 from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.errors import CommandFailed
 from gateway.settings import Settings
+from gateway.store import Store
 
-LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 110.0
+LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 90.0
 HELD, BROKEN, LEFT_OUT = "held", "BROKEN", "left out"
 
 
@@ -49,6 +50,7 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         async with asyncio.timeout(LONGEST_DRILL_S), app.database_of(settings) as database, key_ring(settings) as ring:
+            await require_redis(settings)
             console.say("starting played backends and gateways of the drill's own")
             async with Scene(installation_of(settings), database, ring, with_third=BY_NAME["killed"] in lines) as scene:
                 await play(scene, lines, results, as_json=said.json)
@@ -65,6 +67,12 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
     if broken:
         raise CommandFailed(f"{told}: {', '.join(result.line.name for result in broken)}")
     console.say(told)
+
+
+async def require_redis(settings: Settings) -> None:
+    async with Store(settings.redis_url) as store:
+        if not store.up:
+            raise CommandFailed("Redis does not answer, which the drill's two gateways count in together: see `make doctor`")
 
 
 def installation_of(settings: Settings) -> Installation:

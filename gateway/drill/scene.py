@@ -159,6 +159,7 @@ class Scene:
             "MODEL_DISCOVERY_REFRESH_S": "60",
             "MODEL_DISCOVERY_CACHE_TTL_S": "600",
             "MAX_QUEUE_WAIT_S": "0",
+            "AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "1000",
             "DATABASE_POOL_SIZE": "2",
             "DATABASE_POOL_OVERFLOW": "2",
             metrics.FOLDER_VARIABLE: str(folder),
