@@ -15,7 +15,7 @@ from gateway.commands import key_ring
 from gateway.drill import played
 from gateway.drill.scene import Installation, Scene
 from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
-from gateway.errors import CommandFailed
+from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.settings import Settings
 from gateway.store import Store
 
@@ -109,7 +109,7 @@ async def one(scene: Scene, line: Line) -> Result:
         state, told = LEFT_OUT, str(why)
     except Broken as how:
         state, told = BROKEN, str(how)
-    except (OSError, TimeoutError, ValueError, KeyError) as wrong:
+    except (OSError, TimeoutError, ValueError, KeyError, CommandFailed, StoreUnavailable) as wrong:
         state, told = BROKEN, f"{type(wrong).__name__}: {wrong}".rstrip(": ")
     finally:
         scene.sound.go_on.set()
