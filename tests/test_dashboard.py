@@ -118,6 +118,28 @@ def test_numbers_are_live_and_lead_to_their_rows(gateway: RunningGateway, admin:
         assert wrong == []
 
 
+def test_what_is_pressed_twice_makes_one_key_which_is_copied_without_tls_too(
+    gateway: RunningGateway, admin: str, browser: Browser
+) -> None:
+    with page_of(browser) as (page, wrong):
+        page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+        enter(page, gateway, admin)
+        page.click("[data-tab=keys]")
+        page.click("#make-key")
+        page.fill("[name=name]", "once")
+        page.evaluate("for (const _ of [1, 2, 3]) document.getElementById('save').click()")
+        made = page.locator("#new-key").inner_text()
+        page.get_by_role("button", name="Copy").click()
+        expect(page.get_by_role("button", name="Copied")).to_be_visible()
+        page.get_by_role("button", name="Close").click()
+        page.focus("#find-key")
+        page.keyboard.press("Control+V")
+        expect(page.locator("#find-key")).to_have_value(made)
+        assert wrong == []
+    told = [row for row in gateway.audit_rows() if (row["method"], row["route"]) == ("POST", "/admin/v1/keys")]
+    assert [row["status"] for row in told] == [201]
+
+
 def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     with page_of(browser) as (page, wrong):
         enter(page, gateway, admin)
@@ -155,8 +177,9 @@ def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admi
         page.fill("#find-key", "")
         page.click("#make-key")
         page.fill("[name=name]", "ops")
-        page.click("#save")
-        expect(page.locator("#problem")).to_contain_text("a key named 'ops' exists")
+        page.keyboard.press("Enter")
+        expect(page.locator("#dialog-problem")).to_contain_text("a key named 'ops' exists")
+        expect(page.locator("dialog [name=name]")).to_have_value("ops")
         assert [line for line in wrong if "409" not in line] == []
     gateway.wait_idle()
     told = [row["detail"] for row in gateway.audit_rows() if row["method"] != "GET" and row["route"].startswith("/admin")]

@@ -43,8 +43,11 @@ async function ask(method, path, body) {
 }
 
 function say(problem) {
-  $("problem").textContent = problem ? problem.message || String(problem) : "";
-  $("problem").hidden = !problem;
+  // What goes wrong in a dialog is told there, in front.
+  for (const place of [$("problem"), $("dialog").open && $("dialog-problem")].filter(Boolean)) {
+    place.textContent = problem ? problem.message || String(problem) : "";
+    place.hidden = !problem;
+  }
   if (problem && (problem.status === 401 || (problem.status === 403 && !seen))) leave();
 }
 
@@ -69,7 +72,7 @@ const button = (text, act, kind = "small") => h("button", { type: "button", clas
 
 function show(tab) {
   for (const name of ["overview", "keys", "audit"]) $(name).hidden = name !== tab;
-  for (const one of $("tabs").children) one.toggleAttribute("aria-current", one.dataset.tab === tab);
+  for (const one of $("tabs").children) one.dataset.tab === tab ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
   if (tab === "keys") trying(loadKeys);
   if (tab === "audit") trying(loadRows);
 }
@@ -161,11 +164,37 @@ async function drawPlots() {
 
 function open(title, content, buttons) {
   const dialog = $("dialog");
-  $("dialog-form").replaceChildren(h("h2", {}, title), ...content, h("div", { class: "buttons" }, ...buttons));
+  $("dialog-form").replaceChildren(h("h2", {}, title), ...content, h("p", { id: "dialog-problem", class: "bad", role: "alert", hidden: true }), h("div", { class: "buttons" }, ...buttons));
   if (!dialog.open) dialog.showModal();
 }
 
-const close = (text = "Close") => h("button", { value: "close", formnovalidate: true }, text);
+const close = (text = "Close") => h("button", { type: "button", on: { click: () => $("dialog").close() } }, text);
+
+// What Enter in a field does too; pressed twice it acts once.
+function saving(word, work) {
+  const save = h("button", { type: "submit", id: "save", on: { click: async (event) => {
+    event.preventDefault();
+    save.disabled = true;
+    await trying(work);
+    save.disabled = false;
+  } } }, word);
+  return save;
+}
+
+async function copy(pressed, text) {
+  const words = pressed.textContent;
+  let done = true;
+  try { await navigator.clipboard.writeText(text); } catch {
+    // Browsers offer pages without TLS no clipboard but this.
+    const box = h("textarea", { "aria-hidden": "true" }, text);
+    pressed.after(box);
+    box.select();
+    done = document.execCommand("copy");
+    box.remove();
+  }
+  pressed.textContent = done ? "Copied" : "Not copied";
+  setTimeout(() => { pressed.textContent = words; }, 1500);
+}
 
 function tell(title, facts) {
   open(title, [h("pre", {}, JSON.stringify(facts, null, 2))], [close()]);
@@ -180,7 +209,7 @@ function act(question, word, method, path, body) {
 }
 
 function shownOnce(made) {
-  open("The key, shown this once", [h("p", {}, "It is stored nowhere: copy it now."), h("pre", { id: "new-key" }, made.key)], [button("Copy", () => navigator.clipboard.writeText(made.key), ""), close()]);
+  open("The key, shown this once", [h("p", {}, "It is stored nowhere: copy it now."), h("pre", { id: "new-key" }, made.key)], [button("Copy", (event) => copy(event.target, made.key), ""), close()]);
 }
 
 const field = (name, words, facts = {}) => h("label", {}, words, h("input", { name, ...facts }));
@@ -196,20 +225,20 @@ function limitsIn(form) {
 }
 
 function makeKey() {
-  const save = h("button", { type: "button", id: "save", on: { click: () => trying(async () => {
+  const save = saving("Make", async () => {
     const form = $("dialog-form"), body = { name: form.elements.name.value.trim(), models: form.elements.models.value.split(/\s+/).filter(Boolean), role: form.elements.role.value, ...limitsIn(form) };
     if (form.elements.expires.value.trim()) body.expires = form.elements.expires.value.trim();
     const made = await ask("POST", "/keys", body);
     shownOnce(made);
     await loadKeys();
-  }) } }, "Make");
+  });
   open("Make a key", [h("div", { class: "fields" }, field("name", "Name", { required: true }), field("models", "Models (none: all)", { placeholder: "llama3* qwen3" }), field("expires", "Ends after", { placeholder: "30d" }),
     h("label", {}, "Role", h("select", { name: "role" }, h("option", { value: "user" }, "user"), h("option", { value: "admin" }, "admin"))),
     ...LIMITS.map(([name, words]) => field(name, words, { placeholder: "default" })))], [close("Cancel"), save]);
 }
 
 function limitKey(row) {
-  const save = h("button", { type: "button", id: "save", on: { click: () => confirmedLimits(row) } }, "Set");
+  const save = saving("Set", () => confirmedLimits(row));
   open(`Limits of ${row.name}`, [h("p", { class: "dim" }, "A number, “unlimited”, or “default”; what is left empty stays."),
     h("div", { class: "fields" }, ...LIMITS.map(([name, words]) => field(name, words, { placeholder: row[name] === null ? "default" : String(row[name]) })))], [close("Cancel"), save]);
 }

@@ -83,19 +83,23 @@ function sample(samples) {
   }
   document.addEventListener("language", show);
   show();
-  const copy = h("button", { type: "button", class: "small", on: { click: () => copied(copy, code, source()) } }, "Copy");
-  return h("div", {}, h("div", { class: "row" }, buttons, copy), code);
+  const copying = h("button", { type: "button", class: "small", on: { click: () => copy(copying, source()) } }, "Copy");
+  return h("div", {}, h("div", { class: "row" }, buttons, copying), code);
 }
 
-async function copied(button, code, text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
-  } catch {
-    getSelection().selectAllChildren(code);
-    button.textContent = "Selected: copy it";
+async function copy(pressed, text) {
+  const words = pressed.textContent;
+  let done = true;
+  try { await navigator.clipboard.writeText(text); } catch {
+    // Browsers offer pages without TLS no clipboard but this.
+    const box = h("textarea", { "aria-hidden": "true" }, text);
+    pressed.after(box);
+    box.select();
+    done = document.execCommand("copy");
+    box.remove();
   }
-  setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  pressed.textContent = done ? "Copied" : "Not copied";
+  setTimeout(() => { pressed.textContent = words; }, 1500);
 }
 
 const cell = (label, ...children) => h("td", { "data-label": label, class: "wide" }, h("span", {}, children));

@@ -16,6 +16,21 @@ const key = { get: () => sessionStorage.getItem("playground-key") || "", set: (v
 const button = (text, act, kind = "small") => h("button", { type: "button", class: kind, on: { click: act } }, text);
 let turns = [], running = null, pictures = [];
 
+async function copy(pressed, text) {
+  const words = pressed.textContent;
+  let done = true;
+  try { await navigator.clipboard.writeText(text); } catch {
+    // Browsers offer pages without TLS no clipboard but this.
+    const box = h("textarea", { "aria-hidden": "true" }, text);
+    pressed.after(box);
+    box.select();
+    done = document.execCommand("copy");
+    box.remove();
+  }
+  pressed.textContent = done ? "Copied" : "Not copied";
+  setTimeout(() => { pressed.textContent = words; }, 1500);
+}
+
 // ── the gateway ──
 
 class Refused extends Error {
@@ -207,8 +222,8 @@ function drawAnswer(turn, answer) {
     thinking.hidden = !answer.thinking;
     thinking.lastChild.textContent = answer.thinking;
     if (!answer.done) return;
-    const copied = Object.entries(examples).map(([name, of]) => button(`Copy as ${name}`, () => navigator.clipboard.writeText(of(answer.body))));
-    below.replaceChildren(...(answer.problem ? [problemOf(turn, answer)] : []), h("div", { class: "facts" }, ...factsOf(answer).map((fact) => h("span", {}, fact))), h("div", { class: "actions" }, button("Copy", () => navigator.clipboard.writeText(answer.text)), ...copied));
+    const copied = Object.entries(examples).map(([name, of]) => button(`Copy as ${name}`, (event) => copy(event.target, of(answer.body))));
+    below.replaceChildren(...(answer.problem ? [problemOf(turn, answer)] : []), h("div", { class: "facts" }, ...factsOf(answer).map((fact) => h("span", {}, fact))), h("div", { class: "actions" }, button("Copy", (event) => copy(event.target, answer.text)), ...copied));
   };
   answer.draw();
   return box;
@@ -297,7 +312,7 @@ async function trying(work) {
 
 function show(tab) {
   for (const name of ["chat", "embed"]) $(name).hidden = name !== tab;
-  for (const one of $("tabs").children) one.toggleAttribute("aria-current", one.dataset.tab === tab);
+  for (const one of $("tabs").children) one.dataset.tab === tab ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
 }
 
 async function enter() {
