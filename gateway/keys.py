@@ -24,6 +24,8 @@ LONGEST_NAME = 200
 # The role: what it opens is the operator's, not a caller's.
 ADMIN = "admin"
 ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "show_overhead"
+# A key of a drill: what it asks is no traffic of the installation, and nobody misses it later.
+DRILL = "drill"
 REMEMBERED_SCOPES = 1000
 
 
@@ -152,6 +154,10 @@ class KeyRing:
         key_id = await self._living(name_or_id)
         await self._database.run_all([("lock_key", (key_id,)), ("revoke_key", (key_id,))])
         return key_id, await self._announce(key_id)
+
+    async def drop_drills(self, ended_for: timedelta) -> None:
+        """The keys of drills that ended so long ago, which nobody can use any more."""
+        await self._database.run("drop_drill_keys", DRILL, ended_for)
 
     async def limit(self, name_or_id: str, pattern: str, said: Mapping[str, int | None]) -> tuple[str, Quota, bool]:
         """Set those limits that were said, of the key or of its models that match `pattern`; None means unset.

@@ -9,7 +9,7 @@ from typing import Any
 
 from gateway import shards, store
 from gateway.checkup import Finding, State, clock, guarded, ok, problem, warning, words
-from gateway.redis_names import named
+from gateway.redis_names import FREED, named
 
 NAME = "Redis"
 OLDEST_VERSION = (6, 2)
@@ -70,6 +70,7 @@ async def _clock(client: Any) -> list[Finding]:
 
 async def _writes(client: Any) -> list[Finding]:
     await client.set(MARK, "", px=MARK_MS)
+    await client.publish(FREED, b"")
     return [ok(f"{NAME} writes", "taken")]
 
 

@@ -13,8 +13,8 @@ def named(rest: str) -> str:
     return f"{PREFIX}:{rest}"
 
 
-# How the names of a trial begin, before the time of its beginning in seconds since 1970.
-TRIAL = "nz-drill-"
+# How the names of a trial begin, before the time of its beginning in seconds since 1970. Who may use `nz:*` may use these.
+TRIAL = "nz:drill-"
 
 
 def of_a_new_trial() -> str:

@@ -2,22 +2,31 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from argon2 import PasswordHasher
 
+from gateway.database import Database
 from gateway.drill.redis_wire import RedisWire, can_be_wired
+from gateway.drill.scene import LIMITS
 from gateway.drill.sheet import BY_NAME
+from gateway.keys import KeyRing
+from tests.audit_rows import in_database
 from tests.conftest import TestStores
 from tests.processes import environment, until
+from tests.redis_server import server
 from tests.settings_of import QUICK
+from tests.stored import all_of_postgresql
 
 LONGEST_S = 120
 # What stands in the way of a promise, run in each process of the drill before the gateway's own code; and whose lines see it.
@@ -67,9 +76,9 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
     "connections to a failed backend stay open": (
         "frozen",
         """
-        from gateway import upstream
-        upstream.Upstream.close = lambda self: None
-        upstream.Upstream.fail = lambda self, *_: None
+        from aiohttp.connector import Connection
+        kept = []  # What nobody holds any more is closed by Python itself.
+        Connection.close = lambda self: kept.append(self)
         """,
     ),
     "a cut stream is told as complete": (
@@ -237,8 +246,25 @@ def test_this_gateway_keeps_its_promises_and_nothing_stays(stores: TestStores, t
     assert [(row["line"], row["result"], row["why"]) for row in rows] == [(name, "held", None) for name in BY_NAME], said
     assert (code, sum(row["seconds"] for row in rows) < LONGEST_S) == (0, True)
     with stores.client() as redis:
-        assert [name for name in redis.scan_iter("nz*") if name.startswith(b"nz-drill")] == []
+        assert [name for name in redis.scan_iter("nz*") if b"drill" in name] == []
     assert states_of_keys(stores, tmp_path) == {"revoked"}
+    assert all_of_postgresql(stores).count("drill-sound") > 100
+    in_database(stores.database_url, nothing_of_it_is_taken_for_traffic)
+
+
+async def nothing_of_it_is_taken_for_traffic(database: Database) -> None:
+    """Neither in what operators are shown nor, two days later, among the keys; all of it is in the audit."""
+    long_ago = datetime.now(UTC) - timedelta(days=1)
+    for query in ("busiest_keys", "busiest_models"):
+        assert await database.rows(query, long_ago, 10) == []
+    assert await database.rows("series", long_ago, timedelta(minutes=1)) == []
+    sums = await database.row("recent_sums", long_ago)
+    assert sums is not None and sums["requests"] == 0
+    ring = KeyRing(database, PasswordHasher(), None)
+    await ring.drop_drills(timedelta(hours=1))
+    assert len(await ring.all()) == len(LIMITS)
+    await ring.drop_drills(timedelta(0))
+    assert await ring.all() == []
 
 
 def states_of_keys(stores: TestStores, folder: Path) -> set[str]:
@@ -269,7 +295,9 @@ def test_every_line_has_a_switch_that_breaks_it() -> None:
         ("redis://user:p%40ss@redis:6379/2", "redis://user:p%40ss@127.0.0.1:PORT/2"),
         ("redis://redis", "redis://127.0.0.1:PORT"),
         ("rediss://:secret@redis.example:6380/0", "redis://:secret@127.0.0.1:PORT/0"),
-        ("unix:///run/redis.sock?db=3", "redis://127.0.0.1:PORT/3"),
+        ("redis://redis:6379?db=2&password=secret", "redis://127.0.0.1:PORT?db=2&password=secret"),
+        ("rediss://redis.example?db=2", "redis://127.0.0.1:PORT?db=2"),
+        ("unix:///run/redis.sock?db=3", "redis://127.0.0.1:PORT?db=3"),
         ("rediss://redis.example?ssl_ca_certs=/ca.pem", None),
         ("redis+cluster://one:6379,two:6379", None),
         ("redis+sentinel://one:26379/master/0", None),
@@ -298,6 +326,18 @@ def test_what_cannot_begin_says_what_to_do(stores: TestStores, tmp_path: Path) -
     assert status == 1 and "Redis does not answer" in said and "make doctor" in said
 
 
+RIGHTS = "user default off", "user gateway on >word ~nz:* &nz:* +@all", "user other on >word ~other:* &other:* +@all"
+
+
+def test_a_redis_that_lets_the_gateway_use_its_own_names_only(stores: TestStores, tmp_path: Path) -> None:
+    with server(tmp_path, *RIGHTS) as (_, port):
+        url = f"redis://127.0.0.1:{port}?db=3&password=word&username="
+        status, rows, said = drill(stores, tmp_path, "redis revoke slots", REDIS_URL=f"{url}gateway")
+        assert (status, [row["result"] for row in rows]) == (0, ["held"] * 3), (rows, said)
+        status, rows, said = drill(stores, tmp_path, "redis revoke slots", REDIS_URL=f"{url}other")
+    assert (status, rows) == (1, []) and "Redis does not take what begins with nz:drill-" in said and "~nz:* &nz:*" in said
+
+
 @contextmanager
 def drill_under_way(stores: TestStores, folder: Path) -> Iterator[subprocess.Popen[str]]:
     told = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "TMPDIR": str(folder)}
@@ -316,10 +356,10 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 def names_in_redis(stores: TestStores) -> list[bytes]:
     with stores.client() as redis:
-        return list(redis.scan_iter("nz-drill-*"))
+        return list(redis.scan_iter("nz:drill-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_drill_that_is_stopped_leaves_nothing(stores: TestStores, tmp_path: Path, number: signal.Signals) -> None:
     with drill_under_way(stores, tmp_path) as process:
         assert len(workers_of(process)) >= 2 and names_in_redis(stores)
@@ -338,12 +378,14 @@ def test_of_a_drill_that_was_killed_the_gateways_end_and_the_next_removes_the_na
     left = names_in_redis(stores)
     assert left
     # The keys have ten minutes; so have the names.
-    old = [re.sub(rb"nz-drill-\d+", b"nz-drill-1", name) for name in left]
+    old = [re.sub(rb"nz:drill-\d+", b"nz:drill-1", name) for name in left]
     with stores.client() as redis:
         for name, new in zip(left, old, strict=True):
             redis.rename(name, new)
-        redis.set(b"nz-drilled:by another", b"")
-    drill(stores, tmp_path, "dialect")
-    assert names_in_redis(stores) == []
+        redis.set(b"nz:drilled:by another", b"")
+    [folder] = tmp_path.glob("nz-drill-*")
+    os.utime(folder, (1, 1))
+    drill(stores, tmp_path, "dialect", TMPDIR=str(tmp_path))
+    assert names_in_redis(stores) == [] and not folder.exists()
     with stores.client() as redis:
-        assert redis.exists(b"nz-drilled:by another")
+        assert redis.exists(b"nz:drilled:by another")

@@ -17,9 +17,10 @@ from gateway.drill.scene import Installation, Scene
 from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.store import Store, StoreAway
 
 LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 90.0
+TRIED_MS = 3000
 HELD, BROKEN, LEFT_OUT = "held", "BROKEN", "left out"
 
 
@@ -47,7 +48,7 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
     results: list[Result] = []
     task = asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         async with asyncio.timeout(LONGEST_DRILL_S), app.database_of(settings) as database, key_ring(settings) as ring:
@@ -74,6 +75,15 @@ async def require_redis(settings: Settings) -> None:
     async with Store(settings.redis_url) as store:
         if not store.up:
             raise CommandFailed("Redis does not answer, which the drill's two gateways count in together: see `make doctor`")
+        try:
+            await store.slow_call(lambda redis: redis.set(redis_names.named("begun"), b"", px=TRIED_MS), TRIED_MS / 1000)
+            await store.slow_call(lambda redis: redis.publish(redis_names.FREED, b""), TRIED_MS / 1000)
+        except StoreAway as refused:
+            why = f"{type(refused.__cause__).__name__}: {refused.__cause__}".rstrip(": ")
+            raise CommandFailed(
+                f"Redis does not take what begins with {redis_names.PREFIX} ({why}): let the user of REDIS_URL use all names "
+                "and channels that begin with nz: (its ACL then says `~nz:* &nz:*`), and see `make doctor`"
+            ) from None
 
 
 def installation_of(settings: Settings) -> Installation:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 HOST = "127.0.0.1"
 LONGEST_HEAD, LONGEST_WAIT_S = 65_536, 60.0
+THOUGHT_S = 0.3
 MOMENT = "2026-01-01T00:00:00Z"
 REFUSAL = "these words are the model server's"
 WORDS = ("The ", "tide ", "comes ", "in.")
@@ -176,6 +177,11 @@ async def answer_well(backend: Played, chat: Asked, writer: Writer) -> None:
     for frame in frames(chat):
         await send_frame(writer, frame)
     await send_frame(writer, b"")
+
+
+async def think_first(backend: Played, chat: Asked, writer: Writer) -> None:
+    await asyncio.sleep(THOUGHT_S)
+    await answer_well(backend, chat, writer)
 
 
 async def pause_after_one_frame(backend: Played, chat: Asked, writer: Writer) -> None:

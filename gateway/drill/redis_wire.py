@@ -15,7 +15,7 @@ PIECE, CONNECT_S = 65_536, 3.0
 def can_be_wired(url: str) -> bool:
     """A cluster and sentinels tell addresses of their own, and certificates of a client are Redis's matter."""
     parts = split(url)
-    return parts.scheme in ("redis", "rediss", "unix") and (parts.scheme != "rediss" or not parts.query)
+    return parts.scheme in ("redis", "unix") or (parts.scheme == "rediss" and "ssl_" not in parts.query)
 
 
 class RedisWire:
@@ -41,14 +41,9 @@ class RedisWire:
     def url(self) -> str:
         login, at, _ = self._to.netloc.rpartition("@")
         port = self._server.sockets[0].getsockname()[1]
-        place = SplitResult("redis", f"{login}{at}{HOST}:{port}", self._database(), "", "")
-        return urlunsplit(place)
-
-    def _database(self) -> str:
-        if self._to.scheme != "unix":
-            return self._to.path
-        numbers = [value for name, _, value in (part.partition("=") for part in self._to.query.split("&")) if name == "db"]
-        return f"/{numbers[0]}" if numbers else ""
+        # The path of a socket is its place; the rest, in the query too, is between Redis and its client.
+        path = "" if self._to.scheme == "unix" else self._to.path
+        return urlunsplit(SplitResult("redis", f"{login}{at}{HOST}:{port}", path, self._to.query, ""))
 
     def freeze(self) -> None:
         self._flows.clear()

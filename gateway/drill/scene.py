@@ -9,9 +9,11 @@ import asyncio
 import json
 import os
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -25,13 +27,14 @@ from gateway.drill.client import Client, Heard, chat, look
 from gateway.drill.played import HOST, Played
 from gateway.drill.redis_wire import RedisWire, can_be_wired
 from gateway.errors import CommandFailed, StoreUnavailable
-from gateway.keys import SHOW_BACKEND, KeyRing, NewKey
+from gateway.keys import DRILL, SHOW_BACKEND, KeyRing, NewKey
 from gateway.quota import Quota
 from gateway.store import StoreAway, drop_names
 
 # Each has its fault and a model of its own name; the last has all models, and is sound.
 FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing")
 ALONE, PLAIN, SOUND = "drill-alone", "drill-plain", "drill-sound"
+FOLDERS = "nz-drill-"
 START_S, STOP_S, CLEAN_S = 20.0, 5.0, 10.0
 KEYS_LIVE, ROWS_LIVE = timedelta(minutes=10), timedelta(days=1)
 LIMITS: Mapping[str, tuple[Quota, tuple[str, ...]]] = {
@@ -58,6 +61,15 @@ class Installation:
 
 def _is_over(name: str) -> bool:
     return name.startswith(f"{redis_names.PREFIX}:") or redis_names.age_of_trial(name) > KEYS_LIVE.total_seconds()
+
+
+def _sweep_folders() -> None:
+    """Of drills that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDERS}*"):
+        with suppress(OSError):
+            found = folder.lstat()
+            if found.st_uid == os.getuid() and time.time() - found.st_mtime > KEYS_LIVE.total_seconds():
+                shutil.rmtree(folder)
 
 
 class Process:
@@ -124,7 +136,8 @@ class Scene:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nz-drill-")))
+            _sweep_folders()
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=FOLDERS)))
             stack.push_async_callback(self._forget_names)
             for backend in self.backends.values():
                 await stack.enter_async_context(backend)
@@ -181,7 +194,7 @@ class Scene:
                 f"drill {mark} {name}",
                 tuple(models),
                 quota,
-                flags=(SHOW_BACKEND,),
+                flags=(DRILL, SHOW_BACKEND),
                 lifetime=KEYS_LIVE,
                 audit_retention=ROWS_LIVE,
             )
@@ -193,6 +206,8 @@ class Scene:
         for key_id in self.key_ids.values():
             with suppress(CommandFailed, StoreUnavailable):
                 await self.ring.revoke(key_id)
+        with suppress(StoreUnavailable):
+            await self.ring.drop_drills(2 * ROWS_LIVE)
 
     async def _forget_names(self) -> None:
         """Those that this drill has given, and those of drills that were killed long ago."""

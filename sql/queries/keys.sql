@@ -66,6 +66,10 @@ SELECT revoked_at FROM keys WHERE id = $1 FOR UPDATE;
 -- From now on none of the key's secrets opens anything.
 UPDATE keys SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL;
 
+-- name: drop_drill_keys
+-- Those with the flag of a drill that have been over for a time.
+DELETE FROM keys WHERE $1::text = ANY (flags) AND least(revoked_at, expires_at) < now() - $2::interval;
+
 -- name: list_keys
 -- Every key, the living first, the newest first, with the number of secrets that open it now.
 SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.flags, k.prompt_log, k.created_at, k.expires_at,

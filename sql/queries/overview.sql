@@ -1,5 +1,5 @@
 -- name: recent_sums
--- What has happened since a time, all together.
+-- What has happened since a time, all together; what drills ask is no traffic, here and below.
 SELECT count(*) AS requests,
        count(*) FILTER (WHERE outcome = 'answered') AS answered,
        count(*) FILTER (WHERE outcome IN ('backend_failed', 'truncated')) AS failures,
@@ -8,7 +8,7 @@ SELECT count(*) AS requests,
        coalesce(sum(completion_tokens), 0)::bigint AS completion_tokens,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p50_ms,
        percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
-FROM audit WHERE at >= $1;
+FROM audit WHERE at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags));
 
 -- name: busiest_keys
 -- Those with the most requests since a time, and how many of them a limit refused.
@@ -17,7 +17,7 @@ SELECT a.key_id, k.name AS key, count(*) AS requests,
        count(*) FILTER (WHERE a.status = 429) AS limited,
        mode() WITHIN GROUP (ORDER BY a.detail) FILTER (WHERE a.status = 429) AS limit
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
-WHERE a.at >= $1
+WHERE a.at >= $1 AND NOT coalesce('drill' = ANY (k.flags), false)
 GROUP BY a.key_id, k.name
 ORDER BY requests DESC, a.key_id
 LIMIT $2;
@@ -27,7 +27,7 @@ LIMIT $2;
 SELECT a.model, count(*) AS requests, sum(a.prompt_tokens + a.completion_tokens)::bigint AS tokens,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY a.ttfb_ms) AS ttfb_p50_ms
 FROM audit a
-WHERE a.at >= $1 AND a.model <> ''
+WHERE a.at >= $1 AND a.model <> '' AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
 GROUP BY a.model
 ORDER BY requests DESC, a.model
 LIMIT $2;
@@ -43,6 +43,6 @@ SELECT extract(epoch FROM date_bin($2::interval, at, timestamptz '2000-01-01')):
        percentile_cont(0.5) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p50_ms,
        percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
 FROM audit
-WHERE audit.at >= $1
+WHERE audit.at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
 GROUP BY 1
 ORDER BY 1;
