@@ -24,16 +24,17 @@ HEADERS = [
 DASHBOARD = {
     "/dashboard": "dashboard.html",
     "/dashboard/dashboard.js": "dashboard.js",
+    "/dashboard/nodes.js": "nodes.js",
     "/dashboard/style.css": "style.css",
 }
 PLAYGROUND = {
     "/playground": "playground.html",
     "/playground/playground.js": "playground.js",
+    "/playground/markdown.js": "markdown.js",
+    "/playground/nodes.js": "nodes.js",
     "/playground/style.css": "style.css",
 }
-
-
-DOCS = {"/docs": "docs.html", "/docs/docs.js": "docs.js", "/docs/style.css": "style.css"}
+DOCS = {"/docs": "docs.html", "/docs/docs.js": "docs.js", "/docs/nodes.js": "nodes.js", "/docs/style.css": "style.css"}
 
 
 class Page:

@@ -1,17 +1,6 @@
-// What comes from the gateway is shown as text, never as markup.
-const $ = (id) => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
+import { $, copy, h } from "./nodes.js";
 
-function h(tag, facts = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(facts)) {
-    if (name === "on") for (const [event, act] of Object.entries(value)) made.addEventListener(event, act);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
-  }
-  made.append(...children.filter((child) => child !== null && child !== undefined && child !== false).map((child) => (child instanceof Node ? child : String(child))));
-  return made;
-}
+const SVG = "http://www.w3.org/2000/svg";
 
 function s(tag, facts, text) {
   const made = document.createElementNS(SVG, tag);
@@ -179,21 +168,6 @@ function saving(word, work) {
     save.disabled = false;
   } } }, word);
   return save;
-}
-
-async function copy(pressed, text) {
-  const words = pressed.textContent;
-  let done = true;
-  try { await navigator.clipboard.writeText(text); } catch {
-    // Browsers offer pages without TLS no clipboard but this.
-    const box = h("textarea", { "aria-hidden": "true" }, text);
-    pressed.after(box);
-    box.select();
-    done = document.execCommand("copy");
-    box.remove();
-  }
-  pressed.textContent = done ? "Copied" : "Not copied";
-  setTimeout(() => { pressed.textContent = words; }, 1500);
 }
 
 function tell(title, facts) {

@@ -1,18 +1,7 @@
-// The document of this gateway as a page; what it says is shown as text, never as markup.
-const $ = (id) => document.getElementById(id);
+import { $, copy, h } from "./nodes.js";
+
 const SAMPLES_ASK = "http://127.0.0.1:8080";
 let told = {}, language = "curl";
-
-function h(tag, facts = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(facts)) {
-    if (name === "on") for (const [event, act] of Object.entries(value)) made.addEventListener(event, act);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
-  }
-  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
-  return made;
-}
 
 // `code` in backticks, and lists of lines.
 function words(text) {
@@ -85,21 +74,6 @@ function sample(samples) {
   show();
   const copying = h("button", { type: "button", class: "small", on: { click: () => copy(copying, source()) } }, "Copy");
   return h("div", {}, h("div", { class: "row" }, buttons, copying), code);
-}
-
-async function copy(pressed, text) {
-  const words = pressed.textContent;
-  let done = true;
-  try { await navigator.clipboard.writeText(text); } catch {
-    // Browsers offer pages without TLS no clipboard but this.
-    const box = h("textarea", { "aria-hidden": "true" }, text);
-    pressed.after(box);
-    box.select();
-    done = document.execCommand("copy");
-    box.remove();
-  }
-  pressed.textContent = done ? "Copied" : "Not copied";
-  setTimeout(() => { pressed.textContent = words; }, 1500);
 }
 
 const cell = (label, ...children) => h("td", { "data-label": label, class: "wide" }, h("span", {}, children));

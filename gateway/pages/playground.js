@@ -1,40 +1,18 @@
-// What comes from models and servers is shown as text or as nodes made here, never as markup.
-const $ = (id) => document.getElementById(id);
-
-function h(tag, facts = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(facts)) {
-    if (name === "on") for (const [event, act] of Object.entries(value)) made.addEventListener(event, act);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
-  }
-  made.append(...children.filter((child) => child !== null && child !== undefined && child !== false).map((child) => (child instanceof Node ? child : String(child))));
-  return made;
-}
+import { Growing } from "./markdown.js";
+import { $, copy, h } from "./nodes.js";
 
 const key = { get: () => sessionStorage.getItem("playground-key") || "", set: (value) => sessionStorage.setItem("playground-key", value), forget: () => sessionStorage.removeItem("playground-key") };
 const button = (text, act, kind = "small") => h("button", { type: "button", class: kind, on: { click: act } }, text);
+const PICTURES = ["image/png", "image/jpeg", "image/webp", "image/gif"];
+// Showing costs time: it takes at most a fifth of it, and is done no more often than eyes can follow.
+const SHOWN_EVERY_MS = 60;
+const eyes = new Map();
 let turns = [], running = null, pictures = [];
-
-async function copy(pressed, text) {
-  const words = pressed.textContent;
-  let done = true;
-  try { await navigator.clipboard.writeText(text); } catch {
-    // Browsers offer pages without TLS no clipboard but this.
-    const box = h("textarea", { "aria-hidden": "true" }, text);
-    pressed.after(box);
-    box.select();
-    done = document.execCommand("copy");
-    box.remove();
-  }
-  pressed.textContent = done ? "Copied" : "Not copied";
-  setTimeout(() => { pressed.textContent = words; }, 1500);
-}
 
 // ── the gateway ──
 
 class Refused extends Error {
-  constructor(status, words, wait) { super(`${status}: ${words}`); this.status = status; this.wait = wait; }
+  constructor(answer, words, wait) { super(`${answer.status}: ${words}`); this.status = answer.status; this.headers = answer.headers; this.until = Date.now() + wait * 1000; }
 }
 
 async function call(method, path, body, signal) {
@@ -45,7 +23,7 @@ async function call(method, path, body, signal) {
   const text = await answer.text();
   let words = text || answer.statusText;
   try { const told = JSON.parse(text).error; words = told?.message || told || words; } catch { /* as it is */ }
-  throw new Refused(answer.status, words, Number(answer.headers.get("retry-after-ms")) / 1000 || Number(answer.headers.get("retry-after")) || 0);
+  throw new Refused(answer, words, Number(answer.headers.get("retry-after-ms")) / 1000 || Number(answer.headers.get("retry-after")) || 0);
 }
 
 async function* events(answer) {
@@ -55,64 +33,10 @@ async function* events(answer) {
     if (done) return;
     rest += value.replaceAll("\r\n", "\n");
     for (let end; (end = rest.indexOf("\n\n")) >= 0; rest = rest.slice(end + 2)) {
-      for (const line of rest.slice(0, end).split("\n")) if (line.startsWith("data:") && !line.includes("[DONE]")) yield JSON.parse(line.slice(5));
+      const data = rest.slice(0, end).split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n").trim();
+      if (data && data !== "[DONE]") yield JSON.parse(data);
     }
   }
-}
-
-// ── Markdown, the little that answers use ──
-
-function inline(text) {
-  const found = [], pattern = /`([^`]+)`|\*\*([^*]+)\*\*|__([^_]+)__|\*([^*\s][^*]*)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/g;
-  let from = 0;
-  for (const match of text.matchAll(pattern)) {
-    found.push(text.slice(from, match.index));
-    const [, code, strong, strong2, em, words, address] = match;
-    if (code !== undefined) found.push(h("code", {}, code));
-    else if (strong ?? strong2) found.push(h("strong", {}, ...inline(strong ?? strong2)));
-    else if (em !== undefined) found.push(h("em", {}, ...inline(em)));
-    else found.push(h("a", { href: address, rel: "noopener noreferrer", target: "_blank" }, words));
-    from = match.index + match[0].length;
-  }
-  return [...found, text.slice(from)];
-}
-
-function cells(line) { return line.replace(/^\s*\||\|\s*$/g, "").split("|").map((cell) => cell.trim()); }
-
-function markdown(text) {
-  const nodes = [], lines = text.split("\n");
-  for (let n = 0; n < lines.length; ) {
-    const line = lines[n], fence = /^\s*(```|~~~)/.exec(line), item = /^\s*(?:[-*+]|(\d+)[.)])\s+/.exec(line);
-    if (fence) {
-      const block = [];
-      for (n += 1; n < lines.length && !lines[n].trim().startsWith(fence[1]); n += 1) block.push(lines[n]);
-      n += 1;
-      nodes.push(h("pre", {}, h("code", {}, block.join("\n"))));
-    } else if (/^#{1,6}\s/.test(line)) {
-      nodes.push(h(`h${Math.min(6, line.indexOf(" ") + 2)}`, {}, ...inline(line.replace(/^#+\s+/, ""))));
-      n += 1;
-    } else if (item) {
-      const list = h(item[1] ? "ol" : "ul", item[1] ? { start: item[1] } : {});
-      for (let next; n < lines.length && (next = /^\s*(?:[-*+]|\d+[.)])\s+(.*)/.exec(lines[n])); n += 1) list.append(h("li", {}, ...inline(next[1])));
-      nodes.push(list);
-    } else if (line.includes("|") && /^\s*\|?[\s:|-]+\|[\s:|-]*$/.test(lines[n + 1] || "")) {
-      const body = [];
-      const head = cells(line);
-      for (n += 2; n < lines.length && lines[n].includes("|"); n += 1) body.push(h("tr", {}, ...cells(lines[n]).map((cell, at) => h("td", { "data-label": head[at] || "" }, ...inline(cell)))));
-      nodes.push(h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ...head.map((cell) => h("th", {}, ...inline(cell))))), h("tbody", {}, ...body))));
-    } else if (/^\s*>/.test(line)) {
-      const block = [];
-      for (; n < lines.length && /^\s*>/.test(lines[n]); n += 1) block.push(lines[n].replace(/^\s*>\s?/, ""));
-      nodes.push(h("blockquote", {}, ...markdown(block.join("\n"))));
-    } else if (!line.trim()) {
-      n += 1;
-    } else {
-      const block = [];
-      for (; n < lines.length && lines[n].trim() && !/^\s*(```|~~~|#{1,6}\s|>|[-*+]\s|\d+[.)]\s)/.test(lines[n]) || !block.length; n += 1) block.push(lines[n]);
-      nodes.push(h("p", {}, ...inline(block.join("\n")).flatMap((part) => (typeof part === "string" ? part.split("\n").flatMap((words, at) => (at ? [h("br"), words] : [words])) : [part]))));
-    }
-  }
-  return nodes;
 }
 
 // ── asking ──
@@ -120,7 +44,7 @@ function markdown(text) {
 function messagesUntil(turn, model) {
   const found = $("system").value.trim() ? [{ role: "system", content: $("system").value.trim() }] : [];
   for (const one of turns) {
-    const content = one.pictures.length ? [{ type: "text", text: one.prompt }, ...one.pictures.map((url) => ({ type: "image_url", image_url: { url } }))] : one.prompt;
+    const content = one.pictures.length && eyes.get(model) ? [{ type: "text", text: one.prompt }, ...one.pictures.map((url) => ({ type: "image_url", image_url: { url } }))] : one.prompt;
     found.push({ role: "user", content });
     if (one === turn) break;
     const answer = one.answers.find((given) => given.model === model) || one.answers[0];
@@ -137,50 +61,82 @@ function bodyOf(turn, model) {
   return body;
 }
 
-async function answerWith(turn, answer, signal) {
+const FACTS = { id: "x-request-id", backend: "x-gateway-backend", requestsLeft: "x-ratelimit-remaining-requests", tokensLeft: "x-ratelimit-remaining-tokens" };
+const read = (answer, headers) => { for (const [name, header] of Object.entries(FACTS)) answer[name] = headers.get(header); };
+
+async function answerWith(answer, signal) {
   const began = performance.now();
   try {
     const reply = await call("POST", "/v1/chat/completions", answer.body, signal);
-    for (const [name, header] of [["id", "x-request-id"], ["backend", "x-gateway-backend"], ["requestsLeft", "x-ratelimit-remaining-requests"], ["tokensLeft", "x-ratelimit-remaining-tokens"]]) answer[name] = reply.headers.get(header);
+    read(answer, reply.headers);
     for await (const event of events(reply)) {
       if (event.error) throw new Error(event.error.message || "the answer broke off");
       const delta = event.choices?.[0]?.delta || {};
       answer.thinking += delta.reasoning || delta.reasoning_content || "";
       answer.text += delta.content || "";
-      if ((delta.content || delta.reasoning || delta.reasoning_content) && answer.first === null) answer.first = performance.now() - began;
+      if (delta.content || delta.reasoning || delta.reasoning_content) {
+        answer.first ??= performance.now() - began;
+        answer.last = performance.now() - began;
+      }
       answer.usage = event.usage || answer.usage;
-      answer.draw();
+      soon(answer);
     }
   } catch (problem) {
     if (problem.name === "AbortError") answer.stopped = true;
-    else answer.problem = problem;
+    else { answer.problem = problem; if (problem.headers) read(answer, problem.headers); }
   }
-  answer.total = performance.now() - began;
   answer.done = true;
+  clearTimeout(answer.timer);
   answer.draw();
+}
+
+function soon(answer) {
+  if (answer.timer) return;
+  answer.timer = setTimeout(() => {
+    const began = performance.now();
+    answer.draw();
+    answer.rest = 4 * (performance.now() - began);
+    answer.timer = null;
+  }, Math.max(SHOWN_EVERY_MS, answer.rest));
 }
 
 async function run(turn) {
   const models = [...new Set([$("model").value, $("second").value].filter(Boolean))];
-  turn.answers = models.map((model) => ({ model, body: bodyOf(turn, model), text: "", thinking: "", first: null, total: 0, usage: null, done: false, draw: () => {} }));
-  draw();
-  running = new AbortController();
-  busy(true);
-  await Promise.all(turn.answers.map((answer) => answerWith(turn, answer, running.signal)));
-  running = null;
-  busy(false);
-  drawActions();
+  const mine = running = new AbortController();
+  try {
+    turn.answers = models.map((model) => ({ model, body: bodyOf(turn, model), isBlind: turn.pictures.length > 0 && !eyes.get(model), text: "", thinking: "", first: null, last: 0, usage: null, done: false, timer: null, rest: 0, draw: () => {} }));
+    draw();
+    busy();
+    if (document.activeElement === document.body) $("stop").focus();
+    await Promise.all(turn.answers.map((answer) => answerWith(answer, mine.signal)));
+  } finally {
+    if (running === mine) running = null;
+    const isLost = [document.body, $("stop")].includes(document.activeElement);
+    busy();
+    drawActions();
+    if (isLost && !running) $("prompt").focus();
+  }
 }
 
-function busy(is) {
-  $("stop").hidden = !is;
-  $("send").disabled = is;
+function busy() {
+  $("stop").hidden = running === null;
+  $("send").disabled = running !== null;
+}
+
+function forgetTalk() {
+  running?.abort();
+  running = null;
+  turns = [];
+  pictures = [];
+  drawPictures();
+  draw();
+  busy();
 }
 
 // ── showing ──
 
 const examples = {
-  curl: (body) => `curl -N ${location.origin}/v1/chat/completions \\\n  -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \\\n  -d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`,
+  curl: (body) => `curl -N ${location.origin}/v1/chat/completions \\\n  -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \\\n  --data-binary @- <<'END'\n${JSON.stringify(body)}\nEND`,
   Python: (body) => `import json\nimport os\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", api_key=os.environ["KEY"])\nbody = json.loads(r'''${JSON.stringify(body).replaceAll("'", "\\u0027")}''')\nfor chunk in client.chat.completions.create(**body):\n    if chunk.choices:\n        print(chunk.choices[0].delta.content or "", end="", flush=True)`,
   JavaScript: (body) => `const answer = await fetch("${location.origin}/v1/chat/completions", {\n  method: "POST",\n  headers: { Authorization: \`Bearer \${process.env.KEY}\`, "Content-Type": "application/json" },\n  body: JSON.stringify(${JSON.stringify(body)}),\n});\nfor await (const piece of answer.body.pipeThrough(new TextDecoderStream())) process.stdout.write(piece);`,
 };
@@ -189,25 +145,29 @@ function factsOf(answer) {
   const facts = [];
   if (answer.backend) facts.push(`backend ${answer.backend}`);
   if (answer.id) facts.push(`request ${answer.id}`);
-  if (answer.usage) facts.push(`${answer.usage.prompt_tokens} + ${answer.usage.completion_tokens} tokens`);
+  const { prompt_tokens: asked, completion_tokens: told } = answer.usage || {};
+  if (asked !== undefined || told !== undefined) facts.push(`${asked ?? "?"} + ${told ?? "?"} tokens`);
   if (answer.first !== null) facts.push(`first token ${Math.round(answer.first)} ms`);
-  if (answer.usage && answer.total > answer.first) facts.push(`${(answer.usage.completion_tokens / Math.max(0.001, (answer.total - answer.first) / 1000)).toFixed(1)} tokens/s`);
+  // What came in one piece came at no speed.
+  if (told > 1 && answer.last > answer.first) facts.push(`${((told - 1) * 1000 / (answer.last - answer.first)).toFixed(1)} tokens/s`);
   if (answer.requestsLeft) facts.push(`left this minute: ${answer.requestsLeft} requests${answer.tokensLeft ? `, ${answer.tokensLeft} tokens` : ""}`);
   if (answer.stopped) facts.push("stopped");
+  if (answer.isBlind) facts.push("without the picture, which this model cannot see");
   return facts;
 }
 
 function problemOf(turn, answer) {
   const shown = h("p", { class: "bad", role: "alert" }, answer.problem.message);
-  if (answer.problem.status !== 429 || !answer.problem.wait) return shown;
-  const until = Date.now() + answer.problem.wait * 1000, left = h("span", { class: "countdown" });
+  const { status, until } = answer.problem;
+  if (status !== 429 || until <= Date.now()) return shown;
+  const left = h("span", { class: "countdown" });
   const again = button("Try again", () => retry(turn));
   again.disabled = true;
   const tick = () => {
     const seconds = Math.ceil((until - Date.now()) / 1000);
     left.textContent = seconds > 0 ? ` again in ${seconds} s ` : " ";
-    again.disabled = seconds > 0;
-    if (seconds > 0 && left.isConnected) setTimeout(tick, 250);
+    again.disabled = seconds > 0 || running !== null;
+    if (left.isConnected) setTimeout(tick, 250);
   };
   setTimeout(tick);
   shown.append(left, again);
@@ -216,12 +176,14 @@ function problemOf(turn, answer) {
 
 function drawAnswer(turn, answer) {
   const said = h("div", { class: "said" }), thinking = h("details", { class: "thinking", hidden: true }, h("summary", {}, "Thinking"), h("div")), below = h("div");
-  const box = h("article", { class: "card answer" }, h("h3", {}, answer.model), thinking, said, below);
+  const box = h("article", { class: "card answer", "aria-busy": "true" }, h("h3", {}, answer.model), thinking, said, below);
+  const growing = new Growing(said);
   answer.draw = () => {
-    said.replaceChildren(...markdown(answer.text));
+    growing.show(answer.text);
     thinking.hidden = !answer.thinking;
-    thinking.lastChild.textContent = answer.thinking;
+    if (thinking.lastChild.textContent.length !== answer.thinking.length) thinking.lastChild.textContent = answer.thinking;
     if (!answer.done) return;
+    box.removeAttribute("aria-busy");
     const copied = Object.entries(examples).map(([name, of]) => button(`Copy as ${name}`, (event) => copy(event.target, of(answer.body))));
     below.replaceChildren(...(answer.problem ? [problemOf(turn, answer)] : []), h("div", { class: "facts" }, ...factsOf(answer).map((fact) => h("span", {}, fact))), h("div", { class: "actions" }, button("Copy", (event) => copy(event.target, answer.text)), ...copied));
   };
@@ -243,6 +205,7 @@ function drawActions() {
 }
 
 function edit(turn) {
+  if (running) return;
   $("prompt").value = turn.prompt;
   pictures = turn.pictures;
   drawPictures();
@@ -252,12 +215,14 @@ function edit(turn) {
 }
 
 function retry(turn) {
+  if (running) return;
   turns = turns.slice(0, turns.indexOf(turn) + 1);
   run(turn);
 }
 
 function drawPictures() {
-  $("pictures").replaceChildren(...pictures.map((src) => h("img", { src, alt: "a picture to send" })));
+  const away = (src) => { pictures = pictures.filter((one) => one !== src); drawPictures(); $("prompt").focus(); };
+  $("pictures").replaceChildren(...pictures.map((src) => h("span", { class: "picture" }, h("img", { src, alt: "a picture to send" }), button("Remove", () => away(src)))));
 }
 
 // ── models ──
@@ -269,16 +234,21 @@ async function loadModels() {
   $("second").replaceChildren(h("option", { value: "" }, "nothing"), ...options());
   $("embed-model").replaceChildren(...options());
   if (!names.length) throw new Error("This key may use no model that is there.");
-  await lookAtModel();
+  await lookAtModels();
 }
 
-async function lookAtModel() {
-  $("add-picture").hidden = true;
-  const model = $("model").value;
-  try {
-    const shown = await (await call("POST", "/api/show", { model })).json();
-    if ($("model").value === model) $("add-picture").hidden = !(shown.capabilities || []).includes("vision");
-  } catch { /* then it cannot see */ }
+async function lookAtModels() {
+  const models = () => [$("model").value, $("second").value].filter(Boolean);
+  const show = () => { $("add-picture").hidden = !models().some((model) => eyes.get(model)); };
+  show();
+  for (const model of models()) {
+    if (eyes.has(model)) continue;
+    try {
+      const told = await (await call("POST", "/api/show", { model })).json();
+      eyes.set(model, (told.capabilities || []).includes("vision"));
+    } catch { /* then it cannot see */ }
+  }
+  show();
 }
 
 // ── embeddings ──
@@ -315,6 +285,12 @@ function show(tab) {
   for (const one of $("tabs").children) one.dataset.tab === tab ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
 }
 
+// What else a header cannot carry.
+function readable(text) {
+  if (!/^[\x21-\x7e]+$/.test(text)) throw new Error("This is no key: keys have letters, digits and underscores only.");
+  return text;
+}
+
 async function enter() {
   await loadModels();
   $("enter").hidden = true;
@@ -325,19 +301,20 @@ async function enter() {
 
 function leave() {
   key.forget();
-  running?.abort();
-  turns = [];
-  draw();
+  eyes.clear();
+  forgetTalk();
+  for (const form of ["settings", "say", "embed-form"]) $(form).reset();
+  $("vectors").replaceChildren();
   for (const id of ["tabs", "leave", "chat", "embed"]) $(id).hidden = true;
   $("enter").hidden = false;
   $("key").value = "";
   $("key").focus();
 }
 
-$("enter").addEventListener("submit", (event) => { event.preventDefault(); key.set($("key").value.trim()); trying(enter); });
+$("enter").addEventListener("submit", (event) => { event.preventDefault(); trying(async () => { key.set(readable($("key").value.trim())); await enter(); }); });
 $("leave").addEventListener("click", leave);
 $("tabs").addEventListener("click", (event) => event.target.dataset.tab && show(event.target.dataset.tab));
-$("model").addEventListener("change", lookAtModel);
+for (const id of ["model", "second"]) $(id).addEventListener("change", lookAtModels);
 $("say").addEventListener("submit", (event) => {
   event.preventDefault();
   if (running || !$("prompt").value.trim()) return;
@@ -346,17 +323,18 @@ $("say").addEventListener("submit", (event) => {
   $("prompt").value = "";
   pictures = [];
   drawPictures();
-  run(turn).then(() => $("prompt").focus());
+  run(turn);
 });
 $("prompt").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("say").requestSubmit(); } });
 $("stop").addEventListener("click", () => running?.abort());
-$("clear").addEventListener("click", () => { running?.abort(); turns = []; draw(); });
-$("picture").addEventListener("change", async (event) => {
-  for (const file of event.target.files) {
-    pictures = [...pictures, await new Promise((done) => { const reader = new FileReader(); reader.onload = () => done(reader.result); reader.readAsDataURL(file); })];
-  }
+$("clear").addEventListener("click", forgetTalk);
+const dataOf = (file) => new Promise((done, failed) => { const reader = new FileReader(); reader.onload = () => done(reader.result); reader.onerror = () => failed(reader.error); reader.readAsDataURL(file); });
+$("picture").addEventListener("change", (event) => trying(async () => {
+  const files = [...event.target.files], other = files.find((file) => !PICTURES.includes(file.type));
   event.target.value = "";
+  if (other) throw new Error(`${other.name} is no picture: add PNG, JPEG, WebP or GIF.`);
+  pictures = [...pictures, ...await Promise.all(files.map(dataOf))];
   drawPictures();
-});
+}));
 $("embed-form").addEventListener("submit", (event) => { event.preventDefault(); trying(embed); });
 if (key.get()) trying(enter);
