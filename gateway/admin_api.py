@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import drains, key_facts, keys, model_names, probing, spoken, strict_json
+from gateway import api_key, drains, key_facts, keys, model_names, probing, spoken, strict_json
 from gateway.access import Access
 from gateway.admin_events import AdminEvents
 from gateway.backends import Backend
@@ -53,7 +53,7 @@ class Asked:
 
     def did(self, what: str) -> None:
         """For the audit."""
-        self.record.detail = what[:200]
+        self.record.detail = api_key.redacted(what)[:200]
 
 
 Handler = Callable[[Asked], Awaitable[Any]]
@@ -112,14 +112,17 @@ class AdminApi:
         ring: KeyRing,
         overview: Overview,
         database: Database,
+        reports: Database,
         store: Store,
         discovery: Discovery,
         backends: Mapping[str, Backend],
         operations: Mapping[str, Operation],
         explain: Explain,
+        is_draining: Callable[[], bool],
     ) -> None:
-        self._ring, self.at_a_glance, self._database, self._store = ring, overview, database, store
+        self._ring, self.at_a_glance, self._database, self._reports, self._store = ring, overview, database, reports, store
         self._discovery, self._backends, self._operations, self._explain = discovery, backends, operations, explain
+        self._is_draining = is_draining
 
     def routes(self, access: Access, watch: Watch) -> dict[tuple[str, str], ASGIApp]:
         def route(handler: Handler, *takes: str, **how: Any) -> AdminRoute:
@@ -127,7 +130,7 @@ class AdminApi:
 
         return {
             ("GET", "/admin/v1/overview"): route(self.overview),
-            ("GET", "/admin/v1/events"): AdminEvents(access, watch, self.at_a_glance),
+            ("GET", "/admin/v1/events"): AdminEvents(access, watch, self.at_a_glance, self._is_draining),
             ("GET", "/admin/v1/series"): route(self.series, "window"),
             ("GET", "/admin/v1/backends"): route(self.backends),
             ("POST", "/admin/v1/backends/{name}/drain"): route(self.drain),
@@ -225,16 +228,14 @@ class AdminApi:
         low, high = spoken.status(said["status"]) if "status" in said else (None, None)
         outcome = spoken.words(said["outcome"]) if "outcome" in said else None
         most = min(MOST_ROWS, spoken.count(said["limit"])) if "limit" in said else USUAL_ROWS
-        rows = await self._database.rows("list_audit", key_id, models, since, low, high, outcome, most)
+        rows = await self._reports.rows("list_audit", key_id, models, since, low, high, outcome, most)
         return [audit_row(row) for row in rows]
 
     async def trace(self, asked: Asked) -> list[dict[str, Any]]:
         since = spoken.since(asked.query["since"]) if "since" in asked.query else spoken.FIRST_MOMENT
         text = asked.path["id"]
         rows = (
-            await self._database.rows("trace_request", spoken.our_id(text), text, since, MOST_ROWS)
-            if text.isprintable()
-            else []
+            await self._reports.rows("trace_request", spoken.our_id(text), text, since, MOST_ROWS) if text.isprintable() else []
         )
         if not rows:
             raise NoSuchThing("the audit has no request of this id: it keeps those with a valid key, until their time is over")
@@ -243,7 +244,7 @@ class AdminApi:
     async def usage(self, asked: Asked) -> list[dict[str, Any]]:
         by = spoken.groups(asked.query.get("by", "key"))
         since = spoken.since(asked.query.get("since", "30d"))
-        rows = await self._database.rows("sum_audit", by, since)
+        rows = await self._reports.rows("sum_audit", by, since)
         left_out = {"day", "key_id", "key", "model", "backend"} - {*by, *(("key_id",) if "key" in by else ())}
         return [{name: value for name, value in row.items() if name not in left_out} for row in rows]
 
@@ -260,7 +261,7 @@ class AdminApi:
     async def _key_row(self, id_or_name: str) -> Mapping[str, Any]:
         row = await self._database.row("find_any_key", id_or_name) if id_or_name.isprintable() else None
         if row is None:
-            raise NoSuchThing(f"there is no key {id_or_name[:64]!a}")
+            raise NoSuchThing(f"there is no key {api_key.redacted(id_or_name)[:64]!a}")
         return dict(row)
 
 
@@ -295,7 +296,7 @@ def limits_of(body: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def new_key(body: Mapping[str, Any]) -> NewKey:
-    models = body.get("models") or []
+    models = [] if body.get("models") is None else body["models"]
     if not isinstance(models, list) or not all(
         isinstance(model, str) and model_names.split_patterns(model) == (model,) for model in models
     ):

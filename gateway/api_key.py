@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ PREFIX = "nz"
 ID_BYTES, SECRET_BYTES, CHECKSUM_CHARACTERS = 5, 20, 6
 ID_LENGTH, SECRET_LENGTH = 8, 32 + CHECKSUM_CHARACTERS
 ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz234567")
+WRITTEN = re.compile(rf"{PREFIX}_([a-z2-7]{{{ID_LENGTH}}})_[a-z2-7]+")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ def parse(text: str) -> PresentedKey | None:
         return None
     body, checksum = text[:-CHECKSUM_CHARACTERS], text[-CHECKSUM_CHARACTERS:]
     return PresentedKey(parts[1], text) if secrets.compare_digest(_checksum(body), checksum) else None
+
+
+def redacted(text: str) -> str:
+    """With what has the form of a key down to its id, for logs and messages."""
+    return WRITTEN.sub(rf"{PREFIX}_\1_…", text)
 
 
 def _encode(data: bytes) -> str:

@@ -24,7 +24,7 @@ from gateway.books import Books
 from gateway.budgets import Budgets
 from gateway.bulletin import Bulletin, ProcessState
 from gateway.client_address import TrustedProxies
-from gateway.database import Database
+from gateway.database import Database, Reports
 from gateway.dialects.base import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
@@ -54,6 +54,8 @@ from gateway.store import Store
 LOG = logging.getLogger("gateway")
 # A path that is not there for who may not see it is there in no way.
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# How long an operator waits for sums over many rows.
+REPORT_DEADLINE_S = 10.0
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Rooms:
     """What the operator's commands and the tests need of a gateway that is up."""
 
     database: Database
+    reports: Reports
     store: Store
     discovery: Discovery
     backends: dict[str, Backend]
@@ -100,6 +103,7 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
     """`metrics_folder` is where the workers of one gateway share what they have counted."""
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(database_of(settings))
+        reports = await stack.enter_async_context(Reports(settings.database_url, timeout_s=REPORT_DEADLINE_S))
         store = await stack.enter_async_context(Store(settings.redis_url))
         failures = AuthFailures(store, settings.auth_failure_rate_limit_per_ip_per_min)
         authenticator = await stack.enter_async_context(
@@ -119,7 +123,7 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         id_header = settings.gateway_request_id_header
         metrics = Metrics(metrics_folder)
         front = Front(_not_yet, proxies.client_of, by_prefix(spoken), books, metrics, request_id_header=id_header)
-        rooms = Rooms(database, store, discovery, backends, front, watch, limits, books, metrics, writer)
+        rooms = Rooms(database, reports, store, discovery, backends, front, watch, limits, books, metrics, writer)
         catalog = lambda: discovery.catalog  # noqa: E731
         sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
@@ -135,13 +139,15 @@ def admin_api_of(settings: Settings, rooms: Rooms) -> AdminApi:
     defaults, most = default_quota(settings), settings.max_num_predict
     return AdminApi(
         KeyRing(rooms.database, hasher_of(settings), rooms.store),
-        Overview(settings.backends, rooms.discovery, rooms.database, rooms.store),
+        Overview(settings.backends, rooms.discovery, rooms.reports, rooms.store, lambda: rooms.database.up),
         rooms.database,
+        rooms.reports,
         rooms.store,
         rooms.discovery,
         rooms.backends,
         operations,
         lambda question: explain(question, fleet_as_seen(settings, rooms), rooms.limits, defaults, most),
+        lambda: rooms.front.draining,
     )
 
 

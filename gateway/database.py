@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import asyncpg
 
-from gateway.errors import CommandFailed, StoreUnavailable
+from gateway.errors import CommandFailed, StoreUnavailable, TooSlow
 
 SQL = Path(__file__).resolve().parent.parent / "sql"
 NAMED_QUERY = re.compile(r"^-- name: (\w+)\n-- [^\n]+\n(.*?);\s*$", re.MULTILINE | re.DOTALL)
@@ -79,6 +79,10 @@ class Database:
         self.was_reached = False
         self.calls = self.errors = 0
 
+    def _is_dead(self, wrong: BaseException) -> bool:
+        """Whether a failure means that nothing can be asked for now: an answer that is late, for one, that it is frozen."""
+        return True
+
     async def __aenter__(self) -> Self:
         self._pool = await asyncpg.create_pool(
             self._url,
@@ -141,7 +145,7 @@ class Database:
         except asyncpg.UniqueViolationError as wrong:
             raise AlreadyThere from wrong
         except DIED as wrong:
-            raise self._down(wrong) from wrong
+            raise (self._down(wrong) if self._is_dead(wrong) else TooSlow()) from wrong
         finally:
             with suppress(*DIED):
                 await self._pool.release(connection)
@@ -153,7 +157,7 @@ class Database:
             return await pool.acquire(timeout=self._timeout_s)
         except (asyncpg.PostgresError, *DIED) as wrong:
             # Whatever a server says to who connects (no such database, wrong password, not now): nothing can be asked.
-            raise self._down(wrong) from wrong
+            raise (self._down(wrong) if self._is_dead(wrong) else TooSlow()) from wrong
 
     def _down(self, wrong: BaseException) -> StoreUnavailable:
         self._down_until = time.monotonic() + PAUSE_AFTER_FAILURE_S
@@ -185,6 +189,13 @@ class Database:
                 await _apply(migration, connection)
                 await connection.execute(self._queries["note_migration"], migration.version, migration.name, migration.sha256)
         return len(missing)
+
+
+class Reports(Database):
+    """For sums over many rows: a pool of its own, in which a slow answer says nothing of the server's health."""
+
+    def _is_dead(self, wrong: BaseException) -> bool:
+        return not isinstance(wrong, TimeoutError)
 
 
 async def _apply(migration: Migration, connection: Connection) -> None:

@@ -194,6 +194,12 @@ class StoreUnavailable(GatewayError):
         super().__init__(message, retry_after=retry_after)
 
 
+class TooSlow(StoreUnavailable):
+    """PostgreSQL takes too long for this; ask for a shorter time or for less."""
+
+    code = "too_slow"
+
+
 class LimitsUnavailable(GatewayError):
     """The gateway cannot check this key's limits at the moment; try again shortly."""
 

@@ -198,7 +198,7 @@ class KeyRing:
     async def _living(self, name_or_id: str, *, usable: bool = False) -> str:
         row = await self._database.row("find_living_key", name_or_id) if name_or_id.isprintable() else None
         if row is None:
-            raise NotThere(f"there is no living key {name_or_id!r}: see `make keys`")
+            raise NotThere(f"there is no living key {api_key.redacted(name_or_id)!r}: see `make keys`")
         if usable and row["expires_at"] is not None and row["expires_at"] <= datetime.now(UTC):
             raise CommandFailed(f"the key {name_or_id!r} has expired: revoke it and make another")
         return str(row["id"])
@@ -234,6 +234,8 @@ def version_key(secret_id: str) -> str:
 def _refuse_unreadable(wanted: NewKey) -> None:
     if not 0 < len(wanted.name) <= LONGEST_NAME or not wanted.name.isprintable():
         raise CommandFailed(f"a key's name must be 1 to {LONGEST_NAME} printable characters: choose another name")
+    if api_key.redacted(wanted.name) != wanted.name:
+        raise CommandFailed("a key's name must not be a key: choose a name that says whose it is")
     for pattern in wanted.models:
         if not pattern.isprintable():
             raise CommandFailed(f"{pattern!r} is no model's name: write it in printable characters")

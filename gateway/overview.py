@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,6 +20,7 @@ LATELY = timedelta(minutes=15)
 BUSIEST = 10
 # Whoever looks, however many, the stores are asked no more often.
 REMEMBERED_S = 2.0
+SOON_S = 2.5
 # Of each window that can be asked for: its length, and that of its steps.
 WINDOWS = {
     "15m": (timedelta(minutes=15), timedelta(seconds=15)),
@@ -39,8 +40,16 @@ NEVER_ASKED: dict[str, Any] = {
 
 
 class Overview:
-    def __init__(self, configs: Sequence[BackendConfig], discovery: Discovery, database: Database, store: Store) -> None:
-        self._configs, self._discovery, self._database, self._store = configs, discovery, database, store
+    def __init__(
+        self,
+        configs: Sequence[BackendConfig],
+        discovery: Discovery,
+        reports: Database,
+        store: Store,
+        is_database_up: Callable[[], bool],
+    ) -> None:
+        self._configs, self._discovery, self._reports, self._store = configs, discovery, reports, store
+        self._is_database_up = is_database_up
         self._asking = asyncio.Lock()
         self._last: tuple[float, dict[str, Any]] = (0.0, {})
         self._series: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -61,7 +70,7 @@ class Overview:
             if time.monotonic() - at > KEPT_SERIES_S:
                 length, step = WINDOWS[window]
                 since = datetime.now(UTC) - length
-                rows = await self._database.rows("series", since, step)
+                rows = await self._reports.rows("series", since, step)
                 told = {"window": window, "step_s": step.total_seconds(), "since": since, "steps": [dict(row) for row in rows]}
                 self._series[window] = time.monotonic(), told
             return told
@@ -78,7 +87,10 @@ class Overview:
                 (state.audit_waiting for state in states or () if state.audit_waiting is not None), default=None
             ),
             "backends": backends(self._configs, self._discovery.catalog, bulletin.together(states or ()), drained or {}),
-            "stores": {"redis": self._store.up, "postgresql": lately is not None},
+            "stores": {
+                "redis": self._store.up,
+                "postgresql": lately is not None or (self._reports.up and self._is_database_up()),
+            },
             "lately": lately,
         }
 
@@ -89,14 +101,19 @@ class Overview:
             return None
 
     async def _lately(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        since = datetime.now(UTC) - LATELY
+        """None where PostgreSQL has no answer soon enough for who watches."""
         try:
-            out = await self._database.rows("drained_backends")
-            sums = await self._database.row("recent_sums", since)
-            keys = await self._database.rows("busiest_keys", since, BUSIEST)
-            models = await self._database.rows("busiest_models", since, BUSIEST)
-        except StoreUnavailable:
+            async with asyncio.timeout(SOON_S):
+                return await self._sums()
+        except (StoreUnavailable, TimeoutError):
             return None, None
+
+    async def _sums(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        since = datetime.now(UTC) - LATELY
+        out = await self._reports.rows("drained_backends")
+        sums = await self._reports.row("recent_sums", since)
+        keys = await self._reports.rows("busiest_keys", since, BUSIEST)
+        models = await self._reports.rows("busiest_models", since, BUSIEST)
         assert sums is not None
         told = {**sums, "since": since, "keys": [dict(row) for row in keys], "models": [dict(row) for row in models]}
         return told, {row["backend"]: {"at": row["at"], "by": row["by"]} for row in out}

@@ -15,8 +15,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gateway import tasks
-from gateway.redis_names import FREED
-from gateway.store import CALL_DEADLINE_S, CONNECT_DEADLINE_S, StoreAway, connect
+from gateway.redis_names import FREED, named
+from gateway.store import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, StoreAway, connect
 
 LOG = logging.getLogger("gateway.store")
 LUA = Path(__file__).parent / "lua"
@@ -26,6 +26,8 @@ LOOKS, LOOK_AGAIN_S = 4, 0.003
 GIVE_UP_S = 5.0
 PAUSE_S = 0.2
 COMPLAIN_EVERY_S = 60.0
+REFUSED = ("READONLY", "NOPERM")
+TRIAL = "return redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"
 # What a node of a cluster says of a key that it does not hold, or not yet, or that nobody holds.
 NOT_HERE = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 
@@ -84,7 +86,7 @@ class Line:
         self._transport: asyncio.WriteTransport | None = None
         self._unwritten: list[bytes] = []
         self._pending: deque[Sent] = deque()
-        self._is_late = False
+        self._takes_writes = self._is_late = False
         self._suspect: Sent | None = None
         self._looks = 0
         self._complained_at = -COMPLAIN_EVERY_S
@@ -108,7 +110,7 @@ class Line:
 
     @property
     def is_usable(self) -> bool:
-        return self._transport is not None and not self._is_late and len(self._pending) < MOST_PENDING
+        return self._takes_writes and not self._is_late and len(self._pending) < MOST_PENDING
 
     @property
     def has_written(self) -> bool:
@@ -143,7 +145,8 @@ class Line:
             self._watch = self._loop.call_at(sent.due, self._look)
 
     def flush(self) -> None:
-        if self._unwritten and self._transport is not None:
+        # What a closing connection would have carried fails when it is closed.
+        if self._unwritten and self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(self._unwritten))
         self._unwritten.clear()
 
@@ -181,6 +184,19 @@ class Line:
             self._tally.errors += 1
             sent.answer.set_exception(StoreAway())
 
+    def _try_to_write(self, due: float) -> None:
+        """What takes nothing is of no use, however well it answers."""
+        answer: asyncio.Future[Any] = self._loop.create_future()
+        answer.add_done_callback(self._tried)
+        self._enqueue(Sent(answer, pack("EVAL", TRIAL, 1, named("check"), CHECK_KEPT_MS), due, True))
+
+    def _tried(self, answer: "asyncio.Future[Any]") -> None:
+        # Other errors are of the moment (no room, not this node's), and answered as such by each command.
+        if not answer.cancelled():
+            answer.exception()
+        self._takes_writes = self._transport is not None and not self._transport.is_closing()
+        self._connected.set()
+
     def _hang_up(self) -> None:
         if self._transport is not None:
             self._transport.abort()
@@ -200,11 +216,12 @@ class Line:
         try:
             self._transport = _taken_over(connection, replies)
             self._load_scripts(self._loop.time() + CONNECT_DEADLINE_S)
+            self._try_to_write(self._loop.time() + CONNECT_DEADLINE_S)
             self.flush()
-            self._connected.set()
             await replies.ended
         finally:
             self._transport = None
+            self._takes_writes = False
             self._drop_all()
             with suppress(RedisError, OSError, TimeoutError):
                 await connection.disconnect(nowait=True)
@@ -220,8 +237,9 @@ class Line:
             sent.answer.set_result(reply)
 
     def _take_error(self, sent: Sent, told: str) -> None:
-        if told.startswith("READONLY"):
-            # What was the primary is none any more: another connection finds the new one.
+        if told.startswith(REFUSED):
+            # What was the primary is none any more, or we may not: another connection may find another server, or more rights.
+            self._takes_writes = False
             self._hang_up()
         if told.startswith(NOT_HERE):
             self._on_moved()

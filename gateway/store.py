@@ -13,14 +13,16 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from gateway import address, tasks
+from gateway.redis_names import named
 
 LOG = logging.getLogger("gateway.store")
 CALL_DEADLINE_S = 0.05
 CONNECT_DEADLINE_S = 1.0
 CHECK_EVERY_S = 1.0
+CHECK_KEPT_MS = 60_000
 PING_EVERY_S = 5.0
 TIMEOUTS_UNTIL_AWAY = 2
 SENTINEL: dict[str, Any] = {
@@ -133,6 +135,8 @@ class Store:
         self._tasks: list[asyncio.Task[None]] = []
         self.up = False
         self._told_up: bool | None = None
+        # What Redis said, where it answers and refuses.
+        self.refusal = ""
 
     async def __aenter__(self) -> Self:
         await self._check()
@@ -209,12 +213,17 @@ class Store:
             LOG.log(logging.INFO if up else logging.ERROR, "Redis %s", "answers" if up else f"is away: {reason}")
 
     async def _check(self) -> None:
+        """A server that answers but takes nothing (a replica, names not allowed) is of no more use than none."""
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 await self._redis.ping()
+                with contextlib.suppress(OutOfMemoryError):  # without room it still counts, and says so where it matters
+                    await self._redis.set(named("check"), b"1", px=CHECK_KEPT_MS)
         except (RedisError, OSError, TimeoutError) as wrong:
+            self.refusal = f"{type(wrong).__name__}: {wrong}" if isinstance(wrong, ResponseError) else ""
             self._set_up(up=False, reason=type(wrong).__name__)
         else:
+            self.refusal = ""
             self._set_up(up=True)
 
     async def _keep_checking(self) -> None:

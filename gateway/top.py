@@ -19,6 +19,7 @@ from gateway.settings import Settings
 EVERY_S = 2.0
 DEADLINE_S = 5.0
 SMALLEST = (80, 24)
+NEEDED = {"at", "processes", "in_flight", "waiting", "audit_backlog", "backends", "stores", "lately"}
 ENTER, LEAVE, HOME = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l", "\x1b[H"
 CLEAR_LINE, CLEAR_BELOW = "\x1b[K", "\x1b[J"
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 # where it listens, asked from here  # nosec B104
@@ -36,7 +37,7 @@ async def watch(settings: Settings, said: argparse.Namespace) -> None:
             try:
                 lines = frame(await asyncio.to_thread(overview, url, key), *shutil.get_terminal_size(SMALLEST))
             except CommandFailed as failed:
-                lines = [f"error: {failed}", "", "trying again; Ctrl-C ends"]
+                lines = [_plain(f"error: {failed}")[: shutil.get_terminal_size(SMALLEST)[0]], "", "trying again; Ctrl-C ends"]
             sys.stdout.write(
                 HOME + "".join(f"{line}{CLEAR_LINE}\n" for line in lines[:-1]) + lines[-1] + CLEAR_LINE + CLEAR_BELOW
             )
@@ -63,19 +64,30 @@ def address_of(settings: Settings) -> str:
 def overview(url: str, key: str) -> dict[str, Any]:
     """Raises CommandFailed."""
     if not url.startswith(("http://", "https://")):
-        raise CommandFailed(f"{url!r} is no address: write http://host:port")
+        raise CommandFailed(f"{url!a} is no address: write http://host:port")
+    if not (key.isascii() and key.isprintable()):
+        raise CommandFailed("the admin key has characters that no key has: look at ADMIN_KEY")
     headers = {"Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url.rstrip('/')}/admin/v1/overview", headers=headers)  # noqa: S310 # looked at above
     # Ours is no address for a proxy that the environment may name.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), Staying)
     try:
         with direct.open(request, timeout=DEADLINE_S) as answer:
             found: dict[str, Any] = json.loads(answer.read())
-            return found
     except urllib.error.HTTPError as refused:
-        raise CommandFailed(f"{url} answers {refused.code}: {_words(refused.read())}") from None
+        raise CommandFailed(_plain(f"{url} answers {refused.code}: {_words(refused.read())}")) from None
     except (OSError, HTTPException, ValueError) as wrong:
-        raise CommandFailed(f"no gateway answers at {url}: {wrong}") from None
+        raise CommandFailed(_plain(f"no gateway answers at {url}: {wrong}")) from None
+    if not isinstance(found, dict) or not found.keys() >= NEEDED:
+        raise CommandFailed(_plain(f"what answers at {url} is no gateway of this version: look at URL="))
+    return found
+
+
+class Staying(urllib.request.HTTPRedirectHandler):
+    """A key goes where the operator said and nowhere else."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _words(body: bytes) -> str:

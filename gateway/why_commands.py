@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import app, audit_commands, bulletin, commands, console, drains, keys, spoken, strict_json
+from gateway import api_key, app, audit_commands, bulletin, commands, console, drains, keys, spoken, strict_json
 from gateway.budgets import Budgets
 from gateway.database import Database
 from gateway.dialects.base import Operation
@@ -53,7 +53,7 @@ def operation_of(client: str) -> Operation:
 async def key_named(database: Database, id_or_name: str) -> keys.Key:
     found = await database.row("find_living_key", id_or_name) if id_or_name.isprintable() else None
     if found is None:
-        raise CommandFailed(f"there is no living key {id_or_name!r}: see `make keys`")
+        raise CommandFailed(f"there is no living key {api_key.redacted(id_or_name)!r}: see `make keys`")
     row = await database.row("key_with_rights", found["id"])
     assert row is not None
     return keys.unpack(dict(row))
@@ -123,7 +123,8 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
     stamp = row["at"].astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     yield f"request {row['request_id']} (id {row['id']})"
     yield f"  {stamp} UTC  {row['method']} {row['route']}, {row['bytes_in']} bytes"
-    yield f"  key      {row['key'] or '-'} ({row['key_id']}) from {row['client']}, {row['agent'] or 'no agent named'}"
+    agent = console.cell(row["agent"] or "no agent named")
+    yield f"  key      {row['key'] or '-'} ({row['key_id']}) from {row['client']}, {agent}"
     yield f"  model    {row['model'] or '-'}{', streamed' if row['stream'] else ''}"
     if row["queue_ms"]:
         yield f"  queue    waited {row['queue_ms']:.1f} ms for a slot of the key"

@@ -150,7 +150,7 @@ def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admi
         page.fill("[name=rpm]", "5")
         page.click("#save")
         first = page.locator("#new-key").inner_text()
-        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Close").click()
         with gateway.http(first) as client:
             assert client.post("/api/chat", json=CHAT).status_code == 200
         page.fill("#find-key", "alice")
@@ -165,7 +165,7 @@ def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admi
         page.click("#confirm")
         second = page.locator("#new-key").inner_text()
         assert second.startswith("nz_") and second != first
-        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Close").click()
         alice.get_by_role("button", name="Revoke").click()
         page.get_by_role("button", name="Cancel").click()
         with gateway.http(second) as client:

@@ -96,7 +96,7 @@ def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
 def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
     key = gateway.key(rpm=50, flags=(keys.SHOW_BACKEND,))
     words = "# Yes\n\n- **one**\n- `two`\n\n```\ncode <b>\n```\n[a](https://example.org/x)"
-    alpha.play_once(CHAT, saying({"reasoning": "Hmm."}, {"content": words}, pause_s=0.02))
+    alpha.play_once(CHAT, saying({"reasoning": "Hmm."}, {"content": words}, pause_s=0.05))
     with page_of(browser) as (page, wrong):
         enter(page, gateway, key)
         page.locator("summary").first.click()

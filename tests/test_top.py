@@ -1,5 +1,7 @@
 """The terminal's view: it fits, shows what is in trouble first, and asks the admin API like anybody."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,50 @@ def test_against_a_running_gateway(
         top.overview(gateway.url, gateway.key())
     with pytest.raises(CommandFailed, match=r"no gateway answers at http://127\.0\.0\.1:1: "):
         top.overview("http://127.0.0.1:1", admin)
+
+
+class Odd(BaseHTTPRequestHandler):
+    """What stands where no gateway does."""
+
+    status, body = 200, b"{}"
+    keys: tuple[tuple[str, str | None], ...] = ()
+
+    def do_GET(self) -> None:
+        type(self).keys = (*self.keys, (self.path, self.headers["Authorization"]))
+        self.send_response(self.status)
+        if self.status == 302:
+            self.send_header("Location", "/elsewhere")
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, b"{}"), (200, b"[]"), (200, b"3"), (200, b"<html>"), (302, b""), (500, b'{"error": "\\u001b[31mred"}')],
+)
+def test_what_is_no_gateway_is_said_so_and_gets_the_key_once(status: int, body: bytes) -> None:
+    class Answering(Odd):
+        pass
+
+    Answering.status, Answering.body = status, body
+    with HTTPServer(("127.0.0.1", 0), Answering) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(CommandFailed) as failed:
+                top.overview(f"http://127.0.0.1:{server.server_port}", "nz_key")
+        finally:
+            server.shutdown()
+            thread.join(5)
+    assert str(failed.value).isprintable()
+    assert Answering.keys == (("/admin/v1/overview", "Bearer nz_key"),)
+
+
+def test_a_key_that_no_header_can_carry_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CommandFailed) as failed:
+        top.overview("http://127.0.0.1:1", "nz_secret\nword")
+    assert "secret" not in str(failed.value)

@@ -73,17 +73,22 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
 
 async def require_redis(settings: Settings) -> None:
     async with Store(settings.redis_url) as store:
+        if store.refusal:
+            raise _not_taken(store.refusal)
         if not store.up:
             raise CommandFailed("Redis does not answer, which the drill's two gateways count in together: see `make doctor`")
         try:
             await store.slow_call(lambda redis: redis.set(redis_names.named("begun"), b"", px=TRIED_MS), TRIED_MS / 1000)
             await store.slow_call(lambda redis: redis.publish(redis_names.FREED, b""), TRIED_MS / 1000)
         except StoreAway as refused:
-            why = f"{type(refused.__cause__).__name__}: {refused.__cause__}".rstrip(": ")
-            raise CommandFailed(
-                f"Redis does not take what begins with {redis_names.PREFIX} ({why}): let the user of REDIS_URL use all names "
-                "and channels that begin with nz: (its ACL then says `~nz:* &nz:*`), and see `make doctor`"
-            ) from None
+            raise _not_taken(f"{type(refused.__cause__).__name__}: {refused.__cause__}".rstrip(": ")) from None
+
+
+def _not_taken(why: str) -> CommandFailed:
+    return CommandFailed(
+        f"Redis does not take what begins with {redis_names.PREFIX} ({why}): let the user of REDIS_URL use all names "
+        "and channels that begin with nz: (its ACL then says `~nz:* &nz:*`), and see `make doctor`"
+    )
 
 
 def installation_of(settings: Settings) -> Installation:

@@ -133,6 +133,7 @@ $("find").addEventListener("input", () => {
   const wanted = $("find").value.toLowerCase().split(/\s+/).filter(Boolean);
   for (const box of document.querySelectorAll(".line")) box.hidden = !wanted.every((word) => box.dataset.words.includes(word));
   for (const group of document.querySelectorAll("section.card:has(.line)")) group.hidden = !group.querySelector(".line:not([hidden])");
+  $("nothing").hidden = !wanted.length || document.querySelector(".line:not([hidden])") !== null;
 });
 
 async function begin() {
@@ -140,8 +141,16 @@ async function begin() {
   if (!answer.ok) throw new Error(`/openapi.json: ${answer.status}`);
   told = await answer.json();
   show();
-  const wanted = location.hash && $(decodeURIComponent(location.hash.slice(1)));
-  if (wanted) { wanted.open = true; wanted.scrollIntoView(); }
+  goThere();
 }
+
+function goThere() {
+  let name = location.hash.slice(1);
+  try { name = decodeURIComponent(name); } catch { /* no address of ours: then there is nowhere to go */ }
+  const wanted = name && $(name);
+  if (wanted?.matches(".line")) { wanted.open = true; wanted.scrollIntoView(); }
+}
+
+window.addEventListener("hashchange", goThere);
 
 begin().catch((wrong) => { $("problem").textContent = String(wrong.message || wrong); $("problem").hidden = false; });

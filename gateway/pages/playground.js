@@ -5,7 +5,7 @@ const key = { get: () => sessionStorage.getItem("playground-key") || "", set: (v
 const button = (text, act, kind = "small") => h("button", { type: "button", class: kind, on: { click: act } }, text);
 const PICTURES = ["image/png", "image/jpeg", "image/webp", "image/gif"];
 // Showing costs time: it takes at most a fifth of it, and is done no more often than eyes can follow.
-const SHOWN_EVERY_MS = 60;
+const SHOWN_EVERY_MS = 60, SHORTEST_MS = 20;
 const eyes = new Map();
 let turns = [], running = null, pictures = [];
 
@@ -148,8 +148,8 @@ function factsOf(answer) {
   const { prompt_tokens: asked, completion_tokens: told } = answer.usage || {};
   if (asked !== undefined || told !== undefined) facts.push(`${asked ?? "?"} + ${told ?? "?"} tokens`);
   if (answer.first !== null) facts.push(`first token ${Math.round(answer.first)} ms`);
-  // What came in one piece came at no speed.
-  if (told > 1 && answer.last > answer.first) facts.push(`${((told - 1) * 1000 / (answer.last - answer.first)).toFixed(1)} tokens/s`);
+  // What came at one moment came at no speed.
+  if (told > 1 && answer.last - answer.first >= SHORTEST_MS) facts.push(`${((told - 1) * 1000 / (answer.last - answer.first)).toFixed(1)} tokens/s`);
   if (answer.requestsLeft) facts.push(`left this minute: ${answer.requestsLeft} requests${answer.tokensLeft ? `, ${answer.tokensLeft} tokens` : ""}`);
   if (answer.stopped) facts.push("stopped");
   if (answer.isBlind) facts.push("without the picture, which this model cannot see");

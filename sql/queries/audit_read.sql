@@ -2,7 +2,7 @@
 -- The key an operator means by an id, by the id of one of its secrets, or by its name; of several the newest, revoked ones too.
 SELECT k.id, k.name FROM keys k
 WHERE k.id = $1 OR k.name = $1 OR k.id = (SELECT key_id FROM secrets WHERE id = $1)
-ORDER BY (k.name = $1) DESC, k.created_at DESC
+ORDER BY (k.id = $1) DESC, (k.name = $1), k.created_at DESC
 LIMIT 1;
 
 -- name: list_audit

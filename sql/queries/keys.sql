@@ -51,11 +51,11 @@ UPDATE secrets SET expires_at = least(expires_at, $3) WHERE key_id = $1 AND id <
 SELECT id FROM secrets WHERE key_id = $1;
 
 -- name: find_living_key
--- The key an operator means by an id, by the id of one of its secrets, or by its name.
+-- The key an operator means by an id, by the id of one of its secrets, or by its name, in that order.
 SELECT k.id, k.name, k.expires_at FROM keys k
 WHERE k.revoked_at IS NULL
   AND (k.id = $1 OR k.name = $1 OR k.id = (SELECT key_id FROM secrets WHERE id = $1))
-ORDER BY (k.name = $1) DESC
+ORDER BY (k.id = $1) DESC, (k.name = $1)
 LIMIT 1;
 
 -- name: lock_key
