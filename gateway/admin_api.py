@@ -254,7 +254,7 @@ class AdminApi:
         if path not in self._operations or not model or not asked.query.get("key"):
             routes = ", ".join(sorted(self._operations))
             raise BadRequest(f"say key= (id or name), model=, and client= as ollama, openai, or one of {routes}")
-        row = await self._database.row("key_with_rights", (await self._key_row(asked.query["key"]))["id"])
+        row = await self._database.row("key_with_rights", await self._ring.living(asked.query["key"]))
         assert row is not None
         return await self._explain(Question(keys.unpack(dict(row)), model, self._operations[path]))
 

@@ -95,8 +95,9 @@ class AdminVerb:
         record: Record = scope["state"]["record"]
         key = await self._access.key_of(scope, record)
         backend = self._backend_for(key, scope)
-        record.backend = backend.name
         await self._access.admit(record)
+        # What is refused was tried nowhere.
+        record.backend = backend.name
         answer = PassedThrough(self._dialect, record, send)
         headers = _passed_on(scope["headers"], record.request_id)
         try:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import errno
 import os
 import re
 import sys
@@ -59,6 +60,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         told = re.sub(r"--([a-z-]+)", lambda found: f"{found[1].upper().replace('-', '_')}= (--{found[1]})", message)
         self.exit(2, f"error: {told}; see `{self.prog} --help`\n")
+
+
+UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -154,7 +158,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.say("error: PostgreSQL does not answer: check DATABASE_URL and that the server runs")
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as wrong:
+        if wrong.errno not in UNWRITABLE:
+            raise
+        if wrong.errno != errno.EPIPE:
+            console.say(f"error: the output cannot be written: {wrong.strerror}")
         # Nobody reads on; what is left to write must not fail again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

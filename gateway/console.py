@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+
 
 def say(text: str) -> None:
     """Progress, so that nobody waits in the dark."""
@@ -111,4 +113,7 @@ def printer(*, as_json: bool, as_csv: bool) -> Table | Lines | Csv:
 
 
 def _plain(value: Any) -> Any:
+    """A spreadsheet takes what begins so for a formula; names and agents come from anybody."""
+    if isinstance(value, str) and value.startswith(FORMULAS):
+        return f"'{value}"
     return json.dumps(value) if isinstance(value, list | dict) else _jsonable(value) if isinstance(value, date) else value

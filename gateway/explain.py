@@ -119,6 +119,8 @@ async def explain(question: Question, fleet: Fleet, limits: Limits, defaults: Qu
         "refused_by": None,
         "passes_in_s": None,
     }
+    if question.key.has_expired(time.time()):
+        return {**told, **_verdict(401, "invalid_api_key")}
     if model is None:
         return {**told, **_verdict(403, "model_not_available")}
     refusal = await _limits(question, limits, defaults, most_output, told)

@@ -137,7 +137,7 @@ class KeyRing:
 
     async def rotate(self, name_or_id: str, overlap: timedelta) -> tuple[str, str]:
         """A new secret for the same key; the old ones work for the overlap. Returns the key's id and the new key."""
-        key_id = await self._living(name_or_id, usable=True)
+        key_id = await self.living(name_or_id, usable=True)
         minted = api_key.mint()
         await self._database.run_all(
             [
@@ -151,7 +151,7 @@ class KeyRing:
 
     async def revoke(self, name_or_id: str) -> tuple[str, bool]:
         """Returns the key's id and whether every process was told at once (else they learn it with their cache time)."""
-        key_id = await self._living(name_or_id)
+        key_id = await self.living(name_or_id)
         await self._database.run_all([("lock_key", (key_id,)), ("revoke_key", (key_id,))])
         return key_id, await self._announce(key_id)
 
@@ -164,7 +164,7 @@ class KeyRing:
 
         Returns the key's id, the whole quota as it is now, and whether every process was told at once.
         """
-        key_id = await self._living(name_or_id)
+        key_id = await self.living(name_or_id)
         _refuse_unreadable_pattern(pattern)
         pattern = model_names.rule_pattern(pattern)
         names = list(quota.NAMES)
@@ -195,7 +195,8 @@ class KeyRing:
     async def count(self) -> int:
         return int(await self._database.value("count_living_keys"))
 
-    async def _living(self, name_or_id: str, *, usable: bool = False) -> str:
+    async def living(self, name_or_id: str, *, usable: bool = False) -> str:
+        """The id of a key that was not revoked; raises NotThere."""
         row = await self._database.row("find_living_key", name_or_id) if name_or_id.isprintable() else None
         if row is None:
             raise NotThere(f"there is no living key {api_key.redacted(name_or_id)!r}: see `make keys`")

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from gateway.admin_verbs import ROUTES
-from gateway.keys import SHOW_BACKEND
+from gateway.keys import ADMIN_MODELS, SHOW_BACKEND
 from tests.asking import WAYS
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -102,3 +102,11 @@ def test_flagged_keys_see_which_backend_answered(gateway: RunningGateway) -> Non
     with gateway.http(gateway.key()) as client:
         got: httpx.Response = client.post("/api/chat", json=WAYS[0].body)
         assert "x-gateway-backend" not in got.headers
+
+
+def test_what_is_refused_was_tried_nowhere(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    with gateway.http(gateway.key(flags=(ADMIN_MODELS,), rpm=0)) as client:
+        assert client.post("/api/pull", json={"model": "new"}).status_code == 429
+    [row] = gateway.audit_rows()
+    assert (row["outcome"], row["backend"]) == ("refused:rate_limit_exceeded", "")
+    assert not alpha.calls("/api/pull")

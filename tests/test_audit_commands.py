@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gateway import cli, retention
+from gateway import cli, console, retention
 from gateway.database import Database
 from gateway.errors import CommandFailed
 from tests.audit_rows import add_key, ago, in_database, prompt, row, sql, write, write_prompts
@@ -297,3 +297,15 @@ def test_forgetting_now(url: str, say: Say) -> None:
     assert json.loads(say("forget", "--key", "alice", "--json")) == {"key": "k1", "name": "alice", "prompts_deleted": 2}
     assert sql(url, "SELECT key_id FROM prompts") == ["k2"]
     assert len(sql(url, "SELECT id FROM keys WHERE prompts_forgotten_at IS NOT NULL")) == 1
+
+
+def test_no_cell_is_a_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    """What anybody may write, as a model's name or an agent, must do nothing in a spreadsheet."""
+    out = console.Csv()
+    out.add({"agent": '=cmd|" /C calc"!A1', "model": "@SUM(1)", "tokens": -3, "key": "plain - name"})
+    assert list(csv.reader(io.StringIO(capsys.readouterr().out)))[1] == [
+        '\'=cmd|" /C calc"!A1',
+        "'@SUM(1)",
+        "-3",
+        "plain - name",
+    ]

@@ -450,3 +450,12 @@ def test_the_environment_is_no_command_line(made: Path) -> None:
 )
 def test_each_target_calls_its_verb(made: Path, verb: str) -> None:
     assert make(made, verb) == [verb]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_what_cannot_be_written_is_said() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gateway", "config", "--json"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1 and b"cannot be written" in done.stderr and b"Traceback" not in done.stderr

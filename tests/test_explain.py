@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,16 @@ def test_what_is_wrong_is_named(
     with pytest.raises(AssertionError, match="error: ") as failed:
         operate(tmp_path, names, *words)
     assert told in str(failed.value)
+
+
+def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[PlayedBackend]) -> None:
+    """Expired it is refused as any wrong key; revoked it is not there."""
+    gateway = start_gateway(*fleet)
+    gateway.key(name="over", lifetime=timedelta(seconds=-1))
+    gateway.key(name="revoked")
+    with gateway.http(gateway.key(flags=(keys.ADMIN,))) as admin:
+        asked = {"key": "over", "model": "llama3.2"}
+        told = admin.get("/admin/v1/explain", params=asked).json()
+        assert (told["status"], told["outcome"]) == (401, "invalid_api_key")
+        assert admin.delete("/admin/v1/keys/revoked").status_code == 200
+        assert admin.get("/admin/v1/explain", params={**asked, "key": "revoked"}).status_code == 404

@@ -107,8 +107,8 @@ function drawOverview() {
     tile(number(lately.requests), "requests, 15 min", since),
     tile(number(lately.failures), "failed at backends", { ...since, outcome: "backend_failed" }, lately.failures ? "bad" : null),
     tile(number(lately.refused), "refused", { ...since, outcome: "refused" }, lately.refused ? "warn" : null),
-    tile(`${short(lately.prompt_tokens)} + ${short(lately.completion_tokens)}`, "tokens in + out"),
-    tile(`${ms(lately.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(lately.ttfb_p99_ms)}`),
+    tile(`${short(lately.prompt_tokens)} + ${short(lately.completion_tokens)}`, "tokens in + out", since),
+    tile(`${ms(lately.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(lately.ttfb_p99_ms)}`, since),
     tile(seen.stores.redis ? "up" : "away", "Redis", null, seen.stores.redis ? "good" : "bad"),
     tile(seen.stores.postgresql ? "up" : "away", "PostgreSQL", null, seen.stores.postgresql ? "good" : "bad"),
     tile(number(seen.audit_backlog), "audit rows waiting", null, seen.audit_backlog > 10000 ? "warn" : null),
@@ -148,7 +148,7 @@ const NOTHING = { requests: 0, refused: 0, failures: 0, prompt_tokens: 0, comple
 // With the steps in which nothing was asked for, which are not told.
 function whole(series, from, to) {
   const told = new Map(series.steps.map((step) => [Math.round(step.at / series.step_s), step])), all = [];
-  for (let n = Math.ceil(from / series.step_s - 0.999); n * series.step_s <= to; n += 1) all.push(told.get(n) || { ...NOTHING, at: n * series.step_s });
+  for (let n = Math.ceil(from / series.step_s); n * series.step_s <= to; n += 1) all.push(told.get(n) || { ...NOTHING, at: n * series.step_s });
   return all;
 }
 
