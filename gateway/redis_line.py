@@ -27,7 +27,7 @@ GIVE_UP_S = 5.0
 PAUSE_S = 0.2
 COMPLAIN_EVERY_S = 60.0
 REFUSED = ("READONLY", "NOPERM")
-TRIAL = "return redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"
+WRITES = "return redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])"
 # What a node of a cluster says of a key that it does not hold, or not yet, or that nobody holds.
 NOT_HERE = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 
@@ -188,7 +188,7 @@ class Line:
         """What takes nothing is of no use, however well it answers."""
         answer: asyncio.Future[Any] = self._loop.create_future()
         answer.add_done_callback(self._tried)
-        self._enqueue(Sent(answer, pack("EVAL", TRIAL, 1, named("check"), CHECK_KEPT_MS), due, True))
+        self._enqueue(Sent(answer, pack("EVAL", WRITES, 1, named("check"), CHECK_KEPT_MS), due, True))
 
     def _tried(self, answer: "asyncio.Future[Any]") -> None:
         # Other errors are of the moment (no room, not this node's), and answered as such by each command.

@@ -13,8 +13,10 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 import redis
+from playwright.sync_api import Browser
 
 from gateway import app, local
+from tests.browser import chromium
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
 from tests.settings_of import settings_for
@@ -117,3 +119,10 @@ def beta() -> Iterator[PlayedBackend]:
     """The second, with the same model."""
     with PlayedBackend(models=["llama3.2:latest"], name="beta") as backend:
         yield backend
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """Named last by the tests: its own loop is in the way of fixtures that run one."""
+    with chromium() as found:
+        yield found

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 from gateway import admin_verbs, app, keys, pages, samples, strict_json
 from gateway.admin_api import AdminRoute
 from gateway.api_document import FOLDER
-from tests.browser import WIDTHS, chromium, page_of
+from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
@@ -38,13 +38,6 @@ REFUSED = {
 UNENDING = "GET /admin/v1/events"
 # What ends a thing that other samples name.
 LAST = ["DELETE /api/delete", "DELETE /admin/v1/keys/{id}"]
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    """Named last by the tests: its own loop is in the way of fixtures that run one."""
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture

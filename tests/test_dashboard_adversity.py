@@ -1,24 +1,17 @@
 """The dashboard beside hasty hands, late answers and a gateway that stands still: it stays where the user is, and true."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from gateway import keys
-from tests.browser import chromium, page_of
+from tests.browser import page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
 from tests.test_dashboard import CHAT, enter
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    """Named last by the tests: its own loop is in the way of fixtures that run one."""
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture

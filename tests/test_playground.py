@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -10,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from gateway import keys, pages
-from tests.browser import WIDTHS, chromium, page_of
+from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.processes import until
@@ -26,13 +25,6 @@ PIXEL = bytes.fromhex(
 )
 LARGEST_PAGE = 100_000
 LLAMA = os.environ.get("LLAMA_SERVER_URL", "")
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    """Named last by the tests: its own loop is in the way of fixtures that run one."""
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture

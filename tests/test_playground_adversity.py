@@ -2,13 +2,12 @@
 
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser import chromium, page_of
+from tests.browser import page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.processes import until
@@ -30,13 +29,6 @@ BEAT = (
     "window.worst = 0; let last = performance.now(); setInterval(() => { const now = performance.now();"
     " window.worst = Math.max(window.worst, now - last); last = now; }, 10)"
 )
-
-
-@pytest.fixture
-def browser() -> Iterator[Browser]:
-    """Named last by the tests: its own loop is in the way of fixtures that run one."""
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture
