@@ -14,6 +14,7 @@ class Breaker:
         self._open_until = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._probing = False
+        self._succeeded_at = 0.0
 
     @property
     def state(self) -> str:
@@ -36,6 +37,10 @@ class Breaker:
 
     def succeeded(self) -> None:
         self._failures, self._pause_s, self._probing = 0, FIRST_PAUSE_S, False
+        self._succeeded_at = self._clock()
+
+    def has_succeeded_since(self, moment: float) -> bool:
+        return self._succeeded_at > moment
 
     def abandoned(self) -> None:
         """The request ended for reasons that say nothing of the backend."""

@@ -1,6 +1,10 @@
 """Every way a call can fail: a class's docstring is its message, `status` its HTTP status, `code` its stable name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+# OpenAI's clients ask again after any 5xx unless they are told so.
+NO_RETRY = ((b"x-should-retry", b"false"),)
 
 
 class GatewayError(Exception):
@@ -10,6 +14,8 @@ class GatewayError(Exception):
     code = "internal_error"
     # The type of an error in the OpenAI API where the status alone does not tell it.
     kind = ""
+    # What else stands in an error of the OpenAI API, or stands there instead.
+    fields: Mapping[str, object] = MappingProxyType({})
     headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
@@ -145,9 +151,27 @@ class BackendRefused(GatewayError):
 
     code = "upstream_refused"
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str = "", status: int = 400, fields: Mapping[str, object] = MappingProxyType({})) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.fields = status, fields
+        if status >= 500:
+            self.headers = NO_RETRY
+
+
+class BackendCannot(BackendRefused):
+    """The model server cannot do what the request asks for."""
+
+    code = "upstream_cannot"
+
+
+class AnswerTooLarge(BackendRefused):
+    """The model server's answer is larger than this gateway passes on; ask for less in one request, or for a stream."""
+
+    status = 502
+    code = "answer_too_large"
+
+    def __init__(self) -> None:
+        super().__init__(status=self.status)
 
 
 class BackendFailed(GatewayError):

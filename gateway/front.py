@@ -12,6 +12,7 @@ from gateway import logs
 from gateway.books import Books
 from gateway.dialects.base import Dialect
 from gateway.errors import (
+    BackendRefused,
     BodyTooLarge,
     BodyTooSlow,
     ClientGone,
@@ -128,7 +129,7 @@ class Front:
             await self._refuse(GatewayError(), scope, receive, reply, record)
 
     async def _refuse(self, error: GatewayError, scope: Scope, receive: Receive, reply: "Reply", record: Record) -> None:
-        failed_upstream = error.status >= 500 and bool(record.attempts)
+        failed_upstream = error.status >= 500 and bool(record.attempts) and not isinstance(error, BackendRefused)
         record.outcome = "backend_failed" if failed_upstream else f"refused:{error.code}"
         if reply.started:
             # Only a fault of our own can come this late: an answer without an end tells the client so.

@@ -27,7 +27,7 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from gateway.errors import BudgetSpent, ConflictingKeys, LimitReached, MissingKey, TooManyFailures, WrongKey
-from gateway.record import Record
+from gateway.record import CANNOT, Record
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Read by prometheus-client when it is imported.
@@ -177,7 +177,8 @@ class Metrics:
             self.attempts.labels(record.backend).inc()
         for attempt in record.attempts:
             self.attempts.labels(attempt.backend).inc()
-            self.failures.labels(attempt.backend, attempt.fault).inc()
+            if attempt.fault != CANNOT:
+                self.failures.labels(attempt.backend, attempt.fault).inc()
 
     async def exposition(self) -> bytes:
         """The text that Prometheus reads, of all workers; in a thread, as adding up many files takes its time."""

@@ -12,6 +12,8 @@ from gateway.tokens import NO_TOKENS, Need
 from gateway.transcript import Transcript
 
 NOTHING_COUNTED = Usage()
+# What stands for a fault where a backend is well, but will not do what was asked.
+CANNOT = "cannot"
 # The rest of a row whose request nobody has ended.
 NEVER_ENDED = {
     "answered_as": "",

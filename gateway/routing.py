@@ -1,28 +1,38 @@
 """Which backend answers a call: choose, claim, send, look at the first frame, and go on to the next up to that wall."""
 
+import asyncio
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from gateway import refusals
 from gateway.backends import Backend
 from gateway.catalog import Model
-from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, error_text, judge_whole, read_answer, try_read
-from gateway.errors import BackendFailed, BackendRefused, BackendTimeout, BadRequest, GatewayError, NoBackend
+from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
+from gateway.errors import (
+    AnswerTooLarge,
+    BackendCannot,
+    BackendFailed,
+    BackendRefused,
+    BackendTimeout,
+    BadRequest,
+    GatewayError,
+    NoBackend,
+)
 from gateway.guard import Watched
-from gateway.record import Attempt, Record
-from gateway.upstream import BackendFault, Upstream
+from gateway.record import CANNOT, Attempt, Record
+from gateway.upstream import BackendFault, TooLarge, Upstream
 
 RETRY_AFTER_S = 5.0
 LONGEST_RETRY_AFTER_S = 60.0
-LONGEST_ERROR_BODY = 65_536
+LONGEST_ERROR_BODY, ERROR_BODY_WAITS_S = 65_536, 2.0
 # Pings before the first frame are passed on with it, but nobody needs megabytes of them.
 LONGEST_COMMENTS = 4096
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
-# The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.
-CALLERS_FAULTS = frozenset({400, 405, 409, 411, 413, 414, 415, 416, 422, 431})
+NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full"})
 
 
 class Candidate(NamedTuple):
@@ -76,6 +86,40 @@ def is_served(model: Model, call: Call) -> bool:
     return any(offer.kind in call.operation.kinds for offer in model.offers)
 
 
+class Tried:
+    """What the backends asked so far have said of one call."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._faults: list[BackendFault] = []
+        self._cannot: BackendCannot | None = None
+
+    @property
+    def is_enough(self) -> bool:
+        """Of those that cannot do what is asked, one other is asked: it may be of another build."""
+        others = [fault for fault in self._faults if fault.reason not in NOT_ASKED]
+        return self._cannot is not None and bool(others)
+
+    def failed(self, backend: Backend, fault: BackendFault, took_s: float) -> None:
+        self._faults.append(fault)
+        self._record.was_sent = False
+        self._record.attempts.append(Attempt(backend.name, fault.reason, took_s * 1000))
+        self._record.detail = str(fault)
+
+    def cannot(self, backend: Backend, refused: BackendCannot, took_s: float) -> None:
+        """Raises it where that makes two."""
+        if self._cannot is not None:
+            self._record.backend = backend.name
+            raise refused
+        self._cannot = refused
+        self._faults.clear()
+        self._record.was_sent = False
+        self._record.attempts.append(Attempt(backend.name, CANNOT, took_s * 1000))
+
+    def verdict(self) -> GatewayError:
+        return self._cannot or verdict(self._faults)
+
+
 class Router:
     def __init__(self, backends: Mapping[str, Backend], *, most_tokens: int) -> None:
         self._backends, self._most_tokens = backends, most_tokens
@@ -85,7 +129,7 @@ class Router:
         candidates = choose(model, self._backends, call, time.time())
         if not candidates and not is_served(model, call):
             raise BadRequest("this model is served by the OpenAI-compatible routes alone: use /v1/chat/completions")
-        faults: list[BackendFault] = []
+        tried = Tried(record)
         for candidate in candidates:
             backend, spelling = candidate
             began = time.monotonic()
@@ -93,10 +137,12 @@ class Router:
             try:
                 opening = await self._try(candidate, call, dialect, headers, guard)
             except BackendFault as fault:
-                faults.append(fault)
-                record.was_sent = False
-                record.attempts.append(Attempt(backend.name, fault.reason, (time.monotonic() - began) * 1000))
-                record.detail = str(fault)
+                tried.failed(backend, fault, time.monotonic() - began)
+                if tried.is_enough:
+                    break
+                continue
+            except BackendCannot as refused:
+                tried.cannot(backend, refused, time.monotonic() - began)
                 continue
             except BackendRefused:
                 record.backend = backend.name
@@ -105,7 +151,7 @@ class Router:
                 record.upstream_s += time.monotonic() - began
             record.backend, record.answered_as = backend.name, spelling
             return opening
-        raise verdict(faults)
+        raise tried.verdict()
 
     async def _try(self, candidate: Candidate, call: Call, dialect: Dialect, headers: bytes, guard: Watched) -> Opening:
         backend, spelling = candidate
@@ -113,6 +159,7 @@ class Router:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
         body = call.body_for(backend.kind, spelling, self._most_tokens)
         backend.take()
+        began = time.monotonic()
         upstream = None
         try:
             upstream = await backend.post(call.operation.path.encode(), headers, body, guard)
@@ -120,7 +167,7 @@ class Router:
             opening = await self._look(backend, upstream, call, dialect)
             backend.breaker.succeeded()
         except BaseException as wrong:
-            if isinstance(wrong, BackendFault) and not _says_nothing_of_it(wrong):
+            if isinstance(wrong, BackendFault) and not _says_nothing_of_it(wrong, backend, began):
                 backend.breaker.failed()
             if upstream is not None:
                 upstream.close()
@@ -141,8 +188,12 @@ class Router:
             value = read_answer(whole)
             judge_whole(value, call.operation)
             return Opening(backend, upstream, whole, at_end=True, value=value)
+        except (LongFrame, TooLarge) as large:
+            # As many tokens were asked for; the next backend would make them all again.
+            raise AnswerTooLarge from large
         except BadFrame as bad:
-            raise BackendFault("bad_first_frame", scrub(str(bad), backend)) from bad
+            refused = refusals.meaning(200, refusals.read(bad.error), backend.config) if bad.error else None
+            raise refused or BackendFault("bad_first_frame", refusals.scrub(str(bad), backend.config)) from bad
         except BackendFault as fault:
             raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
 
@@ -151,8 +202,10 @@ def _no_first_byte() -> BackendFault:
     return BackendFault("first_byte_timeout")
 
 
-def _says_nothing_of_it(fault: BackendFault) -> bool:
-    """Whether a backend may be well in spite of this."""
+def _says_nothing_of_it(fault: BackendFault, backend: Backend, began: float) -> bool:
+    """Whether a backend may be well in spite of this: one that has answered others meanwhile was only asked for much."""
+    if fault.reason in TIMEOUTS:
+        return backend.breaker.has_succeeded_since(began)
     return fault.reason == "model_gone" or (isinstance(fault, Busy) and fault.detail == "status 429")
 
 
@@ -168,12 +221,17 @@ async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) 
             comments += data[:end]
         data = data[end:]
         if len(data) > LONGEST_FRAME:
-            raise BadFrame("no end of the first frame")
+            raise LongFrame("no end of the first frame")
     payloads = framing.payloads(data)
     if not payloads:
-        raise BadFrame("not a stream of frames" if data.strip() else "an empty answer")
+        raise BadFrame("not a stream of frames" if data.strip() else "an empty answer", _error_in(data))
     dialect.judge_frame(payloads[0])
     return Opening(backend, upstream, comments + data, at_end=True)
+
+
+def _error_in(data: bytes) -> dict[str, Any]:
+    told = try_read(data)
+    return told if told.get("error") else {}
 
 
 async def refusal(upstream: Upstream, backend: Backend) -> BackendFault | GatewayError:
@@ -185,18 +243,19 @@ async def refusal(upstream: Upstream, backend: Backend) -> BackendFault | Gatewa
         return BackendFault("model_gone", "status 404")
     if status in (401, 403):
         return BackendFault("token_refused", f"status {status}")
-    if status not in CALLERS_FAULTS:
+    if status < 400:
         return BackendFault("bad_status", f"status {status}")
-    told = error_text(try_read(await upstream.read_whole(LONGEST_ERROR_BODY)))
-    return BackendRefused(scrub(told, backend) or "The model server refused the request.", status)
+    told = refusals.read(try_read(await _error_body(upstream)))
+    return refusals.meaning(status, told, backend.config) or BackendFault("bad_status", f"status {status}")
 
 
-def scrub(text: str, backend: Backend) -> str:
-    """A backend's words without its token or address, which it may have repeated."""
-    for secret in (backend.config.auth_token, backend.config.base_url):
-        if secret:
-            text = text.replace(secret, "***")
-    return re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text)
+async def _error_body(upstream: Upstream) -> bytes:
+    """What comes of it soon: a failure is known without its words."""
+    try:
+        async with asyncio.timeout(ERROR_BODY_WAITS_S):
+            return await upstream.read_beginning(LONGEST_ERROR_BODY)
+    except (TimeoutError, BackendFault):
+        return b""
 
 
 def retry_after(text: str) -> float | None:

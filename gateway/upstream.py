@@ -37,6 +37,13 @@ class ConnectionLost(BackendFault):
     """A connection ended before any byte of the answer."""
 
 
+class TooLarge(BackendFault):
+    """A whole answer is longer than was wanted."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__("too_large", f"more than {limit} bytes")
+
+
 class Flow(aiohttp.StreamReader):
     """A body whose pieces are taken as they arrive, without waking a task: what a StreamReader becomes for a while.
 
@@ -135,14 +142,23 @@ class Upstream:
         finally:
             Flow.end(body)
 
-    async def read_whole(self, limit: int = LONGEST_WHOLE_ANSWER) -> bytes:
-        pieces, size = [], 0
+    async def read_whole(self, limit: int | None = None) -> bytes:
+        """Raises TooLarge above `limit` bytes, by default LONGEST_WHOLE_ANSWER."""
+        pieces, size, limit = [], 0, limit or LONGEST_WHOLE_ANSWER
         while piece := await self.read():
             pieces.append(piece)
             size += len(piece)
             if size > limit:
-                raise BackendFault("too_large", f"more than {limit} bytes")
+                raise TooLarge(limit)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def read_beginning(self, limit: int) -> bytes:
+        """All of it, or its beginning: somewhat more than `limit` bytes."""
+        pieces, size = [], 0
+        while size <= limit and (piece := await self.read()):
+            pieces.append(piece)
+            size += len(piece)
+        return b"".join(pieces)
 
     def close(self) -> None:
         if self._body.is_eof():

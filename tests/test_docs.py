@@ -191,11 +191,12 @@ def error_classes(of: type[GatewayError] = GatewayError) -> Iterator[type[Gatewa
 
 def test_readme_has_every_error_with_its_status() -> None:
     section = README.partition("\n## Errors\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (\d\d\d|4xx) \| (.+?) \|", section, re.MULTILINE)
+    rows = re.findall(r"^\| (\d\d\d|[45]xx) \| (.+?) \|", section, re.MULTILINE)
     told = {(code, status) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
     ours = [kind for kind in error_classes() if kind.__module__ == errors.__name__]
     # The status of a refusal is the backend's.
-    real = {(kind.code, "4xx" if kind is errors.BackendRefused else str(kind.status)) for kind in ours}
+    of_backends: dict[type[GatewayError], str] = {errors.BackendRefused: "4xx", errors.BackendCannot: "5xx"}
+    real = {(kind.code, of_backends.get(kind, str(kind.status))) for kind in ours}
     assert told == real
 
 

@@ -18,7 +18,15 @@ CODE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
 class BadFrame(Exception):
-    """The first of an answer is an error or not an answer at all; the message is the backend's, for the log."""
+    """The first of an answer is an error or not an answer at all; the message is for the log, `error` what was read."""
+
+    def __init__(self, message: str, error: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.error = error or {}
+
+
+class LongFrame(Exception):
+    """The first of an answer is longer than a frame may be."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,7 @@ def read_answer(payload: bytes) -> Any:
     except ValueError:
         raise BadFrame("not JSON") from None
     if isinstance(value, dict) and value.get("error"):
-        raise BadFrame(f"an error{error_code(value)}")
+        raise BadFrame(f"an error{error_code(value)}", value)
     if not isinstance(value, dict | list) or not value:
         raise BadFrame("no answer in it")
     return value

@@ -100,7 +100,8 @@ class OpenAI:
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
         kind = error.kind or self.error_types.get(error.status, "server_error")
-        return strict_json.write({"error": {"message": error.message, "type": kind, "param": None, "code": error.code}})
+        told = {"message": error.message, "type": kind, "param": None, "code": error.code, **error.fields}
+        return strict_json.write({"error": told})
 
     def error_frame(self, error: GatewayError) -> bytes:
         return b"data: " + self.error(error, "") + b"\n\n"

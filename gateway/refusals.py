@@ -1,0 +1,107 @@
+"""What a backend says when it does not answer: its words, the fields that clients act on, and whose fault it is."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gateway.backend_config import BackendConfig
+from gateway.dialects.base import error_text, try_read
+from gateway.errors import BackendCannot, BackendRefused
+
+# The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.
+CALLERS_FAULTS = frozenset({400, 405, 409, 411, 413, 414, 415, 416, 422, 431})
+NOT_IMPLEMENTED = 501
+DEEPEST_WRAPPING = 3
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+LARGEST_COUNT = 2**53
+
+# llama.cpp and LM Studio (exceed_context_size_error), Ollama (embed), vLLM, and what OpenAI calls it.
+OVERFLOW = re.compile(
+    r"exceed_context_size|context_length_exceeded|exceeds? the (?:\w+ )?context (?:size|length|window)|maximum context length"
+    r"|context (?:size|length|window) (?:has been )?exceeded|longer than the context length",
+    re.IGNORECASE,
+)
+# With 5xx: what a backend, or its model, will not do however often it is asked.
+UNABLE = (
+    # llama.cpp: a model without its mmproj; routes that a flag opens. Ollama: capabilities of a model.
+    r"(?:image|audio|video|vision|file) inputs? (?:is|are) not supported",
+    r"does not support (?:an? )?(?:image|audio|video|vision|multimodal|embed|rerank|completion|infill|insert|tool)",
+    r"does not support (?:think|chat|generat|logprob|grammar)",
+    # Ollama's engine: pictures for a model of texts. Both: pictures that cannot be read.
+    r"missing data required for image input",
+    r"failed to (?:load|decode|process) (?:the )?(?:image|audio)",
+    # Tool calls that the model broke or its bound on output cut short: Ollama; llama.cpp before and with its grammars.
+    r"error parsing tool call|failed to parse tool call|tool call parsing failed|failed to parse input at pos",
+    r"does not match the expected peg-",
+    # llama.cpp: texts to embed beyond its batch; messages that the model's template refuses.
+    r"input is too large to process",
+    r"roles must alternate|at row \d{1,9}, column \d{1,9}",
+    # Ollama: options of a wrong kind.
+    r"option \"\w{1,40}\" must be",
+)
+CANNOT = re.compile("|".join(UNABLE), re.IGNORECASE)
+
+
+class Told(NamedTuple):
+    """`words` for people; `fields` of an OpenAI error for programs: type, code and numbers of tokens."""
+
+    words: str
+    fields: Mapping[str, Any]
+
+
+def read(value: dict[str, Any]) -> Told:
+    """An error in any of the shapes of backends; Ollama and LM Studio put that of their runner, as JSON, into the words."""
+    words, fields = error_text(value), _fields(value)
+    for _ in range(DEEPEST_WRAPPING):
+        start = words.find("{")
+        inner = try_read(words[start:].encode()) if start >= 0 else {}
+        if not inner.get("error"):
+            break
+        fields = {**fields, **_fields(inner)}
+        if start > 0:
+            break
+        words = error_text(inner)
+    return Told(words, fields)
+
+
+def _fields(value: dict[str, Any]) -> dict[str, Any]:
+    told = value.get("error")
+    if not isinstance(told, dict):
+        return {}
+    names = {name: told[name] for name in ("type", "code") if isinstance(told.get(name), str) and NAME.fullmatch(told[name])}
+    numbers = {name: told[name] for name in ("code", "n_prompt_tokens", "n_ctx") if _is_count(told.get(name))}
+    return {**names, **numbers}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
+
+
+def meaning(status: int, told: Told, backend: BackendConfig) -> BackendRefused | None:
+    """What to tell the caller; None where the backend has failed and another may do better.
+
+    `status` 200: the error stood in the body, which may have the true one.
+    """
+    if status == 200:
+        code = told.fields.get("code")
+        status = code if isinstance(code, int) and 400 <= code <= 599 else 500
+    words = scrub(told.words, backend)
+    if OVERFLOW.search(f"{told.words} {told.fields.get('type')} {told.fields.get('code')}"):
+        return BackendRefused(words, status, {name: _scrubbed(value, backend) for name, value in told.fields.items()})
+    if status in CALLERS_FAULTS:
+        return BackendRefused(words, status)
+    if status == NOT_IMPLEMENTED or (status >= 500 and CANNOT.search(told.words)):
+        return BackendCannot(words, status)
+    return None
+
+
+def _scrubbed(value: object, backend: BackendConfig) -> object:
+    return scrub(value, backend) if isinstance(value, str) else value
+
+
+def scrub(text: str, backend: BackendConfig) -> str:
+    """A backend's words without its token or address, which it may have repeated."""
+    for secret in (backend.auth_token, backend.base_url):
+        if secret:
+            text = text.replace(secret, "***")
+    return re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text)

@@ -1,0 +1,222 @@
+"""What a backend will not do is told as it was told, asked of one other at most, and counts against nobody."""
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ollama
+import openai
+import pytest
+
+from tests.asking import MODEL, SAY_HI, WAYS
+from tests.conftest import StartGateway
+from tests.played import PlayedBackend
+from tests.running import RunningGateway
+from tests.scripts import HTML, Forever, Head, Piece, Step, answer, ndjson, sse, stream
+from tests.test_limits import until
+
+CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
+MMPROJ = "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"
+NO_EMBEDDINGS = "This server does not support embeddings. Start it with `--embeddings`"
+OVERFLOW = {
+    "code": 400,
+    "message": "request (9412 tokens) exceeds the available context size (8192 tokens), try increasing it",
+    "type": "exceed_context_size_error",
+    "n_prompt_tokens": 9412,
+    "n_ctx": 8192,
+}
+
+
+@pytest.fixture
+def gamma() -> Iterator[PlayedBackend]:
+    with PlayedBackend(models=["llama3.2:latest"], name="gamma") as backend:
+        yield backend
+
+
+@pytest.fixture
+def three(alpha: PlayedBackend, beta: PlayedBackend, gamma: PlayedBackend) -> list[PlayedBackend]:
+    return [alpha, beta, gamma]
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, three: list[PlayedBackend]) -> RunningGateway:
+    return start_gateway(*three)
+
+
+def states(gateway: RunningGateway) -> set[str]:
+    return {backend.breaker.state for backend in gateway.rooms.backends.values()}
+
+
+def failures(gateway: RunningGateway) -> set[int]:
+    return {backend.breaker._failures for backend in gateway.rooms.backends.values()}
+
+
+def play(backends: list[PlayedBackend], path: str, steps: list[Step]) -> None:
+    for backend in backends:
+        backend.play(path, steps)
+
+
+def asked(backends: list[PlayedBackend], path: str) -> list[int]:
+    return [len(backend.calls(path)) for backend in backends]
+
+
+def llamacpp(status: int, words: str, kind: str = "server_error") -> dict[str, Any]:
+    return {"error": {"code": status, "message": words, "type": kind}}
+
+
+UNABLE: list[tuple[str, int, dict[str, Any]]] = [
+    (EMBEDDINGS, 501, llamacpp(501, NO_EMBEDDINGS, "not_supported_error")),
+    (CHAT, 500, llamacpp(500, MMPROJ)),
+    (CHAT, 500, {"error": {"message": "this model is missing data required for image input", "type": "api_error"}}),
+    (CHAT, 500, llamacpp(500, "Failed to parse tool call arguments as JSON: unexpected end of input; last read: '\"x'")),
+    (CHAT, 500, llamacpp(500, "The model produced output that does not match the expected peg-native format")),
+    (CHAT, 500, {"error": {"message": "error parsing tool call: raw='{\"a\":', err=unexpected end of JSON input"}}),
+    (EMBEDDINGS, 500, llamacpp(500, "input is too large to process. increase the physical batch size")),
+]
+
+
+def test_what_a_backend_cannot_do_is_told_and_asked_of_one_other(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+    with gateway.openai(gateway.key(), max_retries=2) as client:
+        for number, (path, status, error) in enumerate(UNABLE):
+            play(three, path, answer(status, error))
+            before = asked(three, path)
+            with pytest.raises(openai.InternalServerError) as told:
+                if path == CHAT:
+                    client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=number % 2 == 0)
+                else:
+                    client.embeddings.create(model=MODEL, input="x")
+            assert told.value.status_code == status
+            assert told.value.body["message"] == error["error"]["message"]  # type: ignore[index]
+            assert told.value.code == "upstream_cannot"
+            assert [now - then for now, then in zip(asked(three, path), before, strict=True)] == [1, 1, 0], error
+    assert failures(gateway) == {0}
+    line = gateway.request_lines()[-1]
+    assert (line["outcome"], line["backend"]) == ("refused:upstream_cannot", "beta")
+    assert [(attempt["backend"], attempt["fault"]) for attempt in line["attempts"]] == [("alpha", "cannot")]
+
+
+def test_another_build_may_be_able(gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+    alpha.play(CHAT, answer(500, llamacpp(500, MMPROJ)))
+    with gateway.openai(gateway.key()) as client:
+        assert client.chat.completions.create(model=MODEL, messages=SAY_HI).choices[0].message.content == "beta heard: Say hi"
+    assert failures(gateway) == {0}
+    assert b'reason="cannot"' not in gateway.call(gateway.rooms.metrics.exposition())
+
+
+def test_one_that_cannot_before_one_that_fails(
+    gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend, gamma: PlayedBackend
+) -> None:
+    """One that could not be reached was not asked; a failure of the other leaves the words of the first."""
+    play([alpha, gamma], CHAT, answer(500, llamacpp(500, MMPROJ)))
+    beta.play(CHAT, answer(500, llamacpp(500, "CUDA error: out of memory")))
+    with gateway.http(gateway.key()) as client:
+        got = client.post(CHAT, json=WAYS[2].body)
+        assert got.status_code == 500 and got.json()["error"]["message"] == MMPROJ
+        assert asked([alpha, beta, gamma], CHAT) == [1, 1, 0]
+        beta.stop()
+        got = client.post(CHAT, json=WAYS[2].body)
+    assert got.json()["error"]["message"] == MMPROJ and got.headers["x-should-retry"] == "false"
+    assert asked([alpha, gamma], CHAT) == [2, 1]
+
+
+def test_other_failures_are_failures(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+    play(three, CHAT, answer(500, llamacpp(500, "CUDA error: operation not supported on this device")))
+    with gateway.http(gateway.key()) as client:
+        got = client.post(CHAT, json=WAYS[2].body)
+    assert got.status_code == 502 and "x-should-retry" not in got.headers
+    assert asked(three, CHAT) == [1, 1, 1] and failures(gateway) == {1}
+
+
+def test_the_words_in_ollamas_language(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+    play(three, "/api/embed", answer(501, {"error": NO_EMBEDDINGS}))
+    play(three, "/api/chat", stream(ndjson([{"error": "this model is missing data required for image input"}])))
+    client = gateway.ollama(gateway.key())
+    with pytest.raises(ollama.ResponseError) as told:
+        client.embed(MODEL, "x")
+    assert (told.value.status_code, told.value.error) == (501, NO_EMBEDDINGS)
+    with pytest.raises(ollama.ResponseError) as told:
+        list(client.chat(MODEL, SAY_HI, stream=True))
+    assert (told.value.status_code, told.value.error) == (500, "this model is missing data required for image input")
+    assert asked(three, "/api/embed") == asked(three, "/api/chat") == [1, 1, 0]
+
+
+OVERFLOWS: list[list[Step]] = [
+    answer(400, {"error": OVERFLOW}),
+    answer(200, {"error": OVERFLOW}),
+    # Ollama puts its runner's error, as JSON, into the words of its own.
+    answer(400, {"error": {"message": json.dumps({"error": OVERFLOW}), "type": "invalid_request_error", "code": None}}),
+    stream(sse([{"error": OVERFLOW}], done=False)),
+]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_overflow_of_the_context_keeps_what_agents_read(
+    gateway: RunningGateway, three: list[PlayedBackend], streamed: bool
+) -> None:
+    with gateway.openai(gateway.key(), max_retries=2) as client:
+        for steps in OVERFLOWS if streamed else OVERFLOWS[:-1]:
+            play(three, CHAT, steps)
+            before = sum(asked(three, CHAT))
+            with pytest.raises(openai.BadRequestError) as told:
+                client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=streamed)
+            assert told.value.body == {**OVERFLOW, "param": None}
+            assert sum(asked(three, CHAT)) == before + 1
+    assert failures(gateway) == {0}
+
+
+def test_an_overflow_in_ollamas_language(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+    play(three, "/api/chat", answer(400, {"error": json.dumps({"error": OVERFLOW})}))
+    with pytest.raises(ollama.ResponseError) as told:
+        gateway.ollama(gateway.key()).chat(MODEL, SAY_HI)
+    assert (told.value.status_code, told.value.error) == (400, OVERFLOW["message"])
+
+
+def test_an_error_without_end_or_too_long_is_known_by_its_status(
+    gateway: RunningGateway, three: list[PlayedBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FastAPI's errors repeat the input; a failure's words may never come."""
+    monkeypatch.setattr("gateway.routing.ERROR_BODY_WAITS_S", 0.2)
+    long = json.dumps({"detail": [{"msg": "no", "input": "x" * 300_000}]}).encode()
+    with gateway.http(gateway.key()) as client:
+        play(three, CHAT, answer(422, long))
+        assert client.post(CHAT, json=WAYS[2].body).status_code == 422
+        assert asked(three, CHAT) == [1, 0, 0] and failures(gateway) == {0}
+        three[0].play(CHAT, [Head(500, [("Content-Type", HTML)], content_length=300), Piece(b"<html>"), Forever()])
+        three[1].play(CHAT, None)
+        assert client.post(CHAT, json=WAYS[2].body).status_code == 200
+    assert gateway.rooms.backends["alpha"].breaker._failures == 1
+
+
+def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
+    gateway: RunningGateway, three: list[PlayedBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.upstream.LONGEST_WHOLE_ANSWER", 50_000)
+    monkeypatch.setattr("gateway.routing.LONGEST_FRAME", 50_000)
+    large = b'{"choices":[{"message":{"content":"' + b"x" * 200_000 + b'"}}]}'
+    with gateway.openai(gateway.key(), max_retries=2) as client:
+        for streamed, steps in ((False, answer(200, large)), (True, stream([b"data: " + large + b"\n\n"]))):
+            play(three, CHAT, steps)
+            for _ in range(4):
+                with pytest.raises(openai.InternalServerError) as told:
+                    client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=streamed)
+                assert (told.value.status_code, told.value.code) == (502, "answer_too_large")
+    assert asked(three, CHAT) == [8, 0, 0]
+    assert failures(gateway) == {0}
+
+
+def test_a_timeout_beside_answers_counts_against_nobody(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    """Who asks for much waits long; a backend that answers others meanwhile is well."""
+    gateway = start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="0.5")
+    key, body, chat = gateway.key(), {"model": MODEL, "prompt": "x"}, WAYS[0]
+    breaker = gateway.rooms.backends["alpha"].breaker
+    alpha.play("/api/generate", [Forever()])
+    with gateway.http(key) as client:
+        assert client.post("/api/generate", json=body).status_code == 504
+        assert breaker._failures == 1
+        waiting = threading.Thread(target=client.post, args=("/api/generate",), kwargs={"json": body})
+        waiting.start()
+        until(lambda: len(alpha.calls("/api/generate")) == 2)
+        assert chat.ask(gateway, key) == "alpha heard: Say hi"
+        waiting.join()
+    assert gateway.request_lines()[-1]["status"] == 504 and breaker._failures == 0
