@@ -206,19 +206,23 @@ class AdminApi:
         if not wished:
             raise BadRequest(f'say at least one of {", ".join(LIMITS)}: a number, "unlimited", or null for the default')
         asked.did(f"limit key {asked.path['id']} {pattern}".rstrip())
-        key_id, found, at_once = await self._ring.limit(asked.path["id"], pattern, wished)
+        key_id, found, at_once = await self._ring.limit(await self._key_id(asked), pattern, wished)
         return {"id": key_id, "model": pattern, **key_facts.shown_limits(found.packed()), "everywhere_at_once": at_once}
 
     async def rotate_key(self, asked: Asked) -> dict[str, Any]:
         overlap = spoken.duration(text_of(asked.body, "overlap") or "24h")
         asked.did(f"rotate key {asked.path['id']}")
-        key_id, whole = await self._ring.rotate(asked.path["id"], overlap)
+        key_id, whole = await self._ring.rotate(await self._key_id(asked), overlap)
         return {"id": key_id, "key": whole, "old_secrets_end": datetime.now(UTC) + overlap}
 
     async def revoke_key(self, asked: Asked) -> dict[str, Any]:
         asked.did(f"revoke key {asked.path['id']}")
-        key_id, at_once = await self._ring.revoke(asked.path["id"])
+        key_id, at_once = await self._ring.revoke(await self._key_id(asked))
         return {"id": key_id, "revoked": True, "everywhere_at_once": at_once}
+
+    async def _key_id(self, asked: Asked) -> str:
+        """Paths name keys by their ids alone: a request that is sent twice must not mean another key the second time."""
+        return await self._ring.living_by_id(asked.path["id"])
 
     async def audit(self, asked: Asked) -> list[dict[str, Any]]:
         said = asked.query

@@ -115,6 +115,8 @@ class KeyRing:
     async def make(self, wanted: NewKey) -> tuple[str, str]:
         """Returns the key's id and the key itself, which is stored nowhere."""
         _refuse_unreadable(wanted)
+        if await self._database.row("find_key_by_id", wanted.name) is not None:
+            raise NameTaken(f"{wanted.name!r} is the id of a key: choose a name that cannot be mistaken for it")
         minted = api_key.mint()
         expires = None if wanted.lifetime is None else datetime.now(UTC) + wanted.lifetime
         rights = (list(wanted.models), *wanted.quota.packed().values(), list(wanted.flags), expires)
@@ -195,8 +197,15 @@ class KeyRing:
     async def count(self) -> int:
         return int(await self._database.value("count_living_keys"))
 
+    async def living_by_id(self, key_id: str) -> str:
+        """The id of a key that was not revoked, by this id or that of one of its secrets, never by a name; raises NotThere."""
+        row = await self._database.row("find_key_by_id", key_id) if key_id.isprintable() else None
+        if row is None or row["revoked_at"] is not None:
+            raise NotThere(f"there is no living key with the id {api_key.redacted(key_id)!r}: see `make keys`")
+        return str(row["id"])
+
     async def living(self, name_or_id: str, *, usable: bool = False) -> str:
-        """The id of a key that was not revoked; raises NotThere."""
+        """The id of a key that was not revoked; what is any key's id is no name. Raises NotThere."""
         row = await self._database.row("find_living_key", name_or_id) if name_or_id.isprintable() else None
         if row is None:
             raise NotThere(f"there is no living key {api_key.redacted(name_or_id)!r}: see `make keys`")

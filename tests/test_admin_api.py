@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from gateway import app, keys
+from gateway.errors import NotThere
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.processes import until
@@ -78,6 +79,35 @@ def test_keys_from_birth_to_end(gateway: RunningGateway, admin: httpx.Client) ->
     told = {row["detail"] for row in gateway.audit_rows() if row["route"].startswith("/admin/") and row["method"] != "GET"}
     assert told >= {"make key alice", f"limit key {key_id}", f"rotate key {key_id}", f"revoke key {key_id}"}
     assert whole not in json.dumps(gateway.audit_rows(), default=str)
+
+
+def test_an_id_is_no_name_and_a_name_is_no_id(gateway: RunningGateway, admin: httpx.Client) -> None:
+    """A deletion that is sent twice must not end another key."""
+    first = admin.post("/keys", json={"name": "first"}).json()["id"]
+    assert admin.delete(f"/keys/{first}").status_code == 200
+    refused = admin.post("/keys", json={"name": first})
+    assert refused.status_code == 409 and "is the id of a key" in refused.json()["error"]
+    # One that an older release has made.
+    other = admin.post("/keys", json={"name": "other"}).json()
+    gateway.call(rename(gateway, other["id"], first))
+    ways = [("DELETE", "", None), ("POST", "/rotate", {"overlap": "1h"}), ("PATCH", "", {"rpm": 1})]
+    for method, verb, body in ways:
+        for word in (first, "ops"):
+            answered = admin.request(method, f"/keys/{word}{verb}", json=body)
+            assert (answered.status_code, "no living key" in answered.json()["error"]) == (404, True), (method, word)
+    for path in (f"/explain?key={first}&model={MODEL}", "/explain?key=nobody&model=x"):
+        assert admin.get(path).status_code == 404
+    assert admin.get(f"/audit?key={first}").json() == []
+    with gateway.http(other["key"]) as client:
+        assert client.post("/api/chat", json=CHAT).status_code == 200
+    assert admin.delete(f"/keys/{other['id']}").status_code == 200
+    with pytest.raises(NotThere):
+        gateway.call(gateway.ring().revoke(first))
+
+
+async def rename(gateway: RunningGateway, key_id: str, name: str) -> None:
+    async with gateway.rooms.database.connection() as connection:
+        await connection.execute("UPDATE keys SET name = $2 WHERE id = $1", key_id, name)
 
 
 def test_backends_are_taken_out_and_tried(
@@ -160,7 +190,7 @@ def test_the_audit_and_one_request(gateway: RunningGateway, admin: httpx.Client)
         ("POST", "/keys", {"name": "x", "expires": "soon"}, 400, "'soon' is no duration: write 90s"),
         ("POST", "/keys", {"name": "x", "retention": "7d"}, 400, "'retention' is for the prompts that 'prompt_log' keeps"),
         ("POST", "/keys", {"name": "x", "prompt_log": "yes"}, 400, "the field 'prompt_log' must be true or false"),
-        ("PATCH", "/keys/nobody", {"rpm": 1}, 404, "there is no living key 'nobody'"),
+        ("PATCH", "/keys/nobody", {"rpm": 1}, 404, "there is no living key with the id 'nobody'"),
         ("PATCH", "/keys/ops", {}, 400, "say at least one of rpm, tpm, concurrent, day, month"),
         ("POST", "/keys/ops/rotate", {"overlap": "a while"}, 400, "'a while' is no duration"),
         ("POST", "/keys/ops/rotate", {"overlap": 5}, 400, "the field 'overlap' must be a string"),

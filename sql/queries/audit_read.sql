@@ -1,9 +1,8 @@
 -- name: find_any_key
--- The key an operator means by an id, by the id of one of its secrets, or by its name; of several the newest, revoked ones too.
+-- The key an operator means, living or not: as for living ones an id means its key alone; of several of one name the newest.
 SELECT k.id, k.name FROM keys k
-WHERE k.id = $1 OR k.name = $1 OR k.id = (SELECT key_id FROM secrets WHERE id = $1)
-ORDER BY (k.id = $1) DESC, (k.name = $1), k.created_at DESC
-LIMIT 1;
+WHERE k.id = coalesce((SELECT key_id FROM secrets WHERE id = $1),
+                      (SELECT id FROM keys WHERE name = $1 ORDER BY created_at DESC LIMIT 1));
 
 -- name: list_audit
 -- Rows of the audit, the newest first: of a key, of models, since a time, with a status in a range, with an outcome's beginning.

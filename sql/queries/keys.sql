@@ -50,13 +50,16 @@ UPDATE secrets SET expires_at = least(expires_at, $3) WHERE key_id = $1 AND id <
 -- The ids of all secrets of a key.
 SELECT id FROM secrets WHERE key_id = $1;
 
+-- name: find_key_by_id
+-- The key of an id, its own or that of one of its secrets, living or not.
+SELECT k.id, k.name, k.expires_at, k.revoked_at FROM secrets s JOIN keys k ON k.id = s.key_id WHERE s.id = $1;
+
 -- name: find_living_key
--- The key an operator means by an id, by the id of one of its secrets, or by its name, in that order.
+-- The living key an operator means: what is the id of any key, or of one of its secrets, means that key alone; all else is a name.
 SELECT k.id, k.name, k.expires_at FROM keys k
 WHERE k.revoked_at IS NULL
-  AND (k.id = $1 OR k.name = $1 OR k.id = (SELECT key_id FROM secrets WHERE id = $1))
-ORDER BY (k.id = $1) DESC, (k.name = $1)
-LIMIT 1;
+  AND k.id = coalesce((SELECT key_id FROM secrets WHERE id = $1),
+                      (SELECT id FROM keys WHERE name = $1 AND revoked_at IS NULL));
 
 -- name: lock_key
 -- Holds a key's row until the transaction ends, so that rotations and revocations come one after the other.
