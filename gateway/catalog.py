@@ -15,7 +15,7 @@ MOST_MODELS = 10_000
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one backend last said of itself; `answered_at` in seconds since the epoch, 0 where it never did."""
+    """What one backend last said of itself; `answered_at` and `asked_at` in seconds since the epoch, 0 where it never was."""
 
     backend: str
     base_url: str
@@ -26,6 +26,7 @@ class Snapshot:
     running: tuple[dict[str, Any], ...] = ()
     error: str = ""
     latency_ms: float = 0.0
+    asked_at: float = 0.0
 
     def packed(self) -> dict[str, Any]:
         return asdict(self)
@@ -34,7 +35,7 @@ class Snapshot:
 def unpack(packed: Mapping[str, Any]) -> Snapshot:
     """A snapshot out of the store, which anybody may have written: raises ValueError, TypeError or KeyError on nonsense."""
     lists = {name: tuple(_sound(entry) for entry in packed[name]) for name in ("models", "running")}
-    return Snapshot(**{**packed, **lists, "answered_at": float(packed["answered_at"])})
+    return Snapshot(**{**packed, **lists, "answered_at": float(packed["answered_at"]), "asked_at": float(packed["asked_at"])})
 
 
 def _sound(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,17 @@
-"""Asks the backends for their models: one process at a time, the answers kept in Redis, the newest map in every process."""
+"""Asks the backends for their models: each by one process at a time, answers kept in Redis, the newest map in every process."""
 
 import asyncio
+import hashlib
 import logging
 import random
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from gateway import catalog, strict_json, tasks
+from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.catalog import Catalog, Snapshot
 from gateway.redis_names import named
@@ -19,7 +20,7 @@ from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.discovery")
 CHANGED = named("map:changed")
-MAP, LEASE = named("map"), named("discovery:lease")
+MAP = named("map")
 POLL_DEADLINE_S = 10.0
 FAST_ANSWERS_S = 1.0
 KEPT_IN_REDIS_S = 86_400
@@ -31,7 +32,7 @@ class Discovery:
     """`async with Discovery(...)`: `discovery.catalog` is the newest map and never waits for a backend."""
 
     def __init__(self, backends: Sequence[Backend], store: Store, *, refresh_s: float, cache_s: float) -> None:
-        self._backends, self._store = backends, store
+        self._backends, self._store = list(backends), store
         self._refresh_s, self._cache_s = refresh_s, cache_s
         self._snapshots = {backend.name: _unknown(backend) for backend in backends}
         self.catalog = Catalog()
@@ -39,8 +40,9 @@ class Discovery:
 
     async def __aenter__(self) -> Self:
         await self._load()
-        if min((snapshot.answered_at for snapshot in self._snapshots.values()), default=0) < time.time() - self._refresh_s:
-            await self.refresh(enough_s=FAST_ANSWERS_S)
+        oldest = time.time() - self._refresh_s
+        if stale := [backend for backend in self._backends if self._snapshots[backend.name].answered_at < oldest]:
+            await self.refresh(stale, enough_s=FAST_ANSWERS_S)
         self._store.subscribe({CHANGED: self._load_soon}, after_gap=lambda: self._load_soon(""))
         self._spawn(self._keep_refreshing())
         return self
@@ -56,40 +58,50 @@ class Discovery:
     async def _keep_refreshing(self) -> None:
         while True:
             await asyncio.sleep(self._refresh_s * random.uniform(0.9, 1.0))  # noqa: S311 # jitter, not a secret  # nosec B311
-            if await self._is_my_turn():
-                await self.refresh()
+            if mine := await self._whose_turn_is_mine():
+                await self.refresh(mine)
 
-    async def _is_my_turn(self) -> bool:
-        """Redis decides who polls; without it everybody polls for itself."""
-        lease_ms = int(self._refresh_s * 800)
+    async def _whose_turn_is_mine(self) -> list[Backend]:
+        """Redis decides who polls which backend, of those who poll it equally often; without it everybody polls for itself."""
+
+        def claim(pipe: Any) -> None:
+            for backend in self._backends:
+                name = named(f"{{models}}:turn:{_place(backend.config)}:{self._refresh_s:g}")
+                pipe.set(name, b"", nx=True, px=int(self._refresh_s * 800))
+
         try:
-            return bool(await self._store.call(lambda redis: redis.set(LEASE, uuid.uuid4().hex, nx=True, px=lease_ms)))
+            taken = await self._store.pipeline(claim)
         except StoreAway:
-            return True
+            return self._backends
+        return [backend for backend, is_mine in zip(self._backends, taken, strict=True) if is_mine]
 
     def refresh_soon(self) -> None:
         self._spawn(self.refresh())
 
-    async def refresh(self, enough_s: float | None = None) -> None:
-        """Poll all backends at once and publish; with `enough_s` return then, slower answers are added when they come."""
-        polls = [asyncio.create_task(self._poll_and_keep(backend)) for backend in self._backends]
-        _, slow = await asyncio.wait(polls, timeout=enough_s or FAST_ANSWERS_S)
-        await self._publish()
+    async def refresh(self, backends: Sequence[Backend] = (), enough_s: float | None = None) -> None:
+        """Poll these backends, or all, and publish; with `enough_s` return then, slower answers are added when they come."""
+        polls = {asyncio.create_task(self._poll_and_keep(backend)): backend for backend in backends or self._backends}
+        done, slow = await asyncio.wait(polls, timeout=enough_s or FAST_ANSWERS_S)
+        await self._publish([polls[poll] for poll in done])
         if slow and enough_s is not None:
-            self._spawn(self._publish_after(slow))
+            self._spawn(self._publish_after({poll: polls[poll] for poll in slow}))
         elif slow:
-            await self._publish_after(slow)
+            await self._publish_after({poll: polls[poll] for poll in slow})
 
-    async def _publish_after(self, slow: set[asyncio.Task[None]]) -> None:
+    async def _publish_after(self, slow: Mapping[asyncio.Task[None], Backend]) -> None:
         await asyncio.wait(slow)
-        await self._publish()
+        await self._publish(list(slow.values()))
 
     async def _poll_and_keep(self, backend: Backend) -> None:
         known = self._snapshots[backend.name]
         try:
             snapshot = await poll(backend)
         except BackendFault as fault:
-            snapshot = replace(known, error=str(fault))
+            snapshot = replace(known, error=str(fault), asked_at=time.time())
+        except Exception as wrong:
+            # One backend whose answer nobody expected must not keep the others from being asked.
+            LOG.exception("backend %s could not be asked", backend.name)
+            snapshot = replace(known, error=type(wrong).__name__, asked_at=time.time())
         if bool(snapshot.error) != bool(known.error):
             told = f"is away: {snapshot.error}" if snapshot.error else f"answers with {len(snapshot.models)} models"
             LOG.log(logging.WARNING if snapshot.error else logging.INFO, "backend %s %s", backend.name, told)
@@ -100,8 +112,9 @@ class Discovery:
         in_order = [self._snapshots[backend.name] for backend in self._backends]
         self.catalog = catalog.build(in_order, self._cache_s)
 
-    async def _publish(self) -> None:
-        packed = {_snapshot_key(name): strict_json.write(snapshot.packed()) for name, snapshot in self._snapshots.items()}
+    async def _publish(self, polled: Sequence[Backend]) -> None:
+        """Only what was found out here: of other backends somebody else may know more."""
+        packed = {snapshot_name(one.config): strict_json.write(self._snapshots[one.name].packed()) for one in polled}
         offers = {name: [offer.backend for offer in model.offers] for name, model in self.catalog.models.items()}
         whole = strict_json.write({"at": time.time(), "models": offers})
 
@@ -118,7 +131,7 @@ class Discovery:
         self._spawn(self._load())
 
     async def _load(self) -> None:
-        names = [_snapshot_key(backend.name) for backend in self._backends]
+        names = [snapshot_name(backend.config) for backend in self._backends]
         try:
             packed = await self._store.call(lambda redis: redis.mget(names))
         except StoreAway:
@@ -133,7 +146,7 @@ class Discovery:
         with suppress(ValueError, TypeError, KeyError):
             snapshot = catalog.unpack(strict_json.read_loosely(text))
             is_same_backend = (snapshot.base_url, snapshot.kind) == (backend.config.base_url, backend.kind)
-            if is_same_backend and snapshot.answered_at >= self._snapshots[backend.name].answered_at:
+            if is_same_backend and snapshot.asked_at >= self._snapshots[backend.name].asked_at:
                 self._snapshots[backend.name] = snapshot
 
     async def stored_map(self) -> tuple[float, int] | None:
@@ -149,15 +162,22 @@ def _unknown(backend: Backend) -> Snapshot:
     return Snapshot(backend.name, backend.config.base_url, backend.kind)
 
 
-def _snapshot_key(backend: str) -> str:
+def snapshot_name(config: BackendConfig) -> str:
+    """Where in Redis it is; what has one name in two lists of backends may be two."""
     # One hash tag for all: a cluster can then give them at once.
-    return named(f"{{models}}:{backend}")
+    return named(f"{{models}}:{config.name}:{_place(config)}")
+
+
+def _place(config: BackendConfig) -> str:
+    """Short, and without what an address may hold beside the place."""
+    return hashlib.sha256(f"{config.kind} {config.base_url}".encode()).hexdigest()[:16]
 
 
 async def poll(backend: Backend) -> Snapshot:
     """Ask one backend for its models, what it runs and its version; never makes it generate. Raises BackendFault."""
     began = time.monotonic()
-    fresh = replace(_unknown(backend), answered_at=time.time())
+    now = time.time()
+    fresh = replace(_unknown(backend), answered_at=now, asked_at=now)
     try:
         async with asyncio.timeout(POLL_DEADLINE_S):
             if backend.kind == "openai":

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway import api_key
+from gateway import api_key, discovery
 from gateway.authentication import Authenticator, Verified
 from gateway.keys import cache_key
 from tests.asking import SAY_HI, WAYS, Way
@@ -18,6 +18,7 @@ from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
 from tests.scripts import End, Forever, Head, Pause, Piece, Raw, Step, answer, recording, sse, stream
+from tests.settings_of import settings_for
 
 MODEL = "llama3.2:latest"
 
@@ -72,7 +73,7 @@ def test_garbage_in_redis_stops_nothing(
     start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores, text: str
 ) -> None:
     with stores.client() as redis:
-        redis.set("nz:{models}:alpha", text)
+        redis.set(discovery.snapshot_name(settings_for(alpha).backends[0]), text)
         gateway = start_gateway(alpha)
         key = gateway.key(name="mine")
         for garbage in (text, "{}", '{"digest":5}', json.dumps({"digest": hashlib.sha256(key.encode()).hexdigest()})):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from gateway import discovery
 from gateway.model_names import AllowList
 from tests.asking import WAYS
 from tests.conftest import StartGateway, TestStores
@@ -52,14 +53,32 @@ def test_one_process_polls_and_the_others_take_its_map(start_gateway: StartGatew
     assert 3 <= polls <= 8, f"{polls} polls in about 2.5 s at one every 0.5 s"
 
 
+def test_each_gateway_asks_its_own_backends_whoever_else_shares_its_redis(
+    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend
+) -> None:
+    """While OLLAMA_BACKENDS changes gateway by gateway, both lists are in use; one name may then have two addresses."""
+    with PlayedBackend(models=["moved:latest"], name="alpha") as moved:
+        before = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.4")
+        after = start_gateway(moved, beta, MODEL_DISCOVERY_REFRESH_S="0.4")
+        slower = start_gateway(alpha, beta, MODEL_DISCOVERY_REFRESH_S="3600")
+        for number in range(3):
+            new = [f"new{number}:{played}" for played in ("alpha", "moved", "beta")]
+            for played, model in zip((alpha, moved, beta), new, strict=True):
+                played.models.append(model)
+            until(lambda: new[0] in names(before) and {new[1], new[2]} <= names(after), 1.5)  # noqa: B023
+            until(lambda: {new[0], new[2]} <= names(slower), 1.5)  # noqa: B023
+        assert not {"moved:latest", "new0:moved", "new0:beta"} & names(before)
+        assert "new0:alpha" not in names(after)
+
+
 def test_the_map_stands_in_redis_in_priority_order(
     start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, stores: TestStores
 ) -> None:
-    start_gateway(alpha, beta)
+    gateway = start_gateway(alpha, beta)
     with stores.client() as redis:
         stored = json.loads(redis.get("nz:map"))
         assert stored["models"] == {"llama3.2:latest": ["alpha", "beta"], "only-beta:7b": ["beta"]}
-        assert b"models" in redis.get("nz:{models}:alpha")
+        assert b"models" in redis.get(discovery.snapshot_name(gateway.settings.backends[0]))
 
 
 def test_a_slow_backend_delays_nobody(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
