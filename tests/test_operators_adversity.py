@@ -149,13 +149,6 @@ def test_a_key_written_where_none_belongs_is_kept_nowhere(
     assert ours and whole not in str(ours)
 
 
-def test_an_id_means_the_key_of_this_id(gateway: RunningGateway, admin: httpx.Client) -> None:
-    first = admin.post("/keys", json={"name": "first"}).json()
-    second = admin.post("/keys", json={"name": first["id"]}).json()
-    assert admin.delete(f"/keys/{first['id']}").json()["id"] == first["id"]
-    assert admin.delete(f"/keys/{first['id']}").json()["id"] == second["id"]
-
-
 @pytest.mark.parametrize("models", ["", False, 0, {}, "llama3*"])
 def test_what_is_no_list_of_models_is_not_all(admin: httpx.Client, models: object) -> None:
     answer = admin.post("/keys", json={"name": "odd", "models": models})
