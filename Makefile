@@ -69,7 +69,7 @@ drill: .venv/ready-to-run ## Break what can break, on played backends beside thi
 explain: .venv/ready-to-run ## Say where a call would go now, and why: KEY= MODEL= [CLIENT=ollama, openai or a route]
 	@$(GATEWAY) explain $(call said,KEY,key) $(call said,MODEL,model) $(call said,CLIENT,client) $(JSON_FLAG)
 
-top: .venv/ready-to-run ## Watch the installation in the terminal: ADMIN_KEY= (of a key with ROLE=admin) [URL=http://host:8080] [ONCE=1]
+top: .venv/ready-to-run ## Watch the installation in the terminal, with an admin key out of the environment (ADMIN_KEY) or asked for: [URL=http://host:8080] [ONCE=1]
 	@ADMIN_KEY="$$ADMIN_KEY" $(GATEWAY) top $(call said,URL,url) $(call flag,ONCE,once) $(JSON_FLAG)
 
 trace: .venv/ready-to-run ## Tell what became of one request: ID= [SINCE=24h]

@@ -64,19 +64,34 @@ def _checksum(body: str) -> str:
 
 
 def find(headers: Iterable[tuple[bytes, bytes]], in_path: str | None) -> str:
-    """The one key a request carries: in its path, Authorization (Bearer, or Basic's password), x-api-key or api-key."""
+    """The one key a request carries: in its path, Authorization (Bearer, or Basic's password), x-api-key or api-key.
+
+    Beside a key of ours, what has not the form of one is none: clients insist on sending something. Raises MissingKey, or
+    ConflictingKeys where two of ours differ.
+    """
     found = {in_path} if in_path else set()
+    first = in_path or ""
     for name, value in headers:
         if name == b"authorization":
-            found.add(_from_authorization(value.decode("latin-1")))
+            presented = _from_authorization(value.decode("latin-1"))
         elif name in (b"x-api-key", b"api-key"):
-            found.add(value.decode("latin-1").strip())
+            presented = value.decode("latin-1").strip()
+        else:
+            continue
+        found.add(presented)
+        first = first or presented
     found.discard("")
     if not found:
         raise MissingKey
-    if len(found) > 1:
+    return first if len(found) == 1 else _one_of_ours(found) or first
+
+
+def _one_of_ours(found: set[str]) -> str:
+    """The only one that has the form of a key, "" where none has it."""
+    ours = [text for text in found if parse(text) is not None]
+    if len(ours) > 1:
         raise ConflictingKeys
-    return found.pop()
+    return ours[0] if ours else ""
 
 
 def _from_authorization(value: str) -> str:

@@ -63,7 +63,7 @@ def admin_key() -> str:
     """A key for the admin API: from the environment, where `ps` does not show it, or asked for."""
     key = os.environ.get(KEY_VARIABLE) or (getpass.getpass("admin key: ") if sys.stdin.isatty() else "")
     if not key:
-        raise CommandFailed(f"say a key: {KEY_VARIABLE}=… make top; `make key NAME=ops ROLE=admin` makes one")
+        raise CommandFailed(f"put a key into the environment as {KEY_VARIABLE}; `make key NAME=ops ROLE=admin` makes one")
     return key
 
 

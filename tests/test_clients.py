@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import ollama
 import openai
 import pytest
@@ -86,6 +87,25 @@ def test_asynchronous_clients(gateway: RunningGateway) -> None:
     import asyncio
 
     assert asyncio.run(_async_answers(gateway, gateway.key())) == ["alpha heard: Say hi"] * 4
+
+
+def test_a_key_in_the_address_works_beside_the_dummy_that_a_client_insists_on(gateway: RunningGateway) -> None:
+    address = f"{gateway.url}/k/{gateway.key()}"
+    spoken: Any = openai.OpenAI(base_url=f"{address}/v1", api_key="ollama", max_retries=0, timeout=20)
+    with spoken as client:
+        assert "llama3.2:latest" in [model.id for model in client.models.list()]
+        answer = client.chat.completions.create(model="llama3.2", messages=SAY_HI)
+        assert answer.choices[0].message.content == "alpha heard: Say hi"
+    native = ollama.Client(host=address, headers={"Authorization": "Bearer ollama"}, timeout=20)
+    assert native.chat("llama3.2", SAY_HI).message.content == "alpha heard: Say hi"
+    native._client.close()
+
+
+@pytest.mark.parametrize("name", ["api_key", "auth_token"])
+def test_so_it_does_with_the_anthropic_client(gateway: RunningGateway, name: str) -> None:
+    dummy: Any = {name: "ollama"}
+    with anthropic.Anthropic(base_url=f"{gateway.url}/k/{gateway.key()}", max_retries=0, timeout=20, **dummy) as client:
+        assert "llama3.2:latest" in [model.id for model in client.models.list()]
 
 
 def test_embeddings(gateway: RunningGateway) -> None:

@@ -156,6 +156,16 @@ def test_make_key_passes_on_every_option_of_the_verb() -> None:
     assert passed | {"--json", "--help"} == options
 
 
+def test_no_command_takes_a_secret_where_ps_shows_it() -> None:
+    secret = re.compile(r"nz_|(TOKEN|PASSWORD|SECRET|ADMIN_KEY)=")
+    lines = [line for code in code_of(README) for line in code.splitlines()]
+    lines += [f"make {words}" for words in re.findall(r"^[a-z-]+:.*## (.*)$", MAKEFILE, re.MULTILINE)]
+    shown = [line for line in lines if re.search(r"\bmake \S|python -m gateway ", line)]
+    assert len(shown) > 40 and [line for line in shown if secret.search(line.partition("make ")[2])] == []
+    options = {option for verb in verbs().values() for action in verb._actions for option in action.option_strings}
+    assert [option for option in options if re.search("token|password|secret|admin-key", option)] == []
+
+
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     section = README.partition("\n## Tests and checks\n")[2]
     commands = section.partition("```sh\n")[2].partition("```")[0].splitlines()

@@ -136,12 +136,32 @@ def test_a_colon_belongs_to_the_password() -> None:
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place not in ("path", "all")])
-def test_two_different_keys_are_in_conflict(place: str) -> None:
+def test_two_different_keys_of_ours_are_in_conflict(place: str) -> None:
     headers, _ = PLACES[place]
     with pytest.raises(ConflictingKeys):
         api_key.find(headers, api_key.mint().whole)
     with pytest.raises(ConflictingKeys):
-        api_key.find([*headers, (b"x-api-key", b"another")], None)
+        api_key.find([*headers, (b"x-api-key", api_key.mint().whole.encode())], None)
+
+
+DUMMIES = {"ollama": "ollama", "sk": "sk-no-key-required", "our prefix": "nz_", "our README's": "nz_…", "cut short": KEY[:-1]}
+DUMMIES |= {"capitals": KEY.upper(), "twice": f"{KEY} {KEY}"}
+
+
+@pytest.mark.parametrize("dummy", DUMMIES.values(), ids=DUMMIES)
+def test_what_is_not_shaped_like_a_key_of_ours_is_no_key(dummy: str) -> None:
+    """Every client library insists on some key, whatever the address carries."""
+    written = dummy.encode()
+    places = [(b"authorization", b"Bearer " + written), (b"authorization", basic(dummy)), (b"x-api-key", written)]
+    assert api_key.find(places, KEY) == KEY
+    for place in places:
+        assert api_key.find([place, (b"api-key", KEY.encode())], None) == KEY
+        assert api_key.find([(b"api-key", KEY.encode()), place], "dummy in the path") == KEY
+
+
+def test_alone_it_is_the_wrong_key_and_of_several_the_first_counts() -> None:
+    assert api_key.find([(b"authorization", b"Bearer ollama")], None) == "ollama"
+    assert api_key.find([(b"x-api-key", b"second"), (b"authorization", b"Bearer third")], "first") == "first"
 
 
 def test_all_places_over_http(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
@@ -157,7 +177,18 @@ def test_all_places_over_http(start_gateway: StartGateway, alpha: PlayedBackend)
         assert client.get("/api/tags", headers={"Authorization": "Bearer"}).status_code == 401
         assert client.get("/api/tags").status_code == 401
         twice = [("Authorization", f"Bearer {key}"), ("Authorization", f"Bearer {other}")]
-        assert client.get("/api/tags", headers=twice).status_code == 400
+        assert client.get("/api/tags", headers=twice).json() == {"error": "The request carries two different keys; send one."}
+
+
+def test_a_dummy_beside_a_key_is_no_failure_and_alone_it_is_one(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="3")
+    key = gateway.key()
+    with gateway.http("ollama") as client:
+        assert [client.get(f"/k/{key}/v1/models").status_code for _ in range(6)] == [200] * 6
+        alone = client.get("/v1/models")
+        assert (alone.status_code, alone.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert client.get("/k/ollama/v1/models", headers={"x-api-key": "dummy"}).status_code == 401
+        assert [client.get("/v1/models").status_code for _ in range(2)] == [401, 429]
 
 
 # ── the life of a key ──

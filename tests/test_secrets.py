@@ -3,12 +3,16 @@
 import json
 import logging
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from gateway import api_key
 from gateway.logs import ConsoleLines, JsonLines
+from tests.bench import tools
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
@@ -112,3 +116,12 @@ def test_the_request_line_has_what_an_operator_needs(start_gateway: StartGateway
     assert first["client"] == "127.0.0.1" and first["route"] == "/api/chat" and first["total_ms"] >= first["ttfb_ms"] > 0
     assert second["request_id"] != 'not "well" formed' and len(second["request_id"]) == 32
     assert json.loads(JsonLines().format(gateway.logged.records[-1]))
+
+
+def test_the_load_generator_gets_its_key_where_ps_does_not_show_it(tmp_path: Path) -> None:
+    script = tmp_path / "loadgen"
+    script.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(dict(said=sys.argv, read=sys.stdin.read())))\n")
+    script.chmod(0o700)
+    key = api_key.mint().whole
+    told = tools.load(tools.Tools("", str(script)), 1, key, [])
+    assert key not in " ".join(told["said"]) and told["read"] == f"{key}\n"
