@@ -30,6 +30,8 @@ WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 KEY_IN_PATH = re.compile(r"/k/([^/]*)(/.*)?", re.DOTALL)
 HEALTH = frozenset({"/healthz", "/readyz"})
 METRICS = "/metrics"
+# What may be called from pages of any origin: where a key is needed, which no other page has.
+API = re.compile(r"/+(v1|api)(/|$)")
 EXPOSED = (
     b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-overhead-ms, x-ratelimit-limit-requests, "
     b"x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
@@ -89,14 +91,14 @@ class Front:
 
     def _begin(self, scope: Scope) -> Record:
         presented = agent = b""
-        with_cors = False
+        from_page = False
         for name, value in scope["headers"]:
             if name == self._id_header:
                 presented = presented or value
             elif name == b"user-agent":
                 agent = value
             elif name == b"origin":
-                with_cors = True
+                from_page = True
         ours = os.urandom(16).hex()
         request_id = presented.decode() if WELL_FORMED_ID.fullmatch(presented) else ours
         record = Record(ours, request_id, scope["method"], client=self._client_of(scope), agent=agent[:200].decode("latin-1"))
@@ -105,7 +107,7 @@ class Front:
             record.key_in_path = in_path[1]
             scope["path"] = in_path[2] or "/"
             scope["raw_path"] = scope["path"].encode()
-        record.with_cors = with_cors
+        record.with_cors = from_page and API.match(scope["path"]) is not None
         record.dialect = self._dialect_of(scope["path"]).name
         scope.setdefault("state", {})["record"] = record
         return record

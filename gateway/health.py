@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.catalog import Catalog
 from gateway.database import Database
 from gateway.errors import StoreUnavailable
-from gateway.json_reply import send_json
+from gateway.json_reply import SAME_ORIGIN, send_json
 from gateway.store import Store
 
 REMEMBERED_S = 1.0
@@ -27,7 +27,7 @@ class Health:
         self._schema, self._schema_checked_at = "unknown", 0.0
 
     async def alive(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, {"status": "ok"})
+        await send_json(send, {"status": "ok"}, more=SAME_ORIGIN)
 
     async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         checks = {
@@ -37,7 +37,7 @@ class Health:
             "backends": "ok" if self._catalog().fresh_snapshots() else "none",
         }
         is_ready = checks["draining"] == "no" and checks["database"] in ("ok", "degraded") and checks["backends"] == "ok"
-        await send_json(send, {"ready": is_ready, **checks}, 200 if is_ready else 503)
+        await send_json(send, {"ready": is_ready, **checks}, 200 if is_ready else 503, SAME_ORIGIN)
 
     async def _schema_state(self) -> str:
         """Asked at most once a second, because anybody may ask."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.errors import SettingsError
+from gateway.json_reply import SAME_ORIGIN
 
 FOLDER = Path(__file__).parent / "pages"
 KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
@@ -16,9 +17,9 @@ POLICY = (
 # An operator's own page says for itself what it needs; it must only not stand in another's frame.
 OWN_POLICY = "frame-ancestors 'none'"
 HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
+    *SAME_ORIGIN,
     (b"cache-control", b"no-cache"),
 ]
 DASHBOARD = {

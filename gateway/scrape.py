@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import api_key
 from gateway.errors import ConflictingKeys, MissingKey, UnknownRoute
+from gateway.json_reply import SAME_ORIGIN
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.record import Record
 
@@ -24,7 +25,7 @@ class Scrape:
             record.route = "unmatched"
             raise UnknownRoute
         body = await self._metrics.exposition()
-        headers = [(b"content-type", CONTENT_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+        headers = [(b"content-type", CONTENT_TYPE.encode()), (b"content-length", b"%d" % len(body)), *SAME_ORIGIN]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
