@@ -1,7 +1,8 @@
-"""A real Chromium for the pages, where the machine has one."""
+"""A real Chromium for the pages, where the machine has one; what goes wrong in a page fails the test that did not expect it."""
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +10,17 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+# An error box that a visitor sees is as bad as one in the console: there it is told.
+BOXES = """
+const shown = new WeakMap();
+new MutationObserver(() => {
+  for (const box of document.querySelectorAll('[role=alert]')) {
+    const words = box.checkVisibility() ? box.textContent : '';
+    if (words && shown.get(box) !== words) console.error(`error box: ${words}`);
+    shown.set(box, words);
+  }
+}).observe(document, { subtree: true, childList: true, characterData: true, attributes: true });
+"""
 
 
 @contextmanager
@@ -25,17 +37,33 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def page_of(browser: Browser, width: str = "desktop", scheme: str = "light") -> Iterator[tuple[Page, list[str]]]:
-    """A page of a fresh visitor, and what went wrong in it: errors, refused by the policy, asked of other hosts."""
+def page_of(
+    browser: Browser, width: str = "desktop", scheme: str = "light", *, expecting: Sequence[str] = ()
+) -> Iterator[Page]:
+    """A page of a fresh visitor.
+
+    Errors, warnings, dialogs and error boxes fail the test, except those in which one of the regular expressions `expecting` is
+    found; each of these must be met.
+    """
     wide, high = WIDTHS[width]
     context = browser.new_context(viewport={"width": wide, "height": high}, color_scheme=scheme, locale="en-US")  # type: ignore[arg-type]
     page = context.new_page()
     page.set_default_timeout(10_000)
+    page.add_init_script(BOXES)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
     page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}") if said.type in ("error", "warning") else None)
     page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
     try:
-        yield page, wrong
+        yield page
+        # What has happened in the page is heard before an answer of it.
+        page.evaluate("0")
+    except BaseException as failed:
+        failed.add_note(f"said by the page: {wrong}")
+        raise
     finally:
         context.close()
+    unexpected = [line for line in wrong if not any(re.search(pattern, line) for pattern in expecting)]
+    assert unexpected == [], f"the page said what nobody expected: {unexpected}"
+    missed = [pattern for pattern in expecting if not any(re.search(pattern, line) for line in wrong)]
+    assert missed == [], f"the page did not say {missed}; it said {wrong}"

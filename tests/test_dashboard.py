@@ -66,7 +66,7 @@ def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
 
 
 def test_only_an_admin_gets_in(gateway: RunningGateway, admin: str, browser: Browser) -> None:
-    with page_of(browser) as (page, _):
+    with page_of(browser, expecting=["status of 401", "box: 401", "status of 403", "box: 403: this needs"]) as page:
         enter(page, gateway, "nz_wrong")
         expect(page.locator("#problem")).to_contain_text("401")
         enter(page, gateway, gateway.key())
@@ -84,7 +84,7 @@ def test_only_an_admin_gets_in(gateway: RunningGateway, admin: str, browser: Bro
 
 def test_numbers_are_live_and_lead_to_their_rows(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     tight = gateway.key(name="tight", rpm=1)
-    with page_of(browser) as (page, wrong):
+    with page_of(browser) as page:
         enter(page, gateway, admin)
         expect(page.locator("#live")).to_contain_text("live")
         expect(page.locator("#plots svg")).to_have_count(3)
@@ -107,13 +107,12 @@ def test_numbers_are_live_and_lead_to_their_rows(gateway: RunningGateway, admin:
         page.click("[data-window='24h']")
         expect(page.locator("[data-window='24h']")).to_have_attribute("aria-pressed", "true")
         expect(page.locator("#plots circle").first).to_be_attached()
-        assert wrong == []
 
 
 def test_what_is_pressed_twice_makes_one_key_which_is_copied_without_tls_too(
     gateway: RunningGateway, admin: str, browser: Browser
 ) -> None:
-    with page_of(browser) as (page, wrong):
+    with page_of(browser) as page:
         page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
         enter(page, gateway, admin)
         page.click("[data-tab=keys]")
@@ -127,13 +126,12 @@ def test_what_is_pressed_twice_makes_one_key_which_is_copied_without_tls_too(
         page.focus("#find-key")
         page.keyboard.press("Control+V")
         expect(page.locator("#find-key")).to_have_value(made)
-        assert wrong == []
     told = [row for row in gateway.audit_rows() if (row["method"], row["route"]) == ("POST", "/admin/v1/keys")]
     assert [row["status"] for row in told] == [201]
 
 
 def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admin: str, browser: Browser) -> None:
-    with page_of(browser) as (page, wrong):
+    with page_of(browser, expecting=["status of 409", "box: 409: a key named 'ops' exists"]) as page:
         enter(page, gateway, admin)
         page.click("[data-tab=keys]")
         page.click("#make-key")
@@ -172,14 +170,13 @@ def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admi
         page.keyboard.press("Enter")
         expect(page.locator("#dialog-problem")).to_contain_text("a key named 'ops' exists")
         expect(page.locator("dialog [name=name]")).to_have_value("ops")
-        assert [line for line in wrong if "409" not in line] == []
     gateway.wait_idle()
     told = [row["detail"] for row in gateway.audit_rows() if row["method"] != "GET" and row["route"].startswith("/admin")]
     assert [detail.split()[0] for detail in told] == ["make", "limit", "rotate", "revoke", "make"]
 
 
 def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: str, browser: Browser) -> None:
-    with page_of(browser) as (page, wrong):
+    with page_of(browser) as page:
         enter(page, gateway, admin)
         alpha = page.locator("#backends tbody tr").filter(has_text="alpha")
         alpha.get_by_role("button", name="Drain").click()
@@ -194,7 +191,6 @@ def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: s
         page.keyboard.press("Escape")
         page.click("#refresh")
         expect(page.locator("dialog pre")).to_contain_text('"models": 1')
-        assert wrong == []
 
 
 def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: PlayedBackend, browser: Browser) -> None:
@@ -204,7 +200,7 @@ def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: PlayedB
         with gateway.http(gateway.key(name=XSS), headers={"User-Agent": XSS, "X-Request-ID": "x"}) as client:
             for model in (XSS, f"unknown {XSS}"):
                 client.post("/api/chat", json={**CHAT, "model": model})
-        with page_of(browser) as (page, wrong):
+        with page_of(browser) as page:
             asked: list[str] = []
             page.on("request", lambda request: asked.append(request.url))
             enter(page, gateway, admin)
@@ -216,7 +212,6 @@ def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: PlayedB
             page.fill("[name=outcome]", XSS)
             page.click("#filter button")
             assert page.locator("main img").count() == page.locator("main script").count() == 0
-            assert wrong == []
             assert {urlsplit(url).netloc for url in asked} == {urlsplit(gateway.url).netloc}
 
 
@@ -225,7 +220,7 @@ def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: PlayedB
 def test_nothing_is_cut(gateway: RunningGateway, admin: str, width: str, scheme: str, tmp_path: Path, browser: Browser) -> None:
     with gateway.http(gateway.key(name="a key with quite a long name of its own " * 3)) as client:
         client.post("/api/chat", json=CHAT)
-    with page_of(browser, width, scheme) as (page, wrong):
+    with page_of(browser, width, scheme) as page:
         enter(page, gateway, admin)
         expect(page.locator("#live")).to_contain_text("live")
         for tab in ("overview", "keys", "audit"):
@@ -237,7 +232,6 @@ def test_nothing_is_cut(gateway: RunningGateway, admin: str, width: str, scheme:
             )
             assert too_wide == [], json.dumps(too_wide)
         assert page.evaluate("getComputedStyle(document.body).colorScheme") == "light dark"
-        assert wrong == []
 
 
 def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: PlayedBackend, browser: Browser) -> None:
@@ -245,18 +239,17 @@ def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: 
     gateway = start_gateway(alpha, *others, DASHBOARD_ENABLED="true")
     for number in range(1000):
         gateway.key(name=f"key number {number}")
-    with page_of(browser) as (page, wrong):
+    with page_of(browser) as page:
         enter(page, gateway, gateway.key(name="ops", flags=(keys.ADMIN,)))
         expect(page.locator("#backends tbody tr")).to_have_count(50)
         page.click("[data-tab=keys]")
         expect(page.locator("#keys-shown")).to_contain_text("200 of 1,001 keys")
         page.fill("#find-key", "number 77")
         expect(page.locator("#all-keys tbody tr")).to_have_count(11)
-        assert wrong == []
 
 
 def test_a_revoked_admin_sees_no_more(gateway: RunningGateway, admin: str, browser: Browser) -> None:
-    with page_of(browser) as (page, _):
+    with page_of(browser, expecting=["status of 401", "box: 401"]) as page:
         enter(page, gateway, admin)
         expect(page.locator("#live")).to_contain_text("live")
         gateway.call(gateway.ring().revoke("ops"))

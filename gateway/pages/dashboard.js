@@ -1,4 +1,4 @@
-import { $, copy, h } from "./nodes.js";
+import { $, copy, h, reach } from "./nodes.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -26,7 +26,7 @@ async function refusalOf(answer) {
 async function ask(method, path, body) {
   const headers = { Authorization: `Bearer ${key.get()}` };
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  const answer = await fetch(`/admin/v1${path}`, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+  const answer = await reach(`/admin/v1${path}`, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
   if (!answer.ok) throw await refusalOf(answer);
   return answer.json();
 }
@@ -353,7 +353,7 @@ async function within(ms, reader) {
 }
 
 async function listen(signal) {
-  const answer = await fetch("/admin/v1/events", { headers: { Authorization: `Bearer ${key.get()}` }, signal });
+  const answer = await reach("/admin/v1/events", { headers: { Authorization: `Bearer ${key.get()}` }, signal });
   if (!answer.ok) throw await refusalOf(answer);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {

@@ -1,4 +1,4 @@
-import { $, copy, h } from "./nodes.js";
+import { $, copy, h, reach } from "./nodes.js";
 
 const SAMPLES_ASK = "http://127.0.0.1:8080";
 let told = {}, language = "curl";
@@ -137,7 +137,7 @@ $("find").addEventListener("input", () => {
 });
 
 async function begin() {
-  const answer = await fetch("/openapi.json");
+  const answer = await reach("/openapi.json");
   if (!answer.ok) throw new Error(`/openapi.json: ${answer.status}`);
   told = await answer.json();
   show();
@@ -147,7 +147,7 @@ async function begin() {
 function goThere() {
   let name = location.hash.slice(1);
   try { name = decodeURIComponent(name); } catch { /* no address of ours: then there is nowhere to go */ }
-  const wanted = name && $(name);
+  const wanted = $(name);
   if (wanted?.matches(".line")) { wanted.open = true; wanted.scrollIntoView(); }
 }
 

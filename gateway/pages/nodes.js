@@ -12,6 +12,13 @@ export function h(tag, facts = {}, ...children) {
   return made;
 }
 
+// A browser's own words for this, "Failed to fetch", say nothing to who only uses a page.
+export async function reach(path, options) {
+  try { return await fetch(path, options); } catch (problem) {
+    throw problem.name === "AbortError" ? problem : new Error("the gateway does not answer: look whether it runs, and try again");
+  }
+}
+
 export async function copy(pressed, text) {
   const words = pressed.dataset.words ||= pressed.textContent;
   let done = true;

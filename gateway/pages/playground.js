@@ -1,5 +1,5 @@
 import { Growing } from "./markdown.js";
-import { $, copy, h } from "./nodes.js";
+import { $, copy, h, reach } from "./nodes.js";
 
 const key = { get: () => sessionStorage.getItem("playground-key") || "", set: (value) => sessionStorage.setItem("playground-key", value), forget: () => sessionStorage.removeItem("playground-key") };
 const button = (text, act, kind = "small") => h("button", { type: "button", class: kind, on: { click: act } }, text);
@@ -18,7 +18,7 @@ class Refused extends Error {
 async function call(method, path, body, signal) {
   const headers = { Authorization: `Bearer ${key.get()}` };
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  const answer = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), signal });
+  const answer = await reach(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), signal });
   if (answer.ok) return answer;
   const text = await answer.text();
   let words = text || answer.statusText;
@@ -157,7 +157,8 @@ function factsOf(answer) {
 }
 
 function problemOf(turn, answer) {
-  const shown = h("p", { class: "bad", role: "alert" }, answer.problem.message);
+  // A countdown is no news each second.
+  const shown = h("p", { class: "bad" }, h("span", { role: "alert" }, answer.problem.message));
   const { status, until } = answer.problem;
   if (status !== 429 || until <= Date.now()) return shown;
   const left = h("span", { class: "countdown" });
