@@ -11,10 +11,11 @@ from gateway import strict_json
 from gateway.access import Access
 from gateway.backends import Backend
 from gateway.body import check_head, read_body
-from gateway.dialects.base import Dialect
+from gateway.dialects.base import Dialect, content_type_of
 from gateway.errors import (
     AnswerCutShort,
     BackendFailed,
+    BackendRefused,
     BackendTimeout,
     BadRequest,
     BodyTooSlow,
@@ -207,6 +208,19 @@ def _has_body(scope: Scope) -> bool:
     )
 
 
+def _is_answer(upstream: Upstream) -> bool:
+    """Whether it may be what Ollama says: JSON, records, or nothing."""
+    kind = upstream.headers.get("Content-Type", "").lower().partition(";")[0].strip()
+    return kind in ("", "application/json", "application/x-ndjson")
+
+
+def _no_answer(upstream: Upstream) -> Exception:
+    """What a page or a line of text in place of an answer means: it comes from before the backend, or it has no such route."""
+    if not 400 <= upstream.status < 500:
+        return BackendFault("not_json", f"status {upstream.status}")
+    return BackendRefused(status=upstream.status)
+
+
 class PassedThrough:
     """An answer of whatever status and form, each piece as it comes."""
 
@@ -215,11 +229,12 @@ class PassedThrough:
         self.started = False
 
     async def pass_on(self, upstream: Upstream, silence_s: float) -> None:
+        if not _is_answer(upstream):
+            raise _no_answer(upstream)
         self.started = True
-        content_type = (upstream.content_type or "application/json").encode("latin-1")
-        await self._send(
-            {"type": "http.response.start", "status": upstream.status, "headers": [(b"content-type", content_type)]}
-        )
+        content_type = content_type_of(upstream.content_type or "application/json", self._dialect.framing)
+        headers = [(b"content-type", content_type.encode("latin-1"))]
+        await self._send({"type": "http.response.start", "status": upstream.status, "headers": headers})
         with Guard() as guard:
             guard.within(silence_s, BackendTimeout)
             while piece := await upstream.read():

@@ -15,7 +15,7 @@ from gateway.body import read_body
 from gateway.books import Books
 from gateway.catalog import Catalog, Model
 from gateway.connection import Connection
-from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, read_call, try_read
+from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, content_type_of, read_call, try_read
 from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError, ModelNotAvailable
 from gateway.guard import Watch, Watched
 from gateway.json_reply import send_json
@@ -136,7 +136,7 @@ class Answer:
             self.record.transcript.hear(opening.frames)
 
     async def relay(self, opening: Opening, guard: Watched, connection: Connection) -> None:
-        content_type = opening.upstream.content_type or self._dialect.framing.content_type
+        content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
         await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
         try:
             await self._relay_frames(opening, guard, connection)
@@ -231,9 +231,8 @@ class Answer:
         # The watcher has ended: uvicorn would tell it of the answer's end as of a client that left.
         if self._whole is not None:
             body = self._whole.frames
-            await self._start(
-                self._whole.upstream.content_type or "application/json", [(b"content-length", str(len(body)).encode())]
-            )
+            content_type = content_type_of(self._whole.upstream.content_type)
+            await self._start(content_type, [(b"content-length", str(len(body)).encode())])
             await self._send({"type": "http.response.body", "body": body})
         else:
             await self._send({"type": "http.response.body", "body": b""})

@@ -37,6 +37,8 @@ EXPOSED = (
     b"x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
     b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
+# What a model or a backend said is what the content type says, and no page, whatever it looks like.
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 LINGER_S, LINGER_BYTES = 2.0, 4 * 2**20
 STATUS_OF_A_CLIENT_GONE = 499
 PREFLIGHT_HEADERS = (
@@ -208,7 +210,7 @@ class Reply:
         await self._send(message)
 
     def _own_headers(self) -> list[tuple[bytes, bytes]]:
-        headers = [(self._id_header, self._record.request_id.encode())]
+        headers = [(self._id_header, self._record.request_id.encode()), NO_SNIFFING]
         if self._record.show_backend and self._record.backend:
             headers.append((b"x-gateway-backend", self._record.backend.encode()))
         if self._record.show_overhead:

@@ -14,6 +14,7 @@ from gateway.tokens import NO_TOKENS, Need
 Streaming = Literal["by default", "on request", "never"]
 LONGEST_FRAME = 8 * 2**20
 LONGEST_COPIED_MESSAGE = 1000
+JSON = frozenset({"application/json"})
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
@@ -85,6 +86,8 @@ class Framing(Protocol):
     """How a stream is cut into frames that a client reads one by one."""
 
     content_type: str
+    # What backends may call it; Ollama loads a model with one JSON object, also where a stream was asked for.
+    content_types: frozenset[str]
 
     def end_of_frames(self, data: bytes) -> int:
         """The position behind the last complete frame."""
@@ -132,6 +135,15 @@ class Dialect(Protocol):
 
     def said(self, data: bytes) -> str:
         """The text of an answer, whole or in frames."""
+
+
+def content_type_of(told: str, framing: Framing | None = None) -> str:
+    """The type of an answer in the dialect: as the backend told it where that is one of ours. Whole answers have no framing."""
+    kind, _, more = told.lower().replace(" ", "").partition(";")
+    known = JSON if framing is None else framing.content_types
+    if kind in known and more in ("", "charset=utf-8"):
+        return told
+    return "application/json" if framing is None else framing.content_type
 
 
 def read_call(dialect: Dialect, operation: Operation, raw: bytes) -> Call:

@@ -38,6 +38,7 @@ BOOLEAN_OPTIONS = frozenset("numa low_vram f16_kv logits_all vocab_only use_mmap
 
 class Ndjson:
     content_type = "application/x-ndjson"
+    content_types = frozenset({content_type, "application/json"})
 
     def end_of_frames(self, data: bytes) -> int:
         return data.rfind(b"\n") + 1
