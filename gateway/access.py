@@ -7,14 +7,16 @@ from starlette.types import Scope
 from gateway import api_key
 from gateway.admission import Admission, Ticket
 from gateway.authentication import Authenticator
-from gateway.errors import LimitReached, LimitsUnavailable
-from gateway.keys import Key
+from gateway.errors import LimitReached, LimitsUnavailable, NotPermitted
+from gateway.keys import ADMIN, Key
 from gateway.limits import Limits, remembered
 from gateway.quota import Quota
 from gateway.record import Record
 from gateway.tokens import NO_TOKENS, Need
 
 LOOK_UP_RESERVE = -1
+LOOKS = frozenset({"GET", "HEAD"})
+NO_DEFAULTS = Quota()
 
 
 class Access:
@@ -26,11 +28,21 @@ class Access:
         record.key = await self._authenticator.key_for(presented, record.client)
         return record.key
 
+    async def operator(self, scope: Scope, record: Record) -> Key:
+        """The key of who asks the admin API. Looking is no traffic: of the limits it knows those that the key itself has, so
+        that the defaults lock nobody out of the dashboard. Raises NotPermitted without the role."""
+        key = await self.key_of(scope, record)
+        record.is_look = record.method in LOOKS and ADMIN in key.flags
+        await self.admit(record, takes_slot=False)
+        if ADMIN not in key.flags:
+            raise NotPermitted("this needs a key with the role admin: make key ROLE=admin")
+        return key
+
     async def admit(self, record: Record, model: str = "", need: Need = NO_TOKENS, *, takes_slot: bool = True) -> None:
         """Takes a request, its tokens and a slot from the key's limits; raises LimitReached."""
         assert record.key is not None
         record.need = need
-        scopes = record.key.scopes(model, self._defaults)
+        scopes = record.key.scopes(model, NO_DEFAULTS if record.is_look else self._defaults)
         info = remembered(scopes, model, need.prompt, record.beginning()) if takes_slot else b""
         ticket = Ticket(record.id, scopes, model, need, info)
         try:

@@ -9,9 +9,8 @@ from starlette.types import Receive, Scope, Send
 from gateway import strict_json
 from gateway.access import Access
 from gateway.connection import Connection
-from gateway.errors import ClientGone, ClientStalled, GatewayError, NotPermitted
+from gateway.errors import ClientGone, ClientStalled, GatewayError
 from gateway.guard import Watch, Watched
-from gateway.keys import ADMIN
 from gateway.overview import Overview
 from gateway.record import Record
 
@@ -27,9 +26,7 @@ class AdminEvents:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
-        key = await self._access.visitor(scope, record)
-        if ADMIN not in key.flags:
-            raise NotPermitted("this needs a key with the role admin: make key ROLE=admin")
+        await self._access.operator(scope, record)
         connection: Connection = scope["state"]["connection"]
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         try:

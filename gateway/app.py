@@ -162,7 +162,7 @@ def state_of(rooms: Rooms) -> ProcessState:
     front, limits = rooms.front, rooms.limits
     backends = bulletin.seen(rooms.backends)
     waiting = rooms.writer.waiting
-    return ProcessState(limits.process, time.time(), front.in_flight, limits.waiting, front.draining, waiting, backends)
+    return ProcessState(limits.process, time.time(), front.under_way, limits.waiting, front.draining, waiting, backends)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Every authenticated request's end, told once: what it cost to the limits, its row to the audit, whatever is away."""
+"""Every request's end, told once: the limits learn its cost, the audit gets its row, whatever is away. Looks leave nothing."""
 
 import asyncio
 import logging
@@ -81,7 +81,7 @@ class Books:
         if record.is_closed:
             return None
         record.is_closed = True
-        if record.key is None:
+        if record.key is None or record.is_look:
             return None
         record.outcome = record.outcome or "answered"
         record.bytes_out += coming

@@ -29,7 +29,7 @@ LOG = logging.getLogger("gateway")
 WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 KEY_IN_PATH = re.compile(r"/k/([^/]*)(/.*)?", re.DOTALL)
 HEALTH = frozenset({"/healthz", "/readyz"})
-METRICS = "/metrics"
+METRICS, ADMIN = "/metrics", "/admin/"
 # What may be called from pages of any origin: where a key is needed, which no other page has.
 API = re.compile(r"/+(v1|api)(/|$)")
 EXPOSED = (
@@ -51,7 +51,7 @@ PREFLIGHT_HEADERS = (
 
 
 class Front:
-    """Counts what is in flight; `draining` makes it refuse new work."""
+    """Counts what is in flight, and how much of it is of operators; `draining` makes it refuse new work."""
 
     def __init__(
         self,
@@ -66,28 +66,39 @@ class Front:
         self.routes, self._client_of, self._dialect_of, self._books = routes, client_of, dialect_of, books
         self._metrics = metrics
         self._id_header = request_id_header.lower().encode()
-        self.in_flight = 0
+        self.in_flight = self.of_operators = 0
         self.idle = asyncio.Event()
         self.idle.set()
         self.draining = False
+
+    @property
+    def under_way(self) -> int:
+        """Requests of the API in flight: who watches them is none of them."""
+        return self.in_flight - self.of_operators
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         record = self._begin(scope)
         reply = Reply(record, send, self._books, self._id_header, with_cors=record.with_cors)
+        of_operators = scope["path"][: len(ADMIN)] == ADMIN
         self.in_flight += 1
+        self.of_operators += of_operators
         self.idle.clear()
         try:
             await self._handle(scope, receive, reply, record)
         finally:
             self._books.close(record)
             if scope["path"] not in HEALTH and record.route != METRICS:
-                logs.request_line(record.status, record.told(), record.told_json)
-                self._metrics.ended(record)
+                if record.is_look:
+                    logs.request_line(record.status, record.told(), b"", logging.DEBUG)
+                else:
+                    logs.request_line(record.status, record.told(), record.told_json)
+                    self._metrics.ended(record)
             # The connection knows the scope: without this its memory would wait for the collector.
             scope["state"].clear()
             self.in_flight -= 1
+            self.of_operators -= of_operators
             if not self.in_flight:
                 self.idle.set()
 

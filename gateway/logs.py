@@ -13,7 +13,7 @@ REQUESTS = logging.getLogger("gateway.request")
 HELD_S, MOST_HELD = 0.05, 500
 REST = {
     level: b'"level":"%b","logger":"gateway.request","message":"request",' % name
-    for level, name in ((logging.INFO, b"info"), (logging.WARNING, b"warning"))
+    for level, name in ((logging.DEBUG, b"debug"), (logging.INFO, b"info"), (logging.WARNING, b"warning"))
 }
 # Where lines of requests go as JSON, past logging; empty where logging has them.
 _direct: "list[Lines]" = []
@@ -91,9 +91,9 @@ def configure(level: str, style: str) -> None:
     _direct[:] = [handler] if style == "json" else []
 
 
-def request_line(status: int, fields: dict[str, Any], as_json: bytes) -> None:
-    """One request's end; `as_json` are the fields where somebody has written them already."""
-    level = logging.WARNING if status >= 500 else logging.INFO
+def request_line(status: int, fields: dict[str, Any], as_json: bytes, usual: int = logging.INFO) -> None:
+    """One request's end; `as_json` are the fields where somebody has written them already, `usual` its level if all is well."""
+    level = logging.WARNING if status >= 500 else usual
     if not REQUESTS.isEnabledFor(level):
         return
     if not _direct:

@@ -76,7 +76,9 @@ class Metrics:
         return Histogram(name, words, labels, registry=self._registry, buckets=buckets)
 
     def _declare_requests(self) -> None:
-        self.requests = self._counter("gateway_requests", "Requests that have ended", "dialect", "route", "model", "outcome")
+        self.requests = self._counter(
+            "gateway_requests", "Requests that have ended, operators who look left out", "dialect", "route", "model", "outcome"
+        )
         self.tokens = self._counter("gateway_tokens", "Tokens, as counted or guessed for the audit", "kind", "model")
         self.duration = self._histogram(
             "gateway_request_duration_seconds", "From a request's head to its answer's end", "dialect", buckets=LONG
@@ -96,7 +98,9 @@ class Metrics:
         self.queue = self._histogram("gateway_queue_wait_seconds", "Waiting for a slot of the key", buckets=LONG)
         self.refused = self._counter("gateway_limit_refusals", "Requests refused by a limit", "limit")
         self.auth_failures = self._counter("gateway_auth_failures", "Requests with a wrong key, or with none")
-        self.in_flight = self._gauge("gateway_requests_in_flight", "Requests under way", of_all="livesum")
+        self.in_flight = self._gauge(
+            "gateway_requests_in_flight", "Requests under way, those to the admin API left out", of_all="livesum"
+        )
         self.waiting = self._gauge("gateway_requests_waiting", "Requests that wait for a slot of their key", of_all="livesum")
 
     def _declare_backends(self) -> None:

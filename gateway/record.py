@@ -79,6 +79,8 @@ class Record:
     first_byte_at: float | None = None
     reading_s: float = 0.0
     upstream_s: float = 0.0
+    # An operator looks: that is no traffic, and neither counted nor kept.
+    is_look: bool = False
     is_closed: bool = False
     row: dict[str, Any] | None = field(default=None, repr=False)
     told_json: bytes = field(default=b"", repr=False)

@@ -61,7 +61,7 @@ class Sampler:
 
     def look(self) -> None:
         metrics, front = self._metrics, self._front
-        metrics.in_flight.set(front.in_flight)
+        metrics.in_flight.set(front.under_way)
         metrics.draining.set(int(front.draining))
         metrics.waiting.set(self._limits.waiting)
         metrics.alone.set(int(not self._limits.is_usable))

@@ -143,7 +143,8 @@ def test_a_key_written_where_none_belongs_is_kept_nowhere(
     assert [answer.status_code for answer in refused] == [400, 400, 404, 404, 404]
     assert not [answer.text for answer in refused if whole in answer.text]
     gateway.wait_idle()
-    until(lambda: len(fetch(stores.database_url, "SELECT FROM audit WHERE outcome <> ''")) >= len(refused), 5)
+    # Who only looked is in no row.
+    until(lambda: len(fetch(stores.database_url, "SELECT FROM audit WHERE outcome <> ''")) >= len(refused) - 1, 15)
     assert whole not in str(fetch(stores.database_url, "SELECT * FROM audit"))
     ours = [vars(record) for record in caplog.records if record.name.startswith("gateway")]
     assert ours and whole not in str(ours)

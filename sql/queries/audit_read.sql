@@ -20,6 +20,7 @@ LIMIT $7;
 
 -- name: sum_audit
 -- Sums of the audit since a time, by any of key, model, backend and day; the times are those of requests that got an answer.
+-- What operators look at is no traffic, nor is it where rows of before tell of it.
 SELECT s.day, s.key_id, k.name AS key, s.model, s.backend, s.requests, s.answered, s.failures, s.refused, s.prompt_tokens,
        s.completion_tokens, s.ttfb[1] AS ttfb_p50, s.ttfb[2] AS ttfb_p95, s.ttfb[3] AS ttfb_p99
 FROM (SELECT CASE WHEN 'day' = ANY ($1::text[]) THEN (at AT TIME ZONE 'UTC')::date END AS day,
@@ -33,7 +34,7 @@ FROM (SELECT CASE WHEN 'day' = ANY ($1::text[]) THEN (at AT TIME ZONE 'UTC')::da
              sum(prompt_tokens)::bigint AS prompt_tokens,
              sum(completion_tokens)::bigint AS completion_tokens,
              percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb
-      FROM audit WHERE at >= $2
+      FROM audit WHERE at >= $2 AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'))
       GROUP BY 1, 2, 3, 4) AS s
 LEFT JOIN keys k ON k.id = s.key_id
 ORDER BY s.day DESC, s.requests DESC, k.name, s.key_id, s.model, s.backend;

@@ -1,5 +1,5 @@
 -- name: recent_sums
--- What has happened since a time, all together; what drills ask is no traffic, here and below.
+-- What has happened since a time, all together; what drills ask and what operators look at is no traffic, here and below.
 SELECT count(*) AS requests,
        count(*) FILTER (WHERE outcome = 'answered') AS answered,
        count(*) FILTER (WHERE outcome IN ('backend_failed', 'truncated')) AS failures,
@@ -8,7 +8,8 @@ SELECT count(*) AS requests,
        coalesce(sum(completion_tokens), 0)::bigint AS completion_tokens,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p50_ms,
        percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
-FROM audit WHERE at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags));
+FROM audit WHERE at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
+  AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'));
 
 -- name: busiest_keys
 -- Those with the most requests since a time, and how many of them a limit refused.
@@ -18,6 +19,7 @@ SELECT a.key_id, k.name AS key, count(*) AS requests,
        mode() WITHIN GROUP (ORDER BY a.detail) FILTER (WHERE a.status = 429) AS limit
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
 WHERE a.at >= $1 AND NOT coalesce('drill' = ANY (k.flags), false)
+  AND NOT (starts_with(a.route, '/admin/') AND a.method IN ('GET', 'HEAD'))
 GROUP BY a.key_id, k.name
 ORDER BY requests DESC, a.key_id
 LIMIT $2;
@@ -44,5 +46,6 @@ SELECT extract(epoch FROM date_bin($2::interval, at, timestamptz '2000-01-01')):
        percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
 FROM audit
 WHERE audit.at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
+  AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'))
 GROUP BY 1
 ORDER BY 1;
