@@ -65,7 +65,7 @@ FAILURES: Mapping[str, Failures] = {
     "nobody": (),
     "metrics": (),
     "key": OF_A_KEY,
-    "admin": (*OF_A_KEY, errors.BadRequest, errors.NotPermitted, errors.TooSlow),
+    "admin": (*OF_A_KEY, errors.BadRequest, errors.NotPermitted, errors.TooSlow, errors.ReadOnly),
     "models": (*OF_A_KEY, *OF_A_BODY, errors.NotPermitted, *OF_BACKENDS),
 }
 BY_CODE = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GatewayError)}

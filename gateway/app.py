@@ -1,18 +1,18 @@
 """The composition root: builds the rooms from the settings and connects them; nesting is shutdown order."""
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, bulletin, pages, retention, routes, strict_json, tasks
+from gateway import admin_verbs, bulletin, pages, retention, routes, strict_json
 from gateway.access import Access
 from gateway.admin_api import AdminApi
 from gateway.api_document import ApiDocument
@@ -50,6 +50,7 @@ from gateway.scrape import Scrape
 from gateway.settings import Settings
 from gateway.show import described
 from gateway.store import Store
+from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway")
 # A path that is not there for who may not see it is there in no way.
@@ -73,6 +74,7 @@ class Rooms:
     books: Books
     metrics: Metrics
     writer: AuditWriter
+    background: Callable[[], Iterable[Kept]]
 
 
 def dialects() -> dict[str, Dialect]:
@@ -111,23 +113,28 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         )
         backends = await stack.enter_async_context(fleet(settings))
         discovery = await stack.enter_async_context(discovery_of(settings, backends, store))
-        await stack.enter_async_context(Drains(database, store, backends))
+        drains = await stack.enter_async_context(Drains(database, store, backends))
         proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
         lines = await stack.enter_async_context(Lines(settings.redis_url, store.count_failure))
         limits = await stack.enter_async_context(limits_of(settings, database, store, lines))
         spoken = dialects()
         writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
-        await stack.enter_async_context(retaining(settings))
+        purging = await stack.enter_async_context(retaining(settings))
         books = await stack.enter_async_context(Books(limits, spoken, writer.write, size=settings.audit_buffer_size))
         watch = await stack.enter_async_context(Watch())
         id_header = settings.gateway_request_id_header
         metrics = Metrics(metrics_folder)
         front = Front(_not_yet, proxies.client_of, by_prefix(spoken), books, metrics, request_id_header=id_header)
-        rooms = Rooms(database, reports, store, discovery, backends, front, watch, limits, books, metrics, writer)
+        keeping: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, books, watch]
+
+        def background() -> list[Kept]:
+            return [purging, *(one.background for one in (*keeping, sampler, told)), *store.background, *lines.background]
+
+        rooms = Rooms(database, reports, store, discovery, backends, front, watch, limits, books, metrics, writer, background)
         catalog = lambda: discovery.catalog  # noqa: E731
         sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
-        await stack.enter_async_context(Bulletin(lines, lambda: state_of(rooms)))
+        told = await stack.enter_async_context(Bulletin(lines, lambda: state_of(rooms)))
         front.routes = _table(settings, rooms, Access(authenticator, limits, default_quota(settings)), spoken)
         LOG.info("PostgreSQL: %s", await _state_of(database))
         tell_what_is_in_force(settings, rooms)
@@ -180,15 +187,16 @@ async def limits_of(settings: Settings, database: Database, store: Store, lines:
 
 
 @asynccontextmanager
-async def retaining(settings: Settings) -> AsyncIterator[None]:
+async def retaining(settings: Settings) -> AsyncIterator[Kept]:
     """On a connection of its own: what is slow here must not look like a database that is away."""
     keep = timedelta(days=settings.audit_log_default_retention_days)
     async with Database(settings.database_url, size=1) as database:
-        task = asyncio.create_task(retention.run_regularly(database, keep), name="retention")
+        purging = Kept(lambda: retention.run_regularly(database, keep), "retention")
+        purging.start()
         try:
-            yield
+            yield purging
         finally:
-            await tasks.end([task])
+            await purging.end()
 
 
 def default_quota(settings: Settings) -> Quota:
@@ -268,7 +276,8 @@ def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
 
 def _lists(rooms: Rooms, access: Access) -> dict[tuple[str, str], ASGIApp]:
     lists = Lists(access, lambda: rooms.discovery.catalog)
-    health = Health(rooms.database, rooms.store, lambda: rooms.discovery.catalog, is_draining=lambda: rooms.front.draining)
+    catalog, is_draining = lambda: rooms.discovery.catalog, lambda: rooms.front.draining
+    health = Health(rooms.database, rooms.store, catalog, rooms.background, is_draining)
     return {
         ("GET", "/api/tags"): lists.tags,
         ("GET", "/api/ps"): lists.running,

@@ -25,7 +25,7 @@ async def write(
     StoreUnavailable, with nothing written.
     """
     fresh = 0
-    async with database.connection() as connection, connection.transaction():
+    async with database.writing() as connection:
         if rows:
             fresh = await connection.fetchval(database.sql("add_audit_rows"), _list_of(rows))
         if prompts:

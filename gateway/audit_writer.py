@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Self
 
-from gateway import audit_table, shards, strict_json, tasks
+from gateway import audit_table, shards, strict_json
 from gateway.database import Database
 from gateway.errors import StoreUnavailable
 from gateway.limits import Limits
 from gateway.redis_names import named
 from gateway.shards import HOME
 from gateway.store import Store, StoreAway
+from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.audit")
 LEASE, LEASE_MS = named("audit:writer"), 5000
@@ -42,19 +43,18 @@ class AuditWriter:
 
     def __init__(self, store: Store, limits: Limits, database: Database, *, keep_prompts: timedelta) -> None:
         self._store, self._limits, self._database, self._keep_prompts = store, limits, database, keep_prompts
-        self._task: asyncio.Task[None] | None = None
+        self.background = Kept(self._run, "audit writer")
         self._reaped_at = 0.0
         self.written = 0
         # Rows in Redis; None where another process looks after them.
         self.waiting: int | None = None
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run(), name="audit writer")
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
-        await tasks.end([self._task])
+        await self.background.end()
 
     async def write(self, rows: Sequence[bytes], prompts: Sequence[bytes]) -> None:
         """Raises StoreUnavailable, with nothing written."""

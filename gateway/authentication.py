@@ -14,7 +14,7 @@ from typing import Any, Self
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from gateway import api_key, strict_json, tasks
+from gateway import api_key, strict_json
 from gateway.api_key import PresentedKey
 from gateway.auth_failures import AuthFailures
 from gateway.database import Database
@@ -22,6 +22,7 @@ from gateway.errors import Overloaded, StoreUnavailable, WrongKey
 from gateway.keys import CHANGED, Key, cache_key, unpack, version_key
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
+from gateway.tasks import Kept
 
 REMEMBERED = 10_000
 WAITING_VERIFICATIONS = 64
@@ -66,16 +67,15 @@ class Authenticator:
         self._generation = 0
         self._strangers = 0
         self._used: dict[str, float] = {}
-        self._noting: asyncio.Task[None] | None = None
+        self.background = Kept(self._note_uses, "last use of keys")
 
     async def __aenter__(self) -> Self:
         self._store.subscribe({CHANGED: self.forget}, after_gap=self.forget_all)
-        self._noting = asyncio.create_task(self._note_uses(), name="last use of keys")
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._noting is not None
-        await tasks.end([self._noting])
+        await self.background.end()
         for check in list(self._running.values()):
             check.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
@@ -255,8 +255,13 @@ class Authenticator:
 
     async def _write_uses(self) -> None:
         used, self._used = self._used, {}
-        if used:
+        if not used:
+            return
+        try:
             await self._database.run("note_use", list(used), [datetime.fromtimestamp(at, UTC) for at in used.values()])
+        except BaseException:
+            self._used = used | self._used
+            raise
 
 
 def _remember(memory: OrderedDict[str, Any], digest: str, value: object) -> None:

@@ -9,12 +9,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
-from gateway import cost, strict_json, tasks
+from gateway import cost, strict_json
 from gateway.dialects.base import Dialect
 from gateway.errors import StoreUnavailable
 from gateway.limits import Limits, Settlement
 from gateway.record import Record
 from gateway.store import StoreAway
+from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.audit")
 LOOK_EVERY_S = 0.2
@@ -41,18 +42,17 @@ class Books:
         self._away_since: float | None = None
         self.dropped = 0
         self._is_dropping = False
-        self._delivering: asyncio.Task[None] | None = None
+        self.background = Kept(self._keep_delivering, "books")
 
     async def __aenter__(self) -> Self:
-        self._delivering = asyncio.create_task(self._keep_delivering(), name="books")
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._delivering is not None
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSING_S):
                 await self._deliver_all()
-        await tasks.end([self._delivering])
+        await self.background.end()
         if self._backlog:
             LOG.error("%d audit rows could be written nowhere and are lost", len(self._backlog))
 

@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from gateway import shards, strict_json, tasks
+from gateway import shards, strict_json
 from gateway.backends import Backend
 from gateway.redis_lines import Lines
 from gateway.store import Store, StoreAway
+from gateway.tasks import Kept
 
 EVERY_S = 1.0
 # Nobody who lives is silent for so long; what is older is of a process that was killed.
@@ -54,15 +55,14 @@ class Bulletin:
 
     def __init__(self, lines: Lines, look: Callable[[], ProcessState]) -> None:
         self._lines, self._look = lines, look
-        self._task: asyncio.Task[None] | None = None
+        self.background = Kept(self._keep_telling, "bulletin")
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._keep_telling(), name="bulletin")
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
-        await tasks.end([self._task])
+        await self.background.end()
         self._send("HDEL", shards.BULLETIN, self._look().process)
 
     async def _keep_telling(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from gateway import audit_commands, commands, console, demo, doctor, installation, serving, spoken, top, why_commands
 from gateway.drill import command
-from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
+from gateway.errors import CommandFailed, ReadOnly, SettingsError, StoreUnavailable
 from gateway.settings import Settings
 
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, None]]
@@ -154,6 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except CommandFailed as failed:
         console.say(f"error: {failed}")
+    except ReadOnly:
+        console.say("error: PostgreSQL takes no writes: name the primary in DATABASE_URL, or all servers of it")
     except StoreUnavailable:
         console.say("error: PostgreSQL does not answer: check DATABASE_URL and that the server runs")
     except KeyboardInterrupt:

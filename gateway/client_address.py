@@ -10,7 +10,7 @@ from typing import Self
 
 from starlette.types import Scope
 
-from gateway import tasks
+from gateway.tasks import Kept
 
 RESOLVE_EVERY_S = 60.0
 NOBODY = "local"
@@ -31,16 +31,15 @@ class TrustedProxies:
             except ValueError:
                 self._names.append(entry)
         self._resolved: frozenset[Address] = frozenset()
-        self._task: asyncio.Task[None] | None = None
+        self.background = Kept(self._keep_resolving, "proxy names")
 
     async def __aenter__(self) -> Self:
         if self._names:
-            self._task = asyncio.create_task(self._keep_resolving(), name="proxy names")
+            self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._task is not None:
-            await tasks.end([self._task])
+        await self.background.end()
 
     async def _keep_resolving(self) -> None:
         loop = asyncio.get_running_loop()

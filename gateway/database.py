@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import asyncpg
 
-from gateway.errors import CommandFailed, StoreUnavailable, TooSlow
+from gateway.errors import CommandFailed, ReadOnly, StoreUnavailable, TooSlow
 
 SQL = Path(__file__).resolve().parent.parent / "sql"
 NAMED_QUERY = re.compile(r"^-- name: (\w+)\n-- [^\n]+\n(.*?);\s*$", re.MULTILINE | re.DOTALL)
@@ -27,9 +27,21 @@ DIED = (
     asyncpg.InsufficientResourcesError,
     asyncpg.PostgresSystemError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     OSError,
     TimeoutError,
 )
+# The server lives and does not do this, now or as it is set up; it is never the fault of who asked.
+REFUSED = (
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
+    asyncpg.InvalidTransactionStateError,
+    asyncpg.InvalidSQLStatementNameError,
+    asyncpg.FeatureNotSupportedError,
+    asyncpg.SyntaxOrAccessError,
+)
+COMPLAIN_EVERY_S = 60.0
 Connection = asyncpg.pool.PoolConnectionProxy
 Row = asyncpg.Record
 
@@ -77,6 +89,9 @@ class Database:
         self._down_until = 0.0
         self.up = True
         self.was_reached = False
+        # A standby, or a server that was told to be read-only, answers and takes nothing.
+        self.takes_writes = True
+        self._complained_at = -COMPLAIN_EVERY_S
         self.calls = self.errors = 0
 
     def _is_dead(self, wrong: BaseException) -> bool:
@@ -86,6 +101,7 @@ class Database:
     async def __aenter__(self) -> Self:
         self._pool = await asyncpg.create_pool(
             self._url,
+            connect=_connect_to_writable if _may_choose(self._url) else None,
             min_size=0,
             max_size=self._limit,
             timeout=self._timeout_s,
@@ -129,9 +145,17 @@ class Database:
 
     async def run_all(self, steps: Sequence[tuple[str, Sequence[object]]]) -> None:
         """All steps in one transaction."""
-        async with self.connection() as connection, connection.transaction():
+        async with self.writing() as connection:
             for query, values in steps:
                 await connection.execute(self._queries[query], *values)
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[Connection]:
+        """One transaction that changes something."""
+        async with self.connection() as connection:
+            async with connection.transaction():
+                yield connection
+            self._note_writes(taken=True)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -146,6 +170,8 @@ class Database:
             raise AlreadyThere from wrong
         except DIED as wrong:
             raise (self._down(wrong) if self._is_dead(wrong) else TooSlow()) from wrong
+        except REFUSED as wrong:
+            raise await self._refused(wrong) from wrong
         finally:
             with suppress(*DIED):
                 await self._pool.release(connection)
@@ -165,21 +191,50 @@ class Database:
         self._note(up=False, reason=type(wrong).__name__)
         return StoreUnavailable()
 
+    async def _refused(self, wrong: asyncpg.PostgresError) -> StoreUnavailable:
+        self.errors += 1
+        if isinstance(wrong, asyncpg.ReadOnlySQLTransactionError):
+            await self._look_for_another()
+            return ReadOnly()
+        if time.monotonic() - self._complained_at > COMPLAIN_EVERY_S:
+            self._complained_at = time.monotonic()
+            LOG.error("PostgreSQL refuses: %s: %s", type(wrong).__name__, str(wrong).partition("\n")[0])
+        return StoreUnavailable()
+
+    async def _look_for_another(self) -> None:
+        """Behind the same address there may be a primary now, and a session keeps what it began with: connect anew."""
+        self._note_writes(taken=False)
+        assert self._pool is not None
+        await self._pool.expire_connections()
+
+    def _note_writes(self, *, taken: bool) -> None:
+        if self.takes_writes != taken:
+            self.takes_writes = taken
+            told = "takes writes again" if taken else "takes no writes: it is a standby, or told to be read-only"
+            LOG.log(logging.INFO if taken else logging.ERROR, "PostgreSQL %s", told)
+
     def _note(self, *, up: bool, reason: str = "") -> None:
         if self.up != up:
             self.up = up
             LOG.log(logging.INFO if up else logging.ERROR, "PostgreSQL %s", "answers again" if up else f"is away: {reason}")
 
     async def is_current(self) -> bool:
-        """Whether the schema is the one this code was written for; raises StoreUnavailable."""
-        try:
-            return bool(await self.value("schema_version") == migrations()[-1].version)
-        except asyncpg.UndefinedTableError:
-            return False
+        """Whether the schema is the one this code is for; sees whether writes are taken, too. Raises StoreUnavailable."""
+        async with self.connection() as connection:
+            try:
+                row = await connection.fetchrow(self._queries["schema_state"])
+            except asyncpg.UndefinedTableError:
+                return False
+        assert row is not None
+        if row["is_read_only"]:
+            await self._look_for_another()
+        else:
+            self._note_writes(taken=True)
+        return bool(row["version"] == migrations()[-1].version)
 
     async def migrate(self, say: Callable[[str], None]) -> int:
         """Apply what is missing, all or nothing; returns how many were applied."""
-        async with self.connection() as connection, connection.transaction():
+        async with self.writing() as connection:
             await connection.execute(self._queries["lock_migrations"])
             await connection.execute(self._queries["make_migrations_table"])
             applied = {row["version"]: row for row in await connection.fetch(self._queries["applied_migrations"])}
@@ -196,6 +251,19 @@ class Reports(Database):
 
     def _is_dead(self, wrong: BaseException) -> bool:
         return not isinstance(wrong, TimeoutError)
+
+
+def _may_choose(url: str) -> bool:
+    """Several servers, and no word on which of them is meant."""
+    return "," in url and "target_session_attrs" not in url
+
+
+async def _connect_to_writable(*arguments: Any, **options: Any) -> Any:
+    """To the first that takes writes; where none does to any, for keys can still be looked up."""
+    connect: Any = asyncpg.connect
+    with suppress(asyncpg.TargetServerAttributeNotMatched, OSError):
+        return await connect(*arguments, target_session_attrs="read-write", **options)
+    return await connect(*arguments, **options)
 
 
 async def _apply(migration: Migration, connection: Connection) -> None:

@@ -16,6 +16,7 @@ from gateway.backends import Backend
 from gateway.catalog import Catalog, Snapshot
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
+from gateway.tasks import Kept
 from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.discovery")
@@ -37,6 +38,7 @@ class Discovery:
         self._snapshots = {backend.name: _unknown(backend) for backend in backends}
         self.catalog = Catalog()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.background = Kept(self._keep_refreshing, "discovery")
 
     async def __aenter__(self) -> Self:
         await self._load()
@@ -44,10 +46,11 @@ class Discovery:
         if stale := [backend for backend in self._backends if self._snapshots[backend.name].answered_at < oldest]:
             await self.refresh(stale, enough_s=FAST_ANSWERS_S)
         self._store.subscribe({CHANGED: self._load_soon}, after_gap=lambda: self._load_soon(""))
-        self._spawn(self._keep_refreshing())
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.background.end()
         await tasks.end(self._tasks)
 
     def _spawn(self, work: Any) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Self
 
-from gateway import tasks
 from gateway.backends import Backend
 from gateway.database import Database
 from gateway.errors import StoreUnavailable
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
+from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.drains")
 CHANGED = named("drains:changed")
@@ -37,17 +37,16 @@ class Drains:
     def __init__(self, database: Database, store: Store, backends: Mapping[str, Backend]) -> None:
         self._database, self._store, self._backends = database, store, backends
         self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self.background = Kept(self._keep_looking, "drains")
 
     async def __aenter__(self) -> Self:
         await self._look()
         self._store.subscribe({CHANGED: lambda _: self._changed.set()}, after_gap=self._changed.set)
-        self._task = asyncio.create_task(self._keep_looking(), name="drains")
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
-        await tasks.end([self._task])
+        await self.background.end()
 
     async def _keep_looking(self) -> None:
         while True:

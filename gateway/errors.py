@@ -218,6 +218,12 @@ class StoreUnavailable(GatewayError):
         super().__init__(message, retry_after=retry_after)
 
 
+class ReadOnly(StoreUnavailable):
+    """PostgreSQL is read-only at the moment, so nothing can be changed; try again shortly."""
+
+    code = "read_only"
+
+
 class TooSlow(StoreUnavailable):
     """PostgreSQL takes too long for this; ask for a shorter time or for less."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from gateway import tasks
+from gateway.tasks import Kept
 
 LOOK_EVERY_S = 0.1
 NEVER = float("inf")
@@ -111,15 +111,14 @@ class Watch:
 
     def __init__(self) -> None:
         self._living: set[Watched] = set()
-        self._looking: asyncio.Task[None] | None = None
+        self.background = Kept(self._keep_looking, "deadlines")
 
     async def __aenter__(self) -> Self:
-        self._looking = asyncio.create_task(self._keep_looking(), name="deadlines")
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._looking is not None
-        await tasks.end([self._looking])
+        await self.background.end()
 
     def guard(self) -> Watched:
         return Watched(self._living)

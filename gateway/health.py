@@ -1,7 +1,7 @@
 """Is the process alive, and may it be given work: `/healthz` and `/readyz`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.types import Receive, Scope, Send
 
@@ -10,8 +10,10 @@ from gateway.database import Database
 from gateway.errors import StoreUnavailable
 from gateway.json_reply import SAME_ORIGIN, send_json
 from gateway.store import Store
+from gateway.tasks import Kept
 
 REMEMBERED_S = 1.0
+DEGRADED, READ_ONLY = "degraded", "degraded: takes no writes"
 
 
 class Health:
@@ -21,9 +23,15 @@ class Health:
     """
 
     def __init__(
-        self, database: Database, store: Store, catalog: Callable[[], Catalog], is_draining: Callable[[], bool]
+        self,
+        database: Database,
+        store: Store,
+        catalog: Callable[[], Catalog],
+        background: Callable[[], Iterable[Kept]],
+        is_draining: Callable[[], bool],
     ) -> None:
         self._database, self._store, self._catalog, self._is_draining = database, store, catalog, is_draining
+        self._background = background
         self._schema, self._schema_checked_at = "unknown", 0.0
 
     async def alive(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,8 +43,10 @@ class Health:
             "database": await self._schema_state(),
             "redis": "ok" if self._store.up else "degraded",
             "backends": "ok" if self._catalog().fresh_snapshots() else "none",
+            "tasks": "; ".join(f"{kept.name}: {kept.state}" for kept in self._background() if kept.state != "ok") or "ok",
         }
-        is_ready = checks["draining"] == "no" and checks["database"] in ("ok", "degraded") and checks["backends"] == "ok"
+        knows_keys = checks["database"] in ("ok", DEGRADED, READ_ONLY)
+        is_ready = checks["draining"] == "no" and knows_keys and checks["backends"] == "ok"
         await send_json(send, {"ready": is_ready, **checks}, 200 if is_ready else 503, SAME_ORIGIN)
 
     async def _schema_state(self) -> str:
@@ -44,7 +54,12 @@ class Health:
         if time.monotonic() - self._schema_checked_at > REMEMBERED_S:
             self._schema_checked_at = time.monotonic()
             try:
-                self._schema = "ok" if await self._database.is_current() else "schema not current"
+                self._schema = await self._state_of_schema()
             except StoreUnavailable:
-                self._schema = "degraded" if self._database.was_reached else "away"
+                self._schema = DEGRADED if self._database.was_reached else "away"
         return self._schema
+
+    async def _state_of_schema(self) -> str:
+        if not await self._database.is_current():
+            return "schema not current"
+        return "ok" if self._database.takes_writes else READ_ONLY

@@ -20,6 +20,7 @@ from gateway.redis_line import Line
 from gateway.redis_lines import Lines
 from gateway.shards import HOME, PROCESSES
 from gateway.store import StoreAway
+from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.limits")
 LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
@@ -81,15 +82,15 @@ class Limits:
         self._waiting: OrderedDict[bytes, list[asyncio.Event]] = OrderedDict()
         self._waiters = 0
         self._usable_since: float | None = None
-        self._ticking: asyncio.Task[None] | None = None
+        self.background = Kept(self._tick, "limits")
 
     async def __aenter__(self) -> Self:
-        self._ticking = asyncio.create_task(self._tick(), name="limits")
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._ticking is not None
-        await tasks.end([self._ticking, *self._seeding.values()])
+        await self.background.end()
+        await tasks.end(self._seeding.values())
         with suppress(StoreAway):
             await self._line(HOME).send("ZREM", PROCESSES, self.process)
 

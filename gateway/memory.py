@@ -6,7 +6,7 @@ import ctypes
 import gc
 from collections.abc import AsyncIterator
 
-from gateway import tasks
+from gateway.tasks import Kept
 
 # Numbers of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -19,11 +19,12 @@ async def kept_small() -> AsyncIterator[None]:
     """From the end of the start to the end of the block."""
     spare_the_collector()
     return_large_blocks()
-    tidying = asyncio.create_task(_keep_tidying(), name="memory")
+    tidying = Kept(_keep_tidying, "memory")
+    tidying.start()
     try:
         yield
     finally:
-        await tasks.end([tidying])
+        await tidying.end()
 
 
 def spare_the_collector() -> None:

@@ -30,6 +30,7 @@ async def examine(url: str, *, most_connections: int, migrates_itself: bool) -> 
         found = [
             ok(NAME, f"answers in {(answered_at - asked_at) * 1000:.1f} ms"),
             _version(facts),
+            _writes(facts),
             clock(f"{NAME} clock", facts["now"].timestamp() - (asked_at + answered_at) / 2),
             _connections(facts["connections"], most_connections),
         ]
@@ -40,6 +41,14 @@ def _version(facts: Mapping[str, Any]) -> Finding:
     check, is_new = f"{NAME} version", facts["number"] >= OLDEST_VERSION * 10_000
     advice = f"use PostgreSQL {OLDEST_VERSION} or newer"
     return ok(check, facts["version"]) if is_new else problem(check, facts["version"], advice)
+
+
+def _writes(facts: Mapping[str, Any]) -> Finding:
+    check = f"{NAME} writes"
+    if not facts["is_read_only"]:
+        return ok(check, "taken")
+    advice = "name the primary in DATABASE_URL, or all servers: host1:5432,host2:5432"
+    return problem(check, "none are taken: it is a standby, or told to be read-only", advice)
 
 
 def _connections(there: int, wanted: int) -> Finding:

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Self
 
 import hiredis
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
-from gateway import tasks
 from gateway.redis_names import FREED, named
-from gateway.store import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, StoreAway, connect
+from gateway.store import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, FAILURES, StoreAway, connect
+from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.store")
 LUA = Path(__file__).parent / "lua"
@@ -92,20 +91,19 @@ class Line:
         self._complained_at = -COMPLAIN_EVERY_S
         self._watch: asyncio.TimerHandle | None = None
         self._connected = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self.background = Kept(self._keep, "redis line")
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self._keep(), name="redis line")
+        self.background.start()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._connected.wait(), CONNECT_DEADLINE_S)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
         self.flush()
-        await tasks.end([self._task])
-        with suppress(RedisError, OSError, TimeoutError):
+        await self.background.end()
+        with suppress(*FAILURES):
             await asyncio.wait_for(self._client.aclose(), CONNECT_DEADLINE_S)
 
     @property
@@ -205,7 +203,7 @@ class Line:
         while True:
             try:
                 await self._use_one_connection()
-            except (RedisError, OSError, TimeoutError) as wrong:
+            except FAILURES as wrong:
                 self._on_failure(wrong)
             await asyncio.sleep(PAUSE_S)
 
@@ -223,7 +221,7 @@ class Line:
             self._transport = None
             self._takes_writes = False
             self._drop_all()
-            with suppress(RedisError, OSError, TimeoutError):
+            with suppress(*FAILURES):
                 await connection.disconnect(nowait=True)
                 await self._client.connection_pool.release(connection)
 
@@ -298,8 +296,9 @@ class Replies(asyncio.Protocol):
                 self._take(reply)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # Whatever broke it, an answer that is none of the protocol too: the line begins anew.
         if not self.ended.done():
-            self.ended.set_exception(exc or ConnectionResetError("closed by Redis"))
+            self.ended.set_exception(ConnectionResetError(str(exc or "closed by Redis")))
 
 
 def _taken_over(connection: Any, replies: Replies) -> asyncio.WriteTransport:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException
 
-from gateway import shards, tasks
+from gateway import shards
 from gateway.redis_line import Line, Tally
-from gateway.store import CONNECT_DEADLINE_S, connect, is_cluster, of_node
+from gateway.store import CONNECT_DEADLINE_S, FAILURES, connect, is_cluster, of_node
+from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.store")
 LOOK_EVERY_S, LOOK_AGAIN_S = 30.0, 0.5
@@ -27,22 +28,25 @@ class Lines:
         self._open: dict[Address | None, Line] = {}
         self._of_shard: list[Line] = []
         self._moved = asyncio.Event()
-        self._looking: asyncio.Task[None] | None = None
+        self._looking = Kept(self._keep_looking, "redis cluster")
 
     async def __aenter__(self) -> Self:
         if not is_cluster(self._url):
             self._of_shard = [await self._line_to(None)] * shards.SHARDS
             return self
-        with suppress(RedisError, OSError, TimeoutError):
+        with suppress(*FAILURES):
             await self._look()
-        self._looking = asyncio.create_task(self._keep_looking(), name="redis cluster")
+        self._looking.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._looking is not None:
-            await tasks.end([self._looking])
+        await self._looking.end()
         for line in self._open.values():
             await line.__aexit__()
+
+    @property
+    def background(self) -> list[Kept]:
+        return [self._looking, *(line.background for line in self._open.values())]
 
     @property
     def is_usable(self) -> bool:
@@ -63,6 +67,8 @@ class Lines:
         client: Any = connect(self._url, deadline_s=CONNECT_DEADLINE_S)
         async with asyncio.timeout(CONNECT_DEADLINE_S * 2), client as cluster:
             nodes = [cluster.get_node_from_key(shared.calls) for shared in shards.ALL]
+        if None in nodes:
+            raise RedisClusterException("a part of the names is held by nobody")
         found: list[Address] = [(node.host, int(node.port)) for node in nodes]
         self._of_shard = [await self._line_to(address) for address in found]
         for address in self._open.keys() - set(found):
@@ -76,6 +82,6 @@ class Lines:
             self._moved.clear()
             try:
                 await self._look()
-            except (RedisError, OSError, TimeoutError) as wrong:
+            except FAILURES as wrong:
                 self._on_failure(wrong)
             await asyncio.sleep(LOOK_AGAIN_S)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Self
 
-from gateway import tasks
 from gateway.audit_writer import AuditWriter
 from gateway.backends import Backend
 from gateway.books import Books
@@ -16,6 +15,7 @@ from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.redis_lines import Lines
 from gateway.store import Store
+from gateway.tasks import Kept
 
 EVERY_S = 1.0
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
@@ -41,15 +41,14 @@ class Sampler:
         self._books, self._writer, self._backends, self._catalog = books, writer, backends, catalog
         self._store, self._database = store, database
         self._counted: dict[str, int] = {}
-        self._task: asyncio.Task[None] | None = None
+        self.background = Kept(self._keep_looking, "metrics")
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._keep_looking(), name="metrics")
+        self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
-        await tasks.end([self._task])
+        await self.background.end()
         self.look()
 
     async def _keep_looking(self) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Self
 from urllib.parse import unquote
 
@@ -13,10 +14,11 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
-from gateway import address, tasks
+from gateway import address
 from gateway.redis_names import named
+from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.store")
 CALL_DEADLINE_S = 0.05
@@ -25,6 +27,8 @@ CHECK_EVERY_S = 1.0
 CHECK_KEPT_MS = 60_000
 PING_EVERY_S = 5.0
 TIMEOUTS_UNTIL_AWAY = 2
+# A cluster's own troubles are no RedisError to the library.
+FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 SENTINEL: dict[str, Any] = {
     "socket_timeout": CONNECT_DEADLINE_S / 3,
     "socket_connect_timeout": CONNECT_DEADLINE_S / 3,
@@ -117,7 +121,7 @@ async def drop_names(url: str, prefix: str, is_meant: Callable[[str], bool], wit
             async for name in client.scan_iter(match=f"{prefix}*", count=1000):
                 if is_meant(name.decode(errors="replace")):
                     await client.unlink(name)
-    except (RedisError, OSError, TimeoutError) as wrong:
+    except FAILURES as wrong:
         raise StoreAway from wrong
 
 
@@ -132,7 +136,7 @@ class Store:
         self._timeouts = 0
         self.calls = self.errors = 0
         self._look = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self.background = [Kept(self._keep_checking, "redis health")]
         self.up = False
         self._told_up: bool | None = None
         # What Redis said, where it answers and refuses.
@@ -140,13 +144,13 @@ class Store:
 
     async def __aenter__(self) -> Self:
         await self._check()
-        self._tasks.append(asyncio.create_task(self._keep_checking(), name="redis health"))
+        self.background[0].start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await tasks.end(self._tasks)
+        await asyncio.gather(*(kept.end() for kept in self.background))
         for client in (*_all_clients(self._redis), *_all_clients(self._subscriber)):
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            with contextlib.suppress(*FAILURES):
                 await asyncio.wait_for(client.aclose(), CONNECT_DEADLINE_S)
 
     async def call(self, command: Callable[[Redis], Awaitable[Any]]) -> Any:
@@ -158,7 +162,7 @@ class Store:
                 answer = await command(self._redis)
         except OutOfMemoryError as full:
             raise _full() from full
-        except (RedisError, OSError, TimeoutError) as wrong:
+        except FAILURES as wrong:
             self.errors += 1
             self.count_failure(wrong)
             raise StoreAway from wrong
@@ -193,7 +197,7 @@ class Store:
                 return await command(self._subscriber)
         except OutOfMemoryError as full:
             raise _full() from full
-        except (RedisError, OSError, TimeoutError) as wrong:
+        except FAILURES as wrong:
             self.errors += 1
             self.count_failure(wrong)
             raise StoreAway from wrong
@@ -219,7 +223,7 @@ class Store:
                 await self._redis.ping()
                 with contextlib.suppress(OutOfMemoryError):  # without room it still counts, and says so where it matters
                     await self._redis.set(named("check"), b"1", px=CHECK_KEPT_MS)
-        except (RedisError, OSError, TimeoutError) as wrong:
+        except FAILURES as wrong:
             self.refusal = f"{type(wrong).__name__}: {wrong}" if isinstance(wrong, ResponseError) else ""
             self._set_up(up=False, reason=type(wrong).__name__)
         else:
@@ -237,7 +241,8 @@ class Store:
 
     def subscribe(self, handlers: Mapping[str, Callable[[str], None]], after_gap: Callable[[], None]) -> None:
         """Call the handler of a channel with each message; `after_gap` each time messages may have been missed."""
-        self._tasks.append(asyncio.create_task(self._listen(handlers, after_gap), name="redis subscription"))
+        self.background.append(Kept(partial(self._listen, handlers, after_gap), f"redis subscription to {' '.join(handlers)}"))
+        self.background[-1].start()
 
     async def _listen(self, handlers: Mapping[str, Callable[[str], None]], after_gap: Callable[[], None]) -> None:
         while True:
@@ -246,7 +251,7 @@ class Store:
                     after_gap()
                     async for channel, text in messages:
                         handlers[channel](text)
-            except (RedisError, OSError, TimeoutError):
+            except FAILURES:
                 LOG.debug("the subscription ended, subscribing again")
             except Exception:
                 LOG.exception("a message could not be handled, subscribing again")

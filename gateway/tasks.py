@@ -1,11 +1,60 @@
-"""Ending background tasks: whoever started one ends it here."""
+"""Background tasks: work that never ends by itself is kept going whatever it raises; whoever started one ends it here."""
 
 import asyncio
 import logging
-from collections.abc import Collection
+import time
+from collections.abc import Awaitable, Callable, Collection
 
 LOG = logging.getLogger("gateway.tasks")
 ATTEMPTS, ATTEMPT_S = 5, 1.0
+AGAIN_S = 1.0
+# What fails less often than this is said anew, and counts as well in between.
+FAILING_S = 120.0
+
+
+class Kept:
+    """Work that runs until it is ended: what it raises is logged once with its trace, and it begins again after a second."""
+
+    def __init__(self, work: Callable[[], Awaitable[object]], name: str) -> None:
+        self._work, self.name = work, name
+        self._task: asyncio.Task[None] | None = None
+        self._failure = ""
+        self._failed_at = -FAILING_S
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep_going(), name=self.name)
+        self._task.add_done_callback(self._look_at_the_end)
+
+    async def end(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            await end([task])
+
+    @property
+    def state(self) -> str:
+        """`ok`, `dead`, or the class of the error that it failed with in the last two minutes."""
+        if self._task is not None and self._task.done():
+            return "dead"
+        return self._failure if time.monotonic() - self._failed_at < FAILING_S else "ok"
+
+    async def _keep_going(self) -> None:
+        while True:
+            try:
+                await self._work()
+            except Exception as wrong:  # noqa: BLE001 # said below
+                self._note(wrong)
+            await asyncio.sleep(AGAIN_S)
+
+    def _note(self, wrong: Exception) -> None:
+        is_known, self._failure = self.state == type(wrong).__name__, type(wrong).__name__
+        self._failed_at = time.monotonic()
+        if not is_known:
+            LOG.error("the task %r failed and begins again", self.name, exc_info=wrong)
+
+    def _look_at_the_end(self, task: asyncio.Task[None]) -> None:
+        # Not ended by its owner: a library has cancelled it, or the process is going down.
+        if task is self._task:
+            LOG.error("the task %r has ended and nobody ended it", self.name)
 
 
 async def end(tasks: Collection[asyncio.Task[None]]) -> None:

@@ -1,7 +1,7 @@
 -- name: server_facts
--- What an installation needs of the server: its version and clock, connections for us, the right to make the audit's months.
+-- What an installation needs of the server: version, clock, whether it only reads, connections, the right to make the audit's months.
 SELECT current_setting('server_version') AS version, current_setting('server_version_num')::integer AS number,
-       clock_timestamp() AS now,
+       clock_timestamp() AS now, current_setting('transaction_read_only')::boolean AS is_read_only,
        least(current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer
                  - coalesce(current_setting('reserved_connections', true)::integer, 0),
              (SELECT nullif(datconnlimit, -1) FROM pg_database WHERE datname = current_database()),

@@ -15,9 +15,9 @@ SELECT version, name, sha256 FROM schema_migrations ORDER BY version;
 -- One more was applied.
 INSERT INTO schema_migrations (version, name, sha256) VALUES ($1, $2, $3);
 
--- name: schema_version
--- The newest migration applied.
-SELECT max(version) FROM schema_migrations;
+-- name: schema_state
+-- The newest migration applied, and whether this session may only read, as on a standby.
+SELECT max(version) AS version, current_setting('transaction_read_only')::boolean AS is_read_only FROM schema_migrations;
 
 -- name: lock_migrations
 -- One migrator at a time, until its transaction ends.
