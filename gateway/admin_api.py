@@ -34,6 +34,7 @@ from gateway.record import Record
 from gateway.store import Store
 
 LONGEST_BODY = 65_536
+LONGEST_VALUE, MOST_VALUES = 1000, 50
 MOST_ROWS, USUAL_ROWS = 1000, 100
 CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
 FLAGS = {"admin_models": keys.ADMIN_MODELS, "show_backend": keys.SHOW_BACKEND, "show_overhead": keys.SHOW_OVERHEAD}
@@ -83,9 +84,10 @@ class AdminRoute:
         if self.has_body:
             with self._watch.guard() as guard:
                 body = strict_json.read_object(await read_body(scope, receive, LONGEST_BODY, record, guard))
-        query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        query, path = _query(scope), scope.get("path_params", {})
         self._refuse_unknown(query if not self.has_body else body)
-        answer = await self._answer(Asked(key, scope.get("path_params", {}), query, body, record))
+        _refuse_long({**query, **path, **body})
+        answer = await self._answer(Asked(key, path, query, body, record))
         await send_json(send, answer, self.status)
 
     def _refuse_unknown(self, said: Mapping[str, Any]) -> None:
@@ -101,6 +103,20 @@ class AdminRoute:
             raise AlreadyThere(str(wrong)) from wrong
         except (CommandFailed, argparse.ArgumentTypeError) as wrong:
             raise BadRequest(str(wrong)) from wrong
+
+
+def _query(scope: Scope) -> dict[str, str]:
+    try:
+        return dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MOST_VALUES))
+    except ValueError:
+        raise BadRequest(f"the query has more than {MOST_VALUES} values") from None
+
+
+def _refuse_long(said: Mapping[str, Any]) -> None:
+    """Before anything looks at what was said: lists have bounds of their own."""
+    for name, value in said.items():
+        if isinstance(value, str) and len(value) > LONGEST_VALUE:
+            raise BadRequest(f"{name!r} is longer than {LONGEST_VALUE} characters")
 
 
 class AdminApi:
@@ -257,6 +273,7 @@ class AdminApi:
         if path not in self._operations or not model or not asked.query.get("key"):
             routes = ", ".join(sorted(self._operations))
             raise BadRequest(f"say key= (id or name), model=, and client= as ollama, openai, or one of {routes}")
+        spoken.model_name(model)
         row = await self._database.row("key_with_rights", await self._ring.living(asked.query["key"]))
         assert row is not None
         return await self._explain(Question(keys.unpack(dict(row)), model, self._operations[path]))

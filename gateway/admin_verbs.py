@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -25,6 +26,7 @@ from gateway.errors import (
 )
 from gateway.guard import Guard, Watch
 from gateway.keys import ADMIN_MODELS, Key
+from gateway.model_names import NAME_RULE, is_name
 from gateway.record import Record
 from gateway.upstream import BackendFault, Upstream
 
@@ -139,7 +141,7 @@ class AdminVerb:
         with Guard() as guard:
             raw = await read_body(scope, receive, self._longest_body, record, guard)
         read = strict_json.read_object(raw, self._dialect.known_fields)
-        record.model = str(read.get("model") or read.get("name") or read.get("source") or "")[:350]
+        record.model = _model_of(read)
         return strict_json.write_strictly(read)
 
     async def _pass(
@@ -200,6 +202,14 @@ class Upload:
     async def rest(self) -> Message:
         await self._ended.wait()
         return await self._receive()
+
+
+def _model_of(body: Mapping[str, Any]) -> str:
+    """The model that is meant, empty where the route needs none; raises BadRequest on what can be no name."""
+    asked = body.get("model") or body.get("name") or body.get("source") or ""
+    if asked and not is_name(asked):
+        raise BadRequest(f"the model's name {NAME_RULE}")
+    return str(asked)
 
 
 def _has_body(scope: Scope) -> bool:

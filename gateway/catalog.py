@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from gateway.model_names import AllowList, ModelName, canonical
+from gateway.model_names import AllowList, ModelName, canonical, is_name
 
 EMPTY_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
 MOST_MODELS = 10_000
@@ -170,11 +170,16 @@ def read_openai_models(answer: object) -> tuple[dict[str, Any], ...]:
 
 
 def _has_name(entry: object, *names: str) -> bool:
-    return isinstance(entry, dict) and any(isinstance(entry.get(name), str) and entry[name] for name in names)
+    """Whether a caller could ask for it: what nobody can name is left out."""
+    return isinstance(entry, dict) and is_name(_name_in(entry, names))
+
+
+def _name_in(entry: Mapping[str, Any], fields: Iterable[str]) -> str:
+    return next((entry[field] for field in fields if isinstance(entry.get(field), str) and entry[field]), "")
 
 
 def _native_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    name = next(entry[key] for key in ("name", "model") if isinstance(entry.get(key), str) and entry[key])
+    name = _name_in(entry, ("name", "model"))
     digest, details = entry.get("digest"), entry.get("details")
     told = {key: value for key, value in details.items() if value is not None} if isinstance(details, dict) else {}
     details = {**EMPTY_DETAILS, **told}

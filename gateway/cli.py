@@ -104,7 +104,9 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name in ("rotate", "revoke", "limit", "forget", "explain"):
         verb.add_argument("--key", required=True, help="the key's id or name")
     if name == "explain":
-        verb.add_argument("--model", required=True, help="the model that is asked for, as a client would write it")
+        verb.add_argument(
+            "--model", required=True, type=spoken.model_name, help="the model that is asked for, as a client would write it"
+        )
         verb.add_argument("--client", default="openai", help="ollama, openai, or a route such as /v1/embeddings")
     if name == "top":
         verb.add_argument("--url", default="", help="the gateway's address; by default that of these settings")

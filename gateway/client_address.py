@@ -14,6 +14,8 @@ from gateway.tasks import Kept
 
 RESOLVE_EVERY_S = 60.0
 NOBODY = "local"
+# Of a chain of proxies, and of an address as they write it: senders of headers decide neither.
+MOST_HOPS, LONGEST_ADDRESS = 32, 64
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -63,7 +65,7 @@ class TrustedProxies:
             return _shown(client[0])
         found = peer
         for text in reversed(entries):
-            entry = _address(text)
+            entry = _address(text) if len(text) <= LONGEST_ADDRESS else None
             if entry is None:
                 break
             found = entry
@@ -79,7 +81,8 @@ def _forwarded_for(scope: Scope) -> list[str]:
     lines = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
     if not lines:
         return lines
-    return [entry.strip() for entry in ",".join(lines).split(",") if entry.strip()]
+    hops = ",".join(lines).rsplit(",", MOST_HOPS)[-MOST_HOPS:]
+    return [entry for hop in hops if (entry := hop.strip())]
 
 
 @lru_cache(maxsize=10_000)
@@ -90,12 +93,12 @@ def _shown(text: str) -> str:
 
 @lru_cache(maxsize=10_000)
 def _address(text: str) -> Address | None:
-    """An address, also as proxies write it: with a port, in brackets, an IPv4 one mapped into IPv6."""
+    """An address, also as proxies write it: with a port or a zone, in brackets, an IPv4 one mapped into IPv6."""
     plain = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
     if plain.count(":") == 1:
         plain = plain.partition(":")[0]
     try:
-        parsed = ip_address(plain)
+        parsed = ip_address(plain.partition("%")[0])
     except ValueError:
         return None
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None

@@ -13,7 +13,7 @@ from gateway import api_key, model_names, quota, shards, strict_json
 from gateway.database import AlreadyThere, Database
 from gateway.errors import CommandFailed, NameTaken, NotThere
 from gateway.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
-from gateway.model_names import AllowList
+from gateway.model_names import MOST_PATTERNS, AllowList
 from gateway.quota import Quota, Rule, Scope
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
@@ -246,9 +246,11 @@ def _refuse_unreadable(wanted: NewKey) -> None:
         raise CommandFailed(f"a key's name must be 1 to {LONGEST_NAME} printable characters: choose another name")
     if api_key.redacted(wanted.name) != wanted.name:
         raise CommandFailed("a key's name must not be a key: choose a name that says whose it is")
+    if len(wanted.models) > MOST_PATTERNS:
+        raise CommandFailed(f"a key's models may be at most {MOST_PATTERNS} names or globs: write globs, such as llama3*")
     for pattern in wanted.models:
-        if not pattern.isprintable():
-            raise CommandFailed(f"{pattern!r} is no model's name: write it in printable characters")
+        if not model_names.is_name(pattern):
+            raise CommandFailed(f"{pattern[:64]!r} is no model's name: it {model_names.NAME_RULE}")
 
 
 def _refuse_unreadable_pattern(pattern: str) -> None:

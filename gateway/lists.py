@@ -7,10 +7,10 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.access import Access
 from gateway.catalog import Catalog
-from gateway.errors import ModelNotAvailable
+from gateway.errors import BadRequest, ModelNotAvailable
 from gateway.json_reply import send_json
 from gateway.keys import Key
-from gateway.model_names import canonical
+from gateway.model_names import NAME_RULE, canonical, is_name
 from gateway.record import Record
 
 OLDEST_VERSION_CLIENTS_TAKE = "0.6.4"
@@ -42,6 +42,8 @@ class Lists:
     async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = await self._key(scope)
         asked: str = scope["path_params"]["id"]
+        if not is_name(asked):
+            raise BadRequest(f"the model's name in the path {NAME_RULE}")
         found = self._catalog().find(canonical(asked), key.models)
         if found is None or not found.is_listed(time.time()):
             raise ModelNotAvailable

@@ -12,7 +12,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 LONGEST_NAME = 350
-SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
+NAME_RULE = f"must be a string of at most {LONGEST_NAME} printable characters"
+REMEMBERED_NAMES = 2000
+# A list of models tries each pattern on each of them.
+MOST_PATTERNS = 100
 DEFAULT_HOST, DEFAULT_NAMESPACE = "registry.ollama.ai/", "library/"
 
 
@@ -23,9 +26,18 @@ class ModelName(NamedTuple):
     cloud: bool
 
 
-@lru_cache(maxsize=10_000)
+def is_name(text: object) -> bool:
+    """Whether it can name a model at all: what callers and backends say is looked at no further otherwise."""
+    return isinstance(text, str) and len(text) <= LONGEST_NAME and text.isprintable() and not text.isspace() and text != ""
+
+
+@lru_cache(maxsize=REMEMBERED_NAMES)
 def canonical(name: str) -> ModelName:
-    plain = SCHEME.sub("", name.strip().lower(), count=1)
+    """Raises ValueError on a name that is too long to be one, so that nothing of that size is worked on or remembered."""
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a model's name {NAME_RULE}")
+    plain = name.strip().lower()
+    plain = plain.partition("://")[2] or plain
     cloud = plain.endswith(":cloud") or (":" in plain.rpartition("/")[2] and plain.endswith("-cloud"))
     while plain.endswith(":local"):
         plain = plain.removesuffix(":local")
@@ -48,32 +60,32 @@ class AllowList:
     patterns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        local = [_expression(pattern) for pattern in self.patterns] or [".*"]
-        cloud = [_expression(pattern) for pattern in self.patterns if _names_cloud(pattern)]
-        object.__setattr__(self, "_local", re.compile("|".join(local)))
+        # A pattern longer than any name fits none.
+        usable = [pattern.strip().lower() for pattern in self.patterns if len(pattern) <= LONGEST_NAME]
+        globs = [pattern for pattern in usable if _is_glob(pattern)]
+        local = [_expression(glob) for glob in globs] if self.patterns else [".*"]
+        cloud = [_expression(glob) for glob in globs if canonical(glob).cloud]
+        names = frozenset(canonical(pattern).canonical for pattern in usable if not _is_glob(pattern))
+        object.__setattr__(self, "_names", names)
+        object.__setattr__(self, "_local", re.compile("|".join(local)) if local else None)
         object.__setattr__(self, "_cloud", re.compile("|".join(cloud)) if cloud else None)
 
     def allows(self, name: str, *, cloud: bool = False) -> bool:
         """`name` must be canonical."""
+        if name in self._names:  # type: ignore[attr-defined]
+            return True
         expression: re.Pattern[str] | None = self._cloud if cloud else self._local  # type: ignore[attr-defined]
         return expression is not None and expression.fullmatch(name) is not None
-
-
-def _names_cloud(pattern: str) -> bool:
-    return canonical(pattern).cloud or not _is_glob(pattern)
 
 
 def _is_glob(pattern: str) -> bool:
     return any(character in pattern for character in "*?[")
 
 
-def _expression(pattern: str) -> str:
-    """`llama3.2` means `llama3.2:latest`; a glob without a tag means every tag."""
-    plain = pattern.strip().lower()
-    if not _is_glob(plain):
-        return re.escape(canonical(plain).canonical)
-    whole = fnmatch.translate(plain)
-    return whole if ":" in plain else f"{whole}|{fnmatch.translate(plain + ':latest')}"
+def _expression(glob: str) -> str:
+    """A glob without a tag means every tag. What fnmatch makes of it never goes back over what it has passed."""
+    whole = fnmatch.translate(glob)
+    return whole if ":" in glob else f"{whole}|{fnmatch.translate(glob + ':latest')}"
 
 
 def rule_pattern(pattern: str) -> str:

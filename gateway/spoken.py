@@ -8,6 +8,7 @@ import re
 import uuid
 from datetime import UTC, datetime, timedelta
 
+from gateway.model_names import NAME_RULE, is_name
 from gateway.quota import UNLIMITED
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -84,6 +85,12 @@ def count(text: str) -> int:
 def words(text: str) -> str:
     if not text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is in no row: write printable characters")
+    return text
+
+
+def model_name(text: str) -> str:
+    if not is_name(text):
+        raise argparse.ArgumentTypeError(f"the model {NAME_RULE}")
     return text
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from gateway import strict_json
 from gateway.backend_config import Kind
 from gateway.errors import BadRequest, GatewayError
-from gateway.model_names import LONGEST_NAME, ModelName, canonical, is_plain
+from gateway.model_names import NAME_RULE, ModelName, canonical, is_name, is_plain
 from gateway.tokens import NO_TOKENS, Need
 
 Streaming = Literal["by default", "on request", "never"]
@@ -163,9 +163,9 @@ def model_of(body: dict[str, Any]) -> str:
         raise BadRequest("the fields 'model' and 'name' differ; send 'model' alone")
     if asked is None or asked == "":
         raise BadRequest("the field 'model' is missing")
-    if not isinstance(asked, str) or len(asked) > LONGEST_NAME or not asked.strip() or not asked.isprintable():
-        raise BadRequest(f"the field 'model' must be a string of at most {LONGEST_NAME} printable characters")
-    return asked
+    if not is_name(asked):
+        raise BadRequest(f"the field 'model' {NAME_RULE}")
+    return str(asked)
 
 
 def boolean(body: dict[str, Any], name: str, *, default: bool) -> bool:
