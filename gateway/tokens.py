@@ -6,7 +6,24 @@ from gateway import strict_json
 
 LETTERS_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
-TOKENS_PER_IMAGE = 768
+# A picture or a sound in base64: those of any size cost something, large ones more.
+TOKENS_PER_IMAGE, LETTERS_PER_TOKEN_OF_MEDIA = 768, 2048
+MEDIA = frozenset(
+    "images image image_url input_image image_embeds input_audio audio_url video video_url file multimodal_data "
+    "multi_modal_data".split()
+)
+# These are in the tokens of each message.
+ROLES = ("user", "assistant", "system", "tool", "developer", "function")
+CONTENT, ROLE = "content", "role"
+PLAIN_MESSAGE = frozenset({ROLE, CONTENT})
+# Of a body: no template and no backend makes them part of a prompt.
+SETTINGS = frozenset(
+    "model name stream stream_options options keep_alive stop user metadata encoding_format dimensions service_tier "
+    "logit_bias temperature top_p top_k min_p seed n max_tokens max_completion_tokens n_predict frequency_penalty "
+    "presence_penalty".split()
+)
+SETTINGS_AND_MESSAGES = SETTINGS | {"messages"}
+LONGEST_KIND = 16
 
 
 class Need(NamedTuple):
@@ -34,11 +51,9 @@ def of_json(value: Any) -> int:
 def of_messages(messages: list[dict[str, Any]]) -> int:
     found = TOKENS_PER_MESSAGE * len(messages)
     for message in messages:
-        found += of_content(message.get("content"))
-        if "tool_calls" in message:
-            found += of_json(message["tool_calls"])
-        if "images" in message and isinstance(message["images"], list):
-            found += len(message["images"]) * TOKENS_PER_IMAGE
+        found += of_content(message.get(CONTENT))
+        if message.keys() != PLAIN_MESSAGE or message[ROLE] not in ROLES:
+            found += sum(of_field(name, value) for name, value in message.items() if name != CONTENT and value not in ROLES)
     return found
 
 
@@ -47,23 +62,57 @@ def of_content(content: Any) -> int:
     if isinstance(content, str):
         return of_text(content)
     if not isinstance(content, list):
-        return 0
+        return of_value(content)
     return sum(_of_part(part) for part in content)
 
 
 def _of_part(part: Any) -> int:
-    if isinstance(part, str):
-        return of_text(part)
-    if isinstance(part, dict):
-        text = part.get("text")
-        return of_text(text) if isinstance(text, str) else TOKENS_PER_IMAGE
-    return 0
+    if not isinstance(part, dict):
+        return of_value(part)
+    kind = part.get("type")
+    is_plain = isinstance(kind, str) and len(kind) <= LONGEST_KIND
+    return sum(of_field(name, value) for name, value in part.items() if not (is_plain and name == "type"))
+
+
+def of_fields(body: dict[str, Any], without: frozenset[str] = SETTINGS) -> int:
+    """All that a body says: whatever it is called, some template or backend may make it part of the prompt."""
+    return sum(of_field(name, body[name]) for name in body.keys() - without)
+
+
+def of_field(name: str, value: Any) -> int:
+    """Backends in Go read a nested name whatever its case."""
+    return of_media(value) if value and name.casefold() in MEDIA else of_value(value)
+
+
+def of_value(value: Any) -> int:
+    """A text, or what is in an object or a list, names and all; numbers in a list are tokens."""
+    if isinstance(value, str):
+        return of_text(value)
+    if isinstance(value, dict):
+        return of_json(value)
+    if not isinstance(value, list):
+        return 0
+    others = [item for item in value if type(item) is not int]
+    return len(value) - len(others) + of_json(others)
+
+
+def of_media(value: Any) -> int:
+    """One picture or sound, or a list of them."""
+    return sum(_of_medium(one) for one in (value if isinstance(value, list) else [value]))
+
+
+def _of_medium(value: Any) -> int:
+    letters = len(value) if isinstance(value, str) else len(strict_json.write_anyhow(value))
+    return TOKENS_PER_IMAGE + letters // LETTERS_PER_TOKEN_OF_MEDIA
 
 
 def of_input(value: Any) -> int:
-    """What is completed or embedded: a text, token numbers, or a list of either."""
+    """What is completed or embedded: a text, token numbers, an object with a text and pictures, or a list of any."""
     if isinstance(value, str):
         return of_text(value)
+    if isinstance(value, dict):
+        return of_fields(value, frozenset())
     if not isinstance(value, list):
         return 1
-    return sum(of_input(item) for item in value)
+    others = [item for item in value if type(item) is not int]
+    return len(value) - len(others) + sum(of_input(item) for item in others)

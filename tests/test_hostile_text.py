@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from gateway import api_key, catalog, front, spoken, strict_json, transcript
+from gateway.backend_config import BackendConfig
 from gateway.catalog import Snapshot
 from gateway.client_address import TrustedProxies, _address
 from gateway.dialects.base import read_call
@@ -20,7 +21,7 @@ from gateway.dialects.openai import OpenAI, ServerSentEvents
 from gateway.errors import BadRequest
 from gateway.keys import ADMIN
 from gateway.model_names import LONGEST_NAME, REMEMBERED_NAMES, AllowList, canonical
-from gateway.routing import scrub
+from gateway.refusals import scrub
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
@@ -28,6 +29,7 @@ from tests.running import RunningGateway
 LONG = 60_000
 PROXIES = TrustedProxies(["10.0.0.0/8"])
 OPENAI = OpenAI()
+ALPHA = BackendConfig("alpha", "http://alpha", auth_token="token")
 
 
 def quietly(work: Callable[[Any], object]) -> Callable[[Any], object]:
@@ -45,11 +47,7 @@ def forwarded(text: str) -> object:
 
 
 def scrubbed(text: str) -> object:
-    class Somebody:
-        class config:  # noqa: N801
-            auth_token, base_url = "token", "http://alpha"
-
-    return scrub(text, Somebody)  # type: ignore[arg-type]
+    return scrub(text, ALPHA)
 
 
 def events(text: str) -> object:
@@ -183,7 +181,7 @@ ROUTES = [
     ("POST", "/admin/v1/backends/{}/probe", None, 400),
     ("POST", "/admin/v1/keys", {"name": "n", "models": ["x" * LONGEST_NAME + "*"]}, 400),
     ("POST", "/admin/v1/keys", {"name": "n", "models": [f"m{number}" for number in range(101)]}, 400),
-    ("GET", "/k/{}/api/tags", None, 400),
+    ("GET", "/k/{}/api/tags", None, 200),
     ("GET", "/{}", None, 404),
 ]
 
@@ -217,7 +215,7 @@ def test_names_are_bounded_on_every_route(gateway: RunningGateway) -> None:
             for method, path, body, status in ROUTES:
                 answered = long_one(client, method, path, body)
                 assert answered.status_code == status, (path, answered.text[:200])
-                assert len(answered.content) < 1000, f"{path} repeats what it was sent"
+                assert "a" * 1001 not in answered.text, f"{path} repeats what it was sent"
             headers = {"X-Request-ID": "a" * LONG}
             assert len(client.get("/api/tags", headers=headers).headers["x-request-id"]) == 32
             assert client.get("/api/tags", headers={"User-Agent": "a" * LONG}).status_code == 200

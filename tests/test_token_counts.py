@@ -3,13 +3,18 @@
 import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from gateway import tokens
+from gateway import strict_json, tokens
+from gateway.dialects.base import read_call
+from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
+from gateway.errors import BadRequest
+from gateway.quota import UNLIMITED
 from tests.asking import MODEL, SAY_HI, WAYS
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -206,3 +211,169 @@ WORDS = b'{"model":"m","choices":[{"index":0,"delta":{"content":"hi"},"finish_re
 def test_counts_nobody_asked_for_are_taken_out_whatever_their_form(sent: bytes, shown: bytes | None) -> None:
     dialect = OpenAI()
     assert dialect.without_usage(b"data: " + sent + b"\n\n") == (b"" if shown is None else b"data: " + shown + b"\n\n")
+
+
+# ── what a caller who leaves early pays ──
+
+TEXT = "A word or two. " * 13_334
+OF_TEXT = len(TEXT) / 4
+HIDDEN_IN_MESSAGES: list[dict[str, Any]] = [
+    {"Content": TEXT},
+    {"CONTENT": TEXT},
+    {"thinking": TEXT},
+    {"reasoning": TEXT},
+    {"reasoning_content": TEXT},
+    {"name": TEXT},
+    {"tool_call_id": TEXT},
+    {"Tool_Calls": [{"function": {"name": "f", "arguments": {TEXT: 1}}}]},
+    {"role": TEXT},
+    {"content": [{"type": "text", "text": "hi", "Text": TEXT}]},
+    {"content": [{"type": "refusal", "refusal": TEXT}]},
+    {"content": [{"type": TEXT, "image_url": {"url": "data:,"}}]},
+    {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": TEXT}]}]},
+    {"content": {"text": TEXT}},
+]
+HIDDEN_BESIDE_THEM: list[dict[str, Any]] = [
+    {"documents": [{"title": "a", "text": TEXT}]},
+    {"chat_template": TEXT},
+    {"chat_template_kwargs": {"deeply": {"hidden": [[{"x": TEXT}]]}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"description": TEXT}}},
+    {"reasoning_effort": TEXT},
+    {"tool_choice": {"function": {"name": TEXT}}},
+    {"functions": [{"name": TEXT}]},
+    {"prompt_token_ids": [7] * 50_010},
+    {"whatever": [1, 2, TEXT]},
+]
+HIDDEN_ELSEWHERE: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "hi", "suffix": TEXT}),
+    ("/v1/completions", {"prompt": [7] * 50_010}),
+    ("/v1/completions", {"prompt": [{"prompt_string": TEXT}]}),
+    ("/v1/completions", {"prompt": [{"Prompt_string": TEXT, "multimodal_data": ["aGk="]}]}),
+    ("/v1/completions", {"prompt": "hi", "input_extra": [{"filename": "a", "text": TEXT}]}),
+    ("/v1/embeddings", {"input": "hi", "messages": [{"role": "user", "content": TEXT}]}),
+    ("/v1/embeddings", {"input": ["hi", [1, 2], {"content": [{"text": TEXT}]}]}),
+    ("/api/generate", {"prompt": "hi", "suffix": TEXT}),
+    ("/api/generate", {"prompt": "hi", "system": TEXT}),
+    ("/api/generate", {"prompt": "hi", "template": TEXT}),
+    ("/api/generate", {"prompt": "hi", "context": [7] * 50_010}),
+    ("/api/generate", {"prompt": "hi", "think": TEXT}),
+    ("/api/embed", {"input": ["hi", TEXT]}),
+    ("/api/embeddings", {"prompt": "hi", "suffix": TEXT}),
+]
+CHATS = ("/api/chat", "/v1/chat/completions")
+HIDDEN: list[tuple[str, dict[str, Any]]] = [
+    *((path, {"messages": [{"role": "user", "content": "hi", **more}]}) for more in HIDDEN_IN_MESSAGES for path in CHATS),
+    *((path, {"messages": SAY_HI, **more}) for more in HIDDEN_BESIDE_THEM for path in CHATS),
+    *HIDDEN_ELSEWHERE,
+]
+
+
+def need_of(path: str, body: dict[str, Any]) -> int:
+    dialect = next(found for found in (Ollama(), OpenAI()) if any(path == one.path for one in found.operations))
+    operation = next(one for one in dialect.operations if one.path == path)
+    return read_call(dialect, operation, strict_json.write({"model": "a", **body})).need(1000).prompt
+
+
+def words(value: Any) -> str:
+    return " ".join(re.findall(r"[A-Za-z_]+", str(value).replace(TEXT, "TEXT")))[:60]
+
+
+@pytest.mark.parametrize(("path", "body"), HIDDEN, ids=[f"{path} {words(body)}" for path, body in HIDDEN])
+def test_text_counts_wherever_it_stands(path: str, body: dict[str, Any]) -> None:
+    assert OF_TEXT <= need_of(path, body) <= OF_TEXT * 1.1
+
+
+PICTURE = "iVBORw0KGgo" * 10_000
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "word " * 100, "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "tokens_at_most", "tokens_at_least"),
+    [
+        ("/api/chat", {"messages": SAY_HI}, 6, 6),
+        ("/v1/chat/completions", {"messages": SAY_HI, "temperature": 0.5, "max_tokens": 9, "stop": ["x"], "user": "me"}, 6, 6),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Say hi"}]}]}, 6, 6),
+        ("/v1/chat/completions", {"messages": SAY_HI, "tools": TOOLS}, 190, 140),
+        ("/v1/chat/completions", {"messages": SAY_HI, "response_format": {"type": "json_object"}}, 12, 6),
+        ("/v1/chat/completions", {"messages": SAY_HI, "chat_template_kwargs": {"enable_thinking": False}}, 16, 6),
+        ("/api/chat", {"messages": [{**SAY_HI[0], "images": [PICTURE]}]}, 900, 774),
+        ("/api/chat", {"messages": [{**SAY_HI[0], "Images": [PICTURE, PICTURE]}]}, 1800, 1542),
+        ("/api/chat", {"messages": [{**SAY_HI[0], "images": None, "thinking": "", "tool_calls": None}]}, 6, 6),
+        ("/api/generate", {"prompt": "Say hi", "images": [PICTURE], "options": {"stop": [TEXT]}}, 900, 770),
+        ("/api/generate", {"prompt": "Say hi", "system": "", "context": [105_154, 7] * 50}, 102, 102),
+        ("/api/generate", {"prompt": "", "system": TEXT}, -1, -1),
+        ("/v1/completions", {"prompt": [{"prompt_string": "Say hi", "multimodal_data": [PICTURE]}]}, 900, 770),
+        ("/v1/embeddings", {"input": [[1, 2, 3], [4, 5]]}, 5, 5),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:," + PICTURE}}]}]},
+            900,
+            772,
+        ),
+    ],
+    ids=lambda value: words(value) if isinstance(value, dict) else "",
+)
+def test_honest_requests_cost_what_they_are(path: str, body: dict[str, Any], tokens_at_most: int, tokens_at_least: int) -> None:
+    assert tokens_at_least <= need_of(path, body) <= tokens_at_most
+
+
+def test_who_leaves_first_pays_for_what_was_sent(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    alpha.healthy.pieces, alpha.healthy.pause_s = 200, 0.02
+    message: dict[str, Any] = SAY_HI[0]
+    with gateway.http(gateway.key(tpm=UNLIMITED)) as client:
+        for body in ({"messages": [{**message, "Content": TEXT}]}, {"messages": SAY_HI, "documents": [{"text": TEXT}]}):
+            with client.stream("POST", "/v1/chat/completions", json={**STREAMED, **body}) as got:
+                next(got.iter_lines())
+    billed = [(row["outcome"], row["tokens_from"], row["prompt_tokens"] >= OF_TEXT) for row in gateway.audit_rows()]
+    assert billed == [("client_gone", "partial", True)] * 2
+
+
+BEYOND: list[dict[str, Any]] = [
+    {"draft_model": "other"},
+    {"Draft_Model": "other"},
+    {"kv_transfer_params": {"remote_host": "evil.example"}},
+    {"models": ["other"]},
+    {"lora": [{"id": 0, "scale": 1.0}]},
+    {"lora_path": "other"},
+    {"bootstrap_host": "evil.example"},
+    {"id_slot": 0},
+    {"custom_logit_processor": "code"},
+    {"prompt_embeds": "AAAA"},
+    {"extra_body": {"draft_model": "other"}},
+    {"vllm_xargs": {"KV_transfer_params": "x"}},
+]
+COMPLETE = {"messages": SAY_HI, "prompt": "hi", "input": "hi"}
+
+
+@pytest.mark.parametrize("beyond", BEYOND, ids=words)
+def test_what_reaches_beyond_the_model_is_refused_on_every_route(beyond: dict[str, Any]) -> None:
+    for dialect in (Ollama(), OpenAI()):
+        for operation in dialect.operations:
+            body = {"model": "a", **COMPLETE, **beyond}
+            with pytest.raises(BadRequest, match=r"is not taken here|must be written"):
+                read_call(dialect, operation, strict_json.write(body))
+
+
+def test_what_says_nothing_is_not_refused() -> None:
+    unsaid: dict[str, Any] = {"draft_model": None, "id_slot": -1, "lora": [], "models": [], "vllm_xargs": {"mine": 1}}
+    assert need_of("/v1/chat/completions", {"messages": SAY_HI, **unsaid}) < 20
+
+
+def test_counting_takes_no_longer_than_reading() -> None:
+    """On the way of every request, in one walk: it grows with the text, whatever its form."""
+    small: list[Any] = [[], {}, "a", 1, None, {"a": ["b"]}]
+    for value in ([*small] * 300, [[[[1]]]] * 300, {str(number): small for number in range(300)}):
+        message = {"role": "user", "content": [{"type": "text", "x": value}] * 2, "y": value}
+        body = {"messages": [message], "prompt": [value], "input": [value], "z": value}
+        counting, reading = [], []
+        for _ in range(3):
+            raw = strict_json.write({"model": "a", **body})
+            began = time.perf_counter()
+            strict_json.read_object(raw)
+            reading.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for name, said in body.items():
+                tokens.of_input(said) if name in ("prompt", "input") else tokens.of_field(name, said)
+            counting.append(time.perf_counter() - began)
+        assert min(counting) < 3 * min(reading)

@@ -6,6 +6,7 @@ from typing import Any
 from gateway import strict_json, tokens
 from gateway.backend_config import Kind
 from gateway.dialects.base import (
+    REFUSED_FIELDS,
     BadFrame,
     Call,
     Framing,
@@ -53,7 +54,7 @@ class Ndjson:
 class Ollama:
     name = "ollama"
     framing: Framing = Ndjson()
-    known_fields = KNOWN_FIELDS
+    known_fields = KNOWN_FIELDS | REFUSED_FIELDS
 
     def __init__(self) -> None:
         kinds: frozenset[Kind] = frozenset({"ollama"})
@@ -118,23 +119,19 @@ def _need_of_chat(body: dict[str, Any]) -> Need:
     messages = body.get("messages")
     if not messages:
         return NO_TOKENS
-    return Need(tokens.of_messages(messages) + tokens.of_json(body.get("tools")), _wish(body))
+    return Need(tokens.of_messages(messages) + tokens.of_fields(body, tokens.SETTINGS_AND_MESSAGES), _wish(body))
 
 
 def _need_of_generate(body: dict[str, Any]) -> Need:
-    if not body.get("prompt"):
-        return NO_TOKENS
-    texts = sum(tokens.of_text(body.get(name) or "") for name in ("prompt", "suffix", "system", "template"))
-    pictures = len(body.get("images") or ()) * tokens.TOKENS_PER_IMAGE
-    return Need(texts + pictures + len(body.get("context") or ()), _wish(body))
+    return Need(tokens.of_fields(body), _wish(body)) if body.get("prompt") else NO_TOKENS
 
 
 def _need_of_embed(body: dict[str, Any]) -> Need:
-    return Need(tokens.of_input(body["input"]), 0) if body.get("input") else NO_TOKENS
+    return Need(tokens.of_fields(body), 0) if body.get("input") else NO_TOKENS
 
 
 def _need_of_embeddings(body: dict[str, Any]) -> Need:
-    return Need(tokens.of_text(body["prompt"]), 0) if body.get("prompt") else NO_TOKENS
+    return Need(tokens.of_fields(body), 0) if body.get("prompt") else NO_TOKENS
 
 
 def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from gateway import strict_json, tokens
 from gateway.backend_config import Kind
 from gateway.dialects.base import (
+    REFUSED_FIELDS,
     BadFrame,
     Call,
     Framing,
@@ -28,8 +29,6 @@ from gateway.tokens import Need
 
 CAPS = frozenset({"max_tokens", "max_completion_tokens", "n_predict"})
 MOST_CHOICES = 128
-# They reach past what a key may use: another model, another host.
-REFUSED_FIELDS = frozenset({"draft_model", "kv_transfer_params"})
 CHOICES = frozenset({"n", "n_cmpl", "best_of"})
 NUMBERS = frozenset({*CAPS, "min_tokens", "temperature", "top_p", "seed", "frequency_penalty", "presence_penalty"})
 KNOWN_FIELDS = frozenset(
@@ -38,6 +37,7 @@ KNOWN_FIELDS = frozenset(
     "response_format reasoning reasoning_effort frequency_penalty presence_penalty suffix echo user encoding_format "
     "dimensions keep_alive options include_usage".split()
 )
+ALL_BUT_PROMPT, ALL_BUT_INPUT = tokens.SETTINGS | {"prompt"}, tokens.SETTINGS | {"input"}
 UNKNOWN = Usage()
 EVENT = re.compile(rb".+?(?:\r\n\r\n|\n\n|\n\r\n|\r\r|\Z)", re.DOTALL)
 # What servers put into every chunk when they are asked for counts: nothing yet.
@@ -77,7 +77,7 @@ class ServerSentEvents:
 class OpenAI:
     name = "openai"
     framing: Framing = ServerSentEvents()
-    known_fields = KNOWN_FIELDS
+    known_fields = KNOWN_FIELDS | REFUSED_FIELDS
     error_types = {  # noqa: RUF012
         400: "invalid_request_error",
         401: "invalid_request_error",
@@ -179,16 +179,16 @@ def _said(choice: dict[str, Any]) -> str:
 
 
 def _need_of_chat(body: dict[str, Any]) -> Need:
-    tools = tokens.of_json(body["tools"]) if "tools" in body else 0
-    return Need(tokens.of_messages(body["messages"]) + tools, _wish(body))
+    rest = tokens.of_fields(body, tokens.SETTINGS_AND_MESSAGES)
+    return Need(tokens.of_messages(body["messages"]) + rest, _wish(body))
 
 
 def _need_of_completion(body: dict[str, Any]) -> Need:
-    return Need(tokens.of_input(body["prompt"]), _wish(body))
+    return Need(tokens.of_input(body["prompt"]) + tokens.of_fields(body, ALL_BUT_PROMPT), _wish(body))
 
 
 def _need_of_embeddings(body: dict[str, Any]) -> Need:
-    return Need(tokens.of_input(body["input"]), 0)
+    return Need(tokens.of_input(body["input"]) + tokens.of_fields(body, ALL_BUT_INPUT), 0)
 
 
 def _wish(body: dict[str, Any]) -> int | None:
@@ -237,9 +237,6 @@ def _answers(body: dict[str, Any]) -> int:
 
 
 def _check_common(body: dict[str, Any]) -> None:
-    for name in body.keys() & REFUSED_FIELDS:
-        if body[name] is not None:
-            raise BadRequest(f"the field {name!r} is not taken here")
     if "stream_options" in body:
         expect(body, "stream_options", dict, "an object")
         strict_json.refuse_look_alikes(body["stream_options"] or {}, ("include_usage",))
