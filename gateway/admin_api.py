@@ -242,7 +242,7 @@ class AdminApi:
     async def audit(self, asked: Asked) -> list[dict[str, Any]]:
         said = asked.query
         key_id = (await self._key_row(said["key"]))["id"] if "key" in said else None
-        models = spoken.model_patterns(spoken.words(said["model"])) if "model" in said else None
+        models = spoken.model_patterns(said["model"]) if "model" in said else None
         since = spoken.since(said["since"]) if "since" in said else None
         low, high = spoken.status(said["status"]) if "status" in said else (None, None)
         outcome = spoken.words(said["outcome"]) if "outcome" in said else None

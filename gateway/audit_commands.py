@@ -6,7 +6,7 @@ from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, timedelta
 from typing import Any
 
-from gateway import app, audit_chain, commands, console, retention, spoken, strict_json
+from gateway import app, audit_chain, commands, console, retention, strict_json
 from gateway.database import Database, Row
 from gateway.errors import CommandFailed
 from gateway.settings import Settings
@@ -34,8 +34,7 @@ async def list_audit(settings: Settings, said: argparse.Namespace) -> None:
     printer = _printer(said)
     async with current_database(settings) as database:
         key_id = (await _key_of(database, said.key))["id"] if said.key else None
-        models = spoken.model_patterns(said.model) if said.model else None
-        filters = (key_id, models, said.since, *(said.status or (None, None)), said.outcome or None, said.limit)
+        filters = (key_id, said.model, said.since, *(said.status or (None, None)), said.outcome or None, said.limit)
         async with aclosing(database.stream("list_audit", *filters, timeout_s=STATEMENT_S)) as rows:
             is_empty = True
             async for row in rows:

@@ -8,7 +8,7 @@ import re
 import uuid
 from datetime import UTC, datetime, timedelta
 
-from gateway.model_names import NAME_RULE, is_name
+from gateway.model_names import NAME_RULE, canonical, is_name
 from gateway.quota import UNLIMITED
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -102,10 +102,12 @@ def groups(text: str) -> list[str]:
 
 
 def model_patterns(model: str) -> list[str]:
-    """As PostgreSQL's ILIKE has them; a name without a tag and one with `latest` are the same, as clients write both."""
-    plain = re.sub(r"([\\%_])", r"\\\1", model.strip().lower()).replace("*", "%").replace("?", "_")
-    short = plain.removesuffix(":latest")
-    return [plain, short] if ":" in plain else [plain, f"{plain}:latest"]
+    """A name or a glob as PostgreSQL's LIKE has it, for canonical names; a glob without a tag means every tag."""
+    plain = model_name(words(model)).strip().lower()
+    if not set(plain) & {"*", "?"}:
+        plain = canonical(plain).canonical
+    pattern = re.sub(r"([\\%_])", r"\\\1", plain).replace("*", "%").replace("?", "_")
+    return [pattern] if ":" in pattern else [pattern, f"{pattern}:latest"]
 
 
 def our_id(text: str) -> uuid.UUID | None:

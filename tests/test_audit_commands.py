@@ -238,9 +238,9 @@ def test_usage_by_several(url: str, say: Say) -> None:
     write(url, [row(day, model=model, backend=backend) for model, backend in (("a", "x"), ("a", "y"), ("a", "y"), ("b", "y"))])
     found = list(csv.DictReader(io.StringIO(say("usage", "--csv", "--by", "model,backend,day"))))
     assert [(each["model"], each["backend"], each["requests"]) for each in found] == [
-        ("a", "y", "2"),
-        ("a", "x", "1"),
-        ("b", "y", "1"),
+        ("a:latest", "y", "2"),
+        ("a:latest", "x", "1"),
+        ("b:latest", "y", "1"),
     ]
     assert {each["day"] for each in found} == {f"{day:%Y-%m-%d}"} and "key" not in found[0]
     (sums,) = lines(say("usage", "--json", "--by", "day", "--since", "2d"))

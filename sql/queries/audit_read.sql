@@ -11,7 +11,7 @@ SELECT a.id::text AS id, a.at, a.batch, a.request_id, a.key_id, k.name AS key, a
        a.completion_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms, a.total_ms
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
 WHERE ($1::text IS NULL OR a.key_id = $1)
-  AND ($2::text[] IS NULL OR a.model ILIKE ANY ($2))
+  AND ($2::text[] IS NULL OR canonical_model(a.model) LIKE ANY ($2))
   AND ($3::timestamptz IS NULL OR a.at >= $3)
   AND ($4::integer IS NULL OR a.status BETWEEN $4 AND $5)
   AND ($6::text IS NULL OR starts_with(a.outcome, $6))
@@ -21,11 +21,16 @@ LIMIT $7;
 -- name: sum_audit
 -- Sums of the audit since a time, by any of key, model, backend and day; the times are those of requests that got an answer.
 -- What operators look at is no traffic, nor is it where rows of before tell of it.
+-- However a model was spelled, it is one; each spelling is looked at once.
+WITH names AS MATERIALIZED (
+    SELECT asked.model, canonical_model(asked.model) AS name
+    FROM (SELECT DISTINCT model FROM audit WHERE at >= $2 AND 'model' = ANY ($1::text[])) AS asked
+)
 SELECT s.day, s.key_id, k.name AS key, s.model, s.backend, s.requests, s.answered, s.failures, s.refused, s.prompt_tokens,
        s.completion_tokens, s.ttfb[1] AS ttfb_p50, s.ttfb[2] AS ttfb_p95, s.ttfb[3] AS ttfb_p99
-FROM (SELECT CASE WHEN 'day' = ANY ($1::text[]) THEN (at AT TIME ZONE 'UTC')::date END AS day,
+FROM (SELECT CASE WHEN 'day' = ANY ($1) THEN (at AT TIME ZONE 'UTC')::date END AS day,
              CASE WHEN 'key' = ANY ($1) THEN key_id END AS key_id,
-             CASE WHEN 'model' = ANY ($1) THEN model END AS model,
+             names.name AS model,
              CASE WHEN 'backend' = ANY ($1) THEN backend END AS backend,
              count(*) AS requests,
              count(*) FILTER (WHERE outcome = 'answered') AS answered,
@@ -34,7 +39,8 @@ FROM (SELECT CASE WHEN 'day' = ANY ($1::text[]) THEN (at AT TIME ZONE 'UTC')::da
              sum(prompt_tokens)::bigint AS prompt_tokens,
              sum(completion_tokens)::bigint AS completion_tokens,
              percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb
-      FROM audit WHERE at >= $2 AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'))
+      FROM audit LEFT JOIN names USING (model)
+      WHERE at >= $2 AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'))
       GROUP BY 1, 2, 3, 4) AS s
 LEFT JOIN keys k ON k.id = s.key_id
 ORDER BY s.day DESC, s.requests DESC, k.name, s.key_id, s.model, s.backend;

@@ -25,13 +25,17 @@ ORDER BY requests DESC, a.key_id
 LIMIT $2;
 
 -- name: busiest_models
--- Those with the most requests since a time.
-SELECT a.model, count(*) AS requests, sum(a.prompt_tokens + a.completion_tokens)::bigint AS tokens,
+-- Those with the most requests since a time, each once, however it was spelled.
+WITH names AS MATERIALIZED (
+    SELECT asked.model, canonical_model(asked.model) AS name
+    FROM (SELECT DISTINCT model FROM audit WHERE at >= $1 AND model <> '') AS asked
+)
+SELECT n.name AS model, count(*) AS requests, sum(a.prompt_tokens + a.completion_tokens)::bigint AS tokens,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY a.ttfb_ms) AS ttfb_p50_ms
-FROM audit a
-WHERE a.at >= $1 AND a.model <> '' AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
-GROUP BY a.model
-ORDER BY requests DESC, a.model
+FROM audit a JOIN names n ON n.model = a.model
+WHERE a.at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
+GROUP BY n.name
+ORDER BY requests DESC, n.name
 LIMIT $2;
 
 -- name: series

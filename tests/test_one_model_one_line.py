@@ -1,0 +1,111 @@
+"""However its name was written, a model is one: in sums, overview, metrics and filters. Rows keep what was asked for."""
+
+import asyncio
+import csv
+import io
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from gateway import cli
+from gateway.keys import ADMIN
+from gateway.model_names import canonical
+from tests.audit_rows import ago, row, sql, write
+from tests.conftest import StartGateway, TestStores
+from tests.played import PlayedBackend
+from tests.settings_of import settings_for
+from tests.test_metrics import TOKEN, fresh
+from tests.test_small_parts import ONE_MODEL
+
+MODEL = "llama3.2:latest"
+OTHERS = (
+    "llama3.2:7b llama3.2:3b me/llama3.2 hf.co/me/llama3.2 host:5000/ns/m host:5000/ns/m:q4 llama3.2:cloud gpt-oss:120b-cloud "
+    "a://b://c x:// "
+    "://x A:LOCAL:Local a/ a/: Qwen/Qwen2.5-7B library/library/x library/registry.ollama.ai/x : / :local library/ a\\b 100% "
+    "'; $&\\1 模型 l%_ma"
+).split()
+
+
+def test_sql_and_python_know_the_same_names(stores: TestStores) -> None:
+    spellings = [*ONE_MODEL, "  llama3.2  ", *OTHERS]
+
+    async def told() -> list[Any]:
+        connection = await asyncpg.connect(stores.database_url)
+        try:
+            return await connection.fetch("SELECT canonical_model(n) AS name FROM unnest($1::text[]) AS n", spellings)
+        finally:
+            await connection.close()
+
+    assert [found["name"] for found in asyncio.run(told())] == [canonical(name).canonical for name in spellings]
+    assert sql(stores.database_url, "SELECT canonical_model('')") == [""], "no model is none"
+
+
+@pytest.fixture
+def asked(stores: TestStores) -> str:
+    """Rows as they are: those of before and of now, each with what was asked for."""
+    rows = [row(ago(1), model=name) for name in [*ONE_MODEL, "llama3.2:3b", "Qwen/Qwen3", "qwen/qwen3:latest", ""]]
+    write(stores.database_url, rows)
+    return stores.database_url
+
+
+def printed(stores: TestStores, capsys: pytest.CaptureFixture[str], *typed: str) -> list[dict[str, str]]:
+    said = cli.parser().parse_args([*typed, "--csv"])
+    asyncio.run(cli.VERBS[said.verb][0](settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url), said))
+    return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+
+def test_old_rows_are_summed_with_the_new(asked: str, stores: TestStores, capsys: pytest.CaptureFixture[str]) -> None:
+    for by in ("model", "model,backend", "day,model"):
+        found = {line["model"]: int(line["requests"]) for line in printed(stores, capsys, "usage", "--by", by)}
+        assert found == {MODEL: len(ONE_MODEL), "llama3.2:3b": 1, "qwen/qwen3:latest": 2, "": 1}
+    (line,) = printed(stores, capsys, "usage", "--by", "backend")
+    assert int(line["requests"]) == len(ONE_MODEL) + 4
+    assert {found["model"] for found in printed(stores, capsys, "audit")} > set(ONE_MODEL), "a row has what was asked for"
+    said = cli.parser().parse_args(["audit-verify"])
+    asyncio.run(cli.VERBS[said.verb][0](settings_for(DATABASE_URL=asked, REDIS_URL=stores.redis_url), said))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [
+        *((name, len(ONE_MODEL)) for name in ONE_MODEL),
+        ("llama3.2*", len(ONE_MODEL) + 1),
+        ("llama3.?", len(ONE_MODEL)),
+        ("*:latest", len(ONE_MODEL) + 2),
+        ("QWEN/*", 2),
+        ("library/*", 0),
+        ("*", len(ONE_MODEL) + 4),
+        ("llama", 0),
+        ("%", 0),
+    ],
+)
+def test_a_filter_finds_every_spelling(
+    asked: str, stores: TestStores, capsys: pytest.CaptureFixture[str], wanted: str, rows: int
+) -> None:
+    assert len(printed(stores, capsys, "audit", "--model", wanted)) == rows
+
+
+def test_everywhere_else(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, METRICS_TOKEN=TOKEN)
+    strangers = [f"invented-{number}" for number in range(3)]
+    with gateway.http(gateway.key()) as client:
+        for name in [*ONE_MODEL, *strangers]:
+            client.post("/api/chat", json={"model": name, "messages": [{"role": "user", "content": "hi"}], "stream": False})
+    gateway.audit_rows()
+    with gateway.http(gateway.key(flags=(ADMIN,))) as admin:
+
+        def got(path: str, **query: str) -> Any:
+            answered: httpx.Response = admin.get(f"/admin/v1/{path}", params=query)
+            assert answered.status_code == 200, answered.text
+            return answered.json()
+
+        lines = {line["model"]: line["requests"] for line in got("usage", by="model") if line["model"]}
+        assert lines == {MODEL: len(ONE_MODEL), **{f"{name}:latest": 1 for name in strangers}}
+        assert {line["model"]: line["requests"] for line in got("overview")["lately"]["models"]} == lines
+        for spelling in (MODEL, "llama3.2", "LIBRARY/llama3.2"):
+            assert sorted(line["model"] for line in got("audit", model=spelling)) == sorted(ONE_MODEL)
+        assert admin.get("/admin/v1/audit", params={"model": "x" * 351}).status_code == 400
+    labels = {dict(labels).get("model") for _, labels in fresh(gateway)}
+    assert labels == {None, "", "other", MODEL}
