@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import re
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.app import Rooms
 from gateway.errors import ShuttingDown
+from gateway.stop_signals import stop_signals
 
 LOG = logging.getLogger("gateway.server")
 HEAD_DEADLINE_S = 10.0
@@ -240,7 +240,7 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: whoever runs us calls begin_drain
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 loop.add_signal_handler(number, self.begin_drain)
         yield
 

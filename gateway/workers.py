@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from gateway.stop_signals import stop_signals
+
 LOG = logging.getLogger("gateway.workers")
 PR_SET_PDEATHSIG = 1
 TOO_SHORT_A_LIFE_S = 5.0
@@ -44,7 +46,7 @@ class Workers:
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             loop.add_signal_handler(number, self._stopping.set)
         async with asyncio.TaskGroup() as group:
             for _ in range(self._count):

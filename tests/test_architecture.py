@@ -17,8 +17,8 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "address redis_names errors tasks connection backend_config breaker console workers checkup".split(),
-    "drill.played drill.client drill.redis_wire".split(),
+    "address redis_names errors tasks connection backend_config breaker console checkup stop_signals".split(),
+    "drill.played drill.client drill.redis_wire workers".split(),
     "guard memory samples api_key model_names strict_json local settings store database client_address".split(),
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "redis_lines catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),

@@ -55,11 +55,14 @@ def test_it_drains_on_sigterm(stores: TestStores, alpha: PlayedBackend, tmp_path
     assert any(line["message"].startswith("draining: 1 requests") for line in lines)
 
 
-@pytest.mark.parametrize("dialect", ["ollama", "openai"])
+@pytest.mark.parametrize(
+    ("dialect", "number", "workers"),
+    [("ollama", signal.SIGTERM, 1), ("openai", signal.SIGTERM, 1), ("openai", signal.SIGHUP, 1), ("openai", signal.SIGHUP, 2)],
+)
 def test_the_drain_limit_ends_streams_with_an_error_frame(
-    stores: TestStores, alpha: PlayedBackend, tmp_path: Path, dialect: str
+    stores: TestStores, alpha: PlayedBackend, tmp_path: Path, dialect: str, number: signal.Signals, workers: int
 ) -> None:
-    names = names_for(stores, alpha, GATEWAY_DRAIN_S="0.3")
+    names = names_for(stores, alpha, GATEWAY_DRAIN_S="0.3", GATEWAY_WORKERS=str(workers))
     key = make_key(tmp_path, names)
     alpha.healthy.pieces, alpha.healthy.pause_s = 1000, 0.05
     way = next(way for way in WAYS if way.dialect == dialect and way.streamed)
@@ -68,11 +71,29 @@ def test_the_drain_limit_ends_streams_with_an_error_frame(
         with httpx.stream("POST", url + way.path, json=way.body, headers=headers, timeout=20) as stream:
             pieces = (line for line in stream.iter_lines() if line)
             next(pieces)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             last = list(pieces)[-1]
         assert "shutting down" in str(json.loads(last.removeprefix("data: "))["error"])
         assert process.wait(10) == 0
     assert alpha.wait_idle(1.0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nohup_keeps_it_running_without_its_terminal(
+    stores: TestStores, alpha: PlayedBackend, tmp_path: Path, workers: int
+) -> None:
+    """Whoever starts it so has said that a hang-up means nothing."""
+    names = names_for(stores, alpha, GATEWAY_WORKERS=str(workers))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serving(tmp_path, names) as (process, url, log):
+            until(lambda: log.read_text().count("keys: argon2id") == workers, 20)
+            for pid in {process.pid, *descendants(process.pid)}:
+                os.kill(pid, signal.SIGHUP)
+            time.sleep(0.3)
+            assert answers(f"{url}/healthz") and "draining" not in log.read_text()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_many_workers_share_one_port_and_are_replaced(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:

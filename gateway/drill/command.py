@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from gateway.drill.scene import Installation, Scene
 from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.settings import Settings
+from gateway.stop_signals import stop_signals
 from gateway.store import Store, StoreAway
 
 LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 90.0
@@ -48,7 +48,7 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
     results: list[Result] = []
     task = asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         async with asyncio.timeout(LONGEST_DRILL_S), app.database_of(settings) as database, key_ring(settings) as ring:
