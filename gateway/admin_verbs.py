@@ -170,8 +170,8 @@ class AdminVerb:
                         guard.without_deadline()
                         await answer.pass_on(upstream, backend.config.read_timeout_s)
                 except BackendFault:
-                    if upload.is_gone:
-                        raise ClientGone from None
+                    if upload.fault is not None:
+                        raise upload.fault from None
                     raise
 
 
@@ -181,16 +181,13 @@ class Upload:
     def __init__(self, receive: Receive, record: Record) -> None:
         self._receive, self._record = receive, record
         self._ended = asyncio.Event()
-        self.is_gone = False
+        self.fault: Exception | None = None
 
     async def pieces(self, guard: Guard, backend: Backend) -> AsyncIterator[bytes]:
         more = True
         while more:
             guard.within(PIECE_DEADLINE_S, BodyTooSlow)
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self.is_gone = True
-                raise ClientGone
+            message = await self._next()
             more = message.get("more_body", False)
             if piece := message.get("body", b""):
                 self._record.bytes_in += len(piece)
@@ -198,6 +195,18 @@ class Upload:
                 yield piece
         guard.within(backend.config.read_timeout_s, BackendTimeout)
         self._ended.set()
+
+    async def _next(self) -> Message:
+        """The client's faults are kept: the backend's client would tell them as the backend's."""
+        try:
+            message = await self._receive()
+        except BadRequest as wrong:
+            self.fault = wrong
+            raise
+        if message["type"] == "http.disconnect":
+            self.fault = ClientGone()
+            raise self.fault
+        return message
 
     async def rest(self) -> Message:
         await self._ended.wait()

@@ -114,6 +114,21 @@ class BodyTooLarge(GatewayError):
     code = "request_too_large"
 
 
+class HeadTooLarge(GatewayError):
+    """The request's head has more than 65536 bytes or more than 256 lines."""
+
+    status = 431
+    code = "head_too_large"
+
+
+class UnsupportedTransferEncoding(GatewayError):
+    """The body's Transfer-Encoding is not supported; send it chunked, or with a Content-Length."""
+
+    status = 501
+    code = "unsupported_transfer_encoding"
+    headers = ((b"x-should-retry", b"false"),)
+
+
 class UnsupportedEncoding(GatewayError):
     """The body's Content-Encoding is not supported; send it unencoded."""
 

@@ -127,6 +127,8 @@ class Front:
 
     async def _handle(self, scope: Scope, receive: Receive, reply: "Reply", record: Record) -> None:
         try:
+            if refusal := scope["state"].get("refusal"):
+                raise refusal
             if reply.with_cors and scope["method"] == "OPTIONS":
                 await reply.preflight()
                 return

@@ -161,9 +161,7 @@ def test_admin_verbs_are_refused_however_they_are_spelled(
     "line", [b"POST http://evil.example/api/pull HTTP/1.1", b"POST //api/pull HTTP/1.1", b"POST /api/./pull HTTP/1.1"]
 )
 def test_odd_request_targets_reach_no_backend(gateway: RunningGateway, alpha: PlayedBackend, line: bytes) -> None:
-    request = (
-        line + b"\r\nHost: a\r\nHost: b\r\nAuthorization: Bearer %s\r\nContent-Length: 2\r\n\r\n{}" % gateway.key().encode()
-    )
+    request = line + b"\r\nHost: a\r\nAuthorization: Bearer %s\r\nContent-Length: 2\r\n\r\n{}" % gateway.key().encode()
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
         connection.settimeout(5)
         connection.sendall(request)

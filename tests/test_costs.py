@@ -78,7 +78,7 @@ def counting(tmp_path: Path, stores: TestStores, request: pytest.FixtureRequest)
 def test_a_whole_answer(counting: Counting, path: str) -> None:
     costs = counting.during(lambda: counting.ask(path, REQUESTS, stream=False))
     account = costs.account
-    assert account.calls_of("server.py", "on_headers_complete") >= REQUESTS, "the requests were counted at all"
+    assert account.calls_of("http_protocol.py", "on_headers_complete") >= REQUESTS, "the requests were counted at all"
     assert costs.calls / REQUESTS <= MOST_CALLS
     # To be let in, and to settle, which nobody waits for; for the database a share of a batch.
     assert account.calls_of("redis_line.py", "run") / REQUESTS <= REDIS_CALLS
@@ -91,6 +91,6 @@ def test_a_whole_answer(counting: Counting, path: str) -> None:
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
 def test_a_stream(counting: Counting, path: str) -> None:
     costs = counting.during(lambda: counting.ask(path, STREAMS, stream=True))
-    assert costs.account.calls_of("server.py", "push") >= STREAMS * PIECES / 2, "the frames were counted at all"
+    assert costs.account.calls_of("http_cycle.py", "push") >= STREAMS * PIECES / 2, "the frames were counted at all"
     assert costs.calls / (STREAMS * PIECES) <= MOST_CALLS_PER_FRAME
     assert costs.collected / STREAMS <= GARBAGE

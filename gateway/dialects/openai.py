@@ -87,8 +87,10 @@ class OpenAI:
         408: "invalid_request_error",
         413: "invalid_request_error",
         415: "invalid_request_error",
+        431: "invalid_request_error",
         422: "invalid_request_error",
         429: "requests",
+        501: "invalid_request_error",
     }
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 BUILT_IN = "~"
 GATEWAY = {
-    "server": "server connection workers serving memory",
+    "server": "server http_protocol http_cycle http_deadlines http_head departure connection workers serving memory",
     "front": "front routes client_address errors json_reply health",
     "keys": "authentication access api_key keys auth_failures",
     "limits": "limits admission local_limits quota budgets",

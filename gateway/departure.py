@@ -1,0 +1,43 @@
+"""Whether a client that has sent its end is gone, or only says no more and waits for its answer."""
+
+import asyncio
+import select
+from collections.abc import Callable
+
+LOOK_EVERY_S = 0.25
+ENDED = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere the end is seen only when it is read
+RESET = select.POLLHUP | select.POLLERR | select.POLLNVAL
+
+
+class Departure:
+    """Looks at a socket now and then, until told to stop or `gone` was called.
+
+    Both clients look alike until something is sent to them: the system of one that is gone answers with a reset.
+    `probe` sends it, once, and says False where it cannot: then the client counts as gone.
+    """
+
+    def __init__(self, descriptor: int, probe: Callable[[], bool], gone: Callable[[], None]) -> None:
+        self._probe, self._gone = probe, gone
+        self._poll = select.poll()
+        self._poll.register(descriptor, ENDED)
+        self._has_probed = False
+        self.has_ended = False
+        self._begin_wait()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _begin_wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY_S, self._look)
+
+    def _look(self) -> None:
+        seen = self._events()
+        self.has_ended = self.has_ended or bool(seen & ENDED)
+        if seen & RESET or (self.has_ended and not self._has_probed and not self._probe()):
+            self._gone()
+        else:
+            self._has_probed = self.has_ended
+            self._begin_wait()
+
+    def _events(self) -> int:
+        return next((events for _, events in self._poll.poll(0)), 0)

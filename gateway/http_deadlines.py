@@ -1,0 +1,58 @@
+"""How long a connection may make no progress: in sending a head or the rest of a refused body, and in reading answers."""
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_DEADLINE_S = 10.0
+READER_DEADLINE_S = 60.0
+
+
+class Deadlines(HttpToolsProtocol):
+    """Closes connections whose head, rest of a refused body, or reading makes no progress."""
+
+    _arriving: asyncio.TimerHandle | None = None
+    _leaving: asyncio.TimerHandle | None = None
+    _unsent = 0
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        self._stop_watching_reader()
+        super().connection_lost(exc)
+
+    def _await_rest(self) -> None:
+        if self._arriving is None:
+            self._arriving = self.loop.call_later(HEAD_DEADLINE_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._arriving is not None:
+            self._arriving.cancel()
+            self._arriving = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        self._stop_watching_reader()
+        super().resume_writing()
+
+    def _watch_reader(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._leaving = self.loop.call_later(READER_DEADLINE_S, self._look_at_reader)
+
+    def _stop_watching_reader(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+
+    def _look_at_reader(self) -> None:
+        """A slow reader may take its time; one that took nothing since the last look is gone."""
+        if self.transport.get_write_buffer_size() >= self._unsent:
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self.loop.call_later(READER_DEADLINE_S, self.transport.abort)

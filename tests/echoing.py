@@ -1,0 +1,106 @@
+"""A small application behind the gateway's own HTTP protocol, on a real port: it says what it was asked."""
+
+import asyncio
+import json
+import socket
+import threading
+from typing import Any, Self
+
+import uvicorn
+
+from gateway import server
+from gateway.errors import GatewayError
+from gateway.http_protocol import Protocol
+
+
+class EchoServer:
+    """`with EchoServer() as echo:` — answers each request with JSON of its method, path, header names and body.
+
+    `/wait/S` does so after S seconds, or leaves its target in `gone` where the client left before; `/stream` answers in three
+    pieces without a length; `/ignore` does not read the body.
+    """
+
+    def __init__(self) -> None:
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.gone: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._listener = server.listen("127.0.0.1", 0)
+        self.port = self._listener.getsockname()[1]
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop)
+        self._thread.join(10)
+        self._listener.close()
+
+    def connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(10)
+        return connection
+
+    def _run(self) -> None:
+        options: Any = {"http": Protocol, "ws": "none", "lifespan": "off", "interface": "asgi3", "proxy_headers": False}
+        config = uvicorn.Config(self._answer, log_config=None, timeout_graceful_shutdown=1, **options)
+        self._uvicorn = uvicorn.Server(config)
+        server.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._loop.call_later(0.05, self._ready.set)
+        await self._uvicorn.serve([self._listener])
+
+    def _stop(self) -> None:
+        self._uvicorn.should_exit = True
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        if refusal := scope["state"].get("refusal"):
+            await _send(send, refusal.status, {"refused": str(refusal)})
+            return
+        if scope["path"].startswith("/wait/") and await self._client_leaves(scope):
+            return
+        body, more = b"", scope["path"] != "/ignore"
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                body += message["body"]
+                more = message["more_body"]
+        except GatewayError as wrong:
+            await _send(send, wrong.status, {"refused": str(wrong)})
+            return
+        if scope["path"] == "/stream":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(3):
+                await send({"type": "http.response.body", "body": b"piece\n", "more_body": True})
+                await asyncio.sleep(0.01)
+            await send({"type": "http.response.body", "body": b""})
+            return
+        names = [name.decode() for name, _ in scope["headers"]]
+        heard = {"method": scope["method"], "path": scope["path"], "headers": names, "body": body.decode("latin-1")}
+        await _send(send, 200, heard)
+
+    async def _client_leaves(self, scope: Any) -> bool:
+        left = asyncio.Event()
+        scope["state"]["connection"].watch(left.set)
+        try:
+            async with asyncio.timeout(float(scope["path"].rpartition("/")[2])):
+                await left.wait()
+        except TimeoutError:
+            return False
+        finally:
+            scope["state"]["connection"].watch(None)
+        self.gone.append(f"{scope['path']}?{scope['query_string'].decode()}")
+        return True
+
+
+async def _send(send: Any, status: int, value: Any) -> None:
+    body = json.dumps(value).encode()
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
