@@ -1,18 +1,15 @@
-"""Is this key one of ours: remembered by digest, verified by argon2 off the loop, bounded, one at a time per key."""
+"""Is this key one of ours: remembered by digest, verified by argon2 only where it was not known."""
 
 import asyncio
 import hmac
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
 from argon2 import PasswordHasher
-from argon2.exceptions import InvalidHashError, VerificationError
 
 from gateway import api_key, strict_json
 from gateway.api_key import PresentedKey
@@ -23,9 +20,11 @@ from gateway.keys import CHANGED, Key, cache_key, unpack, version_key
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
 from gateway.tasks import Kept
+from gateway.verification import Verifier
 
 REMEMBERED = 10_000
-WAITING_VERIFICATIONS = 64
+# Who is not known yet: being looked up, or waiting for argon2, which has bounds of its own.
+STRANGERS = 256
 KNOWN_KEY_WITHOUT_DATABASE_S = 900.0
 NOTE_USE_EVERY_S = 20.0
 ASK_DATABASE_AGAIN_S = 5.0
@@ -56,14 +55,12 @@ class Authenticator:
     def __init__(
         self, database: Database, store: Store, hasher: PasswordHasher, failures: AuthFailures, *, cache_s: float
     ) -> None:
-        self._database, self._store, self._hasher, self._failures = database, store, hasher, failures
+        self._database, self._store, self._failures = database, store, failures
         self._cache_s = cache_s
         self._verified: OrderedDict[str, Verified] = OrderedDict()
         self._refused: OrderedDict[str, float] = OrderedDict()
         self._running: dict[str, asyncio.Task[Key]] = {}
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="argon2")
-        self._decoy = hasher.hash("nobody's key")
+        self._verifier = Verifier(hasher)
         self._generation = 0
         self._strangers = 0
         self._used: dict[str, float] = {}
@@ -79,7 +76,7 @@ class Authenticator:
         for check in list(self._running.values()):
             check.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._verifier.close()
         with suppress(StoreUnavailable):
             await self._write_uses()
 
@@ -113,7 +110,7 @@ class Authenticator:
         if task is None:
             if known is not None:
                 check = self._check(presented)
-            elif self._strangers >= WAITING_VERIFICATIONS:
+            elif self._strangers >= STRANGERS:
                 raise Overloaded(retry_after=1)
             else:
                 check = self._check_stranger(presented, address)
@@ -129,7 +126,7 @@ class Authenticator:
         try:
             with self._failures.suspecting(address):
                 try:
-                    return await self._one_at_a_time(presented.secret_id, self._check(presented))
+                    return await self._check(presented)
                 except WrongKey as wrong:
                     raise await self._failures.count(address) from wrong
         finally:
@@ -139,18 +136,6 @@ class Authenticator:
         self._running.pop(digest, None)
         if not task.cancelled():
             task.exception()
-
-    async def _one_at_a_time(self, secret_id: str, check: Coroutine[Any, Any, Key]) -> Key:
-        lock, users = self._locks.get(secret_id, (asyncio.Lock(), 0))
-        self._locks[secret_id] = (lock, users + 1)
-        try:
-            async with lock:
-                return await check
-        finally:
-            check.close()
-            lock, users = self._locks.pop(secret_id)
-            if users > 1:
-                self._locks[secret_id] = (lock, users - 1)
 
     async def _check(self, presented: PresentedKey) -> Key:
         generation = self._generation
@@ -217,9 +202,11 @@ class Authenticator:
 
     async def _from_database(self, presented: PresentedKey, known: Verified | None) -> Verified:
         row = await self._database.row("find_secret", presented.secret_id)
-        stored = row["hash"] if row else self._decoy
-        is_right = (known is not None and known.hash == stored) or await self._verify(stored, presented.whole)
-        if row is None or not is_right or row["revoked_at"] is not None:
+        stored = row["hash"] if row else None
+        # A known key that is there no more needs no argon2 to be told so.
+        was_right = known is not None and stored in (None, known.hash)
+        is_right = was_right or await self._verifier.is_right(stored, presented)
+        if row is None or stored is None or not is_right or row["revoked_at"] is not None:
             with suppress(StoreAway):
                 await self._store.call(
                     lambda redis: redis.set(_refused_key(presented.digest), b"", px=int(self._cache_s * 1000))
@@ -227,12 +214,6 @@ class Authenticator:
             raise WrongKey
         now = time.monotonic()
         return Verified(unpack(dict(row)), stored, now, now + self._cache_s)
-
-    async def _verify(self, stored: str, whole: str) -> bool:
-        loop = asyncio.get_running_loop()
-        with suppress(VerificationError, InvalidHashError):
-            return await loop.run_in_executor(self._threads, self._hasher.verify, stored, whole)
-        return False
 
     def forget(self, key_id: str) -> None:
         """A key has changed: ask again, for all of its secrets."""

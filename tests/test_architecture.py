@@ -21,7 +21,7 @@ FLOORS = [
     "drill.played drill.client drill.redis_wire workers departure http_cycle http_deadlines http_head".split(),
     "http_protocol guard memory samples api_key model_names strict_json local settings store database client_address".split(),
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
-    "redis_lines catalog dialects.base keys backends admission transcript budgets retention audit_chain".split(),
+    "redis_lines catalog verification dialects.base keys backends admission transcript budgets retention audit_chain".split(),
     "refusals authentication dialects.ollama dialects.openai discovery drains bulletin show health local_limits record".split(),
     "spoken key_facts keeper limits cost metrics probing routing body postgres_checkup settings_checkup".split(),
     "access books audit_writer explain redis_checkup".split(),

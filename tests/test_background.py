@@ -30,6 +30,7 @@ ONCE = {
     ("limits.py", "_seeded"),
     ("server.py", "begin_drain"),
     ("tasks.py", "start"),
+    ("verification.py", "is_right"),
     ("workers.py", "run"),
     ("workers.py", "_sleep"),
     ("workers.py", "_wait_for"),

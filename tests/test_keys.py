@@ -4,9 +4,11 @@ import asyncio
 import base64
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from statistics import median
 
 import asyncpg
 import httpx
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import api_key, local
+from gateway.authentication import Authenticator
 from gateway.errors import CommandFailed, ConflictingKeys, MissingKey
 from gateway.keys import NewKey
 from tests.conftest import StartGateway, TestStores
@@ -476,3 +479,42 @@ def test_failures_are_limited_without_redis(stores: TestStores, alpha: PlayedBac
     names = {"REDIS_URL": "unix:///nowhere/redis.sock", "AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "2"}
     with RunningGateway(settings_for(alpha, DATABASE_URL=stores.database_url, **names)) as gateway:
         assert [status(gateway, "garbage") for _ in range(3)] == [401, 401, 429]
+
+
+# ── wrong keys from everywhere ──
+
+
+def authenticator_of(gateway: RunningGateway) -> Authenticator:
+    owners = [getattr(kept._work, "__self__", None) for kept in gateway.rooms.background()]
+    [found] = [owner for owner in owners if isinstance(owner, Authenticator)]
+    return found
+
+
+@pytest.mark.parametrize("forge", ["unknown ids", "one id that exists"])
+def test_wrong_keys_from_many_addresses_keep_no_good_one_waiting(
+    start_gateway: StartGateway, alpha: PlayedBackend, forge: str
+) -> None:
+    """A good key that this process does not know yet, alone and beside them, in one process and one run."""
+    gateway = start_gateway(alpha, ARGON2_MEMORY_COST_KIB="16384", ARGON2_TIME_COST="2")
+    authenticator = authenticator_of(gateway)
+    attacked = gateway.key().split("_")[1]
+    alone, beside = ([gateway.key() for _ in range(4)] for _ in range(2))
+
+    async def seconds_of(key: str) -> float:
+        began = time.perf_counter()
+        await authenticator.key_for(key, "127.0.0.1")
+        return time.perf_counter() - began
+
+    async def run() -> tuple[list[float], list[float], Counter[str]]:
+        times = [await seconds_of(key) for key in alone]
+        wrong = [forged(api_key.mint().secret_id if forge == "unknown ids" else attacked) for _ in range(200)]
+        flood = [asyncio.create_task(authenticator.key_for(key, f"192.0.2.{number}")) for number, key in enumerate(wrong)]
+        await asyncio.sleep(0.02)
+        times_beside = [await seconds_of(key) for key in beside]
+        ends = await asyncio.gather(*flood, return_exceptions=True)
+        return times, times_beside, Counter(type(end).__name__ for end in ends)
+
+    times, times_beside, ends = gateway.call(run())
+    print(f"\n{forge}: alone {median(times):.3f} s, beside 200 wrong ones {median(times_beside):.3f} s; these: {dict(ends)}")
+    assert median(times_beside) < 6 * median(times)
+    assert set(ends) == {"WrongKey", "Overloaded"}

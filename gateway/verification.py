@@ -1,0 +1,117 @@
+"""Argon2 off the loop: keys whose id exists have room of their own, whatever is sent with ids that nobody has."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerificationError
+
+from gateway.api_key import PresentedKey
+from gateway.errors import Overloaded
+
+THREADS = 2
+# Waiting or under way: with an id that exists, with the same one, with one that does not.
+MOST_KNOWN, MOST_OF_ONE_ID, MOST_UNKNOWN = 64, 8, 8
+LONGEST_WAIT_S = 3.0
+
+
+class Verdict(NamedTuple):
+    is_right: bool
+    took_s: float
+
+
+class Verifier:
+    """Of two threads, ids that nobody has take one, half of the time; those that exist are verified one at a time each.
+
+    A wrong key is answered in its turn among those with unknown ids and after as long, so that the time tells nobody
+    which ids there are. Only where that queue is full does it matter: unknown ids are turned away at once.
+    """
+
+    def __init__(self, hasher: PasswordHasher) -> None:
+        self._hasher = hasher
+        self._decoy = hasher.hash("nobody's key")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="argon2")
+        self._under_way: Counter[str] = Counter()
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._lane = asyncio.Lock()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def is_right(self, stored: str | None, presented: PresentedKey) -> bool:
+        """Whether this is the key whose hash is stored; `stored` is None where nobody has its id. Raises Overloaded."""
+        if stored is None:
+            await self._among_unknown(lambda: self._verify(self._decoy, presented.whole))
+            return False
+        verifying = asyncio.create_task(self._of_known(stored, presented))
+        turn = asyncio.create_task(self._among_unknown(lambda: _as_long_as(verifying)))
+        try:
+            is_right, _ = await verifying
+            if not is_right:
+                await turn
+            return is_right
+        finally:
+            for task in (verifying, turn):
+                task.cancel()
+                task.add_done_callback(_look_at)
+
+    async def _of_known(self, stored: str, presented: PresentedKey) -> Verdict:
+        with self._counted("known", MOST_KNOWN), self._counted(f"id {presented.secret_id}", MOST_OF_ONE_ID):
+            lock = self._locks.setdefault(presented.secret_id, asyncio.Lock())
+            try:
+                async with lock:
+                    began = time.monotonic()
+                    is_right = await self._verify(stored, presented.whole)
+                    return Verdict(is_right, time.monotonic() - began)
+            finally:
+                if self._under_way[f"id {presented.secret_id}"] == 1:
+                    self._locks.pop(presented.secret_id, None)
+
+    async def _among_unknown(self, work: Callable[[], Awaitable[object]]) -> None:
+        """One after the other, and after each a rest of the same length."""
+        loop = asyncio.get_running_loop()
+        with self._counted("unknown", MOST_UNKNOWN):
+            try:
+                await asyncio.wait_for(self._lane.acquire(), LONGEST_WAIT_S)
+            except TimeoutError:
+                raise Overloaded(retry_after=1) from None
+            began = loop.time()
+            try:
+                await work()
+            finally:
+                loop.call_later(loop.time() - began, self._lane.release)
+
+    @contextmanager
+    def _counted(self, what: str, most: int) -> Iterator[None]:
+        if self._under_way[what] >= most:
+            raise Overloaded(retry_after=1)
+        self._under_way[what] += 1
+        try:
+            yield
+        finally:
+            self._under_way[what] -= 1
+            if not self._under_way[what]:
+                del self._under_way[what]
+
+    async def _verify(self, stored: str, whole: str) -> bool:
+        loop = asyncio.get_running_loop()
+        with suppress(VerificationError, InvalidHashError):
+            return await loop.run_in_executor(self._threads, self._hasher.verify, stored, whole)
+        return False
+
+
+async def _as_long_as(verifying: "asyncio.Task[Verdict]") -> None:
+    """In place of a verification that has a thread of its own: as long as that one took, from now on."""
+    began = time.monotonic()
+    await asyncio.wait([verifying])
+    await asyncio.sleep(verifying.result().took_s - (time.monotonic() - began))
+
+
+def _look_at(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled():
+        task.exception()
