@@ -52,7 +52,7 @@ def _is_secret(name: str, value: str) -> bool:
         return reading.masked(name.lower(), value) != value
     if name == "OLLAMA_BACKENDS":
         return "auth_token" in value
-    return name == "POSTGRES_PASSWORD" or reading.is_secret(name.lower())
+    return name in ("POSTGRES_PASSWORD", "REDIS_PASSWORD") or reading.is_secret(name.lower())
 
 
 def passwords(settings: Settings) -> Finding:

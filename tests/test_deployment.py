@@ -1,23 +1,29 @@
 """The container's files: valid, pinned, without privileges and secrets, started and stopped in the right order."""
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import redis
 import yaml
 
-from gateway import serving, settings
+from gateway import local, serving, settings
 from gateway.cli import VERBS
+from gateway.errors import SettingsError
+from tests.processes import until
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = Path(__file__).with_name("compose-spec.json")
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-EXACT_TAG = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+(\.\d+)?(-[a-z0-9.]+)?")
+EXACT_IMAGE = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+(\.\d+)?(-[a-z0-9.-]+)?@sha256:[0-9a-f]{64}")
+PASSWORDS = {"POSTGRES_PASSWORD": "4f0a1b2c3d4e5f60", "REDIS_PASSWORD": "60f5e4d3c2b1a0f4"}
 LONG_RUNNING = ("gateway", "postgres", "redis", "ollama", "ollama-gpu")
 
 
@@ -136,27 +142,76 @@ def test_compose_waits_longer_than_the_gateway_drains(drain: str) -> None:
 
 @pytest.mark.parametrize("name", ["postgres", "redis", "ollama", "ollama-gpu"])
 def test_images_are_pinned(name: str) -> None:
-    assert EXACT_TAG.fullmatch(SERVICES[name]["image"])
+    assert EXACT_IMAGE.fullmatch(SERVICES[name]["image"])
 
 
 def test_compose_refuses_to_start_without_a_password() -> None:
-    for name, variable in (("postgres", "POSTGRES_PASSWORD"), ("gateway", "DATABASE_URL"), ("migrate", "DATABASE_URL")):
-        with pytest.raises(LookupError, match="POSTGRES_PASSWORD"):
+    needed = [("postgres", "POSTGRES_PASSWORD", "POSTGRES_PASSWORD"), ("redis", "VALKEYCLI_AUTH", "REDIS_PASSWORD")]
+    needed += [(name, "DATABASE_URL", "POSTGRES_PASSWORD") for name in ("gateway", "migrate")]
+    needed += [(name, "REDIS_URL", "REDIS_PASSWORD") for name in ("gateway", "migrate")]
+    for name, variable, password in needed:
+        with pytest.raises(LookupError, match=password):
             filled(SERVICES[name]["environment"][variable])
 
 
 def test_the_gateway_of_compose_starts_with_what_compose_gives_it() -> None:
     given = SERVICES["gateway"]["environment"]
-    environ = {name: filled(value, POSTGRES_PASSWORD="4f0a1b2c3d4e5f60") for name, value in given.items()}
+    environ = {name: filled(value, **PASSWORDS) for name, value in given.items()}
     loaded = settings.load(environ, None)
     assert loaded.database_url == "postgresql://gateway:4f0a1b2c3d4e5f60@postgres:5432/gateway"
-    assert loaded.redis_url == "redis://redis:6379/0"
+    assert loaded.redis_url == "redis://:60f5e4d3c2b1a0f4@redis:6379/0"
     assert loaded.backends[0].base_url == "http://ollama:11434"
     settings.refuse_weak_secrets(loaded)
 
 
+@pytest.mark.parametrize("name", PASSWORDS)
+def test_the_gateway_of_compose_refuses_passwords_that_anybody_guesses(name: str) -> None:
+    given = {**PASSWORDS, name: "changeme"}
+    environ = {name: filled(value, **given) for name, value in SERVICES["gateway"]["environment"].items()}
+    with pytest.raises(SettingsError, match="a password nobody can guess"):
+        settings.refuse_weak_secrets(settings.load(environ, None))
+
+
+def test_valkey_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path, servers: local.Stores) -> None:
+    """The command of compose.yaml, as it is, with the program of the local run."""
+    shell, dash_c, script = SERVICES["redis"]["command"]
+    for text in (script, *SERVICES["redis"]["healthcheck"]["test"]):
+        assert "$${" in text or "REDIS_PASSWORD" not in text
+    program, socket = tmp_path / "valkey-server", tmp_path / "socket"
+    [running] = [Path(f"/proc/{pid}/exe").readlink() for pid in [pid_of(servers.redis_url)]]
+    program.write_text(f'#!/bin/sh\nexec {running} "$@" --port 0 --unixsocket {socket}\n')
+    program.chmod(0o755)
+    known = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path), "VALKEYCLI_AUTH": PASSWORDS["REDIS_PASSWORD"]}
+    with subprocess.Popen([shell, dash_c, script.replace("$$", "$")], env=known, cwd=tmp_path) as server:
+        try:
+            until(socket.exists, 10)
+            shown = Path(f"/proc/{server.pid}/cmdline").read_bytes()
+            assert b"valkey-server" in shown and PASSWORDS["REDIS_PASSWORD"].encode() not in shown
+            assert (tmp_path / "valkey.conf").stat().st_mode & 0o077 == 0
+            with redis.Redis(unix_socket_path=str(socket)) as stranger, pytest.raises(redis.AuthenticationError):
+                stranger.ping()
+            with redis.Redis(unix_socket_path=str(socket), password=PASSWORDS["REDIS_PASSWORD"]) as gateway:
+                assert gateway.ping() and gateway.config_get("appendonly") == {"appendonly": "yes"}
+        finally:
+            server.terminate()
+
+
+def pid_of(url: str) -> int:
+    with redis.Redis.from_url(url) as client:
+        return int(client.info("server")["process_id"])
+
+
+def test_workflows_name_what_they_run_by_commit() -> None:
+    lines = [
+        line for path in (ROOT / ".github" / "workflows").iterdir() for line in path.read_text().splitlines() if "uses:" in line
+    ]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"\s*- uses: [\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line), line
+
+
 def test_the_gateway_of_compose_takes_other_stores() -> None:
-    given = {"DATABASE_URL": "postgresql://db/x", "REDIS_URL": "rediss://cache/0", "POSTGRES_PASSWORD": "x"}
+    given = {**PASSWORDS, "DATABASE_URL": "postgresql://db/x", "REDIS_URL": "rediss://cache/0"}
     for name in ("DATABASE_URL", "REDIS_URL"):
         assert filled(SERVICES["gateway"]["environment"][name], **given) == given[name]
 
@@ -198,7 +253,7 @@ def test_data_is_kept_in_volumes() -> None:
     assert SERVICES["postgres"]["image"].startswith("postgres:18.")
     assert SERVICES["postgres"]["volumes"] == ["postgres:/var/lib/postgresql"]
     assert SERVICES["redis"]["volumes"] == ["redis:/data"]
-    assert SERVICES["redis"]["command"][:3] == ["valkey-server", "--appendonly", "yes"]
+    assert "exec valkey-server" in SERVICES["redis"]["command"][-1] and "--appendonly yes" in SERVICES["redis"]["command"][-1]
     for name in ("ollama", "ollama-gpu"):
         assert SERVICES[name]["volumes"] == ["ollama:/root/.ollama"]
         assert SERVICES[name]["networks"]["default"]["aliases"] == ["ollama"]
@@ -208,7 +263,7 @@ def test_base_images_are_pinned_and_alike() -> None:
     bases = [line.split()[0] for line in all_of("FROM")]
     assert len(bases) == 2
     assert len(set(bases)) == 1
-    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+", bases[0])
+    assert EXACT_IMAGE.fullmatch(bases[0]) and bases[0].startswith("python:3.")
 
 
 def test_dependencies_are_pinned_by_hash_and_the_local_servers_stay_out() -> None:

@@ -56,7 +56,7 @@ def test_env_example_has_every_setting_once() -> None:
 
 
 def test_only_what_must_be_chosen_is_uncommented() -> None:
-    assert re.findall(r"^[A-Z].*$", EXAMPLE, re.MULTILINE) == ["POSTGRES_PASSWORD="]
+    assert re.findall(r"^[A-Z].*$", EXAMPLE, re.MULTILINE) == ["POSTGRES_PASSWORD=", "REDIS_PASSWORD="]
 
 
 def test_env_example_marks_secrets_and_what_compose_alone_reads() -> None:
@@ -65,7 +65,7 @@ def test_env_example_marks_secrets_and_what_compose_alone_reads() -> None:
     for comment, name in blocks:
         words[name] = words.get(name, "") + comment
     secrets = {declared.name.upper() for declared in settings.declarations() if declared.metadata["secret"]}
-    assert {name for name, comment in words.items() if "[secret]" in comment and name != "POSTGRES_PASSWORD"} == secrets
+    assert {name for name, comment in words.items() if "[secret]" in comment and not name.endswith("_PASSWORD")} == secrets
     assert "NAME_FILE" in EXAMPLE
 
 
