@@ -39,6 +39,7 @@ from gateway.local_servers import (
     postgres_server,
     redis_server,
     server_account,
+    warning_of,
 )
 
 LOCK_WAIT_S = 30.0
@@ -207,6 +208,8 @@ class Keeper:
     def _start(self) -> None:
         launcher = Launcher(self.lock.file, server_account(self.folder))
         _refuse_unreachable(self.folder, launcher.account)
+        if warning := warning_of(launcher.account):
+            self._say(warning)
         sockets = server_sockets(self.home)
         shutil.rmtree(sockets, ignore_errors=True)
         launcher.make_folder(sockets)

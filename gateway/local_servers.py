@@ -32,6 +32,10 @@ POSTGRES_SETTINGS = {
 }
 POSTGRES_FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
+# Whom root's servers run as: an account made for them, or PostgreSQL's own; the last is anybody's.
+ACCOUNTS = ("neuronetz", "postgres")
+SHARED_ACCOUNT = "nobody"
+
 Wait = Callable[[float], None]
 
 
@@ -102,9 +106,21 @@ def server_account(folder: Path) -> pwd.struct_passwd | None:
         return None
     with suppress(FileNotFoundError, KeyError):
         return pwd.getpwuid((folder / "valkey").stat().st_uid)
-    with suppress(KeyError):
-        return pwd.getpwnam("postgres")
-    return pwd.getpwnam("nobody")
+    for name in ACCOUNTS:
+        with suppress(KeyError):
+            return pwd.getpwnam(name)
+    return pwd.getpwnam(SHARED_ACCOUNT)
+
+
+def warning_of(account: pwd.struct_passwd | None) -> str:
+    """What who starts the servers must know of it; empty where there is nothing."""
+    if account is None or account.pw_name != SHARED_ACCOUNT:
+        return ""
+    return (
+        f"the private PostgreSQL and Redis run as {SHARED_ACCOUNT!r}, and so may other services of this machine, which could "
+        f"then read keys' hashes and kept prompts; `useradd --system {ACCOUNTS[0]}` before the data folder is made, or "
+        "starting this as an ordinary user, gives them an account of their own"
+    )
 
 
 @dataclass

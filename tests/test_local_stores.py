@@ -20,6 +20,7 @@ import asyncpg
 import pytest
 import redis
 
+from gateway import local_servers
 from gateway.local import LocalStoresFailed, Stores, data_folder, is_running, stores
 
 PROJECT = Path(__file__).parents[1]
@@ -451,6 +452,30 @@ def readable_python(user: pwd.struct_passwd) -> str:
             if run_as(user, [python, "-c", "import asyncpg, gateway.local"]).returncode == 0:
                 return python
     pytest.skip(f"{user.pw_name} can run no Python {version} with the packages of this one")
+
+
+@as_root
+def test_servers_of_an_account_that_others_share_are_said(place: Path) -> None:
+    """Where neither account is there, as on a small machine; a folder's owner stays the servers' user."""
+    folder, said, nobody = place / "d", list[str](), pwd.getpwnam("nobody")
+    (folder / "valkey").mkdir(parents=True)
+    folder.chmod(0o711)
+    os.chown(folder / "valkey", nobody.pw_uid, nobody.pw_gid)
+    with stores(folder, durable=False, say=said.append):
+        assert [words for words in said if "run as 'nobody'" in words and "useradd --system neuronetz" in words]
+    wait_until(lambda: nobody_holds(folder))
+
+
+@pytest.mark.parametrize("there", [["neuronetz", "postgres", "nobody"], ["postgres", "nobody"], ["nobody"]])
+def test_whom_the_servers_of_root_run_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str]) -> None:
+    accounts = {name: pwd.struct_passwd((name, "x", 900, 900, "", "/", "/bin/false")) for name in there}
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: accounts[name])
+    account = local_servers.server_account(tmp_path)
+    assert account is not None and account.pw_name == there[0]
+    assert bool(local_servers.warning_of(account)) == (there == ["nobody"])
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert local_servers.server_account(tmp_path) is None and not local_servers.warning_of(None)
 
 
 @as_root
