@@ -77,7 +77,9 @@ class Verifier:
         loop = asyncio.get_running_loop()
         with self._counted("unknown", MOST_UNKNOWN):
             try:
-                await asyncio.wait_for(self._lane.acquire(), LONGEST_WAIT_S)
+                # Not wait_for, whose cancellation may leave the lock taken by nobody.
+                async with asyncio.timeout(LONGEST_WAIT_S):
+                    await self._lane.acquire()
             except TimeoutError:
                 raise Overloaded(retry_after=1) from None
             began = loop.time()

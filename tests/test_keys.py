@@ -13,10 +13,11 @@ from statistics import median
 import asyncpg
 import httpx
 import pytest
+from argon2 import PasswordHasher
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import api_key, local
+from gateway import api_key, local, verification
 from gateway.authentication import Authenticator
 from gateway.errors import CommandFailed, ConflictingKeys, MissingKey
 from gateway.keys import NewKey
@@ -518,3 +519,34 @@ def test_wrong_keys_from_many_addresses_keep_no_good_one_waiting(
     print(f"\n{forge}: alone {median(times):.3f} s, beside 200 wrong ones {median(times_beside):.3f} s; these: {dict(ends)}")
     assert median(times_beside) < 6 * median(times)
     assert set(ends) == {"WrongKey", "Overloaded"}
+
+
+def test_an_answer_in_its_turn_frees_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers that leave, wait too long or find no room hold nothing afterwards."""
+    monkeypatch.setattr(verification, "LONGEST_WAIT_S", 0.05)
+    hasher = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+    key, other = api_key.mint(), api_key.mint()
+
+    async def run() -> set[str]:
+        verifier = verification.Verifier(hasher)
+        stored = hasher.hash(key.whole)
+        ends: set[str] = set()
+        for seconds in (0.0, 0.001, 0.01):
+            unknown = [asyncio.create_task(verifier.is_right(None, api_key.mint())) for _ in range(12)]
+            wrong = [asyncio.create_task(verifier.is_right(stored, other)) for _ in range(12)]
+            await asyncio.sleep(seconds)
+            for task in (*unknown[::2], *wrong[::3]):
+                task.cancel()
+            found = await asyncio.gather(*unknown, *wrong, return_exceptions=True)
+            ends |= {type(one).__name__ if isinstance(one, BaseException) else str(one) for one in found}
+        await asyncio.sleep(0.2)
+        assert (verifier._under_way, verifier._locks, verifier._lane.locked()) == (Counter(), {}, False)
+        assert [await verifier.is_right(*asked) for asked in ((stored, key), (stored, other), (None, other))] == [
+            True,
+            False,
+            False,
+        ]
+        verifier.close()
+        return ends
+
+    assert asyncio.run(run()) <= {"False", "Overloaded", "CancelledError"}
