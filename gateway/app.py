@@ -51,6 +51,7 @@ from gateway.settings import Settings
 from gateway.show import described
 from gateway.store import Store
 from gateway.tasks import Kept
+from gateway.verification import Verifier
 
 LOG = logging.getLogger("gateway")
 # A path that is not there for who may not see it is there in no way.
@@ -109,7 +110,7 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         store = await stack.enter_async_context(Store(settings.redis_url))
         failures = AuthFailures(store, settings.auth_failure_rate_limit_per_ip_per_min)
         authenticator = await stack.enter_async_context(
-            Authenticator(database, store, hasher_of(settings), failures, cache_s=settings.redis_key_cache_ttl_s)
+            Authenticator(database, store, Verifier(hasher_of(settings)), failures, cache_s=settings.redis_key_cache_ttl_s)
         )
         backends = await stack.enter_async_context(fleet(settings))
         discovery = await stack.enter_async_context(discovery_of(settings, backends, store))

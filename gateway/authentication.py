@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from argon2 import PasswordHasher
-
 from gateway import api_key, strict_json
 from gateway.api_key import PresentedKey
 from gateway.auth_failures import AuthFailures
@@ -52,15 +50,12 @@ class Authenticator:
     PostgreSQL away it stays good for a quarter of an hour after its last check; unknown keys get 503.
     """
 
-    def __init__(
-        self, database: Database, store: Store, hasher: PasswordHasher, failures: AuthFailures, *, cache_s: float
-    ) -> None:
-        self._database, self._store, self._failures = database, store, failures
+    def __init__(self, database: Database, store: Store, verifier: Verifier, failures: AuthFailures, *, cache_s: float) -> None:
+        self._database, self._store, self._verifier, self._failures = database, store, verifier, failures
         self._cache_s = cache_s
         self._verified: OrderedDict[str, Verified] = OrderedDict()
         self._refused: OrderedDict[str, float] = OrderedDict()
         self._running: dict[str, asyncio.Task[Key]] = {}
-        self._verifier = Verifier(hasher)
         self._generation = 0
         self._strangers = 0
         self._used: dict[str, float] = {}

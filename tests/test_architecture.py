@@ -47,7 +47,7 @@ HOMES = {
     "asyncpg": {"database"},
     "redis": {"store", "redis_line", "redis_lines"},
     "hiredis": {"redis_line"},
-    "argon2": {"app", "keys", "authentication"},
+    "argon2": {"app", "keys", "verification"},
     "aiohttp": {"backends", "upstream", "drill.client"},
     "yarl": {"backends", "upstream"},
     "uvicorn": {"server", "http_protocol", "http_cycle", "http_deadlines", "demo"},
