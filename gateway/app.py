@@ -12,7 +12,7 @@ from typing import Any
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, bulletin, pages, retention, routes, strict_json
+from gateway import admin_verbs, bulletin, pages, probing, retention, routes, strict_json
 from gateway.access import Access
 from gateway.admin_api import AdminApi
 from gateway.api_document import ApiDocument
@@ -24,6 +24,7 @@ from gateway.books import Books
 from gateway.budgets import Budgets
 from gateway.bulletin import Bulletin, ProcessState
 from gateway.client_address import TrustedProxies
+from gateway.control import Control
 from gateway.database import Database, Reports
 from gateway.dialects.base import Dialect
 from gateway.dialects.ollama import Ollama
@@ -136,6 +137,7 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
         told = await stack.enter_async_context(Bulletin(lines, lambda: state_of(rooms)))
+        await stack.enter_async_context(control_of(rooms))
         front.routes = _table(settings, rooms, Access(authenticator, limits, default_quota(settings)), spoken)
         LOG.info("PostgreSQL: %s", await _state_of(database))
         tell_what_is_in_force(settings, rooms)
@@ -169,8 +171,13 @@ def state_of(rooms: Rooms) -> ProcessState:
     """This process, for the bulletin."""
     front, limits = rooms.front, rooms.limits
     backends = bulletin.seen(rooms.backends)
-    waiting = rooms.writer.waiting
-    return ProcessState(limits.process, time.time(), front.under_way, limits.waiting, front.draining, waiting, backends)
+    waiting, fleet = rooms.writer.waiting, bulletin.described(backend.config for backend in rooms.backends.values())
+    return ProcessState(limits.process, time.time(), front.under_way, limits.waiting, front.draining, waiting, backends, fleet)
+
+
+def control_of(rooms: Rooms) -> Control:
+    acts = {"refresh": rooms.discovery.refreshed, "probe": lambda: probing.probe_all(rooms.backends)}
+    return Control(rooms.store, bulletin.described(backend.config for backend in rooms.backends.values()), acts)
 
 
 @asynccontextmanager

@@ -4,10 +4,11 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from gateway import shards, strict_json
+from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.redis_lines import Lines
 from gateway.store import Store, StoreAway
@@ -30,7 +31,7 @@ class BackendState:
 
 @dataclass
 class ProcessState:
-    """`at` in seconds since the epoch."""
+    """`at` in seconds since the epoch; `fleet` as of `described`, empty where a process of another version does not say it."""
 
     process: str
     at: float
@@ -40,6 +41,10 @@ class ProcessState:
     # Only the one that moves them knows.
     audit_waiting: int | None = None
     backends: dict[str, BackendState] = field(default_factory=dict)
+    fleet: list[dict[str, Any]] = field(default_factory=list)
+
+
+KNOWN = frozenset(field.name for field in fields(ProcessState)) - {"backends"}
 
 
 def seen(backends: Mapping[str, Backend]) -> dict[str, BackendState]:
@@ -48,6 +53,20 @@ def seen(backends: Mapping[str, Backend]) -> dict[str, BackendState]:
         name: BackendState(backend.breaker.state, round(backend.breaker.open_for_s, 3), backend.in_flight)
         for name, backend in backends.items()
     }
+
+
+def described(configs: Iterable[BackendConfig]) -> list[dict[str, Any]]:
+    """The backends in their order, as others may know them: whether there is a token, never which."""
+    return [
+        {
+            "name": config.name,
+            "base_url": config.base_url,
+            "kind": config.kind,
+            "max_connections": config.max_connections,
+            "has_token": bool(config.auth_token),
+        }
+        for config in configs
+    ]
 
 
 class Bulletin:
@@ -99,7 +118,9 @@ def _unpacked(text: bytes) -> ProcessState | None:
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         packed = strict_json.read_loosely(text)
         backends = {name: BackendState(**state) for name, state in packed.pop("backends").items()}
-        return ProcessState(**packed, backends=backends)
+        # A process of a later version may say more.
+        known = {name: value for name, value in packed.items() if name in KNOWN}
+        return ProcessState(**known, backends=backends)
     return None
 
 

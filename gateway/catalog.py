@@ -28,6 +28,10 @@ class Snapshot:
     latency_ms: float = 0.0
     asked_at: float = 0.0
 
+    @property
+    def state(self) -> str:
+        return f"away: {self.error}" if self.error else "up"
+
     def packed(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -1,7 +1,6 @@
 """The operator's verbs: each takes the settings of the installation and what the operator said."""
 
 import argparse
-import asyncio
 import getpass
 import os
 import re
@@ -13,9 +12,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, unquote
 
-from gateway import app, console, key_facts, keys, model_names, probing
+from gateway import app, console, control, key_facts, keys, model_names, probing
 from gateway.address import split as address_parts
-from gateway.catalog import Snapshot
+from gateway.backend_config import BackendConfig
+from gateway.backends import Backend
+from gateway.control import FleetFacts
 from gateway.database import Database
 from gateway.discovery import Discovery
 from gateway.errors import CommandFailed, StoreUnavailable
@@ -50,13 +51,26 @@ async def key_ring(settings: Settings) -> AsyncIterator[KeyRing]:
 
 
 @asynccontextmanager
-async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Store]]:
-    async with (
-        app.fleet(settings) as backends,
-        Store(settings.redis_url) as store,
-        app.discovery_of(settings, backends, store) as discovery,
-    ):
-        yield discovery, store
+async def running_fleet(settings: Settings) -> AsyncIterator[tuple[Store, FleetFacts | None]]:
+    """The store, and the backends of the running gateways where these settings have others: then the operator is told so."""
+    async with Store(settings.redis_url) as store:
+        fleet = await control.other_fleet(store, settings.backends)
+        if fleet is not None:
+            console.say("these are the running gateway's backends; this command's own settings have others")
+        yield store, fleet
+
+
+@asynccontextmanager
+async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Store, Sequence[BackendConfig]]]:
+    """The models of the backends, and which backends these are: those of the running gateways, else those of these settings."""
+    async with running_fleet(settings) as (store, fleet):
+        if fleet is not None:
+            configs = control.configs_of(fleet)
+            unopened = {config.name: Backend(config) for config in configs}
+            yield await app.discovery_of(settings, unopened, store).only_stored(), store, configs
+            return
+        async with app.fleet(settings) as backends, app.discovery_of(settings, backends, store) as discovery:
+            yield discovery, store, settings.backends
 
 
 def admin_key() -> str:
@@ -147,11 +161,11 @@ async def revoke_key(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def list_models(settings: Settings, said: argparse.Namespace) -> None:
-    async with discovering(settings) as (discovery, _):
+    async with discovering(settings) as (discovery, _, _):
         stored = await discovery.stored_map()
         catalog = discovery.catalog
     rows = [
-        {"backend": snapshot.backend, "model": entry["name"], "size": _size(entry["size"]), "state": _state(snapshot)}
+        {"backend": snapshot.backend, "model": entry["name"], "size": _size(entry["size"]), "state": snapshot.state}
         for snapshot in catalog.snapshots
         for entry in snapshot.models
     ]
@@ -168,10 +182,6 @@ async def list_models(settings: Settings, said: argparse.Namespace) -> None:
     print(f"\n{facts['models']} different models; {age}")
 
 
-def _state(snapshot: Snapshot) -> str:
-    return f"away: {snapshot.error}" if snapshot.error else "up"
-
-
 def _size(count: object) -> str:
     if not isinstance(count, int) or count <= 0:
         return "-"
@@ -180,12 +190,12 @@ def _size(count: object) -> str:
 
 async def refresh(settings: Settings, said: argparse.Namespace) -> None:
     """Ask every backend now; the running gateways take the new map at once."""
-    async with discovering(settings) as (discovery, store):
-        await discovery.refresh()
-        rows = [
-            {"backend": snapshot.backend, "models": len(snapshot.models), "state": _state(snapshot)}
-            for snapshot in discovery.catalog.snapshots
-        ]
+    async with running_fleet(settings) as (store, fleet):
+        if fleet is not None:
+            rows = await control.ask(store, fleet, "refresh")
+        else:
+            async with app.fleet(settings) as backends, app.discovery_of(settings, backends, store) as discovery:
+                rows = await discovery.refreshed()
         told = store.up
     console.show(rows, as_json=said.json, empty="no backends")
     if not told:
@@ -193,8 +203,12 @@ async def refresh(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def probe(settings: Settings, said: argparse.Namespace) -> None:
-    async with app.fleet(settings) as backends:
-        rows = await asyncio.gather(*(probing.probe(backend) for backend in backends.values()))
+    async with running_fleet(settings) as (store, fleet):
+        if fleet is not None:
+            rows = await control.ask(store, fleet, "probe")
+        else:
+            async with app.fleet(settings) as backends:
+                rows = await probing.probe_all(backends)
     console.show(rows, as_json=said.json, empty="no backends")
     if any(row["problem"] for row in rows):
         raise CommandFailed("not every backend can be used: see its problem above")

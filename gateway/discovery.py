@@ -78,6 +78,18 @@ class Discovery:
             return self._backends
         return [backend for backend, is_mine in zip(self._backends, taken, strict=True) if is_mine]
 
+    async def only_stored(self) -> Self:
+        """What the backends have told somebody, from Redis; nobody is asked."""
+        await self._load()
+        return self
+
+    async def refreshed(self) -> list[dict[str, Any]]:
+        """Asks all backends; what they said, a row each: `backend`, `models` (how many) and `state`."""
+        await self.refresh()
+        return [
+            {"backend": found.backend, "models": len(found.models), "state": found.state} for found in self.catalog.snapshots
+        ]
+
     def refresh_soon(self) -> None:
         self._spawn(self.refresh())
 

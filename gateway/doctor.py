@@ -9,13 +9,15 @@ from contextlib import ExitStack, contextmanager
 from threading import Thread
 from typing import Any
 
-from gateway import app, console, installation, postgres_checkup, probing, redis_checkup, serving, settings_checkup
+from gateway import app, console, control, installation, postgres_checkup, probing, redis_checkup, serving, settings_checkup
 from gateway.backends import Backend
 from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.errors import CommandFailed
 from gateway.settings import Settings
+from gateway.store import Store
 
 OLDEST_PYTHON = (3, 11)
+OF_BACKENDS = "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"
 SLOW_MS = 1000
 
 
@@ -70,7 +72,8 @@ async def look_at_all(settings: Settings) -> list[Finding]:
         ("settings", settings_checkup.examine(settings, installation.project() / ".env"), "see .env.example"),
         ("PostgreSQL", _postgres(settings), postgres_checkup.ADVICE),
         ("Redis", _redis(settings), redis_checkup.ADVICE),
-        ("backends", _backends(settings), "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"),
+        ("backends", _backends(settings), OF_BACKENDS),
+        ("running gateways", _running(settings), OF_BACKENDS),
     ]
     groups = await asyncio.gather(*(guarded(name, look, advice, deadline_s=GROUP_DEADLINE_S) for name, look, advice in looks))
     return [found for group in (*groups, [python(), accelerators()]) for found in group]
@@ -94,6 +97,19 @@ async def _backends(settings: Settings) -> list[Finding]:
     async with app.fleet(settings) as backends:
         found = await asyncio.gather(*(_guarded_backend(backend) for backend in backends.values()))
     return [one for group in found for one in group]
+
+
+async def _running(settings: Settings) -> list[Finding]:
+    """Whether these settings have the backends of the gateways that run."""
+    async with Store(settings.redis_url) as store:
+        try:
+            fleet = await control.other_fleet(store, settings.backends)
+        except CommandFailed as differ:
+            return [warning("running gateways", str(differ), OF_BACKENDS)]
+    if fleet is None:
+        return []
+    told = f"have other backends than these settings: {control.named_in_words(fleet)}"
+    return [warning("running gateways", told, "set OLLAMA_BACKENDS here as it is there")]
 
 
 async def _guarded_backend(backend: Backend) -> list[Finding]:

@@ -1,10 +1,17 @@
 """Trying a backend: whether it answers, how fast, with what, and whether it takes the token."""
 
+import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from gateway.backends import Backend
 from gateway.discovery import poll, takes_token
 from gateway.upstream import BackendFault
+
+
+async def probe_all(backends: Mapping[str, Backend]) -> list[dict[str, Any]]:
+    """All at once, in their order."""
+    return list(await asyncio.gather(*(probe(backend) for backend in backends.values())))
 
 
 async def probe(backend: Backend) -> dict[str, Any]:

@@ -24,14 +24,14 @@ MOST_ROWS = 20
 async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
     operation = operation_of(said.client)
     async with (
-        commands.discovering(settings) as (discovery, store),
+        commands.discovering(settings) as (discovery, store, configs),
         audit_commands.current_database(settings) as database,
         Lines(settings.redis_url, lambda _: None) as lines,
     ):
         question = Question(await key_named(database, said.key), said.model, operation)
         states, told = await _states(store)
         drained = frozenset(row["backend"] for row in await database.rows("drained_backends"))
-        fleet = Fleet(settings.backends, states, drained, discovery.catalog)
+        fleet = Fleet(configs, states, drained, discovery.catalog)
         limits = Limits(lines, Budgets(database, store).seed, most_output=settings.max_num_predict)
         defaults, most = app.default_quota(settings), settings.max_num_predict
         found = {**await explain(question, fleet, limits, defaults, most), "processes": told}
@@ -154,10 +154,10 @@ async def undrain_backend(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def _mark(settings: Settings, said: argparse.Namespace, *, drained: bool) -> None:
-    names = [backend.name for backend in settings.backends]
-    if said.backend not in names:
-        raise CommandFailed(f"there is no backend {said.backend!r}: write one of {', '.join(names)}")
-    async with audit_commands.current_database(settings) as database, Store(settings.redis_url) as store:
+    async with audit_commands.current_database(settings) as database, commands.running_fleet(settings) as (store, fleet):
+        names = [backend.name for backend in settings.backends] if fleet is None else [str(one["name"]) for one in fleet]
+        if said.backend not in names:
+            raise CommandFailed(f"there is no backend {said.backend!r}: write one of {', '.join(names)}")
         at_once = await drains.mark(database, store, said.backend, drained=drained, by=OPERATOR)
     effect = "at once" if at_once else f"within {drains.LOOK_EVERY_S:g} s (Redis did not answer)"
     state = "gets no new requests" if drained else "gets requests"

@@ -23,7 +23,7 @@ FLOORS = [
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "redis_lines catalog verification dialects.base keys backends admission transcript budgets retention audit_chain".split(),
     "refusals authentication dialects.ollama dialects.openai discovery drains bulletin show health local_limits record".split(),
-    "spoken key_facts keeper limits cost metrics probing routing body postgres_checkup settings_checkup".split(),
+    "spoken key_facts keeper limits cost metrics probing control routing body postgres_checkup settings_checkup".split(),
     "access books audit_writer explain redis_checkup".split(),
     "front routes lists exchange scrape pages".split(),
     "admin_verbs sampler overview".split(),

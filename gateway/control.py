@@ -1,0 +1,122 @@
+"""What operators' commands ask of the gateways that run on the same Redis, whose environment and tokens they do not know."""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from gateway import bulletin, strict_json, tasks
+from gateway.backend_config import BackendConfig
+from gateway.errors import CommandFailed
+from gateway.redis_names import named
+from gateway.store import Store, StoreAway
+
+LOG = logging.getLogger("gateway.control")
+CHANNEL = named("control")
+ID = re.compile(r"[0-9a-f]{32}")
+# A gateway asks a backend for at most ten seconds, twice for a probe.
+WAIT_S, AGAIN_S, LOOK_EVERY_S, KEPT_S, DEADLINE_S = 30.0, 1.0, 0.1, 60, 2.0
+AT_ONCE = 4
+
+FleetFacts = Sequence[Mapping[str, Any]]
+Act = Callable[[], Awaitable[Any]]
+
+
+class Control:
+    """`async with Control(store, fleet, acts)`: does what is asked of gateways with these backends, one of them for each
+    question; `acts` are what may be asked, by name, and answer with JSON."""
+
+    def __init__(self, store: Store, fleet: FleetFacts, acts: Mapping[str, Act]) -> None:
+        self._store, self._fleet, self._acts = store, list(fleet), acts
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        # What was asked while nobody heard it is asked again, by who asked.
+        self._store.subscribe({CHANNEL: self._hear}, after_gap=lambda: None)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await tasks.end(self._tasks)
+
+    def _hear(self, text: str) -> None:
+        """Whatever is no question of ours is passed over: anybody may write to the store."""
+        try:
+            asked = strict_json.read_loosely(text.encode())
+            number, act, fleet = asked["id"], asked["act"], asked["fleet"]
+            is_ours = bool(ID.fullmatch(number)) and act in self._acts and fleet == self._fleet
+        except (ValueError, TypeError, KeyError, IndexError):
+            return
+        if is_ours and len(self._tasks) < AT_ONCE:
+            task = asyncio.create_task(self._answer(number, act), name="control")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, number: str, act: str) -> None:
+        try:
+            taken = _name(number, "taken")
+            if not await self._store.slow_call(lambda redis: redis.set(taken, b"", nx=True, ex=KEPT_S), DEADLINE_S):
+                return
+            answer = strict_json.write({"answer": await self._acts[act]()})
+            await self._store.slow_call(lambda redis: redis.set(_name(number, "answer"), answer, ex=KEPT_S), DEADLINE_S)
+        except StoreAway:
+            return
+        except Exception:
+            LOG.exception("%s, asked for by a command, failed", act)
+
+
+def _name(number: str, what: str) -> str:
+    return named(f"control:{number}:{what}")
+
+
+async def ask(store: Store, fleet: FleetFacts, act: str) -> Any:
+    """What a gateway with these backends answers. Raises CommandFailed."""
+    number = uuid.uuid4().hex
+    question = strict_json.write({"id": number, "act": act, "fleet": list(fleet)})
+    until, asked_at = time.monotonic() + WAIT_S, 0.0
+    try:
+        while (now := time.monotonic()) < until:
+            if now - asked_at > AGAIN_S:
+                asked_at = now
+                await store.slow_call(lambda redis: redis.publish(CHANNEL, question), DEADLINE_S)
+            answer = await store.slow_call(lambda redis: redis.get(_name(number, "answer")), DEADLINE_S)
+            if answer is not None:
+                return strict_json.read_loosely(answer)["answer"]
+            await asyncio.sleep(LOOK_EVERY_S)
+    except StoreAway:
+        raise CommandFailed("Redis went away before the running gateway had answered: try again") from None
+    raise CommandFailed(f"the running gateway did not answer within {WAIT_S:g} s: its log says why")
+
+
+async def other_fleet(store: Store, own: Iterable[BackendConfig]) -> FleetFacts | None:
+    """The backends of the gateways that run on this Redis, where `own` are others; None where they are the same, where nobody
+    runs, and while Redis is away. Raises CommandFailed where the gateways differ among themselves."""
+    try:
+        states = await bulletin.read(store)
+    except StoreAway:
+        return None
+    mine = bulletin.described(own)
+    fleets = [state.fleet for state in states if state.fleet]
+    if not fleets or mine in fleets:
+        return None
+    if any(fleet != fleets[0] for fleet in fleets):
+        told = "; ".join(sorted({named_in_words(fleet) for fleet in fleets}))
+        raise CommandFailed(
+            f"these settings have {named_in_words(mine)}, the running gateways {told}: set OLLAMA_BACKENDS as one of them"
+        )
+    return fleets[0]
+
+
+def named_in_words(fleet: FleetFacts) -> str:
+    return ", ".join(f"{backend['name']} at {backend['base_url']}" for backend in fleet)
+
+
+def configs_of(fleet: FleetFacts) -> list[BackendConfig]:
+    """As far as others may know them: without tokens, so that nothing can be asked of them. Raises CommandFailed."""
+    names = ("name", "base_url", "kind", "max_connections")
+    try:
+        return [BackendConfig(**{name: backend[name] for name in names}) for backend in fleet]
+    except (KeyError, TypeError):
+        raise CommandFailed("the running gateway is of another version: use its own command line") from None
