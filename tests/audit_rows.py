@@ -94,7 +94,8 @@ def sql(url: str, *statements: str) -> list[Any]:
 
 
 def add_key(url: str, key_id: str, name: str = "", *, more: str = "") -> None:
-    """`more` are assignments of other columns."""
+    """As they are made, each with a secret of the same id; `more` are assignments of other columns."""
     sql(url, f"INSERT INTO keys (id, name) VALUES ('{key_id}', '{name or key_id}')")
+    sql(url, f"INSERT INTO secrets (id, key_id, hash) VALUES ('{key_id}', '{key_id}', '')")
     if more:
         sql(url, f"UPDATE keys SET {more} WHERE id = '{key_id}'")

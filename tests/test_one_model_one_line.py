@@ -108,4 +108,4 @@ def test_everywhere_else(start_gateway: StartGateway, alpha: PlayedBackend) -> N
             assert sorted(line["model"] for line in got("audit", model=spelling)) == sorted(ONE_MODEL)
         assert admin.get("/admin/v1/audit", params={"model": "x" * 351}).status_code == 400
     labels = {dict(labels).get("model") for _, labels in fresh(gateway)}
-    assert labels == {None, "", "other", MODEL}
+    assert labels - {None, ""} == {"other", MODEL}

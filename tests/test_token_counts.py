@@ -329,6 +329,12 @@ def test_who_leaves_first_pays_for_what_was_sent(start_gateway: StartGateway, al
     assert billed == [("client_gone", "partial", True)] * 2
 
 
+def test_frames_of_many_tokens_are_not_asked_for() -> None:
+    dialect = OpenAI()
+    call = read_call(dialect, dialect.operations[0], strict_json.write({**STREAMED, "stream_interval": 1000}))
+    assert strict_json.read_object(call.body_for("openai", MODEL, 100)).keys() & {"stream", "stream_interval"} == {"stream"}
+
+
 BEYOND: list[dict[str, Any]] = [
     {"draft_model": "other"},
     {"Draft_Model": "other"},
@@ -369,11 +375,11 @@ def test_counting_takes_no_longer_than_reading() -> None:
         counting, reading = [], []
         for _ in range(3):
             raw = strict_json.write({"model": "a", **body})
-            began = time.perf_counter()
+            began = time.thread_time()
             strict_json.read_object(raw)
-            reading.append(time.perf_counter() - began)
-            began = time.perf_counter()
+            reading.append(time.thread_time() - began)
+            began = time.thread_time()
             for name, said in body.items():
                 tokens.of_input(said) if name in ("prompt", "input") else tokens.of_field(name, said)
-            counting.append(time.perf_counter() - began)
+            counting.append(time.thread_time() - began)
         assert min(counting) < 3 * min(reading)

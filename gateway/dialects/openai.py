@@ -225,6 +225,8 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
         body["max_completion_tokens"] = body["max_tokens"]
     if body.get("stream") is True:
         body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    # A frame of many tokens would count as one, should the caller leave before the backend has told its count.
+    body.pop("stream_interval", None)
     if "min_tokens" in body and isinstance(body["min_tokens"], int | float):
         body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
 
