@@ -1,7 +1,9 @@
 """The servers behind us: one aiohttp session each, claims on their connections, their failures in our words."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -11,9 +13,12 @@ from yarl import URL
 from gateway.backend_config import BackendConfig
 from gateway.breaker import Breaker
 from gateway.guard import Guard, Watched
-from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Upstream
+from gateway.held_bytes import Budget
+from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Upstream, Wire
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
+# Of all calls together, before it can be passed on: frames without end, and whole answers.
+MOST_UNFRAMED, MOST_WHOLE = 32 * 2**20, 256 * 2**20
 FIXED = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 
 
@@ -26,6 +31,7 @@ class Backend:
         self.breaker = Breaker()
         self.in_flight = 0
         self.is_drained = False
+        self.unframed, self.whole = Budget(MOST_UNFRAMED, "endless_frames"), Budget(MOST_WHOLE, "full")
         self._auth = config.auth()
 
     async def __aenter__(self) -> Self:
@@ -49,6 +55,7 @@ class Backend:
             if force_close
             else aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_IDLE_CONNECTIONS_S)
         )
+        connector._factory = partial(Wire, loop=asyncio.get_running_loop())  # type: ignore[assignment]  # noqa: SLF001
         return aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.config.connect_timeout_s),

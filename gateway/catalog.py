@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from gateway.model_names import AllowList, ModelName, canonical, is_name
+from gateway.model_names import LONGEST_NAME, AllowList, ModelName, canonical, is_name
 
 EMPTY_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
-MOST_MODELS = 10_000
+MOST_MODELS, DEEPEST_ENTRY = 10_000, 8
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,21 @@ def read_openai_models(answer: object) -> tuple[dict[str, Any], ...]:
 
 
 def _has_name(entry: object, *names: str) -> bool:
-    """Whether a caller could ask for it: what nobody can name is left out."""
-    return isinstance(entry, dict) and is_name(_name_in(entry, names))
+    """Whether a caller could ask for it, and it can be told on: what nobody can name, or what is nested deep, is left out."""
+    return isinstance(entry, dict) and is_name(_name_in(entry, names)) and _is_short(entry, names) and _is_flat(entry)
+
+
+def _is_short(entry: Mapping[str, Any], fields: Iterable[str]) -> bool:
+    return all(len(entry[field]) <= LONGEST_NAME for field in fields if isinstance(entry.get(field), str))
 
 
 def _name_in(entry: Mapping[str, Any], fields: Iterable[str]) -> str:
     return next((entry[field] for field in fields if isinstance(entry.get(field), str) and entry[field]), "")
+
+
+def _is_flat(value: object, levels: int = DEEPEST_ENTRY) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_flat(each, levels - 1) for each in inner if isinstance(each, dict | list))
 
 
 def _native_entry(entry: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ CHANGED = named("map:changed")
 MAP = named("map")
 POLL_DEADLINE_S = 10.0
 FAST_ANSWERS_S = 1.0
+# Some thirty values a model; more of them would keep everybody waiting while they are read.
+LONGEST_LIST, MOST_VALUES = 8 * 2**20, 300_000
 KEPT_IN_REDIS_S = 86_400
 
 Answer = TypeVar("Answer")
@@ -224,8 +226,11 @@ async def _ask(backend: Backend, path: str, read: Callable[[object], Answer]) ->
             raise BackendFault("token_refused", f"status {upstream.status}")
         if upstream.status != 200:
             raise BackendFault("bad_status", f"status {upstream.status}")
+        told = await upstream.read_whole(LONGEST_LIST)
+        if told.count(b",") + told.count(b"[") + told.count(b"{") > MOST_VALUES:
+            raise BackendFault("bad_list", f"{path} has too many values")
         try:
-            return read(strict_json.read_loosely(await upstream.read_whole()))
+            return read(strict_json.read_loosely(told))
         except (ValueError, TypeError, AttributeError) as wrong:
             raise BackendFault("bad_list", f"{path} is not a list of models") from wrong
 

@@ -18,8 +18,10 @@ from gateway.connection import Connection
 from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, content_type_of, read_call, try_read
 from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError, ModelNotAvailable
 from gateway.guard import Watch, Watched
+from gateway.held_bytes import FrameBuffer
 from gateway.json_reply import send_json
 from gateway.keys import SHOW_BACKEND, SHOW_OVERHEAD
+from gateway.outline import LARGEST_READ_WHOLE
 from gateway.record import Record
 from gateway.routing import Opening, Router, is_served
 from gateway.transcript import Transcript
@@ -131,9 +133,15 @@ class Answer:
         self._whole = opening
         self.record.usage = self._dialect.usage_of(opening.value)
         if self.record.usage.completion_tokens is None and self.record.need.output != 0:
-            self.record.relayed_tokens = tokens.of_text(self._dialect.said(opening.frames))
+            self.record.relayed_tokens = self._tokens_of(opening.frames)
         if self.record.transcript is not None:
             self.record.transcript.hear(opening.frames)
+
+    def _tokens_of(self, answer: bytes) -> int:
+        """Guessed from what it says, or where that is too much to be read, from its length."""
+        if len(answer) > LARGEST_READ_WHOLE:
+            return len(answer) // tokens.LETTERS_PER_TOKEN
+        return tokens.of_text(self._dialect.said(answer))
 
     async def relay(self, opening: Opening, guard: Watched, connection: Connection) -> None:
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
@@ -156,12 +164,13 @@ class Answer:
         return self.is_complete
 
     async def _relay_frames(self, opening: Opening, guard: Watched, connection: Connection) -> None:
-        framing, idle_s, upstream = self._dialect.framing, opening.backend.config.idle_timeout_s, opening.upstream
-        frames, rest, is_plain, record = opening.frames, opening.rest, self._dialect.is_plain, self.record
+        idle_s, upstream = opening.backend.config.idle_timeout_s, opening.upstream
+        frames, is_plain, record, buffer = opening.frames, self._dialect.is_plain, self.record, opening.held
+        assert isinstance(buffer, FrameBuffer)
 
         def pass_at_once(piece: bytes) -> bool:
             """Most pieces are whole frames for a client that keeps up: they need no turn of this task."""
-            if rest or not is_plain(piece) or not connection.keeps_up:
+            if buffer.rest or not is_plain(piece) or not connection.keeps_up:
                 return False
             if shown := self._hear(piece):
                 connection.push(shown)
@@ -171,17 +180,17 @@ class Answer:
 
         while True:
             if self._dialect.says_last(frames) and not opening.at_end:
-                rest += await self._rest_of(opening)
+                buffer.rest += await self._rest_of(opening)
             guard.within(idle_s, ClientStalled)
             await self._pass_on(frames)
             guard.within(idle_s, BackendTimeout)
             piece = b"" if opening.at_end else await upstream.flow(pass_at_once)
             if not piece:
                 break
-            data = rest + piece if rest else piece
-            end = framing.end_of_frames(data) if len(data) <= LONGEST_FRAME else len(data)
-            frames, rest = (data, b"") if end == len(data) else (data[:end], data[end:])
-        await self._pass_on_last(rest)
+            frames = buffer.add(piece)
+            if len(buffer.rest) > LONGEST_FRAME:
+                frames += buffer.take()
+        await self._pass_on_last(buffer.take())
 
     async def _rest_of(self, opening: Opening) -> bytes:
         """What comes behind the last frame: usually nothing but the body's end, and then the backend is free."""
@@ -207,10 +216,16 @@ class Answer:
     def _hear(self, frames: bytes) -> bytes:
         """Takes note of frames; returns what the client is shown of them."""
         self._recent.append(frames)
+        if len(frames) > LARGEST_READ_WHOLE:
+            self._forget_much()
         self.record.relayed_tokens += self._dialect.framing.count(frames)
         if self.record.transcript is not None:
             self.record.transcript.hear(frames)
         return self._dialect.without_usage(frames) if self._hides_usage else frames
+
+    def _forget_much(self) -> None:
+        while len(self._recent) > 1 and sum(map(len, self._recent)) > LONGEST_FRAME:
+            self._recent.popleft()
 
     async def _pass_on_last(self, rest: bytes) -> None:
         """A stream may end without its last newline; half a frame is no frame and is not passed on."""

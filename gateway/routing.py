@@ -22,6 +22,7 @@ from gateway.errors import (
     NoBackend,
 )
 from gateway.guard import Watched
+from gateway.held_bytes import FrameBuffer, Share
 from gateway.record import CANNOT, Attempt, Record
 from gateway.upstream import BackendFault, TooLarge, Upstream
 
@@ -51,11 +52,12 @@ class Opening:
     backend: Backend
     upstream: Upstream
     frames: bytes = field(repr=False)
-    rest: bytes = field(default=b"", repr=False)
+    held: FrameBuffer | Share = field(repr=False)
     at_end: bool = False
     value: Any = field(default=None, repr=False)
 
     def close(self) -> None:
+        self.held.close()
         self.upstream.close()
         self.backend.give_back()
 
@@ -184,10 +186,7 @@ class Router:
                 raise await refusal(upstream, backend)
             if call.stream:
                 return await _first_frames(backend, upstream, dialect)
-            whole = await upstream.read_whole()
-            value = read_answer(whole)
-            judge_whole(value, call.operation)
-            return Opening(backend, upstream, whole, at_end=True, value=value)
+            return await _whole(backend, upstream, call)
         except (LongFrame, TooLarge) as large:
             # As many tokens were asked for; the next backend would make them all again.
             raise AnswerTooLarge from large
@@ -206,27 +205,49 @@ def _says_nothing_of_it(fault: BackendFault, backend: Backend, began: float) -> 
     """Whether a backend may be well in spite of this: one that has answered others meanwhile was only asked for much."""
     if fault.reason in TIMEOUTS:
         return backend.breaker.has_succeeded_since(began)
-    return fault.reason == "model_gone" or (isinstance(fault, Busy) and fault.detail == "status 429")
+    return fault.reason in ("model_gone", "full") or (isinstance(fault, Busy) and fault.detail == "status 429")
+
+
+async def _whole(backend: Backend, upstream: Upstream, call: Call) -> Opening:
+    share = Share(backend.whole)
+    try:
+        whole = await upstream.read_whole(hold=share.hold)
+        value = read_answer(whole)
+        judge_whole(value, call.operation)
+    except BaseException:
+        share.close()
+        raise
+    return Opening(backend, upstream, whole, share, at_end=True, value=value)
 
 
 async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) -> Opening:
-    comments, data, framing = b"", b"", dialect.framing
+    buffer = FrameBuffer(dialect.framing, backend.unframed)
+    try:
+        frames, at_end = await _until_first(buffer, upstream, dialect)
+    except BaseException:
+        buffer.close()
+        raise
+    return Opening(backend, upstream, frames, buffer, at_end=at_end)
+
+
+async def _until_first(buffer: FrameBuffer, upstream: Upstream, dialect: Dialect) -> tuple[bytes, bool]:
+    """The first frames with the comments before them, and whether that is all."""
+    comments, framing = b"", dialect.framing
     while piece := await upstream.read():
-        data += piece
-        end = framing.end_of_frames(data)
-        if payloads := framing.payloads(data[:end]):
+        frames = buffer.add(piece)
+        if payloads := framing.payloads(frames):
             dialect.judge_frame(payloads[0])
-            return Opening(backend, upstream, comments + data[:end], data[end:])
-        if len(comments) + end <= LONGEST_COMMENTS:
-            comments += data[:end]
-        data = data[end:]
-        if len(data) > LONGEST_FRAME:
+            return comments + frames, False
+        if len(comments) + len(frames) <= LONGEST_COMMENTS:
+            comments += frames
+        if len(buffer.rest) > LONGEST_FRAME:
             raise LongFrame("no end of the first frame")
+    data = buffer.take()
     payloads = framing.payloads(data)
     if not payloads:
         raise BadFrame("not a stream of frames" if data.strip() else "an empty answer", _error_in(data))
     dialect.judge_frame(payloads[0])
-    return Opening(backend, upstream, comments + data, at_end=True)
+    return comments + data, True
 
 
 def _error_in(data: bytes) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway import strict_json
+from gateway.outline import LARGEST_READ_WHOLE
 
 LONGEST_TEXT = 64 * 1024
 LONGEST_RAW = 1024 * 1024
@@ -22,7 +23,7 @@ class Transcript:
         self._is_cut = False
 
     def hear(self, piece: bytes) -> None:
-        if self._size + len(piece) > LONGEST_RAW:
+        if self._size + len(piece) > LONGEST_RAW or len(piece) > LARGEST_READ_WHOLE:
             self._is_cut = True
         else:
             self._pieces.append(piece)

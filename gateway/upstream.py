@@ -21,6 +21,12 @@ from gateway.guard import Watched
 
 LONGEST_WHOLE_ANSWER = 64 * 2**20
 LONGEST_LINE = 65_536
+# What is held is not worth counting below this.
+SMALL = 65_536
+# All lines of a head, and of what comes before it (1xx); a slice of it is what one look at the parser may cost.
+LONGEST_HEAD, MOST_HEADS, HEAD_SLICE = 256 * 1024, 32, 4096
+# Of a body in tiny chunks so many are parsed at once, or passed on at once one by one; then others have their turn.
+CHUNKS_AT_ONCE, PIECES_AT_ONCE = 256, 32
 PRINTABLE = re.compile(r"[\x20-\x7e]*")
 UNSAFE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -44,6 +50,52 @@ class TooLarge(BackendFault):
         super().__init__("too_large", f"more than {limit} bytes")
 
 
+class Wire(ResponseHandler):
+    """aiohttp's end of a connection, which parses neither endless heads nor a flood of tiny chunks at once."""
+
+    _in_body = False
+    _head_bytes = 0
+
+    def set_response_params(self, **params: Any) -> None:
+        self._in_body, self._head_bytes = False, 0
+        super().set_response_params(**params)
+
+    def _drop_timeout(self) -> None:
+        # Called at each body's end, too.
+        self._in_body = False
+        super()._drop_timeout()
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_body or not data:
+            super().data_received(data)
+        else:
+            self._receive_heads(data)
+
+    def _receive_heads(self, data: bytes) -> None:
+        while data and not self._has_body_begun():
+            if self._exception is not None or self.transport is None:
+                return
+            part, data = data[:HEAD_SLICE], data[HEAD_SLICE:]
+            self._head_bytes += len(part)
+            super().data_received(part)
+            too_much = self._head_bytes > LONGEST_HEAD or len(self._buffer) > MOST_HEADS
+            if too_much and not self._has_body_begun() and self.transport is not None:
+                self.transport.close()
+                self.set_exception(HttpProcessingError(message="an endless head"))
+        if data:
+            super().data_received(data)
+
+    def _has_body_begun(self) -> bool:
+        body = self._payload
+        if body is None or body.is_eof():
+            return False
+        if not self._in_body:
+            self._in_body = True
+            # How a reader's parser is slowed down: no setting reaches it.
+            body._high_water_chunks, body._low_water_chunks = CHUNKS_AT_ONCE, CHUNKS_AT_ONCE // 2  # noqa: SLF001
+        return True
+
+
 class Flow(aiohttp.StreamReader):
     """A body whose pieces are taken as they arrive, without waking a task: what a StreamReader becomes for a while.
 
@@ -57,10 +109,10 @@ class Flow(aiohttp.StreamReader):
 
     @classmethod
     def begin(cls, body: aiohttp.StreamReader, take: Callable[[bytes], bool]) -> "asyncio.Future[bytes]":
-        """The future has what was not taken, b"" at the end."""
+        """The future has what was not taken, b"" at the end, and where it may be that others have waited for long."""
         left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         changed: Any = body
-        changed.__class__, changed._waiter = cls, (take, left)  # noqa: SLF001
+        changed.__class__, changed._waiter = cls, [take, left, PIECES_AT_ONCE]  # noqa: SLF001
         return left
 
     @staticmethod
@@ -70,8 +122,10 @@ class Flow(aiohttp.StreamReader):
             changed.__class__, changed._waiter = aiohttp.StreamReader, None  # noqa: SLF001
 
     def feed_data(self, data: bytes, size: int = 0) -> bool:
-        take, left = self._waiter
-        if data and not take(data):
+        waiter = self._waiter
+        take, left, more = waiter
+        waiter[2] = more - 1
+        if data and not (more and take(data)):
             Flow.end(self)
             if not left.done():
                 left.set_result(data)
@@ -81,14 +135,14 @@ class Flow(aiohttp.StreamReader):
         """Nobody asks here how the backend has cut its answer."""
 
     def feed_eof(self) -> None:
-        _, left = self._waiter
+        _, left, _ = self._waiter
         Flow.end(self)
         self.feed_eof()
         if not left.done():
             left.set_result(b"")
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-        _, left = self._waiter
+        _, left, _ = self._waiter
         Flow.end(self)
         self.set_exception(exc, *cause)
         if not left.done():
@@ -108,6 +162,8 @@ class Upstream:
     ) -> None:
         self.status, self.headers, self._body = status, headers, body
         self._release, self._abort = release, abort
+        # An empty body has none.
+        self._wire: ResponseHandler | None = getattr(body, "_protocol", None)
         content_type = headers.get("Content-Type", "")
         self.content_type = content_type if PRINTABLE.fullmatch(content_type) else ""
 
@@ -118,23 +174,35 @@ class Upstream:
     async def read(self) -> bytes:
         """The next bytes as they come, b"" at the end; raises BackendFault where the answer breaks off."""
         try:
+            if self._wire is not None and self._wire._reading_paused:  # noqa: SLF001
+                await self._others_first()
             return await self._body.readany()
         except (aiohttp.ClientError, OSError) as wrong:
             raise BackendFault("broken_off", type(wrong).__name__) from wrong
+
+    async def _others_first(self) -> None:
+        """More has been read than was parsed: a body that never runs out of it would never wait."""
+        await asyncio.sleep(0)
 
     async def flow(self, take: Callable[[bytes], bool]) -> bytes:
         """Calls `take` with the bytes as they come and returns the first that it does not take, b"" at the end.
 
         Raises as `read` does.
         """
-        body = self._body
-        while not body.is_eof() and body.exception() is None:
-            if not (piece := body.read_nowait()):
-                break
-            if not take(piece):
+        while True:
+            piece = await self._flow(take)
+            if not piece or not take(piece):
                 return piece
-        else:
+
+    async def _flow(self, take: Callable[[bytes], bool]) -> bytes:
+        """As `flow`, but what it returns may be to be taken."""
+        body = self._body
+        if body.is_eof() or body.exception() is not None:
             return await self.read()
+        if self._wire is not None and self._wire._reading_paused:  # noqa: SLF001
+            await self._others_first()
+        if piece := body.read_nowait():
+            return piece
         try:
             return await Flow.begin(body, take)
         except (aiohttp.ClientError, OSError) as wrong:
@@ -142,14 +210,16 @@ class Upstream:
         finally:
             Flow.end(body)
 
-    async def read_whole(self, limit: int | None = None) -> bytes:
-        """Raises TooLarge above `limit` bytes, by default LONGEST_WHOLE_ANSWER."""
+    async def read_whole(self, limit: int | None = None, hold: Callable[[int], None] | None = None) -> bytes:
+        """Raises TooLarge above `limit` bytes, by default LONGEST_WHOLE_ANSWER; `hold` is told of each size above SMALL."""
         pieces, size, limit = [], 0, limit or LONGEST_WHOLE_ANSWER
         while piece := await self.read():
             pieces.append(piece)
             size += len(piece)
             if size > limit:
                 raise TooLarge(limit)
+            if hold is not None and size > SMALL:
+                hold(size)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_beginning(self, limit: int) -> bytes:

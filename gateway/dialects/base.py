@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from gateway import strict_json
+from gateway import outline, strict_json
 from gateway.backend_config import Kind
 from gateway.errors import BadRequest, GatewayError
 from gateway.model_names import NAME_RULE, ModelName, canonical, is_name, is_plain
@@ -239,7 +239,7 @@ def bounded(value: object, cap: int) -> int:
 def read_answer(payload: bytes) -> Any:
     """A whole answer or a frame as JSON; raises BadFrame where it is an error or no JSON object."""
     try:
-        value = strict_json.read_loosely(payload)
+        value = outline.read(payload)
     except ValueError:
         raise BadFrame("not JSON") from None
     if isinstance(value, dict) and value.get("error"):
@@ -259,7 +259,7 @@ def judge_whole(value: Any, operation: Operation) -> None:
 
 def try_read(payload: bytes) -> dict[str, Any]:
     try:
-        value = strict_json.read_loosely(payload)
+        value = outline.read(payload)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,0 +1,72 @@
+"""The outermost fields of a JSON answer that is too large to be read whole while others wait; small ones are read whole.
+
+Reading makes an object of each value: a second for each ten megabytes of small ones. What decides over an answer stands in its
+first and last kilobytes.
+"""
+
+import re
+from itertools import islice
+from typing import Any
+
+from gateway import strict_json
+
+LARGEST_READ_WHOLE = 256 * 1024
+HEAD, TAIL = 16 * 1024, 8 * 1024
+MOST_KEYS_OF_TAIL = 48
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
+FIELD = re.compile(rb'[{,]\s*+"([^"\\]{1,64}+)"\s*+:\s*+(\S)\s?(\S?)')
+KEY = re.compile(rb'"\w{1,40}"\s?:')
+EMPTY = frozenset({b"[]", b"{}", b'""'})
+
+
+def read(data: bytes) -> Any:
+    """As read whole, but of a large answer only the outermost fields, True for a value that is too long to see its end.
+
+    Raises ValueError where it is no JSON; of a large one only its first and last bytes are looked at.
+    """
+    if len(data) <= LARGEST_READ_WHOLE:
+        return strict_json.read_loosely(data)
+    head, tail = data[:HEAD].lstrip(), data[-TAIL:].rstrip()
+    if head[:1] == b"[" and tail[-1:] == b"]":
+        return [_first_fields(head[1:].lstrip())]
+    if head[:1] != b"{" or tail[-1:] != b"}":
+        raise ValueError("no JSON object")
+    return {**_last_fields(tail), **_first_fields(head)}
+
+
+def _first_fields(head: bytes) -> dict[str, Any]:
+    """Those before the value that goes on beyond the head, and that one."""
+    end = _last_outer_comma(head)
+    fields: dict[str, Any] = strict_json.read_loosely(head[:end] + b"}") if end else {}
+    if (field := FIELD.match(head, end)) is not None:
+        first, second = field[2], field[3]
+        fields[field[1].decode("utf-8", "replace")] = first + second not in EMPTY and first not in b"nf0"
+    return fields
+
+
+def _last_outer_comma(head: bytes) -> int:
+    """Its position; 0, where the object begins, if there is none."""
+    depth = found = 0
+    for token in TOKEN.finditer(head):
+        kind = token[0]
+        if kind in (b"[", b"{"):
+            depth += 1
+        elif kind in (b"]", b"}"):
+            depth -= 1
+        elif kind == b"," and depth == 1:
+            found = token.start()
+        if kind == b'"' or depth == 0:
+            break
+    return found
+
+
+def _last_fields(tail: bytes) -> dict[str, Any]:
+    """What follows an outermost key is, with a brace before it, an object again; after any other it is not."""
+    starts = [key.start() for key in KEY.finditer(tail)]
+    for start in islice(starts, max(0, len(starts) - MOST_KEYS_OF_TAIL), None):
+        try:
+            found: dict[str, Any] = strict_json.read_loosely(b"{" + tail[start:])
+        except ValueError:
+            continue
+        return found
+    return {}

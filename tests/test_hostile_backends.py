@@ -1,0 +1,205 @@
+"""A backend, broken or hostile, stops nobody else: whatever it does, others are answered, and its own call ends in time."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import httpx
+import pytest
+
+from tests import hostile
+from tests.asking import MODEL, SAY_HI
+from tests.conftest import StartGateway
+from tests.played import PlayedBackend
+from tests.running import RunningGateway
+from tests.scripts import Forever, Head, Piece, Step, answer
+from tests.test_limits import until
+
+ROOT = Path(__file__).resolve().parent.parent
+# What others may wait for at most: long enough for a machine with much else to do, and a tenth of what it was.
+LONGEST_TURN_S = 1.5
+TICK_S = 0.005
+AT_ONCE = 8
+
+
+@pytest.fixture
+def hostile_url() -> Iterator[str]:
+    command = [sys.executable, "-m", "tests.hostile"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.kill()
+
+
+class Turns:
+    """`with Turns(gateway) as turns:` — how long the gateway's loop was busy with one thing, at the longest."""
+
+    def __init__(self, gateway: RunningGateway) -> None:
+        self._gateway = gateway
+        self.longest_s = 0.0
+
+    def __enter__(self) -> Self:
+        self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._gateway.loop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watching.cancel()
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await asyncio.sleep(TICK_S)
+            self.longest_s = max(self.longest_s, loop.time() - began - TICK_S)
+
+
+def call(gateway: RunningGateway, key: str, name: str, native: bool, streamed: bool, ends: dict[str, str]) -> None:
+    """Ends as an answer, as an error, or as an error in an answer that has begun; anything else is told."""
+    body = {"model": hostile.MODEL, "messages": [{"role": "user", "content": name}], "stream": streamed}
+    what = f"{name}, {'native' if native else 'openai'}, {'stream' if streamed else 'whole'}"
+    ends[what] = "nothing"
+    try:
+        with gateway.http(key) as client:
+            got = client.post("/api/chat" if native else "/v1/chat/completions", json=body)
+    except httpx.HTTPError as wrong:
+        ends[what] = type(wrong).__name__
+        return
+    if got.status_code == 200:
+        has_ended = b'"done":true' in got.content or b"[DONE]" in got.content or b'"finish_reason":"stop"' in got.content
+        ends[what] = "answered" if has_ended else "failed" if b'"error"' in got.content[-500:] else "no end"
+    else:
+        ends[what] = "failed" if got.status_code in (400, 502, 503, 504) and got.json()["error"] else str(got.status_code)
+
+
+def in_groups(gateway: RunningGateway, key: str, ends: dict[str, str]) -> Iterator[tuple[str, list[threading.Thread]]]:
+    """Each behaviour whole and streamed, in both languages by turns; some at once, as most of their time is waiting."""
+    names = list(hostile.BEHAVIOURS)
+    for start in range(0, len(names), AT_ONCE):
+        group = names[start : start + AT_ONCE]
+        ways = [(name, (start + number) % 2 == 0, streamed) for number, name in enumerate(group) for streamed in (False, True)]
+        calls = [
+            threading.Thread(target=call, args=(gateway, key, name, native ^ streamed, streamed, ends))
+            for name, native, streamed in ways
+        ]
+        yield ", ".join(group), calls
+
+
+def test_whatever_a_backend_does_others_are_answered(
+    start_gateway: StartGateway, alpha: PlayedBackend, hostile_url: str
+) -> None:
+    waits = {"read_timeout_s": 0.6, "idle_timeout_s": 0.4, "total_timeout_s": 0.8}
+    gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
+    key = gateway.key()
+    ends: dict[str, str] = {}
+    slow: dict[str, float] = {}
+    with gateway.http(key) as client:
+        for name, calls in in_groups(gateway, key, ends):
+            with Turns(gateway) as turns:
+                for thread in calls:
+                    thread.start()
+                while any(thread.is_alive() for thread in calls):
+                    got = client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": False})
+                    assert got.status_code == 200 and got.json()["message"]["content"] == "alpha heard: Say hi"
+                    time.sleep(0.02)
+            slow[name] = turns.longest_s
+    assert {name: seconds for name, seconds in slow.items() if seconds > LONGEST_TURN_S} == {}
+    assert {what: end for what, end in ends.items() if end not in ("answered", "failed")} == {}
+    assert len(ends) == 2 * len(hostile.BEHAVIOURS) >= 2 * 42
+    assert gateway.rooms.backends["alpha"].breaker.state == "closed"
+    backend = gateway.rooms.backends["hostile"]
+    assert (backend.in_flight, backend.unframed.used, backend.whole.used) == (0, 0, 0)
+
+
+def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.backends.MOST_UNFRAMED", 400_000)
+    gateway = start_gateway(alpha)
+    beginning: list[Step] = [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), *[Piece(b"x" * 30_000)] * 5]
+    alpha.play("/api/chat", [*beginning, Forever()])
+    key, statuses = gateway.key(), []
+
+    def ask() -> None:
+        with gateway.http(key) as client:
+            statuses.append(client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI}).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    backend = gateway.rooms.backends["alpha"]
+    until(lambda: backend.unframed.used == 300_000)
+    assert not statuses
+    ask()
+    assert statuses == [502] and backend.breaker._failures == 1
+    assert backend.unframed.used == 300_000
+    alpha.stop()
+    for thread in threads:
+        thread.join()
+    assert backend.unframed.used == 0 and gateway.request_lines()[0]["attempts"][0]["fault"] == "endless_frames"
+
+
+def test_whole_answers_of_many_calls_wait_for_room(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others' answers fill it, not a fault of the backend: it is full."""
+    monkeypatch.setattr("gateway.backends.MOST_WHOLE", 100_000)
+    gateway = start_gateway(alpha)
+    large = {"model": "m", "message": {"role": "assistant", "content": "x" * 150_000}, "done": True}
+    with gateway.http(gateway.key()) as client:
+        alpha.play("/api/chat", answer(200, large))
+        got = client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": False})
+        assert got.status_code == 503 and "retry-after" in got.headers
+    backend = gateway.rooms.backends["alpha"]
+    assert (backend.whole.used, backend.breaker._failures) == (0, 0)
+
+
+def test_large_embeddings_are_passed_on_and_counted(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    vectors = [[0.0123456 + n / 1000 for n in range(1000)]] * 100
+    data = [{"object": "embedding", "embedding": vector, "index": n} for n, vector in enumerate(vectors)]
+    counts = {"prompt_tokens": 4321, "total_tokens": 4321}
+    sent = [
+        ("/v1/embeddings", {"object": "list", "data": data, "model": "m", "usage": counts}),
+        ("/v1/embeddings", {"model": "m", "object": "list", "usage": counts, "data": data}),
+        ("/api/embed", {"model": "m", "embeddings": vectors, "total_duration": 1, "prompt_eval_count": 4321}),
+    ]
+    with gateway.http(gateway.key()) as client:
+        for path, told in sent:
+            alpha.play(path, answer(200, told))
+            got = client.post(path, json={"model": MODEL, "input": "x"})
+            assert got.status_code == 200 and got.json() == told
+    rows = [(row["prompt_tokens"], row["completion_tokens"], row["tokens_from"]) for row in gateway.audit_rows()]
+    assert rows == [(4321, 0, "reported")] * 3
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": "deep", "details": json.loads("[" * 300 + "]" * 300)},
+        {"name": "x" * 10_000, "model": "y"},
+        {"name": 5},
+        ["name"],
+        {"name": "z", "model": "m" * 10_000},
+    ],
+    ids=["deep", "long", "number", "list", "long model"],
+)
+def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGateway, alpha: PlayedBackend, entry: object) -> None:
+    gateway = start_gateway(alpha)
+    alpha.play("/api/tags", answer(200, {"models": [entry, {"name": "fine:latest", "model": "fine:latest"}]}))
+    gateway.call(gateway.rooms.discovery.refresh())
+    with gateway.http(gateway.key()) as client:
+        assert [model["name"] for model in client.get("/api/tags").json()["models"]] == ["fine:latest"]
+
+
+def test_a_list_of_too_many_values_is_no_list(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    alpha.play("/api/tags", answer(200, b'{"models":[' + b"[]," * 200_000 + b"{}]}"))
+    gateway.call(gateway.rooms.discovery.refresh())
+    [snapshot] = gateway.rooms.discovery.catalog.snapshots
+    assert snapshot.error.startswith("bad_list") and len(snapshot.models) == 1
