@@ -8,7 +8,7 @@ from starlette.types import Send
 from gateway import strict_json
 
 # What needs no key must not be loaded by a page of another origin either, as a script or a picture.
-SAME_ORIGIN = [(b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin")]
+SAME_ORIGIN = [(b"cross-origin-resource-policy", b"same-origin")]
 
 
 async def send_json(send: Send, value: Any, status: int = 200, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
