@@ -17,7 +17,7 @@ class EchoServer:
     """`with EchoServer() as echo:` — answers each request with JSON of its method, path, header names and body.
 
     `/wait/S` does so after S seconds, or leaves its target in `gone` where the client left before; `/stream` answers in three
-    pieces without a length; `/ignore` does not read the body.
+    pieces without a length, `/stream/S` with S seconds between them; `/ignore` does not read the body.
     """
 
     def __init__(self) -> None:
@@ -74,11 +74,11 @@ class EchoServer:
         except GatewayError as wrong:
             await _send(send, wrong.status, {"refused": str(wrong)})
             return
-        if scope["path"] == "/stream":
+        if scope["path"].startswith("/stream"):
             await send({"type": "http.response.start", "status": 200, "headers": []})
             for _ in range(3):
                 await send({"type": "http.response.body", "body": b"piece\n", "more_body": True})
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(float(scope["path"].partition("/stream/")[2] or 0.01))
             await send({"type": "http.response.body", "body": b""})
             return
         names = [name.decode() for name, _ in scope["headers"]]

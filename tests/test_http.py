@@ -265,7 +265,7 @@ def test_a_client_that_leaves_is_noticed_whatever_it_sent_behind(
     until(lambda: echo.gone == ["/wait/8?"], 4)
 
 
-@pytest.mark.parametrize("seconds", ["0.05", "0.9"])
+@pytest.mark.parametrize("seconds", ["0.05", "0.4"])
 def test_a_client_that_only_says_no_more_gets_its_answers(echo: EchoServer, seconds: str) -> None:
     echo.gone.clear()
     with echo.connect() as connection:
@@ -276,7 +276,7 @@ def test_a_client_that_only_says_no_more_gets_its_answers(echo: EchoServer, seco
         assert answers.json()["body"] == BODY.decode()
         assert answers.is_at_end()
     with echo.connect() as connection:
-        connection.sendall(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\nGET /half HTT")
+        connection.sendall(f"GET /stream/{seconds} HTTP/1.1\r\nHost: x\r\n\r\nGET /half HTT".encode())
         connection.shutdown(socket.SHUT_WR)
         answers = Answers(connection)
         assert answers.next().read() == b"piece\n" * 3
