@@ -16,8 +16,8 @@ from gateway.errors import Overloaded
 
 THREADS = 2
 # Waiting or under way: with an id that exists, with the same one, with one that does not.
-MOST_KNOWN, MOST_OF_ONE_ID, MOST_UNKNOWN = 64, 8, 8
-LONGEST_WAIT_S = 3.0
+MOST_KNOWN, MOST_OF_ONE_ID, MOST_UNKNOWN = 64, 8, 16
+LONGEST_WAIT_S = 10.0
 
 
 class Verdict(NamedTuple):
