@@ -17,7 +17,7 @@ from gateway.errors import Overloaded
 THREADS = 2
 # Waiting or under way: with an id that exists, with the same one, with one that does not.
 MOST_KNOWN, MOST_OF_ONE_ID, MOST_UNKNOWN = 64, 8, 16
-LONGEST_WAIT_S = 10.0
+LONGEST_WAIT_S, LONGEST_REST_S = 10.0, 0.25
 
 
 class Verdict(NamedTuple):
@@ -73,7 +73,7 @@ class Verifier:
                     self._locks.pop(presented.secret_id, None)
 
     async def _among_unknown(self, work: Callable[[], Awaitable[object]]) -> None:
-        """One after the other, and after each a rest of the same length."""
+        """One after the other, and after each a rest of the same length, if that is short."""
         loop = asyncio.get_running_loop()
         with self._counted("unknown", MOST_UNKNOWN):
             try:
@@ -86,7 +86,7 @@ class Verifier:
             try:
                 await work()
             finally:
-                loop.call_later(loop.time() - began, self._lane.release)
+                loop.call_later(min(loop.time() - began, LONGEST_REST_S), self._lane.release)
 
     @contextmanager
     def _counted(self, what: str, most: int) -> Iterator[None]:

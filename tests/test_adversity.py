@@ -158,7 +158,8 @@ def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_holds_up_no_known
         for thread in threads:
             thread.join()
     assert set(good) == {200}
-    assert statuses.count(401) <= 10 and statuses.count(401) + statuses.count(429) == 60
+    # Where the machine is busy, those that wait too long for argon2 are turned away.
+    assert statuses.count(401) <= 10 and set(statuses) <= {401, 429, 503} and statuses.count(503) <= 10
 
 
 def test_a_reader_that_stops_is_cut_off(
