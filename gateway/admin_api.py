@@ -83,7 +83,7 @@ class AdminRoute:
         body: dict[str, Any] = {}
         if self.has_body:
             with self._watch.guard() as guard:
-                body = strict_json.read_object(await read_body(scope, receive, LONGEST_BODY, record, guard))
+                body = strict_json.read_object(await read_body(scope, receive, LONGEST_BODY, record, guard, ""))
         query, path = _query(scope), scope.get("path_params", {})
         self._refuse_unknown(query if not self.has_body else body)
         _refuse_long({**query, **path, **body})

@@ -1,5 +1,6 @@
 """Being let in: what a request asks for, what it was given, and how a refusal is told."""
 
+import shlex
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,7 +10,10 @@ from gateway.tokens import Need
 
 BUDGETS = ("day", "month")
 Header = tuple[bytes, bytes]
-NO_RETRY_BEYOND_S = 60.0
+# Client libraries wait so long where they are told to; told a longer time, they do not wait but try again at once.
+LONGEST_WAIT_OF_CLIENTS_S = 60.0
+# A minute's window is known by the second: what is used now is all there again in 61 seconds at most.
+WINDOW_S = 62.0
 WORDS = {
     "rpm": ("requests", "requests per minute"),
     "tpm": ("tokens", "tokens per minute"),
@@ -60,14 +64,16 @@ class Usage(NamedTuple):
 def refusal(
     limit: str, scope: Scope, retry_after: float | None, told: list[Header], asked: int = 0, *, may_wait: bool = False
 ) -> LimitReached:
-    """The error that names the limit and when it would pass; `retry_after` None: never."""
+    """The error that names the limit, when it would pass and what changes it; `retry_after` in seconds, None: never."""
+    if retry_after is not None and LONGEST_WAIT_OF_CLIENTS_S < retry_after <= WINDOW_S:
+        retry_after = LONGEST_WAIT_OF_CLIENTS_S
     kind, words = WORDS[limit]
     most = getattr(scope, limit)
     whose = "this model with this key" if scope.is_of_rule else "this key"
-    message = f"Limit of {most} {words} for {whose} reached{_advice(most, asked, retry_after)}"
+    message = f"Limit of {most} {words} for {whose} reached{_advice(most, asked, retry_after)} {_remedy(limit, scope)}"
     error = (BudgetSpent if limit in BUDGETS else LimitReached)(message, retry_after=retry_after)
     error.kind, error.limit, error.may_wait = kind, limit, may_wait
-    is_long = retry_after is None or retry_after > NO_RETRY_BEYOND_S
+    is_long = retry_after is None or retry_after > LONGEST_WAIT_OF_CLIENTS_S
     error.headers = [*told, (b"x-should-retry", b"false")] if is_long else told
     return error
 
@@ -78,6 +84,15 @@ def _advice(most: int, asked: int, retry_after: float | None) -> str:
     if most == 0:
         return ": it allows none."
     return f": this request alone may take {asked}; ask for fewer with max_tokens or num_predict, or shorten the prompt."
+
+
+def _remedy(limit: str, scope: Scope) -> str:
+    """The operator's command; a key's id opens nothing."""
+    key_id, _, pattern = scope.name.partition("|")
+    rule = f" MODEL={shlex.quote(pattern)}" if pattern else ""
+    command = f"`make limit KEY={key_id}{rule} {limit.upper()}=…` changes it"
+    has_default = not pattern and limit not in BUDGETS
+    return f"{command}; DEFAULT_{limit.upper()} is that of keys without their own." if has_default else f"{command}."
 
 
 def headers(scopes: tuple[Scope, ...], usages: list[Usage]) -> list[Header]:

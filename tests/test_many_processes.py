@@ -176,7 +176,12 @@ def ask_when_told(address: str, key: str) -> None:
         time.sleep(max(0.0, wait - 2))
         assert client.post(path, json=body).status_code == 429
         time.sleep(2.1)
-        assert client.post(path, json=body).status_code == 200
+        # Nobody is told more than 60 seconds: of what frees within 61 the rest is told then.
+        if (found := client.post(path, json=body)).status_code == 429:
+            assert wait == 60 and (rest := float(found.headers["retry-after-ms"]) / 1000) <= 1
+            time.sleep(rest)
+            found = client.post(path, json=body)
+        assert found.status_code == 200
 
 
 async def _rows(operator: Operator, query: str) -> list[Any]:
