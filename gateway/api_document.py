@@ -46,6 +46,7 @@ RATES = {
     "X-RateLimit-Remaining-Tokens": ("How many of them are left.", "integer"),
     "X-RateLimit-Reset-Tokens": ("Until all are there again.", "string"),
 }
+CAPPED = {"X-Gateway-Max-Tokens": ("The most tokens of each answer, where the request asked for more.", "integer")}
 Failures = tuple[type[GatewayError], ...]
 OF_A_KEY: Failures = (
     errors.ConflictingKeys,
@@ -92,7 +93,7 @@ class ApiDocument:
             if not isinstance(endpoint, Scrape) or method == "GET":
                 path = route.replace(":path}", "}")
                 paths.setdefault(path, {})[method.lower()] = self._operation(method, path, endpoint)
-        headers = {self._id_header: ("The request's id: yours, or one made here.", "string"), **RETRY, **RATES}
+        headers = {self._id_header: ("The request's id: yours, or one made here.", "string"), **CAPPED, **RETRY, **RATES}
         return {
             "openapi": "3.1.0",
             "info": {"title": "neuronetz-gateway", "version": "1", "description": DESCRIPTION},
@@ -146,8 +147,9 @@ class ApiDocument:
             found["default"] = self._response("What the model server answers.", {"*/*": {}}, RATES)
         else:
             status = str(endpoint.status) if isinstance(endpoint, AdminRoute) else "200"
-            rates = () if facts["for"] in ("nobody", "metrics") else RATES
-            found[status] = self._response(_said_of(facts), _content(facts, endpoint), rates)
+            headers = [] if facts["for"] in ("nobody", "metrics") else [*RATES]
+            headers += CAPPED if isinstance(endpoint, Exchange) and endpoint.operation.clamp else ()
+            found[status] = self._response(_said_of(facts), _content(facts, endpoint), headers)
         error = _ref("OpenAIError" if self._dialect_of(path).name == "openai" else "OllamaError")
         if isinstance(endpoint, Exchange):
             found["4XX"] = self._response("The model server refused the request.", {JSON: {"schema": error}}, RATES)

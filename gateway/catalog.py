@@ -67,6 +67,12 @@ class Model:
     native: dict[str, Any]
     openai: dict[str, Any]
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together where a server refuses a wish for more than fits, else 0: vLLM says so."""
+        length = self.openai.get("max_model_len")
+        return length if isinstance(length, int) and length > 0 else 0
+
     def is_listed(self, now: float) -> bool:
         return any(offer.good_until > now for offer in self.offers)
 

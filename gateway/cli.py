@@ -190,7 +190,7 @@ def _carry_out(said: argparse.Namespace) -> int:
     elif said.verb == "health":
         return _health(installation.read())
     elif said.verb == "config":
-        asyncio.run(commands.show_config(installation.read(), said))
+        asyncio.run(commands.show_config(installation.shown(), said))
     else:
         return _speak_to_stores(said)
     return 0

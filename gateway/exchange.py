@@ -85,7 +85,7 @@ class Exchange:
         model = self._catalog().find(call.model, key.models)
         if model is None:
             raise ModelNotAvailable
-        record.canonical = model.name.canonical
+        record.canonical, call.context = model.name.canonical, model.context
         record.show_backend, record.show_overhead = SHOW_BACKEND in key.flags, SHOW_OVERHEAD in key.flags
         if key.prompt_log and call.operation.need:
             record.transcript = Transcript(call.body)
@@ -255,5 +255,7 @@ class Answer:
     async def _start(self, content_type: str, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True
         self.record.first_byte_at = time.monotonic()
+        if self._call.capped:
+            headers.append((b"x-gateway-max-tokens", b"%d" % self._call.capped))
         kind = (b"content-type", content_type.encode("latin-1"))
         await self._send({"type": "http.response.start", "status": 200, "headers": [kind, *headers]})

@@ -33,8 +33,8 @@ METRICS, ADMIN = "/metrics", "/admin/"
 # What may be called from pages of any origin: where a key is needed, which no other page has.
 API = re.compile(r"/+(v1|api)(/|$)")
 EXPOSED = (
-    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-overhead-ms, x-ratelimit-limit-requests, "
-    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
+    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-overhead-ms, x-gateway-max-tokens, "
+    b"x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
     b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
 # What a model or a backend said is what the content type says, and no page, whatever it looks like.

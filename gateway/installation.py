@@ -14,6 +14,15 @@ from gateway.settings import Settings
 
 LOCAL = settings.LOCAL_RUN
 RUN_FACTS = "run.json"
+# One person's own machine: room for photos, for agents' long prompts and answers, and for all their turns in a row.
+ROOM = {
+    "DEFAULT_RPM": "6000",
+    "DEFAULT_TPM": "100000000",
+    "DEFAULT_CONCURRENT": "64",
+    "MAX_REQUEST_BODY_BYTES": "33554432",
+    "MAX_NUM_PREDICT": "32768",
+}
+DEFAULTS_OF_RUN = {"GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_LOG_FORMAT": "console", **ROOM}
 OLLAMA_HERE = "http://127.0.0.1:11434"
 
 
@@ -25,10 +34,21 @@ def read(overrides: dict[str, tuple[str, str]] | None = None) -> Settings:
     return settings.load(os.environ, project() / ".env", overrides)
 
 
+def _of_run() -> dict[str, tuple[str, str]]:
+    return {name: (value, LOCAL) for name, value in DEFAULTS_OF_RUN.items()}
+
+
+def shown() -> Settings:
+    """The settings in force here; of the local run where the environment names no database and this is no compose project."""
+    named = read()
+    is_named = named.sources["database_url"] != "default" or _is_for_containers()
+    return named if is_named else read(_of_run())
+
+
 @contextmanager
-def stores_of(overrides: dict[str, tuple[str, str]] | None = None, *, run: bool = False) -> Iterator[Settings]:
-    """The settings in force, with the local run's private stores for those the environment does not name."""
-    named = read(overrides)
+def stores_of(*, run: bool = False) -> Iterator[Settings]:
+    """The settings in force, with the local run's defaults and private stores for what the environment does not name."""
+    named = read(_of_run() if run else None)
     folder = local.data_folder(project())
     missing = [name for name in ("database_url", "redis_url") if named.sources[name] == "default"]
     needs_local = "database_url" in missing or (missing and (run or local.is_running(folder)))
@@ -41,7 +61,7 @@ def stores_of(overrides: dict[str, tuple[str, str]] | None = None, *, run: bool 
         with local.stores(folder, say=console.say) as stores:
             found = {"DATABASE_URL": (stores.database_url, LOCAL), "REDIS_URL": (stores.redis_url, LOCAL)}
             found["OLLAMA_BASE_URL"] = (_backend_of_run(folder), LOCAL)
-            yield read({**found, **(overrides or {})})
+            yield read({**found, **_of_run()})
     except local.LocalStoresFailed as failed:
         raise CommandFailed(str(failed)) from None
 

@@ -95,8 +95,7 @@ def worker(settings: Settings, descriptor: int, parent: int) -> None:
 
 def run() -> None:
     """One command on one's own machine: stores, schema, a backend, a key, and the gateway in front of them."""
-    here = {"GATEWAY_BIND_HOST": (LOCAL_HOST, installation.LOCAL), "GATEWAY_LOG_FORMAT": ("console", installation.LOCAL)}
-    with installation.stores_of(here, run=True) as named, _backend(named) as base_url:
+    with installation.stores_of(run=True) as named, _backend(named) as base_url:
         settings = _with_backend(named, base_url) if base_url else named
         _hand_on(settings)
         first_key = asyncio.run(_prepare(settings))
@@ -113,7 +112,7 @@ def _hand_on(settings: Settings) -> None:
     """Workers read their settings from the environment: what was decided here must stand there."""
     os.environ.update(DATABASE_URL=settings.database_url, REDIS_URL=settings.redis_url)
     os.environ.update(DATABASE_URL_FILE="", REDIS_URL_FILE="")
-    os.environ.update(GATEWAY_BIND_HOST=settings.gateway_bind_host, GATEWAY_LOG_FORMAT=settings.gateway_log_format)
+    os.environ.update({name: str(getattr(settings, name.lower())) for name in installation.DEFAULTS_OF_RUN})
     os.environ["OLLAMA_BASE_URL"] = settings.ollama_base_url
 
 
@@ -140,6 +139,7 @@ def banner(settings: Settings, rooms: Rooms | None, first_key: str | None) -> st
         if first_key
         else "  key       yours of before; `make key NAME=…` makes another",
     ]
+    lines += _room(settings)
     model = _chat_model(rooms)
     body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Say hello"}}]}}'
     lines += ["", "  try it:", f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'"]
@@ -150,6 +150,15 @@ def banner(settings: Settings, rooms: Rooms | None, first_key: str | None) -> st
         "",
     ]
     return "\n".join(lines)
+
+
+def _room(settings: Settings) -> list[str]:
+    """What of the limits is wider than in a deployment."""
+    wider = [
+        f"{name}={value}" for name, value in installation.ROOM.items() if settings.sources[name.lower()] == installation.LOCAL
+    ]
+    words = "  limits    wider than a deployment's, for one person; set others in .env"
+    return [words, *(f"            {' '.join(wider[at : at + 3])}" for at in range(0, len(wider), 3))] if wider else []
 
 
 def _seen(rooms: Rooms) -> list[str]:

@@ -116,7 +116,9 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: RunningGate
     with gateway.http(gateway.key()) as client:
         for path in (NATIVE, SPOKEN):
             got = client.post(path, content=b"x" * 300_000)
-            assert got.status_code == 413 and message(got).endswith("larger than 262144 bytes; MAX_REQUEST_BODY_BYTES sets that")
+            assert got.status_code == 413 and message(got).endswith(
+                "larger than 262144 bytes; MAX_REQUEST_BODY_BYTES sets that"
+            )
             assert client.post(path, content=iter([b"x" * 60_000] * 6)).status_code == 413
     head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Length: 9999999999\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:

@@ -78,6 +78,25 @@ def test_no_combination_exceeds_the_cap(wishes: dict[str, object], choices: int)
         assert isinstance(most, int) and most >= 1 and most * choices <= max(CAP, choices)
 
 
+@pytest.mark.parametrize("wish", ABSURD)
+def test_a_wish_that_was_cut_is_said_and_others_are_not(wish: object) -> None:
+    native = call_of(Ollama(), "/api/chat", {"options": {"num_predict": wish}})
+    spoken = call_of(OpenAI(), "/v1/chat/completions", {"max_completion_tokens": wish, "n": 4})
+    beside = call_of(OpenAI(), "/v1/chat/completions", {"max_completion_tokens": wish, "max_tokens": CAP})
+    for call in (native, spoken, beside):
+        call.body_for("ollama", "a:latest", CAP)
+    is_cut = wish is not None
+    assert (native.capped, spoken.capped, beside.capped) == (CAP * is_cut, CAP // 4 * is_cut, 0)
+
+
+def test_who_names_no_bound_leaves_room_for_the_prompt_where_a_server_refuses_what_does_not_fit() -> None:
+    for context, wish, most in [(0, None, CAP), (40, None, 10), (40, 30, 30), (3, None, CAP), (10**6, None, CAP)]:
+        call = call_of(OpenAI(), "/v1/chat/completions", {"max_tokens": wish})
+        call.context = context
+        assert json.loads(call.body_for("openai", "a", CAP))["max_tokens"] == most
+        assert call.capped == 0
+
+
 def test_the_models_name_is_sent_plainly() -> None:
     for asked, kept in [("a", "a"), ("a:latest", "a:latest"), ("A", "A"), ("library/a", "a:latest"), ("a:local", "a:latest")]:
         operation = Ollama().operations[0]

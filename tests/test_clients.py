@@ -108,6 +108,27 @@ def test_so_it_does_with_the_anthropic_client(gateway: RunningGateway, name: str
         assert "llama3.2:latest" in [model.id for model in client.models.list()]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("path", "more", "capped"),
+    [
+        ("/v1/chat/completions", {"max_tokens": 32_000}, "4096"),
+        ("/v1/chat/completions", {"max_tokens": 32_000, "n": 2}, "2048"),
+        ("/v1/chat/completions", {"max_tokens": 4096}, None),
+        ("/v1/chat/completions", {}, None),
+        ("/api/chat", {"options": {"num_predict": -1}}, "4096"),
+        ("/api/chat", {"options": {"num_predict": 5}}, None),
+    ],
+)
+def test_an_answer_says_where_its_wish_for_tokens_was_cut(
+    gateway: RunningGateway, stream: bool, path: str, more: dict[str, Any], capped: str | None
+) -> None:
+    with gateway.http(gateway.key(), headers={"Origin": "https://page.example"}) as client:
+        got = client.post(path, json={"model": "llama3.2", "messages": SAY_HI, "stream": stream, **more})
+        assert (got.status_code, got.headers.get("x-gateway-max-tokens")) == (200, capped)
+        assert "x-gateway-max-tokens" in got.headers["access-control-expose-headers"].split(", ")
+
+
 def test_embeddings(gateway: RunningGateway) -> None:
     key = gateway.key()
     client = gateway.ollama(key)

@@ -221,7 +221,13 @@ def test_client_libraries_wait_for_what_frees_within_a_minute(gateway: RunningGa
         while (refused := ask(client, WAYS[0], **FEW_TOKENS)).status_code == 200:
             pass
     assert "x-should-retry" not in refused.headers and 0 < float(refused.headers["retry-after-ms"]) <= 60_000
-    for wait_s, told_s, is_final in [(60.7, 60, False), (61, 60, False), (59.5, 59.5, False), (63, 63, True), (None, None, True)]:
+    for wait_s, told_s, is_final in [
+        (60.7, 60, False),
+        (61, 60, False),
+        (59.5, 59.5, False),
+        (63, 63, True),
+        (None, None, True),
+    ]:
         scope = Scope("abcdefgh", 1, 1, 1, -1, -1)
         error = admission.refusal("tpm", scope, wait_s, [], 5)
         assert (error.retry_after, (b"x-should-retry", b"false") in error.headers) == (told_s, is_final)
@@ -232,7 +238,9 @@ def test_a_refusal_names_what_changes_the_limit(gateway: RunningGateway) -> None
     with gateway.http(key) as client:
         ask(client, WAYS[0])
         key_id = key.split("_")[1]
-        assert f"`make limit KEY={key_id} RPM=…` changes it; DEFAULT_RPM is that of keys without" in told(ask(client, WAYS[0]), WAYS[0])
+        assert f"`make limit KEY={key_id} RPM=…` changes it; DEFAULT_RPM is that of keys without" in told(
+            ask(client, WAYS[0]), WAYS[0]
+        )
         limit(gateway, "mine", rpm=None, day=0)
         assert told(ask(client, WAYS[0]), WAYS[0]).endswith(f"`make limit KEY={key_id} DAY=…` changes it.")
         limit(gateway, "mine", "llama3*", rpm=0)

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from gateway import installation
 from tests.asking import SAY_HI, WAYS
 from tests.conftest import TestStores
 from tests.played import PlayedBackend
@@ -218,16 +219,39 @@ def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: PlayedBackend
         until(lambda: "Ctrl-C" in log.read_text(), 10)
         assert "shown this once" not in log.read_text()
         assert httpx.get(f"{url}/api/tags", headers={"x-api-key": key}).status_code == 200
+        # One person's machine: photos pass, an agent's long answers are not cut, and its turns not ended.
+        said = re.findall(r"[A-Z_]{8,}=\d+", log.read_text())
+        assert said == [f"{name}={value}" for name, value in installation.ROOM.items()]
+        body = {**WAYS[2].body, "user": "x" * 2_000_000, "max_tokens": 32_000}
+        got = httpx.post(f"{url}{WAYS[2].path}", json=body, headers={"x-api-key": key})
+        assert got.status_code == 200 and "x-gateway-max-tokens" not in got.headers
+        assert int(got.headers["x-ratelimit-limit-tokens"]) >= 10**7
+        shown = subprocess.run(
+            [sys.executable, "-m", "gateway", "config", "--json"],
+            cwd=home,
+            env=environment({}),
+            capture_output=True,
+            check=True,
+        )
+        found = {row["name"]: (row["value"], row["from"]) for row in json.loads(shown.stdout)}
+        assert {name: found[name] for name in installation.ROOM} == {
+            name: (value, "local run") for name, value in installation.ROOM.items()
+        }
 
 
 def test_the_local_run_uses_an_ollama_that_is_configured(home: Path, alpha: PlayedBackend) -> None:
-    with serving(home, {"OLLAMA_BASE_URL": alpha.url, "GATEWAY_WORKERS": "2"}, "run") as (_, url, log):
+    names = {"OLLAMA_BASE_URL": alpha.url, "GATEWAY_WORKERS": "2", "DEFAULT_RPM": "7"}
+    with serving(home, names, "run") as (_, url, log):
         until(lambda: "Ctrl-C" in log.read_text(), 10)
         key, _ = printed(log)
         until(lambda: answers(f"{url}/readyz"), 10)
         got = httpx.post(f"{url}/api/chat", json=WAYS[0].body, headers={"x-api-key": key})
         assert got.json()["message"]["content"] == "alpha heard: Say hi"
         assert "demonstration" not in log.read_text()
+        # What the operator says wins, and reaches the workers as the rest does.
+        assert "DEFAULT_RPM" not in log.read_text() and "DEFAULT_TPM" in log.read_text()
+        assert got.headers["x-ratelimit-limit-requests"] == "7"
+        assert got.headers["x-ratelimit-limit-tokens"] == installation.ROOM["DEFAULT_TPM"]
 
 
 def test_two_local_runs_in_two_folders_live_side_by_side(home: Path, alpha: PlayedBackend) -> None:

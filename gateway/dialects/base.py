@@ -24,6 +24,8 @@ REFUSED_FIELDS = frozenset(
 # Objects whose fields some backends take for the request's own.
 EXTRAS = frozenset({"extra_body", "extra_args", "vllm_xargs", "sampling_params", "custom_params"})
 UNSAID: tuple[object, ...] = (None, -1, "", [], {})
+# Of a model's context, for the answer of who names no bound.
+UNSAID_SHARE = 4
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
@@ -51,6 +53,9 @@ class Usage:
 class Operation:
     """One thing a client may ask of a model: `path` is both our route and the backend's.
 
+    `clamp` bounds the output tokens of a body to its third argument, to its fourth where the caller named no bound; it returns
+    what a caller got who asked for more, else 0.
+
     A whole answer has one of the fields `answers_with`, neither empty nor false; without it the answer is none. `need` tells
     how many tokens a request may take; without it the operation takes none.
     """
@@ -59,20 +64,25 @@ class Operation:
     streaming: Streaming
     kinds: frozenset[Kind]
     check: Callable[[dict[str, Any]], None]
-    clamp: Callable[[dict[str, Any], Kind, int], None] | None = None
+    clamp: Callable[[dict[str, Any], Kind, int, int], int] | None = None
     answers_with: tuple[str, ...] = ()
     need: Callable[[dict[str, Any]], Need] | None = None
 
 
 @dataclass(slots=True)
 class Call:
-    """A client's request, read and checked."""
+    """A client's request, read and checked; `context` is the model's in tokens where a larger wish is refused there, else 0.
+
+    `capped` is the most tokens of each answer where it asked for more.
+    """
 
     operation: Operation
     asked_model: str
     model: ModelName
     stream: bool
     body: dict[str, Any] = field(repr=False)
+    context: int = 0
+    capped: int = 0
 
     def need(self, most_output: int) -> Need:
         try:
@@ -87,7 +97,9 @@ class Call:
         if not is_plain(self.asked_model, self.model.canonical) or kind == "openai":
             body["model"] = spelling
         if self.operation.clamp is not None:
-            self.operation.clamp(body, kind, cap)
+            # A prompt has to fit in as well, and who names no bound wants no refusal.
+            unsaid = min(cap, self.context // UNSAID_SHARE) or cap if self.context else cap
+            self.capped = self.operation.clamp(body, kind, cap, unsaid)
         return strict_json.write_strictly(body)
 
 
@@ -234,6 +246,11 @@ def bounded(value: object, cap: int) -> int:
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= cap:
         return int(value)
     return cap
+
+
+def is_over(value: object, cap: int) -> bool:
+    """Whether `bounded` makes less of a wish: one for more than `cap`, or for as many as there are."""
+    return value is not None and not (isinstance(value, int | float) and 1 <= value <= cap)
 
 
 def read_answer(payload: bytes) -> Any:

@@ -17,6 +17,7 @@ from gateway.dialects.base import (
     expect,
     expect_objects,
     expect_tools,
+    is_over,
     read_answer,
     text_of,
     try_read,
@@ -134,10 +135,12 @@ def _need_of_embeddings(body: dict[str, Any]) -> Need:
     return Need(tokens.of_fields(body), 0) if body.get("prompt") else NO_TOKENS
 
 
-def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
+def _clamp(body: dict[str, Any], kind: Kind, cap: int, unsaid: int) -> int:
     options = dict(body.get("options") or {})
-    options["num_predict"] = bounded(options.get("num_predict"), cap)
+    wished = options.get("num_predict")
+    options["num_predict"] = unsaid if wished is None else bounded(wished, cap)
     body["options"] = options
+    return cap if is_over(wished, cap) else 0
 
 
 def _check_common(body: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from gateway.dialects.base import (
     expect_number,
     expect_objects,
     expect_tools,
+    is_over,
     read_answer,
     text_of,
     try_read,
@@ -210,7 +211,7 @@ def _says_something(value: dict[str, Any]) -> bool:
     )
 
 
-def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
+def _clamp(body: dict[str, Any], kind: Kind, cap: int, unsaid: int) -> int:
     """Bound what all choices of all prompts may say together, in the fields that this kind of backend reads.
 
     Ollama reads `max_tokens` alone; llama.cpp n_predict before max_completion_tokens before max_tokens; vLLM the last two.
@@ -219,8 +220,8 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
     if answers > cap:
         raise BadRequest(f"{answers} answers in one request are too many: at most {cap} tokens are allowed for all of them")
     each = cap // answers
-    wishes = [bounded(wished, each) for name in body.keys() & CAPS if (wished := body.pop(name)) is not None]
-    body["max_tokens"] = min(wishes, default=each)
+    wishes = [wished for name in body.keys() & CAPS if (wished := body.pop(name)) is not None]
+    body["max_tokens"] = min((bounded(wished, each) for wished in wishes), default=max(1, unsaid // answers))
     if kind == "openai":
         body["max_completion_tokens"] = body["max_tokens"]
     if body.get("stream") is True:
@@ -229,6 +230,7 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int) -> None:
     body.pop("stream_interval", None)
     if "min_tokens" in body and isinstance(body["min_tokens"], int | float):
         body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
+    return each if wishes and all(is_over(wished, each) for wished in wishes) else 0
 
 
 def _answers(body: dict[str, Any]) -> int:
