@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -86,7 +86,7 @@ class AdminVerb:
         access: Access,
         backends: Mapping[str, Backend],
         watch: Watch,
-        models_changed: Callable[[], None],
+        models_changed: Callable[[Backend], Awaitable[None]],
         *,
         longest_body: int,
     ) -> None:
@@ -115,9 +115,10 @@ class AdminVerb:
             await answer.fail(AnswerCutShort() if answer.started else BackendFailed())
         except GatewayError as error:
             await answer.fail(error)
-        await answer.end()
         if self._route in CHANGES_MODELS:
-            self._models_changed()
+            # Who has pulled a model asks for it next.
+            await self._models_changed(backend)
+        await answer.end()
 
     def _backend_for(self, key: Key, scope: Scope) -> Backend:
         if ADMIN_MODELS not in key.flags:

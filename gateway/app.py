@@ -46,6 +46,7 @@ from gateway.quota import Quota
 from gateway.redis_lines import Lines
 from gateway.redis_names import FREED
 from gateway.routing import Router
+from gateway.running import RunningModels
 from gateway.sampler import Sampler
 from gateway.scrape import Scrape
 from gateway.settings import Settings
@@ -59,6 +60,8 @@ LOG = logging.getLogger("gateway")
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # How long an operator waits for sums over many rows.
 REPORT_DEADLINE_S = 10.0
+# How long who has pulled a model waits for the map to know it.
+MODELS_CHANGED_S = 2.0
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Rooms:
     reports: Reports
     store: Store
     discovery: Discovery
+    running: RunningModels
     backends: dict[str, Backend]
     front: Front
     watch: Watch
@@ -115,6 +119,7 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         )
         backends = await stack.enter_async_context(fleet(settings))
         discovery = await stack.enter_async_context(discovery_of(settings, backends, store))
+        running = await stack.enter_async_context(RunningModels(backends.values()))
         drains = await stack.enter_async_context(Drains(database, store, backends))
         proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
         lines = await stack.enter_async_context(Lines(settings.redis_url, store.count_failure))
@@ -132,7 +137,9 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         def background() -> list[Kept]:
             return [purging, *(one.background for one in (*keeping, sampler, told)), *store.background, *lines.background]
 
-        rooms = Rooms(database, reports, store, discovery, backends, front, watch, limits, books, metrics, writer, background)
+        rooms = Rooms(
+            database, reports, store, discovery, running, backends, front, watch, limits, books, metrics, writer, background
+        )
         catalog = lambda: discovery.catalog  # noqa: E731
         sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
@@ -244,7 +251,7 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             access,
             rooms.backends,
             rooms.watch,
-            rooms.discovery.refresh_soon,
+            lambda backend: rooms.discovery.refresh([backend], enough_s=MODELS_CHANGED_S),
             longest_body=settings.max_request_body_bytes,
         )
     if settings.docs_enabled:
@@ -283,7 +290,7 @@ def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
 
 
 def _lists(rooms: Rooms, access: Access) -> dict[tuple[str, str], ASGIApp]:
-    lists = Lists(access, lambda: rooms.discovery.catalog)
+    lists = Lists(access, lambda: rooms.discovery.catalog, rooms.running.now)
     catalog, is_draining = lambda: rooms.discovery.catalog, lambda: rooms.front.draining
     health = Health(rooms.database, rooms.store, catalog, rooms.background, is_draining)
     return {

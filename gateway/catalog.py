@@ -1,9 +1,10 @@
 """Which backend has which model: what the backends said, as one immutable map that is replaced whole."""
 
 import hashlib
+import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +12,16 @@ from gateway.model_names import LONGEST_NAME, AllowList, ModelName, canonical, i
 
 EMPTY_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
 MOST_MODELS, DEEPEST_ENTRY = 10_000, 8
+# What clients size their context and their answers by, as vLLM, llama.cpp, LM Studio and services name it. All are numbers.
+SIZES = (
+    "max_model_len context_length context_window max_context_length loaded_context_length max_input_tokens max_output_tokens "
+    "max_completion_tokens"
+).split()
+CONTEXT = ("max_model_len", "loaded_context_length", "context_length", "context_window", "max_context_length")
+META = "n_ctx n_ctx_train n_vocab vocab_type n_embd n_params size".split()
+# The model that a name stands for; a path on the backend is nobody's business.
+ROOT = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
+LARGEST_SIZE = 2**53
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,7 @@ class Model:
     @property
     def context(self) -> int:
         """Tokens of prompt and answer together where a server refuses a wish for more than fits, else 0: vLLM says so."""
-        length = self.openai.get("max_model_len")
-        return length if isinstance(length, int) and length > 0 else 0
+        return _whole(self.openai.get("max_model_len"))
 
     def is_listed(self, now: float) -> bool:
         return any(offer.good_until > now for offer in self.offers)
@@ -97,13 +107,16 @@ class Catalog:
             if model.is_listed(now) and allowed.allows(model.name.canonical, cloud=model.name.cloud)
         ]
 
-    def running(self, allowed: AllowList) -> list[dict[str, Any]]:
+    def running(self, allowed: AllowList, told: Mapping[str, tuple[float, tuple[dict[str, Any], ...]]]) -> list[dict[str, Any]]:
+        """`told` is what backends have said they run, and when: the later of that and of their snapshots counts."""
         listed = {model.name.canonical for model in self.listed(allowed)}
         found: dict[str, dict[str, Any]] = {}
-        for entry in (entry for snapshot in self.fresh_snapshots() for entry in snapshot.running):
-            name = canonical(entry["name"]).canonical
-            if name in listed:
-                found.setdefault(name, entry)
+        for snapshot in self.fresh_snapshots():
+            at, entries = told.get(snapshot.backend, (0.0, ()))
+            for entry in entries if at >= snapshot.answered_at else snapshot.running:
+                name = canonical(entry["name"]).canonical
+                if name in listed:
+                    found.setdefault(name, entry)
         return list(found.values())
 
     def fresh_snapshots(self) -> list[Snapshot]:
@@ -222,11 +235,40 @@ def _from_openai(entry: dict[str, Any]) -> dict[str, Any]:
         "created": unix,
         "owned_by": str(entry.get("owned_by") or "library"),
     }
-    if isinstance(entry.get("max_model_len"), int):
-        shown["max_model_len"] = entry["max_model_len"]
+    shown |= {name: entry[name] for name in SIZES if _whole(entry.get(name))}
+    meta = entry.get("meta")
+    if isinstance(meta, dict) and (kept := {name: meta[name] for name in META if _whole(meta.get(name))}):
+        shown["meta"] = kept
+    root = entry.get("root")
+    if isinstance(root, str) and ROOT.fullmatch(root):
+        shown["root"] = root
     modified = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix))
     native = _native_entry({"name": entry["id"], "modified_at": modified, "capabilities": ["completion"]})
     return {**native, "openai": shown}
+
+
+def _whole(value: object) -> int:
+    """A number of tokens, bytes or parameters that a backend told, else 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_SIZE else 0
+
+
+def context_of(entry: Mapping[str, Any]) -> int:
+    """The tokens that a model's OpenAI entry says it holds, 0 where it says nothing."""
+    found = [entry.get("meta", {}).get("n_ctx"), *(entry.get(name) for name in CONTEXT)]
+    return next((length for value in found if (length := _whole(value))), 0)
+
+
+def keep_created(fresh: Snapshot, known: Snapshot) -> Snapshot:
+    """Each model's time as first seen: many servers say "now" whenever they are asked."""
+    first = {entry["name"]: entry for entry in known.models if "openai" in entry}
+    return replace(fresh, models=tuple(_as_created(entry, first.get(entry["name"])) for entry in fresh.models))
+
+
+def _as_created(entry: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
+    created = first["openai"].get("created") if first else 0
+    if first is None or "openai" not in entry or not created:
+        return entry
+    return {**entry, "modified_at": first["modified_at"], "openai": {**entry["openai"], "created": created}}
 
 
 def _digest(name: str) -> str:

@@ -92,9 +92,6 @@ class Discovery:
             {"backend": found.backend, "models": len(found.models), "state": found.state} for found in self.catalog.snapshots
         ]
 
-    def refresh_soon(self) -> None:
-        self._spawn(self.refresh())
-
     async def refresh(self, backends: Sequence[Backend] = (), enough_s: float | None = None) -> None:
         """Poll these backends, or all, and publish; with `enough_s` return then, slower answers are added when they come."""
         polls = {asyncio.create_task(self._poll_and_keep(backend)): backend for backend in backends or self._backends}
@@ -112,7 +109,7 @@ class Discovery:
     async def _poll_and_keep(self, backend: Backend) -> None:
         known = self._snapshots[backend.name]
         try:
-            snapshot = await poll(backend)
+            snapshot = catalog.keep_created(await poll(backend), known)
         except BackendFault as fault:
             snapshot = replace(known, error=str(fault), asked_at=time.time())
         except Exception as wrong:
@@ -198,9 +195,9 @@ async def poll(backend: Backend) -> Snapshot:
     try:
         async with asyncio.timeout(POLL_DEADLINE_S):
             if backend.kind == "openai":
-                models = await _ask(backend, "/v1/models", catalog.read_openai_models)
+                models = await ask(backend, "/v1/models", catalog.read_openai_models)
                 return replace(fresh, models=models, latency_ms=_since(began))
-            models = await _ask(backend, "/api/tags", catalog.read_tags)
+            models = await ask(backend, "/api/tags", catalog.read_tags)
             took = _since(began)
             running, version = await asyncio.gather(_ask_running(backend), _ask_version(backend))
             return replace(fresh, models=models, running=running, version=version, latency_ms=took)
@@ -220,7 +217,8 @@ def _since(began: float) -> float:
     return round((time.monotonic() - began) * 1000, 1)
 
 
-async def _ask(backend: Backend, path: str, read: Callable[[object], Answer]) -> Answer:
+async def ask(backend: Backend, path: str, read: Callable[[object], Answer]) -> Answer:
+    """A list of a backend as `read` understands it. Raises BackendFault."""
     async with backend.send("GET", path, {"Accept": "application/json"}, wait_s=POLL_DEADLINE_S) as upstream:
         if upstream.status in (401, 403):
             raise BackendFault("token_refused", f"status {upstream.status}")
@@ -237,13 +235,13 @@ async def _ask(backend: Backend, path: str, read: Callable[[object], Answer]) ->
 
 async def _ask_running(backend: Backend) -> tuple[dict[str, Any], ...]:
     with suppress(BackendFault):
-        return await _ask(backend, "/api/ps", catalog.read_tags)
+        return await ask(backend, "/api/ps", catalog.read_tags)
     return ()
 
 
 async def _ask_version(backend: Backend) -> str:
     with suppress(BackendFault):
-        return await _ask(backend, "/api/version", _version_of)
+        return await ask(backend, "/api/version", _version_of)
     return ""
 
 

@@ -61,6 +61,13 @@ class ModelNotAvailable(GatewayError):
     code = "model_not_available"
 
 
+class ModelNotFound(GatewayError):
+    """The requested model was not found; pull it first."""
+
+    status = 404
+    code = "model_not_found"
+
+
 class NotPermitted(GatewayError):
     """This key may not use this route."""
 

@@ -16,7 +16,7 @@ from gateway.books import Books
 from gateway.catalog import Catalog, Model
 from gateway.connection import Connection
 from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, content_type_of, read_call, try_read
-from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError, ModelNotAvailable
+from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.guard import Watch, Watched
 from gateway.held_bytes import FrameBuffer
 from gateway.json_reply import send_json
@@ -26,6 +26,7 @@ from gateway.record import Record
 from gateway.routing import Opening, Router, is_served
 from gateway.transcript import Transcript
 from gateway.upstream import UNSAFE, BackendFault
+from gateway.visibility import missing
 
 TAIL_PIECES = 4
 LAST_FRAME_WAITS_S = 0.05
@@ -84,7 +85,7 @@ class Exchange:
         record.model, record.stream = call.asked_model, call.stream
         model = self._catalog().find(call.model, key.models)
         if model is None:
-            raise ModelNotAvailable
+            raise missing(call.asked_model, key, self._catalog())
         record.canonical, call.context = model.name.canonical, model.context
         record.show_backend, record.show_overhead = SHOW_BACKEND in key.flags, SHOW_OVERHEAD in key.flags
         if key.prompt_log and call.operation.need:

@@ -17,6 +17,7 @@ from gateway.model_names import ModelName, canonical
 from gateway.quota import NAMES, Quota, Scope
 from gateway.store import StoreAway
 from gateway.tokens import Need
+from gateway.visibility import missing
 
 UNASKED = BackendState()
 
@@ -122,7 +123,8 @@ async def explain(question: Question, fleet: Fleet, limits: Limits, defaults: Qu
     if question.key.has_expired(time.time()):
         return {**told, **_verdict(401, "invalid_api_key")}
     if model is None:
-        return {**told, **_verdict(403, "model_not_available")}
+        refused = missing(question.asked, question.key, fleet.catalog)
+        return {**told, **_verdict(refused.status, refused.code)}
     refusal = await _limits(question, limits, defaults, most_output, told)
     if refusal is not None:
         told |= {"refused_by": refusal.limit, "passes_in_s": refusal.retry_after}

@@ -1,26 +1,31 @@
-"""What clients ask before they chat: models, versions, details. Answered from the map, never waiting for a backend."""
+"""What clients ask before they chat: models, versions, details. From the map; what runs, from those backends that are quick."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from gateway.access import Access
 from gateway.catalog import Catalog
-from gateway.errors import BadRequest, ModelNotAvailable
+from gateway.errors import BadRequest, UnknownRoute
 from gateway.json_reply import send_json
 from gateway.keys import Key
 from gateway.model_names import NAME_RULE, canonical, is_name
 from gateway.record import Record
+from gateway.suggestions import DID_YOU_MEAN
+from gateway.visibility import missing
 
 OLDEST_VERSION_CLIENTS_TAKE = "0.6.4"
+
+RunningNow = Callable[[], Awaitable[Mapping[str, tuple[float, tuple[dict[str, Any], ...]]]]]
 
 
 class Lists:
     """The endpoints of `GET /api/tags`, `/api/ps`, `/api/version`, `/v1/models` and `/v1/models/{id}`."""
 
-    def __init__(self, access: Access, catalog: Callable[[], Catalog]) -> None:
-        self._access, self._catalog = access, catalog
+    def __init__(self, access: Access, catalog: Callable[[], Catalog], running_now: RunningNow) -> None:
+        self._access, self._catalog, self._running_now = access, catalog, running_now
 
     async def tags(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = await self._key(scope)
@@ -28,7 +33,8 @@ class Lists:
 
     async def running(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = await self._key(scope)
-        await send_json(send, {"models": self._catalog().running(key.models)})
+        told = await self._running_now()
+        await send_json(send, {"models": self._catalog().running(key.models, told)})
 
     async def version(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._key(scope)
@@ -40,13 +46,15 @@ class Lists:
         await send_json(send, {"object": "list", "data": data})
 
     async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        key = await self._key(scope)
         asked: str = scope["path_params"]["id"]
+        if not asked.strip("/"):
+            raise UnknownRoute(DID_YOU_MEAN.format("/v1/models"))
+        key = await self._key(scope)
         if not is_name(asked):
             raise BadRequest(f"the model's name in the path {NAME_RULE}")
         found = self._catalog().find(canonical(asked), key.models)
         if found is None or not found.is_listed(time.time()):
-            raise ModelNotAvailable
+            raise missing(asked, key, self._catalog())
         await send_json(send, {**found.openai, "id": asked})
 
     async def _key(self, scope: Scope) -> Key:

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.errors import MethodNotAllowed, UnknownRoute
 from gateway.record import Record
+from gateway.suggestions import DID_YOU_MEAN, suggest
 
 RUNNING = b"Ollama is running"
 
@@ -44,7 +45,13 @@ def table(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp
         by_path.setdefault(path, Methods(path)).add(method, endpoint)
     fixed = {path: methods for path, methods in by_path.items() if "{" not in path}
     variable = [Route(path, methods) for path, methods in by_path.items() if "{" in path]
-    others = PathTable(variable, redirect_slashes=False, default=_unknown)
+    public = frozenset(path for path in fixed if path.startswith(("/v1/", "/api/")))
+
+    async def unknown(scope: Scope, receive: Receive, send: Send) -> None:
+        meant = suggest(scope["path"], public)
+        raise UnknownRoute(DID_YOU_MEAN.format(meant) if meant else "")
+
+    others = PathTable(variable, redirect_slashes=False, default=unknown)
 
     def find(scope: Scope) -> ASGIApp:
         # A path without a variable part needs no matching.
@@ -52,10 +59,6 @@ def table(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp
         return others if methods is None else methods.of(scope)
 
     return find
-
-
-async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
-    raise UnknownRoute
 
 
 async def running(scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from gateway.catalog import Model
+from gateway.catalog import Model, context_of
 
 
 def described(model: Model) -> dict[str, Any]:
     """What clients read of a model before they chat; unknown facts are left empty, never invented."""
     info: dict[str, Any] = {"general.architecture": "unknown"}
-    if length := model.openai.get("max_model_len"):
+    if length := context_of(model.openai):
         info["unknown.context_length"] = length
     return {
         "modelfile": "",

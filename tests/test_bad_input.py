@@ -249,3 +249,44 @@ def test_what_cannot_be_counted_is_refused(gateway: RunningGateway, route: str, 
     with gateway.http(gateway.key(tpm=10_000)) as client:
         got = client.post(route, content=body, headers={"Content-Type": "application/json"})
     assert got.status_code == 400 and "the body" in message(got)
+
+
+TYPED = {
+    "/v1": "/v1/models",
+    "/v1/": "/v1/models",
+    "//v1/models": "/v1/models",
+    "/v1//models": "/v1/models",
+    "/v1/models/": "/v1/models",
+    "/v1/v1/models": "/v1/models",
+    "/api/v1/models": "/v1/models",
+    "/openai/v1/chat/completions": "/v1/chat/completions",
+    "/V1/Chat/Completions": "/v1/chat/completions",
+    "/v1/chat": "/v1/chat/completions",
+    "/v1/chat/completion": "/v1/chat/completions",
+    "/chat/completions": "/v1/chat/completions",
+    "/models": "/v1/models",
+    "/v1/v1/models/llama3.2": "/v1/models/{id}",
+    "/api": "/api/tags",
+    "/api/tags/": "/api/tags",
+    "/v1/api/tags": "/api/tags",
+    "/tags": "/api/tags",
+    "/api/api/chat": "/api/chat",
+}
+
+
+def test_paths_that_people_type_get_a_suggestion(gateway: RunningGateway) -> None:
+    with gateway.http() as client:
+        for typed, meant in TYPED.items():
+            for got in (client.get(f"{gateway.url}{typed}"), client.get(f"{gateway.url}/k/nz_any{typed}")):
+                assert (got.status_code, message(got)) == (404, f"There is no such route here; did you mean {meant}?"), typed
+        for typed in (
+            "/favicon.ico",
+            "/admin",
+            "/admin/v1/key",
+            "/v1/messages",
+            "/v1/m",
+            "/metrics",
+            "/dashboard",
+            "/" + "v1/" * 60,
+        ):
+            assert message(client.get(f"{gateway.url}{typed}")) == "There is no such route here.", typed

@@ -1,6 +1,7 @@
 """Which models there are: the union, its age, who polls, and what happens when backends or Redis go away."""
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -14,7 +15,7 @@ from tests.asking import WAYS
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
-from tests.scripts import Forever, answer
+from tests.scripts import Forever, Steps, answer
 
 
 @pytest.fixture
@@ -200,3 +201,87 @@ def test_the_map_is_replaced_whole_while_it_is_read(start_gateway: StartGateway,
     stop.set()
     reader.join()
     assert seen <= {1, 501}
+
+
+def test_what_runs_is_asked_when_somebody_asks_and_once_for_all(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="60")
+    with gateway.http(gateway.key()) as client:
+        assert [entry["name"] for entry in client.get("/api/ps").json()["models"]] == ["llama3.2:latest"]
+        alpha.play("/api/ps", answer(200, {"models": []}))
+        until(lambda: client.get("/api/ps").json()["models"] == [], 5)
+        before, began = len(alpha.calls("/api/ps")), time.monotonic()
+        for _ in range(30):
+            client.get("/api/ps")
+        assert len(alpha.calls("/api/ps")) - before <= 2 + (time.monotonic() - began)
+
+
+def test_who_asks_what_runs_does_not_wait_for_a_dead_backend(
+    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend
+) -> None:
+    beta.play("/api/ps", [Forever()])
+    gateway = start_gateway(alpha, beta, MODEL_DISCOVERY_REFRESH_S="60")
+    with gateway.http(gateway.key()) as client:
+        for _ in range(20):
+            assert [entry["name"] for entry in client.get("/api/ps").json()["models"]] == ["llama3.2:latest"]
+        gateway.rooms.running._ask_after.clear()
+        until(lambda: "beta" not in gateway.rooms.running._asking, 10)
+        calls = len(beta.calls("/api/ps"))
+        for _ in range(10):
+            client.get("/api/ps")
+        assert len(beta.calls("/api/ps")) - calls <= 1
+
+
+def listed(*entries: dict[str, object]) -> Steps:
+    return answer(200, {"object": "list", "data": list(entries)})
+
+
+def test_clients_see_by_what_they_size_their_context(start_gateway: StartGateway) -> None:
+    meta = {"vocab_type": 2, "n_vocab": 151936, "n_ctx": 32768, "n_ctx_train": 40960, "n_params": 8 * 10**9, "size": 5 * 10**9}
+    llama = {"id": "qwen3", "created": 5, "owned_by": "llamacpp", "meta": {**meta, "path": "/srv/qwen3.gguf", "n_embd": -1}}
+    vllm = {
+        "id": "org/model",
+        "created": 6,
+        "owned_by": "vllm",
+        "root": "org/model",
+        "max_model_len": 16384,
+        "permission": [{}],
+    }
+    odd = {"id": "odd", "created": 7, "root": "/srv/models/odd", "max_model_len": "many", "context_length": 10**30, "meta": [1]}
+    with PlayedBackend("openai", ["qwen3"], name="beta") as beta:
+        beta.play("/v1/models", listed(llama, vllm, odd))
+        gateway = start_gateway(beta)
+        with gateway.http(gateway.key()) as client:
+            found = {entry["id"]: entry for entry in client.get("/v1/models").json()["data"]}
+            shown = client.post("/api/show", json={"model": "qwen3"}).json()["model_info"]
+            assert client.get("/v1/models/qwen3").json() == found["qwen3"]
+    common = {"object": "model", "owned_by": "library"}
+    assert found == {
+        "qwen3": {**common, "id": "qwen3", "created": 5, "owned_by": "llamacpp", "meta": meta},
+        "org/model": {**common, **{name: told for name, told in vllm.items() if name != "permission"}},
+        "odd": {**common, "id": "odd", "created": 7},
+    }
+    assert shown["unknown.context_length"] == 32768
+
+
+def test_a_model_keeps_the_time_at_which_it_was_first_seen(start_gateway: StartGateway) -> None:
+    clock = itertools.count(1_800_000_000)
+
+    def now(_: object) -> Steps:
+        return listed(*({"id": name, "created": next(clock)} for name in beta.models))
+
+    with PlayedBackend("openai", ["old"], name="beta") as beta:
+        beta.play("/v1/models", now)
+        gateway = start_gateway(beta)
+        [first] = created(gateway)
+        beta.models.append("new")
+        for _ in range(2):
+            gateway.call(gateway.rooms.discovery.refresh())
+        old, new = created(gateway)
+        assert old == first and new > old
+        other = start_gateway(beta)
+        other.call(other.rooms.discovery.refresh())
+        assert created(other) == created(gateway) == [old, new]
+
+
+def created(gateway: RunningGateway) -> list[int]:
+    return [model.openai["created"] for model in gateway.rooms.discovery.catalog.models.values()]

@@ -5,8 +5,10 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import ollama
 import pytest
 
+from gateway.keys import ADMIN_MODELS, SHOW_BACKEND
 from gateway.quota import UNLIMITED
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -98,3 +100,34 @@ def test_the_same_time(gateway: RunningGateway) -> None:
                 times[model].append(ask(model))
     hidden, unknown = (statistics.median(times[model]) for model in (HIDDEN, UNKNOWN))
     assert 0.9 < hidden / unknown < 1.1
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_only_who_may_pull_any_model_is_told_that_one_is_missing(gateway: RunningGateway, path: str) -> None:
+    def statuses(*patterns: str, flags: tuple[str, ...] = ()) -> list[int]:
+        with gateway.http(gateway.key(*patterns, flags=flags)) as client:
+            names = (UNKNOWN, "gpt-oss:120b-cloud", "no-such:120b-cloud")
+            return [client.post(path, json={"model": name, **BODIES[path]}).status_code for name in names]
+
+    assert statuses(flags=(ADMIN_MODELS,)) == [404, 403, 403]
+    for patterns, flags in [((), ()), (("llama3.2",), (ADMIN_MODELS,)), (("*",), (ADMIN_MODELS,)), ((), (SHOW_BACKEND,))]:
+        assert statuses(*patterns, flags=flags) == [403] * 3
+
+
+def test_a_missing_model_is_told_as_ollama_tells_it(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.admin_key()) as client:
+        assert client.post("/api/show", json={"model": UNKNOWN}).json() == {"error": f"model '{UNKNOWN}' not found"}
+        error = client.post("/v1/chat/completions", json={"model": UNKNOWN, **BODIES["/api/chat"]}).json()["error"]
+        assert (error["message"], error["code"]) == (f"model '{UNKNOWN}' not found", "model_not_found")
+        assert client.get(f"/v1/models/{UNKNOWN}").status_code == 404
+
+
+def test_what_was_pulled_is_there_with_the_next_request(gateway: RunningGateway) -> None:
+    """As `ollama run` does it: show, pull where that is a 404, show again, chat."""
+    client = gateway.ollama(gateway.admin_key())
+    with pytest.raises(ollama.ResponseError) as told:
+        client.show("fresh")
+    assert told.value.status_code == 404
+    assert [progress.status for progress in client.pull("fresh", stream=True)][-1] == "success"
+    assert client.show("fresh").capabilities
+    assert client.chat("fresh", [{"role": "user", "content": "Say hi"}]).message.content == "alpha heard: Say hi"
