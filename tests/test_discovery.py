@@ -266,11 +266,8 @@ def test_clients_see_by_what_they_size_their_context(start_gateway: StartGateway
 def test_a_model_keeps_the_time_at_which_it_was_first_seen(start_gateway: StartGateway) -> None:
     clock = itertools.count(1_800_000_000)
 
-    def now(_: object) -> Steps:
-        return listed(*({"id": name, "created": next(clock)} for name in beta.models))
-
     with PlayedBackend("openai", ["old"], name="beta") as beta:
-        beta.play("/v1/models", now)
+        beta.play("/v1/models", lambda _: listed(*({"id": name, "created": next(clock)} for name in beta.models)))
         gateway = start_gateway(beta)
         [first] = created(gateway)
         beta.models.append("new")
