@@ -87,7 +87,7 @@ class Sample:
         asked = f"const answer = await fetch({json.dumps(self.url)}{options});"
         shown = "for await (const piece of answer.body) process.stdout.write(piece);"
         shown = shown if self.streams else "console.log(await answer.text());"
-        return f"{asked}\nif (!answer.ok) throw new Error(await answer.text());\n{shown}"
+        return f"{asked}\nif (!answer.ok) throw new Error(`${{answer.status}} ${{await answer.text()}}`);\n{shown}"
 
     @property
     def _has_body(self) -> bool:
