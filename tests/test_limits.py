@@ -273,9 +273,9 @@ def test_openai_backs_off_and_succeeds(gateway: RunningGateway, held: threading.
         waiting = threading.Thread(target=lambda: ask(client, WAYS[2]))
         waiting.start()
         until(lambda: gateway.rooms.limits.running == 1)
-        threading.Timer(0.7, held.set).start()
         with gateway.openai(key, max_retries=20) as official:
             began = time.monotonic()
+            threading.Timer(0.7, held.set).start()
             assert official.chat.completions.create(model=MODEL, messages=SAY_HI).choices[0].message.content
             assert time.monotonic() - began > 0.5
         waiting.join()
