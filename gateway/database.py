@@ -219,7 +219,7 @@ class Database:
             LOG.log(logging.INFO if up else logging.ERROR, "PostgreSQL %s", "answers again" if up else f"is away: {reason}")
 
     async def is_current(self) -> bool:
-        """Whether the schema is the one this code is for; sees whether writes are taken, too. Raises StoreUnavailable."""
+        """Whether the schema has all that this code needs; sees whether writes are taken, too. Raises StoreUnavailable."""
         async with self.connection() as connection:
             try:
                 row = await connection.fetchrow(self._queries["schema_state"])
@@ -230,7 +230,8 @@ class Database:
             await self._look_for_another()
         else:
             self._note_writes(taken=True)
-        return bool(row["version"] == migrations()[-1].version)
+        # Migrations only add: what a later version has applied is in no way of this one.
+        return bool((row["version"] or 0) >= migrations()[-1].version)
 
     async def migrate(self, say: Callable[[str], None]) -> int:
         """Apply what is missing, all or nothing; returns how many were applied."""

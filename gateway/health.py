@@ -19,7 +19,7 @@ DEGRADED, READ_ONLY = "degraded", "degraded: takes no writes"
 class Health:
     """A store that went away is a declared degraded mode: known keys and routing go on, so the gateway stays ready.
 
-    A database that was never reached, or whose schema is another, is not: such a gateway knows no keys.
+    A database that was never reached, or whose schema is older, is not: such a gateway knows no keys.
     """
 
     def __init__(

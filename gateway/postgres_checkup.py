@@ -79,7 +79,7 @@ async def _schema(database: Database, *, migrates_itself: bool) -> list[Finding]
         return [ok(check, "current")]
     if migrates_itself:
         return [warning(check, "not current", "nothing: `make run` and `make key` migrate the private database")]
-    return [problem(check, "not current", "run `make migrate`; if it is newer than this version, update the gateway")]
+    return [problem(check, "not current", "run `make migrate`")]
 
 
 async def _keys(database: Database) -> list[Finding]:

@@ -172,12 +172,17 @@ def test_a_broken_migration_leaves_nothing_of_itself_or_of_those_before_it(empty
     assert asyncio.run(tables()) == []
 
 
-def test_a_database_newer_than_this_code_is_not_current(stores: TestStores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_newer_than_this_code_is_current(stores: TestStores) -> None:
     async def note(found: Database) -> None:
         await found.run("note_migration", 9999, "9999_of_a_later_release", "0")
 
     in_database(stores.database_url, note)
-    assert in_database(stores.database_url, lambda found: found.is_current()) is False
+    assert in_database(stores.database_url, lambda found: found.is_current()) is True
+
+
+def test_a_database_where_nothing_was_applied_yet_is_not_current(empty_database: str) -> None:
+    in_database(empty_database, lambda found: found.run("make_migrations_table"))
+    assert in_database(empty_database, lambda found: found.is_current()) is False
 
 
 @pytest.mark.parametrize(
