@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from gateway.model_names import LONGEST_NAME, AllowList, ModelName, canonical, is_name
@@ -78,7 +79,7 @@ class Model:
     native: dict[str, Any]
     openai: dict[str, Any]
 
-    @property
+    @cached_property
     def context(self) -> int:
         """Tokens of prompt and answer together where a server refuses a wish for more than fits, else 0: vLLM says so."""
         return _whole(self.openai.get("max_model_len"))

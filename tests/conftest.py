@@ -1,8 +1,10 @@
 """Real stores for every test: one private PostgreSQL and Redis a run, a fresh database and an empty Redis for each test."""
 
 import asyncio
+import functools
 import itertools
 import shutil
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +24,8 @@ from tests.running import RunningGateway
 from tests.settings_of import settings_for
 
 _numbers = itertools.count()
+# Each HTTP client of the tests would read the system's certificates anew, 60 ms each, and none of them speaks TLS.
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from tests.settings_of import settings_for
 ONCE = {
     ("admin_verbs.py", "watching"),
     ("authentication.py", "_checked_once"),
+    ("control.py", "_hear"),
     ("discovery.py", "_spawn"),
     ("discovery.py", "refresh"),
     ("limits.py", "_seeded"),
+    ("running.py", "now"),
     ("server.py", "begin_drain"),
     ("tasks.py", "start"),
     ("verification.py", "is_right"),

@@ -91,8 +91,8 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
     "nobody looks whether the caller is there": (
         "left",
         """
-        from gateway import server
-        server.Cycle.watch = lambda self, gone: None
+        from gateway import http_cycle
+        http_cycle.Cycle.watch = lambda self, gone: None
         """,
     ),
     "errors of the other dialect": (

@@ -11,6 +11,7 @@ import pytest
 from tests.asking import WAYS, Way
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
+from tests.processes import until
 from tests.running import RunningGateway
 from tests.scripts import answer
 
@@ -90,9 +91,10 @@ def load_through(gateway: RunningGateway, key: str, trouble: Callable[[], object
     ]
     for thread in threads:
         thread.start()
-    time.sleep(0.7)
+    until(lambda: "alpha heard: Say hi" in got, 30)
     with trouble():  # type: ignore[attr-defined]
-        time.sleep(2.5)
+        until(lambda: "beta heard: Say hi" in got, 30)
+        time.sleep(2)
     time.sleep(0.7)
     stop.set()
     for thread in threads:

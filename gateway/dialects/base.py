@@ -160,8 +160,10 @@ class Dialect(Protocol):
 
 def content_type_of(told: str, framing: Framing | None = None) -> str:
     """The type of an answer in the dialect: as the backend told it where that is one of ours. Whole answers have no framing."""
-    kind, _, more = told.lower().replace(" ", "").partition(";")
     known = JSON if framing is None else framing.content_types
+    if told in known:
+        return told
+    kind, _, more = told.lower().replace(" ", "").partition(";")
     if kind in known and more in ("", "charset=utf-8"):
         return told
     return "application/json" if framing is None else framing.content_type
