@@ -1,9 +1,7 @@
 """The servers behind us: one aiohttp session each, claims on their connections, their failures in our words."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +12,7 @@ from gateway.backend_config import BackendConfig
 from gateway.breaker import Breaker
 from gateway.guard import Guard, Watched
 from gateway.held_bytes import Budget
-from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Upstream, Wire
+from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Pool, Upstream
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
 # Of all calls together, before it can be passed on: frames without end, and whole answers.
@@ -50,12 +48,7 @@ class Backend:
 
     def _new_session(self, *, force_close: bool) -> aiohttp.ClientSession:
         # Claims bound the connections, so the connector need not queue.
-        connector = (
-            aiohttp.TCPConnector(limit=0, force_close=True)
-            if force_close
-            else aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_IDLE_CONNECTIONS_S)
-        )
-        connector._factory = partial(Wire, loop=asyncio.get_running_loop())  # type: ignore[assignment]  # noqa: SLF001
+        connector = Pool(force_close=True) if force_close else Pool(keepalive_timeout=KEEP_IDLE_CONNECTIONS_S)
         return aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.config.connect_timeout_s),

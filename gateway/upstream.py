@@ -7,6 +7,7 @@ that is known beforehand. The pool of connections, their making, TLS and the par
 import asyncio
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -51,14 +52,21 @@ class TooLarge(BackendFault):
 
 
 class Wire(ResponseHandler):
-    """aiohttp's end of a connection, which parses neither endless heads nor a flood of tiny chunks at once."""
+    """aiohttp's end of a connection, which parses neither endless heads nor a flood of tiny chunks at once.
+
+    What comes while nobody has asked ends the connection: the next to ask would take it for the answer.
+    """
 
     _in_body = False
     _head_bytes = 0
+    _is_asked = False
 
     def set_response_params(self, **params: Any) -> None:
-        self._in_body, self._head_bytes = False, 0
+        self._in_body, self._head_bytes, self._is_asked = False, 0, True
         super().set_response_params(**params)
+
+    def rest(self) -> None:
+        self._is_asked = False
 
     def _drop_timeout(self) -> None:
         # Called at each body's end, too.
@@ -66,7 +74,10 @@ class Wire(ResponseHandler):
         super()._drop_timeout()
 
     def data_received(self, data: bytes) -> None:
-        if self._in_body or not data:
+        if not self._is_asked:
+            if self.transport is not None:
+                self.transport.abort()
+        elif self._in_body or not data:
             super().data_received(data)
         else:
             self._receive_heads(data)
@@ -94,6 +105,18 @@ class Wire(ResponseHandler):
             # How a reader's parser is slowed down: no setting reaches it.
             body._high_water_chunks, body._low_water_chunks = CHUNKS_AT_ONCE, CHUNKS_AT_ONCE // 2  # noqa: SLF001
         return True
+
+
+class Pool(aiohttp.TCPConnector):
+    """Connections of this kind; one that is given back rests until the next request."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(limit=0, **options)
+        self._factory = partial(Wire, loop=asyncio.get_running_loop())  # type: ignore[assignment]
+
+    def _release(self, key: Any, protocol: Any, *, should_close: bool = False) -> None:
+        protocol.rest()
+        super()._release(key, protocol, should_close=should_close)
 
 
 class Flow(aiohttp.StreamReader):
