@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gateway.errors import BudgetSpent, LimitReached
+from gateway.errors import NO_RETRY, BudgetSpent, LimitReached
 from gateway.quota import Scope
 from gateway.tokens import Need
 
@@ -74,7 +74,7 @@ def refusal(
     error = (BudgetSpent if limit in BUDGETS else LimitReached)(message, retry_after=retry_after)
     error.kind, error.limit, error.may_wait = kind, limit, may_wait
     is_long = retry_after is None or retry_after > LONGEST_WAIT_OF_CLIENTS_S
-    error.headers = [*told, (b"x-should-retry", b"false")] if is_long else told
+    error.headers = [*told, *NO_RETRY] if is_long else told
     return error
 
 

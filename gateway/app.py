@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from gateway.explain import Fleet, explain
 from gateway.front import METRICS, Front, by_prefix
 from gateway.guard import Watch
 from gateway.health import Health
+from gateway.held_answers import HeldAnswers
 from gateway.keys import KeyRing
 from gateway.limits import Limits
 from gateway.lists import Lists
@@ -81,6 +82,7 @@ class Rooms:
     metrics: Metrics
     writer: AuditWriter
     background: Callable[[], Iterable[Kept]]
+    held_answers: HeldAnswers = field(default_factory=HeldAnswers)
 
 
 def dialects() -> dict[str, Dialect]:
@@ -270,7 +272,7 @@ def _document(
 
 
 def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> dict[tuple[str, str], ASGIApp]:
-    router = Router(rooms.backends, most_tokens=settings.max_num_predict)
+    router = Router(rooms.backends, rooms.held_answers, most_tokens=settings.max_num_predict)
     return {
         ("POST", operation.path): Exchange(
             dialect,

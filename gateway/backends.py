@@ -15,8 +15,8 @@ from gateway.held_bytes import Budget
 from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Pool, Upstream
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
-# Of all calls together, before it can be passed on: frames without end, and whole answers.
-MOST_UNFRAMED, MOST_WHOLE = 32 * 2**20, 256 * 2**20
+# Of all calls together: frames without end.
+MOST_UNFRAMED = 32 * 2**20
 FIXED = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 
 
@@ -29,7 +29,7 @@ class Backend:
         self.breaker = Breaker()
         self.in_flight = 0
         self.is_drained = False
-        self.unframed, self.whole = Budget(MOST_UNFRAMED, "endless_frames"), Budget(MOST_WHOLE, "full")
+        self.unframed = Budget(MOST_UNFRAMED, "endless_frames")
         self._auth = config.auth()
 
     async def __aenter__(self) -> Self:

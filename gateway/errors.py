@@ -133,7 +133,7 @@ class UnsupportedTransferEncoding(GatewayError):
 
     status = 501
     code = "unsupported_transfer_encoding"
-    headers = ((b"x-should-retry", b"false"),)
+    headers = NO_RETRY
 
 
 class UnsupportedEncoding(GatewayError):
@@ -191,6 +191,16 @@ class AnswerTooLarge(BackendRefused):
 
     status = 502
     code = "answer_too_large"
+
+    def __init__(self) -> None:
+        super().__init__(status=self.status)
+
+
+class AnswersUnread(BackendRefused):
+    """The answers that this key is getting are too large together; read those first, or ask for less at once."""
+
+    status = 502
+    code = "answers_unread"
 
     def __init__(self) -> None:
         super().__init__(status=self.status)

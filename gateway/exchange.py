@@ -30,6 +30,10 @@ from gateway.visibility import missing
 
 TAIL_PIECES = 4
 LAST_FRAME_WAITS_S = 0.05
+# What is sent at once; of more, all but the last waits until the client takes it.
+AT_ONCE = 65_536
+# A large whole answer must be read in so many seconds, and one more for each so many bytes.
+READ_WITHIN_S, SLOWEST_READER = 60.0, 65_536
 PASSED_ON = {b"user-agent": b"User-Agent: %b\r\n", b"accept": b"Accept: %b\r\n"}
 
 
@@ -99,14 +103,20 @@ class Exchange:
         try:
             await self._access.admit(answer.record, model.name.canonical, call.need(self._most_tokens))
             opening = await self._router.open(call, self.dialect, model, headers, answer.record, guard)
-            try:
-                if call.stream:
+            if call.stream:
+                try:
                     guard.end_within(opening.backend.config.total_timeout_s, BackendTimeout)
                     await answer.relay(opening, guard, connection)
-                else:
-                    answer.keep_whole(opening)
+                finally:
+                    opening.close()
+                return
+            opening.give_back()
+            try:
+                answer.keep_whole(opening)
+                if len(opening.frames) > AT_ONCE:
+                    await answer.pass_most(guard)
             finally:
-                opening.close()
+                opening.held.close()
         finally:
             # The rest is quick, and a client that leaves now has had its answer.
             connection.watch(None)
@@ -126,17 +136,36 @@ class Answer:
         self._hides_usage = dialect.hides_usage(call)
         self._said_last = False
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
-        self._whole: Opening | None = None
+        self._whole: bytes | None = None
+        self._whole_head: tuple[str, list[tuple[bytes, bytes]]] = "", []
         self.started = False
         self.is_complete = False
 
     def keep_whole(self, opening: Opening) -> None:
-        self._whole = opening
+        self._whole = body = opening.frames
+        self._whole_head = content_type_of(opening.upstream.content_type), [(b"content-length", str(len(body)).encode())]
         self.record.usage = self._dialect.usage_of(opening.value)
         if self.record.usage.completion_tokens is None and self.record.need.output != 0:
             self.record.relayed_tokens = self._tokens_of(opening.frames)
         if self.record.transcript is not None:
             self.record.transcript.hear(opening.frames)
+
+    async def pass_most(self, guard: Watched) -> None:
+        """Of a large whole answer all but its end: until the client has taken that, its call is under way."""
+        assert self._whole is not None
+        guard.end_within(READ_WITHIN_S + len(self._whole) / SLOWEST_READER, ClientStalled)
+        await self._start(*self._whole_head)
+        self._whole = await self._send_most(self._whole)
+
+    async def _send_most(self, body: bytes) -> bytes:
+        """Sends a large body as the client takes it; returns its end, for which there is room then."""
+        last = (len(body) - 1) // AT_ONCE * AT_ONCE
+        for at in range(0, last, AT_ONCE):
+            await self._send({"type": "http.response.body", "body": body[at : at + AT_ONCE], "more_body": True})
+            # A client as quick as we are would leave no turn to others.
+            await asyncio.sleep(0)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": True})
+        return body[last:]
 
     def _tokens_of(self, answer: bytes) -> int:
         """Guessed from what it says, or where that is too much to be read, from its length."""
@@ -191,6 +220,7 @@ class Answer:
             frames = buffer.add(piece)
             if len(buffer.rest) > LONGEST_FRAME:
                 frames += buffer.take()
+        guard.within(idle_s, ClientStalled)
         await self._pass_on_last(buffer.take())
 
     async def _rest_of(self, opening: Opening) -> bytes:
@@ -207,6 +237,8 @@ class Answer:
         if not frames:
             return
         shown = self._hear(frames)
+        if len(shown) > AT_ONCE:
+            shown = await self._send_most(shown)
         if self._dialect.says_last(frames) and self._look_at_end():
             # Who has seen this may be gone, and back with the next request, before the body has ended.
             self._said_last = True
@@ -241,15 +273,17 @@ class Answer:
         """The status has gone out already: the failure is the last frame."""
         self.record.outcome = "shutdown" if error.code == "shutting_down" else "truncated"
         self.record.detail = self.record.detail or error.code
+        if self._whole is not None:
+            # Its length has gone out, too: an answer without an end tells the client.
+            raise ClientGone
         await self._send({"type": "http.response.body", "body": self._dialect.error_frame(error), "more_body": True})
 
     async def finish(self) -> None:
         # The watcher has ended: uvicorn would tell it of the answer's end as of a client that left.
         if self._whole is not None:
-            body = self._whole.frames
-            content_type = content_type_of(self._whole.upstream.content_type)
-            await self._start(content_type, [(b"content-length", str(len(body)).encode())])
-            await self._send({"type": "http.response.body", "body": body})
+            if not self.started:
+                await self._start(*self._whole_head)
+            await self._send({"type": "http.response.body", "body": self._whole})
         else:
             await self._send({"type": "http.response.body", "body": b""})
 

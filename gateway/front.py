@@ -137,7 +137,7 @@ class Front:
             await self.routes(scope)(scope, receive, reply.send)
             record.outcome = record.outcome or _plain_outcome(record)
         except ClientGone as gone:
-            record.outcome, record.status = "client_gone", record.status or STATUS_OF_A_CLIENT_GONE
+            record.outcome, record.status = record.outcome or "client_gone", record.status or STATUS_OF_A_CLIENT_GONE
             record.detail = "stalled" if isinstance(gone, ClientStalled) else ""
         except GatewayError as error:
             await self._refuse(error, scope, receive, reply, record)

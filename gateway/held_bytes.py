@@ -1,4 +1,4 @@
-"""What is held of backends' answers before it can be passed on: bounded for each backend over all its calls."""
+"""What is held of frames that have not ended: bounded for each backend over all its calls."""
 
 from gateway.dialects.base import Framing
 from gateway.upstream import SMALL, BackendFault

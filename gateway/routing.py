@@ -22,7 +22,8 @@ from gateway.errors import (
     NoBackend,
 )
 from gateway.guard import Watched
-from gateway.held_bytes import FrameBuffer, Share
+from gateway.held_answers import HeldAnswer, HeldAnswers
+from gateway.held_bytes import FrameBuffer
 from gateway.record import CANNOT, Attempt, Record
 from gateway.upstream import BackendFault, TooLarge, Upstream
 
@@ -46,20 +47,24 @@ class Opening:
     """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it
     and what it means.
 
-    `close` is owed to it.
+    `close` is owed to it, or `give_back` and `held.close`.
     """
 
     backend: Backend
     upstream: Upstream
     frames: bytes = field(repr=False)
-    held: FrameBuffer | Share = field(repr=False)
+    held: FrameBuffer | HeldAnswer = field(repr=False)
     at_end: bool = False
     value: Any = field(default=None, repr=False)
 
-    def close(self) -> None:
-        self.held.close()
+    def give_back(self) -> None:
+        """The backend's connection, and no more: what was read is still held."""
         self.upstream.close()
         self.backend.give_back()
+
+    def close(self) -> None:
+        self.held.close()
+        self.give_back()
 
 
 class Busy(BackendFault):
@@ -123,8 +128,8 @@ class Tried:
 
 
 class Router:
-    def __init__(self, backends: Mapping[str, Backend], *, most_tokens: int) -> None:
-        self._backends, self._most_tokens = backends, most_tokens
+    def __init__(self, backends: Mapping[str, Backend], held: HeldAnswers, *, most_tokens: int) -> None:
+        self._backends, self._held, self._most_tokens = backends, held, most_tokens
 
     async def open(self, call: Call, dialect: Dialect, model: Model, headers: bytes, record: Record, guard: Watched) -> Opening:
         """The first good answer's beginning; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
@@ -137,7 +142,7 @@ class Router:
             began = time.monotonic()
             record.was_sent = True
             try:
-                opening = await self._try(candidate, call, dialect, headers, guard)
+                opening = await self._try(candidate, call, dialect, headers, record.key_id, guard)
             except BackendFault as fault:
                 tried.failed(backend, fault, time.monotonic() - began)
                 if tried.is_enough:
@@ -155,7 +160,9 @@ class Router:
             return opening
         raise tried.verdict()
 
-    async def _try(self, candidate: Candidate, call: Call, dialect: Dialect, headers: bytes, guard: Watched) -> Opening:
+    async def _try(
+        self, candidate: Candidate, call: Call, dialect: Dialect, headers: bytes, caller: str, guard: Watched
+    ) -> Opening:
         backend, spelling = candidate
         if backend.is_full:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
@@ -166,7 +173,7 @@ class Router:
         try:
             upstream = await backend.post(call.operation.path.encode(), headers, body, guard)
             guard.within(backend.config.read_timeout_s, _no_first_byte, upstream.fail)
-            opening = await self._look(backend, upstream, call, dialect)
+            opening = await self._look(backend, upstream, call, dialect, caller)
             backend.breaker.succeeded()
         except BaseException as wrong:
             if isinstance(wrong, BackendFault) and not _says_nothing_of_it(wrong, backend, began):
@@ -179,14 +186,14 @@ class Router:
             guard.without_deadline()
         return opening
 
-    async def _look(self, backend: Backend, upstream: Upstream, call: Call, dialect: Dialect) -> Opening:
+    async def _look(self, backend: Backend, upstream: Upstream, call: Call, dialect: Dialect, caller: str) -> Opening:
         """Reads on until the first frame, or the whole answer, has shown itself to be good."""
         try:
             if upstream.status != 200:
                 raise await refusal(upstream, backend)
             if call.stream:
                 return await _first_frames(backend, upstream, dialect)
-            return await _whole(backend, upstream, call)
+            return await _whole(backend, upstream, call, HeldAnswer(self._held, caller))
         except (LongFrame, TooLarge) as large:
             # As many tokens were asked for; the next backend would make them all again.
             raise AnswerTooLarge from large
@@ -208,16 +215,15 @@ def _says_nothing_of_it(fault: BackendFault, backend: Backend, began: float) -> 
     return fault.reason in ("model_gone", "full") or (isinstance(fault, Busy) and fault.detail == "status 429")
 
 
-async def _whole(backend: Backend, upstream: Upstream, call: Call) -> Opening:
-    share = Share(backend.whole)
+async def _whole(backend: Backend, upstream: Upstream, call: Call, held: HeldAnswer) -> Opening:
     try:
-        whole = await upstream.read_whole(hold=share.hold)
+        whole = await upstream.read_whole(hold=held.hold)
         value = read_answer(whole)
         judge_whole(value, call.operation)
     except BaseException:
-        share.close()
+        held.close()
         raise
-    return Opening(backend, upstream, whole, share, at_end=True, value=value)
+    return Opening(backend, upstream, whole, held, at_end=True, value=value)
 
 
 async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) -> Opening:

@@ -23,7 +23,7 @@ FLOORS = [
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "outline".split(),
     "redis_lines catalog verification dialects.base keys admission transcript budgets retention audit_chain".split(),
-    "held_bytes".split(),
+    "held_bytes held_answers".split(),
     "backends".split(),
     "refusals authentication dialects.ollama dialects.openai discovery drains bulletin show health local_limits record".split(),
     "running visibility".split(),

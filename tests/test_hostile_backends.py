@@ -113,7 +113,7 @@ def test_whatever_a_backend_does_others_are_answered(
     assert len(ends) == 2 * len(hostile.BEHAVIOURS) >= 2 * 42
     assert gateway.rooms.backends["alpha"].breaker.state == "closed"
     backend = gateway.rooms.backends["hostile"]
-    assert (backend.in_flight, backend.unframed.used, backend.whole.used) == (0, 0, 0)
+    assert (backend.in_flight, backend.unframed.used, gateway.rooms.held_answers.used) == (0, 0, 0)
 
 
 def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
@@ -142,21 +142,6 @@ def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
     for thread in threads:
         thread.join()
     assert backend.unframed.used == 0 and gateway.request_lines()[0]["attempts"][0]["fault"] == "endless_frames"
-
-
-def test_whole_answers_of_many_calls_wait_for_room(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Others' answers fill it, not a fault of the backend: it is full."""
-    monkeypatch.setattr("gateway.backends.MOST_WHOLE", 100_000)
-    gateway = start_gateway(alpha)
-    large = {"model": "m", "message": {"role": "assistant", "content": "x" * 150_000}, "done": True}
-    with gateway.http(gateway.key()) as client:
-        alpha.play("/api/chat", answer(200, large))
-        got = client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": False})
-        assert got.status_code == 503 and "retry-after" in got.headers
-    backend = gateway.rooms.backends["alpha"]
-    assert (backend.whole.used, backend.breaker._failures) == (0, 0)
 
 
 def test_large_embeddings_are_passed_on_and_counted(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
