@@ -15,6 +15,7 @@ class Breaker:
         self._pause_s = FIRST_PAUSE_S
         self._probing = False
         self._succeeded_at = 0.0
+        self._doubted_by: set[str] = set()
 
     @property
     def state(self) -> str:
@@ -38,6 +39,8 @@ class Breaker:
     def succeeded(self) -> None:
         self._failures, self._pause_s, self._probing = 0, FIRST_PAUSE_S, False
         self._succeeded_at = self._clock()
+        if self._doubted_by:
+            self._doubted_by = set()
 
     def has_succeeded_since(self, moment: float) -> bool:
         return self._succeeded_at > moment
@@ -45,6 +48,12 @@ class Breaker:
     def abandoned(self) -> None:
         """The request ended for reasons that say nothing of the backend."""
         self._probing = False
+
+    def doubted(self, caller: str) -> None:
+        """It failed, but no other did better: the request may be wrong. Counts once for each caller until a success."""
+        if caller not in self._doubted_by and len(self._doubted_by) < FAILURES_UNTIL_OPEN:
+            self._doubted_by.add(caller)
+            self.failed()
 
     def failed(self) -> None:
         was_open = self.state != "closed"

@@ -40,6 +40,14 @@ UNABLE = (
     r"option \"\w{1,40}\" must be",
 )
 CANNOT = re.compile("|".join(UNABLE), re.IGNORECASE)
+# With 5xx from llama.cpp, though the request is wrong, at least for its build.
+WRONG = re.compile(
+    r"^(?:failed to parse (?:messages|tools|tool_choice)\b|unknown (?:reasoning|chat) format\b|unsupported param: "
+    r"|only no echo is supported|cannot (?:specify grammar with tools|use both json_schema and grammar)"
+    r"|(?:tools|tool_choice) param requires --jinja|invalid base64 value|failed to tokenize prompt|\"prompt\" )",
+    re.IGNORECASE,
+)
+WRONG_STATUS = 400
 
 
 class Told(NamedTuple):
@@ -90,6 +98,8 @@ def meaning(status: int, told: Told, backend: BackendConfig) -> BackendRefused |
         return BackendRefused(words, status, {name: _scrubbed(value, backend) for name, value in told.fields.items()})
     if status in CALLERS_FAULTS:
         return BackendRefused(words, status)
+    if status >= 500 and WRONG.search(told.words):
+        return BackendCannot(words, WRONG_STATUS)
     if status == NOT_IMPLEMENTED or (status >= 500 and CANNOT.search(told.words)):
         return BackendCannot(words, status)
     return None

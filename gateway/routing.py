@@ -35,6 +35,8 @@ LONGEST_COMMENTS = 4096
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
 NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full"})
+# What a backend says of a request that is wrong, too, in words that we do not know.
+TOLD = frozenset({"bad_status", "bad_first_frame"})
 
 
 class Candidate(NamedTuple):
@@ -100,6 +102,7 @@ class Tried:
         self._record = record
         self._faults: list[BackendFault] = []
         self._cannot: BackendCannot | None = None
+        self._doubtful: list[Backend] = []
 
     @property
     def is_enough(self) -> bool:
@@ -112,18 +115,31 @@ class Tried:
         self._record.was_sent = False
         self._record.attempts.append(Attempt(backend.name, fault.reason, took_s * 1000))
         self._record.detail = str(fault)
+        if fault.reason in TOLD:
+            self._doubtful.append(backend)
 
     def cannot(self, backend: Backend, refused: BackendCannot, took_s: float) -> None:
         """Raises it where that makes two."""
         if self._cannot is not None:
             self._record.backend = backend.name
+            self.answered_by_none()
             raise refused
         self._cannot = refused
         self._faults.clear()
         self._record.was_sent = False
         self._record.attempts.append(Attempt(backend.name, CANNOT, took_s * 1000))
 
+    def answered_well(self) -> None:
+        """Then the request was right, and those before have failed."""
+        for backend in self._doubtful:
+            backend.breaker.failed()
+
+    def answered_by_none(self) -> None:
+        for backend in self._doubtful:
+            backend.breaker.doubted(self._record.key_id)
+
     def verdict(self) -> GatewayError:
+        self.answered_by_none()
         return self._cannot or verdict(self._faults)
 
 
@@ -153,10 +169,13 @@ class Router:
                 continue
             except BackendRefused:
                 record.backend = backend.name
+                tried.answered_by_none()
                 raise
             finally:
                 record.upstream_s += time.monotonic() - began
             record.backend, record.answered_as = backend.name, spelling
+            if record.attempts:
+                tried.answered_well()
             return opening
         raise tried.verdict()
 
@@ -209,10 +228,13 @@ def _no_first_byte() -> BackendFault:
 
 
 def _says_nothing_of_it(fault: BackendFault, backend: Backend, began: float) -> bool:
-    """Whether a backend may be well in spite of this: one that has answered others meanwhile was only asked for much."""
+    """Whether a backend may be well in spite of this: one that has answered others meanwhile was only asked for much.
+
+    What another says to the same request decides on what it told itself.
+    """
     if fault.reason in TIMEOUTS:
         return backend.breaker.has_succeeded_since(began)
-    return fault.reason in ("model_gone", "full") or (isinstance(fault, Busy) and fault.detail == "status 429")
+    return fault.reason in ("model_gone", "full", *TOLD) or (isinstance(fault, Busy) and fault.detail == "status 429")
 
 
 async def _whole(backend: Backend, upstream: Upstream, call: Call, held: HeldAnswer) -> Opening:

@@ -220,3 +220,81 @@ def test_a_timeout_beside_answers_counts_against_nobody(start_gateway: StartGate
         assert chat.ask(gateway, key) == "alpha heard: Say hi"
         waiting.join()
     assert gateway.request_lines()[-1]["status"] == 504 and breaker._failures == 0
+
+
+# ── whose fault a failure is ──
+
+WRONG = [
+    "Failed to parse messages: [json.exception.type_error.302] type must be string, but is number",
+    'Failed to parse tools: Unsupported tool type: {"type":"z"}; tools = []',
+    "Unknown reasoning format: z",
+]
+
+
+def test_what_llamacpp_calls_its_own_failure_is_a_wrong_request(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+    with gateway.http(gateway.key()) as client:
+        for words in WRONG:
+            play(three, CHAT, answer(500, llamacpp(500, words)))
+            before = asked(three, CHAT)
+            got = client.post(CHAT, json=WAYS[2].body)
+            assert got.status_code == 400 and got.json()["error"]["message"] == words
+            assert [now - then for now, then in zip(asked(three, CHAT), before, strict=True)] == [1, 1, 0]
+    assert failures(gateway) == {0}
+
+
+MALFORMED: list[dict[str, Any]] = [
+    {"role": 5, "content": "x"},
+    {"role": None, "content": "x"},
+    {"role": "assistant", "tool_calls": [{}]},
+    {"role": "assistant", "tool_calls": 5},
+    {"role": "assistant", "tool_calls": [5]},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": "f"}]},
+]
+
+
+def test_malformed_messages_reach_no_backend(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+    with gateway.http(gateway.key()) as client:
+        for path in (CHAT, "/api/chat"):
+            for message in MALFORMED:
+                got = client.post(path, json={"model": MODEL, "messages": [message]})
+                assert got.status_code == 400 and ("role" in got.text or "tool_calls" in got.text), message
+            none = {"role": "assistant", "content": "x", "tool_calls": None}
+            assert client.post(path, json={"model": MODEL, "messages": [none]}).status_code == 200
+    assert asked(three, CHAT) == [1, 0, 0]
+
+
+UNKNOWN: list[tuple[str, list[Step]]] = [
+    ("whole", answer(500, llamacpp(500, "words that nobody knows"))),
+    ("streamed", stream(sse([llamacpp(500, "words that nobody knows")], done=False))),
+]
+
+
+@pytest.mark.parametrize(("form", "failing"), UNKNOWN, ids=[form for form, _ in UNKNOWN])
+def test_one_key_opens_no_breaker_with_requests_that_fail_everywhere(
+    gateway: RunningGateway, three: list[PlayedBackend], form: str, failing: list[Step]
+) -> None:
+    play(three, CHAT, failing)
+    asking = {**WAYS[2].body, "stream": form == "streamed"}
+    with gateway.http(gateway.key()) as client:
+        for _ in range(5):
+            assert client.post(CHAT, json=asking).status_code == 502
+    assert states(gateway) == {"closed"} and failures(gateway) == {1}
+    play(three, CHAT, answer(500, llamacpp(500, "words that nobody knows")))
+    for _ in range(2):
+        with gateway.http(gateway.key()) as client:
+            client.post(CHAT, json=asking)
+    assert states(gateway) == {"open"}, "what fails for three keys is broken"
+
+
+def test_one_key_opens_the_breaker_of_one_that_fails_beside_one_that_is_well(
+    gateway: RunningGateway, alpha: PlayedBackend
+) -> None:
+    for failing in (answer(500, llamacpp(500, "words that nobody knows")), answer(500, b"<html>no</html>", HTML)):
+        alpha.play(CHAT, failing)
+        breaker = gateway.rooms.backends["alpha"].breaker
+        breaker.succeeded()
+        with gateway.http(gateway.key()) as client:
+            for _ in range(3):
+                assert breaker.state == "closed"
+                assert client.post(CHAT, json=WAYS[2].body).status_code == 200
+        assert breaker.state == "open"

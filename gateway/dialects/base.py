@@ -231,6 +231,23 @@ def expect_objects(body: dict[str, Any], name: str) -> None:
             raise BadRequest(f"the field {name!r} must be a list of objects")
 
 
+def expect_messages(body: dict[str, Any]) -> None:
+    """Backends answer 500 to a role that is no text, and to calls of tools that name none."""
+    expect_objects(body, "messages")
+    for message in body.get("messages") or ():
+        if "role" in message and message["role"].__class__ is not str:
+            raise BadRequest("the 'role' of each of 'messages' must be a string")
+        if "tool_calls" in message and message["tool_calls"] is not None:
+            _expect_tool_calls(message)
+
+
+def _expect_tool_calls(message: dict[str, Any]) -> None:
+    expect_objects(message, "tool_calls")
+    for call in message["tool_calls"]:
+        if call.get("type", "function") == "function" and not isinstance(call.get("function"), dict):
+            raise BadRequest("each of the 'tool_calls' of a message must be an object with a 'function'")
+
+
 def expect_tools(body: dict[str, Any]) -> None:
     """Backends answer 500 to a function without a name."""
     if body.get("tools") is None:

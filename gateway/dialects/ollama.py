@@ -15,7 +15,7 @@ from gateway.dialects.base import (
     bounded,
     count,
     expect,
-    expect_objects,
+    expect_messages,
     expect_tools,
     is_over,
     read_answer,
@@ -168,7 +168,7 @@ def _is_list_of_strings(value: object) -> bool:
 
 def _check_chat(body: dict[str, Any]) -> None:
     _check_common(body)
-    expect_objects(body, "messages")
+    expect_messages(body)
     expect_tools(body)
 
 

@@ -16,8 +16,8 @@ from gateway.dialects.base import (
     bounded,
     count,
     expect,
+    expect_messages,
     expect_number,
-    expect_objects,
     expect_tools,
     is_over,
     read_answer,
@@ -257,7 +257,7 @@ def _check_chat(body: dict[str, Any]) -> None:
     _check_common(body)
     if body.get("messages") is None:
         raise BadRequest("the field 'messages' is missing")
-    expect_objects(body, "messages")
+    expect_messages(body)
     expect_tools(body)
 
 
