@@ -114,6 +114,21 @@ def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, 
     assert row["prompt_tokens"] == 6 and 5 <= row["completion_tokens"] < 60
 
 
+def test_no_word_of_a_backend_costs_more_than_it_was_asked_for(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, MAX_NUM_PREDICT="100")
+    record = {"model": MODEL, "message": {"role": "assistant", "content": "hi"}, "done": False}
+    counts = {"done": True, "done_reason": "stop", "prompt_eval_count": 2**53, "eval_count": 2**53}
+    empty_lines = stream([*ndjson([record]), b"\n" * 50_000], "application/x-ndjson")
+    with gateway.http(gateway.key(month=200_000)) as client:
+        for script in (answer(200, {**record, **counts}), empty_lines, answer(200, {**record, **counts})):
+            alpha.play("/api/chat", script)
+            got = client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": script is empty_lines})
+            assert got.status_code == 200
+    rows = gateway.audit_rows()
+    assert [row["completion_tokens"] for row in rows] == [100, 100, 100]
+    assert [row["prompt_tokens"] < 70_000 for row in rows] == [True, True, True]
+
+
 @pytest.mark.parametrize(
     ("text", "least", "most"),
     [("", 0, 0), ("word " * 100, 100, 150), ("слово " * 50, 250, 320), ("你好世界" * 25, 100, 100), ("a", 1, 1)],
