@@ -242,12 +242,12 @@ class AdminApi:
     async def audit(self, asked: Asked) -> list[dict[str, Any]]:
         said = asked.query
         key_id = (await self._key_row(said["key"]))["id"] if "key" in said else None
-        models = spoken.model_patterns(said["model"]) if "model" in said else None
+        models, spelled = spoken.model_filter(said["model"]) if "model" in said else (None, None)
         since = spoken.since(said["since"]) if "since" in said else None
         low, high = spoken.status(said["status"]) if "status" in said else (None, None)
         outcome = spoken.words(said["outcome"]) if "outcome" in said else None
         most = min(MOST_ROWS, spoken.count(said["limit"])) if "limit" in said else USUAL_ROWS
-        rows = await self._reports.rows("list_audit", key_id, models, since, low, high, outcome, most)
+        rows = await self._reports.rows("list_audit", key_id, models, since, low, high, outcome, most, spelled)
         return [audit_row(row) for row in rows]
 
     async def trace(self, asked: Asked) -> list[dict[str, Any]]:

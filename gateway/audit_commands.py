@@ -34,7 +34,8 @@ async def list_audit(settings: Settings, said: argparse.Namespace) -> None:
     printer = _printer(said)
     async with current_database(settings) as database:
         key_id = (await _key_of(database, said.key))["id"] if said.key else None
-        filters = (key_id, said.model, said.since, *(said.status or (None, None)), said.outcome or None, said.limit)
+        models, spelled = said.model or (None, None)
+        filters = (key_id, models, said.since, *(said.status or (None, None)), said.outcome or None, said.limit, spelled)
         async with aclosing(database.stream("list_audit", *filters, timeout_s=STATEMENT_S)) as rows:
             is_empty = True
             async for row in rows:

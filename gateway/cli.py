@@ -129,7 +129,7 @@ def _add_audit_options(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--csv", action="store_true", help="print CSV for machines")
     if name == "audit":
         verb.add_argument("--key", help="only of this key: its id or name, also of one that was revoked")
-        verb.add_argument("--model", type=spoken.model_patterns, help="only of this model, or of those that match a glob")
+        verb.add_argument("--model", type=spoken.model_filter, help="only of this model, or of those that match a glob")
         verb.add_argument("--since", type=spoken.since, help="only since then: 24h, 7d, 2026-01-31")
         verb.add_argument("--status", type=spoken.status, help="only with this status, or of its class: 429, 4xx")
         verb.add_argument("--outcome", type=spoken.words, help="only with this outcome, or a beginning of it: refused")

@@ -7,6 +7,7 @@ import argparse
 import re
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from gateway.model_names import NAME_RULE, canonical, is_name
 from gateway.quota import UNLIMITED
@@ -101,13 +102,34 @@ def groups(text: str) -> list[str]:
     return found
 
 
-def model_patterns(model: str) -> list[str]:
-    """A name or a glob as PostgreSQL's LIKE has it, for canonical names; a glob without a tag means every tag."""
+class ModelFilter(NamedTuple):
+    """Patterns of PostgreSQL's LIKE: of canonical names, and, for ILIKE, what every spelling of such a name has in it."""
+
+    canonical: list[str]
+    spelled: list[str]
+
+
+def model_filter(model: str) -> ModelFilter:
+    """Of a name or a glob; a glob without a tag means every tag."""
     plain = model_name(words(model)).strip().lower()
     if not set(plain) & {"*", "?"}:
         plain = canonical(plain).canonical
-    pattern = re.sub(r"([\\%_])", r"\\\1", plain).replace("*", "%").replace("?", "_")
-    return [pattern] if ":" in pattern else [pattern, f"{pattern}:latest"]
+    pattern = _like(plain)
+    return ModelFilter(
+        [pattern] if ":" in pattern else [pattern, f"{pattern}:latest"], [f"%{_like(_in_every_spelling(plain))}%"]
+    )
+
+
+def _like(glob: str) -> str:
+    return re.sub(r"([\\%_])", r"\\\1", glob).replace("*", "%").replace("?", "_")
+
+
+def _in_every_spelling(glob: str) -> str:
+    """What is left of a glob where the tag `latest` may have been added to what was asked for."""
+    name, colon, tag = glob.rpartition(":")
+    if not colon:
+        return re.split(r"[*?]", glob)[0]
+    return name if tag == "latest" or set(tag) & {"*", "?"} else glob
 
 
 def our_id(text: str) -> uuid.UUID | None:

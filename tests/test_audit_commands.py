@@ -183,7 +183,7 @@ def test_any_number_of_rows_passes_through_little_memory(url: str, say: Say) -> 
     assert len(table) == 5001 and {line.index("192.") for line in table[1:]} == {table[0].index("CLIENT")}
 
     async def run(database: Database) -> int:
-        asked = (None, None, None, None, None, None, None)
+        asked = [None] * 8
         async with aclosing(database.stream("list_audit", *asked, timeout_s=10)) as rows:
             await anext(rows)
             tracemalloc.start()
@@ -200,7 +200,7 @@ def test_a_stream_left_early_frees_its_connection(url: str) -> None:
 
     async def run(database: Database) -> None:
         for _ in range(5):
-            async with aclosing(database.stream("list_audit", *[None] * 7, timeout_s=10)) as rows:
+            async with aclosing(database.stream("list_audit", *[None] * 8, timeout_s=10)) as rows:
                 await anext(rows)
 
     in_database(url, run)

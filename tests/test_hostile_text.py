@@ -63,7 +63,7 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("its tags", AllowList(("*:*:*:*:*b",)).allows, "a:"),
     ("a glob of an operator", lambda text: AllowList((text,)), "*a"),
     ("sets of a glob", lambda text: AllowList((text,)), "[a"),
-    ("a filter", lambda text: spoken.model_patterns(text[:1000]), "*%"),
+    ("a filter", lambda text: spoken.model_filter(text[:1000]), "*%"),
     ("a duration", spoken.since, "1"),
     ("a moment", spoken.since, "2026-01-01T00:00:00.1"),
     ("a status", spoken.status, "4x"),

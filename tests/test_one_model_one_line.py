@@ -3,16 +3,18 @@
 import asyncio
 import csv
 import io
+import time
 from typing import Any
 
 import asyncpg
 import httpx
 import pytest
 
-from gateway import cli
+from gateway import cli, spoken
+from gateway.database import Database
 from gateway.keys import ADMIN
 from gateway.model_names import canonical
-from tests.audit_rows import ago, row, sql, write
+from tests.audit_rows import PLAIN, ago, in_database, row, sql, write
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.settings_of import settings_for
@@ -85,6 +87,50 @@ def test_a_filter_finds_every_spelling(
     asked: str, stores: TestStores, capsys: pytest.CaptureFixture[str], wanted: str, rows: int
 ) -> None:
     assert len(printed(stores, capsys, "audit", "--model", wanted)) == rows
+
+
+def test_a_filter_costs_little_more_than_a_look_at_every_row(stores: TestStores) -> None:
+    columns = ", ".join(PLAIN)
+    write(stores.database_url, [row(ago(1), model="mistral:7b")])
+    copied = columns.replace("model,", "(ARRAY['llama3.2', 'mistral:7b', 'Qwen/Qwen2.5-7B'])[1 + n % 3],", 1)
+    more = f"INSERT INTO audit (id, at, batch, {columns}) SELECT gen_random_uuid(), at, batch, {copied}"
+    sql(stores.database_url, f"{more} FROM audit, generate_series(1, 30000) AS n", "ANALYZE audit")  # our own names
+
+    async def best(database: Database, query: str, *values: object) -> float:
+        took = []
+        async with database.connection() as connection:
+            for _ in range(3):
+                began = time.monotonic()
+                await connection.fetch(query, *values, timeout=60)
+                took.append(time.monotonic() - began)
+        return min(took)
+
+    async def compare(database: Database) -> tuple[float, float]:
+        models, *more = spoken.model_filter("gpt-oss:20b")
+        asked = (None, models, None, None, None, None, 100, *more)
+        plain = "SELECT id FROM audit WHERE model ILIKE '%gpt-oss:20b%'"
+        return await best(database, database.sql("list_audit"), *asked), await best(database, plain)
+
+    filtered, plain = in_database(stores.database_url, compare)
+    assert filtered < 3 * plain, (filtered, plain)
+
+
+@pytest.mark.parametrize(
+    "wanted", ["*", "*:latest", "*:70b", "llama*", "llama3.2:l*", "a:*", "*/m*", "??", "x", "a:b/c", "l%_ma", "*c*t"]
+)
+def test_what_is_looked_for_first_loses_nothing(stores: TestStores, wanted: str) -> None:
+    spellings = [*ONE_MODEL, "  llama3.2  ", "llama3.2:70b", "LLAMA3.2:70B:local", "a:b/c", *OTHERS]
+    write(stores.database_url, [row(ago(1), model=name) for name in spellings])
+    models, *more = spoken.model_filter(wanted)
+    asked = (None, models, None, None, None, None, None, *more)
+    found = in_database(stores.database_url, lambda database: database.rows("list_audit", *asked))
+    exact = "SELECT model FROM audit WHERE canonical_model(model) LIKE ANY ($1)"
+
+    async def all_of_it(database: Database) -> list[str]:
+        async with database.connection() as connection:
+            return [each["model"] for each in await connection.fetch(exact, models)]
+
+    assert sorted(each["model"] for each in found) == sorted(in_database(stores.database_url, all_of_it))
 
 
 def test_everywhere_else(start_gateway: StartGateway, alpha: PlayedBackend) -> None:

@@ -242,7 +242,7 @@ class Scene:
         """The audit's rows of the drill's keys, by request id."""
         found: dict[str, list[dict[str, Any]]] = {}
         for key_id in self.key_ids.values():
-            for row in await self._database.rows("list_audit", key_id, None, None, None, None, None, 1000):
+            for row in await self._database.rows("list_audit", key_id, None, None, None, None, None, 1000, None):
                 found.setdefault(row["request_id"], []).append(dict(row))
         return found
 

@@ -11,7 +11,14 @@ SELECT a.id::text AS id, a.at, a.batch, a.request_id, a.key_id, k.name AS key, a
        a.completion_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms, a.total_ms
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
 WHERE ($1::text IS NULL OR a.key_id = $1)
-  AND ($2::text[] IS NULL OR canonical_model(a.model) LIKE ANY ($2))
+  -- Most rows are decided by what costs little: $8 is what every spelling of such a model has in it, and a name without a host,
+  -- a namespace and a source suffix lacks at most its tag.
+  AND ($2::text[] IS NULL OR CASE
+       WHEN NOT a.model ILIKE ANY ($8::text[]) THEN false
+       WHEN a.model = '' OR strpos(a.model, '/') > 0 OR strpos(a.model, ' ') > 0 OR lower(right(a.model, 6)) = ':local'
+       THEN canonical_model(a.model) LIKE ANY ($2)
+       WHEN strpos(a.model, ':') > 0 THEN lower(a.model) LIKE ANY ($2)
+       ELSE lower(a.model) || ':latest' LIKE ANY ($2) END)
   AND ($3::timestamptz IS NULL OR a.at >= $3)
   AND ($4::integer IS NULL OR a.status BETWEEN $4 AND $5)
   AND ($6::text IS NULL OR starts_with(a.outcome, $6))
