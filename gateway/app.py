@@ -129,7 +129,8 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         spoken = dialects()
         writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
         purging = await stack.enter_async_context(retaining(settings))
-        books = await stack.enter_async_context(Books(limits, spoken, writer.write, size=settings.audit_buffer_size))
+        bounds = {"size": settings.audit_buffer_size, "most_output": settings.max_num_predict}
+        books = await stack.enter_async_context(Books(limits, spoken, writer.write, **bounds))
         watch = await stack.enter_async_context(Watch())
         id_header = settings.gateway_request_id_header
         metrics = Metrics(metrics_folder)

@@ -34,8 +34,11 @@ class Books:
     its tokens and slots are told to Redis when it is back. With both away the oldest are lost, counted and said.
     """
 
-    def __init__(self, limits: Limits, dialects: Mapping[str, Dialect], write: WriteRows, *, size: int) -> None:
-        self._limits, self._dialects, self._write, self._size = limits, dialects, write, size
+    def __init__(
+        self, limits: Limits, dialects: Mapping[str, Dialect], write: WriteRows, *, size: int, most_output: int
+    ) -> None:
+        self._limits, self._dialects, self._write = limits, dialects, write
+        self._size, self._most_output = size, most_output
         self._backlog: deque[Settlement] = deque()
         self._unsettled: deque[Settlement] = deque(maxlen=size)
         self._under_way: set[asyncio.Future[Any]] = set()
@@ -96,7 +99,7 @@ class Books:
         return told
 
     def _settlement(self, record: Record) -> Settlement:
-        spent = cost.of(record)
+        spent = cost.of(record, self._most_output)
         record.spent_prompt, record.spent_completion = spent.prompt, spent.completion
         row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0

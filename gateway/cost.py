@@ -6,7 +6,9 @@ from gateway.record import Record
 
 # Of these, what had gone through until the end is all that can be known.
 CUT = frozenset({"client_gone", "truncated", "shutdown"})
-MOST_TOKENS = 10**9
+# A prompt is estimated from its text alone: templates, pictures and odd alphabets may make more of it, but no backend's word
+# makes a month's budget of it.
+PROMPT_FACTOR, PROMPT_BASE = 16, 65_536
 
 
 class Cost(NamedTuple):
@@ -21,14 +23,16 @@ class Cost(NamedTuple):
         return self.prompt + self.completion
 
 
-def of(record: Record) -> Cost:
+def of(record: Record, most_output: int) -> Cost:
+    """`most_output`: what a backend was allowed to answer at most; what it says beyond that is not billed."""
     if record.outcome not in CUT and record.outcome != "answered":
         return Cost()
     prompt, completion = record.usage.prompt_tokens, record.usage.completion_tokens
     if completion is None and record.need.output == 0:
         completion = 0
     if prompt is not None and completion is not None:
-        return _bounded(Cost(prompt, completion, "reported" if prompt or completion or record.need.prompt > 0 else "none"))
+        source = "reported" if prompt or completion or record.need.prompt > 0 else "none"
+        return _bounded(Cost(prompt, completion, source), record, most_output)
     if record.need.prompt < 0 or not record.was_sent:
         return Cost()
     guessed = Cost(
@@ -36,8 +40,11 @@ def of(record: Record) -> Cost:
         record.relayed_tokens if completion is None else completion,
         "partial" if record.outcome in CUT else "estimated",
     )
-    return _bounded(guessed)
+    return _bounded(guessed, record, most_output)
 
 
-def _bounded(cost: Cost) -> Cost:
-    return Cost(min(cost.prompt, MOST_TOKENS), min(cost.completion, MOST_TOKENS), cost.source)
+def _bounded(cost: Cost, record: Record, most_output: int) -> Cost:
+    most_prompt = PROMPT_FACTOR * max(0, record.need.prompt) + PROMPT_BASE
+    if cost.prompt <= most_prompt and cost.completion <= most_output:
+        return cost
+    return Cost(min(cost.prompt, most_prompt), min(cost.completion, most_output), cost.source)
