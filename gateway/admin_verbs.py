@@ -115,7 +115,7 @@ class AdminVerb:
             await answer.fail(AnswerCutShort() if answer.started else BackendFailed())
         except GatewayError as error:
             await answer.fail(error)
-        if self._route in CHANGES_MODELS:
+        if self._route in CHANGES_MODELS and answer.is_good:
             # Who has pulled a model asks for it next.
             await self._models_changed(backend)
         await answer.end()
@@ -246,12 +246,12 @@ class PassedThrough:
 
     def __init__(self, dialect: Dialect, record: Record, send: Send) -> None:
         self._dialect, self.record, self._send = dialect, record, send
-        self.started = False
+        self.started = self.is_good = False
 
     async def pass_on(self, upstream: Upstream, silence_s: float) -> None:
         if not _is_answer(upstream):
             raise _no_answer(upstream)
-        self.started = True
+        self.started, self.is_good = True, upstream.status < 400
         content_type = content_type_of(upstream.content_type or "application/json", self._dialect.framing)
         headers = [(b"content-type", content_type.encode("latin-1"))]
         await self._send({"type": "http.response.start", "status": upstream.status, "headers": headers})

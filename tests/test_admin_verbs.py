@@ -63,6 +63,22 @@ def test_a_backends_own_error_comes_through(gateway: RunningGateway) -> None:
         assert client.request("DELETE", "/api/delete", json={"model": "absent"}).status_code == 404
 
 
+def test_only_what_may_have_changed_a_model_makes_the_list_be_asked_again(
+    gateway: RunningGateway, alpha: PlayedBackend
+) -> None:
+    """A list that hangs holds up nobody whose change was refused."""
+    with gateway.http(gateway.admin_key()) as client:
+        asked = len(alpha.calls("/api/tags"))
+        assert client.request("DELETE", "/api/delete", json={"model": "absent"}).status_code == 404
+        alpha.play("/api/copy", [Reset()])
+        assert client.post("/api/copy", json={"source": MODEL, "destination": "copy"}).status_code == 502
+        assert client.post("/api/copy", content=b"no JSON").status_code == 400
+        assert len(alpha.calls("/api/tags")) == asked
+        alpha.play("/api/copy", None)
+        assert client.post("/api/copy", json={"source": MODEL, "destination": "copy"}).status_code == 200
+        assert len(alpha.calls("/api/tags")) == asked + 1
+
+
 def test_a_blob_larger_than_any_body_limit_is_streamed(gateway: RunningGateway, alpha: PlayedBackend) -> None:
     with gateway.http(gateway.admin_key()) as client:
         assert client.head(f"/api/blobs/{DIGEST}").status_code == 404
