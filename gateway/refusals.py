@@ -11,6 +11,8 @@ from gateway.errors import BackendCannot, BackendRefused
 # The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.
 CALLERS_FAULTS = frozenset({400, 405, 409, 411, 413, 414, 415, 416, 422, 431})
 NOT_IMPLEMENTED = 501
+# What proxies say of a backend that is away, in words of their own.
+OF_PROXIES = frozenset({502, 503, 504})
 DEEPEST_WRAPPING = 3
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LARGEST_COUNT = 2**53
@@ -35,7 +37,7 @@ UNABLE = (
     r"does not match the expected peg-",
     # llama.cpp: texts to embed beyond its batch; messages that the model's template refuses.
     r"input is too large to process",
-    r"roles must alternate|at row \d{1,9}, column \d{1,9}",
+    r"roles must alternate|jinja exception|while executing \w{1,40} at line \d{1,9}|at row \d{1,9}, column \d{1,9}:\n",
     # Ollama: options of a wrong kind.
     r"option \"\w{1,40}\" must be",
 )
@@ -48,6 +50,12 @@ WRONG = re.compile(
     re.IGNORECASE,
 )
 WRONG_STATUS = 400
+# Whatever else stands there, this is a failure, and another time or another backend may do better.
+FAILURE = re.compile(
+    r"out of memory|not enough memory|failed to allocate|(?:cuda|hip|rocm|metal|vulkan|sycl|ggml)[ _](?:error|assert)"
+    r"|connection (?:refused|reset)|timed out|has terminated",
+    re.IGNORECASE,
+)
 
 
 class Told(NamedTuple):
@@ -98,11 +106,15 @@ def meaning(status: int, told: Told, backend: BackendConfig) -> BackendRefused |
         return BackendRefused(words, status, {name: _scrubbed(value, backend) for name, value in told.fields.items()})
     if status in CALLERS_FAULTS:
         return BackendRefused(words, status)
-    if status >= 500 and WRONG.search(told.words):
+    if status >= 500 and _says(WRONG, status, told.words):
         return BackendCannot(words, WRONG_STATUS)
-    if status == NOT_IMPLEMENTED or (status >= 500 and CANNOT.search(told.words)):
+    if status == NOT_IMPLEMENTED or (status >= 500 and _says(CANNOT, status, told.words)):
         return BackendCannot(words, status)
     return None
+
+
+def _says(meant: re.Pattern[str], status: int, words: str) -> bool:
+    return status not in OF_PROXIES and meant.search(words) is not None and FAILURE.search(words) is None
 
 
 def _scrubbed(value: object, backend: BackendConfig) -> object:

@@ -9,6 +9,9 @@ import ollama
 import openai
 import pytest
 
+from gateway import refusals
+from gateway.backend_config import BackendConfig
+from gateway.errors import BackendCannot
 from tests.asking import MODEL, SAY_HI, WAYS
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -126,6 +129,31 @@ def test_other_failures_are_failures(gateway: RunningGateway, three: list[Played
         got = client.post(CHAT, json=WAYS[2].body)
     assert got.status_code == 502 and "x-should-retry" not in got.headers
     assert asked(three, CHAT) == [1, 1, 1] and failures(gateway) == {1}
+
+
+PLACE = " at row 5, column 9:\n{{ raise_exception('no') }}\n        ^\n"
+FAILURES = [
+    (500, "CUDA error: failed to load image: out of memory"),
+    (500, "failed to process image: ggml_backend_alloc failed to allocate buffer"),
+    (500, "llama runner process has terminated: failed to decode image"),
+    (500, "bad configuration at row 5, column 9 of models.csv"),
+    (502, "bad gateway" + PLACE),
+    (503, MMPROJ),
+    (504, MMPROJ),
+]
+TEMPLATES = [
+    "After the optional system message, conversation roles must alternate user/assistant",
+    "Only text is known" + PLACE,
+    "\n------------\nWhile executing CallExpression at line 3, column 9 in source:\n...\nError: Jinja Exception: no",
+]
+
+
+def test_a_failure_stays_one_whatever_words_it_has() -> None:
+    backend = BackendConfig("alpha", "http://alpha")
+    for status, words in FAILURES:
+        assert refusals.meaning(status, refusals.Told(words, {}), backend) is None, words
+    for words in TEMPLATES:
+        assert isinstance(refusals.meaning(500, refusals.Told(words, {}), backend), BackendCannot), words
 
 
 def test_the_words_in_ollamas_language(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
