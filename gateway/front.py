@@ -39,7 +39,7 @@ EXPOSED = (
 )
 # What a model or a backend said is what the content type says, and no page, whatever it looks like.
 NO_SNIFFING = (b"x-content-type-options", b"nosniff")
-LINGER_S, LINGER_BYTES = 2.0, 4 * 2**20
+REFUSED_BODY_LINGERS_S, MOST_OF_REFUSED_BODY = 2.0, 4 * 2**20
 STATUS_OF_A_CLIENT_GONE = 499
 PREFLIGHT_HEADERS = (
     b"authorization, content-type, user-agent, accept, x-requested-with, x-api-key, api-key, x-request-id, openai-beta, "
@@ -187,8 +187,8 @@ async def _linger(receive: Receive) -> None:
     taken = 0
     try:
         with Guard() as guard:
-            guard.within(LINGER_S, BodyTooSlow)
-            while taken < LINGER_BYTES:
+            guard.within(REFUSED_BODY_LINGERS_S, BodyTooSlow)
+            while taken < MOST_OF_REFUSED_BODY:
                 message = await receive()
                 taken += len(message.get("body", b""))
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):

@@ -22,7 +22,7 @@ LARGEST_PIECE, MOST_STEPS = 2048, 200
 # How much of what frames a chunked body there may be for a byte of it; beyond that it counts as a head does.
 FRAMING_FOR_A_BYTE = 16
 MOST_HELD, MOST_AT_ONCE = 262_144, 65_536
-LINGER_S, LINGER_BYTES = 2.0, 262_144
+REFUSED_CONNECTION_LINGERS_S, MOST_DISCARDED = 2.0, 262_144
 
 
 class Protocol(Deadlines):
@@ -303,13 +303,13 @@ class Protocol(Deadlines):
         self._is_lingering = True
         with suppress(OSError, RuntimeError):
             self.transport.write_eof()
-        self.loop.call_later(LINGER_S, self.transport.close)
+        self.loop.call_later(REFUSED_CONNECTION_LINGERS_S, self.transport.close)
 
     def _discard(self, count: int) -> None:
         self._discarded += count
-        if self._discarded > LINGER_BYTES and self._is_lingering:
+        if self._discarded > MOST_DISCARDED and self._is_lingering:
             self.transport.close()
-        elif self._discarded > LINGER_BYTES:
+        elif self._discarded > MOST_DISCARDED:
             self.flow.pause_reading()
 
     # What ends
