@@ -29,7 +29,8 @@ class Verifier:
     """Of two threads, ids that nobody has take one, half of the time; those that exist are verified one at a time each.
 
     A wrong key is answered in its turn among those with unknown ids and after as long, so that the time tells nobody
-    which ids there are. Only where that queue is full does it matter: unknown ids are turned away at once.
+    which ids there are. Where that queue is full they can be told apart: unknown ids are turned away at once,
+    a wrong key is verified, answered and counted.
     """
 
     def __init__(self, hasher: PasswordHasher) -> None:
@@ -53,7 +54,9 @@ class Verifier:
         try:
             is_right, _ = await verifying
             if not is_right:
-                await turn
+                # Without a turn it is as wrong: who sent it is counted, and argon2 does not run for it again.
+                with suppress(Overloaded):
+                    await turn
             return is_right
         finally:
             for task in (verifying, turn):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gateway import api_key, local, verification
 from gateway.authentication import Authenticator
-from gateway.errors import CommandFailed, ConflictingKeys, MissingKey
+from gateway.errors import CommandFailed, ConflictingKeys, MissingKey, Overloaded
 from gateway.keys import NewKey
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -550,3 +550,21 @@ def test_an_answer_in_its_turn_frees_what_it_took(monkeypatch: pytest.MonkeyPatc
         return ends
 
     assert asyncio.run(run()) <= {"False", "Overloaded", "CancelledError"}
+
+
+def test_a_wrong_key_is_wrong_also_while_the_queue_of_unknown_ids_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is counted and remembered, and argon2 does not run for it again."""
+    monkeypatch.setattr(verification, "MOST_UNKNOWN", 0)
+    hasher = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+    good, wrong = api_key.mint(), api_key.mint()
+
+    async def run() -> list[bool]:
+        verifier = verification.Verifier(hasher)
+        try:
+            with pytest.raises(Overloaded):
+                await verifier.is_right(None, wrong)
+            return [await verifier.is_right(hasher.hash(good.whole), each) for each in (good, wrong)]
+        finally:
+            verifier.close()
+
+    assert asyncio.run(run()) == [True, False]
