@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from gateway.body import read_body
 from gateway.books import Books
 from gateway.catalog import Catalog, Model
 from gateway.connection import Connection
-from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Operation, content_type_of, read_call, try_read
+from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Framing, Operation, content_type_of, read_call, try_read
 from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.guard import Watch, Watched
 from gateway.held_bytes import FrameBuffer
@@ -34,6 +34,8 @@ LAST_FRAME_WAITS_S = 0.05
 AT_ONCE = 65_536
 # A large whole answer must be read in so many seconds, and one more for each so many bytes.
 READ_WITHIN_S, SLOWEST_READER = 60.0, 65_536
+# Of a stream whose frames are read on their way so much is read at once, and of each piece where there is no turn between.
+READ_IN_A_TURN, READ_IN_A_PIECE = 32 * 1024, 2048
 PASSED_ON = {b"user-agent": b"User-Agent: %b\r\n", b"accept": b"Accept: %b\r\n"}
 
 
@@ -122,6 +124,18 @@ class Exchange:
             connection.watch(None)
 
 
+def _turns(frames: bytes, framing: Framing) -> Iterator[bytes]:
+    """Whole frames, READ_IN_A_TURN bytes each at the most, a frame that is longer in not much more than twice its length."""
+    size = READ_IN_A_TURN
+    while len(frames) > size:
+        if end := framing.end_of_frames(frames[:size]):
+            yield frames[:end]
+            frames, size = frames[end:], READ_IN_A_TURN
+        else:
+            size *= 2
+    yield frames
+
+
 def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> bytes:
     """What a backend is told of a request's headers, as lines."""
     lines = [PASSED_ON[name] % value for name, value in headers if name in PASSED_ON and not UNSAFE.search(value)]
@@ -197,10 +211,11 @@ class Answer:
         idle_s, upstream = opening.backend.config.idle_timeout_s, opening.upstream
         frames, is_plain, record, buffer = opening.frames, self._dialect.is_plain, self.record, opening.held
         assert isinstance(buffer, FrameBuffer)
+        longest = READ_IN_A_PIECE if self._hides_usage else LONGEST_FRAME
 
         def pass_at_once(piece: bytes) -> bool:
             """Most pieces are whole frames for a client that keeps up: they need no turn of this task."""
-            if buffer.rest or not is_plain(piece) or not connection.keeps_up:
+            if buffer.rest or not is_plain(piece) or not connection.keeps_up or len(piece) > longest:
                 return False
             if shown := self._hear(piece):
                 connection.push(shown)
@@ -211,6 +226,12 @@ class Answer:
         while True:
             if self._dialect.says_last(frames) and not opening.at_end:
                 buffer.rest += await self._rest_of(opening)
+            if len(frames) > READ_IN_A_TURN and self._hides_usage:
+                *turns, frames = _turns(frames, self._dialect.framing)
+                for turn in turns:
+                    guard.within(idle_s, ClientStalled)
+                    await self._pass_on(turn)
+                    await asyncio.sleep(0)
             guard.within(idle_s, ClientStalled)
             await self._pass_on(frames)
             guard.within(idle_s, BackendTimeout)
@@ -267,7 +288,11 @@ class Answer:
             await self._pass_on(rest)
 
     def _tail(self) -> list[bytes]:
-        return self._dialect.framing.payloads(b"".join(self._recent))[-TAIL_PIECES:]
+        """The last payloads; of many frames those at the end, the last one in any case."""
+        framing, recent = self._dialect.framing, b"".join(self._recent)
+        if len(recent) > LARGEST_READ_WHOLE:
+            recent = recent[framing.end_of_frames(recent[:-LARGEST_READ_WHOLE]) :]
+        return framing.payloads(recent)[-TAIL_PIECES:]
 
     async def break_off(self, error: GatewayError) -> None:
         """The status has gone out already: the failure is the last frame."""

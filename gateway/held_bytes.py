@@ -53,7 +53,7 @@ class FrameBuffer:
         before = bytes(rest[-2:])
         end = self._framing.end_of_frames(before + piece) - len(before)
         rest += piece
-        if end > 0:
+        if end >= 0:
             return self.take(len(rest) - len(piece) + end)
         if len(rest) > SMALL:
             self._share.hold(len(rest))

@@ -154,6 +154,20 @@ BEHAVIOURS: dict[str, Doing] = {
     "two answers": with_good(lambda data: sized(data) * 2),
     "line ends of Macintosh": with_good(lambda data: sized(data).replace(b"\r\n", b"\r")),
 }
+ALONE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
+LONG_CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"x%b"}}],"a":[%b],"usage":%b}\n\n'
+# Streams of the OpenAI dialect, for a caller who did not ask for the counts in them.
+COUNTS: dict[str, Doing] = {
+    "many counts": after_first(lambda native: iter([chunk(ALONE * 2000)] * 25)),
+    "counts in a row": after_first(lambda native: iter([chunk(b'data: {"usage":1}\n\r' * 400_000 + b"\n\n")] * 2)),
+    "counts in words": after_first(
+        lambda native: iter([chunk(LONG_CHUNK % (b',\\"usage\\": ' * 600_000, b"", b'{"a":1}'))] * 4)
+    ),
+    "no counts in long chunks": after_first(
+        lambda native: iter([chunk(LONG_CHUNK % (b"", b"1," * 100_000 + b"1", b"null"))] * 20)
+    ),
+    "an event of many lines": after_first(lambda native: iter([chunk(b"data: a\n" * 10_000)] * 100 + [b"0\r\n\r\n"])),
+}
 LISTS = {
     "/api/tags": {"models": [{"name": MODEL, "model": MODEL}]},
     "/api/ps": {"models": []},
@@ -182,7 +196,8 @@ class Handler(socketserver.StreamRequestHandler):
             self.wfile.write(sized(json.dumps(LISTS[path]).encode()))
             return True
         asked = json.loads(body)
-        for piece in BEHAVIOURS[asked["messages"][-1]["content"]](path.startswith("/api/"), asked.get("stream") is True):
+        doing = {**BEHAVIOURS, **COUNTS}[asked["messages"][-1]["content"]]
+        for piece in doing(path.startswith("/api/"), asked.get("stream") is True):
             self.request.sendall(piece)
         return True
 

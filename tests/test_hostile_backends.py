@@ -13,6 +13,8 @@ from typing import Self
 import httpx
 import pytest
 
+from gateway.dialects.openai import OpenAI
+from gateway.exchange import READ_IN_A_TURN
 from tests import hostile
 from tests.asking import MODEL, SAY_HI
 from tests.conftest import StartGateway
@@ -114,6 +116,31 @@ def test_whatever_a_backend_does_others_are_answered(
     assert gateway.rooms.backends["alpha"].breaker.state == "closed"
     backend = gateway.rooms.backends["hostile"]
     assert (backend.in_flight, backend.unframed.used, gateway.rooms.held_answers.used) == (0, 0, 0)
+
+
+def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
+    start_gateway: StartGateway, alpha: PlayedBackend, hostile_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, sizes = OpenAI.without_usage, []
+
+    def read_and_note(dialect: OpenAI, frames: bytes) -> bytes:
+        if frames.count(b'"usage"') > 10:
+            sizes.append(len(frames))
+        return read(dialect, frames)
+
+    monkeypatch.setattr(OpenAI, "without_usage", read_and_note)
+    waits = {"idle_timeout_s": 5, "total_timeout_s": 1.5}
+    gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
+    key, ends = gateway.key(), dict[str, str]()
+    calls = [threading.Thread(target=call, args=(gateway, key, name, False, True, ends)) for name in hostile.COUNTS]
+    with Turns(gateway) as turns:
+        for thread in calls:
+            thread.start()
+        for thread in calls:
+            thread.join()
+    assert len(ends) == 5 and set(ends.values()) == {"failed"}
+    assert 0 < max(sizes) <= READ_IN_A_TURN
+    assert turns.longest_s < LONGEST_TURN_S
 
 
 def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(

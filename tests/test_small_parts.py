@@ -12,6 +12,7 @@ from gateway.client_address import TrustedProxies
 from gateway.dialects.ollama import Ndjson
 from gateway.dialects.openai import ServerSentEvents
 from gateway.guard import Guard
+from gateway.held_bytes import Budget, FrameBuffer
 from gateway.model_names import AllowList, canonical
 
 ONE_MODEL = (
@@ -189,6 +190,10 @@ def test_host_names_of_proxies_are_resolved() -> None:
         (b"data: 1\n\ndata: 2", 9, [b"1"]),
         (b"data: 1\r\n\r\ndata: 2\r\n", 11, [b"1"]),
         (b"data:1\r\rdata:2\r", 8, [b"1"]),
+        (b"data: 1\n\rdata: 2\n\r", 9, [b"1"]),
+        (b"data: 1\r\n\r\ndata: 2\r\n\r", 11, [b"1"]),
+        (b"data: 1\r\r\ndata: 2", 10, [b"1"]),
+        (b"data: 1\n\n\ndata: 2\n: x\n\n", 23, [b"1", b"2"]),
         (b": ping\n\n", 8, []),
         (b"event: x\ndata: 1\ndata: 2\n\n", 26, [b"1\n2"]),
         (b"data: half", 0, []),
@@ -197,6 +202,16 @@ def test_host_names_of_proxies_are_resolved() -> None:
 def test_server_sent_events(data: bytes, end: int, payloads: list[bytes]) -> None:
     framing = ServerSentEvents()
     assert framing.end_of_frames(data) == end and framing.payloads(data[:end]) == payloads
+
+
+def test_an_end_of_an_event_may_be_cut_anywhere() -> None:
+    sent = b'data: {"a":1}\n\rdata: 2\r\n\r\ndata: 3\n\r\ndata: 4\r\rdata: 5\n\n'
+    for cut in range(len(sent)):
+        buffer = FrameBuffer(ServerSentEvents(), Budget(1, "much"))
+        frames = [buffer.add(sent[:cut]), *(buffer.add(sent[at : at + 1]) for at in range(cut, len(sent)))]
+        assert b"".join(frames) == sent and not buffer.rest
+        read = [payload for frame in frames for payload in ServerSentEvents().payloads(frame)]
+        assert read == [b'{"a":1}', b"2", b"3", b"4", b"5"]
 
 
 def test_ndjson() -> None:

@@ -228,6 +228,18 @@ def test_counts_nobody_asked_for_are_taken_out_whatever_their_form(sent: bytes, 
     assert dialect.without_usage(b"data: " + sent + b"\n\n") == (b"" if shown is None else b"data: " + shown + b"\n\n")
 
 
+def test_of_many_events_those_for_counts_alone_are_taken_out_and_no_other() -> None:
+    """With any end of an event, and one whose words are too many to be looked at keeps them."""
+    for end in (b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\r", b"\n\r"):
+        alone, words = b'data: {"choices":[],"usage":' + COUNTS + b"}" + end, b"data: " + WORDS + end
+        waiting, named = b'data: {"usage":null,' + WORDS[1:] + end, b'data: {"choices":[{"text":"usage"}]}' + end
+        long = b'data: {"choices":[{"delta":{"content":"' + b"x" * 20_000 + b'"}}],"usage":' + COUNTS + b"}" + end
+        sent = alone + words + waiting + b": usage" + end + long + named + alone + words + alone
+        shown = OpenAI().without_usage(sent + b"data: [DONE]" + end)
+        assert shown == words + words + b": usage" + end + long + named + words + b"data: [DONE]" + end
+        assert OpenAI().without_usage(sent.replace(long, b"")) == words + words + b": usage" + end + named + words
+
+
 # ── what a caller who leaves early pays ──
 
 TEXT = "A word or two. " * 13_334

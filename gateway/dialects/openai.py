@@ -1,7 +1,7 @@
 """The OpenAI API as Ollama, vLLM, llama.cpp and LM Studio serve it: server-sent events, `{"error": {…}}`, `usage`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gateway import strict_json, tokens
@@ -40,7 +40,12 @@ KNOWN_FIELDS = frozenset(
 )
 ALL_BUT_PROMPT, ALL_BUT_INPUT = tokens.SETTINGS | {"prompt"}, tokens.SETTINGS | {"input"}
 UNKNOWN = Usage()
-EVENT = re.compile(rb".+?(?:\r\n\r\n|\n\n|\n\r\n|\r\r|\Z)", re.DOTALL)
+# Lines end with \n, \r\n or \r, and an event with an empty line (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+END_OF_EVENT = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
+# No server spreads one JSON object over more.
+MOST_LINES = 1000
+# An event that is there for its counts is far smaller; a larger one is passed on as it is.
+LARGEST_USAGE_EVENT = 16 * 1024
 # What servers put into every chunk when they are asked for counts: nothing yet.
 NOTHING = rb'(?:null|\{"prompt_tokens"\s?:\s?0,\s?"completion_tokens"\s?:\s?0,\s?"total_tokens"\s?:\s?0\})'
 NO_USAGE = re.compile(rb',\s?"usage"\s?:\s?' + NOTHING + rb'(?=\s?[,}])|(?<=\{)"usage"\s?:\s?' + NOTHING + rb"\s?,\s?")
@@ -56,23 +61,31 @@ class ServerSentEvents:
             return len(data)
         return max(
             data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0,
-            data.rfind(b"\n\r\n") + 3 if b"\n\r\n" in data else 0,
-            data.rfind(b"\r\r") + 2 if b"\r\r" in data else 0,
+            # At the end of the data it may be the first half of \n\r\n.
+            _behind(data, data.rfind(b"\n\r", 0, len(data) - 1)) if b"\n\r" in data else 0,
+            _behind(data, data.rfind(b"\r\r")) if b"\r\r" in data else 0,
         )
 
     def payloads(self, data: bytes) -> list[bytes]:
-        lines: list[bytes] = []
         events: list[bytes] = []
-        for line in [*data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"), b""]:
-            if line.startswith(b"data:"):
-                lines.append(line[5:].removeprefix(b" "))
-            elif not line and lines:
-                events.append(b"\n".join(lines))
-                lines = []
+        for event in data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
+            if b"\n" not in event:
+                lines = [event]
+            elif b"data:" in event:
+                lines = event.split(b"\n", MOST_LINES)
+            else:
+                continue
+            if found := [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]:
+                events.append(b"\n".join(found))
         return events
 
     def count(self, data: bytes) -> int:
         return data.count(b"data:")
+
+
+def _behind(data: bytes, mark: int) -> int:
+    """The position behind a mark of two bytes, of which the last is \\r, and the \\n that may belong to it; 0 without one."""
+    return mark + 2 + (data[mark + 2 : mark + 3] == b"\n") if mark >= 0 else 0
 
 
 class OpenAI:
@@ -160,10 +173,27 @@ class OpenAI:
     def without_usage(self, frames: bytes) -> bytes:
         if b'"usage"' not in frames:
             return frames
-        kept = NO_USAGE.sub(b"", frames)
-        if b'"usage"' not in kept and not NO_CHOICES.search(kept):
-            return kept
-        return b"".join(NO_USAGE.sub(b"", event) for event in EVENT.findall(frames) if not self._is_usage_alone(event))
+        if len(frames) <= LARGEST_USAGE_EVENT:
+            kept = NO_USAGE.sub(b"", frames)
+            if b'"usage"' not in kept and not NO_CHOICES.search(kept):
+                return kept
+        return b"".join(self._shown_parts(frames))
+
+    def _shown_parts(self, frames: bytes) -> Iterator[bytes]:
+        """Looks at the events with the word alone, and at each byte of them once."""
+        done = 0
+        while (found := frames.find(b'"usage"', done)) >= 0:
+            begin = done + self.framing.end_of_frames(frames[done : found + 1])
+            ended = END_OF_EVENT.search(frames, found)
+            end = ended.end() if ended else len(frames)
+            yield frames[done:begin]
+            event = frames[begin:end]
+            if len(event) > LARGEST_USAGE_EVENT:
+                yield event
+            elif not self._is_usage_alone(event):
+                yield NO_USAGE.sub(b"", event)
+            done = end
+        yield frames[done:]
 
     def _is_usage_alone(self, event: bytes) -> bool:
         """Whether the event is there for its counts, or for the place where they would stand."""
