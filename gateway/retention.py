@@ -85,7 +85,7 @@ async def run_regularly(
             was_away = False
         except StoreUnavailable:
             if not was_away:
-                LOG.warning("retention waits: PostgreSQL does not answer")
+                LOG.warning("retention waits: PostgreSQL does not answer, or refuses")
             was_away = True
         except Exception:
             LOG.exception("retention failed, it is tried again later")
