@@ -240,8 +240,11 @@ def nested(depth: int) -> str:
         ("/v1/embeddings", '{"model":"a","input":' + nested(900) + "}"),
         ("/v1/completions", '{"model":"a","prompt":' + nested(600) + "}"),
         (SPOKEN, '{"model":"a",' + GOOD + ',"tools":[{"type":"x","y":"\\ud800"}]}'),
-        (SPOKEN, '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":' + nested(300) + "}]}"),
-        (NATIVE, '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":[{"a":"\\udfff"}]}]}'),
+        (
+            SPOKEN,
+            '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":[{"function":{"a":' + nested(300) + "}}]}]}",
+        ),
+        (NATIVE, '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":[{"function":{"a":"\\udfff"}}]}]}'),
     ],
     ids=["deep input", "deep prompt", "half a letter in tools", "deep calls", "half a letter in calls"],
 )
