@@ -1,6 +1,7 @@
 """JSON as the gateway reads it: so strictly that no backend can read the same bytes as something else."""
 
 import json
+import re
 from collections.abc import Collection
 from typing import Any, NoReturn
 
@@ -10,6 +11,14 @@ from gateway.errors import BadRequest
 
 LARGEST_INTEGER = 2**63 - 1
 BLANKS = " \t\n\r"
+# Commas and opening brackets outside strings: the longest lists of tokens that clients send stay below.
+MOST_VALUES = 300_000
+# What is wrong with a body of more is told without the place: finding it costs many times the reading.
+MOST_VALUES_EXAMINED = 10_000
+# Below this an integer's digits keep it in range.
+DIGITS_OF_LARGE = 19
+AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+LARGE_INTEGER = re.compile(rb"(?<![0-9.eE+-])-?[0-9]{19,}+(?![.eE])")
 
 
 def write(value: object) -> bytes:
@@ -33,21 +42,70 @@ def read_object(body: bytes, known_fields: Collection[str] = ()) -> dict[str, An
     """A client's body as a dict; raises BadRequest on anything that two JSON readers could understand differently.
 
     Refused: duplicate keys at any depth, NaN and Infinity, numbers beyond a signed 64-bit integer or a double, text after
-    the value, invalid UTF-8, and top-level keys that only case folding makes equal to one of `known_fields` (Go's
-    encoding/json would take them for that field).
+    the value, invalid UTF-8, more than 300,000 values, and top-level keys that only case folding makes equal to one of
+    `known_fields` (Go's encoding/json would take them for that field).
     """
+    if _has_more_values(body, MOST_VALUES):
+        raise BadRequest(f"the body has more than {MOST_VALUES} values")
     try:
-        value = _decode(body.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadRequest("the body is not valid UTF-8") from None
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
-    except json.JSONDecodeError as wrong:
-        raise BadRequest(f"the body is not valid JSON: {wrong.msg} at position {wrong.pos}") from None
+        value = orjson.loads(body)
+        _refuse_what_was_lost(body, orjson.dumps(value))
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError, BadRequest) as wrong:
+        value = _examined(body, wrong)
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object")
     refuse_look_alikes(value, known_fields)
     return value
+
+
+def _has_more_values(body: bytes, most: int) -> bool:
+    if len(body) <= most or _values(body) <= most:
+        return False
+    plain = _without_escapes(body)
+    return plain.count(b'"') > 4 * most or _values(_outside_strings(plain)) > most
+
+
+def _values(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
+def _without_escapes(text: bytes) -> bytes:
+    return text.replace(b"\\\\", b"").replace(b'\\"', b"")
+
+
+def _outside_strings(plain: bytes) -> bytes:
+    return b"".join(plain.split(b'"')[::2])
+
+
+def _refuse_what_was_lost(body: bytes, written: bytes) -> None:
+    """Compares a body with what was read of it: raises BadRequest on keys left out as duplicates and integers out of range."""
+    is_same = body.count(b":") == written.count(b":") and b"\\u003" not in body
+    if is_same and b"0" * DIGITS_OF_LARGE not in body.translate(AS_ZEROS):
+        return
+    outside = _outside_strings(_without_escapes(body))
+    if outside.count(b":") != _outside_strings(_without_escapes(written)).count(b":"):
+        raise BadRequest("a field stands twice in one object")
+    for number in LARGE_INTEGER.findall(outside):
+        _bounded_integer(number.decode())
+
+
+def _examined(body: bytes, wrong: Exception) -> Any:
+    """Says in full what is wrong with a body, or reads it after all: text without Unicode or nested deeply may be JSON."""
+    try:
+        text = body.decode("utf-8")
+        if not _has_more_values(body, MOST_VALUES_EXAMINED):
+            return _decode(text)
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not valid UTF-8") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except json.JSONDecodeError as found:
+        raise BadRequest(f"the body is not valid JSON: {found.msg} at position {found.pos}") from None
+    if isinstance(wrong, BadRequest):
+        raise wrong
+    if isinstance(wrong, json.JSONDecodeError):
+        raise BadRequest(f"the body is not valid JSON: {wrong.msg} at position {wrong.pos}") from None
+    raise BadRequest("the body is nested too deeply")
 
 
 def write_strictly(value: dict[str, Any]) -> bytes:
