@@ -103,7 +103,7 @@ def _examined(body: bytes, wrong: Exception) -> Any:
         raise BadRequest(f"the body is not valid JSON: {found.msg} at position {found.pos}") from None
     if isinstance(wrong, BadRequest):
         raise wrong
-    if isinstance(wrong, json.JSONDecodeError):
+    if isinstance(wrong, json.JSONDecodeError) and "depth" not in wrong.msg:
         raise BadRequest(f"the body is not valid JSON: {wrong.msg} at position {wrong.pos}") from None
     raise BadRequest("the body is nested too deeply")
 
