@@ -55,6 +55,11 @@ class Discovery:
         await self.background.end()
         await tasks.end(self._tasks)
 
+    @property
+    def has_asked_all(self) -> bool:
+        """Whether something is known of each backend: its models, or why it did not tell them."""
+        return all(snapshot.asked_at for snapshot in self._snapshots.values())
+
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work, name="discovery")
         self._tasks.add(task)

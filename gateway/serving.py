@@ -9,14 +9,14 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
-from gateway import app, console, installation, logs, memory, metrics, server
+from gateway import app, console, discovery, installation, logs, memory, metrics, server, tasks
 from gateway.app import Rooms
 from gateway.commands import require_schema
 from gateway.errors import CommandFailed
@@ -25,9 +25,15 @@ from gateway.settings import Settings
 from gateway.workers import Workers, end_with_parent
 
 LOG = logging.getLogger("gateway")
+DEMONSTRATION = [
+    "            a demonstration, not a real model: it only repeats what it hears. For real ones start Ollama here,",
+    "            or name your backends in .env (OLLAMA_BACKENDS, see .env.example), and then `make run` again",
+]
 LOCAL_HOST, FIRST_KEY = "127.0.0.1", "local"
 PROBE_S = 0.5
 STOP_MARGIN_S = 15.0
+# By then each backend has answered or has been given up.
+FIRST_LISTS_WITHIN_S, LOOK_EVERY_S = discovery.POLL_DEADLINE_S, 0.05
 
 
 def missing_accelerators() -> list[str]:
@@ -78,10 +84,29 @@ async def _serve_one(
     on_ready: Callable[[Rooms | None], None],
     metrics_folder: Path | None = None,
 ) -> None:
+    serves = asyncio.Event()
+
+    async def tell(rooms: Rooms) -> None:
+        await serves.wait()
+        await _until_lists_are_there(rooms)
+        on_ready(rooms)
+
     async with app.build(settings, metrics_folder) as rooms:
-        one = server.Server(rooms, drain_s=settings.gateway_drain_s, on_ready=lambda: on_ready(rooms))
-        async with memory.kept_small():
-            await one.serve([listener])
+        one = server.Server(rooms, drain_s=settings.gateway_drain_s, on_ready=serves.set)
+        telling = asyncio.create_task(tell(rooms), name="banner")
+        try:
+            async with memory.kept_small():
+                await one.serve([listener])
+        finally:
+            await tasks.end([telling])
+
+
+async def _until_lists_are_there(rooms: Rooms) -> None:
+    """A backend that has just been started with us is not asked in time for the first list."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(FIRST_LISTS_WITHIN_S):
+            while not rooms.discovery.has_asked_all:
+                await asyncio.sleep(LOOK_EVERY_S)
 
 
 def worker(settings: Settings, descriptor: int, parent: int) -> None:
@@ -99,7 +124,8 @@ def run() -> None:
         settings = _with_backend(named, base_url) if base_url else named
         _hand_on(settings)
         first_key = asyncio.run(_prepare(settings))
-        serve(settings, on_ready=lambda rooms: print(banner(settings, rooms, first_key), flush=True))
+        is_demonstration = base_url not in ("", installation.OLLAMA_HERE)
+        serve(settings, lambda rooms: print(banner(settings, rooms, first_key, is_demonstration), flush=True))
     console.say("stopped; data and keys are kept for the next `make run`")
 
 
@@ -128,11 +154,12 @@ async def _prepare(settings: Settings) -> str | None:
         return key
 
 
-def banner(settings: Settings, rooms: Rooms | None, first_key: str | None) -> str:
+def banner(settings: Settings, rooms: Rooms | None, first_key: str | None, is_demonstration: bool = False) -> str:
     address = f"http://{settings.gateway_bind_host}:{settings.gateway_bind_port}"
     key = first_key or "YOUR_KEY"
     lines = ["", f"  neuronetz-gateway listens on {address}", ""]
     lines += _seen(rooms) if rooms else ["  backends: see `make models`"]
+    lines += DEMONSTRATION if is_demonstration else []
     lines += [
         "",
         f"  key       {first_key}  (shown this once)"
@@ -142,7 +169,7 @@ def banner(settings: Settings, rooms: Rooms | None, first_key: str | None) -> st
     lines += _room(settings)
     model = _chat_model(rooms)
     body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Say hello"}}]}}'
-    lines += ["", "  try it:", f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'"]
+    lines += ["", f"  try it{_advice(rooms)}:", f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'"]
     lines += [
         f"OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}",
         "",
@@ -165,9 +192,19 @@ def _seen(rooms: Rooms) -> list[str]:
     lines = []
     for snapshot in rooms.discovery.catalog.snapshots:
         names = ", ".join(entry["name"] for entry in snapshot.models[:8]) + (", …" if len(snapshot.models) > 8 else "")
-        state = names or "no models yet" if not snapshot.error else f"AWAY ({snapshot.error})"
+        state = names or ("no model yet" if snapshot.answered_at else "has not answered yet")
+        state = f"AWAY ({snapshot.error})" if snapshot.error else state
         lines.append(f"  backend   {snapshot.backend} at {snapshot.base_url}: {state}")
     return lines
+
+
+def _advice(rooms: Rooms | None) -> str:
+    """What to do before the first call, where no model is there for it."""
+    if rooms is None:
+        return ", with a name of `make models` for MODEL"
+    if rooms.discovery.catalog.models:
+        return ""
+    return ", once there is a model (`make probe` says what is wrong, `make refresh` looks again), with its name for MODEL"
 
 
 def _chat_model(rooms: Rooms | None) -> str:

@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ from tests.asking import SAY_HI, WAYS
 from tests.conftest import TestStores
 from tests.played import PlayedBackend
 from tests.processes import answers, descendants, environment, free_port, is_alive, serving, until
+from tests.scripts import Hold
 from tests.settings_of import environment_for
 
 
@@ -188,9 +190,10 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
     if answers("http://127.0.0.1:11434/api/version"):
         pytest.skip("an Ollama of this machine answers, so no demonstration backend starts")
     with serving(home, {}, "run") as (process, url, log):
-        until(lambda: "Ctrl-C" in log.read_text(), 10)
+        until(lambda: "Ctrl-C" in log.read_text(), 30)
         key, command = printed(log)
         assert url in log.read_text() and "demonstration-no-real-model" in log.read_text()
+        assert "a demonstration, not a real model" in log.read_text() and '"model":"demonstration-no-real-model' in command
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20, check=True)
         assert done.stdout.count("data: ") > 5 and "data: [DONE]" in done.stdout and "demonstration" in done.stdout
         second = make_key(home, {})
@@ -203,7 +206,7 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
     began = time.monotonic()
     with serving(home, {}, "run") as (process, url, log):
         warm_start_s = time.monotonic() - began
-        until(lambda: "Ctrl-C" in log.read_text(), 10)
+        until(lambda: "Ctrl-C" in log.read_text(), 30)
         assert "shown this once" not in log.read_text()
         assert httpx.get(f"{url}/v1/models", headers={"x-api-key": key}).status_code == 200
         started = descendants(process.pid)
@@ -216,7 +219,7 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
 def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: PlayedBackend) -> None:
     key = make_key(home, {})
     with serving(home, {"OLLAMA_BASE_URL": alpha.url}, "run") as (_, url, log):
-        until(lambda: "Ctrl-C" in log.read_text(), 10)
+        until(lambda: "Ctrl-C" in log.read_text(), 30)
         assert "shown this once" not in log.read_text()
         assert httpx.get(f"{url}/api/tags", headers={"x-api-key": key}).status_code == 200
         # One person's machine: photos pass, an agent's long answers are not cut, and its turns not ended.
@@ -242,7 +245,7 @@ def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: PlayedBackend
 def test_the_local_run_uses_an_ollama_that_is_configured(home: Path, alpha: PlayedBackend) -> None:
     names = {"OLLAMA_BASE_URL": alpha.url, "GATEWAY_WORKERS": "2", "DEFAULT_RPM": "7"}
     with serving(home, names, "run") as (_, url, log):
-        until(lambda: "Ctrl-C" in log.read_text(), 10)
+        until(lambda: "Ctrl-C" in log.read_text(), 30)
         key, _ = printed(log)
         until(lambda: answers(f"{url}/readyz"), 10)
         got = httpx.post(f"{url}/api/chat", json=WAYS[0].body, headers={"x-api-key": key})
@@ -252,6 +255,33 @@ def test_the_local_run_uses_an_ollama_that_is_configured(home: Path, alpha: Play
         assert "DEFAULT_RPM" not in log.read_text() and "DEFAULT_TPM" in log.read_text()
         assert got.headers["x-ratelimit-limit-requests"] == "7"
         assert got.headers["x-ratelimit-limit-tokens"] == installation.ROOM["DEFAULT_TPM"]
+
+
+def told_at_the_start(folder: Path, names: dict[str, str], when_it_serves: Callable[[], object] = lambda: None) -> str:
+    with serving(folder, names, "run") as (_, _, log):
+        when_it_serves()
+        until(lambda: "Ctrl-C" in log.read_text(), 30)
+        return log.read_text()
+
+
+def test_the_banner_waits_for_the_first_models(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+    """A backend that starts beside the gateway answers later than the gateway listens."""
+    is_there = threading.Event()
+    alpha.play("/api/tags", lambda request: [Hold(is_there), *alpha.healthy(request)])
+    told = told_at_the_start(tmp_path, names_for(stores, alpha), is_there.set)
+    assert f"backend   alpha at {alpha.url}: llama3.2:latest\n" in told and '"model":"llama3.2:latest"' in told
+    assert "  try it:\n" in told
+
+
+def test_the_banner_says_what_to_do_without_a_model(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+    alpha.models.clear()
+    told = told_at_the_start(tmp_path, names_for(stores, alpha))
+    assert f"backend   alpha at {alpha.url}: no model yet\n" in told and "`make refresh` looks again" in told
+    alpha.stop()
+    with stores.client() as redis:
+        redis.flushall()
+    told = told_at_the_start(tmp_path, names_for(stores, alpha))
+    assert "AWAY (" in told and "`make probe` says what is wrong" in told
 
 
 def test_two_local_runs_in_two_folders_live_side_by_side(home: Path, alpha: PlayedBackend) -> None:
