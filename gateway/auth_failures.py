@@ -24,7 +24,7 @@ class AuthFailures:
 
     def check(self, address: str) -> None:
         """Raises TooManyFailures where this address has to wait; keys of it still being checked count as wrong."""
-        counted, now = _counted_as(address), time.monotonic()
+        counted, now = counted_as(address), time.monotonic()
         count, ends = self._counts.get(counted, (0, 0.0))
         count = count if ends > now else 0
         if count + self._suspected[counted] >= self._limit:
@@ -32,7 +32,7 @@ class AuthFailures:
 
     @contextmanager
     def suspecting(self, address: str) -> Iterator[None]:
-        counted = _counted_as(address)
+        counted = counted_as(address)
         self._suspected[counted] += 1
         try:
             yield
@@ -43,7 +43,7 @@ class AuthFailures:
 
     async def count(self, address: str) -> GatewayError:
         """Count one failure and return the error to raise."""
-        counted = _counted_as(address)
+        counted = counted_as(address)
         count, ends = self._counted_here(counted)
         self._counts[counted] = (count + 1, ends)
         self._counts.move_to_end(counted)
@@ -72,7 +72,7 @@ class AuthFailures:
         return int(count), max(0.0, left_ms / 1000)
 
 
-def _counted_as(address: str) -> str:
+def counted_as(address: str) -> str:
     """One IPv6 customer has a /64: its addresses count as one."""
     try:
         parsed = ip_address(address)

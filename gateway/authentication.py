@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import math
 import time
 from collections import OrderedDict
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any, Self
 
 from gateway import api_key, strict_json
 from gateway.api_key import PresentedKey
-from gateway.auth_failures import AuthFailures
+from gateway.auth_failures import AuthFailures, counted_as
 from gateway.database import Database
 from gateway.errors import Overloaded, StoreUnavailable, WrongKey
 from gateway.keys import CHANGED, Key, cache_key, unpack, version_key
@@ -58,6 +59,7 @@ class Authenticator:
         self._running: dict[str, asyncio.Task[Key]] = {}
         self._generation = 0
         self._strangers = 0
+        self._attempts: set[tuple[str, str]] = set()
         self._used: dict[str, float] = {}
         self.background = Kept(self._note_uses, "last use of keys")
 
@@ -117,6 +119,12 @@ class Authenticator:
     async def _check_stranger(self, presented: PresentedKey, address: str) -> Key:
         # Many may have passed the first look at once: now those before this one are counted.
         self._failures.check(address)
+        # One of an id and address at a time, whether the id exists or not: no address fills the queue of another's key.
+        attempt = presented.secret_id, counted_as(address)
+        if attempt in self._attempts:
+            await self._failures.count(address)
+            raise Overloaded(retry_after=1)
+        self._attempts.add(attempt)
         self._strangers += 1
         try:
             with self._failures.suspecting(address):
@@ -126,6 +134,7 @@ class Authenticator:
                     raise await self._failures.count(address) from wrong
         finally:
             self._strangers -= 1
+            self._attempts.remove(attempt)
 
     def _finished(self, digest: str, task: asyncio.Task[Key]) -> None:
         self._running.pop(digest, None)
@@ -211,11 +220,14 @@ class Authenticator:
         return Verified(unpack(dict(row)), stored, now, now + self._cache_s)
 
     def forget(self, key_id: str) -> None:
-        """A key has changed: ask again, for all of its secrets."""
+        """A key has changed: ask again, for all of its secrets, though argon2 need not run again.
+
+        It may have been revoked: unlike after a gap, without the database it is good no longer.
+        """
         self._generation += 1
         for digest, verified in list(self._verified.items()):
             if verified.key.id == key_id:
-                del self._verified[digest]
+                self._verified[digest] = replace(verified, fresh_until=0.0, checked_at=-math.inf)
 
     def forget_all(self) -> None:
         """Changes may have been missed: ask again for every key, though argon2 need not run again."""

@@ -16,7 +16,7 @@ from gateway.errors import Overloaded
 
 THREADS = 2
 # Waiting or under way: with an id that exists, with the same one, with one that does not.
-MOST_KNOWN, MOST_OF_ONE_ID, MOST_UNKNOWN = 64, 8, 16
+MOST_KNOWN, MOST_OF_ONE_ID, MOST_UNKNOWN = 64, 32, 16
 LONGEST_WAIT_S, LONGEST_REST_S = 10.0, 0.25
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -519,6 +520,94 @@ def test_wrong_keys_from_many_addresses_keep_no_good_one_waiting(
     print(f"\n{forge}: alone {median(times):.3f} s, beside 200 wrong ones {median(times_beside):.3f} s; these: {dict(ends)}")
     assert median(times_beside) < 6 * median(times)
     assert set(ends) == {"WrongKey", "Overloaded"}
+
+
+class GatedHasher:
+    """argon2 whose runs are counted, and end once the gate is open."""
+
+    def __init__(self, hasher: PasswordHasher) -> None:
+        self._hasher, self.gate = hasher, threading.Event()
+        self.runs: list[str] = []
+
+    def verify(self, stored: str, whole: str) -> bool:
+        self.runs.append(whole)
+        assert self.gate.wait(30)
+        return self._hasher.verify(stored, whole)
+
+
+def gated(authenticator: Authenticator) -> GatedHasher:
+    verifier = authenticator._verifier
+    hasher = verifier._hasher = GatedHasher(verifier._hasher)  # type: ignore[assignment]
+    return hasher
+
+
+async def until_there(done: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not done():
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["an id that exists", "an unknown id"])
+def test_one_address_does_not_lock_out_the_holder_of_a_key(
+    start_gateway: StartGateway, alpha: PlayedBackend, exists: bool
+) -> None:
+    """Its attempts with one id are one at a time, whether there is the id or not; all of them count as wrong."""
+    gateway = start_gateway(alpha)
+    key, authenticator = gateway.key(), authenticator_of(gateway)
+    attacked = key.split("_")[1] if exists else "abcdefgh"
+    hasher = gated(authenticator)
+
+    async def run() -> tuple[str, Counter[str]]:
+        wrong = [authenticator.key_for(forged(attacked), f"2001:db8::{number:x}") for number in range(40)]
+        flood = [asyncio.create_task(one) for one in wrong]
+        await until_there(lambda: hasher.runs and sum(task.done() for task in flood) >= 24)
+        holder = asyncio.create_task(authenticator.key_for(key, "192.0.2.1"))
+        await until_there(lambda: holder.done() or authenticator._strangers == 2)
+        hasher.gate.set()
+        ends = await asyncio.gather(*flood, return_exceptions=True)
+        return (await holder).id, Counter(type(end).__name__ for end in ends)
+
+    key_id, ends = gateway.call(run())
+    assert key_id and ends == {"WrongKey": 1, "Overloaded": 39}
+    assert len(hasher.runs) == 2
+    assert authenticator._failures._counts["2001:db8::"][0] == 40
+    assert authenticator._attempts == set()
+
+
+def test_a_right_key_on_many_connections_at_once_is_one_attempt(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    key, authenticator = gateway.key(), authenticator_of(gateway)
+    hasher = gated(authenticator)
+
+    async def run() -> set[str]:
+        asked = [asyncio.create_task(authenticator.key_for(key, "192.0.2.1")) for _ in range(40)]
+        await until_there(lambda: hasher.runs)
+        asked += [asyncio.create_task(authenticator.key_for(key, "192.0.2.1")) for _ in range(40)]
+        hasher.gate.set()
+        return {found.id for found in await asyncio.gather(*asked)}
+
+    assert len(gateway.call(run())) == 1
+    assert (hasher.runs, authenticator._failures._counts) == ([key], {})
+
+
+def test_a_changed_key_needs_no_argon2_and_without_the_database_it_is_good_no_longer(
+    start_gateway: StartGateway, stores: TestStores, servers: local.Stores, alpha: PlayedBackend
+) -> None:
+    gateway = start_gateway(alpha)
+    key, authenticator = gateway.key(name="mine"), authenticator_of(gateway)
+    hasher = gated(authenticator)
+    hasher.gate.set()
+    assert status(gateway, key) == 200
+    for rpm in (7, 8):
+        before = authenticator._generation
+        gateway.call(gateway.ring().limit("mine", "", {"rpm": rpm}))
+        until(lambda: authenticator._generation > before, 5)
+        if rpm == 8:
+            with closed(stores, servers):
+                assert status(gateway, key) == 503, "it may have been revoked"
+        until(lambda: status(gateway, key) != 503, 5)
+        assert ask(gateway, key).headers["x-ratelimit-limit-requests"] == str(rpm)
+    assert hasher.runs == [key]
 
 
 def test_an_answer_in_its_turn_frees_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
