@@ -9,6 +9,8 @@ CUT = frozenset({"client_gone", "truncated", "shutdown"})
 # A prompt is estimated from its text alone: templates, pictures and odd alphabets may make more of it, but no backend's word
 # makes a month's budget of it.
 PROMPT_FACTOR, PROMPT_BASE = 16, 65_536
+# What one answer grows by where nobody sees it: models of 7 to 14 billion parameters do about so much for one caller on one card.
+TOKENS_PER_S = 50
 
 
 class Cost(NamedTuple):
@@ -37,10 +39,19 @@ def of(record: Record, most_output: int) -> Cost:
         return Cost()
     guessed = Cost(
         record.need.prompt if prompt is None else prompt,
-        record.relayed_tokens if completion is None else completion,
+        _answered(record) if completion is None else completion,
         "partial" if record.outcome in CUT else "estimated",
     )
     return _bounded(guessed, record, most_output)
+
+
+def _answered(record: Record) -> int:
+    """What went through; of a whole answer that its caller did not wait for, about what its backend had made of it."""
+    if record.stream or record.outcome != "client_gone" or record.relayed_tokens:
+        return record.relayed_tokens
+    failed_s = sum(attempt.ms for attempt in record.attempts) / 1000
+    made = int(max(0.0, record.upstream_s - failed_s) * TOKENS_PER_S) * record.need.answers
+    return made if record.need.output is None else min(made, record.need.output)
 
 
 def _bounded(cost: Cost, record: Record, most_output: int) -> Cost:

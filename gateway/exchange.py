@@ -36,6 +36,8 @@ AT_ONCE = 65_536
 READ_WITHIN_S, SLOWEST_READER = 60.0, 65_536
 # Of a stream whose frames are read on their way so much is read at once, and of each piece where there is no turn between.
 READ_IN_A_TURN, READ_IN_A_PIECE = 32 * 1024, 2048
+# A token with what stands around it is shorter in any language; only the longer ones are read.
+LONGEST_FRAME_OF_A_TOKEN = 600
 PASSED_ON = {b"user-agent": b"User-Agent: %b\r\n", b"accept": b"Accept: %b\r\n"}
 
 
@@ -272,7 +274,10 @@ class Answer:
         self._recent.append(frames)
         if len(frames) > LARGEST_READ_WHOLE:
             self._forget_much()
-        self.record.relayed_tokens += self._dialect.framing.count(frames)
+        count = self._dialect.framing.count(frames)
+        if len(frames) > LONGEST_FRAME_OF_A_TOKEN * max(count, 1):
+            count = max(count, self._tokens_of(frames))
+        self.record.relayed_tokens += count
         if self.record.transcript is not None:
             self.record.transcript.hear(frames)
         return self._dialect.without_usage(frames) if self._hides_usage else frames

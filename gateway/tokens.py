@@ -27,10 +27,14 @@ LONGEST_KIND = 16
 
 
 class Need(NamedTuple):
-    """Tokens that a request will take: its prompt's, and its answer's where it names a bound. `prompt` -1: it counts none."""
+    """Tokens that a request will take: its prompt's, and its answer's where it names a bound. `prompt` -1: it counts none.
+
+    `answers`: how many it asks for at once.
+    """
 
     prompt: int = -1
     output: int | None = 0
+    answers: int = 1
 
 
 NO_TOKENS = Need()

@@ -23,9 +23,9 @@ def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway
     return start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="20", OLLAMA_IDLE_TIMEOUT_S="20")
 
 
-def send(gateway: RunningGateway, key: str, way: Way) -> socket.socket:
+def send(gateway: RunningGateway, key: str, way: Way, **more: object) -> socket.socket:
     """The request, written by hand on a socket of our own that can be dropped at any moment."""
-    body = strict_json.write(way.body)
+    body = strict_json.write({**way.body, **more})
     head = f"POST {way.path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
     connection.sendall(head.encode() + body)

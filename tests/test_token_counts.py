@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
-from gateway import strict_json, tokens
+from gateway import cost, strict_json, tokens
 from gateway.dialects.base import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.errors import BadRequest
 from gateway.quota import UNLIMITED
-from tests.asking import MODEL, SAY_HI, WAYS
+from gateway.record import CANNOT, Attempt, Record
+from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
-from tests.scripts import Received, Step, answer, compact, ndjson, sse, stream
+from tests.scripts import Forever, Received, Step, answer, compact, ndjson, sse, stream
+from tests.test_hangups import send
 from tests.test_limits import until
 
 ROUTES = ["/v1/chat/completions", "/v1/completions"]
@@ -112,6 +114,60 @@ def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, 
     (row,) = gateway.audit_rows()
     assert (row["outcome"], row["tokens_from"]) == ("client_gone", "partial")
     assert row["prompt_tokens"] == 6 and 5 <= row["completion_tokens"] < 60
+
+
+@pytest.mark.parametrize(
+    ("way", "body", "made"),
+    [
+        (WAYS[0], {}, 500),
+        (WAYS[0], {"options": {"num_predict": 40}}, 40),
+        (WAYS[2], {}, 500),
+        (WAYS[2], {"n": 3, "max_tokens": 30}, 90),
+        (WAYS[3], {}, 0),
+    ],
+    ids=str,
+)
+def test_who_does_not_wait_for_a_whole_answer_pays_for_what_was_made(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch, way: Way, body: dict[str, Any], made: int
+) -> None:
+    monkeypatch.setattr("gateway.cost.TOKENS_PER_S", 10**9)
+    gateway = start_gateway(alpha, MAX_NUM_PREDICT="500")
+    alpha.play(way.path, [Forever()])
+    connection = send(gateway, gateway.key(tpm=UNLIMITED), way, **body)
+    until(lambda: alpha.in_flight == 1)
+    connection.close()
+    until(lambda: alpha.in_flight == 0)
+    (row,) = gateway.audit_rows()
+    assert (row["outcome"], row["tokens_from"], row["completion_tokens"]) == ("client_gone", "partial", made)
+
+
+def test_what_was_made_of_an_answer_is_a_matter_of_the_time_at_the_last_backend() -> None:
+    record = Record("id", "id", "POST", need=tokens.Need(6, None, answers=2), upstream_s=5.0, was_sent=True, outcome="client_gone")
+    record.attempts = [Attempt("one", "head_timeout", 2000.0), Attempt("two", CANNOT, 1000.0)]
+    assert cost.of(record, 1000) == (6, 2 * 2 * cost.TOKENS_PER_S, "partial")
+    assert cost.of(record, 150) == (6, 150, "partial")
+    record.need = tokens.Need(6, 0)
+    assert cost.of(record, 1000).completion == 0
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/completions"])
+def test_a_long_frame_counts_for_what_it_says(start_gateway: StartGateway, alpha: PlayedBackend, path: str) -> None:
+    gateway = start_gateway(alpha, MAX_NUM_PREDICT="10000")
+    text, padding = "word " * 4000, {"logprobs": ["x" * 3000]}
+    kind = "application/x-ndjson" if path == "/api/chat" else "text/event-stream"
+    with gateway.http(gateway.key(tpm=UNLIMITED)) as client:
+        for said in (text, "a"):
+            message = {"role": "assistant", "content": said}
+            value = {"model": MODEL, "message": message, **padding, "choices": [{"delta": message, "text": said, **padding}]}
+            if path == "/v1/completions":
+                value["choices"][0].pop("delta")
+            last = {"done": True, "choices": [{"index": 0, "finish_reason": "stop"}]}
+            frames = ndjson([value, last]) if path == "/api/chat" else sse([value, last])
+            alpha.play(path, stream(frames, kind))
+            client.post(path, json=STREAMED)
+    long, short = gateway.audit_rows()
+    assert (long["tokens_from"], short["tokens_from"]) == ("estimated", "estimated")
+    assert long["completion_tokens"] >= len(text) // 4 and short["completion_tokens"] <= 3
 
 
 def test_no_word_of_a_backend_costs_more_than_it_was_asked_for(start_gateway: StartGateway, alpha: PlayedBackend) -> None:

@@ -89,7 +89,7 @@ class Call:
             found = self.operation.need(self.body) if self.operation.need else NO_TOKENS
         except RecursionError:
             raise BadRequest("the body is nested too deeply") from None
-        return found if found.output is None else Need(found.prompt, min(found.output, most_output))
+        return found if found.output is None else found._replace(output=min(found.output, most_output))
 
     def body_for(self, kind: Kind, spelling: str, cap: int) -> bytes:
         """What is sent to a backend: what was read, its output bounded by `cap` tokens, the model as that backend spells it."""

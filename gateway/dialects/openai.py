@@ -213,11 +213,11 @@ def _said(choice: dict[str, Any]) -> str:
 
 def _need_of_chat(body: dict[str, Any]) -> Need:
     rest = tokens.of_fields(body, tokens.SETTINGS_AND_MESSAGES)
-    return Need(tokens.of_messages(body["messages"]) + rest, _wish(body))
+    return Need(tokens.of_messages(body["messages"]) + rest, _wish(body), _answers(body))
 
 
 def _need_of_completion(body: dict[str, Any]) -> Need:
-    return Need(tokens.of_input(body["prompt"]) + tokens.of_fields(body, ALL_BUT_PROMPT), _wish(body))
+    return Need(tokens.of_input(body["prompt"]) + tokens.of_fields(body, ALL_BUT_PROMPT), _wish(body), _answers(body))
 
 
 def _need_of_embeddings(body: dict[str, Any]) -> Need:
