@@ -39,6 +39,8 @@ class Discovery:
         self._refresh_s, self._cache_s = refresh_s, cache_s
         self._snapshots = {backend.name: _unknown(backend) for backend in backends}
         self.catalog = Catalog()
+        # Something is known of each backend: its models, or why it did not tell them.
+        self.has_asked_all = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.background = Kept(self._keep_refreshing, "discovery")
 
@@ -54,11 +56,6 @@ class Discovery:
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
         await tasks.end(self._tasks)
-
-    @property
-    def has_asked_all(self) -> bool:
-        """Whether something is known of each backend: its models, or why it did not tell them."""
-        return all(snapshot.asked_at for snapshot in self._snapshots.values())
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work, name="discovery")
@@ -130,6 +127,8 @@ class Discovery:
     def _rebuild(self) -> None:
         in_order = [self._snapshots[backend.name] for backend in self._backends]
         self.catalog = catalog.build(in_order, self._cache_s)
+        if all(snapshot.asked_at for snapshot in in_order):
+            self.has_asked_all.set()
 
     async def _publish(self, polled: Sequence[Backend]) -> None:
         """Only what was found out here: of other backends somebody else may know more."""

@@ -33,7 +33,7 @@ LOCAL_HOST, FIRST_KEY = "127.0.0.1", "local"
 PROBE_S = 0.5
 STOP_MARGIN_S = 15.0
 # By then each backend has answered or has been given up.
-FIRST_LISTS_WITHIN_S, LOOK_EVERY_S = discovery.POLL_DEADLINE_S, 0.05
+FIRST_LISTS_WITHIN_S = discovery.POLL_DEADLINE_S
 
 
 def missing_accelerators() -> list[str]:
@@ -104,9 +104,7 @@ async def _serve_one(
 async def _until_lists_are_there(rooms: Rooms) -> None:
     """A backend that has just been started with us is not asked in time for the first list."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(FIRST_LISTS_WITHIN_S):
-            while not rooms.discovery.has_asked_all:
-                await asyncio.sleep(LOOK_EVERY_S)
+        await asyncio.wait_for(rooms.discovery.has_asked_all.wait(), FIRST_LISTS_WITHIN_S)
 
 
 def worker(settings: Settings, descriptor: int, parent: int) -> None:
@@ -169,8 +167,10 @@ def banner(settings: Settings, rooms: Rooms | None, first_key: str | None, is_de
     lines += _room(settings)
     model = _chat_model(rooms)
     body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Say hello"}}]}}'
-    lines += ["", f"  try it{_advice(rooms)}:", f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'"]
     lines += [
+        "",
+        f"  try it{_advice(rooms)}:",
+        f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'",
         f"OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}",
         "",
         "  Ctrl-C stops everything; data and keys are kept.",
