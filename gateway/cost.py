@@ -9,7 +9,7 @@ CUT = frozenset({"client_gone", "truncated", "shutdown"})
 # A prompt is estimated from its text alone: templates, pictures and odd alphabets may make more of it, but no backend's word
 # makes a month's budget of it.
 PROMPT_FACTOR, PROMPT_BASE = 16, 65_536
-# What one answer grows by where nobody sees it: models of 7 to 14 billion parameters do about so much for one caller on one card.
+# What one answer grows by while nobody sees it: about what a model of 7 to 14 billion parameters does on one card.
 TOKENS_PER_S = 50
 
 

@@ -272,10 +272,11 @@ class Answer:
     def _hear(self, frames: bytes) -> bytes:
         """Takes note of frames; returns what the client is shown of them."""
         self._recent.append(frames)
-        if len(frames) > LARGEST_READ_WHOLE:
+        size = len(frames)
+        if size > LARGEST_READ_WHOLE:
             self._forget_much()
         count = self._dialect.framing.count(frames)
-        if len(frames) > LONGEST_FRAME_OF_A_TOKEN * max(count, 1):
+        if size > LONGEST_FRAME_OF_A_TOKEN and size > LONGEST_FRAME_OF_A_TOKEN * count:
             count = max(count, self._tokens_of(frames))
         self.record.relayed_tokens += count
         if self.record.transcript is not None:

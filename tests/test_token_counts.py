@@ -128,7 +128,12 @@ def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, 
     ids=str,
 )
 def test_who_does_not_wait_for_a_whole_answer_pays_for_what_was_made(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch, way: Way, body: dict[str, Any], made: int
+    start_gateway: StartGateway,
+    alpha: PlayedBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    way: Way,
+    body: dict[str, Any],
+    made: int,
 ) -> None:
     monkeypatch.setattr("gateway.cost.TOKENS_PER_S", 10**9)
     gateway = start_gateway(alpha, MAX_NUM_PREDICT="500")
@@ -142,7 +147,9 @@ def test_who_does_not_wait_for_a_whole_answer_pays_for_what_was_made(
 
 
 def test_what_was_made_of_an_answer_is_a_matter_of_the_time_at_the_last_backend() -> None:
-    record = Record("id", "id", "POST", need=tokens.Need(6, None, answers=2), upstream_s=5.0, was_sent=True, outcome="client_gone")
+    record = Record(
+        "id", "id", "POST", need=tokens.Need(6, None, answers=2), upstream_s=5.0, was_sent=True, outcome="client_gone"
+    )
     record.attempts = [Attempt("one", "head_timeout", 2000.0), Attempt("two", CANNOT, 1000.0)]
     assert cost.of(record, 1000) == (6, 2 * 2 * cost.TOKENS_PER_S, "partial")
     assert cost.of(record, 150) == (6, 150, "partial")
@@ -158,9 +165,8 @@ def test_a_long_frame_counts_for_what_it_says(start_gateway: StartGateway, alpha
     with gateway.http(gateway.key(tpm=UNLIMITED)) as client:
         for said in (text, "a"):
             message = {"role": "assistant", "content": said}
-            value = {"model": MODEL, "message": message, **padding, "choices": [{"delta": message, "text": said, **padding}]}
-            if path == "/v1/completions":
-                value["choices"][0].pop("delta")
+            choice = {"text": said, **padding} if path == "/v1/completions" else {"delta": message, **padding}
+            value = {"model": MODEL, "message": message, **padding, "choices": [choice]}
             last = {"done": True, "choices": [{"index": 0, "finish_reason": "stop"}]}
             frames = ndjson([value, last]) if path == "/api/chat" else sse([value, last])
             alpha.play(path, stream(frames, kind))
