@@ -19,8 +19,8 @@ PLAIN_MESSAGE = frozenset({ROLE, CONTENT})
 # Of a body: no template and no backend makes them part of a prompt.
 SETTINGS = frozenset(
     "model name stream stream_options options keep_alive stop user metadata encoding_format dimensions service_tier "
-    "logit_bias temperature top_p top_k min_p seed n max_tokens max_completion_tokens n_predict frequency_penalty "
-    "presence_penalty".split()
+    "logit_bias temperature top_p top_k min_p seed n max_tokens max_completion_tokens max_new_tokens n_predict "
+    "frequency_penalty presence_penalty".split()
 )
 SETTINGS_AND_MESSAGES = SETTINGS | {"messages"}
 LONGEST_KIND = 16

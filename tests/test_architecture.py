@@ -22,6 +22,7 @@ FLOORS = [
     "http_protocol guard memory samples api_key model_names strict_json local settings store database client_address".split(),
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
     "outline".split(),
+    "dialects.beyond".split(),
     "redis_lines catalog verification dialects.base keys admission transcript budgets retention audit_chain".split(),
     "held_bytes held_answers".split(),
     "backends".split(),

@@ -40,15 +40,15 @@ def test_native_options_are_kept_and_made_where_missing() -> None:
 
 
 @pytest.mark.parametrize("wish", ABSURD)
-@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n_predict"])
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_every_spelling_is_clamped_for_every_kind(path: str, field: str, wish: object) -> None:
     for_ollama = sent(OpenAI(), path, {field: wish}, "ollama")
     assert for_ollama["max_tokens"] == CAP
-    assert not {"max_completion_tokens", "n_predict"} & set(for_ollama)
+    assert not {"max_completion_tokens", "max_new_tokens", "n_predict"} & set(for_ollama)
     for_others = sent(OpenAI(), path, {field: wish}, "openai")
     assert for_others["max_tokens"] == for_others["max_completion_tokens"] == CAP
-    assert "n_predict" not in for_others
+    assert not {"max_new_tokens", "n_predict"} & set(for_others)
 
 
 def test_the_smallest_wish_counts() -> None:
@@ -70,7 +70,10 @@ def test_choices_and_prompts_share_the_cap() -> None:
 SCALAR = st.none() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False)
 
 
-@given(st.dictionaries(st.sampled_from(["max_tokens", "max_completion_tokens", "n_predict"]), SCALAR), st.integers(1, CAP))
+@given(
+    st.dictionaries(st.sampled_from(["max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"]), SCALAR),
+    st.integers(1, CAP),
+)
 def test_no_combination_exceeds_the_cap(wishes: dict[str, object], choices: int) -> None:
     for kind in ("ollama", "openai"):
         body = sent(OpenAI(), "/v1/chat/completions", {**wishes, "n": choices}, kind)

@@ -437,6 +437,23 @@ BEYOND: list[dict[str, Any]] = [
     {"prompt_embeds": "AAAA"},
     {"extra_body": {"draft_model": "other"}},
     {"vllm_xargs": {"KV_transfer_params": "x"}},
+    *[{name: "other"} for name in ("rid", "request_id", "lora_id", "ngram_corpus_id", "http_worker_ipc")],
+    *[{name: 0} for name in ("slot", "data_parallel_rank", "routed_dp_rank", "disagg_prefill_dp_rank", "dp_rank")],
+    {"priority": -5},
+    {"Priority": 1},
+    {"Extra_Body": {}},
+    *[{"sampling_params": {name: 1}} for name in ("max_tokens", "max_new_tokens", "n_predict", "num_predict", "min_tokens")],
+    *[{"extra_body": {name: 2}} for name in ("n", "best_of", "n_cmpl", "max_completion_tokens", "stream_interval")],
+    *[{"custom_params": {name: False}} for name in ("stream", "ignore_eos")],
+    {"extra_body": {"model": "other"}},
+    {"extra_body": {"messages": []}},
+    {"extra_body": {"stream_options": {}}},
+    {"extra_body": {"Max_Tokens": 5}},
+    {"extra_body": {"priority": 1}},
+    {"extra_body": {"sampling_params": {"custom_params": {"n": 8}}}},
+    {"sampling_params": {"extra_body": {"vllm_xargs": {"rid": "other"}}}},
+    {"sampling_params": [{"n": 8}]},
+    {"extra_body": '{"n": 8}'},
 ]
 COMPLETE = {"messages": SAY_HI, "prompt": "hi", "input": "hi"}
 
@@ -446,13 +463,22 @@ def test_what_reaches_beyond_the_model_is_refused_on_every_route(beyond: dict[st
     for dialect in (Ollama(), OpenAI()):
         for operation in dialect.operations:
             body = {"model": "a", **COMPLETE, **beyond}
-            with pytest.raises(BadRequest, match=r"is not taken here|must be written"):
+            with pytest.raises(BadRequest, match=r"is not taken|must be written|must be an object"):
                 read_call(dialect, operation, strict_json.write(body))
 
 
 def test_what_says_nothing_is_not_refused() -> None:
     unsaid: dict[str, Any] = {"draft_model": None, "id_slot": -1, "lora": [], "models": [], "vllm_xargs": {"mine": 1}}
-    assert need_of("/v1/chat/completions", {"messages": SAY_HI, **unsaid}) < 20
+    unsaid |= {"priority": 0, "extra_body": {"n": None, "priority": None, "extra_args": {}}, "sampling_params": None}
+    assert need_of("/v1/chat/completions", {"messages": SAY_HI, **unsaid}) < 40
+
+
+def test_extras_may_be_nested_as_deeply_as_a_body() -> None:
+    deep: dict[str, Any] = {"rid": "other"}
+    for _ in range(200):
+        deep = {"extra_body": deep}
+    with pytest.raises(BadRequest, match="not taken"):
+        need_of("/v1/chat/completions", {"messages": SAY_HI, **deep})
 
 
 def test_counting_is_in_proportion_to_reading() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from gateway import outline, strict_json
 from gateway.backend_config import Kind
+from gateway.dialects.beyond import refuse_beyond
 from gateway.errors import BadRequest, GatewayError
 from gateway.model_names import NAME_RULE, ModelName, canonical, is_name, is_plain
 from gateway.tokens import NO_TOKENS, Need
@@ -15,15 +16,6 @@ Streaming = Literal["by default", "on request", "never"]
 LONGEST_FRAME = 8 * 2**20
 LONGEST_COPIED_MESSAGE = 1000
 JSON = frozenset({"application/json"})
-# They reach past the model that was asked for: to another one, another host, another caller's slot, or into the backend's code.
-REFUSED_FIELDS = frozenset(
-    "draft_model models fallbacks lora lora_request lora_path lora_paths adapter adapter_id adapter_source kv_transfer_params "
-    "ec_transfer_params bootstrap_host bootstrap_port bootstrap_room api_base base_url id_slot slot_id session_params "
-    "logits_processors custom_logit_processor prompt_embeds input_embeds".split()
-)
-# Objects whose fields some backends take for the request's own.
-EXTRAS = frozenset({"extra_body", "extra_args", "vllm_xargs", "sampling_params", "custom_params"})
-UNSAID: tuple[object, ...] = (None, -1, "", [], {})
 # Of a model's context, for the answer of who names no bound.
 UNSAID_SHARE = 4
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
@@ -172,20 +164,10 @@ def content_type_of(told: str, framing: Framing | None = None) -> str:
 def read_call(dialect: Dialect, operation: Operation, raw: bytes) -> Call:
     body = strict_json.read_object(raw, dialect.known_fields)
     refuse_beyond(body)
-    for name in body.keys() & EXTRAS:
-        if isinstance(body[name], dict):
-            strict_json.refuse_look_alikes(body[name], REFUSED_FIELDS)
-            refuse_beyond(body[name])
     asked = model_of(body)
     operation.check(body)
     stream = operation.streaming != "never" and boolean(body, "stream", default=operation.streaming == "by default")
     return Call(operation, asked, canonical(asked), stream, body)
-
-
-def refuse_beyond(body: dict[str, Any]) -> None:
-    for name in body.keys() & REFUSED_FIELDS:
-        if body[name] not in UNSAID:
-            raise BadRequest(f"the field {name!r} is not taken here")
 
 
 def model_of(body: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 from gateway import strict_json, tokens
 from gateway.backend_config import Kind
 from gateway.dialects.base import (
-    REFUSED_FIELDS,
     BadFrame,
     Call,
     Framing,
@@ -23,6 +22,7 @@ from gateway.dialects.base import (
     try_read,
     wish,
 )
+from gateway.dialects.beyond import LOOKED_AT
 from gateway.errors import BadRequest, GatewayError
 from gateway.tokens import NO_TOKENS, Need
 
@@ -55,7 +55,7 @@ class Ndjson:
 class Ollama:
     name = "ollama"
     framing: Framing = Ndjson()
-    known_fields = KNOWN_FIELDS | REFUSED_FIELDS
+    known_fields = KNOWN_FIELDS | LOOKED_AT
 
     def __init__(self) -> None:
         kinds: frozenset[Kind] = frozenset({"ollama"})

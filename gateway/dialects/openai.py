@@ -7,7 +7,6 @@ from typing import Any
 from gateway import strict_json, tokens
 from gateway.backend_config import Kind
 from gateway.dialects.base import (
-    REFUSED_FIELDS,
     BadFrame,
     Call,
     Framing,
@@ -25,17 +24,18 @@ from gateway.dialects.base import (
     try_read,
     wish,
 )
+from gateway.dialects.beyond import LOOKED_AT
 from gateway.errors import BadRequest, GatewayError
 from gateway.tokens import Need
 
-CAPS = frozenset({"max_tokens", "max_completion_tokens", "n_predict"})
+CAPS = frozenset({"max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"})
 MOST_CHOICES = 128
 CHOICES = frozenset({"n", "n_cmpl", "best_of"})
 NUMBERS = frozenset({*CAPS, "min_tokens", "temperature", "top_p", "seed", "frequency_penalty", "presence_penalty"})
 KNOWN_FIELDS = frozenset(
     "model messages prompt input stream stream_options temperature top_p top_k seed stop tools tool_choice n n_cmpl best_of "
-    "max_tokens max_completion_tokens n_predict min_tokens use_beam_search ignore_eos logprobs top_logprobs logit_bias "
-    "response_format reasoning reasoning_effort frequency_penalty presence_penalty suffix echo user encoding_format "
+    "max_tokens max_completion_tokens max_new_tokens n_predict min_tokens use_beam_search ignore_eos logprobs top_logprobs "
+    "logit_bias response_format reasoning reasoning_effort frequency_penalty presence_penalty suffix echo user encoding_format "
     "dimensions keep_alive options include_usage".split()
 )
 ALL_BUT_PROMPT, ALL_BUT_INPUT = tokens.SETTINGS | {"prompt"}, tokens.SETTINGS | {"input"}
@@ -91,7 +91,7 @@ def _behind(data: bytes, mark: int) -> int:
 class OpenAI:
     name = "openai"
     framing: Framing = ServerSentEvents()
-    known_fields = KNOWN_FIELDS | REFUSED_FIELDS
+    known_fields = KNOWN_FIELDS | LOOKED_AT
     error_types = {  # noqa: RUF012
         400: "invalid_request_error",
         401: "invalid_request_error",
