@@ -23,37 +23,46 @@ OVERFLOW = re.compile(
     r"|context (?:size|length|window) (?:has been )?exceeded|longer than the context length",
     re.IGNORECASE,
 )
-# With 5xx: what a backend, or its model, will not do however often it is asked.
+# With 5xx: what a backend, or its model, will not do however often it is asked. As read: with single blanks, no line ends.
 UNABLE = (
     # llama.cpp: a model without its mmproj; routes that a flag opens. Ollama: capabilities of a model.
     r"(?:image|audio|video|vision|file) inputs? (?:is|are) not supported",
     r"does not support (?:an? )?(?:image|audio|video|vision|multimodal|embed|rerank|completion|infill|insert|tool)",
     r"does not support (?:think|chat|generat|logprob|grammar)",
-    # Ollama's engine: pictures for a model of texts. Both: pictures that cannot be read.
-    r"missing data required for image input",
-    r"failed to (?:load|decode|process) (?:the )?(?:image|audio)",
+    # Ollama: pictures for a model of texts, or more than one. Both: pictures that cannot be read.
+    r"missing data required for image input|only supports one image|messages? cannot contain images",
+    r"failed to (?:load|decode|process|download) (?:the )?(?:image|audio)|decode webp image",
     # Tool calls that the model broke or its bound on output cut short: Ollama; llama.cpp before and with its grammars.
-    r"error parsing tool call|failed to parse tool call|tool call parsing failed|failed to parse input at pos",
-    r"does not match the expected peg-",
-    # llama.cpp: texts to embed beyond its batch; messages that the model's template refuses.
+    r"error parsing tool call|failed to parse (?:\w{1,20} )?(?:json )?tool call|tool call parsing failed|tool call arguments",
+    r"incomplete \w{1,20} tool call|invalid (?:tool|function) call|empty (?:\w{1,20} )?function name|mismatched arg_key",
+    r"undeclared \w{1,20} function|failed to parse input at pos|does not match the expected peg-|invalid diff: ",
+    # llama.cpp: texts to embed beyond its batch; messages that the model's template refuses: jinja now, minja before.
     r"input is too large to process",
-    r"roles must alternate|jinja exception|while executing \w{1,40} at line \d{1,9}|at row \d{1,9}, column \d{1,9}:\n",
-    # Ollama: options of a wrong kind.
-    r"option \"\w{1,40}\" must be",
+    r"roles must alternate|jinja exception|while executing \w{1,40} at line \d{1,9}",
+    r"error executing \w{1,40} at position \d{1,9}",
+    r"at row \d{1,9}, column \d{1,9}:(?:\s|$)|unable to generate parser for this template",
+    # The same from Ollama, and from its own templates in Go.
+    r"llama-server template error|no user query found in messages",
+    r"^template: \S{0,80}:\d{1,9}: |^undefined (?:template specified|action in template|branch)",
+    # Ollama: options, formats and ways of thinking that are none.
+    r"option \"\w{1,40}\" must be|invalid format: .{0,900}; expected \"json\"",
+    r"invalid thinking value|unsupported \S{1,40} reasoning",
 )
 CANNOT = re.compile("|".join(UNABLE), re.IGNORECASE)
 # With 5xx from llama.cpp, though the request is wrong, at least for its build.
 WRONG = re.compile(
     r"^(?:failed to parse (?:messages|tools|tool_choice)\b|unknown (?:reasoning|chat) format\b|unsupported param: "
     r"|only no echo is supported|cannot (?:specify grammar with tools|use both json_schema and grammar)"
-    r"|(?:tools|tool_choice) param requires --jinja|invalid base64 value|failed to tokenize prompt|\"prompt\" )",
+    r"|(?:tools|tool_choice) param requires --jinja|invalid base64 value|failed to tokenize prompt|\"prompt\" "
+    r"|invalid url (?:value|format)|url must be base64 encoded)",
     re.IGNORECASE,
 )
 WRONG_STATUS = 400
 # Whatever else stands there, this is a failure, and another time or another backend may do better.
 FAILURE = re.compile(
-    r"out of memory|not enough memory|failed to allocate|(?:cuda|hip|rocm|metal|vulkan|sycl|ggml)[ _](?:error|assert)"
-    r"|connection (?:refused|reset)|timed out|has terminated",
+    r"out[ -]of[ -](?:device )?memory|outofmemory|(?:not enough|insufficient) memory|failed to allocate|allocation failed"
+    r"|malloc failed|(?:cuda|hip|rocm|metal|vulkan|sycl|ggml)[ _](?:error|assert)|connection (?:refused|reset)|timed out"
+    r"|has terminated|unexpectedly stopped|no longer running|encountered while running the model|panic: |fatal error: ",
     re.IGNORECASE,
 )
 

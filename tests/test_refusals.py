@@ -22,6 +22,7 @@ from tests.test_limits import until
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 MMPROJ = "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"
 NO_EMBEDDINGS = "This server does not support embeddings. Start it with `--embeddings`"
+TOOL_CALL_OF_OLLAMA = 'llama-server returned invalid tool call arguments for "run": unexpected end of JSON input'
 OVERFLOW = {
     "code": 400,
     "message": "request (9412 tokens) exceeds the available context size (8192 tokens), try increasing it",
@@ -75,6 +76,7 @@ UNABLE: list[tuple[str, int, dict[str, Any]]] = [
     (CHAT, 500, llamacpp(500, "Failed to parse tool call arguments as JSON: unexpected end of input; last read: '\"x'")),
     (CHAT, 500, llamacpp(500, "The model produced output that does not match the expected peg-native format")),
     (CHAT, 500, {"error": {"message": "error parsing tool call: raw='{\"a\":', err=unexpected end of JSON input"}}),
+    (CHAT, 500, {"error": {"message": TOOL_CALL_OF_OLLAMA, "type": "api_error"}}),
     (EMBEDDINGS, 500, llamacpp(500, "input is too large to process. increase the physical batch size")),
 ]
 
@@ -137,23 +139,51 @@ FAILURES = [
     (500, "failed to process image: ggml_backend_alloc failed to allocate buffer"),
     (500, "llama runner process has terminated: failed to decode image"),
     (500, "bad configuration at row 5, column 9 of models.csv"),
+    (500, "decode WebP image: bad\ncudaMalloc failed: out of device memory"),
+    (500, 'llama-server apply-template error: Post "http://127.0.0.1:1/apply-template": EOF'),
+    (500, "failed reading llama-server template response: unexpected EOF"),
+    (500, "model runner has unexpectedly stopped, this may be due to resource limitations: invalid tool call arguments"),
+    (500, "an error was encountered while running the model: failed to process image"),
+    (500, "invalid format: the model's file is no GGUF"),
+    (500, "the template: /models/a.tmpl:3: cannot be opened"),
     (502, "bad gateway" + PLACE),
     (503, MMPROJ),
     (504, MMPROJ),
 ]
-TEMPLATES = [
+# As llama.cpp (jinja, and minja before it) and Ollama write them.
+NOT_POSSIBLE = [
     "After the optional system message, conversation roles must alternate user/assistant",
     "Only text is known" + PLACE,
+    "Value is not callable: null at row 49, column 79:\n  {%- set a = b.split() %}\n" + PLACE,
     "\n------------\nWhile executing CallExpression at line 3, column 9 in source:\n...\nError: Jinja Exception: no",
+    "\nError executing FilterExpression at position 17: Unknown (built-in) filter 'items' for type Undefined",
+    "Unable to generate parser for this template. Automatic parser generation failed: no",
+    "Invalid diff: now finding less tool calls!\n  Previous (1):\n",
+    "Failed to download image",
+    TOOL_CALL_OF_OLLAMA,
+    'invalid format: "\\"yaml\\""; expected "json" or a valid JSON Schema object',
+    "llama-server template error: map[code:500 message:no type:server_error]",
+    "this model only supports one image while more than one image requested",
+    "decode WebP image: webp: invalid format",
+    'template: :1: unexpected "}" in operand',
+    "failed to parse Laguna JSON tool call: invalid character 'x'",
+    "mismatched arg_key and arg_value counts: 2 keys, 1 values",
+    'undeclared Glimmer function "run"',
+    "system message cannot contain images",
+    'unsupported Qwen3.8 reasoning effort "much"',
 ]
 
 
+def meaning(status: int, words: str) -> object:
+    return refusals.meaning(status, refusals.read({"error": {"message": words}}), BackendConfig("alpha", "http://alpha"))
+
+
 def test_a_failure_stays_one_whatever_words_it_has() -> None:
-    backend = BackendConfig("alpha", "http://alpha")
-    for status, words in FAILURES:
-        assert refusals.meaning(status, refusals.Told(words, {}), backend) is None, words
-    for words in TEMPLATES:
-        assert isinstance(refusals.meaning(500, refusals.Told(words, {}), backend), BackendCannot), words
+    assert [words for status, words in FAILURES if meaning(status, words) is not None] == []
+
+
+def test_what_a_backend_cannot_do_is_known_by_its_words() -> None:
+    assert [words for words in NOT_POSSIBLE if not isinstance(meaning(500, words), BackendCannot)] == []
 
 
 def test_the_words_in_ollamas_language(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
@@ -256,6 +286,7 @@ WRONG = [
     "Failed to parse messages: [json.exception.type_error.302] type must be string, but is number",
     'Failed to parse tools: Unsupported tool type: {"type":"z"}; tools = []',
     "Unknown reasoning format: z",
+    "Invalid url value",
 ]
 
 
