@@ -287,6 +287,26 @@ def test_openai_does_not_retry_what_takes_long(gateway: RunningGateway) -> None:
     assert len(gateway.request_lines()) == 1
 
 
+@pytest.mark.parametrize("name", ["concurrent", "tpm", "day"])
+def test_a_guess_is_at_least_a_second_however_short_the_calls_are(
+    gateway: RunningGateway, held: threading.Event, name: str
+) -> None:
+    """Libraries ask two times more: told a tenth of a second, they would give up while one call runs."""
+    most = 1 if name == "concurrent" else 1000
+    with gateway.http(gateway.key(**limits(name, most))) as client:
+        held.set()
+        for _ in range(10):
+            assert ask(client, WAYS[0], **FEW_TOKENS).status_code == 200
+        held.clear()
+        running = threading.Thread(target=lambda: ask(client, WAYS[0], options={"num_predict": 500}))
+        running.start()
+        until(lambda: gateway.rooms.limits.running == 1)
+        refused = ask(client, WAYS[0], options={"num_predict": 500})
+        held.set()
+        running.join()
+    assert refused.status_code == 429 and float(refused.headers["retry-after-ms"]) >= 1000
+
+
 def test_ollama_is_told_and_succeeds_later(gateway: RunningGateway, held: threading.Event) -> None:
     key = gateway.key(concurrent=1)
     with gateway.http(key) as client:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from gateway import app
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import Quota
-from gateway.store import Store
+from gateway.store import Store, StoreAway
 from tests.asking import WAYS
 from tests.conftest import TestStores
 from tests.played import PlayedBackend
@@ -28,6 +28,9 @@ from tests.settings_of import environment_for, settings_for
 
 ROUNDS = int(os.environ.get("BURST_ROUNDS", "3"))
 CLIENTS = 100
+LONGEST_S = 180.0
+# The longest that is told where nobody knows.
+GUESS_S = 2.0
 
 
 @pytest.fixture
@@ -51,6 +54,8 @@ def redis_url(request: pytest.FixtureRequest, stores: TestStores) -> str:
 @pytest.fixture
 def addresses(tmp_path: Path, stores: TestStores, redis_url: str, backend: PlayedBackend) -> Iterator[list[str]]:
     names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=redis_url, GATEWAY_WORKERS="2")
+    # A machine so busy that Redis seems to be away for a moment must not make each process go by its share.
+    names["LIMITS_WITHOUT_REDIS"] = "closed"
     with ExitStack() as stack:
         found = []
         for place in ("one", "two"):
@@ -120,22 +125,23 @@ def most_at_once(backend: PlayedBackend, since: float) -> int:
 def test_requests_per_minute_and_at_once_are_exact(
     addresses: list[str], operator: Operator, backend: PlayedBackend, kind: str
 ) -> None:
+    answered = 0
     for number in range(ROUNDS):
         name, since = f"{kind} {number}", time.monotonic()
         limits = {"rpm": 50, "concurrent": 5}
         key = operator.key(name, **(limits if kind == "of the key" else {}))
         if kind == "of a model":
             operator.limit(name, "llama*", **limits)
-        admitted = 0
-        while admitted < 50 and time.monotonic() - since < 20:
-            statuses = asyncio.run(burst(addresses, key))
-            assert set(statuses) <= {200, 429}
-            admitted += statuses[200]
-        assert admitted == 50
-        assert asyncio.run(burst(addresses, key)) == {429: CLIENTS * 4}
+        statuses: Counter[int] = Counter()
+        while statuses[200] + statuses[503] < 50 and time.monotonic() - since < 20:
+            statuses += asyncio.run(burst(addresses, key))
+        statuses += asyncio.run(burst(addresses, key))
+        assert 50 - statuses[503] <= statuses[200] <= 50 and set(statuses) <= {200, 429, 503}
+        answered += statuses[200]
         assert backend.wait_idle() and most_at_once(backend, since) <= 5
     rows = wait_for_rows(operator)
-    assert rows["answered"] == 50 * ROUNDS and rows["refused:rate_limit_exceeded"] > 0 and len(rows) == 2
+    assert rows.pop("answered") == answered and rows.pop("refused:rate_limit_exceeded") > 0
+    assert set(rows) <= {"refused:limits_unavailable"}
 
 
 @pytest.mark.parametrize("redis_url", ["server", "cluster"], indirect=True)
@@ -143,7 +149,7 @@ def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backe
     for number in range(ROUNDS):
         name = f"budget {number}"
         key = operator.key(name, day=300)
-        while asyncio.run(burst(addresses, key, 1))[200]:
+        while (statuses := asyncio.run(burst(addresses, key, 1)))[200] or statuses[503]:
             pass
     spent = wait_for_spent(operator)
     assert len(spent) == ROUNDS and all(300 - 20 < tokens <= 300 for tokens in spent)
@@ -153,36 +159,47 @@ def test_no_minute_holds_more_and_retry_after_is_the_time_until_it_passes(
     addresses: list[str], operator: Operator, backend: PlayedBackend
 ) -> None:
     """Asking on for more than a minute: whatever 60 seconds one looks at, the limit holds. Another key waits as it is told."""
-    key, since = operator.key("steady", rpm=50), time.monotonic()
+    key, deadline, lost = operator.key("steady", rpm=50), time.monotonic() + LONGEST_S, 0
     with ThreadPoolExecutor(1) as beside:
-        waited = beside.submit(ask_when_told, addresses[1], operator.key("patient", tpm=1000))
-        while time.monotonic() - since < 75:
-            asyncio.run(burst(addresses, key, 1))
+        waited = beside.submit(ask_when_told, addresses[1], operator.key("patient", tpm=400))
+        while len(starts(backend)) + lost < 100:
+            assert time.monotonic() < deadline
+            lost += asyncio.run(burst(addresses, key, 1))[503]
             time.sleep(1)
+        asyncio.run(burst(addresses, key, 1))
     waited.result()
-    starts = sorted(call.started for call in backend.calls(WAYS[0].path) + backend.calls(WAYS[2].path))
-    assert len(starts) == 100
-    assert all(later - earlier > 60 for earlier, later in zip(starts, starts[50:], strict=False))
+    began = starts(backend)
+    assert 100 - lost <= len(began) <= 100
+    assert all(later - earlier > 60 for earlier, later in zip(began, began[50:], strict=False))
+
+
+def starts(backend: PlayedBackend) -> list[float]:
+    return sorted(call.started for call in backend.calls(WAYS[0].path) + backend.calls(WAYS[2].path))
 
 
 def ask_when_told(address: str, key: str) -> None:
-    """Just before the time that was told it is refused, just after it passes; on a path that nobody counts."""
-    path, body = "/api/generate", {"model": "llama3.2", "prompt": "Say hi", "stream": False, "options": {"num_predict": 300}}
-    with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=20) as client:
-        while (found := client.post(path, json=body)).status_code == 200:
-            pass
-        wait = float(found.headers["retry-after-ms"]) / 1000
-        assert wait > 5
+    """Before the time that was told it is refused, after it passes; on a path that nobody counts."""
+    with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
+        sent, wait = time.monotonic(), told_to_wait(client)
+        while wait <= GUESS_S:
+            time.sleep(wait)
+            sent, wait = time.monotonic(), told_to_wait(client)
+        received, deadline = time.monotonic(), time.monotonic() + LONGEST_S
+        assert wait <= 60
         time.sleep(max(0.0, wait - 2))
-        assert client.post(path, json=body).status_code == 429
-        time.sleep(2.1)
-        # Nobody is told more than 60 seconds: of what frees within 61 the rest is told then.
-        if (found := client.post(path, json=body)).status_code == 429:
-            rest = float(found.headers["retry-after-ms"]) / 1000
-            assert wait == 60 and rest <= 1
-            time.sleep(rest)
-            found = client.post(path, json=body)
-        assert found.status_code == 200
+        while rest := told_to_wait(client):
+            # Nobody is told more than 60 seconds: of what frees within 61 the rest is told then.
+            assert rest <= max(GUESS_S, received + wait - time.monotonic() + 1) and time.monotonic() < deadline
+            time.sleep(min(rest, 0.5))
+        assert time.monotonic() >= sent + wait
+
+
+def told_to_wait(client: httpx.Client) -> float:
+    """0 where it passes; what is told for a moment without Redis is a guess."""
+    body = {"model": "llama3.2", "prompt": "Say hi", "stream": False, "options": {"num_predict": 300}}
+    found = client.post("/api/generate", json=body)
+    assert found.status_code in (200, 429, 503)
+    return 0.0 if found.status_code == 200 else float(found.headers["retry-after-ms"]) / 1000
 
 
 async def _rows(operator: Operator, query: str) -> list[Any]:
@@ -194,8 +211,9 @@ def settled(operator: Operator) -> None:
     async def wait() -> None:
         async with Store(operator.settings.redis_url) as store:
             for _ in range(300):
-                if not await waiting_rows(store):
-                    return
+                with suppress(StoreAway):
+                    if not await waiting_rows(store):
+                        return
                 await asyncio.sleep(0.05)
         raise AssertionError("the audit was not written")
 
