@@ -7,7 +7,7 @@ from starlette.types import Scope
 from gateway import api_key
 from gateway.admission import Admission, Ticket
 from gateway.authentication import Authenticator
-from gateway.errors import LimitReached, LimitsUnavailable, NotPermitted
+from gateway.errors import LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.keys import ADMIN, Key
 from gateway.limits import Limits, remembered
 from gateway.quota import Quota
@@ -56,6 +56,15 @@ class Access:
             # Redis, unheard, may be about to let in whom nobody waits for any more: the settlement takes it back.
             record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", LOOK_UP_RESERVE)
             raise
+
+    async def count(self, record: Record, why: Exception) -> None:
+        """A request that ends with `why` before it was let in counts all the same; raises LimitReached where that is too many.
+
+        What the limits themselves refuse takes nothing.
+        """
+        was_asked = record.admission is not None or isinstance(why, LimitReached | LimitsUnavailable | StoreUnavailable)
+        if record.key is not None and not was_asked:
+            await self.admit(record, takes_slot=False)
 
     async def visitor(self, scope: Scope, record: Record) -> Key:
         """The key of a request that asks no backend: it counts as a request and takes no slot."""

@@ -97,8 +97,8 @@ class AdminVerb:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
         key = await self._access.key_of(scope, record)
-        backend = self._backend_for(key, scope)
         await self._access.admit(record)
+        backend = self._backend_for(key, scope)
         # What is refused was tried nowhere.
         record.backend = backend.name
         answer = PassedThrough(self._dialect, record, send)

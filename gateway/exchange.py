@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -76,11 +77,14 @@ class Exchange:
                 await self._answer(call, model, answer, scope, guard)
         except GatewayError as error:
             if answer is None or not answer.started:
+                await self._access.count(record, error)
                 raise
             await answer.break_off(error)
-        except ClientGone:
+        except ClientGone as gone:
             # Clients leave at the last frame, before the end of the body: they have had their answer.
             if answer is None or not answer.is_complete:
+                with suppress(GatewayError):
+                    await self._access.count(record, gone)
                 raise
         await answer.finish()
 

@@ -543,7 +543,7 @@ def gated(authenticator: Authenticator) -> GatedHasher:
 
 async def until_there(done: Callable[[], object]) -> None:
     async with asyncio.timeout(20):
-        while not done():
+        while not done():  # noqa: ASYNC110 what is waited for sets no event
             await asyncio.sleep(0.005)
 
 
@@ -598,15 +598,18 @@ def test_a_changed_key_needs_no_argon2_and_without_the_database_it_is_good_no_lo
     hasher = gated(authenticator)
     hasher.gate.set()
     assert status(gateway, key) == 200
-    for rpm in (7, 8):
+
+    def change(rpm: int) -> None:
         before = authenticator._generation
         gateway.call(gateway.ring().limit("mine", "", {"rpm": rpm}))
         until(lambda: authenticator._generation > before, 5)
-        if rpm == 8:
-            with closed(stores, servers):
-                assert status(gateway, key) == 503, "it may have been revoked"
-        until(lambda: status(gateway, key) != 503, 5)
-        assert ask(gateway, key).headers["x-ratelimit-limit-requests"] == str(rpm)
+
+    change(7)
+    assert ask(gateway, key).headers["x-ratelimit-limit-requests"] == "7"
+    change(8)
+    with closed(stores, servers):
+        assert status(gateway, key) == 503, "it may have been revoked"
+    until(lambda: ask(gateway, key).headers.get("x-ratelimit-limit-requests") == "8", 5)
     assert hasher.runs == [key]
 
 

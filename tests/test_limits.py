@@ -1,5 +1,6 @@
 """Limits of a key: each is exact, all are taken or none, and a refusal says which it was and when it would pass."""
 
+import socket
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from openai import RateLimitError
 
 from gateway import admission, shards
 from gateway.admission import Usage
+from gateway.keys import ADMIN, ADMIN_MODELS
 from gateway.local_limits import LocalLimits, Share
 from gateway.quota import UNLIMITED, Scope
 from tests.asking import MODEL, SAY_HI, WAYS, Way
@@ -213,6 +215,63 @@ def test_what_takes_no_tokens(gateway: RunningGateway) -> None:
         statuses.append(client.get("/api/tags").status_code)
     assert statuses == [200] * 7 + [429, 200, 429]
     assert {row["tokens_from"] for row in gateway.audit_rows()} == {"none"}
+
+
+CHAT = {"model": MODEL, "messages": SAY_HI}
+# What is refused, by its status; of those with a key of their own the flag.
+REFUSED: list[tuple[int, str, str, dict[str, Any], str]] = [
+    (403, "POST", "/api/chat", {"json": {**CHAT, "model": "no-such-model"}}, ""),
+    (403, "POST", "/v1/chat/completions", {"json": {**CHAT, "model": "no-such-model"}}, ""),
+    (404, "POST", "/api/show", {"json": {"model": "no-such-model"}}, ADMIN_MODELS),
+    (400, "POST", "/v1/embeddings", {"content": b"no JSON"}, ""),
+    (400, "POST", "/api/generate", {"content": b""}, ""),
+    (413, "POST", "/api/chat", {"content": b" " * 300_000}, ""),
+    (415, "POST", "/api/chat", {"json": CHAT, "headers": {"Content-Encoding": "gzip"}}, ""),
+    (403, "POST", "/api/pull", {"json": {"model": "x"}}, ""),
+    (403, "GET", "/api/status", {}, ""),
+    (400, "POST", "/api/pull", {"json": {"model": "x"}, "headers": {"X-Gateway-Backend": "nobody"}}, ADMIN_MODELS),
+    (400, "POST", "/api/pull", {"content": b"no JSON"}, ADMIN_MODELS),
+    (400, "HEAD", "/api/blobs/sha256:no", {}, ADMIN_MODELS),
+    (403, "GET", "/v1/models/no-such-model", {}, ""),
+    (403, "GET", "/admin/v1/overview", {}, ""),
+    (403, "POST", "/admin/v1/keys", {"json": {"name": "more"}}, ""),
+    (400, "POST", "/admin/v1/keys", {"content": b"no JSON"}, ADMIN),
+]
+
+
+def test_what_is_refused_for_another_reason_counts_as_a_request(gateway: RunningGateway) -> None:
+    for status, method, path, more, flag in REFUSED:
+        for place in ("", "/k/{}"):
+            key = gateway.key(rpm=2, flags=(flag,) if flag else ())
+            with gateway.http("" if place else key) as client:
+                found = [client.request(method, place.format(key) + path, **more) for _ in range(4)]
+            assert [one.status_code for one in found] == [status, status, 429, 429], (method, path, place)
+            assert [one.headers.get("x-ratelimit-remaining-requests") for one in found] == ["1", "0", "0", "0"]
+    outcomes = Counter(row["outcome"] for row in gateway.audit_rows())
+    assert outcomes["refused:rate_limit_exceeded"] == outcomes.total() // 2 == 4 * len(REFUSED)
+
+
+def test_a_body_that_never_ends_counts_as_a_request(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client leaves, or is told that it was too slow."""
+    monkeypatch.setattr("gateway.body.BODY_DEADLINE_S", 0.05)
+    key, address = gateway.key(rpm=2), ("127.0.0.1", int(gateway.url.rpartition(":")[2]))
+    head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 99\r\n\r\n{{".encode()
+
+    def begin(answer: bytes) -> None:
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(head)
+            assert connection.recv(12) == answer
+
+    begin(b"HTTP/1.1 408")
+    monkeypatch.setattr("gateway.body.BODY_DEADLINE_S", 30)
+    with socket.create_connection(address, timeout=10) as connection:
+        connection.sendall(head)
+        until(lambda: gateway.rooms.front.in_flight == 1)
+    until(lambda: gateway.request_lines()[-1]["outcome"] == "client_gone")
+    monkeypatch.setattr("gateway.body.BODY_DEADLINE_S", 0.05)
+    begin(b"HTTP/1.1 429")
+    with gateway.http(key) as client:
+        assert client.get("/api/tags").status_code == 429
 
 
 def test_client_libraries_wait_for_what_frees_within_a_minute(gateway: RunningGateway) -> None:

@@ -52,11 +52,24 @@ def seen(got: httpx.Response) -> tuple[int, bytes, dict[str, str]]:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_the_same_bytes_on_every_route_and_spelling(gateway: RunningGateway, path: str) -> None:
-    with gateway.http(gateway.key("llama3.2")) as client:
+    with gateway.http(gateway.key("llama3.2", rpm=UNLIMITED, tpm=UNLIMITED)) as client:
         expected = seen(client.post(path, json={"model": UNKNOWN, **BODIES[path]}))
         assert expected[0] == 403
         for spelling in SPELLINGS:
             assert seen(client.post(path, json={"model": spelling, **BODIES[path]})) == expected
+
+
+def test_they_count_alike(gateway: RunningGateway) -> None:
+    def told(model: str) -> list[tuple[int, str, list[str | None]]]:
+        limits = [
+            f"x-ratelimit-{what}" for what in ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
+        ]
+        with gateway.http(gateway.key("llama3.2", rpm=3, tpm=1000)) as client:
+            found = [client.post("/api/chat", json={"model": model, **BODIES["/api/chat"]}) for _ in range(4)]
+        return [(one.status_code, one.text.partition(";")[0], [one.headers.get(name) for name in limits]) for one in found]
+
+    assert told(HIDDEN) == told(UNKNOWN)
+    assert [status for status, *_ in told(UNKNOWN)] == [403, 403, 403, 429]
 
 
 def test_the_same_bytes_for_one_model_of_the_list(gateway: RunningGateway) -> None:
@@ -85,7 +98,7 @@ def test_lists_show_exactly_what_would_be_admitted(gateway: RunningGateway) -> N
 
 def test_the_same_time(gateway: RunningGateway) -> None:
     """Interleaved, many times: the medians and the tails of both lie within the noise of the same question asked twice."""
-    with gateway.http(gateway.key("llama3.2")) as client:
+    with gateway.http(gateway.key("llama3.2", rpm=UNLIMITED, tpm=UNLIMITED)) as client:
 
         def ask(model: str) -> float:
             began = time.perf_counter()
