@@ -183,3 +183,24 @@ def test_a_model_of_an_openai_server_names_the_route_to_use(gateway: RunningGate
     with pytest.raises(ollama.ResponseError) as told:
         gateway.ollama(gateway.key()).chat("qwen/qwen3-8b", SAY_HI)
     assert told.value.status_code == 400 and "/v1/chat/completions" in told.value.error
+
+
+def test_what_ollamas_command_line_shows_of_a_401(gateway: RunningGateway) -> None:
+    """Its `checkError` (api/client.go, since 0.12) reads a 401 into AuthorizationError, which shows the body's `status` or no
+    words at all; with a `signin_url` it would send people to sign in there. Whoever reads `error` finds the same."""
+    wrong = gateway.key()[:-1] + "!"
+    with gateway.http() as client:
+        refused = [
+            client.get("/api/tags"),
+            client.get(f"/k/{wrong}/api/tags"),
+            client.post(f"/k/{wrong}/api/show", json={"model": "llama3.2"}),
+        ]
+        other = client.get("/api/nothing")
+    missing, revoked = (
+        "No API key was sent; send it as 'Authorization: Bearer <key>'.",
+        "The API key is wrong, expired or revoked.",
+    )
+    assert [found.json() for found in refused] == [{"error": told, "status": told} for told in (missing, revoked, revoked)]
+    assert {found.status_code for found in refused} == {401} and other.json().keys() == {"error"}
+    with pytest.raises(ollama.ResponseError, match=r"^The API key is wrong, expired or revoked\. \(status code: 401\)$"):
+        gateway.ollama(wrong).list()

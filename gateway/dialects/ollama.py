@@ -69,7 +69,9 @@ class Ollama:
         )
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
-        return strict_json.write({"error": error.message})
+        # Of a 401 Ollama's own client reads no `error`, and shows `status` where it shows anything of the body.
+        words = {"error": error.message}
+        return strict_json.write({**words, "status": error.message} if error.status == 401 else words)
 
     def error_frame(self, error: GatewayError) -> bytes:
         return strict_json.write({"error": error.message}) + b"\n"
