@@ -45,6 +45,8 @@ def test_an_empty_audit_is_whole(stores: TestStores) -> None:
     [
         "status = 201",
         "prompt_tokens = prompt_tokens + 1",
+        "cached_tokens = 0",
+        "billed_tokens = 7",
         "ttfb_ms = NULL",
         "total_ms = total_ms + 0.0000000000001",
         "attempts = '[{}]'",
