@@ -130,7 +130,8 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
         purging = await stack.enter_async_context(retaining(settings))
         bounds = {"size": settings.audit_buffer_size, "most_output": settings.max_num_predict}
-        books = await stack.enter_async_context(Books(limits, spoken, writer.write, **bounds))
+        weight = int(settings.cached_tokens_weight)
+        books = await stack.enter_async_context(Books(limits, spoken, writer.write, cached_weight=weight, **bounds))
         watch = await stack.enter_async_context(Watch())
         id_header = settings.gateway_request_id_header
         metrics = Metrics(metrics_folder)
@@ -317,6 +318,7 @@ def tell_what_is_in_force(settings: Settings, rooms: Rooms) -> None:
     LOG.info("keys: argon2id, remembered for %g s", settings.redis_key_cache_ttl_s)
     own = f"{settings.default_rpm} requests and {settings.default_tpm} tokens a minute, {settings.default_concurrent} at once"
     LOG.info("limits of keys without their own: %s; without Redis: %s", own, settings.limits_without_redis)
+    LOG.info("prompt tokens that a backend had cached count %s of one", settings.cached_tokens_weight)
     LOG.info("audit: kept for %d days", settings.audit_log_default_retention_days)
     LOG.info("bodies: at most %d bytes; answers: at most %d tokens", settings.max_request_body_bytes, settings.max_num_predict)
     LOG.info("Redis: %s", "in use" if rooms.store.up else "away, each process goes on by itself")

@@ -62,6 +62,7 @@ def _line(row: Row) -> dict[str, Any]:
         "key": row["key"] or row["key_id"],
         **{name: row[name] or None for name in ("client", "model", "backend", "status", "outcome")},
         "tokens": f"{row['prompt_tokens']}+{row['completion_tokens']}",
+        "cached": row["cached_tokens"],
         "counted": row["tokens_from"],
         "ttfb_ms": _rounded(row["ttfb_ms"]),
         "total_ms": _rounded(row["total_ms"]),
@@ -88,7 +89,7 @@ def _sums(row: Row, said: argparse.Namespace) -> dict[str, Any]:
     facts = {name: (row["key"] or row["key_id"]) if name == "key" else row[name] for name in said.by}
     if "key" in said.by and (said.json or said.csv):
         facts["key_id"] = row["key_id"]
-    numbers = ("requests", "answered", "failures", "refused", "prompt_tokens", "completion_tokens")
+    numbers = "requests answered failures refused prompt_tokens completion_tokens cached_tokens billed_tokens".split()
     facts |= {name: row[name] for name in numbers}
     return facts | {f"ttfb_{name}_ms": _rounded(row[f"ttfb_{name}"]) for name in ("p50", "p95", "p99")}
 

@@ -35,10 +35,17 @@ class Books:
     """
 
     def __init__(
-        self, limits: Limits, dialects: Mapping[str, Dialect], write: WriteRows, *, size: int, most_output: int
+        self,
+        limits: Limits,
+        dialects: Mapping[str, Dialect],
+        write: WriteRows,
+        *,
+        size: int,
+        most_output: int,
+        cached_weight: int,
     ) -> None:
         self._limits, self._dialects, self._write = limits, dialects, write
-        self._size, self._most_output = size, most_output
+        self._size, self._most_output, self._cached_weight = size, most_output, cached_weight
         self._backlog: deque[Settlement] = deque()
         self._unsettled: deque[Settlement] = deque(maxlen=size)
         self._under_way: set[asyncio.Future[Any]] = set()
@@ -99,8 +106,8 @@ class Books:
         return told
 
     def _settlement(self, record: Record) -> Settlement:
-        spent = cost.of(record, self._most_output)
-        record.spent_prompt, record.spent_completion = spent.prompt, spent.completion
+        spent = cost.of(record, self._most_output, self._cached_weight)
+        record.spent_prompt, record.spent_completion, record.spent_cached = spent.prompt, spent.completion, spent.cached or 0
         row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0
         completion = spent.completion if is_whole else -1

@@ -11,22 +11,32 @@ CUT = frozenset({"client_gone", "truncated", "shutdown"})
 PROMPT_FACTOR, PROMPT_BASE = 16, 65_536
 # What one answer grows by while nobody sees it: about what a model of 7 to 14 billion parameters does on one card.
 TOKENS_PER_S = 50
+MILLION = 1_000_000
 
 
 class Cost(NamedTuple):
-    """`source`: reported (by the backend), estimated, partial (estimated, of an answer cut short) or none."""
+    """`source`: reported (by the backend), estimated, partial (estimated, of an answer cut short) or none.
+
+    `cached` are part of the prompt's; `billed` is what counts for limits where that is less than all tokens.
+    """
 
     prompt: int = 0
     completion: int = 0
     source: str = "none"
+    cached: int | None = None
+    billed: int | None = None
 
     @property
     def total(self) -> int:
-        return self.prompt + self.completion
+        """What counts for limits."""
+        return self.prompt + self.completion if self.billed is None else self.billed
 
 
-def of(record: Record, most_output: int) -> Cost:
-    """`most_output`: what a backend was allowed to answer at most; what it says beyond that is not billed."""
+def of(record: Record, most_output: int, cached_weight: int) -> Cost:
+    """`most_output`: what a backend was allowed to answer at most; what it says beyond that is not billed.
+
+    `cached_weight`: what a prompt token counts that the backend had cached, in millionths.
+    """
     if record.outcome not in CUT and record.outcome != "answered":
         return Cost()
     prompt, completion = record.usage.prompt_tokens, record.usage.completion_tokens
@@ -34,15 +44,19 @@ def of(record: Record, most_output: int) -> Cost:
         completion = 0
     if prompt is not None and completion is not None:
         source = "reported" if prompt or completion or record.need.prompt > 0 else "none"
-        return _bounded(Cost(prompt, completion, source), record, most_output)
-    if record.need.prompt < 0 or not record.was_sent:
+        found = Cost(prompt, completion, source)
+    elif record.need.prompt < 0 or not record.was_sent:
         return Cost()
-    guessed = Cost(
-        record.need.prompt if prompt is None else prompt,
-        _answered(record) if completion is None else completion,
-        "partial" if record.outcome in CUT else "estimated",
-    )
-    return _bounded(guessed, record, most_output)
+    else:
+        found = Cost(
+            record.need.prompt if prompt is None else prompt,
+            _answered(record) if completion is None else completion,
+            "partial" if record.outcome in CUT else "estimated",
+        )
+    found = _bounded(found, record, most_output)
+    cached = record.usage.cached_tokens
+    # Of a prompt that we have estimated, nobody knows how much was cached.
+    return found if cached is None or prompt is None else _weighed(found, min(cached, found.prompt), cached_weight)
 
 
 def _answered(record: Record) -> int:
@@ -59,3 +73,9 @@ def _bounded(cost: Cost, record: Record, most_output: int) -> Cost:
     if cost.prompt <= most_prompt and cost.completion <= most_output:
         return cost
     return Cost(min(cost.prompt, most_prompt), min(cost.completion, most_output), cost.source)
+
+
+def _weighed(cost: Cost, cached: int, weight: int) -> Cost:
+    saved = cached - -(-cached * weight // MILLION)
+    billed = cost.prompt + cost.completion - saved if saved else None
+    return Cost(cost.prompt, cost.completion, cost.source, cached, billed)

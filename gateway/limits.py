@@ -37,7 +37,7 @@ REMEMBERED = 10_000
 
 @dataclass
 class Settlement:
-    """What a finished request leaves behind: tokens to count, and its row and prompt for the audit, b"" for none."""
+    """What a finished request leaves behind: tokens to bill, and its row and prompt for the audit, b"" for none."""
 
     admission: Admission | None
     used: int

@@ -48,6 +48,7 @@ class Children(NamedTuple):
     requests: Any
     prompt: Any
     completion: Any
+    cached: Any
     duration: Any
     first_byte: Any
     overhead: Any
@@ -80,6 +81,9 @@ class Metrics:
             "gateway_requests", "Requests that have ended, operators who look left out", "dialect", "route", "model", "outcome"
         )
         self.tokens = self._counter("gateway_tokens", "Tokens, as counted or guessed for the audit", "kind", "model")
+        self.cached = self._counter(
+            "gateway_cached_tokens", "Those of the prompt tokens that backends reported as cached", "model"
+        )
         self.duration = self._histogram(
             "gateway_request_duration_seconds", "From a request's head to its answer's end", "dialect", buckets=LONG
         )
@@ -152,6 +156,8 @@ class Metrics:
             children.prompt.inc(record.spent_prompt)
         if record.spent_completion:
             children.completion.inc(record.spent_completion)
+        if record.spent_cached:
+            children.cached.inc(record.spent_cached)
         if record.first_byte_at is not None:
             children.first_byte.observe(record.first_byte_at - record.began)
             children.overhead.observe(record.overhead_s)
@@ -170,6 +176,7 @@ class Metrics:
             self.requests.labels(*labels),
             self.tokens.labels("prompt", model),
             self.tokens.labels("completion", model),
+            self.cached.labels(model),
             self.duration.labels(dialect),
             self.first_byte.labels(dialect),
             self.overhead.labels(dialect),

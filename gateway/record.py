@@ -22,6 +22,8 @@ NEVER_ENDED = {
     "status": 0,
     "detail": "",
     "completion_tokens": 0,
+    "cached_tokens": None,
+    "billed_tokens": None,
     "bytes_out": 0,
     "queue_ms": 0.0,
     "ttfb_ms": None,
@@ -73,6 +75,7 @@ class Record:
     relayed_tokens: int = 0
     spent_prompt: int = 0
     spent_completion: int = 0
+    spent_cached: int = 0
     transcript: Transcript | None = field(default=None, repr=False)
     bytes_in: int = 0
     bytes_out: int = 0
@@ -116,9 +119,17 @@ class Record:
             "bytes_in": self.bytes_in,
         }
 
-    def end(self, prompt_tokens: int, completion_tokens: int, tokens_from: str) -> bytes:
+    def end(
+        self,
+        prompt_tokens: int,
+        completion_tokens: int,
+        tokens_from: str,
+        cached_tokens: int | None = None,
+        billed_tokens: int | None = None,
+    ) -> bytes:
         """The row of the audit as JSON, which is the log's line, too."""
         self.row = self._row(prompt_tokens, completion_tokens, tokens_from)
+        self.row["cached_tokens"], self.row["billed_tokens"] = cached_tokens, billed_tokens
         self.told_json = strict_json.write_anyhow(self.row)
         return self.told_json
 
@@ -137,6 +148,7 @@ class Record:
         row["detail"] = self.detail
         row["prompt_tokens"] = prompt_tokens
         row["completion_tokens"] = completion_tokens
+        row["cached_tokens"] = row["billed_tokens"] = None
         row["tokens_from"] = tokens_from
         row["bytes_out"] = self.bytes_out
         row["queue_ms"] = round(self.queue_ms, 3)

@@ -25,6 +25,7 @@ WEAK_SECRETS = frozenset(
 KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 KUBERNETES_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://\S+")
 MASK = "***"
+MILLION = 1_000_000
 LOCAL_RUN = "local run"
 COMPOSE_ONLY = (
     "GATEWAY_VIRTUAL_HOST",
@@ -54,6 +55,20 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
         return float(text)
 
     return read
+
+
+class Millionths(int):
+    """A part of one, exactly; written as people write it."""
+
+    def __str__(self) -> str:
+        return f"{self / MILLION:.6f}".rstrip("0").rstrip(".")
+
+
+def part(text: str) -> Millionths:
+    if not re.fullmatch(r"0?\.\d{1,6}|0|1(\.0{1,6})?", text):
+        raise ValueError("a number from 0 to 1, with at most six decimals")
+    whole, _, decimals = text.partition(".")
+    return Millionths(int(whole or 0) * MILLION + int(decimals.ljust(6, "0")))
 
 
 def boolean(text: str) -> bool:
@@ -185,6 +200,7 @@ class Settings:
     default_rpm: int = env("60", integer(0, 10**9))
     default_tpm: int = env("100000", integer(0, 10**12))
     default_concurrent: int = env("8", integer(0, 10**6))
+    cached_tokens_weight: int = env("0.1", part)
     max_queue_wait_s: float = env("0", seconds(0, 600))
     limits_without_redis: str = env("share", one_of("share", "closed"))
     max_request_body_bytes: int = env("262144", integer(1024, 2**30))

@@ -125,7 +125,9 @@ def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
     )
     minutes = 15
     rate, tokens = lately["requests"] / minutes, (lately["prompt_tokens"] + lately["completion_tokens"]) / minutes
-    yield f"a minute requests {rate:.1f}  tokens {tokens:.0f} ({lately['prompt_tokens']} in, {lately['completion_tokens']} out)"
+    cached = f", {lately['cached_tokens']} cached" if lately.get("cached_tokens") else ""
+    told = f"{lately['prompt_tokens']} in{cached}, {lately['completion_tokens']} out"
+    yield f"a minute requests {rate:.1f}  tokens {tokens:.0f} ({told})"
 
 
 BACKENDS = ("BACKEND", 18), ("STATE", 8), ("BREAKER", 10), ("IN FLIGHT", 10), ("LATENCY", 9), ("MODELS", 6), ("", 13)

@@ -134,11 +134,19 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"  backend  {row['backend']}, as {row['answered_as'] or row['model']}"
     if row["ttfb_ms"] is not None:
         yield f"  first    byte after {row['ttfb_ms']:.1f} ms"
-    yield f"  tokens   {row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
+    tokens = f"{row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
+    yield f"  tokens   {tokens}{_billed(row)}"
     ended = (
         "never ended by its process" if row["total_ms"] is None else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
     )
     yield f"  end      {row['status'] or '-'} {row['outcome']}{_detail(row)}, {ended}"
+
+
+def _billed(row: Mapping[str, Any]) -> str:
+    if row["cached_tokens"] is None:
+        return ""
+    counted = "all" if row["billed_tokens"] is None else row["billed_tokens"]
+    return f", {row['cached_tokens']} of the prompt cached; {counted} count for limits"
 
 
 def _detail(row: Mapping[str, Any]) -> str:

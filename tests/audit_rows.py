@@ -52,6 +52,12 @@ def row(at: datetime, **changes: Any) -> dict[str, Any]:
     return {**PLAIN, "id": str(uuid.uuid4()), "at": micros(at), **changes}
 
 
+def billed(row: dict[str, Any]) -> int:
+    """What a row was counted for."""
+    told = row["billed_tokens"]
+    return int(row["prompt_tokens"] + row["completion_tokens"] if told is None else told)
+
+
 def packed(rows: list[dict[str, Any]]) -> list[bytes]:
     return [strict_json.write(row) for row in rows]
 

@@ -39,6 +39,8 @@ class Healthy:
     token: str | None
     token_header: str
     blobs: set[str] = field(default_factory=set)
+    # What it says it had cached of a prompt; without one it says nothing of the sort.
+    cached: Callable[[Asked], object] | None = None
 
     def __call__(self, request: Received) -> Steps:
         if not self._admits(request):
@@ -190,7 +192,7 @@ def _loaded(asked: Asked, nothing: dict[str, Any]) -> list[Step]:
 
 def _generated(healthy: Healthy, asked: Asked, model: str, parts: list[Asked], nothing: Asked) -> list[Step]:
     head = {"model": model, "created_at": _now()}
-    last = {
+    last: Asked = {
         "done": True,
         "done_reason": "stop",
         "total_duration": 512345678,
@@ -200,6 +202,8 @@ def _generated(healthy: Healthy, asked: Asked, model: str, parts: list[Asked], n
         "eval_count": len(parts),
         "eval_duration": 60000000,
     }
+    if healthy.cached is not None:
+        last["prompt_eval_cached_count"] = healthy.cached(asked)
     if asked.get("stream") is False:
         return paused(answer(200, {**head, **nothing, **_joined(parts), **last}), healthy.pause_s * len(parts))
     records = [{**head, **part, "done": False} for part in parts]

@@ -89,8 +89,15 @@ def _entry(healthy: "Healthy", model: str) -> Asked:
     return {**named, "parent": None, "max_model_len": 4096, "permission": []}
 
 
-def _usage(prompt: int, completion: int) -> dict[str, int]:
+def _usage(prompt: int, completion: int) -> Asked:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _counted(healthy: "Healthy", asked: Asked, completion: int) -> Asked:
+    usage = _usage(prompt_tokens(asked), completion)
+    if healthy.cached is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": healthy.cached(asked)}
+    return usage
 
 
 def _wants_usage(healthy: "Healthy", asked: Asked) -> bool:
@@ -111,7 +118,7 @@ def _chat(healthy: "Healthy", asked: Asked) -> list[Step]:
         raise Refused(400, "[] is too short - 'messages'")
     calls = messages[-1].get("role") != "tool" and bool(asked.get("tools"))
     pieces = [""] if calls else cut(healthy.text(said(messages)), healthy.pieces)
-    usage = _usage(prompt_tokens(asked), len(pieces))
+    usage = _counted(healthy, asked, len(pieces))
     if asked.get("stream"):
         deltas = _tool_deltas(asked) if calls else _text_deltas(healthy, pieces)
         return _chat_stream(healthy, asked, deltas, "tool_calls" if calls else "stop", usage)
@@ -155,7 +162,7 @@ def _completion(healthy: "Healthy", asked: Asked) -> list[Step]:
         raise Refused(400, "json: cannot unmarshal array into Go struct field CompletionRequest.prompt of type string")
     pieces = cut(healthy.text(plain(prompt)), healthy.pieces)
     common = _common(healthy, asked, "text_completion", "cmpl")
-    usage = _usage(prompt_tokens(asked), len(pieces))
+    usage = _counted(healthy, asked, len(pieces))
     if asked.get("stream"):
         return stream(sse(_completion_chunks(healthy, asked, common, pieces, usage)), pause_s=healthy.pause_s)
     choice = {"index": 0, "text": "".join(pieces), "finish_reason": "stop"}

@@ -56,13 +56,20 @@ def ids(printed: str) -> list[str]:
 
 def test_the_list_shows_what_matters(url: str, say: Say) -> None:
     at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    write(url, [row(at, key_id="k1"), row(at - timedelta(hours=1), key_id="gone", status=0, backend="", ttfb_ms=None)])
-    head, first, second = say("audit").splitlines()
-    assert head.split() == "TIME KEY CLIENT MODEL BACKEND STATUS OUTCOME TOKENS COUNTED TTFB MS TOTAL MS".split()
-    assert (
-        first.split() == "2026-01-02 03:04:05 alice 192.0.2.7 llama3.2:latest alpha 200 answered 3+4 reported 12.5 99.1".split()
+    write(
+        url,
+        [
+            row(at, key_id="k1", cached_tokens=2),
+            row(at - timedelta(hours=1), key_id="gone", status=0, backend="", ttfb_ms=None),
+        ],
     )
-    assert second.split() == "2026-01-02 02:04:05 gone 192.0.2.7 llama3.2:latest - - answered 3+4 reported - 99.1".split()
+    head, first, second = say("audit").splitlines()
+    assert head.split() == "TIME KEY CLIENT MODEL BACKEND STATUS OUTCOME TOKENS CACHED COUNTED TTFB MS TOTAL MS".split()
+    assert (
+        first.split()
+        == "2026-01-02 03:04:05 alice 192.0.2.7 llama3.2:latest alpha 200 answered 3+4 2 reported 12.5 99.1".split()
+    )
+    assert second.split() == "2026-01-02 02:04:05 gone 192.0.2.7 llama3.2:latest - - answered 3+4 - reported - 99.1".split()
     assert head.index("CLIENT") == first.index("192.") == second.index("192.")
 
 
@@ -72,7 +79,8 @@ def test_an_empty_list(url: str, say: Say, capsys: pytest.CaptureFixture[str]) -
 
 def test_machines_get_every_column(url: str, say: Say) -> None:
     attempts = [{"backend": "beta", "fault": "refused", "ms": 1.5}]
-    written = row(ago(0.5), key_id="k1", attempts=attempts, detail='a "quoted", detail\nof two lines', model="\x1b[31mred")
+    odd = {"detail": 'a "quoted", detail\nof two lines', "model": "\x1b[31mred"}
+    written = row(ago(0.5), key_id="k1", attempts=attempts, cached_tokens=2, billed_tokens=6, **odd)
     write(url, [written])
     (found,) = lines(say("audit", "--json"))
     (plain,) = csv.DictReader(io.StringIO(say("audit", "--csv")))
@@ -212,6 +220,8 @@ def test_a_stream_left_early_frees_its_connection(url: str) -> None:
 def test_usage_by_key(url: str, say: Say) -> None:
     outcomes = ["answered", "answered", "backend_failed", "truncated", "refused:rate_limited", "client_gone"]
     rows = [row(ago(1), key_id="k1", outcome=outcome, ttfb_ms=None) for outcome in outcomes]
+    rows[0] |= {"cached_tokens": 3, "billed_tokens": 5}
+    rows[1] |= {"cached_tokens": 1}
     write(url, rows, [row(ago(1), key_id="k2", ttfb_ms=float(n)) for n in range(101)], [row(ago(31), key_id="k2")])
     bob, alice = lines(say("usage", "--json"))
     assert alice == {
@@ -223,6 +233,8 @@ def test_usage_by_key(url: str, say: Say) -> None:
         "refused": 1,
         "prompt_tokens": 18,
         "completion_tokens": 24,
+        "cached_tokens": 4,
+        "billed_tokens": 40,
         "ttfb_p50_ms": None,
         "ttfb_p95_ms": None,
         "ttfb_p99_ms": None,
@@ -230,7 +242,7 @@ def test_usage_by_key(url: str, say: Say) -> None:
     assert (bob["key"], bob["requests"], bob["ttfb_p50_ms"], bob["ttfb_p95_ms"], bob["ttfb_p99_ms"]) == ("bob", 101, 50, 95, 99)
     head, first, second = say("usage").splitlines()
     assert head.split()[:3] == ["KEY", "REQUESTS", "ANSWERED"] and first.split()[:2] == ["bob", "101"]
-    assert second.split() == "alice 6 2 2 1 18 24 - - -".split()
+    assert second.split() == "alice 6 2 2 1 18 24 4 40 - - -".split()
 
 
 def test_usage_by_several(url: str, say: Say) -> None:

@@ -82,8 +82,11 @@ def test_only_an_admin_gets_in(gateway: RunningGateway, admin: str, browser: Bro
         assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_numbers_are_live_and_lead_to_their_rows(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_numbers_are_live_and_lead_to_their_rows(
+    gateway: RunningGateway, admin: str, alpha: PlayedBackend, browser: Browser
+) -> None:
     tight = gateway.key(name="tight", rpm=1)
+    alpha.healthy.cached = lambda _: 1
     with page_of(browser) as page:
         enter(page, gateway, admin)
         expect(page.locator("#live")).to_contain_text("live")
@@ -103,6 +106,8 @@ def test_numbers_are_live_and_lead_to_their_rows(gateway: RunningGateway, admin:
         page.click("[data-tab=overview]")
         page.locator("#busy-models").get_by_role("button", name=MODEL).click()
         expect(page.locator("#rows tbody tr")).to_have_count(7)
+        expect(page.locator("#rows tbody tr").last).to_contain_text("1 (1 cached) + 4")
+        expect(page.locator("#tiles")).to_contain_text("tokens in + out; 5 cached")
         page.click("[data-tab=overview]")
         page.click("[data-window='24h']")
         expect(page.locator("[data-window='24h']")).to_have_attribute("aria-pressed", "true")

@@ -67,6 +67,7 @@ def fresh(gateway: RunningGateway) -> Samples:
 def test_what_became_of_requests(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
     gateway = start_gateway(alpha, beta, METRICS_TOKEN=TOKEN)
     key, tight = gateway.key(), gateway.key(rpm=1)
+    alpha.healthy.cached = lambda _: 1
     alpha.play_once("/api/chat", answer(500, {"error": "no"}))
     with gateway.http(key) as client, gateway.http(tight) as limited, gateway.http("nz_wrong") as stranger:
         for _ in range(3):
@@ -95,6 +96,7 @@ def test_what_became_of_requests(start_gateway: StartGateway, alpha: PlayedBacke
     rows = gateway.audit_rows()
     for kind in ("prompt", "completion"):
         assert total(found, "gateway_tokens_total", kind=kind) == sum(row[f"{kind}_tokens"] for row in rows) > 0
+    assert total(found, "gateway_cached_tokens_total", model=MODEL) == sum(row["cached_tokens"] or 0 for row in rows) == 4
 
 
 def test_what_is_up(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:

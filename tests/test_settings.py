@@ -78,6 +78,7 @@ BAD = {
     "DEFAULT_RPM": ["-1", "60/min", "1.5"],
     "DEFAULT_TPM": ["-1", "100k"],
     "DEFAULT_CONCURRENT": ["-1", "no"],
+    "CACHED_TOKENS_WEIGHT": ["-0.1", "1.1", "1.000001", "2", "0.1234567", "1e-1", "0,1", "10%", ".", "0.", "nan", "00"],
     "MAX_QUEUE_WAIT_S": ["-1", "601", "5s"],
     "LIMITS_WITHOUT_REDIS": ["open", "1"],
     "MAX_REQUEST_BODY_BYTES": ["1023", "256K", "-1"],
@@ -281,6 +282,23 @@ def test_secrets_are_neither_shown_nor_represented(name: str, value: str) -> Non
     shown = {row_name: row_value for row_name, row_value, _ in found.shown()}
     assert CANARY not in str(found.shown()) + repr(found) + str(found) + repr(found.backends)
     assert "***" in shown[name]
+
+
+@pytest.mark.parametrize(
+    ("told", "millionths", "shown"),
+    [
+        ("0.1", 100_000, "0.1"),
+        (".25", 250_000, "0.25"),
+        ("0", 0, "0"),
+        ("1.000", 10**6, "1"),
+        ("0.000001", 1, "0.000001"),
+        ("0.999999", 999_999, "0.999999"),
+    ],
+)
+def test_a_weight_is_kept_exactly_and_shown_as_people_write_it(told: str, millionths: int, shown: str) -> None:
+    found = load(CACHED_TOKENS_WEIGHT=told)
+    assert found.cached_tokens_weight == millionths
+    assert ("CACHED_TOKENS_WEIGHT", shown, "environment") in found.shown()
 
 
 def test_what_is_no_secret_is_shown() -> None:

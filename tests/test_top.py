@@ -37,7 +37,9 @@ def seen(backends: list[dict[str, Any]], busy: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("backends", "busy"), [(0, 0), (1, 1), (3, 10), (50, 10)])
 @pytest.mark.parametrize("size", [(80, 24), (200, 60), (80, 10)])
 def test_it_fits(backends: int, busy: int, size: tuple[int, int]) -> None:
-    lines = top.frame(seen([backend(number) for number in range(backends)], busy), *size)
+    facts = seen([backend(number) for number in range(backends)], busy)
+    facts["lately"]["cached_tokens"] = 10**9
+    lines = top.frame(facts, *size)
     assert len(lines) <= size[1] and max(map(len, lines)) <= size[0]
     assert all(line.isprintable() for line in lines)
 
@@ -50,6 +52,7 @@ def test_what_is_in_trouble_is_shown() -> None:
     }
     text = "\n".join(top.frame(seen([backend(number, **troubled.get(number, {})) for number in range(50)], 10), 80, 24))
     assert "backend-40" in text and "unreachable" in text and "open 4s" in text and "drained" in text
+    assert "1000000000 out)" in text and "cached" not in text, "a gateway of before does not tell them"
     assert "more, all well" in text and "AT rpm (9)" in text and "postgresql AWAY" in text
 
 

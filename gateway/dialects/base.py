@@ -35,10 +35,11 @@ class LongFrame(Exception):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens as the backend counted them; None where it did not say."""
+    """Tokens as the backend counted them; None where it did not say. Those that it had cached are part of the prompt's."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,11 @@ def count(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2**53:
         return None
     return int(value)
+
+
+def cached(value: object) -> int | None:
+    """Of a prompt's tokens those that a backend says it had cached: a whole number, for what is none makes no call cheaper."""
+    return value if value.__class__ is int and 0 <= value < 2**53 else None
 
 
 def wish(value: object) -> int | None:

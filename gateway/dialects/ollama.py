@@ -12,6 +12,7 @@ from gateway.dialects.base import (
     Operation,
     Usage,
     bounded,
+    cached,
     count,
     expect,
     expect_messages,
@@ -36,6 +37,7 @@ NUMBERS = frozenset(
     "top_p min_p typical_p temperature repeat_penalty presence_penalty frequency_penalty".split()
 )
 BOOLEAN_OPTIONS = frozenset("numa low_vram f16_kv logits_all vocab_only use_mmap use_mlock penalize_newline".split())
+CACHED = "prompt_eval_cached_count"
 
 
 class Ndjson:
@@ -89,7 +91,10 @@ class Ollama:
 
     def usage_of(self, answer: Any) -> Usage:
         told = answer if isinstance(answer, dict) else {}
-        return Usage(count(told.get("prompt_eval_count")), count(told.get("eval_count")))
+        prompt, completion = count(told.get("prompt_eval_count")), count(told.get("eval_count"))
+        # Whoever tells the cached ones (Ollama 0.33.3) has them in the prompt's count.
+        again = cached(told[CACHED]) if CACHED in told else None
+        return Usage(prompt, completion, again)
 
     def says_last(self, frames: bytes) -> bool:
         return b'"done":true' in frames

@@ -13,6 +13,7 @@ from gateway.dialects.base import (
     Operation,
     Usage,
     bounded,
+    cached,
     count,
     expect,
     expect_messages,
@@ -40,6 +41,7 @@ KNOWN_FIELDS = frozenset(
 )
 ALL_BUT_PROMPT, ALL_BUT_INPUT = tokens.SETTINGS | {"prompt"}, tokens.SETTINGS | {"input"}
 UNKNOWN = Usage()
+DETAILS = "prompt_tokens_details"
 # Lines end with \n, \r\n or \r, and an event with an empty line (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 END_OF_EVENT = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
 # No server spreads one JSON object over more.
@@ -153,11 +155,13 @@ class OpenAI:
             return UNKNOWN
         told = answer.get("usage")
         if isinstance(told, dict) and (told.get("prompt_tokens") or told.get("completion_tokens")):
-            return Usage(count(told.get("prompt_tokens")), count(told.get("completion_tokens")))
+            again = _cached(told, answer) if DETAILS in told or "timings" in answer else None
+            return Usage(count(told.get("prompt_tokens")), count(told.get("completion_tokens")), again)
         timings = answer.get("timings")
         if isinstance(timings, dict):
-            cached, read = count(timings.get("cache_n")) or 0, count(timings.get("prompt_n")) or 0
-            return Usage(cached + read, count(timings.get("predicted_n")))
+            # llama.cpp counts the cached ones apart here, and in `usage` with the others.
+            before, read = count(timings.get("cache_n")) or 0, count(timings.get("prompt_n")) or 0
+            return Usage(before + read, count(timings.get("predicted_n")), cached(timings.get("cache_n")))
         return UNKNOWN
 
     def says_last(self, frames: bytes) -> bool:
@@ -203,6 +207,14 @@ class OpenAI:
     def said(self, data: bytes) -> str:
         payloads = [data] if data.lstrip()[:1] == b"{" else self.framing.payloads(data)
         return "".join(_said(choice) for payload in payloads for choice in _choices(try_read(payload)))
+
+
+def _cached(usage: dict[str, Any], answer: dict[str, Any]) -> int | None:
+    """As vLLM and Ollama tell it, or as llama.cpp did before it told it so, too."""
+    details, timings = usage.get(DETAILS), answer.get("timings")
+    if isinstance(details, dict) and (found := cached(details.get("cached_tokens"))) is not None:
+        return found
+    return cached(timings.get("cache_n")) if isinstance(timings, dict) else None
 
 
 def _said(choice: dict[str, Any]) -> str:

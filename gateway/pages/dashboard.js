@@ -107,7 +107,7 @@ function drawOverview() {
     tile(number(lately.requests), "requests, 15 min", since),
     tile(number(lately.failures), "failed at backends", { ...since, outcome: "backend_failed" }, lately.failures ? "bad" : null),
     tile(number(lately.refused), "refused", { ...since, outcome: "refused" }, lately.refused ? "warn" : null),
-    tile(`${short(lately.prompt_tokens)} + ${short(lately.completion_tokens)}`, "tokens in + out", since),
+    tile(`${short(lately.prompt_tokens)} + ${short(lately.completion_tokens)}`, `tokens in + out${lately.cached_tokens ? `; ${short(lately.cached_tokens)} cached` : ""}`, since),
     tile(`${ms(lately.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(lately.ttfb_p99_ms)}`, since),
     tile(seen.stores.redis ? "up" : "away", "Redis", null, seen.stores.redis ? "good" : "bad"),
     tile(seen.stores.postgresql ? "up" : "away", "PostgreSQL", null, seen.stores.postgresql ? "good" : "bad"),
@@ -334,7 +334,7 @@ async function loadRows() {
     { name: "Backend", of: (row) => row.backend || "–" },
     { name: "Status", number: true, of: (row) => h("span", { class: row.status >= 500 ? "bad" : row.status >= 400 ? "warn" : null }, row.status || "–") },
     { name: "Outcome", wide: true, of: (row) => row.outcome + (row.detail ? ` (${row.detail})` : "") },
-    { name: "Tokens", number: true, of: (row) => `${row.prompt_tokens} + ${row.completion_tokens}` },
+    { name: "Tokens", number: true, of: (row) => `${row.prompt_tokens}${row.cached_tokens ? ` (${row.cached_tokens} cached)` : ""} + ${row.completion_tokens}` },
     { name: "First byte", number: true, of: (row) => ms(row.ttfb_ms) },
     { name: "Total", number: true, of: (row) => ms(row.total_ms) },
   ], rows, "no such request");

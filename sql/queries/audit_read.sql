@@ -8,7 +8,8 @@ WHERE k.id = coalesce((SELECT key_id FROM secrets WHERE id = $1),
 -- Rows of the audit, the newest first: of a key, of models, since a time, with a status in a range, with an outcome's beginning.
 SELECT a.id::text AS id, a.at, a.batch, a.request_id, a.key_id, k.name AS key, a.client, a.agent, a.dialect, a.method, a.route,
        a.model, a.answered_as, a.backend, a.attempts::text AS attempts, a.status, a.outcome, a.detail, a.stream, a.prompt_tokens,
-       a.completion_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms, a.total_ms
+       a.completion_tokens, a.cached_tokens, a.billed_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms,
+       a.total_ms
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
 WHERE ($1::text IS NULL OR a.key_id = $1)
   -- Most rows are decided by what costs little: $8 is what every spelling of such a model has in it, and a name without a host,
@@ -34,7 +35,7 @@ WITH names AS MATERIALIZED (
     FROM (SELECT DISTINCT model FROM audit WHERE at >= $2 AND 'model' = ANY ($1::text[])) AS asked
 )
 SELECT s.day, s.key_id, k.name AS key, s.model, s.backend, s.requests, s.answered, s.failures, s.refused, s.prompt_tokens,
-       s.completion_tokens, s.ttfb[1] AS ttfb_p50, s.ttfb[2] AS ttfb_p95, s.ttfb[3] AS ttfb_p99
+       s.completion_tokens, s.cached_tokens, s.billed_tokens, s.ttfb[1] AS ttfb_p50, s.ttfb[2] AS ttfb_p95, s.ttfb[3] AS ttfb_p99
 FROM (SELECT CASE WHEN 'day' = ANY ($1) THEN (at AT TIME ZONE 'UTC')::date END AS day,
              CASE WHEN 'key' = ANY ($1) THEN key_id END AS key_id,
              names.name AS model,
@@ -45,6 +46,8 @@ FROM (SELECT CASE WHEN 'day' = ANY ($1) THEN (at AT TIME ZONE 'UTC')::date END A
              count(*) FILTER (WHERE starts_with(outcome, 'refused')) AS refused,
              sum(prompt_tokens)::bigint AS prompt_tokens,
              sum(completion_tokens)::bigint AS completion_tokens,
+             coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
+             sum(coalesce(billed_tokens, prompt_tokens + completion_tokens))::bigint AS billed_tokens,
              percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb
       FROM audit LEFT JOIN names USING (model)
       WHERE at >= $2 AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'))
@@ -56,7 +59,8 @@ ORDER BY s.day DESC, s.requests DESC, k.name, s.key_id, s.model, s.backend;
 -- The rows of one request: by our id, or by the id that its caller gave it, which may have been given more than once.
 SELECT a.id::text AS id, a.at, a.request_id, a.key_id, k.name AS key, a.client, a.agent, a.dialect, a.method, a.route,
        a.model, a.answered_as, a.backend, a.attempts::text AS attempts, a.status, a.outcome, a.detail, a.stream, a.prompt_tokens,
-       a.completion_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms, a.total_ms
+       a.completion_tokens, a.cached_tokens, a.billed_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms,
+       a.total_ms
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
 WHERE (a.id = $1::uuid OR a.request_id = $2) AND a.at >= $3
 ORDER BY a.at, a.id
