@@ -13,7 +13,7 @@ from gateway.departure import Departure
 from gateway.errors import BadRequest, GatewayError, HeadTooLarge
 from gateway.http_cycle import Cycle
 from gateway.http_deadlines import Deadlines
-from gateway.http_head import NO_HOST, fault_of
+from gateway.http_head import LINE_ENDS, LONGEST_LINE_END, NO_HOST, fault_of
 
 LARGEST_HEAD, MOST_LINES = 65_536, 256
 BLANK_LINE = b"\r\n\r\n"
@@ -36,7 +36,8 @@ class Protocol(Deadlines):
     _departure: Departure | None = None
     _head_bytes = _head_lines = _hosts = _length = _left = _framing = _discarded = _steps = 0
     _codings: tuple[bytes, ...] = ()
-    _tail = b""
+    _tail = _line = b""
+    _has_line = False
     _in_head = True
     _gone: Callable[[], None] | None = None
     _is_lost = _is_refused = _is_lingering = _has_ended = False
@@ -109,6 +110,8 @@ class Protocol(Deadlines):
 
     def _is_within_bounds(self, piece: bytes) -> bool:
         if self._in_head:
+            if not self._has_line:
+                self._note_line(piece)
             self._head_bytes += len(piece)
             self._head_lines += piece.count(b"\n")
             if self._head_bytes > LARGEST_HEAD or self._head_lines > MOST_LINES:
@@ -118,6 +121,11 @@ class Protocol(Deadlines):
             if self._framing > LARGEST_HEAD:
                 self._refuse(BadRequest("the trailers or the chunk extensions of the body are too large"))
         return not self._is_refused
+
+    def _note_line(self, piece: bytes) -> None:
+        """Of the first line its end, which the parser does not tell; it skips blank ones before."""
+        line, end, _ = (self._line + piece).lstrip(b"\r\n").partition(b"\n")
+        self._line, self._has_line = line[-LONGEST_LINE_END:], bool(end)
 
     def _feed(self, piece: bytes) -> None:
         try:
@@ -202,8 +210,9 @@ class Protocol(Deadlines):
         if self.parser.should_upgrade() and method != b"CONNECT":
             return
         wrong = None
-        if self._hosts != 1 or self._codings or version != "1.1" or method == b"CONNECT":
-            wrong = fault_of(method, version, self._hosts, self._codings)
+        is_http = self._line.endswith(LINE_ENDS)
+        if self._hosts != 1 or self._codings or version != "1.1" or method == b"CONNECT" or not is_http or b"#" in self.url:
+            wrong = fault_of(method, version if is_http else "", self.url, self._hosts, self._codings)
         if wrong is not None:
             self._refuse(wrong, method.decode("ascii"))
             return
@@ -262,6 +271,7 @@ class Protocol(Deadlines):
         if self._in_head:
             return  # of a head that is refused, or is read again
         self._in_head, self._head_bytes, self._head_lines, self._left, self._tail = True, 0, 0, 0, b""
+        self._line, self._has_line = b"", False
         if self._arriving is not None:
             self._stop_waiting()
         cycle = self.cycle

@@ -27,6 +27,8 @@ ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "sho
 # A key of a drill: what it asks is no traffic of the installation, and nobody misses it later.
 DRILL = "drill"
 REMEMBERED_SCOPES = 1000
+# Each request of a key counts in all that match.
+MOST_RULES = 100
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,12 @@ class KeyRing:
         wishes = [said.get(name) for name in names], [name in said for name in names]
         values = [value for pair in zip(*wishes, strict=True) for value in pair]
         if pattern:
-            row = await self._database.row("limit_models", key_id, pattern, *values)
-            if row is not None and not any(row[name] is not None for name in names):
+            row = await self._database.row("limit_models", key_id, pattern, *values, MOST_RULES)
+            if row is None:
+                raise CommandFailed(
+                    f"a key may have limits for at most {MOST_RULES} models or globs: write globs, or unset one"
+                )
+            if not any(row[name] is not None for name in names):
                 await self._database.run("drop_model_limits", key_id, pattern)
         else:
             row = await self._database.row("limit_key", key_id, *values)

@@ -26,6 +26,8 @@ LONGEST_LINE = 65_536
 SMALL = 65_536
 # All lines of a head, and of what comes before it (1xx); a slice of it is what one look at the parser may cost.
 LONGEST_HEAD, MOST_HEADS, HEAD_SLICE = 256 * 1024, 32, 4096
+# Of what frames a body so much may come of which nothing is body: the extensions of a chunk, or trailers.
+MOST_FRAMING = 256 * 1024
 # Of a body in tiny chunks so many are parsed at once, or passed on at once one by one; then others have their turn.
 CHUNKS_AT_ONCE, PIECES_AT_ONCE = 256, 32
 PRINTABLE = re.compile(r"[\x20-\x7e]*")
@@ -52,17 +54,20 @@ class TooLarge(BackendFault):
 
 
 class Wire(ResponseHandler):
-    """aiohttp's end of a connection, which parses neither endless heads nor a flood of tiny chunks at once.
+    """aiohttp's end of a connection, which parses neither endless heads or framing nor a flood of tiny chunks at once.
 
     What comes while nobody has asked ends the connection: the next to ask would take it for the answer.
     """
 
+    # Whether a flow was given something of what came last.
+    has_yielded = False
     _in_body = False
-    _head_bytes = 0
+    _head_bytes = _framing = _body_bytes = 0
     _is_asked = False
 
     def set_response_params(self, **params: Any) -> None:
         self._in_body, self._head_bytes, self._is_asked = False, 0, True
+        self._framing = self._body_bytes = 0
         super().set_response_params(**params)
 
     def rest(self) -> None:
@@ -78,9 +83,26 @@ class Wire(ResponseHandler):
             if self.transport is not None:
                 self.transport.abort()
         elif self._in_body or not data:
+            self.has_yielded = False
             super().data_received(data)
+            if self.has_yielded:
+                self._framing = 0
+            elif self._in_body:
+                self._count_framing(len(data))
         else:
             self._receive_heads(data)
+
+    def _count_framing(self, size: int) -> None:
+        """Of what came while nothing flows, or of which nothing was body."""
+        body = self._payload
+        if body is None or self._reading_paused:
+            return
+        if body.total_bytes != self._body_bytes:
+            self._body_bytes, self._framing = body.total_bytes, 0
+            return
+        self._framing += size
+        if self._framing > MOST_FRAMING and self.transport is not None:
+            self.transport.abort()
 
     def _receive_heads(self, data: bytes) -> None:
         while data and not self._has_body_begun():
@@ -94,7 +116,7 @@ class Wire(ResponseHandler):
                 self.transport.close()
                 self.set_exception(HttpProcessingError(message="an endless head"))
         if data:
-            super().data_received(data)
+            self.data_received(data)
 
     def _has_body_begun(self) -> bool:
         body = self._payload
@@ -148,6 +170,8 @@ class Flow(aiohttp.StreamReader):
         waiter = self._waiter
         take, left, more = waiter
         waiter[2] = more - 1
+        wire: Any = self._protocol
+        wire.has_yielded = True
         if data and not (more and take(data)):
             Flow.end(self)
             if not left.done():

@@ -200,7 +200,7 @@ def error_body(dialect: Dialect, status: int) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def _content_type(dialect: Dialect, streamed: bool) -> str:
+def kind_of(dialect: Dialect, streamed: bool) -> str:
     if not streamed:
         return JSON
     return NDJSON if dialect == "ollama" else SSE
@@ -211,7 +211,7 @@ def _error_head(status: int) -> Fault:
 
 
 def _empty_body(dialect: Dialect, streamed: bool) -> list[Step]:
-    content_type = _content_type(dialect, streamed)
+    content_type = kind_of(dialect, streamed)
     return stream([], content_type) if streamed else answer(200, b"", content_type)
 
 
@@ -219,12 +219,12 @@ def _error_first_frame(dialect: Dialect, streamed: bool) -> list[Step]:
     error = error_body(dialect, 500)
     if not streamed:
         return answer(200, error)
-    return stream(ndjson([error]) if dialect == "ollama" else sse([error]), _content_type(dialect, streamed))
+    return stream(ndjson([error]) if dialect == "ollama" else sse([error]), kind_of(dialect, streamed))
 
 
 def _after_head(last: Step) -> Fault:
     return lambda dialect, streamed: [
-        Head(200, [("Content-Type", _content_type(dialect, streamed))], streamed, None if streamed else 300),
+        Head(200, [("Content-Type", kind_of(dialect, streamed))], streamed, None if streamed else 300),
         last,
     ]
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from gateway import app, keys
-from gateway.errors import NotThere
+from gateway.errors import CommandFailed, NotThere
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.processes import until
@@ -202,6 +202,21 @@ def test_what_is_wrong_is_named(
     refused = admin.request(method, path, json=body)
     assert refused.status_code == status, refused.text
     assert words in refused.json()["error"]
+
+
+def test_the_rules_of_a_key_are_bounded(gateway: RunningGateway, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "MOST_RULES", 3)
+    key_id = admin.post("/keys", json={"name": "alice"}).json()["id"]
+    where, told = f"/keys/{key_id}", "limits for at most 3 models or globs"
+
+    def limit(number: int, rpm: int | None = 5) -> int:
+        return admin.patch(where, json={"rpm": rpm, "model": f"m{number}*"}).status_code
+
+    assert [limit(number) for number in (1, 2, 3, 4, 3)] == [200, 200, 200, 400, 200]
+    assert told in admin.patch(where, json={"rpm": 5, "model": "m4*"}).json()["error"]
+    with pytest.raises(CommandFailed, match=told):
+        gateway.call(gateway.ring().limit("alice", "m5*", {"rpm": 5}))
+    assert [limit(1, None), limit(4)] == [200, 200]
 
 
 def test_an_admin_has_limits_too(gateway: RunningGateway) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.asking import WAYS, Way
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
-from tests.scripts import FAULTS, answer
+from tests.scripts import FAULTS, Close, End, Forever, Head, Piece, Raw, Step, answer, kind_of, recording
 
 MODELS = ["llama3.2:latest"]
 
@@ -54,6 +54,45 @@ def test_a_model_that_is_gone_is_asked_elsewhere(
     gateway = start_gateway(alpha, beta)
     alpha.play(way.path, answer(404, {"error": "model 'llama3.2' not found"}))
     assert way.ask(gateway, gateway.key()) == "beta heard: Say hi"
+
+
+# More than may yield nothing, behind what may come in one piece with a body.
+EXTENSION = b"5;" + b"x" * 600_000
+TWO_LENGTHS = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 20\r\n\r\n" + b'{"done":true}      \n'
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("fault", ["cut_short", "not_http"])
+def test_what_frames_a_body_without_end_or_in_two_ways_is_no_answer(
+    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, way: Way, fault: str
+) -> None:
+    """Long before any timeout: the bytes of a chunk's extension are no sign of life."""
+    gateway = start_gateway(alpha, beta)
+    kind = [("Content-Type", kind_of(way.dialect, way.streamed))]
+    framing: list[Step] = [Head(200, kind, chunked=True), Raw(EXTENSION), Forever()]
+    alpha.play(way.path, framing if fault == "cut_short" else [Raw(TWO_LENGTHS), Close()])
+    assert way.ask(gateway, gateway.key()) == "beta heard: Say hi"
+    attempts = gateway.request_lines()[-1]["attempts"]
+    assert [(attempt["backend"], attempt["fault"]) for attempt in attempts] == [("alpha", fault)]
+
+
+@pytest.mark.parametrize("way", WAYS[1::2], ids=str)
+def test_framing_without_end_ends_an_answer_that_has_begun(start_gateway: StartGateway, alpha: PlayedBackend, way: Way) -> None:
+    gateway = start_gateway(alpha)
+    name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
+    whole = recording(name)
+    first, rest = whole[: len(whole) // 2], whole[len(whole) // 2 :]
+    within = [Raw(b"%x;%b\r\n%b\r\n" % (len(part), b"x" * 200_000, part)) for part in (first, rest)]
+    begun: list[Step] = [Head(200, [("Content-Type", kind_of(way.dialect, True))], chunked=True), Piece(first)]
+    with gateway.http(gateway.key()) as client:
+        alpha.play(way.path, [begun[0], *within, End()])
+        assert client.post(way.path, json=way.body).content.count(b"error") == 0
+        alpha.play(way.path, [*begun, Raw(EXTENSION), Forever()])
+        assert b"error" in client.post(way.path, json=way.body).content
+    assert [(line["outcome"], line["detail"].partition(":")[0]) for line in gateway.request_lines()] == [
+        ("answered", ""),
+        ("truncated", "broken_off"),
+    ]
 
 
 def test_the_callers_own_mistake_is_not_tried_elsewhere(

@@ -23,9 +23,10 @@ WHERE id = $1
 RETURNING rpm, tpm, concurrent, day, month;
 
 -- name: limit_models
--- Those limits of a key's models behind a glob that were said: each a value and whether it was said.
+-- Those limits of a key's models behind a glob that were said: each a value and whether it was said; none beyond $13 globs.
 INSERT INTO model_limits AS m (key_id, pattern, rpm, tpm, concurrent, day, month)
-VALUES ($1, $2, $3, $5, $7, $9, $11)
+SELECT $1::text, $2::text, $3::bigint, $5::bigint, $7::bigint, $9::bigint, $11::bigint
+WHERE (SELECT count(*) FROM model_limits WHERE key_id = $1 AND pattern <> $2) < $13::integer
 ON CONFLICT (key_id, pattern) DO UPDATE
 SET rpm = CASE WHEN $4::boolean THEN $3 ELSE m.rpm END,
     tpm = CASE WHEN $6::boolean THEN $5 ELSE m.tpm END,
