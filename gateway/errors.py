@@ -81,6 +81,11 @@ class UnknownRoute(GatewayError):
     status = 404
     code = "not_found"
 
+    def __init__(self, message: str = "", meant: str = "") -> None:
+        """`meant`: a path whose language the caller speaks, "" where the path itself tells it."""
+        super().__init__(message)
+        self.meant = meant
+
 
 class NoSuchThing(GatewayError):
     """What the path names is not there."""

@@ -20,6 +20,7 @@ from gateway.errors import (
     GatewayError,
     MethodNotAllowed,
     ShuttingDown,
+    UnknownRoute,
 )
 from gateway.guard import Guard
 from gateway.metrics import Metrics
@@ -151,7 +152,9 @@ class Front:
         if reply.started:
             # Only a fault of our own can come this late: an answer without an end tells the client so.
             raise error
-        dialect = self._dialect_of(scope["path"])
+        meant = error.meant if isinstance(error, UnknownRoute) else ""
+        dialect = self._dialect_of(meant or scope["path"])
+        record.dialect = dialect.name
         body = dialect.error(error, record.request_id)
         unread = isinstance(error, BodyTooLarge | BodyTooSlow)
         await reply.send(

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.errors import MethodNotAllowed, UnknownRoute
 from gateway.record import Record
-from gateway.suggestions import DID_YOU_MEAN, suggest
+from gateway.suggestions import DID_YOU_MEAN, beginning, suggest
 
 RUNNING = b"Ollama is running"
 
@@ -49,7 +49,7 @@ def table(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp
 
     async def unknown(scope: Scope, receive: Receive, send: Send) -> None:
         meant = suggest(scope["path"], public)
-        raise UnknownRoute(DID_YOU_MEAN.format(meant) if meant else "")
+        raise UnknownRoute(DID_YOU_MEAN.format(meant) if meant else "", meant or beginning(scope["path"]))
 
     others = PathTable(variable, redirect_slashes=False, default=unknown)
 

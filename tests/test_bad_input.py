@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 
 import httpx
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -274,6 +275,9 @@ TYPED = {
     "/v1/api/tags": "/api/tags",
     "/tags": "/api/tags",
     "/api/api/chat": "/api/chat",
+    "/embeddings": "/v1/embeddings",
+    "/v1/responses": "/v1/chat/completions",
+    "/responses": "/v1/chat/completions",
 }
 
 
@@ -282,6 +286,8 @@ def test_paths_that_people_type_get_a_suggestion(gateway: RunningGateway) -> Non
         for typed, meant in TYPED.items():
             for got in (client.get(f"{gateway.url}{typed}"), client.get(f"{gateway.url}/k/nz_any{typed}")):
                 assert (got.status_code, message(got)) == (404, f"There is no such route here; did you mean {meant}?"), typed
+                # In the language of the route that was meant: with /v1 missing or doubled it is still an OpenAI client.
+                assert isinstance(got.json()["error"], dict) == meant.startswith("/v1"), typed
         for typed in (
             "/favicon.ico",
             "/admin",
@@ -293,3 +299,16 @@ def test_paths_that_people_type_get_a_suggestion(gateway: RunningGateway) -> Non
             "/" + "v1/" * 60,
         ):
             assert message(client.get(f"{gateway.url}{typed}")) == "There is no such route here.", typed
+        for typed in ("/images/generations", "/audio/speech", "/openai/files", "/api/v1/batches", "//v1/files"):
+            assert client.post(f"{gateway.url}{typed}").json()["error"]["code"] == "not_found", typed
+        lines = {line["route"]: line["dialect"] for line in gateway.request_lines()[-5:]}
+        assert set(lines.values()) == {"openai"}
+
+
+def test_an_openai_client_without_v1_is_told_so(gateway: RunningGateway) -> None:
+    with (
+        openai.OpenAI(base_url=gateway.url, api_key="any", max_retries=0) as client,
+        pytest.raises(openai.NotFoundError) as told,
+    ):
+        client.chat.completions.create(model="llama3.2", messages=[{"role": "user", "content": "Hi"}])
+    assert told.value.code == "not_found" and "did you mean /v1/chat/completions?" in str(told.value)
