@@ -12,7 +12,7 @@ BUDGETS = ("day", "month")
 Header = tuple[bytes, bytes]
 # Client libraries wait so long where they are told to; told a longer time, they do not wait but try again at once.
 LONGEST_WAIT_OF_CLIENTS_S = 60.0
-# A minute's window is known by the second: what is used now is all there again in 61 seconds at most.
+# A minute's window is known by the second: what is used now is all there again in 61 seconds, and told with one to spare.
 WINDOW_S = 62.0
 WORDS = {
     "rpm": ("requests", "requests per minute"),

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -109,8 +109,9 @@ async def fleet(settings: Settings) -> AsyncIterator[dict[str, Backend]]:
 
 
 @asynccontextmanager
-async def build(settings: Settings, metrics_folder: Path | None = None) -> AsyncIterator[Rooms]:
-    """`metrics_folder` is where the workers of one gateway share what they have counted."""
+async def build(settings: Settings, metrics_folder: Path | None = None, beside: Sequence[Kept] = ()) -> AsyncIterator[Rooms]:
+    """`metrics_folder` is where the workers of one gateway share what they have counted; `beside` is what their process keeps
+    going outside of this."""
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(database_of(settings))
         reports = await stack.enter_async_context(Reports(settings.database_url, timeout_s=REPORT_DEADLINE_S))
@@ -139,7 +140,13 @@ async def build(settings: Settings, metrics_folder: Path | None = None) -> Async
         keeping: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, books, watch]
 
         def background() -> list[Kept]:
-            return [purging, *(one.background for one in (*keeping, sampler, told)), *store.background, *lines.background]
+            return [
+                *beside,
+                purging,
+                *(one.background for one in (*keeping, sampler, told)),
+                *store.background,
+                *lines.background,
+            ]
 
         rooms = Rooms(
             database, reports, store, discovery, running, backends, front, watch, limits, books, metrics, writer, background
@@ -160,7 +167,7 @@ def admin_api_of(settings: Settings, rooms: Rooms) -> AdminApi:
     defaults, most = default_quota(settings), settings.max_num_predict
     return AdminApi(
         KeyRing(rooms.database, hasher_of(settings), rooms.store),
-        Overview(settings.backends, rooms.discovery, rooms.reports, rooms.store, lambda: rooms.database.up),
+        Overview(settings.backends, rooms.discovery, rooms.reports, rooms.store, rooms.database),
         rooms.database,
         rooms.reports,
         rooms.store,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from gateway import shards, strict_json
+from gateway import shards, strict_json, tasks
 from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.redis_lines import Lines
@@ -94,12 +94,7 @@ class Bulletin:
         line = self._lines.of(shards.HOME)
         if line is not None:
             with suppress(StoreAway):
-                line.send(*command).add_done_callback(_look_at)
-
-
-def _look_at(answer: "asyncio.Future[Any]") -> None:
-    if not answer.cancelled():
-        answer.exception()
+                line.send(*command).add_done_callback(tasks.retrieve)
 
 
 async def read(store: Store) -> list[ProcessState]:

@@ -13,8 +13,9 @@ from http.client import HTTPException
 from typing import Any, NoReturn
 
 from gateway import audit_commands, commands, console, demo, doctor, installation, serving, spoken, top, why_commands
+from gateway.database import in_words
 from gateway.drill import command
-from gateway.errors import CommandFailed, ReadOnly, SettingsError, StoreUnavailable
+from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.settings import Settings
 
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, None]]
@@ -156,10 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except CommandFailed as failed:
         console.say(f"error: {failed}")
-    except ReadOnly:
-        console.say("error: PostgreSQL takes no writes: name the primary in DATABASE_URL, or all servers of it")
-    except StoreUnavailable:
-        console.say("error: PostgreSQL does not answer: check DATABASE_URL and that the server runs")
+    except StoreUnavailable as unavailable:
+        console.say(f"error: {in_words(unavailable)}")
     except KeyboardInterrupt:
         return 130
     except OSError as wrong:

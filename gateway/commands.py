@@ -17,7 +17,7 @@ from gateway.address import split as address_parts
 from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.control import FleetFacts
-from gateway.database import Database
+from gateway.database import Database, in_words
 from gateway.discovery import Discovery
 from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.keys import KeyRing, NewKey
@@ -85,16 +85,16 @@ async def require_schema(database: Database) -> None:
     try:
         if not await database.is_current():
             raise CommandFailed("the database's schema is not current: run `make migrate`")
-    except StoreUnavailable:
-        raise CommandFailed("PostgreSQL does not answer: check DATABASE_URL and that the server runs") from None
+    except StoreUnavailable as unavailable:
+        raise CommandFailed(in_words(unavailable)) from None
 
 
 async def migrate(settings: Settings, said: argparse.Namespace) -> None:
     async with app.database_of(settings) as database:
         try:
             applied = await database.migrate(console.say)
-        except StoreUnavailable:
-            raise CommandFailed("PostgreSQL does not answer: check DATABASE_URL and that the server runs") from None
+        except StoreUnavailable as unavailable:
+            raise CommandFailed(in_words(unavailable)) from None
     console.show_facts({"applied": applied, "schema": "current"}, as_json=said.json)
 
 

@@ -8,11 +8,12 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from gateway import bulletin, strict_json, tasks
+from gateway import bulletin, strict_json
 from gateway.backend_config import BackendConfig
 from gateway.errors import CommandFailed
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
+from gateway.tasks import Group
 
 LOG = logging.getLogger("gateway.control")
 CHANNEL = named("control")
@@ -31,7 +32,7 @@ class Control:
 
     def __init__(self, store: Store, fleet: FleetFacts, acts: Mapping[str, Act]) -> None:
         self._store, self._fleet, self._acts = store, list(fleet), acts
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._answering = Group("control")
 
     async def __aenter__(self) -> Self:
         # What was asked while nobody heard it is asked again, by who asked.
@@ -39,7 +40,7 @@ class Control:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await tasks.end(self._tasks)
+        await self._answering.end()
 
     def _hear(self, text: str) -> None:
         """Whatever is no question of ours is passed over: anybody may write to the store."""
@@ -49,10 +50,8 @@ class Control:
             is_ours = bool(ID.fullmatch(number)) and act in self._acts and fleet == self._fleet
         except (ValueError, TypeError, KeyError, IndexError):
             return
-        if is_ours and len(self._tasks) < AT_ONCE:
-            task = asyncio.create_task(self._answer(number, act), name="control")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if is_ours and len(self._answering) < AT_ONCE:
+            self._answering.start(self._answer(number, act))
 
     async def _answer(self, number: str, act: str) -> None:
         try:
@@ -91,8 +90,8 @@ async def ask(store: Store, fleet: FleetFacts, act: str) -> Any:
 
 
 async def other_fleet(store: Store, own: Iterable[BackendConfig]) -> FleetFacts | None:
-    """The backends of the gateways that run on this Redis, where `own` are others; None where they are the same, where nobody
-    runs, and while Redis is away. Raises CommandFailed where the gateways differ among themselves."""
+    """The backends of the gateways that run on this Redis, where none of them has those of `own`; None where one has, where
+    none runs, and while Redis is away. Raises CommandFailed where none has them and they differ among themselves."""
     try:
         states = await bulletin.read(store)
     except StoreAway:

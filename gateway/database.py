@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import asyncpg
 
-from gateway.errors import CommandFailed, ReadOnly, StoreUnavailable, TooSlow
+from gateway.errors import CommandFailed, ReadOnly, StoreRefused, StoreUnavailable, TooSlow
 
 SQL = Path(__file__).resolve().parent.parent / "sql"
 NAMED_QUERY = re.compile(r"^-- name: (\w+)\n-- [^\n]+\n(.*?);\s*$", re.MULTILINE | re.DOTALL)
@@ -196,10 +196,11 @@ class Database:
         if isinstance(wrong, asyncpg.ReadOnlySQLTransactionError):
             await self._look_for_another()
             return ReadOnly()
+        refused = StoreRefused(f"{type(wrong).__name__}: {str(wrong).partition(chr(10))[0]}")
         if time.monotonic() - self._complained_at > COMPLAIN_EVERY_S:
             self._complained_at = time.monotonic()
-            LOG.error("PostgreSQL refuses: %s: %s", type(wrong).__name__, str(wrong).partition("\n")[0])
-        return StoreUnavailable()
+            LOG.error("PostgreSQL refuses: %s", refused.reason)
+        return refused
 
     async def _look_for_another(self) -> None:
         """Behind the same address there may be a primary now, and a session keeps what it began with: connect anew."""
@@ -252,6 +253,17 @@ class Reports(Database):
 
     def _is_dead(self, wrong: BaseException) -> bool:
         return not isinstance(wrong, TimeoutError)
+
+
+def in_words(wrong: StoreUnavailable) -> str:
+    """For operators: what is the matter with PostgreSQL, and what to do."""
+    if isinstance(wrong, ReadOnly):
+        return "PostgreSQL takes no writes: name the primary in DATABASE_URL, or all servers of it"
+    if isinstance(wrong, StoreRefused):
+        return f"PostgreSQL refuses: {wrong.reason}: `make doctor` looks at the schema and the rights"
+    if isinstance(wrong, TooSlow):
+        return "PostgreSQL takes too long for this: ask for a shorter time or for less"
+    return "PostgreSQL does not answer: check DATABASE_URL and that the server runs"
 
 
 def _may_choose(url: str) -> bool:

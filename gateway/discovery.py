@@ -10,13 +10,13 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
-from gateway import catalog, strict_json, tasks
+from gateway import catalog, strict_json
 from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.catalog import Catalog, Snapshot
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
-from gateway.tasks import Kept
+from gateway.tasks import Group, Kept
 from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.discovery")
@@ -41,7 +41,7 @@ class Discovery:
         self.catalog = Catalog()
         # Something is known of each backend: its models, or why it did not tell them.
         self.has_asked_all = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._polls, self._loads, self._load_turn = Group("discovery"), Group("map of models"), asyncio.Lock()
         self.background = Kept(self._keep_refreshing, "discovery")
 
     async def __aenter__(self) -> Self:
@@ -55,12 +55,8 @@ class Discovery:
 
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
-        await tasks.end(self._tasks)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work, name="discovery")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._polls.end()
+        await self._loads.end()
 
     async def _keep_refreshing(self) -> None:
         while True:
@@ -94,13 +90,15 @@ class Discovery:
             {"backend": found.backend, "models": len(found.models), "state": found.state} for found in self.catalog.snapshots
         ]
 
-    async def refresh(self, backends: Sequence[Backend] = (), enough_s: float | None = None) -> None:
+    async def refresh(self, backends: Sequence[Backend] | None = None, enough_s: float | None = None) -> None:
         """Poll these backends, or all, and publish; with `enough_s` return then, slower answers are added when they come."""
-        polls = {asyncio.create_task(self._poll_and_keep(backend)): backend for backend in backends or self._backends}
+        polls = {self._polls.start(self._poll_and_keep(one)): one for one in (self._backends if backends is None else backends)}
+        if not polls:
+            return
         done, slow = await asyncio.wait(polls, timeout=enough_s or FAST_ANSWERS_S)
         await self._publish([polls[poll] for poll in done])
         if slow and enough_s is not None:
-            self._spawn(self._publish_after({poll: polls[poll] for poll in slow}))
+            self._polls.start(self._publish_after({poll: polls[poll] for poll in slow}))
         elif slow:
             await self._publish_after({poll: polls[poll] for poll in slow})
 
@@ -146,7 +144,13 @@ class Discovery:
             await self._store.call(lambda redis: redis.publish(CHANGED, ""))
 
     def _load_soon(self, _: str) -> None:
-        self._spawn(self._load())
+        # One is under way and one waits: that will see what has just changed, too.
+        if len(self._loads) < 2:
+            self._loads.start(self._load_in_turn())
+
+    async def _load_in_turn(self) -> None:
+        async with self._load_turn:
+            await self._load()
 
     async def _load(self) -> None:
         names = [snapshot_name(backend.config) for backend in self._backends]

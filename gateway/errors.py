@@ -261,6 +261,17 @@ class ReadOnly(StoreUnavailable):
     code = "read_only"
 
 
+class StoreRefused(StoreUnavailable):
+    """The gateway cannot check this key at the moment; try again shortly.
+
+    PostgreSQL lives and does not do this; `reason` is what it said, for operators alone.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__()
+        self.reason = reason
+
+
 class TooSlow(StoreUnavailable):
     """PostgreSQL takes too long for this; ask for a shorter time or for less."""
 

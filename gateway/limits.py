@@ -161,7 +161,7 @@ class Limits:
         with suppress(StoreAway):
             for scope in ticket.scopes:
                 line = self._line(shards.shard_of(scope.name))
-                line.send("ZREM", shards.queue(scope.name), ticket.id).add_done_callback(_look_at)
+                line.send("ZREM", shards.queue(scope.name), ticket.id).add_done_callback(tasks.retrieve)
 
     def slot_freed(self, queue: bytes) -> None:
         """A call has ended somewhere: the first who waits here asks again."""
@@ -386,11 +386,6 @@ def _abandoned(call: str, info: bytes) -> Settlement:
     }
     admission = Admission(call, scopes, told["model"], True, "reaped", int(reserved))
     return Settlement(admission, used, -1, strict_json.write(row), id=call, key_id=scopes[0].name)
-
-
-def _look_at(answer: "asyncio.Future[Any]") -> None:
-    if not answer.cancelled():
-        answer.exception()
 
 
 def _move(means: dict[str, float], name: str, value: float, weight: float) -> None:

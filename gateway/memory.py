@@ -14,12 +14,15 @@ LARGE_BLOCK = 128 * 1024
 TIDY_EVERY_S = 60.0
 
 
+def keeper() -> Kept:
+    return Kept(_keep_tidying, "memory")
+
+
 @contextlib.asynccontextmanager
-async def kept_small() -> AsyncIterator[None]:
-    """From the end of the start to the end of the block."""
+async def kept_small(tidying: Kept) -> AsyncIterator[None]:
+    """From the end of the start to the end of the block; `tidying` as made by `keeper`."""
     spare_the_collector()
     return_large_blocks()
-    tidying = Kept(_keep_tidying, "memory")
     tidying.start()
     try:
         yield

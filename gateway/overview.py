@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -46,10 +46,10 @@ class Overview:
         discovery: Discovery,
         reports: Database,
         store: Store,
-        is_database_up: Callable[[], bool],
+        database: Database,
     ) -> None:
         self._configs, self._discovery, self._reports, self._store = configs, discovery, reports, store
-        self._is_database_up = is_database_up
+        self._database = database
         self._asking = asyncio.Lock()
         self._last: tuple[float, dict[str, Any]] = (0.0, {})
         self._series: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -89,8 +89,9 @@ class Overview:
             "backends": backends(self._configs, self._discovery.catalog, bulletin.together(states or ()), drained or {}),
             "stores": {
                 "redis": self._store.up,
-                "postgresql": lately is not None or (self._reports.up and self._is_database_up()),
+                "postgresql": lately is not None or (self._reports.up and self._database.up),
             },
+            "postgresql_takes_writes": self._database.takes_writes,
             "lately": lately,
         }
 

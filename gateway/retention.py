@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway.database import Connection, Database, Row
+from gateway.database import Connection, Database, Row, in_words
 from gateway.errors import StoreUnavailable
 
 LOG = logging.getLogger("gateway.retention")
@@ -83,9 +83,9 @@ async def run_regularly(
         try:
             _tell(await apply(database, keep_audit))
             was_away = False
-        except StoreUnavailable:
+        except StoreUnavailable as unavailable:
             if not was_away:
-                LOG.warning("retention waits: PostgreSQL does not answer, or refuses")
+                LOG.warning("retention waits: %s", in_words(unavailable))
             was_away = True
         except Exception:
             LOG.exception("retention failed, it is tried again later")

@@ -1,14 +1,17 @@
 """Which models the backends run now: they are asked when somebody asks, each once for all who ask at about the same time."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from gateway import catalog, discovery, tasks
+from gateway import catalog, discovery
 from gateway.backends import Backend
+from gateway.tasks import Group
 from gateway.upstream import BackendFault
 
+LOG = logging.getLogger("gateway.running")
 FRESH_S = 1.0
 # So long a caller waits; who is slower is heard of by the next.
 WAIT_S = 0.3
@@ -29,12 +32,13 @@ class RunningModels:
         self._told: dict[str, tuple[float, Entries]] = {}
         self._ask_after: dict[str, float] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._tasks = Group("running models")
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await tasks.end(set(self._asking.values()))
+        await self._tasks.end()
 
     async def now(self) -> Mapping[str, tuple[float, Entries]]:
         """By backend: when it answered last, in seconds since the epoch, and what it runs. Waits 0.3 s at most."""
@@ -42,7 +46,7 @@ class RunningModels:
         for backend in self._backends:
             name = backend.name
             if name not in self._asking and backend.breaker.lets_pass and now >= self._ask_after.get(name, 0.0):
-                self._asking[name] = asyncio.create_task(self._ask(backend), name="running models")
+                self._asking[name] = self._tasks.start(self._ask(backend))
         if self._asking:
             await asyncio.wait(set(self._asking.values()), timeout=WAIT_S)
         return self._told
@@ -55,6 +59,10 @@ class RunningModels:
             self._told[backend.name] = time.time(), entries
             wait_s = self._fresh_s
         except (BackendFault, TimeoutError):
+            self._told.pop(backend.name, None)
+        except Exception:
+            # Said by nobody yet, and of no other backend.
+            LOG.exception("backend %s could not be asked what it runs", backend.name)
             self._told.pop(backend.name, None)
         finally:
             self._ask_after[backend.name] = time.monotonic() + wait_s

@@ -91,11 +91,12 @@ async def _serve_one(
         await _until_lists_are_there(rooms)
         on_ready(rooms)
 
-    async with app.build(settings, metrics_folder) as rooms:
+    tidying = memory.keeper()
+    async with app.build(settings, metrics_folder, [tidying]) as rooms:
         one = server.Server(rooms, drain_s=settings.gateway_drain_s, on_ready=serves.set)
         telling = asyncio.create_task(tell(rooms), name="banner")
         try:
-            async with memory.kept_small():
+            async with memory.kept_small(tidying):
                 await one.serve([listener])
         finally:
             await tasks.end([telling])

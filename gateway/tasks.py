@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from typing import Any
 
 LOG = logging.getLogger("gateway.tasks")
 ATTEMPTS, ATTEMPT_S = 5, 1.0
@@ -55,6 +56,37 @@ class Kept:
         # Not ended by its owner: a library has cancelled it, or the process is going down.
         if task is self._task:
             LOG.error("the task %r has ended and nobody ended it", self.name)
+
+
+class Group:
+    """Tasks that end by themselves, as many as their owner lets in; what they raise is logged, and the owner ends the rest."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=self._name)
+        self._tasks.add(task)
+        task.add_done_callback(self._look_at_the_end)
+        return task
+
+    async def end(self) -> None:
+        await end(self._tasks)
+
+    def _look_at_the_end(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (wrong := task.exception()) is not None:
+            LOG.error("the task %r failed", self._name, exc_info=wrong)
+
+
+def retrieve(ended: "asyncio.Future[Any]") -> None:
+    """For futures whose failure nobody needs to hear of: asyncio would complain about it."""
+    if not ended.cancelled():
+        ended.exception()
 
 
 async def end(tasks: Collection[asyncio.Task[None]]) -> None:

@@ -112,7 +112,10 @@ def frame(seen: Mapping[str, Any], columns: int, rows: int) -> list[str]:
 
 
 def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
-    stores = "  ".join(f"{name} {'up' if up else 'AWAY'}" for name, up in seen["stores"].items())
+    states = {name: "up" if up else "AWAY" for name, up in seen["stores"].items()}
+    if states.get("postgresql") == "up" and not seen.get("postgresql_takes_writes", True):
+        states["postgresql"] = "READ-ONLY"
+    stores = "  ".join(f"{name} {state}" for name, state in states.items())
     yield f"gateway  {str(seen['at'])[:19].replace('T', ' ')}  processes {_said(seen['processes'])}  {stores}"
     backlog = _said(seen["audit_backlog"])
     yield f"now      under way {seen['in_flight']}  waiting for a slot {seen['waiting']}  audit rows waiting {backlog}"

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
+from gateway import tasks
 from gateway.api_key import PresentedKey
 from gateway.errors import Overloaded
 
@@ -61,7 +62,7 @@ class Verifier:
         finally:
             for task in (verifying, turn):
                 task.cancel()
-                task.add_done_callback(_look_at)
+                task.add_done_callback(tasks.retrieve)
 
     async def _of_known(self, stored: str, presented: PresentedKey) -> Verdict:
         with self._counted("known", MOST_KNOWN), self._counted(f"id {presented.secret_id}", MOST_OF_ONE_ID):
@@ -115,8 +116,3 @@ async def _as_long_as(verifying: "asyncio.Task[Verdict]") -> None:
     began = time.monotonic()
     await asyncio.wait([verifying])
     await asyncio.sleep(verifying.result().took_s - (time.monotonic() - began))
-
-
-def _look_at(task: "asyncio.Task[Any]") -> None:
-    if not task.cancelled():
-        task.exception()

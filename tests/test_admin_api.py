@@ -138,6 +138,7 @@ def test_at_a_glance(gateway: RunningGateway, admin: httpx.Client, beta: PlayedB
     until(lambda: (admin.get("/overview").json()["lately"] or {}).get("requests", 0) >= 8, 15)
     seen = admin.get("/overview").json()
     assert seen["processes"] == 1 and seen["stores"] == {"redis": True, "postgresql": True}
+    assert seen["postgresql_takes_writes"] is True
     assert [(row["name"], row["state"], row["breaker"], row["models"]) for row in seen["backends"]] == [
         ("alpha", "up", "closed", 1),
         ("beta", "up", "closed", 1),

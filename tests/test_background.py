@@ -12,26 +12,24 @@ import hiredis
 import pytest
 
 from gateway import app, authentication, keys
-from gateway.errors import ReadOnly, StoreUnavailable
+from gateway.errors import ReadOnly, StoreRefused, StoreUnavailable
 from gateway.redis_line import Replies
-from gateway.tasks import Kept
+from gateway.tasks import Group, Kept
 from tests.asking import WAYS
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import until
+from tests.scripts import Forever
 from tests.settings_of import settings_for
 
 # Those that end with what they were begun for; all others run for ever, and are Kept.
 ONCE = {
     ("admin_verbs.py", "watching"),
     ("authentication.py", "_checked_once"),
-    ("control.py", "_hear"),
-    ("discovery.py", "_spawn"),
-    ("discovery.py", "refresh"),
     ("limits.py", "_seeded"),
-    ("running.py", "now"),
     ("server.py", "begin_drain"),
     ("tasks.py", "start"),
+    ("serving.py", "_serve_one"),
     ("verification.py", "is_right"),
     ("workers.py", "run"),
     ("workers.py", "_sleep"),
@@ -88,6 +86,42 @@ def test_what_fails_begins_again_and_is_said_once(monkeypatch: pytest.MonkeyPatc
     told = [(record.getMessage(), record.exc_info is not None) for record in caplog.records]
     again, ended = "the task 'counting' failed and begins again", "the task 'cancelled' has ended and nobody ended it"
     assert told == [(again, True), (again, True), (ended, False)]
+
+
+def test_what_ends_by_itself_is_ended_with_its_owner_and_heard_of_when_it_fails(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails() -> None:
+        raise ZeroDivisionError
+
+    async def waits() -> None:
+        await asyncio.Event().wait()
+
+    async def run() -> tuple[bool, int]:
+        group = Group("once")
+        failed, waiting = group.start(fails()), group.start(waits())
+        await asyncio.wait([failed])
+        await group.end()
+        return waiting.cancelled(), len(group)
+
+    with caplog.at_level(logging.ERROR, "gateway.tasks"):
+        assert asyncio.run(run()) == (True, 0)
+    assert [record.getMessage() for record in caplog.records] == ["the task 'once' failed"]
+
+
+def test_a_gateway_that_ends_leaves_no_task(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    """Also of what it asks of a backend that does not answer: here while it ends its polls and its look at what runs."""
+    gateway = start_gateway(alpha)
+    for path in ("/api/tags", "/api/ps"):
+        alpha.play(path, [Forever()])
+    discovery, running = gateway.rooms.discovery, gateway.rooms.running
+
+    async def begin() -> None:
+        await discovery.refresh(enough_s=0.01)
+        await running.now()
+
+    gateway.call(begin())
+    assert len(discovery._polls) and len(running._tasks)
+    gateway.stop()
+    assert not len(discovery._polls) and not len(running._tasks) and not len(discovery._loads)
 
 
 def test_nonsense_from_redis_ends_its_connection_and_not_the_line() -> None:
@@ -181,7 +215,7 @@ CHANGES: list[tuple[str, str, Any]] = [
 def test_what_is_not_the_askers_fault_is_the_stores(stores: TestStores) -> None:
     """A real server raises each; the rest (what was written is wrong) stays what it is."""
     expected: dict[str, type[Exception]] = dict.fromkeys(["57P01", "57P03", "53300", "53100", "58030"], StoreUnavailable)
-    expected |= dict.fromkeys(["40001", "40P01", "55P03", "42501", "42P01", "42703", "0A000", "26000"], StoreUnavailable)
+    expected |= dict.fromkeys(["40001", "40P01", "55P03", "42501", "42P01", "42703", "0A000", "26000"], StoreRefused)
     expected |= {"25006": ReadOnly, "22003": asyncpg.NumericValueOutOfRangeError, "P0001": asyncpg.RaiseError}
 
     async def raised(code: str) -> type[BaseException]:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -18,6 +20,7 @@ from tests.processes import PROJECT, environment, free_port, until
 from tests.running import RunningGateway
 from tests.scripts import answer
 from tests.settings_of import entry_of, environment_for
+from tests.test_background import become_standby, run_sql
 
 Done = subprocess.CompletedProcess[str]
 CANARY = "canary-5e1b22"
@@ -291,6 +294,22 @@ def test_a_database_that_is_away(operator: Operator, words: list[str]) -> None:
 def test_a_database_that_is_not_there(operator: Operator) -> None:
     url = operator.names["DATABASE_URL"].replace("/test_", "/there_is_no_")
     assert AWAY in operator.is_refused("keys", DATABASE_URL=url)
+
+
+def test_a_database_that_refuses_is_not_told_as_one_that_is_away(operator: Operator) -> None:
+    """With a right that is missing, and where it only reads."""
+    role = f"reader_{secrets.token_hex(4)}"
+    statements = [f"CREATE ROLE {role} LOGIN PASSWORD 'p'", f"GRANT SELECT ON schema_migrations TO {role}"]
+    url = operator.names["DATABASE_URL"]
+    run_sql(url, *statements)
+    parts = urlsplit(url)
+    as_reader = parts._replace(netloc=f"{role}:p@{parts.netloc.rpartition('@')[2]}").geturl()
+    told = operator.is_refused("keys", DATABASE_URL=as_reader)
+    assert "error: PostgreSQL refuses: InsufficientPrivilegeError: permission denied" in told and AWAY not in told
+    become_standby(url)
+    for words in (["key", "--name", "a"], ["migrate"]):
+        told = operator.is_refused(*words)
+        assert "error: PostgreSQL takes no writes: name the primary in DATABASE_URL" in told and AWAY not in told
 
 
 @pytest.mark.skipif(shutil.which("psql") is None, reason="psql is not installed")

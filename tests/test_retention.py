@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway import audit_chain, audit_table, retention
-from gateway.database import Database
+from gateway.database import Database, in_words
 from gateway.errors import StoreUnavailable
 from gateway.retention import Went
 from tests.audit_rows import DAY, add_key, ago, in_database, packed, prompt, row, sql, write, write_prompts
@@ -312,7 +312,7 @@ def test_a_database_that_is_away_is_told_once(
 
     monkeypatch.setattr(retention, "apply", away)
     run_until(url, lambda: len(tried) > 9)
-    assert [record.getMessage() for record in caplog.records] == ["retention waits: PostgreSQL does not answer, or refuses"] * 2
+    assert [record.getMessage() for record in caplog.records] == [f"retention waits: {in_words(StoreUnavailable())}"] * 2
 
 
 def test_a_schema_that_is_not_there_ends_nothing(

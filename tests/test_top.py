@@ -56,6 +56,12 @@ def test_what_is_in_trouble_is_shown() -> None:
     assert "more, all well" in text and "AT rpm (9)" in text and "postgresql AWAY" in text
 
 
+def test_a_postgresql_that_takes_no_writes_is_shown() -> None:
+    for takes_writes, state in ((True, "postgresql up"), (False, "postgresql READ-ONLY")):
+        now = seen([], 0) | {"stores": {"redis": True, "postgresql": True}, "postgresql_takes_writes": takes_writes}
+        assert state in "\n".join(top.frame(now, 80, 24))
+
+
 def test_without_postgresql_and_with_odd_names() -> None:
     odd = seen([backend(0, name="\x1b[31mred\x07")], 0) | {"lately": None}
     lines = top.frame(odd, 80, 24)

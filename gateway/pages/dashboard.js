@@ -99,6 +99,11 @@ function tile(value, words, filters, kind) {
 const MOST_LOADED = 5;
 const loaded = (names) => (names.length > MOST_LOADED ? h("details", {}, h("summary", {}, `${names.slice(0, MOST_LOADED).join(", ")} and ${names.length - MOST_LOADED} more`), names.slice(MOST_LOADED).join(", ")) : names.join(", ") || "–");
 
+function stateOfPostgres() {
+  if (!seen.stores.postgresql) return ["away", "PostgreSQL", null, "bad"];
+  return seen.postgresql_takes_writes === false ? ["read-only", "PostgreSQL", null, "warn"] : ["up", "PostgreSQL", null, "good"];
+}
+
 function drawOverview() {
   const lately = seen.lately || {}, since = { since: "15m" };
   settle($("tiles"), h("div", {},
@@ -110,7 +115,7 @@ function drawOverview() {
     tile(`${short(lately.prompt_tokens)} + ${short(lately.completion_tokens)}`, `tokens in + out${lately.cached_tokens ? `; ${short(lately.cached_tokens)} cached` : ""}`, since),
     tile(`${ms(lately.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(lately.ttfb_p99_ms)}`, since),
     tile(seen.stores.redis ? "up" : "away", "Redis", null, seen.stores.redis ? "good" : "bad"),
-    tile(seen.stores.postgresql ? "up" : "away", "PostgreSQL", null, seen.stores.postgresql ? "good" : "bad"),
+    tile(...stateOfPostgres()),
     tile(number(seen.audit_backlog), "audit rows waiting", null, seen.audit_backlog > 10000 ? "warn" : null),
     tile(number(seen.processes), "processes"),
   ));
