@@ -106,18 +106,23 @@ def test_a_revocation_is_not_written_over(
     first, second = start_gateway(alpha), start_gateway(alpha)
     key = first.key(name="mine")
     tell = Authenticator._tell_store
+    is_about_to_tell, is_revoked, has_told = threading.Event(), threading.Event(), threading.Event()
 
     async def tell_late(self: Authenticator, presented: object, verified: Verified, version: bytes) -> None:
-        await asyncio.sleep(0.3)
+        is_about_to_tell.set()
+        await asyncio.to_thread(is_revoked.wait, 20)
         await tell(self, presented, verified, version)  # type: ignore[arg-type]
+        has_told.set()
 
     monkeypatch.setattr(Authenticator, "_tell_store", tell_late)
     asking = threading.Thread(target=lambda: WAYS[0].ask(first, key))
     asking.start()
-    time.sleep(0.1)
+    assert is_about_to_tell.wait(20)
     first.call(first.ring().revoke("mine"))
+    is_revoked.set()
     asking.join()
-    time.sleep(0.5)
+    assert has_told.wait(20)
+    monkeypatch.undo()
     for gateway in (first, second):
         with gateway.http(key) as client:
             assert client.get("/api/tags").status_code == 401
