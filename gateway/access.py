@@ -7,7 +7,7 @@ from starlette.types import Scope
 from gateway import api_key
 from gateway.admission import Admission, Ticket
 from gateway.authentication import Authenticator
-from gateway.errors import LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
+from gateway.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.keys import ADMIN, Key
 from gateway.limits import Limits, remembered
 from gateway.quota import Quota
@@ -64,7 +64,11 @@ class Access:
         """
         was_asked = record.admission is not None or isinstance(why, LimitReached | LimitsUnavailable | StoreUnavailable)
         if record.key is not None and not was_asked:
-            await self.admit(record, takes_slot=False)
+            try:
+                await self.admit(record, takes_slot=False)
+            except LimitReached as reached:
+                reached.leaves_body = isinstance(why, GatewayError) and why.leaves_body
+                raise
 
     async def visitor(self, scope: Scope, record: Record) -> Key:
         """The key of a request that asks no backend: it counts as a request and takes no slot."""

@@ -18,7 +18,7 @@ from gateway import api_key, drains, key_facts, keys, model_names, probing, spok
 from gateway.access import Access
 from gateway.admin_events import AdminEvents
 from gateway.backends import Backend
-from gateway.body import read_body
+from gateway.body import Bodies
 from gateway.database import Database, Row
 from gateway.dialects.base import Operation
 from gateway.discovery import Discovery
@@ -68,13 +68,14 @@ class AdminRoute:
         self,
         access: Access,
         watch: Watch,
+        bodies: Bodies,
         handler: Handler,
         *,
         takes: Collection[str] = (),
         has_body: bool = False,
         status: int = 200,
     ) -> None:
-        self._access, self._watch, self._handler = access, watch, handler
+        self._access, self._watch, self._bodies, self._handler = access, watch, bodies, handler
         self.takes, self.has_body, self.status = takes, has_body, status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +84,7 @@ class AdminRoute:
         body: dict[str, Any] = {}
         if self.has_body:
             with self._watch.guard() as guard:
-                body = strict_json.read_object(await read_body(scope, receive, LONGEST_BODY, record, guard, ""))
+                body = strict_json.read_object(await self._bodies.read(scope, receive, record, guard, LONGEST_BODY))
         query, path = _query(scope), scope.get("path_params", {})
         self._refuse_unknown(query if not self.has_body else body)
         _refuse_long({**query, **path, **body})
@@ -139,9 +140,9 @@ class AdminApi:
         self._discovery, self._backends, self._operations, self._explain = discovery, backends, operations, explain
         self._is_draining = is_draining
 
-    def routes(self, access: Access, watch: Watch) -> dict[tuple[str, str], ASGIApp]:
+    def routes(self, access: Access, watch: Watch, bodies: Bodies) -> dict[tuple[str, str], ASGIApp]:
         def route(handler: Handler, *takes: str, **how: Any) -> AdminRoute:
-            return AdminRoute(access, watch, handler, takes=takes, **how)
+            return AdminRoute(access, watch, bodies, handler, takes=takes, **how)
 
         return {
             ("GET", "/admin/v1/overview"): route(self.overview),

@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway import strict_json
 from gateway.access import Access
 from gateway.backends import Backend
-from gateway.body import check_head, read_body
+from gateway.body import Bodies, check_head
 from gateway.dialects.base import Dialect, content_type_of
 from gateway.errors import (
     AnswerCutShort,
@@ -87,12 +87,11 @@ class AdminVerb:
         backends: Mapping[str, Backend],
         watch: Watch,
         models_changed: Callable[[Backend], Awaitable[None]],
-        *,
-        longest_body: int,
+        bodies: Bodies,
     ) -> None:
         self._method, self._route, self._dialect = method, route, dialect
         self._access, self._backends, self._watch = access, backends, watch
-        self._models_changed, self._longest_body = models_changed, longest_body
+        self._models_changed, self._bodies = models_changed, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -140,7 +139,7 @@ class AdminVerb:
         if self._method in ("GET", "HEAD") or not _has_body(scope):
             return None
         with Guard() as guard:
-            raw = await read_body(scope, receive, self._longest_body, record, guard)
+            raw = await self._bodies.read(scope, receive, record, guard)
         read = strict_json.read_object(raw, self._dialect.known_fields)
         record.model = _model_of(read)
         return strict_json.write_strictly(read)

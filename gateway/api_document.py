@@ -58,7 +58,13 @@ OF_A_KEY: Failures = (
     errors.StoreUnavailable,
     errors.LimitsUnavailable,
 )
-OF_A_BODY: Failures = (errors.BadRequest, errors.BodyTooSlow, errors.BodyTooLarge, errors.UnsupportedEncoding)
+OF_A_BODY: Failures = (
+    errors.BadRequest,
+    errors.BodyTooSlow,
+    errors.BodyTooLarge,
+    errors.BodiesUnfinished,
+    errors.UnsupportedEncoding,
+)
 OF_BACKENDS: Failures = (errors.BackendFailed, errors.NoBackend, errors.BackendTimeout)
 OF_A_CALL: Failures = (*OF_A_BODY, errors.ModelNotAvailable, errors.ModelNotFound, errors.BudgetSpent, *OF_BACKENDS)
 # By whom a route is for.

@@ -20,6 +20,7 @@ from gateway.audit_writer import AuditWriter
 from gateway.auth_failures import AuthFailures
 from gateway.authentication import Authenticator
 from gateway.backends import Backend
+from gateway.body import Bodies
 from gateway.books import Books
 from gateway.budgets import Budgets
 from gateway.bulletin import Bulletin, ProcessState
@@ -82,6 +83,7 @@ class Rooms:
     metrics: Metrics
     writer: AuditWriter
     background: Callable[[], Iterable[Kept]]
+    bodies: Bodies
     held_answers: HeldAnswers = field(default_factory=HeldAnswers)
 
 
@@ -148,9 +150,8 @@ async def build(settings: Settings, metrics_folder: Path | None = None, beside: 
                 *lines.background,
             ]
 
-        rooms = Rooms(
-            database, reports, store, discovery, running, backends, front, watch, limits, books, metrics, writer, background
-        )
+        parts = database, reports, store, discovery, running, backends, front, watch, limits, books, metrics, writer
+        rooms = Rooms(*parts, background, Bodies(settings.max_request_body_bytes))
         catalog = lambda: discovery.catalog  # noqa: E731
         sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
@@ -246,7 +247,7 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     lines: dict[tuple[str, str], ASGIApp] = {("GET", "/"): routes.running}
     lines |= _calls(settings, rooms, access, dialects)
     lines |= _lists(rooms, access)
-    lines |= admin_api_of(settings, rooms).routes(access, rooms.watch)
+    lines |= admin_api_of(settings, rooms).routes(access, rooms.watch, rooms.bodies)
     if settings.playground_enabled:
         lines |= pages.playground(settings.playground_file)
     if settings.dashboard_enabled:
@@ -263,7 +264,7 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             rooms.backends,
             rooms.watch,
             lambda backend: rooms.discovery.refresh([backend], enough_s=MODELS_CHANGED_S),
-            longest_body=settings.max_request_body_bytes,
+            rooms.bodies,
         )
     if settings.docs_enabled:
         lines |= pages.routes(pages.DOCS)
@@ -291,7 +292,7 @@ def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             rooms.watch,
             lambda: rooms.discovery.catalog,
             rooms.books,
-            longest_body=settings.max_request_body_bytes,
+            bodies=rooms.bodies,
             most_tokens=settings.max_num_predict,
             stand_in=described if operation.path == "/api/show" else None,
         )

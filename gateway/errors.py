@@ -17,6 +17,8 @@ class GatewayError(Exception):
     # What else stands in an error of the OpenAI API, or stands there instead.
     fields: Mapping[str, object] = MappingProxyType({})
     headers: Sequence[tuple[bytes, bytes]] = ()
+    # The rest of the request's body is not read: the connection ends with the answer.
+    leaves_body = False
 
     def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
         super().__init__(message or (type(self).__doc__ or "").partition("\n")[0])
@@ -117,6 +119,7 @@ class BodyTooSlow(GatewayError):
 
     status = 408
     code = "request_timeout"
+    leaves_body = True
 
 
 class BodyTooLarge(GatewayError):
@@ -124,6 +127,15 @@ class BodyTooLarge(GatewayError):
 
     status = 413
     code = "request_too_large"
+    leaves_body = True
+
+
+class BodiesUnfinished(GatewayError):
+    """The bodies that this key is sending are too large together; let those end first, or send fewer at once."""
+
+    status = 429
+    code = "bodies_unfinished"
+    leaves_body = True
 
 
 class HeadTooLarge(GatewayError):
@@ -243,6 +255,10 @@ class Overloaded(GatewayError):
 
     status = 503
     code = "overloaded"
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None, leaves_body: bool = False) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.leaves_body = leaves_body
 
 
 class StoreUnavailable(GatewayError):

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import tokens
 from gateway.access import Access
-from gateway.body import read_body
+from gateway.body import Bodies
 from gateway.books import Books
 from gateway.catalog import Catalog, Model
 from gateway.connection import Connection
@@ -55,13 +55,13 @@ class Exchange:
         catalog: Callable[[], Catalog],
         books: Books,
         *,
-        longest_body: int,
+        bodies: Bodies,
         most_tokens: int,
         stand_in: Callable[[Model], dict[str, Any]] | None = None,
     ) -> None:
         self.dialect, self.operation, self._stand_in = dialect, operation, stand_in
         self._access, self._router, self._watch, self._catalog = access, router, watch, catalog
-        self._books, self._longest_body, self._most_tokens = books, longest_body, most_tokens
+        self._books, self._bodies, self._most_tokens = books, bodies, most_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -91,7 +91,7 @@ class Exchange:
     async def _read(self, scope: Scope, receive: Receive, record: Record, guard: Watched) -> tuple[Call, Model]:
         key = await self._access.key_of(scope, record)
         began = time.monotonic()
-        raw = await read_body(scope, receive, self._longest_body, record, guard)
+        raw = await self._bodies.read(scope, receive, record, guard)
         record.reading_s = time.monotonic() - began
         call = read_call(self.dialect, self.operation, raw)
         record.model, record.stream = call.asked_model, call.stream

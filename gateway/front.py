@@ -13,7 +13,6 @@ from gateway.books import Books
 from gateway.dialects.base import Dialect
 from gateway.errors import (
     BackendRefused,
-    BodyTooLarge,
     BodyTooSlow,
     ClientGone,
     ClientStalled,
@@ -156,12 +155,15 @@ class Front:
         dialect = self._dialect_of(meant or scope["path"])
         record.dialect = dialect.name
         body = dialect.error(error, record.request_id)
-        unread = isinstance(error, BodyTooLarge | BodyTooSlow)
         await reply.send(
-            {"type": "http.response.start", "status": error.status, "headers": error_headers(error, body, close=unread)}
+            {
+                "type": "http.response.start",
+                "status": error.status,
+                "headers": error_headers(error, body, close=error.leaves_body),
+            }
         )
-        await reply.send({"type": "http.response.body", "body": body, "more_body": unread})
-        if unread:
+        await reply.send({"type": "http.response.body", "body": body, "more_body": error.leaves_body})
+        if error.leaves_body:
             await _linger(receive)
             await reply.send({"type": "http.response.body", "body": b""})
 
@@ -193,7 +195,8 @@ async def _linger(receive: Receive) -> None:
             guard.within(REFUSED_BODY_LINGERS_S, BodyTooSlow)
             while taken < MOST_OF_REFUSED_BODY:
                 message = await receive()
-                taken += len(message.get("body", b""))
+                # Not to be kept until there is another.
+                taken += len(message.pop("body", b""))
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):
                     return
     except BodyTooSlow:

@@ -67,7 +67,11 @@ class Guard:
             return
         cancelled_by_others = task.uncancel() > self._cancelling
         if kind is not None and issubclass(kind, asyncio.CancelledError) and not cancelled_by_others:
-            raise self._reason from None
+            try:
+                raise self._reason from None
+            finally:
+                # Its traceback knows the block, and the block this guard: without an end to that they wait for the collector.
+                self._reason = None
 
 
 class Watched(Guard):

@@ -1,25 +1,16 @@
 """Whole answers in memory, from their first bytes until their readers have them: bounded for each caller and for all."""
 
 from gateway.errors import AnswersUnread
+from gateway.shared_bytes import SharedBytes
 
 MOST_HELD = 256 * 2**20
 
 
-class HeldAnswers:
-    """What all calls of this process hold, in bytes; no caller may hold more than is left, so that there is room for others."""
+class HeldAnswers(SharedBytes):
+    """What all calls of this process hold, in bytes."""
 
     def __init__(self) -> None:
-        self.most, self.used = MOST_HELD, 0
-        self._of: dict[str, int] = {}
-
-    def change(self, caller: str, by: int) -> None:
-        self.used += by
-        held = self._of.pop(caller, 0) + by
-        if held:
-            self._of[caller] = held
-
-    def is_too_much(self, caller: str) -> bool:
-        return self._of.get(caller, 0) > self.most - self.used
+        super().__init__(MOST_HELD)
 
 
 class HeldAnswer:

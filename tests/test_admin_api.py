@@ -35,7 +35,7 @@ def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
 def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
 
     access: Any = None
-    return list(app.admin_api_of(gateway.settings, gateway.rooms).routes(access, gateway.rooms.watch))
+    return list(app.admin_api_of(gateway.settings, gateway.rooms).routes(access, gateway.rooms.watch, gateway.rooms.bodies))
 
 
 def test_only_the_role_opens_it(gateway: RunningGateway) -> None:
