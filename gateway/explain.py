@@ -16,7 +16,7 @@ from gateway.limits import Limits, Used
 from gateway.model_names import ModelName, canonical
 from gateway.quota import NAMES, Quota, Scope
 from gateway.store import StoreAway
-from gateway.tokens import Need
+from gateway.tokens import NO_TOKENS, Need
 from gateway.visibility import missing
 
 UNASKED = BackendState()
@@ -120,15 +120,15 @@ async def explain(question: Question, fleet: Fleet, limits: Limits, defaults: Qu
         "refused_by": None,
         "passes_in_s": None,
     }
+    refusal = await _limits(question, model, limits, (defaults, most_output), told)
     if question.key.has_expired(time.time()):
         return {**told, **_verdict(401, "invalid_api_key")}
-    if model is None:
-        refused = missing(question.asked, question.key, fleet.catalog)
-        return {**told, **_verdict(refused.status, refused.code)}
-    refusal = await _limits(question, limits, defaults, most_output, told)
     if refusal is not None:
         told |= {"refused_by": refusal.limit, "passes_in_s": refusal.retry_after}
         return {**told, **_verdict(429, refusal.code)}
+    if model is None:
+        refused = missing(question.asked, question.key, fleet.catalog)
+        return {**told, **_verdict(refused.status, refused.code)}
     return {**told, **_outcome(rows, model, question)}
 
 
@@ -149,25 +149,29 @@ def _verdict(status: int, code: str, backend: str = "") -> dict[str, Any]:
 
 
 async def _limits(
-    question: Question, limits: Limits, defaults: Quota, most_output: int, told: dict[str, Any]
+    question: Question, model: Model | None, limits: Limits, bounds: tuple[Quota, int], told: dict[str, Any]
 ) -> LimitReached | None:
-    scopes = question.key.scopes(question.model.canonical, defaults)
+    """`bounds`: the defaults, and the most tokens of an answer. A call for a model that is not there takes a request alone."""
+    defaults, most_output = bounds
+    name = question.model.canonical if model else ""
+    scopes = question.key.scopes(name, defaults)
     output = None if question.output is None else min(question.output, most_output)
-    ticket = Ticket("explain", scopes, question.model.canonical, Need(question.prompt, output), b"explain")
+    need, info = (Need(question.prompt, output), b"explain") if model else (NO_TOKENS, b"")
+    used: Sequence[Used | None] = [None] * len(scopes)
+    found: Admission | LimitReached | None = None
     try:
-        found, usages = await limits.look(ticket)
+        found, used = await limits.look(Ticket("explain", scopes, name, need, info))
     except StoreAway:
         told["limits_decided_by"] = "each process by itself: Redis is away"
-        return None
-    told["limits"] = [line for scope, used in zip(scopes, usages, strict=True) for line in _lines(scope, used)]
-    return None if isinstance(found, Admission) else found
+    told["limits"] = [line for scope, some in zip(scopes, used, strict=True) for line in _lines(scope, some)]
+    return found if isinstance(found, LimitReached) else None
 
 
-def _lines(scope: Scope, used: Used) -> list[dict[str, Any]]:
-    """Each limit that there is, with what is used of it."""
+def _lines(scope: Scope, used: Used | None) -> list[dict[str, Any]]:
+    """Each limit that there is, with what is used of it, where anybody knows."""
     whose = scope.name.partition("|")[2] or "all"
     return [
-        {"models": whose, "limit": name, "of": getattr(scope, name), "used": getattr(used, name)}
+        {"models": whose, "limit": name, "of": getattr(scope, name), "used": getattr(used, name, None)}
         for name in NAMES
         if getattr(scope, name) >= 0
     ]

@@ -78,8 +78,9 @@ def _show(found: Mapping[str, Any]) -> None:
     ]
     console.show(rows, as_json=False, empty="no backends")
     print()
-    limits = [{**line, "left": max(0, line["of"] - line["used"])} for line in found["limits"]]
-    console.show(limits, as_json=False, empty=f"no limits (decided by {found['limits_decided_by']})")
+    limits = [{**line, "left": _left(line)} for line in found["limits"]]
+    console.show(limits, as_json=False, empty="no limits")
+    print(f"limits are decided by {found['limits_decided_by']}")
     print(f"\nmost tokens of an answer: {found['most_tokens']}")
     print(f"running processes: {'unknown, Redis is away' if found['processes'] is None else found['processes']}")
     print(f"\nnow it would be {_verdict(found)}")
@@ -89,6 +90,10 @@ def _load(row: Mapping[str, Any]) -> dict[str, str]:
     return {"in_flight": f"{row['in_flight']}/{row['max_connections']}"}
 
 
+def _left(line: Mapping[str, Any]) -> int | None:
+    return None if line["used"] is None else max(0, line["of"] - line["used"])
+
+
 def _verdict(found: Mapping[str, Any]) -> str:
     if found["status"] == 200:
         return f"sent to {found['backend']}"
@@ -96,7 +101,9 @@ def _verdict(found: Mapping[str, Any]) -> str:
         wait_s = found["passes_in_s"]
         passes = "never passes as it is" if wait_s is None else f"passes in about {wait_s:.1f} s"
         return f"refused with 429 {found['outcome']}: {found['refused_by']} is reached; it {passes}"
-    return f"refused with {found['status']} {found['outcome']}"
+    is_gone = not found["model_is_known"] and found["status"] in (403, 404)
+    why = ": no backend has this model, `make models` lists those there are" if is_gone else ""
+    return f"refused with {found['status']} {found['outcome']}{why}"
 
 
 async def trace(settings: Settings, said: argparse.Namespace) -> None:

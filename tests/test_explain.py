@@ -18,6 +18,7 @@ from gateway.breaker import FAILURES_UNTIL_OPEN, Breaker
 from gateway.dialects.base import Operation
 from gateway.explain import Question
 from gateway.keys import Key
+from gateway.store import StoreAway
 from tests.audit_rows import sql
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -155,6 +156,22 @@ def test_looking_takes_nothing(start_gateway: StartGateway, alpha: PlayedBackend
     assert (refused["status"], refused["refused_by"]) == (429, "rpm") and 0 < refused["passes_in_s"] <= 61
 
 
+def test_limits_are_told_without_redis(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = start_gateway(alpha)
+
+    async def away(_: object) -> None:
+        raise StoreAway
+
+    monkeypatch.setattr(gateway.rooms.limits, "look", away)
+    question = Question(rights_of(gateway, gateway.key(rpm=3)), "llama3.2", operation_of("/api/chat"), 10, 10)
+    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.rooms), app.default_quota(gateway.settings)
+    said = gateway.call(explain.explain(question, fleet, gateway.rooms.limits, defaults, 4096))
+    assert said["limits"][0] == {"models": "all", "limit": "rpm", "of": 3, "used": None} and said["status"] == 200
+    assert "Redis is away" in said["limits_decided_by"]
+
+
 @pytest.fixture
 def installation(tmp_path: Path, stores: TestStores, fleet: list[PlayedBackend]) -> Iterator[tuple[dict[str, str], str, str]]:
     """A running gateway as operators have it: its settings, its address and a key named alice."""
@@ -178,6 +195,14 @@ def test_the_verbs_of_an_operator(
     told = operate(tmp_path, names, *asked)
     assert "now it would be sent to alpha" in told and "has no route /api/chat" in told and "running processes: 1" in told
     assert next(line for line in told.splitlines() if " rpm " in line).split()[-3:] == ["50", "0", "50"]
+
+    # Of a model that is not there: all that is known.
+    told = operate(tmp_path, names, "explain", "--key", "alice", "--model", "lama3.2")
+    assert "NOT KNOWN to any backend" in told and told.count("does not have this model") == 3
+    assert next(line for line in told.splitlines() if " rpm " in line).split()[:5] == ["all", "rpm", "50", "0", "50"]
+    assert told.endswith(
+        "refused with 403 model_not_available: no backend has this model, `make models` lists those there are\n"
+    )
 
     operate(tmp_path, names, "drain", "--backend", "alpha")
     until(lambda: chat(url, key).json()["model"] and fleet[1].calls("/api/chat"), 10)
