@@ -134,13 +134,13 @@ clean: ## Remove the virtual environment and caches; data and keys stay
 	@touch $@
 
 .venv/ready-to-run: .venv/made gateway/requirements-local.txt
-	@echo "installing the pinned dependencies"
+	@echo "installing the pinned dependencies (a minute, the first time)"
 	@$(call install,gateway/requirements-local.txt)
 	@touch $@
 
 .venv/ready-to-test: .venv/made tests/requirements.txt
-	@echo "installing the pinned dependencies and the tools of the tests"
+	@echo "installing the pinned dependencies and the tools of the tests (some minutes, the first time)"
 	@$(call install,tests/requirements.txt)
 	@touch $@ .venv/ready-to-run
 
-install = if $(BIN)/python -m pip --version >/dev/null 2>&1; then pip="$(BIN)/python -m pip"; else pip="$(PYTHON) -m pip --python $(BIN)/python"; fi; $$pip install --disable-pip-version-check --no-compile --require-hashes --no-deps -r $(1)
+install = if $(BIN)/python -m pip --version >/dev/null 2>&1; then pip="$(BIN)/python -m pip"; else pip="$(PYTHON) -m pip --python $(BIN)/python"; fi; $$pip install -q --disable-pip-version-check --no-compile --require-hashes --no-deps -r $(1)

@@ -411,6 +411,35 @@ def make(folder: Path, *words: str, **names: str) -> list[str]:
     return found
 
 
+# As pip is: it tells of every package, with -q of warnings and errors alone.
+PIP = """#!/bin/sh
+case "$*" in
+    *--version*) ;;
+    *" -q "*) if [ -e no-room ]; then echo "ERROR: no room" >&2; exit 1; fi ;;
+    *) seq 40 ;;
+esac
+"""
+
+
+def test_make_installs_in_one_line_and_errors_are_seen(made: Path) -> None:
+    (made / "bin").mkdir()
+    (made / "bin" / "python").write_text(PIP)
+    (made / "bin" / "python").chmod(0o755)
+    (made / ".venv" / "ready-to-run").unlink()
+    command = ["make", "keys", "BIN=bin", f"GATEWAY={sys.executable} print.py"]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=made, env=environment({}), capture_output=True, text=True, timeout=30, check=False)
+
+    (made / "no-room").touch()
+    failed = run()
+    assert failed.returncode != 0 and "ERROR: no room" in failed.stderr
+    (made / "no-room").unlink()
+    first, second = run(), run()
+    assert first.stdout.splitlines() == ["installing the pinned dependencies (a minute, the first time)", '["keys"]']
+    assert (first.stderr, second.stdout) == ("", '["keys"]\n')
+
+
 @pytest.mark.parametrize(
     "name",
     ["plain", "two words", 'a b"c', "it's", "`id`", "a;id", "a|id>x", "\\n", "*", "ünï", "--rpm", "a#b", "", "%s", "~", "a\\"],
