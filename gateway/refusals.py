@@ -32,10 +32,6 @@ UNABLE = (
     # Ollama: pictures for a model of texts, or more than one. Both: pictures that cannot be read.
     r"missing data required for image input|only supports one image|messages? cannot contain images",
     r"failed to (?:load|decode|process|download) (?:the )?(?:image|audio)|decode webp image",
-    # Tool calls that the model broke or its bound on output cut short: Ollama; llama.cpp before and with its grammars.
-    r"error parsing tool call|failed to parse (?:\w{1,20} )?(?:json )?tool call|tool call parsing failed|tool call arguments",
-    r"incomplete \w{1,20} tool call|invalid (?:tool|function) call|empty (?:\w{1,20} )?function name|mismatched arg_key",
-    r"undeclared \w{1,20} function|failed to parse input at pos|does not match the expected peg-|invalid diff: ",
     # llama.cpp: texts to embed beyond its batch; messages that the model's template refuses: jinja now, minja before.
     r"input is too large to process",
     r"roles must alternate|jinja exception|while executing \w{1,40} at line \d{1,9}",
@@ -48,7 +44,13 @@ UNABLE = (
     r"option \"\w{1,40}\" must be|invalid format: .{0,900}; expected \"json\"",
     r"invalid thinking value|unsupported \S{1,40} reasoning",
 )
-CANNOT = re.compile("|".join(UNABLE), re.IGNORECASE)
+# Tool calls that the model broke or its bound on output cut short: Ollama; llama.cpp before and with its grammars.
+BROKEN = (
+    r"error parsing tool call|failed to parse (?:\w{1,20} )?(?:json )?tool call|tool call parsing failed|tool call arguments",
+    r"incomplete \w{1,20} tool call|invalid (?:tool|function) call|empty (?:\w{1,20} )?function name|mismatched arg_key",
+    r"undeclared \w{1,20} function|failed to parse input at pos|does not match the expected peg-|invalid diff: ",
+)
+CANNOT, BROKE = (re.compile("|".join(words), re.IGNORECASE) for words in (UNABLE, BROKEN))
 # With 5xx from llama.cpp, though the request is wrong, at least for its build.
 WRONG = re.compile(
     r"^(?:failed to parse (?:messages|tools|tool_choice)\b|unknown (?:reasoning|chat) format\b|unsupported param: "
@@ -57,6 +59,7 @@ WRONG = re.compile(
     r"|invalid url (?:value|format)|url must be base64 encoded)",
     re.IGNORECASE,
 )
+# Not the backend's 5xx: the AI SDK, LangChain and others ask again after any, whatever x-should-retry says.
 WRONG_STATUS = 400
 # Whatever else stands there, this is a failure, and another time or another backend may do better.
 FAILURE = re.compile(
@@ -105,6 +108,9 @@ def _is_count(value: object) -> bool:
 def meaning(status: int, told: Told, backend: BackendConfig) -> BackendRefused | None:
     """What to tell the caller; None where the backend has failed and another may do better.
 
+    What no asking again will change is 400, though the backend calls it its own failure; 501 stays what it is, and a call of a
+    tool that the model broke may come whole another time.
+
     `status` 200: the error stood in the body, which may have the true one.
     """
     if status == 200:
@@ -112,13 +118,19 @@ def meaning(status: int, told: Told, backend: BackendConfig) -> BackendRefused |
         status = code if isinstance(code, int) and 400 <= code <= 599 else 500
     words = scrub(told.words, backend)
     if OVERFLOW.search(f"{told.words} {told.fields.get('type')} {told.fields.get('code')}"):
-        return BackendRefused(words, status, {name: _scrubbed(value, backend) for name, value in told.fields.items()})
+        return BackendRefused(
+            words,
+            WRONG_STATUS if status >= 500 else status,
+            {name: _scrubbed(value, backend) for name, value in told.fields.items()},
+        )
     if status in CALLERS_FAULTS:
         return BackendRefused(words, status)
     if status >= 500 and _says(WRONG, status, told.words):
         return BackendCannot(words, WRONG_STATUS)
-    if status == NOT_IMPLEMENTED or (status >= 500 and _says(CANNOT, status, told.words)):
+    if status == NOT_IMPLEMENTED or (status >= 500 and _says(BROKE, status, told.words)):
         return BackendCannot(words, status)
+    if status >= 500 and _says(CANNOT, status, told.words):
+        return BackendCannot(words, WRONG_STATUS)
     return None
 
 

@@ -185,10 +185,10 @@ def ask_when_told(address: str, key: str) -> None:
             time.sleep(wait)
             sent, wait = time.monotonic(), told_to_wait(client)
         received, deadline = time.monotonic(), time.monotonic() + LONGEST_S
-        assert wait <= 60
+        assert wait < 60
         time.sleep(max(0.0, wait - 2))
         while rest := told_to_wait(client):
-            # Nobody is told more than 60 seconds: of what frees within 61 the rest is told then.
+            # Nobody is told a whole minute: of what frees within 61 the rest is told then.
             assert rest <= max(GUESS_S, received + wait - time.monotonic() + 1) and time.monotonic() < deadline
             time.sleep(min(rest, 0.5))
         assert time.monotonic() >= sent + wait

@@ -69,29 +69,31 @@ def llamacpp(status: int, words: str, kind: str = "server_error") -> dict[str, A
     return {"error": {"code": status, "message": words, "type": kind}}
 
 
-UNABLE: list[tuple[str, int, dict[str, Any]]] = [
-    (EMBEDDINGS, 501, llamacpp(501, NO_EMBEDDINGS, "not_supported_error")),
-    (CHAT, 500, llamacpp(500, MMPROJ)),
-    (CHAT, 500, {"error": {"message": "this model is missing data required for image input", "type": "api_error"}}),
-    (CHAT, 500, llamacpp(500, "Failed to parse tool call arguments as JSON: unexpected end of input; last read: '\"x'")),
-    (CHAT, 500, llamacpp(500, "The model produced output that does not match the expected peg-native format")),
-    (CHAT, 500, {"error": {"message": "error parsing tool call: raw='{\"a\":', err=unexpected end of JSON input"}}),
-    (CHAT, 500, {"error": {"message": TOOL_CALL_OF_OLLAMA, "type": "api_error"}}),
-    (EMBEDDINGS, 500, llamacpp(500, "input is too large to process. increase the physical batch size")),
+# What is said, with which status, and the status that the caller is told.
+UNABLE: list[tuple[str, int, int, dict[str, Any]]] = [
+    (EMBEDDINGS, 501, 501, llamacpp(501, NO_EMBEDDINGS, "not_supported_error")),
+    (CHAT, 500, 400, llamacpp(500, MMPROJ)),
+    (CHAT, 500, 400, {"error": {"message": "this model is missing data required for image input", "type": "api_error"}}),
+    (CHAT, 500, 500, llamacpp(500, "Failed to parse tool call arguments as JSON: unexpected end of input; last read: '\"x'")),
+    (CHAT, 500, 500, llamacpp(500, "The model produced output that does not match the expected peg-native format")),
+    (CHAT, 500, 500, {"error": {"message": "error parsing tool call: raw='{\"a\":', err=unexpected end of JSON input"}}),
+    (CHAT, 500, 500, {"error": {"message": TOOL_CALL_OF_OLLAMA, "type": "api_error"}}),
+    (EMBEDDINGS, 500, 400, llamacpp(500, "input is too large to process. increase the physical batch size")),
 ]
 
 
 def test_what_a_backend_cannot_do_is_told_and_asked_of_one_other(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+    """What asking again will not change is 400: not all clients know that a 5xx may be final."""
     with gateway.openai(gateway.key(), max_retries=2) as client:
-        for number, (path, status, error) in enumerate(UNABLE):
+        for number, (path, status, told_status, error) in enumerate(UNABLE):
             play(three, path, answer(status, error))
             before = asked(three, path)
-            with pytest.raises(openai.InternalServerError) as told:
+            with pytest.raises(openai.APIStatusError) as told:
                 if path == CHAT:
                     client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=number % 2 == 0)
                 else:
                     client.embeddings.create(model=MODEL, input="x")
-            assert told.value.status_code == status
+            assert told.value.status_code == told_status, error
             assert told.value.body["message"] == error["error"]["message"]  # type: ignore[index]
             assert told.value.code == "upstream_cannot"
             assert [now - then for now, then in zip(asked(three, path), before, strict=True)] == [1, 1, 0], error
@@ -117,11 +119,11 @@ def test_one_that_cannot_before_one_that_fails(
     beta.play(CHAT, answer(500, llamacpp(500, "CUDA error: out of memory")))
     with gateway.http(gateway.key()) as client:
         got = client.post(CHAT, json=WAYS[2].body)
-        assert got.status_code == 500 and got.json()["error"]["message"] == MMPROJ
+        assert got.status_code == 400 and got.json()["error"]["message"] == MMPROJ
         assert asked([alpha, beta, gamma], CHAT) == [1, 1, 0]
         beta.stop()
         got = client.post(CHAT, json=WAYS[2].body)
-    assert got.json()["error"]["message"] == MMPROJ and got.headers["x-should-retry"] == "false"
+    assert got.status_code == 400 and got.json()["error"]["message"] == MMPROJ
     assert asked([alpha, gamma], CHAT) == [2, 1]
 
 
@@ -195,7 +197,7 @@ def test_the_words_in_ollamas_language(gateway: RunningGateway, three: list[Play
     assert (told.value.status_code, told.value.error) == (501, NO_EMBEDDINGS)
     with pytest.raises(ollama.ResponseError) as told:
         list(client.chat(MODEL, SAY_HI, stream=True))
-    assert (told.value.status_code, told.value.error) == (500, "this model is missing data required for image input")
+    assert (told.value.status_code, told.value.error) == (400, "this model is missing data required for image input")
     assert asked(three, "/api/embed") == asked(three, "/api/chat") == [1, 1, 0]
 
 
@@ -204,6 +206,8 @@ OVERFLOWS: list[list[Step]] = [
     answer(200, {"error": OVERFLOW}),
     # Ollama puts its runner's error, as JSON, into the words of its own.
     answer(400, {"error": {"message": json.dumps({"error": OVERFLOW}), "type": "invalid_request_error", "code": None}}),
+    # A failure of its own, a server calls it.
+    answer(500, {"error": OVERFLOW}),
     stream(sse([{"error": OVERFLOW}], done=False)),
 ]
 
