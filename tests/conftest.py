@@ -2,23 +2,23 @@
 
 import asyncio
 import functools
+import importlib.metadata
 import itertools
 import shutil
 import ssl
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
-import asyncpg
 import pytest
 import redis
 from playwright.sync_api import Browser
 
 from gateway import app, local
+from tests import in_memory
 from tests.browser import chromium
+from tests.databases import Databases
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
 from tests.settings_of import settings_for
@@ -26,6 +26,8 @@ from tests.settings_of import settings_for
 _numbers = itertools.count()
 # Each HTTP client of the tests would read the system's certificates anew, 60 ms each, and none of them speaks TLS.
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
+# Each connection to Redis would read its library's version from the files of the installation.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,9 @@ class TestStores:
         return redis.Redis.from_url(self.redis_url)
 
 
-def _sql(url: str, *statements: str) -> None:
-    async def run() -> None:
-        connection = await asyncpg.connect(url)
-        try:
-            for statement in statements:
-                await connection.execute(statement)
-        finally:
-            await connection.close()
-
-    asyncio.run(run())
-
-
 @pytest.fixture(scope="session")
 def servers() -> Iterator[local.Stores]:
-    folder = Path(tempfile.mkdtemp(prefix="nz-"))
-    folder.chmod(0o711)
+    folder = in_memory.new_folder()
     try:
         with local.stores(folder, durable=False) as stores:
             yield stores
@@ -63,10 +52,15 @@ def servers() -> Iterator[local.Stores]:
 
 
 @pytest.fixture(scope="session")
-def template(servers: local.Stores) -> str:
+def databases(servers: local.Stores) -> Iterator[Databases]:
+    with Databases(servers.database_url) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def template(databases: Databases) -> str:
     """A migrated database that the tests' own are copied from."""
-    _sql(servers.database_url, "CREATE DATABASE migrated")
-    url = servers.database_url.replace("/gateway?", "/migrated?")
+    url = databases.create("migrated")
 
     async def migrate() -> None:
         async with app.database_of(settings_for(DATABASE_URL=url)) as database:
@@ -77,23 +71,19 @@ def template(servers: local.Stores) -> str:
 
 
 @pytest.fixture
-def empty_database(servers: local.Stores) -> str:
-    name = f"empty_{next(_numbers)}"
-    _sql(servers.database_url, f"CREATE DATABASE {name}")
-    return servers.database_url.replace("/gateway?", f"/{name}?")
+def empty_database(databases: Databases) -> str:
+    return databases.create(f"empty_{next(_numbers)}")
 
 
 @pytest.fixture
-def stores(servers: local.Stores, template: str) -> Iterator[TestStores]:
+def stores(servers: local.Stores, databases: Databases, template: str) -> Iterator[TestStores]:
     name = f"test_{next(_numbers)}"
-    _sql(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template}")
-    url = servers.database_url.replace("/gateway?", f"/{name}?")
-    assert urlsplit(url).path == f"/{name}"
-    found = TestStores(url, servers.redis_url)
+    found = TestStores(databases.create(name, template=template), servers.redis_url)
+    assert urlsplit(found.database_url).path == f"/{name}"
     with found.client() as client:
         client.flushall()
     yield found
-    _sql(servers.database_url, f"DROP DATABASE {name} WITH (FORCE)")
+    databases.drop(name)
 
 
 StartGateway = Callable[..., RunningGateway]

@@ -1,0 +1,38 @@
+"""A folder for servers that need not outlive a run: in memory where that has room, as a database is three hundred files."""
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from gateway import local
+
+MEMORY, ENOUGH_BYTES, LEFT_OVER_S = Path("/dev/shm"), 2 << 30, 600.0
+PREFIX = "nz-"
+
+
+def new_folder() -> Path:
+    place = MEMORY if _is_usable(MEMORY) else None
+    if place:
+        _remove_left_over(place)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    # The servers of root are another user's.
+    folder.chmod(0o711)
+    return folder
+
+
+def _is_usable(place: Path) -> bool:
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return False
+    has_room = shutil.disk_usage(place).free >= ENOUGH_BYTES
+    return has_room and not os.statvfs(place).f_flag & os.ST_NOEXEC
+
+
+def _remove_left_over(place: Path) -> None:
+    """What runs that were killed have left: memory, after all."""
+    for folder in place.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if folder.stat().st_mtime < time.time() - LEFT_OVER_S and not local.is_running(folder):
+                shutil.rmtree(folder, ignore_errors=True)
