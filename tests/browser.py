@@ -1,9 +1,10 @@
 """A real Chromium for the pages, where the machine has one; what goes wrong in a page fails the test that did not expect it."""
 
+import asyncio
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -24,7 +25,34 @@ new MutationObserver(() => {
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium_for_all() -> Iterator[Callable[[], AbstractContextManager[Browser]]]:
+    """One for many tests, which take it in hand one after the other and leave no page in it.
+
+    Playwright's loop counts as running in this thread from its start on; while no test has the browser, others may run theirs.
+    """
+    with _chromium() as browser:
+        loop = asyncio.get_running_loop()
+
+        @contextmanager
+        def in_hand() -> Iterator[Browser]:
+            asyncio._set_running_loop(loop)
+            try:
+                yield browser
+                assert browser.is_connected(), "the browser has ended"
+            finally:
+                for context in browser.contexts:
+                    context.close()
+                asyncio._set_running_loop(None)
+
+        asyncio._set_running_loop(None)
+        try:
+            yield in_hand
+        finally:
+            asyncio._set_running_loop(loop)
+
+
+@contextmanager
+def _chromium() -> Iterator[Browser]:
     program = next((found for name in NAMES if (found := shutil.which(name))), None)
     if program is None:
         pytest.skip("no Chromium on this machine (Debian: chromium)")

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -17,7 +17,7 @@ from playwright.sync_api import Browser
 
 from gateway import app, local
 from tests import in_memory
-from tests.browser import chromium
+from tests.browser import chromium_for_all
 from tests.databases import Databases
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
@@ -115,8 +115,14 @@ def beta() -> Iterator[PlayedBackend]:
         yield backend
 
 
+@pytest.fixture(scope="session")
+def take_browser() -> Iterator[Callable[[], AbstractContextManager[Browser]]]:
+    with chromium_for_all() as found:
+        yield found
+
+
 @pytest.fixture
-def browser() -> Iterator[Browser]:
+def browser(take_browser: Callable[[], AbstractContextManager[Browser]]) -> Iterator[Browser]:
     """Named last by the tests: its own loop is in the way of fixtures that run one."""
-    with chromium() as found:
+    with take_browser() as found:
         yield found
