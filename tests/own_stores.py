@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from gateway import app, local
 from gateway.local_servers import Launcher, PostgresFiles, Server, create_cluster, postgres_server, redis_server, server_account
+from tests import in_memory
 from tests.processes import until
 from tests.settings_of import settings_for
 
@@ -57,8 +57,7 @@ class OwnStores:
 
 @contextmanager
 def own_stores() -> Iterator[OwnStores]:
-    folder = Path(tempfile.mkdtemp(prefix="nz-own-"))
-    folder.chmod(0o711)
+    folder = in_memory.new_folder()
     stores: OwnStores | None = None
     try:
         stores = OwnStores(folder)

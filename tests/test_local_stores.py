@@ -22,6 +22,7 @@ import redis
 
 from gateway import local_servers
 from gateway.local import LocalStoresFailed, Stores, data_folder, is_running, stores
+from tests import in_memory
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = Path(asyncpg.__file__).parents[1]
@@ -70,7 +71,7 @@ print("kept")
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A short folder the servers' user may pass: a socket's path has few bytes, and root's servers run as another."""
-    folder = Path(tempfile.mkdtemp(prefix="nz", dir="/tmp"))
+    folder = in_memory.new_folder()
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
