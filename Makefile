@@ -21,7 +21,7 @@ run: .venv/ready-to-run ## Serve on this machine: private stores, a backend, a k
 	@exec $(GATEWAY) run
 
 test: .venv/ready-to-test ## Run all tests against private servers
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n auto $(TESTS)
 
 bench: .venv/ready-to-test ## Measure the speed against plain passthroughs, and nginx if installed [LITELLM=its python]
 	@$(BIN)/python -m tests.bench $(if $(LITELLM),--litellm $(LITELLM))

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import importlib.metadata
 import itertools
+import os
 import shutil
 import ssl
 from collections.abc import Callable, Iterator
@@ -24,10 +25,26 @@ from tests.running import RunningGateway
 from tests.settings_of import settings_for
 
 _numbers = itertools.count()
+MOST_WORKERS = 16
 # Each HTTP client of the tests would read the system's certificates anew, 60 ms each, and none of them speaks TLS.
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 # Each connection to Redis would read its library's version from the files of the installation.
 importlib.metadata.version = functools.cache(importlib.metadata.version)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two for each processor: the tests wait for half of their time."""
+    return min(2 * (os.cpu_count() or 1), MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end no worker is left alone with one of them."""
+    items.sort(key=_seconds_of, reverse=True)
+
+
+def _seconds_of(item: pytest.Item) -> float:
+    marked = item.get_closest_marker("long")
+    return float(marked.kwargs["seconds"]) if marked else 0.0
 
 
 @dataclass(frozen=True)

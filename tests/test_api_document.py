@@ -107,6 +107,7 @@ def name_of_body(operation: dict[str, Any]) -> str:
     return reference.rpartition("/")[2]
 
 
+@pytest.mark.long(seconds=12)
 @pytest.mark.parametrize("language", RUNS)
 @pytest.mark.timeout(240)
 def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> None:

@@ -115,6 +115,7 @@ class Asking:
             ask()
 
 
+@pytest.mark.long(seconds=10)
 @pytest.mark.timeout(300)
 def test_no_route_answers_what_the_document_does_not_have(gateway: RunningGateway) -> None:
     asking = Asking(gateway)

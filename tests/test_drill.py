@@ -240,6 +240,7 @@ def drill(stores: TestStores, folder: Path, only: str, switch: str = "", **names
     return done.returncode, json.loads(done.stdout or "[]"), done.stderr
 
 
+@pytest.mark.long(seconds=35)
 @pytest.mark.timeout(150)
 def test_this_gateway_keeps_its_promises_and_nothing_stays(stores: TestStores, tmp_path: Path) -> None:
     code, rows, said = drill(stores, tmp_path, "")

@@ -155,6 +155,7 @@ def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backe
     assert len(spent) == ROUNDS and all(300 - 20 < tokens <= 300 for tokens in spent)
 
 
+@pytest.mark.long(seconds=75)
 def test_no_minute_holds_more_and_retry_after_is_the_time_until_it_passes(
     addresses: list[str], operator: Operator, backend: PlayedBackend
 ) -> None:

@@ -182,6 +182,7 @@ async def ask_many(url: str, key: str, requests: int) -> int:
     return sum(await asyncio.gather(*(one() for _ in range(requests))))
 
 
+@pytest.mark.long(seconds=14)
 def test_workers_are_added_up_and_the_dead_are_not_forgotten(tmp_path: Path, stores: TestStores, alpha: PlayedBackend) -> None:
     names = environment_for(
         alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, GATEWAY_WORKERS="4", METRICS_TOKEN=TOKEN

@@ -114,6 +114,7 @@ def backlog(stores: OwnStores) -> int:
         return sum(int(client.xlen(shared.rows)) + int(client.hlen(shared.calls)) for shared in shards.ALL)
 
 
+@pytest.mark.long(seconds=40)
 def test_kills_and_restarts_lose_no_row_and_write_none_twice(stores: OwnStores, backend: PlayedBackend, tmp_path: Path) -> None:
     names = names_for(stores, backend, GATEWAY_WORKERS="3")
     with serving(tmp_path, names) as (process, url, _):
@@ -147,6 +148,7 @@ def per_second(crowd: Crowd, seconds: float, watch: Callable[[], None] = lambda:
     return (crowd.sent - before) / seconds
 
 
+@pytest.mark.long(seconds=15)
 def test_a_frozen_redis_slows_nobody_and_limits_hold_to_the_share(stores: OwnStores, backend: PlayedBackend) -> None:
     settings = settings_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     with RunningGateway(settings) as gateway:
@@ -291,6 +293,7 @@ def test_both_away_keeps_the_newest_and_says_so(stores: OwnStores, backend: Play
         assert sum("the oldest audit rows are dropped" in words for words in told) == 1
 
 
+@pytest.mark.long(seconds=20)
 def test_sigterm_under_load_writes_a_row_for_every_answer(stores: OwnStores, backend: PlayedBackend, tmp_path: Path) -> None:
     key = new_key(stores)
     whole: set[str] = set()

@@ -98,6 +98,7 @@ def p99(times: list[float]) -> float:
     return statistics.quantiles(times, n=100)[98]
 
 
+@pytest.mark.long(seconds=22)
 @pytest.mark.timeout(900)
 def test_a_purge_slows_requests_little(start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores) -> None:
     asyncio.run(fill(stores.database_url))

@@ -35,6 +35,7 @@ def make_key(folder: Path, names: dict[str, str]) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.long(seconds=10)
 def test_it_drains_on_sigterm(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
     names = names_for(stores, alpha)
     key = make_key(tmp_path, names)
@@ -99,6 +100,7 @@ def test_nohup_keeps_it_running_without_its_terminal(
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.long(seconds=10)
 def test_many_workers_share_one_port_and_are_replaced(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
     names = names_for(stores, alpha, GATEWAY_WORKERS="3")
     key = make_key(tmp_path, names)
@@ -186,6 +188,7 @@ def printed(log: Path) -> tuple[str, str]:
     return key[1], command[0]
 
 
+@pytest.mark.long(seconds=24)
 def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
     if answers("http://127.0.0.1:11434/api/version"):
         pytest.skip("an Ollama of this machine answers, so no demonstration backend starts")
@@ -216,6 +219,7 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
     assert warm_start_s < 30
 
 
+@pytest.mark.long(seconds=10)
 def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: PlayedBackend) -> None:
     key = make_key(home, {})
     with serving(home, {"OLLAMA_BASE_URL": alpha.url}, "run") as (_, url, log):
@@ -284,6 +288,7 @@ def test_the_banner_says_what_to_do_without_a_model(stores: TestStores, alpha: P
     assert "AWAY (" in told and "`make probe` says what is wrong" in told
 
 
+@pytest.mark.long(seconds=10)
 def test_two_local_runs_in_two_folders_live_side_by_side(home: Path, alpha: PlayedBackend) -> None:
     (home / "one").mkdir()
     (home / "two").mkdir()
