@@ -29,6 +29,24 @@ class Deadlines(HttpToolsProtocol):
             self._arriving.cancel()
             self._arriving = None
 
+    @property
+    def _waits_since(self) -> float:
+        """Of a connection that is idle, or in the midst of a head."""
+        if self.timeout_keep_alive_task is not None:
+            return float(self.timeout_keep_alive_task.when()) - self.timeout_keep_alive
+        return self._arriving.when() - HEAD_DEADLINE_S if self._arriving is not None else 0.0
+
+    @property
+    def is_leaving(self) -> bool:
+        return self.transport.is_closing() and not self.has_unsent
+
+    @property
+    def has_unsent(self) -> bool:
+        return self.transport.get_write_buffer_size() > 0
+
+    def give_way(self) -> None:
+        self.transport.abort()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._watch_reader()

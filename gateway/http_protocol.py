@@ -10,10 +10,11 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from gateway.departure import Departure
-from gateway.errors import BadRequest, GatewayError, HeadTooLarge
+from gateway.errors import BadRequest, GatewayError, HeadTooLarge, Overloaded
 from gateway.http_cycle import Cycle
 from gateway.http_deadlines import Deadlines
 from gateway.http_head import LINE_ENDS, LONGEST_LINE_END, NO_HOST, fault_of
+from gateway.http_places import Places
 
 LARGEST_HEAD, MOST_LINES = 65_536, 256
 BLANK_LINE = b"\r\n\r\n"
@@ -22,6 +23,8 @@ LARGEST_PIECE, MOST_STEPS = 2048, 200
 # How much of what frames a chunked body there may be for a byte of it; beyond that it counts as a head does.
 FRAMING_FOR_A_BYTE = 16
 MOST_HELD, MOST_AT_ONCE = 262_144, 65_536
+# What is answered in any case.
+HEALTH = frozenset({b"/healthz", b"/readyz"})
 REFUSED_CONNECTION_LINGERS_S, MOST_DISCARDED = 2.0, 262_144
 
 
@@ -40,7 +43,11 @@ class Protocol(Deadlines):
     _has_line = False
     _in_head = True
     _gone: Callable[[], None] | None = None
-    _is_lost = _is_refused = _is_lingering = _has_ended = False
+    _is_lost = _is_refused = _is_lingering = _has_ended = _is_extra = False
+
+    def __init__(self, *, places: Places | None = None, **given: Any) -> None:
+        super().__init__(**given)
+        self._places = places
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -49,6 +56,11 @@ class Protocol(Deadlines):
         self._held = bytearray()
         self.on_message_begin()
         self._await_rest()
+        taken: Any = self.connections
+        if self._places is not None and not self._places.has_room(self, taken):
+            self._is_extra = True
+            if not self._places.has_extra(taken):
+                self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching_client()
@@ -213,6 +225,8 @@ class Protocol(Deadlines):
         is_http = self._line.endswith(LINE_ENDS)
         if self._hosts != 1 or self._codings or version != "1.1" or method == b"CONNECT" or not is_http or b"#" in self.url:
             wrong = fault_of(method, version if is_http else "", self.url, self._hosts, self._codings)
+        if self._is_extra:
+            wrong = wrong or (None if self.url in HEALTH else Overloaded(retry_after=1))
         if wrong is not None:
             self._refuse(wrong, method.decode("ascii"))
             return
@@ -249,7 +263,7 @@ class Protocol(Deadlines):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue and version != "1.0",
-            keep_alive=refusal is None and self.parser.should_keep_alive(),
+            keep_alive=refusal is None and not self._is_extra and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         self.cycle.reader = self
@@ -323,6 +337,13 @@ class Protocol(Deadlines):
             self.flow.pause_reading()
 
     # What ends
+
+    @property
+    def idle_since(self) -> float | None:
+        if self._is_lingering:
+            return 0.0
+        is_busy = self._is_refused or self._held or not self._in_head or not self._is_between_answers
+        return None if is_busy else self._waits_since
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays: a client may say that it has sent all, and still wait for its answers."""

@@ -5,12 +5,14 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
 
 from gateway.app import Rooms
 from gateway.errors import ShuttingDown
+from gateway.http_places import Places, most_connections
 from gateway.http_protocol import Protocol
 from gateway.stop_signals import stop_signals
 
@@ -25,7 +27,7 @@ class Server(uvicorn.Server):
     def __init__(self, rooms: Rooms, *, drain_s: float, on_ready: Callable[[], None] = lambda: None) -> None:
         config = uvicorn.Config(
             rooms.front,
-            http=Protocol,
+            http=partial(Protocol, places=Places(most_connections())),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

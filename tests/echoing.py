@@ -4,12 +4,14 @@ import asyncio
 import json
 import socket
 import threading
+from functools import partial
 from typing import Any, Self
 
 import uvicorn
 
 from gateway import server
 from gateway.errors import GatewayError
+from gateway.http_places import Places
 from gateway.http_protocol import Protocol
 
 
@@ -20,7 +22,8 @@ class EchoServer:
     pieces without a length, `/stream/S` with S seconds between them; `/ignore` does not read the body.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_connections: int | None = None) -> None:
+        self._places = Places(most_connections) if most_connections else None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.gone: list[str] = []
@@ -43,8 +46,17 @@ class EchoServer:
         connection.settimeout(10)
         return connection
 
+    @property
+    def connections(self) -> int:
+        return len(self._uvicorn.server_state.connections)
+
+    @property
+    def under_way(self) -> int:
+        return len(self._uvicorn.server_state.tasks)
+
     def _run(self) -> None:
-        options: Any = {"http": Protocol, "ws": "none", "lifespan": "off", "interface": "asgi3", "proxy_headers": False}
+        protocol = partial(Protocol, places=self._places)
+        options: Any = {"http": protocol, "ws": "none", "lifespan": "off", "interface": "asgi3", "proxy_headers": False}
         config = uvicorn.Config(self._answer, log_config=None, timeout_graceful_shutdown=1, **options)
         self._uvicorn = uvicorn.Server(config)
         server.run(self._serve())
