@@ -69,12 +69,12 @@ async def alive(request: Request) -> Response:
 
 async def native(request: Request) -> Response:
     body = await request.json()
-    words = answer_to(heard_in(body))
+    model, words = body["model"], answer_to(heard_in(body))
     is_chat = request.url.path == "/api/chat"
 
     def record(text: str, **more: Any) -> dict[str, Any]:
         said = {"message": {"role": "assistant", "content": text}} if is_chat else {"response": text}
-        return {"model": body["model"], "created_at": "2026-01-01T00:00:00Z", **said, "done": False, **more}
+        return {"model": model, "created_at": "2026-01-01T00:00:00Z", **said, "done": False, **more}
 
     end = {"done": True, "done_reason": "stop", "prompt_eval_count": len(heard_in(body).split()) or 1, "eval_count": len(words)}
     if body.get("stream") is False:
@@ -136,7 +136,13 @@ async def embed(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": data, "model": body["model"], "usage": usage})
 
 
+async def incomplete(request: Request, missing: Exception) -> Response:
+    """Who tries a backend's token sends nothing that could be answered."""
+    return JSONResponse({"error": f"{missing} is missing"}, 400)
+
+
 app = Starlette(
+    exception_handlers={KeyError: incomplete},
     routes=[
         Route("/", alive),
         Route("/api/version", version),
@@ -150,7 +156,7 @@ app = Starlette(
         Route("/v1/chat/completions", completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/embeddings", embed, methods=["POST"]),
-    ]
+    ],
 )
 
 

@@ -57,7 +57,7 @@ class WrongKey(GatewayError):
 
 
 class ModelNotAvailable(GatewayError):
-    """The requested model does not exist or is not available to this key."""
+    """The requested model does not exist or is not available to this key; /v1/models and /api/tags list those that are."""
 
     status = 403
     code = "model_not_available"

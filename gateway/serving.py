@@ -54,15 +54,19 @@ def bind(settings: Settings) -> socket.socket:
         raise CommandFailed(f"cannot listen on {host}:{port} ({wrong.strerror}): set GATEWAY_BIND_HOST or _PORT") from None
 
 
-def serve(settings: Settings, on_ready: Callable[[Rooms | None], None] = lambda _: None) -> None:
+def serve(settings: Settings) -> None:
     logs.configure(settings.gateway_log_level, settings.gateway_log_format)
-    check_accelerators()
     with bind(settings) as listener:
-        LOG.info("listening on %s:%d, %d workers", *listener.getsockname()[:2], settings.gateway_workers)
-        if settings.gateway_workers == 1:
-            server.run(_serve_one(settings, listener, on_ready))
-        else:
-            _serve_many(settings, listener, on_ready)
+        _serve_on(listener, settings, lambda _: None)
+
+
+def _serve_on(listener: socket.socket, settings: Settings, on_ready: Callable[[Rooms | None], None]) -> None:
+    check_accelerators()
+    LOG.info("listening on %s:%d, %d workers", *listener.getsockname()[:2], settings.gateway_workers)
+    if settings.gateway_workers == 1:
+        server.run(_serve_one(settings, listener, on_ready))
+    else:
+        _serve_many(settings, listener, on_ready)
 
 
 def _serve_many(settings: Settings, listener: socket.socket, on_ready: Callable[[Rooms | None], None]) -> None:
@@ -122,9 +126,12 @@ def run() -> None:
     with installation.stores_of(run=True) as named, _backend(named) as base_url:
         settings = _with_backend(named, base_url) if base_url else named
         _hand_on(settings)
-        first_key = asyncio.run(_prepare(settings))
         is_demonstration = base_url not in ("", installation.OLLAMA_HERE)
-        serve(settings, lambda rooms: print(banner(settings, rooms, first_key, is_demonstration), flush=True))
+        # First the port: without it nobody would be told the first key.
+        with bind(settings) as listener:
+            first_key = asyncio.run(_prepare(settings))
+            logs.configure(settings.gateway_log_level, settings.gateway_log_format)
+            _serve_on(listener, settings, lambda rooms: print(banner(settings, rooms, first_key, is_demonstration), flush=True))
     console.say("stopped; data and keys are kept for the next `make run`")
 
 
@@ -172,7 +179,7 @@ def banner(settings: Settings, rooms: Rooms | None, first_key: str | None, is_de
         "",
         f"  try it{_advice(rooms)}:",
         f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'",
-        f"OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}",
+        f"export OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}",
         "",
         "  Ctrl-C stops everything; data and keys are kept.",
         "",

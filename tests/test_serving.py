@@ -176,7 +176,8 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
         from gateway import local
 
-        rmtree(local.data_folder(tmp_path), ignore_errors=True)
+        for folder in (tmp_path, tmp_path / "one", tmp_path / "two"):
+            rmtree(local.data_folder(folder), ignore_errors=True)
 
 
 def printed(log: Path) -> tuple[str, str]:
@@ -199,11 +200,17 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
         assert "a demonstration, not a real model" in log.read_text() and '"model":"demonstration-no-real-model' in command
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20, check=True)
         assert done.stdout.count("data: ") > 5 and "data: [DONE]" in done.stdout and "demonstration" in done.stdout
+        probe = [sys.executable, "-m", "gateway", "probe"]
+        subprocess.run(probe, cwd=home, env=environment({}), capture_output=True, timeout=30, check=True)
         second = make_key(home, {})
         assert httpx.get(f"{url}/v1/models", headers={"x-api-key": second}).status_code == 200
         servers = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
+        assert (
+            "Traceback" not in log.read_text()
+            and f"\nexport OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}\n" in log.read_text()
+        )
     until(lambda: not any(map(is_alive, servers)), 5)
     assert make_key(home, {}), "keys are made with nothing running, too"
     began = time.monotonic()
@@ -275,6 +282,19 @@ def test_the_banner_waits_for_the_first_models(stores: TestStores, alpha: Played
     told = told_at_the_start(tmp_path, names_for(stores, alpha), is_there.set)
     assert f"backend   alpha at {alpha.url}: llama3.2:latest\n" in told and '"model":"llama3.2:latest"' in told
     assert "  try it:\n" in told
+
+
+def test_a_run_that_cannot_listen_makes_no_key_that_nobody_is_told(
+    stores: TestStores, alpha: PlayedBackend, tmp_path: Path
+) -> None:
+    names, command = names_for(stores, alpha), [sys.executable, "-m", "gateway", "run"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = {"GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_BIND_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment({**names, **where}), capture_output=True, text=True, timeout=30, check=False
+        )
+    assert done.returncode == 1 and "cannot listen on 127.0.0.1:" in done.stderr
+    assert re.search(r"key +nz_\w+  \(shown this once\)", told_at_the_start(tmp_path, names))
 
 
 def test_the_banner_says_what_to_do_without_a_model(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
