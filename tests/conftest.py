@@ -8,7 +8,7 @@ import os
 import shutil
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -17,7 +17,7 @@ import redis
 from playwright.sync_api import Browser
 
 from gateway import app, local
-from tests import in_memory
+from tests import in_memory, redis_server
 from tests.browser import chromium_for_all
 from tests.databases import Databases
 from tests.played import PlayedBackend
@@ -92,15 +92,31 @@ def empty_database(databases: Databases) -> str:
     return databases.create(f"empty_{next(_numbers)}")
 
 
+@contextmanager
+def _migrated(databases: Databases, template: str) -> Iterator[str]:
+    name = f"test_{next(_numbers)}"
+    url = databases.create(name, template=template)
+    assert urlsplit(url).path == f"/{name}"
+    try:
+        yield url
+    finally:
+        databases.drop(name)
+
+
 @pytest.fixture
 def stores(servers: local.Stores, databases: Databases, template: str) -> Iterator[TestStores]:
-    name = f"test_{next(_numbers)}"
-    found = TestStores(databases.create(name, template=template), servers.redis_url)
-    assert urlsplit(found.database_url).path == f"/{name}"
-    with found.client() as client:
-        client.flushall()
-    yield found
-    databases.drop(name)
+    with _migrated(databases, template) as url:
+        found = TestStores(url, servers.redis_url)
+        with found.client() as client:
+            client.flushall()
+        yield found
+
+
+@pytest.fixture(scope="module")
+def shared_stores(databases: Databases, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestStores]:
+    """For those tests of a module which leave nothing that another of them could see."""
+    with _migrated(databases, template) as url, redis_server.server(tmp_path_factory.mktemp("redis")) as (_, port):
+        yield TestStores(url, f"redis://127.0.0.1:{port}")
 
 
 StartGateway = Callable[..., RunningGateway]
@@ -109,11 +125,26 @@ StartGateway = Callable[..., RunningGateway]
 @pytest.fixture
 def start_gateway(stores: TestStores) -> Iterator[StartGateway]:
     """`start_gateway(backend, …, NAME="value")`: a gateway in this process before these played backends, in this order."""
+    with _starting(stores) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_shared_gateway(shared_stores: TestStores) -> Iterator[StartGateway]:
+    with _starting(shared_stores) as start:
+        yield start
+
+
+@contextmanager
+def _starting(stores: TestStores) -> Iterator[StartGateway]:
     with ExitStack() as stack:
 
         def start(*backends: object, **names: str) -> RunningGateway:
             settings = settings_for(*backends, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **names)
-            return stack.enter_context(RunningGateway(settings))
+            gateway = stack.enter_context(RunningGateway(settings))
+            if "REDIS_URL" not in names:
+                gateway.wait_for_redis()
+            return gateway
 
         yield start
 

@@ -132,6 +132,12 @@ class RunningGateway:
             time.sleep(0.002)
         assert not self.rooms.front.in_flight, "requests are still in flight"
 
+    def wait_for_redis(self, seconds: float = 5.0) -> None:
+        """On a busy machine it may not have answered the first look in time."""
+        deadline = time.monotonic() + seconds
+        while not self.rooms.store.up and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def audit_rows(self) -> list[dict[str, Any]]:
         """All rows, oldest first, once they have arrived in PostgreSQL."""
         self.wait_idle()

@@ -18,6 +18,7 @@ from gateway.api_document import FOLDER
 from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
+from tests.processes import environment
 from tests.running import RunningGateway
 
 MODEL = "llama3.2:latest"
@@ -114,7 +115,7 @@ def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> N
     if shutil.which(RUNS[language][0]) is None or (language == "curl" and shutil.which("curl") is None):
         pytest.skip(f"{language} is not on this machine")
     flags = (keys.ADMIN, keys.ADMIN_MODELS)
-    known = {"GATEWAY_KEY": gateway.key(name="ops", flags=flags), "METRICS_TOKEN": TOKEN, "PATH": os.environ["PATH"]}
+    known = {"GATEWAY_KEY": gateway.key(name="ops", flags=flags), "METRICS_TOKEN": TOKEN, **environment({})}
     alice = gateway.key(name="alice")
     with gateway.http(alice) as client:
         client.get("/api/tags", headers={"X-Request-ID": "my-request-1"})
