@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import importlib.metadata
 import itertools
 import os
@@ -35,6 +36,17 @@ importlib.metadata.version = functools.cache(importlib.metadata.version)
 def pytest_xdist_auto_num_workers() -> int:
     """Two for each processor: the tests wait for half of their time."""
     return min(2 * (os.cpu_count() or 1), MOST_WORKERS)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What the modules of all tests are made of stays: the collector of garbage need not look at it time and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

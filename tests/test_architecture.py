@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -78,16 +79,19 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(SOURCES).with_suffix("").parts)
 
 
-TREES = {
-    name_of(path): ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted(SOURCES.rglob("*.py"))
-    if path.name != "__init__.py"
-}
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Read when the first test asks: a worker that runs none of them does without."""
+    return {
+        name_of(path): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(SOURCES.rglob("*.py"))
+        if path.name != "__init__.py"
+    }
 
 
 def imported(module: str) -> Iterator[str]:
     """Dotted names, wherever in the module they are imported; `from a import b` gives both a and a.b."""
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(trees()[module]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -97,7 +101,7 @@ def imported(module: str) -> Iterator[str]:
 
 
 def ours(module: str) -> set[str]:
-    return {name.removeprefix("gateway.") for name in imported(module)} & TREES.keys()
+    return {name.removeprefix("gateway.") for name in imported(module)} & trees().keys()
 
 
 def packages(module: str) -> set[str]:
@@ -105,7 +109,7 @@ def packages(module: str) -> set[str]:
 
 
 def functions() -> Iterator[tuple[str, int]]:
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
@@ -114,24 +118,26 @@ def functions() -> Iterator[tuple[str, int]]:
 
 def test_imports_go_down_only() -> None:
     floor_of = {module: number for number, floor in enumerate(FLOORS) for module in floor}
-    assert not TREES.keys() - floor_of.keys(), "give the new modules a floor"
-    upward = [f"{module} imports {other}" for module in TREES for other in ours(module) if floor_of[other] >= floor_of[module]]
+    assert not trees().keys() - floor_of.keys(), "give the new modules a floor"
+    upward = [
+        f"{module} imports {other}" for module in trees() for other in ours(module) if floor_of[other] >= floor_of[module]
+    ]
     assert upward == []
 
 
 def test_every_module_of_the_floors_exists_once() -> None:
     listed = [module for floor in FLOORS for module in floor]
-    assert sorted(listed) == sorted(TREES)
+    assert sorted(listed) == sorted(trees())
 
 
 def test_only_the_composition_root_knows_the_settings() -> None:
-    assert {module for module in TREES if "settings" in ours(module) | {module}} == KNOW_THE_SETTINGS
+    assert {module for module in trees() if "settings" in ours(module) | {module}} == KNOW_THE_SETTINGS
 
 
 def test_the_environment_is_read_in_few_places() -> None:
     reads = {
         module
-        for module, tree in TREES.items()
+        for module, tree in trees().items()
         if re.search(r"value=Name\(id='os', .*?attr='(environ|getenv)'", ast.dump(tree))
     }
     # Those of the local run pass it on to their programs.
@@ -143,15 +149,15 @@ def test_the_environment_is_read_in_few_places() -> None:
 
 @pytest.mark.parametrize("package", HOMES)
 def test_each_package_has_its_home(package: str) -> None:
-    assert {module for module in TREES if package in packages(module)} == HOMES[package]
+    assert {module for module in trees() if package in packages(module)} == HOMES[package]
 
 
 def test_no_package_without_a_home() -> None:
-    assert {package for module in TREES for package in packages(module)} == {*HOMES, "starlette"}
+    assert {package for module in trees() for package in packages(module)} == {*HOMES, "starlette"}
 
 
 def test_what_is_used_of_starlette() -> None:
-    for module in TREES:
+    for module in trees():
         parts = {".".join(name.split(".")[:2]) for name in imported(module) if name.startswith("starlette.")}
         for part in parts:
             assert part in STARLETTE, f"{module} imports {part}"
@@ -160,19 +166,19 @@ def test_what_is_used_of_starlette() -> None:
 
 
 def test_dialects_and_other_pure_modules_never_wait() -> None:
-    pure = [name for name in TREES if name.startswith("dialects.")]
+    pure = [name for name in trees() if name.startswith("dialects.")]
     pure += ["api_key", "model_names", "strict_json", "errors", "breaker", "catalog", "backend_config", "settings", "show"]
     waiting = {
         name
         for name in pure
-        for node in ast.walk(TREES[name])
+        for node in ast.walk(trees()[name])
         if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncWith)
     }
     assert waiting == set()
 
 
 def test_no_module_holds_state_in_globals() -> None:
-    assert [name for name, tree in TREES.items() if any(isinstance(node, ast.Global) for node in ast.walk(tree))] == []
+    assert [name for name, tree in trees().items() if any(isinstance(node, ast.Global) for node in ast.walk(tree))] == []
 
 
 def test_no_function_is_long() -> None:
@@ -260,6 +266,6 @@ def test_the_lock_holds_what_is_needed_and_no_more() -> None:
 
 def test_the_sources_use_no_name_of_another_floor_by_text() -> None:
     """Lazy imports by name would pass every other test here."""
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         assert not called & {"__import__", "import_module", "importlib.import_module"}, module

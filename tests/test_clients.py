@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import anthropic
 import ollama
 import openai
 import pytest
@@ -103,6 +102,9 @@ def test_a_key_in_the_address_works_beside_the_dummy_that_a_client_insists_on(ga
 
 @pytest.mark.parametrize("name", ["api_key", "auth_token"])
 def test_so_it_does_with_the_anthropic_client(gateway: RunningGateway, name: str) -> None:
+    # Here only: every worker would wait a second and a half for it.
+    import anthropic
+
     dummy: Any = {name: "ollama"}
     with anthropic.Anthropic(base_url=f"{gateway.url}/k/{gateway.key()}", max_retries=0, timeout=20, **dummy) as client:
         assert "llama3.2:latest" in [model.id for model in client.models.list()]
