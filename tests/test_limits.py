@@ -141,7 +141,7 @@ def test_limits_of_some_models(gateway: RunningGateway, way: Way, name: str) -> 
         assert wait_for_status(client, way, 200)
 
 
-def wait_for_status(client: httpx.Client, way: Way, status: int, seconds: float = 1.0) -> bool:
+def wait_for_status(client: httpx.Client, way: Way, status: int, seconds: float = 10.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if ask(client, way).status_code == status:
