@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+from tests import preloaded
+
 PROJECT = Path(__file__).resolve().parent.parent
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPYCACHEPREFIX")
 
@@ -61,8 +63,7 @@ def serving(
 
 def operate(folder: Path, names: dict[str, str], *words: str) -> str:
     """What a verb of the command line prints."""
-    command = [sys.executable, "-m", "gateway", *words]
-    done = subprocess.run(command, cwd=folder, env=environment(names), capture_output=True, text=True, check=False)
+    done = preloaded.gateway().run("gateway", words, folder, environment(names))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

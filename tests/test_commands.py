@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from gateway import api_key
+from tests import preloaded
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import PROJECT, environment, free_port, until
@@ -34,9 +35,7 @@ class Operator:
         self.names = environment_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
 
     def types(self, *words: str, **names: str) -> Done:
-        command = [sys.executable, "-m", "gateway", *words]
-        said = environment({**self.names, **names})
-        done = subprocess.run(command, cwd=self.folder, env=said, capture_output=True, text=True, timeout=30, check=False)
+        done = preloaded.gateway().run("gateway", words, self.folder, environment({**self.names, **names}))
         assert "Traceback" not in done.stderr + done.stdout
         return done
 

@@ -5,7 +5,6 @@ import asyncio
 import json
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from gateway.checkup import Finding
 from gateway.errors import CommandFailed
 from gateway.settings import LOCAL_RUN, Settings
 from gateway.shards import ALL
+from tests import preloaded
 from tests.conftest import TestStores
 from tests.played import PlayedBackend
 from tests.processes import environment
@@ -78,8 +78,7 @@ def is_told(found: Finding, state: str, what: str, advice: str = "") -> bool:
 
 
 def types(folder: Path, *words: str, **names: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gateway", "doctor", *words]
-    done = subprocess.run(command, cwd=folder, env=environment(names), capture_output=True, text=True, timeout=60, check=False)
+    done = preloaded.gateway().run("gateway", ("doctor", *words), folder, environment(names), timeout_s=60)
     assert "Traceback" not in done.stdout + done.stderr
     return done
 

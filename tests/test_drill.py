@@ -23,7 +23,7 @@ from gateway.drill.sheet import BY_NAME
 from gateway.keys import KeyRing
 from tests.audit_rows import in_database
 from tests.conftest import TestStores
-from tests.processes import environment, until
+from tests.processes import environment, operate, until
 from tests.redis_server import server
 from tests.settings_of import QUICK
 from tests.stored import all_of_postgresql
@@ -269,10 +269,8 @@ async def nothing_of_it_is_taken_for_traffic(database: Database) -> None:
 
 
 def states_of_keys(stores: TestStores, folder: Path) -> set[str]:
-    command = [sys.executable, "-m", "gateway", "keys", "--json"]
     names = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
-    listed = subprocess.run(command, cwd=folder, env=environment(names), capture_output=True, text=True, check=True)
-    return {row["state"] for row in json.loads(listed.stdout)}
+    return {row["state"] for row in json.loads(operate(folder, names, "keys", "--json"))}
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

@@ -20,7 +20,7 @@ from gateway import installation
 from tests.asking import SAY_HI, WAYS
 from tests.conftest import TestStores
 from tests.played import PlayedBackend
-from tests.processes import answers, descendants, environment, free_port, is_alive, serving, until
+from tests.processes import answers, descendants, environment, free_port, is_alive, operate, serving, until
 from tests.scripts import Hold
 from tests.settings_of import environment_for
 
@@ -30,9 +30,7 @@ def names_for(stores: TestStores, alpha: PlayedBackend, **more: str) -> dict[str
 
 
 def make_key(folder: Path, names: dict[str, str]) -> str:
-    command = [sys.executable, "-m", "gateway", "key", "--name", f"key {time.monotonic_ns()}"]
-    done = subprocess.run(command, cwd=folder, env=environment(names), capture_output=True, text=True, timeout=30, check=True)
-    return done.stdout.splitlines()[-1]
+    return operate(folder, names, "key", "--name", f"key {time.monotonic_ns()}").splitlines()[-1]
 
 
 @pytest.mark.long(seconds=10)
