@@ -29,7 +29,8 @@ from gateway.transcript import Transcript
 from gateway.upstream import UNSAFE, BackendFault
 from gateway.visibility import missing
 
-TAIL_PIECES = 4
+# The payloads of a stream's end that tell what became of it, and how many bytes of it usually hold them.
+TAIL_PIECES, SHORT_TAIL = 4, 4096
 LAST_FRAME_WAITS_S = 0.05
 # What is sent at once; of more, all but the last waits until the client takes it.
 AT_ONCE = 65_536
@@ -81,8 +82,8 @@ class Exchange:
                 raise
             await answer.break_off(error)
         except ClientGone as gone:
-            # Clients leave at the last frame, before the end of the body: they have had their answer.
-            if answer is None or not answer.is_complete:
+            # Clients leave at the last frame, before the end of the body: they have had their answer. Who stalls in it has not.
+            if answer is None or not answer.is_complete or isinstance(gone, ClientStalled):
                 with suppress(GatewayError):
                     await self._access.count(record, gone)
                 raise
@@ -234,6 +235,7 @@ class Answer:
                 buffer.rest += await self._rest_of(opening)
             if len(frames) > READ_IN_A_TURN and self._hides_usage:
                 *turns, frames = _turns(frames, self._dialect.framing)
+                await asyncio.sleep(0)
                 for turn in turns:
                     guard.within(idle_s, ClientStalled)
                     await self._pass_on(turn)
@@ -266,7 +268,7 @@ class Answer:
         shown = self._hear(frames)
         if len(shown) > AT_ONCE:
             shown = await self._send_most(shown)
-        if self._dialect.says_last(frames) and self._look_at_end():
+        if not self._said_last and self._dialect.says_last(frames) and self._look_at_end():
             # Who has seen this may be gone, and back with the next request, before the body has ended.
             self._said_last = True
             await self._books.end(self.record, coming=len(shown))
@@ -300,9 +302,12 @@ class Answer:
     def _tail(self) -> list[bytes]:
         """The last payloads; of many frames those at the end, the last one in any case."""
         framing, recent = self._dialect.framing, b"".join(self._recent)
-        if len(recent) > LARGEST_READ_WHOLE:
-            recent = recent[framing.end_of_frames(recent[:-LARGEST_READ_WHOLE]) :]
-        return framing.payloads(recent)[-TAIL_PIECES:]
+        tail: list[bytes] = []
+        for size in (SHORT_TAIL, LARGEST_READ_WHOLE):
+            if len(tail) < TAIL_PIECES:
+                begin = framing.end_of_frames(recent[:-size]) if len(recent) > size else 0
+                tail = framing.payloads(recent[begin:])[-TAIL_PIECES:]
+        return tail
 
     async def break_off(self, error: GatewayError) -> None:
         """The status has gone out already: the failure is the last frame."""

@@ -302,7 +302,9 @@ class Caller:
         """Ends with the answer's head. Raises BackendFault; `headers` are whole lines."""
         connection = await self._connect()
         protocol = connection.protocol
-        assert protocol is not None and protocol.transport is not None
+        if protocol is None or protocol.transport is None:
+            connection.close()
+            raise ConnectionLost("disconnected", "before it was asked")
         try:
             protocol.set_response_params(
                 read_until_eof=True, auto_decompress=False, max_line_size=LONGEST_LINE, max_field_size=LONGEST_LINE

@@ -22,6 +22,7 @@ LAST = {
     True: b'{"model":"m","message":{"role":"assistant","content":""},"done":true,"prompt_eval_count":1,"eval_count":1}\n',
     False: b'data: {"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n',
 }
+END = {True: b'{"done":true}\n', False: b"data: [DONE]\n\n"}
 WHOLE = {
     True: LAST[True],
     False: b'{"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"x"},"finish_reason":"stop"}]}',
@@ -92,6 +93,11 @@ def tiny_lists(native: bool, streamed: bool) -> Iterator[bytes]:
     yield chunk(end + (b"\n\n" if streamed else b"")) + b"0\r\n\r\n"
 
 
+def behind_the_end(native: bool, piece: bytes) -> Iterator[bytes]:
+    yield chunk(LAST[native])
+    yield from flood(piece, 8 * 2**20)
+
+
 def good_frames(native: bool) -> Iterator[bytes]:
     return flood(chunk(FRAME[native]), 2 * 2**20)
 
@@ -142,6 +148,13 @@ BEHAVIOURS: dict[str, Doing] = {
     "half a surrogate": with_good(lambda data: sized(data.replace(b"x", b"\\ud800"))),
     "huge counts": with_good(lambda data: sized(data.replace(b'_count":1', b'_count":1e308'))),
     "an error behind a good frame": after_first(lambda native: iter([chunk(b'{"error":"no"}\n'), b"0\r\n\r\n"])),
+    "a false end, again and again": after_first(lambda native: flood(chunk(END[native] + FRAME[native]), 2 * 2**20)),
+    "thousands of ends": after_first(lambda native: flood(chunk(END[native]), 2 * 2**20)),
+    "thousands of ends in each piece": after_first(lambda native: flood(chunk(END[native] * 4000), 8 * 2**20)),
+    "comments without end behind the last frame": after_first(lambda native: behind_the_end(native, chunk(b": ping\n\n"))),
+    "long comments behind the last frame": after_first(
+        lambda native: behind_the_end(native, chunk(b": %b\n\n" % (b"x" * 60_000)))
+    ),
     "more behind the last frame": with_good(lambda data: CHUNKED + chunk(data) * 5000),
     "a byte now and then": trickled,
     "another protocol": floods(b"HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", b"x"),

@@ -13,24 +13,24 @@ from typing import Self
 import httpx
 import pytest
 
-from gateway.dialects.openai import OpenAI
+from gateway.dialects.openai import OpenAI, ServerSentEvents
 from gateway.exchange import READ_IN_A_TURN
 from tests import hostile
 from tests.asking import MODEL, SAY_HI
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
-from tests.scripts import Forever, Head, Piece, Step, answer
+from tests.scripts import Forever, Head, Piece, Step, answer, stream
 from tests.test_limits import until
 
 ROOT = Path(__file__).resolve().parent.parent
-# What others may wait for at most: long enough for a machine with much else to do, and a tenth of what it was.
-LONGEST_TURN_S = 1.5
+# What others may wait for at most, while many calls are under way: a tenth of what it was.
+LONGEST_TURN_S = 0.3
 TICK_S = 0.005
-AT_ONCE = 8
+AT_ONCE = 20
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hostile_url() -> Iterator[str]:
     command = [sys.executable, "-m", "tests.hostile"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -40,7 +40,10 @@ def hostile_url() -> Iterator[str]:
 
 
 class Turns:
-    """`with Turns(gateway) as turns:` — how long the gateway's loop was busy with one thing, at the longest."""
+    """`with Turns(gateway) as turns:` — how long the gateway's loop computed before others had their turn, at the longest.
+
+    Of its processor's time, which is the same however much else the machine has to do.
+    """
 
     def __init__(self, gateway: RunningGateway) -> None:
         self._gateway = gateway
@@ -54,11 +57,10 @@ class Turns:
         self._watching.cancel()
 
     async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            began = loop.time()
+            began = time.thread_time()
             await asyncio.sleep(TICK_S)
-            self.longest_s = max(self.longest_s, loop.time() - began - TICK_S)
+            self.longest_s = max(self.longest_s, time.thread_time() - began)
 
 
 def call(gateway: RunningGateway, key: str, name: str, native: bool, streamed: bool, ends: dict[str, str]) -> None:
@@ -111,7 +113,10 @@ def test_whatever_a_backend_does_others_are_answered(
                     time.sleep(0.02)
             slow[name] = turns.longest_s
     assert {name: seconds for name, seconds in slow.items() if seconds > LONGEST_TURN_S} == {}
-    assert {what: end for what, end in ends.items() if end not in ("answered", "failed")} == {}
+    # A client that this machine has left no time to read a frame of megabytes is cut off, as one that stalls.
+    cut = {what for what, end in ends.items() if end == "RemoteProtocolError"}
+    assert len(cut) <= sum(line["detail"] == "stalled" for line in gateway.request_lines())
+    assert {what: end for what, end in ends.items() if end not in ("answered", "failed") and what not in cut} == {}
     assert len(ends) == 2 * len(hostile.BEHAVIOURS) >= 2 * 42
     assert gateway.rooms.backends["alpha"].breaker.state == "closed"
     backend = gateway.rooms.backends["hostile"]
@@ -129,7 +134,7 @@ def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
         return read(dialect, frames)
 
     monkeypatch.setattr(OpenAI, "without_usage", read_and_note)
-    waits = {"idle_timeout_s": 5, "total_timeout_s": 1.5}
+    waits = {"idle_timeout_s": 5, "total_timeout_s": 1.0}
     gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
     key, ends = gateway.key(), dict[str, str]()
     calls = [threading.Thread(target=call, args=(gateway, key, name, False, True, ends)) for name in hostile.COUNTS]
@@ -141,6 +146,26 @@ def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
     assert len(ends) == 5 and set(ends.values()) == {"failed"}
     assert 0 < max(sizes) <= READ_IN_A_TURN
     assert turns.longest_s < LONGEST_TURN_S
+
+
+def test_an_end_that_comes_again_and_again_is_looked_for_once(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, sizes = ServerSentEvents.payloads, []
+
+    def read_and_note(framing: ServerSentEvents, data: bytes) -> list[bytes]:
+        sizes.append(len(data))
+        return read(framing, data)
+
+    monkeypatch.setattr(ServerSentEvents, "payloads", read_and_note)
+    gateway = start_gateway(alpha)
+    frames = [hostile.FRAME[False], *[hostile.END[False] * 2000] * 80]
+    alpha.play("/v1/chat/completions", stream(frames))
+    with gateway.http(gateway.key()) as client:
+        got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": SAY_HI, "stream": True})
+    assert got.content == b"".join(frames)
+    assert gateway.request_lines()[0]["outcome"] == "answered"
+    assert sum(sizes) < len(got.content) / 4
 
 
 def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
@@ -173,7 +198,7 @@ def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
 
 def test_large_embeddings_are_passed_on_and_counted(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
     gateway = start_gateway(alpha)
-    vectors = [[0.0123456 + n / 1000 for n in range(1000)]] * 100
+    vectors = [[0.0123456 + n / 1000 for n in range(1000)]] * 30
     data = [{"object": "embedding", "embedding": vector, "index": n} for n, vector in enumerate(vectors)]
     counts = {"prompt_tokens": 4321, "total_tokens": 4321}
     sent = [
@@ -190,23 +215,24 @@ def test_large_embeddings_are_passed_on_and_counted(start_gateway: StartGateway,
     assert rows == [(4321, 0, "reported")] * 3
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"name": "deep", "details": json.loads("[" * 300 + "]" * 300)},
-        {"name": "x" * 10_000, "model": "y"},
-        {"name": 5},
-        ["name"],
-        {"name": "z", "model": "m" * 10_000},
-    ],
-    ids=["deep", "long", "number", "list", "long model"],
-)
-def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGateway, alpha: PlayedBackend, entry: object) -> None:
-    gateway = start_gateway(alpha)
-    alpha.play("/api/tags", answer(200, {"models": [entry, {"name": "fine:latest", "model": "fine:latest"}]}))
-    gateway.call(gateway.rooms.discovery.refresh())
+ODD_ENTRIES: dict[str, object] = {
+    "deep": {"name": "deep", "details": json.loads("[" * 300 + "]" * 300)},
+    "long": {"name": "x" * 10_000, "model": "y"},
+    "number": {"name": 5},
+    "list": ["name"],
+    "long model": {"name": "z", "model": "m" * 10_000},
+}
+
+
+def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway, shown = start_gateway(alpha), {}
     with gateway.http(gateway.key()) as client:
-        assert [model["name"] for model in client.get("/api/tags").json()["models"]] == ["fine:latest"]
+        for odd, entry in ODD_ENTRIES.items():
+            fine = f"beside-{odd.replace(' ', '-')}:latest"
+            alpha.play("/api/tags", answer(200, {"models": [entry, {"name": fine, "model": fine}]}))
+            gateway.call(gateway.rooms.discovery.refresh())
+            shown[fine] = [model["name"] for model in client.get("/api/tags").json()["models"]]
+    assert shown == {fine: [fine] for fine in shown} and len(shown) == len(ODD_ENTRIES)
 
 
 def test_a_list_of_too_many_values_is_no_list(start_gateway: StartGateway, alpha: PlayedBackend) -> None:

@@ -5,9 +5,11 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
+from gateway.upstream import Pool
 from tests.asking import MODEL
 from tests.conftest import StartGateway
 
@@ -81,3 +83,24 @@ def test_what_nobody_asked_for_is_nobodys_answer(start_gateway: StartGateway, ch
             gateway.call(asyncio.sleep(0.05))
             answer = bob.post("/v1/chat/completions", json=body)
             assert (answer.status_code, "true" in answer.text) == (200, True), answer.text
+
+
+def test_a_connection_that_ends_before_it_is_asked_is_a_fault(
+    start_gateway: StartGateway, chatterbox: Chatterbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = Pool.connect
+
+    async def connect_and_lose(pool: Pool, *more: Any) -> Any:
+        connection = await connect(pool, *more)
+        assert connection.transport is not None
+        connection.transport.abort()
+        await asyncio.sleep(0.01)
+        return connection
+
+    gateway = start_gateway({"name": "box", "base_url": chatterbox.url, "kind": "openai"}, MODEL_DISCOVERY_REFRESH_S="3600")
+    monkeypatch.setattr(Pool, "connect", connect_and_lose)
+    with gateway.http(gateway.key()) as client:
+        got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": [{"role": "user", "content": "hi"}]})
+    assert (got.status_code, got.json()["error"]["code"]) == (503, "upstream_unavailable")
+    [attempt] = gateway.request_lines()[0]["attempts"]
+    assert attempt["fault"] == "disconnected"

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from contextlib import suppress
 
 import pytest
 
@@ -72,6 +73,24 @@ def test_a_large_last_frame_keeps_its_slot(gateway: RunningGateway, alpha: Playe
         while not end.endswith(b"0\r\n\r\n"):
             end = end[-4:] + connection.recv(2**20)
     assert [row["outcome"] for row in gateway.audit_rows()] == ["answered", "refused:rate_limit_exceeded"]
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_reader_that_stalls_in_a_large_frame_is_not_told_that_it_had_it(
+    start_gateway: StartGateway, alpha: PlayedBackend, is_last: bool
+) -> None:
+    gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.3")
+    frame = b'{"model":"m","message":{"role":"assistant","content":"%b"},"done":%b}\n'
+    alpha.play("/api/chat", stream([frame % (b"x" * 7 * 2**20, b"true" if is_last else b"false")]))
+    with ask_and_read_little(gateway, gateway.key(), streamed=True) as connection:
+        until(gateway.request_lines)
+        end = b""
+        with suppress(ConnectionError):
+            while more := connection.recv(2**20):
+                end = end[-4:] + more
+        assert not end.endswith(b"0\r\n\r\n")
+    [line] = gateway.request_lines()
+    assert (line["outcome"], line["detail"]) == ("client_gone", "stalled")
 
 
 def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, alpha: PlayedBackend) -> None:

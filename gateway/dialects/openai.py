@@ -61,6 +61,8 @@ class ServerSentEvents:
     def end_of_frames(self, data: bytes) -> int:
         if data.endswith(b"\n\n"):
             return len(data)
+        if b"\n" not in data and b"\r" not in data:
+            return 0
         return max(
             data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0,
             # At the end of the data it may be the first half of \n\r\n.
@@ -70,7 +72,9 @@ class ServerSentEvents:
 
     def payloads(self, data: bytes) -> list[bytes]:
         events: list[bytes] = []
-        for event in data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        for event in data.split(b"\n\n"):
             if b"\n" not in event:
                 lines = [event]
             elif b"data:" in event:
