@@ -12,6 +12,8 @@ from gateway.store import Store, StoreAway
 
 WINDOW_S = 60.0
 REMEMBERED_ADDRESSES = 10_000
+# The bits of an IPv6 address that one customer may choose.
+OF_ONE_LINE = 128 - 56
 
 
 class AuthFailures:
@@ -73,12 +75,12 @@ class AuthFailures:
 
 
 def counted_as(address: str) -> str:
-    """One IPv6 customer has a /64: its addresses count as one."""
+    """One line to a home may have an IPv6 /56, that is 256 networks: its addresses count as one."""
     try:
         parsed = ip_address(address)
     except ValueError:
         return "unknown"
     if isinstance(parsed, IPv6Address):
         mapped = parsed.ipv4_mapped
-        return str(mapped) if mapped else str(IPv6Address(int(parsed) >> 64 << 64))
+        return str(mapped) if mapped else str(IPv6Address(int(parsed) >> OF_ONE_LINE << OF_ONE_LINE))
     return str(parsed)

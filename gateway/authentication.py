@@ -22,8 +22,8 @@ from gateway.tasks import Kept
 from gateway.verification import Verifier
 
 REMEMBERED = 10_000
-# Who is not known yet: being looked up, or waiting for argon2, which has bounds of its own.
-STRANGERS = 256
+# Who is not known yet: being looked up, or waiting for argon2, whose bounds together are less.
+STRANGERS = 640
 KNOWN_KEY_WITHOUT_DATABASE_S = 900.0
 NOTE_USE_EVERY_S = 20.0
 ASK_DATABASE_AGAIN_S = 5.0

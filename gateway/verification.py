@@ -16,8 +16,8 @@ from gateway.api_key import PresentedKey
 from gateway.errors import Overloaded
 
 THREADS = 2
-# Waiting or under way: with an id that exists, with the same one, with one that does not.
-MOST_KNOWN, MOST_OF_ONE_ID, MOST_UNKNOWN = 64, 32, 16
+# Waiting or under way: ids that exist, keys behind another one of their id, keys of one id, keys with ids that nobody has.
+MOST_IDS, MOST_BEHIND, MOST_OF_ONE_ID, MOST_UNKNOWN = 256, 256, 32, 16
 LONGEST_WAIT_S, LONGEST_REST_S = 10.0, 0.25
 
 
@@ -28,6 +28,8 @@ class Verdict(NamedTuple):
 
 class Verifier:
     """Of two threads, ids that nobody has take one, half of the time; those that exist are verified one at a time each.
+
+    So of each id one at most waits for a thread, in the order of arrival, and those behind it take no room of other ids.
 
     A wrong key is answered in its turn among those with unknown ids and after as long, so that the time tells nobody
     which ids there are. Where that queue is full they can be told apart: unknown ids are turned away at once,
@@ -65,7 +67,9 @@ class Verifier:
                 task.add_done_callback(tasks.retrieve)
 
     async def _of_known(self, stored: str, presented: PresentedKey) -> Verdict:
-        with self._counted("known", MOST_KNOWN), self._counted(f"id {presented.secret_id}", MOST_OF_ONE_ID):
+        one_id = f"id {presented.secret_id}"
+        room, most = ("behind", MOST_BEHIND) if one_id in self._under_way else ("ids", MOST_IDS)
+        with self._counted(room, most), self._counted(one_id, MOST_OF_ONE_ID):
             lock = self._locks.setdefault(presented.secret_id, asyncio.Lock())
             try:
                 async with lock:
@@ -73,7 +77,7 @@ class Verifier:
                     is_right = await self._verify(stored, presented.whole)
                     return Verdict(is_right, time.monotonic() - began)
             finally:
-                if self._under_way[f"id {presented.secret_id}"] == 1:
+                if self._under_way[one_id] == 1:
                     self._locks.pop(presented.secret_id, None)
 
     async def _among_unknown(self, work: Callable[[], Awaitable[object]]) -> None:

@@ -558,7 +558,7 @@ def test_one_address_does_not_lock_out_the_holder_of_a_key(
     hasher = gated(authenticator)
 
     async def run() -> tuple[str, Counter[str]]:
-        wrong = [authenticator.key_for(forged(attacked), f"2001:db8::{number:x}") for number in range(40)]
+        wrong = [authenticator.key_for(forged(attacked), f"2001:db8:0:{number:x}::1") for number in range(40)]
         flood = [asyncio.create_task(one) for one in wrong]
         await until_there(lambda: hasher.runs and sum(task.done() for task in flood) >= 24)
         holder = asyncio.create_task(authenticator.key_for(key, "192.0.2.1"))
@@ -572,6 +572,34 @@ def test_one_address_does_not_lock_out_the_holder_of_a_key(
     assert len(hasher.runs) == 2
     assert authenticator._failures._counts["2001:db8::"][0] == 40
     assert authenticator._attempts == set()
+
+
+@pytest.mark.parametrize("flooded", [2, 12])
+def test_floods_of_some_ids_keep_nobody_out_who_has_another(
+    start_gateway: StartGateway, alpha: PlayedBackend, flooded: int
+) -> None:
+    """Wrong keys with ids that exist, each from an address of its own: others wait for one of each of these ids at most."""
+    gateway = start_gateway(alpha)
+    attacked, holders = ([gateway.key() for _ in range(count)] for count in (flooded, 3))
+    authenticator = authenticator_of(gateway)
+    hasher = gated(authenticator)
+
+    async def run() -> Counter[str]:
+        ids = [key.split("_")[1] for key in attacked for _ in range(verification.MOST_OF_ONE_ID + 8)]
+        wrong = [authenticator.key_for(forged(one), f"2001:db8:{number:x}::1") for number, one in enumerate(ids)]
+        flood = [asyncio.create_task(one) for one in wrong]
+        # All that are not turned away wait: two of them in the threads.
+        left = min(flooded * verification.MOST_OF_ONE_ID, verification.MOST_BEHIND + flooded)
+        await until_there(lambda: len(hasher.runs) == 2 and sum(task.done() for task in flood) == len(flood) - left)
+        coming = [asyncio.create_task(authenticator.key_for(key, "192.0.2.1")) for key in holders]
+        await until_there(lambda: authenticator._strangers == left + len(holders) or any(task.done() for task in coming))
+        hasher.gate.set()
+        assert len({found.id for found in await asyncio.gather(*coming)}) == len(holders)
+        ends = await asyncio.gather(*flood, return_exceptions=True)
+        return Counter(type(end).__name__ for end in ends)
+
+    assert set(gateway.call(run())) == {"WrongKey", "Overloaded"}
+    assert max(hasher.runs.index(key) for key in holders) < flooded + len(holders)
 
 
 def test_a_right_key_on_many_connections_at_once_is_one_attempt(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
