@@ -1,7 +1,9 @@
 """A request's body, read once: bounded in size and time, refused where it is encoded; bounded, too, while it has not ended."""
 
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from starlette.types import Receive, Scope
 
@@ -9,12 +11,17 @@ from gateway.errors import BadRequest, BodiesUnfinished, BodyTooLarge, BodyTooSl
 from gateway.guard import Guard
 from gateway.record import Record
 from gateway.shared_bytes import SharedBytes
+from gateway.turns import Turns
 
 BODY_DEADLINE_S = 30.0
 LARGEST_BODY = "MAX_REQUEST_BODY_BYTES"
 # Of bodies that have not ended, in bytes: those of one key and those of all; more where so many of the largest need it.
 MOST_OF_A_KEY, MOST = 32 * 2**20, 128 * 2**20
 LARGEST_OF_A_KEY, LARGEST = 4, 16
+# What a body of that size can be made of is understood in a few milliseconds.
+LARGEST_WITHOUT_TURN = 16_384
+
+Result = TypeVar("Result")
 
 
 def check_head(scope: Scope, limit: int, setting: str = "") -> None:
@@ -31,9 +38,11 @@ def _too_large(limit: int, setting: str) -> BodyTooLarge:
 
 
 class Bodies:
-    """Reads the bodies of all requests of this process; `unfinished` is what it holds of those of which more is to come."""
+    """Reads the bodies of all requests of this process; `unfinished` is what it holds of those of which more is to come, or
+    which have not been understood."""
 
     def __init__(self, largest: int) -> None:
+        self._turns = Turns()
         self._largest, self._most_of_a_key = largest, max(MOST_OF_A_KEY, LARGEST_OF_A_KEY * largest)
         self.unfinished = SharedBytes(max(MOST, LARGEST * largest))
 
@@ -55,6 +64,14 @@ class Bodies:
         if not body:
             raise BadRequest("the body is empty; send a JSON object")
         return body
+
+    async def understood(self, body: bytes, work: Callable[[bytes], Result], key_id: str, guard: Guard) -> Result:
+        """What `work` makes of a large body, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""
+        try:
+            self.hold(key_id, len(body))
+            return await self._turns.run(key_id, partial(work, body), guard)
+        finally:
+            self.unfinished.change(key_id, -len(body))
 
     def hold(self, key_id: str, more: int) -> None:
         """Raises BodiesUnfinished where that is too much of one key, Overloaded where there is no room for it."""

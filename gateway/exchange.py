@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import tokens
 from gateway.access import Access
-from gateway.body import Bodies
+from gateway.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.books import Books
 from gateway.catalog import Catalog, Model
 from gateway.connection import Connection
@@ -94,7 +94,10 @@ class Exchange:
         began = time.monotonic()
         raw = await self._bodies.read(scope, receive, record, guard)
         record.reading_s = time.monotonic() - began
-        call = read_call(self.dialect, self.operation, raw)
+        if len(raw) <= LARGEST_WITHOUT_TURN:
+            call = self._understand(raw)
+        else:
+            call = await self._bodies.understood(raw, self._understand, key.id, guard)
         record.model, record.stream = call.asked_model, call.stream
         model = self._catalog().find(call.model, key.models)
         if model is None:
@@ -105,12 +108,18 @@ class Exchange:
             record.transcript = Transcript(call.body)
         return call, model
 
+    def _understand(self, raw: bytes) -> Call:
+        """The call with its need, which may take as long as the reading."""
+        call = read_call(self.dialect, self.operation, raw)
+        call.needs = call.need(self._most_tokens)
+        return call
+
     async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, guard: Watched) -> None:
         headers = _passed_on(scope["headers"], answer.record.request_id)
         connection: Connection = scope["state"]["connection"]
         connection.watch(partial(guard.interrupt, ClientGone()))
         try:
-            await self._access.admit(answer.record, model.name.canonical, call.need(self._most_tokens))
+            await self._access.admit(answer.record, model.name.canonical, call.needs)
             opening = await self._router.open(call, self.dialect, model, headers, answer.record, guard)
             if call.stream:
                 try:

@@ -26,7 +26,7 @@ FLOORS = [
     "outline".split(),
     "dialects.beyond".split(),
     "redis_lines catalog verification dialects.base keys admission transcript budgets retention audit_chain".split(),
-    "held_bytes held_answers".split(),
+    "held_bytes held_answers turns".split(),
     "backends".split(),
     "refusals authentication dialects.ollama dialects.openai discovery drains bulletin show health local_limits record".split(),
     "running visibility".split(),

@@ -66,7 +66,7 @@ class Operation:
 class Call:
     """A client's request, read and checked; `context` is the model's in tokens where a larger wish is refused there, else 0.
 
-    `capped` is the most tokens of each answer where it asked for more.
+    `capped` is the most tokens of each answer where it asked for more, `needs` what it takes of limits, once that is known.
     """
 
     operation: Operation
@@ -76,6 +76,7 @@ class Call:
     body: dict[str, Any] = field(repr=False)
     context: int = 0
     capped: int = 0
+    needs: Need = NO_TOKENS
 
     def need(self, most_output: int) -> Need:
         try:
