@@ -182,7 +182,7 @@ FIELDS = st.sampled_from(sorted(Ollama.known_fields | OpenAI.known_fields))
 BODIES = st.dictionaries(FIELDS, JSON, max_size=6).map(lambda body: json.dumps({"model": "a", **body}).encode())
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(raw=st.binary(max_size=200) | st.text(max_size=200).map(str.encode) | BODIES)
 def test_the_parsers_raise_nothing_but_our_own_errors(raw: bytes) -> None:
     for dialect in (Ollama(), OpenAI()):
@@ -195,7 +195,7 @@ def test_the_parsers_raise_nothing_but_our_own_errors(raw: bytes) -> None:
                 assert 400 <= error.status < 500
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     body=BODIES | st.binary(max_size=100), path=st.sampled_from([o.path for d in (Ollama(), OpenAI()) for o in d.operations])
 )
@@ -210,7 +210,7 @@ ANSWERS = st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).enc
 TYPES = st.sampled_from(["application/json", "text/event-stream", "application/x-ndjson", "text/html", ""])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     content=ANSWERS | st.lists(ANSWERS, max_size=3).map(lambda parts: b"".join(b"data: " + part + b"\n\n" for part in parts)),
     status=st.sampled_from([200, 200, 200, 204, 301, 400, 401, 404, 422, 429, 500, 503, 599]),

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway import strict_json
@@ -61,14 +61,14 @@ def quickly(body: bytes) -> object:
 
 
 @given(VALUES, st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 def test_as_strict_as_the_slow_decoder(value: Any, escaped: bool) -> None:
     body = f'{{"x": {written(value, escaped=escaped)}}}'.encode()
     assert quickly(body) == slowly(body)
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 def test_as_strict_on_what_is_hardly_json(pieces: list[str]) -> None:
     for body in ("".join(pieces).encode(), f'{{"x":[{",".join(pieces)}]}}'.encode(), f"{{{':1,'.join(pieces)}:1}}".encode()):
         assert quickly(body) == slowly(body)
