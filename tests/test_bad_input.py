@@ -24,15 +24,15 @@ NATIVE, SPOKEN = "/api/chat", "/v1/chat/completions"
 GOOD = '"messages":[{"role":"user","content":"hi"}]'
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alpha() -> Iterator[PlayedBackend]:
     with PlayedBackend(models=["a:latest"], name="alpha") as backend:
         yield backend
 
 
-@pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
-    return start_gateway(alpha)
+@pytest.fixture(scope="module")
+def gateway(start_shared_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+    return start_shared_gateway(alpha)
 
 
 def message(got: httpx.Response) -> str:
