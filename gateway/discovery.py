@@ -26,6 +26,10 @@ POLL_DEADLINE_S = 10.0
 FAST_ANSWERS_S = 1.0
 # Some thirty values a model; more of them would keep everybody waiting while they are read.
 LONGEST_LIST, MOST_VALUES = 8 * 2**20, 300_000
+# What to do about an entry whose backend is there, but has no list of models where it was asked for one.
+LEAVE_OFF_V1 = "leave off /v1 at the end of its base_url"
+IS_OPENAI = 'it is OpenAI-compatible: add "kind":"openai"'
+IS_IT_OPENAI = 'is it OpenAI-compatible? add "kind":"openai" to its entry in OLLAMA_BACKENDS'
 KEPT_IN_REDIS_S = 86_400
 
 Answer = TypeVar("Answer")
@@ -202,15 +206,38 @@ async def poll(backend: Backend) -> Snapshot:
     fresh = replace(_unknown(backend), answered_at=now, asked_at=now)
     try:
         async with asyncio.timeout(POLL_DEADLINE_S):
+            try:
+                models = await _ask_models(backend, backend.kind)
+            except BackendFault as fault:
+                raise await _with_hint(backend, fault) from fault
             if backend.kind == "openai":
-                models = await ask(backend, "/v1/models", catalog.read_openai_models)
                 return replace(fresh, models=models, latency_ms=_since(began))
-            models = await ask(backend, "/api/tags", catalog.read_tags)
             took = _since(began)
             running, version = await asyncio.gather(_ask_running(backend), _ask_version(backend))
             return replace(fresh, models=models, running=running, version=version, latency_ms=took)
     except TimeoutError:
         raise BackendFault("poll_timeout") from None
+
+
+async def _ask_models(backend: Backend, kind: str) -> tuple[dict[str, Any], ...]:
+    if kind == "openai":
+        return await ask(backend, "/v1/models", catalog.read_openai_models)
+    return await ask(backend, "/api/tags", catalog.read_tags)
+
+
+async def _with_hint(backend: Backend, fault: BackendFault) -> BackendFault:
+    """The same, with what to change in the entry of a backend that is there, but is of another kind or has other paths."""
+    is_missing = str(fault) == "bad_status: status 404"
+    hint = ""
+    if is_missing and backend.config.base_url.rstrip("/").endswith("/v1"):
+        hint = LEAVE_OFF_V1
+    elif backend.kind == "ollama" and (is_missing or fault.reason == "bad_list"):
+        # LM Studio answers 200 to any path.
+        hint = IS_IT_OPENAI if is_missing else ""
+        with suppress(BackendFault):
+            await _ask_models(backend, "openai")
+            hint = IS_OPENAI
+    return BackendFault(fault.reason, f"{fault.detail}; {hint}") if hint else fault
 
 
 async def takes_token(backend: Backend) -> bool:

@@ -9,7 +9,18 @@ from contextlib import ExitStack, contextmanager
 from threading import Thread
 from typing import Any
 
-from gateway import app, console, control, installation, postgres_checkup, probing, redis_checkup, serving, settings_checkup
+from gateway import (
+    app,
+    console,
+    control,
+    discovery,
+    installation,
+    postgres_checkup,
+    probing,
+    redis_checkup,
+    serving,
+    settings_checkup,
+)
 from gateway.backends import Backend
 from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.errors import CommandFailed
@@ -19,6 +30,10 @@ from gateway.store import Store
 OLDEST_PYTHON = (3, 11)
 OF_BACKENDS = "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"
 SLOW_MS = 1000
+IN_ITS_ENTRY = (discovery.LEAVE_OFF_V1, discovery.IS_OPENAI, discovery.IS_IT_OPENAI)
+LISTENING = (
+    "Ollama on another machine listens on 127.0.0.1 unless it has OLLAMA_HOST=0.0.0.0, llama-server needs --host 0.0.0.0"
+)
 
 
 class ForgottenThreads(ThreadPoolExecutor):
@@ -124,13 +139,19 @@ async def _backend(backend: Backend, advice: str) -> list[Finding]:
         told = "set OLLAMA_AUTH_TOKEN, or its auth_token in OLLAMA_BACKENDS"
         return [problem(check, f"its token is {seen['token'].lower()}", told)]
     if seen["problem"]:
-        return [problem(check, seen["problem"], advice)]
+        return [problem(check, seen["problem"], _advice(seen["problem"], advice))]
     found = f"{seen['models']} models in {seen['latency_ms']} ms, token {seen['token']}"
     if not seen["models"]:
         return [warning(check, found, "give it a model (Ollama: `ollama pull NAME`)")]
     if seen["latency_ms"] > SLOW_MS:
         return [warning(check, found, "see what keeps it busy, or put it nearer")]
     return [ok(check, found)]
+
+
+def _advice(said: str, otherwise: str) -> str:
+    if hint := next((hint for hint in IN_ITS_ENTRY if said.endswith(hint)), ""):
+        return hint
+    return f"{otherwise}; {LISTENING}" if said.startswith("unreachable") else otherwise
 
 
 def python() -> Finding:

@@ -421,6 +421,32 @@ def test_backends_that_cannot_be_used(look_at: Looks, alpha: PlayedBackend, beta
     assert is_told(look_at(beta)["backend beta"], "problem", "its token is missing")
 
 
+def test_entries_that_mean_another_kind_or_path(look_at: Looks, alpha: PlayedBackend) -> None:
+    untold, silent, talkative = (PlayedBackend("openai", name=name) for name in ("untold", "silent", "talkative"))
+    with untold, silent, talkative:
+        silent.play("/v1/models", answer(404, {"error": "not found"}))
+        talkative.play("/api/tags", answer(200, {"error": "Unexpected endpoint or method. (GET /api/tags)"}))
+        found = look_at(
+            {**entry_of(alpha), "base_url": f"{alpha.url}/v1"},
+            {**entry_of(untold), "name": "gamma", "base_url": f"{untold.url}/v1/"},
+            {**entry_of(untold), "kind": "ollama"},
+            {**entry_of(silent), "kind": "ollama"},
+            {**entry_of(talkative), "kind": "ollama"},
+        )
+    for name in ("alpha", "gamma"):
+        assert is_told(found[f"backend {name}"], "problem", "status 404; leave off /v1", "leave off /v1 at the end")
+    assert is_told(found["backend untold"], "problem", "status 404; it is OpenAI-compatible", 'add "kind":"openai"')
+    assert is_told(found["backend silent"], "problem", "status 404; is it OpenAI-compatible?", 'add "kind":"openai"')
+    assert is_told(found["backend talkative"], "problem", "/api/tags is not a list of models; it is", 'add "kind":"openai"')
+
+
+def test_a_backend_that_refuses_may_listen_on_its_own_machine_alone(look_at: Looks, alpha: PlayedBackend) -> None:
+    alpha.stop()
+    found = look_at(alpha, {"name": "nowhere", "base_url": "http://nowhere.invalid:11434"})
+    for name in ("alpha", "nowhere"):
+        assert is_told(found[f"backend {name}"], "problem", "unreachable", "unless it has OLLAMA_HOST=0.0.0.0")
+
+
 def test_a_backend_without_models_and_a_slow_one(
     look_at: Looks, alpha: PlayedBackend, beta: PlayedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
