@@ -10,8 +10,9 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import tokens
+from gateway import refusals, tokens
 from gateway.access import Access
+from gateway.backend_config import BackendConfig
 from gateway.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.books import Books
 from gateway.catalog import Catalog, Model
@@ -24,6 +25,7 @@ from gateway.json_reply import send_json
 from gateway.keys import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.outline import LARGEST_READ_WHOLE
 from gateway.record import Record
+from gateway.refusals import IN_ERRORS
 from gateway.routing import Opening, Router, is_served
 from gateway.transcript import Transcript
 from gateway.upstream import UNSAFE, BackendFault
@@ -165,6 +167,7 @@ class Answer:
         self._dialect, self._call, self.record, self._send, self._books = dialect, call, record, send, books
         self._hides_usage = dialect.hides_usage(call)
         self._said_last = False
+        self._backend: BackendConfig | None = None
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
         self._whole: bytes | None = None
         self._whole_head: tuple[str, list[tuple[bytes, bytes]]] = "", []
@@ -204,6 +207,7 @@ class Answer:
         return tokens.of_text(self._dialect.said(answer))
 
     async def relay(self, opening: Opening, guard: Watched, connection: Connection) -> None:
+        self._backend = opening.backend.config
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
         await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
         try:
@@ -233,6 +237,8 @@ class Answer:
             """Most pieces are whole frames for a client that keeps up: they need no turn of this task."""
             if buffer.rest or not is_plain(piece) or not connection.keeps_up or len(piece) > longest:
                 return False
+            if len(piece) > READ_IN_A_PIECE and IN_ERRORS in piece:
+                return False
             if shown := self._hear(piece):
                 connection.push(shown)
                 record.bytes_out += len(shown)
@@ -242,13 +248,8 @@ class Answer:
         while True:
             if self._dialect.says_last(frames) and not opening.at_end:
                 buffer.rest += await self._rest_of(opening)
-            if len(frames) > READ_IN_A_TURN and self._hides_usage:
-                *turns, frames = _turns(frames, self._dialect.framing)
-                await asyncio.sleep(0)
-                for turn in turns:
-                    guard.within(idle_s, ClientStalled)
-                    await self._pass_on(turn)
-                    await asyncio.sleep(0)
+            if len(frames) > READ_IN_A_TURN and (self._hides_usage or IN_ERRORS in frames):
+                frames = await self._pass_most_turns(frames, guard, idle_s)
             guard.within(idle_s, ClientStalled)
             await self._pass_on(frames)
             guard.within(idle_s, BackendTimeout)
@@ -260,6 +261,16 @@ class Answer:
                 frames += buffer.take()
         guard.within(idle_s, ClientStalled)
         await self._pass_on_last(buffer.take())
+
+    async def _pass_most_turns(self, frames: bytes, guard: Watched, idle_s: float) -> bytes:
+        """Passes on all turns but the last, which it returns."""
+        *turns, last = _turns(frames, self._dialect.framing)
+        await asyncio.sleep(0)
+        for turn in turns:
+            guard.within(idle_s, ClientStalled)
+            await self._pass_on(turn)
+            await asyncio.sleep(0)
+        return last
 
     async def _rest_of(self, opening: Opening) -> bytes:
         """What comes behind the last frame: usually nothing but the body's end, and then the backend is free."""
@@ -286,6 +297,8 @@ class Answer:
 
     def _hear(self, frames: bytes) -> bytes:
         """Takes note of frames; returns what the client is shown of them."""
+        if IN_ERRORS in frames and self._backend is not None:
+            frames = refusals.scrub_frames(frames, self._dialect.framing, self._backend)
         self._recent.append(frames)
         size = len(frames)
         if size > LARGEST_READ_WHOLE:

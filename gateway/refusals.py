@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from gateway import strict_json
 from gateway.backend_config import BackendConfig
-from gateway.dialects.base import error_text, try_read
+from gateway.dialects.base import Framing, error_text, try_read
 from gateway.errors import BackendCannot, BackendRefused
 
 # The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.
@@ -16,6 +19,12 @@ OF_PROXIES = frozenset({502, 503, 504})
 DEEPEST_WRAPPING = 3
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LARGEST_COUNT = 2**53
+BEARER = re.compile(r"(?i)bearer\s+\S+")
+# What each frame that tells an error has in it.
+IN_ERRORS = b'"error"'
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
+# In bytes: of a line of a frame; of a string of JSON with a secret in it.
+LONGEST_ERROR, SHORTEST_SECRET = 32 * 1024, 3
 
 # llama.cpp and LM Studio (exceed_context_size_error), Ollama (embed), vLLM, and what OpenAI calls it.
 OVERFLOW = re.compile(
@@ -143,8 +152,72 @@ def _scrubbed(value: object, backend: BackendConfig) -> object:
 
 
 def scrub(text: str, backend: BackendConfig) -> str:
-    """A backend's words without its token or address, which it may have repeated."""
-    for secret in (backend.auth_token, backend.base_url):
-        if secret:
-            text = text.replace(secret, "***")
-    return re.sub(r"(?i)bearer\s+\S+", "Bearer ***", text)
+    """A backend's words without its token or address, which it may have repeated, in whatever spelling."""
+    for secret in _secrets(backend.auth_token, backend.base_url):
+        text = secret.sub("***", text)
+    return BEARER.sub("Bearer ***", text)
+
+
+@lru_cache(maxsize=1024)
+def _secrets(token: str, base_url: str) -> tuple[re.Pattern[str], ...]:
+    address = re.compile(_address(base_url), re.IGNORECASE)
+    return (re.compile(_spelt(token), re.IGNORECASE), address) if token else (address,)
+
+
+def _address(base_url: str) -> str:
+    """With its scheme or slashes before it, or without: then with its port, unless nothing else is called like this host."""
+    parts = urlsplit(base_url)
+    host = _spelt(parts.netloc.removesuffix(f":{parts.port}"))
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    any_port = rf"(?:{_spelt(':')}\d{{1,5}})?"
+    its_port = any_port if "." in parts.netloc or "[" in parts.netloc else _spelt(f":{port}")
+    path = f"(?:{_spelt(parts.path.rstrip('/'))})?"
+    with_slashes = rf"(?:https?{_spelt(':')})?{_spelt('//')}{host}{any_port}"
+    return rf"(?:{with_slashes}|(?<![\w.-]){host}{its_port})(?![\w-]|\.\w){path}"
+
+
+def _spelt(text: str) -> str:
+    """A pattern for a text as it is, percent-encoded or escaped as in JSON."""
+    return "".join(
+        re.escape(sign) if sign.isalnum() else rf"(?:\\?{re.escape(sign)}|%(?:25)?{ord(sign):02x}|\\u{ord(sign):04x})"
+        for sign in text
+    )
+
+
+def scrub_frames(frames: bytes, framing: Framing, backend: BackendConfig) -> bytes:
+    """Whole frames of which some may tell an error: those without the backend's secrets, else byte for byte as they came."""
+    for payload in framing.payloads(frames):
+        if IN_ERRORS in payload and _tells_error(try_read(payload)):
+            # No string of JSON goes over the end of a line.
+            for line in payload.split(b"\n"):
+                if (scrubbed := _scrub_json(line, backend)) != line:
+                    frames = frames.replace(line, scrubbed)
+    return frames
+
+
+def _tells_error(value: dict[str, Any]) -> bool:
+    """Also what cannot be read."""
+    choices = value.get("choices")
+    parts = [value, *choices] if isinstance(choices, list) else [value]
+    is_error = "error" in (value.get("object"), value.get("type"))
+    return not value or is_error or any(isinstance(part, dict) and part.get("error") for part in parts)
+
+
+def _scrub_json(line: bytes, backend: BackendConfig) -> bytes:
+    """A line of JSON, that stays JSON. One too long for the words of an error loses the secrets as we know them only."""
+    if len(line) > LONGEST_ERROR:
+        for secret in (backend.auth_token, backend.base_url):
+            line = line.replace(secret.encode(), b"***") if secret else line
+        return line
+    return STRING.sub(lambda found: _scrub_string(found[0], backend), line)
+
+
+def _scrub_string(string: bytes, backend: BackendConfig) -> bytes:
+    if len(string) < SHORTEST_SECRET:
+        return string
+    try:
+        text = strict_json.read_loosely(string)
+    except ValueError:
+        text = string[1:-1].decode("utf-8", "replace")
+    scrubbed = scrub(text, backend)
+    return string if scrubbed == text else strict_json.write_anyhow(scrubbed)

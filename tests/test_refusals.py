@@ -11,6 +11,7 @@ import pytest
 
 from gateway import refusals
 from gateway.backend_config import BackendConfig
+from gateway.dialects.ollama import Ollama
 from gateway.errors import BackendCannot
 from tests.asking import MODEL, SAY_HI, WAYS
 from tests.conftest import StartGateway
@@ -174,6 +175,64 @@ NOT_POSSIBLE = [
     "system message cannot contain images",
     'unsupported Qwen3.8 reasoning effort "much"',
 ]
+
+
+TOKEN, BASE_URL = "s3cret/tok+en", "http://gpu-1.lan:11434/Base"
+SPELLINGS = (
+    TOKEN,
+    TOKEN.upper(),
+    "s3cret%2Ftok%2Ben",
+    "s3cret%2ftok%252Ben",
+    "s3cret/tok\\u002ben",
+    BASE_URL,
+    f"{BASE_URL}/",
+    "HTTP://GPU-1.LAN:11434",
+    "http://gpu-1.lan",
+    "gpu-1.lan:11434",
+    "gpu-1.lan:40123",
+    "gpu-1.lan",
+    "http%3A%2F%2Fgpu-1.lan%3A11434%2FBase",
+    "http:\\/\\/gpu-1.lan:11434\\/base",
+)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_secret_is_not_told_in_whatever_spelling(spelling: str) -> None:
+    told = refusals.scrub(f"as {spelling}, of it", BackendConfig("alpha", BASE_URL, auth_token=TOKEN))
+    assert told.replace("***/", "***") == "as ***, of it"
+
+
+@pytest.mark.parametrize(
+    ("base_url", "words", "told"),
+    [
+        ("http://ollama:11434", "ollama says: dial tcp ollama:11434: refused", "ollama says: dial tcp ***: refused"),
+        ("http://ollama:11434", "my-ollama:11434, ollama:114345", "my-ollama:11434, ollama:114345"),
+        ("https://gpu", "gpu:443 of https://gpu/x, gpu:80", "*** of ***/x, gpu:80"),
+        ("http://10.0.0.1:8000", "10.0.0.12, 110.0.0.1, 10.0.0.1.", "10.0.0.12, 110.0.0.1, ***."),
+        ("http://[fd00::1]:8000", "dial [fd00::1]:8000: refused", "dial ***: refused"),
+    ],
+)
+def test_an_address_is_no_part_of_another_word(base_url: str, words: str, told: str) -> None:
+    assert refusals.scrub(words, BackendConfig("alpha", base_url)) == told
+
+
+def test_only_the_errors_of_frames_are_changed() -> None:
+    backend = BackendConfig("alpha", BASE_URL, auth_token=TOKEN)
+    answers = ndjson([{"message": {"content": f'an "error" Bearer x {TOKEN}'}}, {"tool": {"error": f"Bearer {TOKEN}"}}])
+    errors = [b'{"error":{"detail":["in \\"%b\\""]}}\n' % secret.encode() for secret in SPELLINGS if "\\" not in secret]
+    unread = b'{"error": "\\x %b", \n' % TOKEN.encode()
+    frames = b"".join([*answers, *errors, unread])
+    shown = refusals.scrub_frames(frames, Ollama().framing, backend).splitlines(keepends=True)
+    assert shown[:2] == answers
+    assert {line.replace(b"***/", b"***") for line in shown[2:-1]} == {b'{"error":{"detail":["in \\"***\\""]}}\n'}
+    assert TOKEN.encode() not in shown[-1]
+
+
+def test_of_a_frame_that_is_no_errors_words_the_secrets_are_taken_as_they_are() -> None:
+    backend = BackendConfig("alpha", BASE_URL, auth_token=TOKEN)
+    long = b'{"error":[%b"%b"]}\n' % (b'"x",' * 500_000, TOKEN.encode())
+    shown = refusals.scrub_frames(long, Ollama().framing, backend)
+    assert shown == long.replace(TOKEN.encode(), b"***")
 
 
 def meaning(status: int, words: str) -> object:

@@ -16,7 +16,7 @@ from tests.bench import tools
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
-from tests.scripts import FAULTS, answer
+from tests.scripts import FAULTS, NDJSON, answer, ndjson, sse, stream
 from tests.settings_of import entry_of
 from tests.stored import all_of_postgresql, all_of_redis
 
@@ -75,6 +75,34 @@ def test_tokens_open_the_backends_and_appear_nowhere(
     kept = during + all_of_redis(stores) + all_of_postgresql(stores)
     assert TOKEN not in kept and key not in kept and key.rpartition("_")[2] not in kept and PROMPT not in kept
     assert "/v1/chat/completions" in kept
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["frame by frame", "in one piece"])
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+def test_an_error_within_a_stream_tells_no_secret(
+    start_gateway: StartGateway, backends: list[PlayedBackend], path: str, together: bool
+) -> None:
+    gateway, backend = start(start_gateway, backends), backends[0]
+    place = backend.url.removeprefix("http://")
+    words = f'{TOKEN.upper()} of "{backend.url}/v1" for dial tcp {place}: bearer x-y-z'
+    frames: list[bytes]
+    if path == "/api/chat":
+        says = {"model": "a", "message": {"role": "assistant", "content": "error: Bearer of news"}, "done": False}
+        frames = ndjson([says, {**says, "error": None}, {"error": words}])
+        steps = stream([b"".join(frames)] if together else frames, NDJSON)
+    else:
+        says = {"id": "1", "choices": [{"index": 0, "delta": {"content": "error"}}]}
+        in_lines = b'data: {\r\ndata: "error":\r\ndata: {"message": %b}}\r\n\r\n' % json.dumps(words).encode()
+        frames = [*sse([says, {"error": {"message": words, "code": 500}}], done=False), in_lines]
+        steps = stream([b"".join(frames)] if together else frames)
+    backend.play(path, steps)
+    with gateway.http(gateway.key()) as client:
+        got = client.post(path, json={"model": "a", "messages": [], "stream": True})
+    assert got.content.startswith(frames[0]), "what is no error comes as it came"
+    assert TOKEN not in got.text.lower() and place not in got.text and "x-y-z" not in got.text
+    told = '*** of "***/v1" for dial tcp ***: Bearer ***'
+    assert got.text.count(json.dumps(told)) == (1 if path == "/api/chat" else 2)
+    assert got.text.count("\r\n") == (0 if path == "/api/chat" else 4), "the framing stays"
 
 
 def test_a_key_goes_to_no_backend_and_into_no_log(start_gateway: StartGateway, backends: list[PlayedBackend]) -> None:
