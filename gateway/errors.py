@@ -244,7 +244,7 @@ class BackendTimeout(GatewayError):
 
 
 class NoBackend(GatewayError):
-    """No model server with this model can be reached at the moment; try again shortly."""
+    """No model server with this model can be reached or has room at the moment; try again shortly."""
 
     status = 503
     code = "upstream_unavailable"

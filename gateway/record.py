@@ -36,6 +36,11 @@ class Attempt:
     backend: str
     fault: str
     ms: float
+    detail: str = ""
+
+    def told(self) -> dict[str, Any]:
+        row = {"backend": self.backend, "fault": self.fault, "ms": round(self.ms, 3)}
+        return {**row, "detail": self.detail} if self.detail else row
 
 
 @dataclass(slots=True)
@@ -140,9 +145,7 @@ class Record:
         row = self.beginning()
         row["answered_as"] = self.answered_as
         row["backend"] = self.backend
-        row["attempts"] = [
-            {"backend": attempt.backend, "fault": attempt.fault, "ms": round(attempt.ms, 3)} for attempt in self.attempts
-        ]
+        row["attempts"] = [attempt.told() for attempt in self.attempts]
         row["status"] = self.status
         row["outcome"] = self.outcome
         row["detail"] = self.detail

@@ -77,6 +77,16 @@ FAILURE = re.compile(
     r"|has terminated|unexpectedly stopped|no longer running|encountered while running the model|panic: |fatal error: ",
     re.IGNORECASE,
 )
+# What of a failure's words may stand in the log: fixed words alone, since the rest may repeat a prompt.
+LOGGED = re.compile(
+    r"model requires more (?:\w{3,6} )?memory|cudamalloc failed|unknown model architecture|newer version"
+    r"|timed out waiting for (?:the )?(?:llama[ -]?)?(?:runner|server|model|slot)s?(?: to (?:start|load|respond|become ready))?"
+    r"|(?:runner|server) process has terminated|exit status \d{1,3}|signal: (?:killed|aborted|segmentation fault)"
+    r"|(?:failed|unable|error) (?:to )?load(?:ing)? (?:the )?model|maximum pending requests exceeded|no such file or directory"
+    rf"|{FAILURE.pattern}",
+    re.IGNORECASE,
+)
+LONGEST_LOGGED = 200
 
 
 class Told(NamedTuple):
@@ -145,6 +155,12 @@ def meaning(status: int, told: Told, backend: BackendConfig) -> BackendRefused |
 
 def _says(meant: re.Pattern[str], status: int, words: str) -> bool:
     return status not in OF_PROXIES and meant.search(words) is not None and FAILURE.search(words) is None
+
+
+def why(told: Told) -> str:
+    """What is known of a failure's words, each once, for the log; never what a prompt, token or address could stand in."""
+    found = dict.fromkeys(known.group().strip(" :") for known in LOGGED.finditer(told.words))
+    return ", ".join(found)[:LONGEST_LOGGED]
 
 
 def _scrubbed(value: object, backend: BackendConfig) -> object:

@@ -113,7 +113,7 @@ class Tried:
     def failed(self, backend: Backend, fault: BackendFault, took_s: float) -> None:
         self._faults.append(fault)
         self._record.was_sent = False
-        self._record.attempts.append(Attempt(backend.name, fault.reason, took_s * 1000))
+        self._record.attempts.append(Attempt(backend.name, fault.reason, took_s * 1000, fault.detail))
         self._record.detail = str(fault)
         if fault.reason in TOLD:
             self._doubtful.append(backend)
@@ -217,8 +217,9 @@ class Router:
             # As many tokens were asked for; the next backend would make them all again.
             raise AnswerTooLarge from large
         except BadFrame as bad:
-            refused = refusals.meaning(200, refusals.read(bad.error), backend.config) if bad.error else None
-            raise refused or BackendFault("bad_first_frame", refusals.scrub(str(bad), backend.config)) from bad
+            told = refusals.read(bad.error)
+            refused = refusals.meaning(200, told, backend.config) if bad.error else None
+            raise refused or _failed("bad_first_frame", refusals.scrub(str(bad), backend.config), told) from bad
         except BackendFault as fault:
             raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
 
@@ -295,7 +296,12 @@ async def refusal(upstream: Upstream, backend: Backend) -> BackendFault | Gatewa
     if status < 400:
         return BackendFault("bad_status", f"status {status}")
     told = refusals.read(try_read(await _error_body(upstream)))
-    return refusals.meaning(status, told, backend.config) or BackendFault("bad_status", f"status {status}")
+    return refusals.meaning(status, told, backend.config) or _failed("bad_status", f"status {status}", told)
+
+
+def _failed(reason: str, detail: str, told: refusals.Told) -> BackendFault:
+    why = refusals.why(told)
+    return BackendFault(reason, f"{detail}: {why}" if why else detail)
 
 
 async def _error_body(upstream: Upstream) -> bytes:

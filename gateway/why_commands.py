@@ -136,7 +136,7 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
     if row["queue_ms"]:
         yield f"  queue    waited {row['queue_ms']:.1f} ms for a slot of the key"
     for attempt in row["attempts"]:
-        yield f"  attempt  {attempt['backend']}: {attempt['fault']} after {attempt['ms']:.1f} ms"
+        yield f"  attempt  {attempt['backend']}: {attempt['fault']}{_detail(attempt)} after {attempt['ms']:.1f} ms"
     if row["backend"]:
         yield f"  backend  {row['backend']}, as {row['answered_as'] or row['model']}"
     if row["ttfb_ms"] is not None:
@@ -157,7 +157,7 @@ def _billed(row: Mapping[str, Any]) -> str:
 
 
 def _detail(row: Mapping[str, Any]) -> str:
-    return f" ({row['detail']})" if row["detail"] else ""
+    return f" ({row['detail']})" if row.get("detail") else ""
 
 
 async def drain_backend(settings: Settings, said: argparse.Namespace) -> None:

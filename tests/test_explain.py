@@ -212,12 +212,12 @@ def test_the_verbs_of_an_operator(
     operate(tmp_path, names, "undrain", "--backend", "alpha")
     until(lambda: chat(url, key).status_code == 200 and len(fleet[0].calls("/api/chat")) > before, 10)
 
-    fleet[0].play_once("/api/chat", answer(500, {"error": "no"}))
+    fleet[0].play_once("/api/chat", answer(500, {"error": "no: CUDA error"}))
     fleet[1].healthy.cached = lambda _: 1
     assert chat(url, key, **{"X-Request-ID": "a-story"}).status_code == 200
     until(lambda: sql(stores.database_url, "SELECT count(*) FROM audit WHERE request_id = 'a-story'") == [1], 10)
     story = operate(tmp_path, names, "trace", "--id", "a-story")
-    assert "attempt  alpha: bad_status after" in story and "backend  beta, as llama3.2:latest" in story
+    assert "attempt  alpha: bad_status (status 500: CUDA error) after" in story and "backend  beta, as llama3.2:latest" in story
     assert "key      alice" in story and "end      200 answered" in story
     assert "prompt + 4 completion (reported), 1 of the prompt cached; all count for limits" in story
 

@@ -31,6 +31,8 @@ OVERFLOW = {
     "n_prompt_tokens": 9412,
     "n_ctx": 8192,
 }
+CANARY = "canary-5d1e"
+OUT_OF_MEMORY = {"error": {"message": f"{CANARY}: CUDA error: out of memory", "type": "server_error"}}
 
 
 @pytest.fixture
@@ -137,6 +139,42 @@ def test_other_failures_are_failures(gateway: RunningGateway, three: list[Played
 
 
 PLACE = " at row 5, column 9:\n{{ raise_exception('no') }}\n        ^\n"
+WHY = {
+    "runner process has terminated: CUDA error: out of memory": "runner process has terminated, CUDA error, out of memory",
+    "model requires more system memory (5.6 GiB) than is available": "model requires more system memory",
+    "cudaMalloc failed: canary-5d1e, cudaMalloc failed: again": "cudaMalloc failed",
+    "unknown model architecture: 'canary-5d1e'": "unknown model architecture",
+    "timed out waiting for llama runner to start - canary-5d1e": "timed out waiting for llama runner to start",
+    "Bearer canary-5d1e to http://alpha: a prompt": "",
+    " ".join(f"exit status {number}" for number in range(99)): ", ".join(f"exit status {number}" for number in range(99))[:200],
+}
+
+
+def test_of_a_failures_words_the_log_gets_the_known_ones() -> None:
+    assert {words: refusals.why(refusals.read({"error": words})) for words in WHY} == WHY
+
+
+@pytest.mark.parametrize("steps", [answer(500, OUT_OF_MEMORY), stream(sse([OUT_OF_MEMORY], done=False))])
+def test_why_a_backend_failed_is_in_the_log_and_not_in_the_answer(
+    gateway: RunningGateway, three: list[PlayedBackend], steps: list[Step]
+) -> None:
+    play(three, CHAT, steps)
+    with gateway.http(gateway.key()) as client:
+        got = client.post(CHAT, json={**WAYS[2].body, "stream": True})
+    assert got.status_code == 502 and "memory" not in got.text
+    line = gateway.request_lines()[-1]
+    assert line["detail"].endswith(": CUDA error, out of memory")
+    assert [attempt["detail"] for attempt in line["attempts"]] == 3 * [line["detail"].partition(": ")[2]]
+    assert CANARY not in json.dumps(gateway.request_lines())
+
+
+def test_who_meets_busy_backends_is_told_so(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+    play(three, CHAT, answer(503, {"error": "server busy, please try again.  maximum pending requests exceeded"}))
+    with gateway.http(gateway.key()) as client:
+        got = client.post(CHAT, json=WAYS[2].body)
+    assert got.status_code == 503 and "can be reached or has room at the moment" in got.json()["error"]["message"]
+
+
 FAILURES = [
     (500, "CUDA error: failed to load image: out of memory"),
     (500, "failed to process image: ggml_backend_alloc failed to allocate buffer"),
