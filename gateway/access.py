@@ -35,7 +35,7 @@ class Access:
         record.is_look = record.method in LOOKS and ADMIN in key.flags
         await self.admit(record, takes_slot=False)
         if ADMIN not in key.flags:
-            raise NotPermitted("this needs a key with the role admin: make key ROLE=admin")
+            raise NotPermitted("this needs a key with the role admin: make key NAME=ops ROLE=admin")
         return key
 
     async def admit(self, record: Record, model: str = "", need: Need = NO_TOKENS, *, takes_slot: bool = True) -> None:

@@ -10,6 +10,7 @@ from gateway.errors import MethodNotAllowed, UnknownRoute
 from gateway.record import Record
 from gateway.suggestions import DID_YOU_MEAN, beginning, suggest
 
+PAGES = frozenset({"/dashboard", "/playground", "/docs"})
 RUNNING = b"Ollama is running"
 
 
@@ -49,7 +50,9 @@ def table(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp
 
     async def unknown(scope: Scope, receive: Receive, send: Send) -> None:
         meant = suggest(scope["path"], public)
-        raise UnknownRoute(DID_YOU_MEAN.format(meant) if meant else "", meant or beginning(scope["path"]))
+        page = scope["path"].rstrip("/")
+        told = meant or (page if page in PAGES and page in fixed else "")
+        raise UnknownRoute(DID_YOU_MEAN.format(told) if told else "", meant or beginning(scope["path"]))
 
     others = PathTable(variable, redirect_slashes=False, default=unknown)
 

@@ -1,11 +1,13 @@
 """The operator's verbs that say why: what would become of a call, and what became of one; and taking a backend out."""
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway import api_key, app, audit_commands, bulletin, commands, console, drains, keys, spoken, strict_json
+from gateway.admission import duration
 from gateway.budgets import Budgets
 from gateway.database import Database
 from gateway.dialects.base import Operation
@@ -99,7 +101,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
         return f"sent to {found['backend']}"
     if found["refused_by"]:
         wait_s = found["passes_in_s"]
-        passes = "never passes as it is" if wait_s is None else f"passes in about {wait_s:.1f} s"
+        passes = "never passes as it is" if wait_s is None else f"passes in about {duration(math.ceil(wait_s) * 1000)}"
         return f"refused with 429 {found['outcome']}: {found['refused_by']} is reached; it {passes}"
     is_gone = not found["model_is_known"] and found["status"] in (403, 404)
     why = ": no backend has this model, `make models` lists those there are" if is_gone else ""

@@ -2,11 +2,12 @@
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from gateway import keys, pages
 from tests.browser import WIDTHS, page_of
@@ -80,6 +81,29 @@ def test_only_an_admin_gets_in(gateway: RunningGateway, admin: str, browser: Bro
         page.click("#leave")
         expect(page.locator("#enter")).to_be_visible()
         assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_a_slash_too_many_and_a_key_without_the_role_are_told_what_to_do(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key()) as client:
+        assert "did you mean /dashboard?" in client.get("/dashboard/").text
+        assert "did you mean" not in client.get("/playground/").text, "it is not enabled"
+        assert "make key NAME=ops ROLE=admin" in client.get("/admin/v1/overview").text
+
+
+def test_no_label_of_a_plot_is_cut(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+    def slow(route: Route) -> None:
+        series = route.fetch().json()
+        middle = datetime.fromisoformat(series["since"]).timestamp() + 900
+        at = middle // series["step_s"] * series["step_s"]
+        numbers = dict.fromkeys(("requests", "refused", "failures", "prompt_tokens", "completion_tokens"), 2174000)
+        route.fulfill(json={**series, "steps": [{**numbers, "at": at, "ttfb_p50_ms": 2174.0, "ttfb_p99_ms": 12174.0}]})
+
+    with page_of(browser) as page:
+        page.route("**/series?*", slow)
+        enter(page, gateway, admin)
+        expect(page.locator("#plots svg")).to_have_count(3)
+        lefts = "all => all.map(text => text.getBoundingClientRect().left - text.closest('svg').getBoundingClientRect().left)"
+        assert min(page.locator("#plots svg text").evaluate_all(lefts)) >= 0
 
 
 def test_numbers_are_live_and_lead_to_their_rows(

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import app, explain, keys
+from gateway import app, explain, keys, why_commands
 from gateway.breaker import FAILURES_UNTIL_OPEN, Breaker
 from gateway.dialects.base import Operation
 from gateway.explain import Question
@@ -255,3 +255,8 @@ def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[Pl
         assert (told["status"], told["outcome"]) == (401, "invalid_api_key")
         assert admin.delete(f"/admin/v1/keys/{revoked}").status_code == 200
         assert admin.get("/admin/v1/explain", params={**asked, "key": "revoked"}).status_code == 404
+
+
+def test_the_time_until_a_limit_passes_is_told_as_elsewhere() -> None:
+    found = {"status": 429, "outcome": "budget_spent", "refused_by": "day", "passes_in_s": 26493.0}
+    assert why_commands._verdict(found).endswith("it passes in about 7h21m33s")

@@ -176,8 +176,9 @@ function spoken(lines, steps, format) {
 }
 
 function plot(title, lines, series, format) {
-  const width = 400, height = 130, left = 44, bottom = 18, top = 8, from = new Date(series.since) / 1000, to = from + LENGTHS[series.window], steps = whole(series, from, to);
+  const width = 400, height = 130, bottom = 18, top = 8, from = new Date(series.since) / 1000, to = from + LENGTHS[series.window], steps = whole(series, from, to);
   const most = Math.max(1e-9, ...steps.flatMap((step) => lines.map((line) => line.of(step) || 0)));
+  const left = Math.max(44, 12 + 7 * Math.max(...[0, 0.5, 1].map((share) => format(most * share).length)));
   const x = (at) => left + ((at - from) / (to - from)) * (width - left - 4), y = (value) => height - bottom - (value / most) * (height - bottom - top);
   const svg = s("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${spoken(lines, steps, format)}`, preserveAspectRatio: "none" });
   for (const share of [0, 0.5, 1]) {
