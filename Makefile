@@ -7,6 +7,9 @@ GATEWAY := $(BIN)/python -m gateway
 COMPOSE := docker compose
 said = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(value $(1)),--$(2) "$$$(1)"))
 flag = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(filter-out 0 false no,$(value $(1))),--$(2)))
+given = $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+only = $(if $(filter-out $(1) $(OF_LIMITS) JSON PYTHON BIN GATEWAY COMPOSE SHELL,$(given)),$(error `make $@` takes no $(filter-out $(1) $(OF_LIMITS) JSON PYTHON BIN GATEWAY COMPOSE SHELL,$(given)): see `make help`))
+OF_LIMITS := RPM TPM CONCURRENT DAY MONTH
 LIMITS = $(call said,RPM,rpm) $(call said,TPM,tpm) $(call said,CONCURRENT,concurrent) $(call said,DAY,day) $(call said,MONTH,month)
 JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
@@ -37,9 +40,11 @@ check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabiliti
 	@$(BIN)/python -m tests.audit_dependencies
 
 key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1]
+	@$(call only,NAME MODELS EXPIRES PROMPT_LOG RETENTION AUDIT_RETENTION ROLE ADMIN_MODELS SHOW_BACKEND SHOW_OVERHEAD)
 	@$(GATEWAY) key $(call said,NAME,name) $(call said,MODELS,models) $(call said,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call said,RETENTION,retention) $(call said,AUDIT_RETENTION,audit-retention) $(call said,ROLE,role) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(JSON_FLAG)
 
 limit: .venv/ready-to-run ## Set a key's limits: KEY= [MODEL="a*"] RPM= TPM= CONCURRENT= DAY= MONTH= (a number, unlimited or unset)
+	@$(call only,KEY MODEL)
 	@$(GATEWAY) limit $(call said,KEY,key) $(call said,MODEL,model) $(LIMITS) $(JSON_FLAG)
 
 keys: .venv/ready-to-run ## List all keys

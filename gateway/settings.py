@@ -1,6 +1,5 @@
 """What the environment and `.env` may say, read once into one frozen dataclass."""
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from urllib.parse import SplitResult, parse_qs, unquote
 
 from starlette.config import Config
 
-from gateway import address
+from gateway import address, setting_names
 from gateway.backend_config import BackendConfig, header_name, read_backends, secret, url
 from gateway.errors import SettingsError
 
@@ -21,9 +20,6 @@ WEAK_SECRETS = frozenset(
     "admin change-me change_me changeit changeme default example gateway letmein ollama passwd password postgres qwerty "
     "root secret test token 12345 123456 12345678".split()
 )
-# A Kubernetes Service whose name begins with "gateway" puts these into every container; they are not ours.
-KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
-KUBERNETES_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://\S+")
 MASK = "***"
 MILLION = 1_000_000
 LOCAL_RUN = "local run"
@@ -278,7 +274,7 @@ def load(environ: Mapping[str, str], env_file: Path | None, overrides: Mapping[s
     Raises SettingsError, one line that names the variable and what would be right.
     """
     config = _config(environ, env_file)
-    _refuse_unknown_names(config)
+    setting_names.refuse_unknown(config.environ, config.file_values, known_names())
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for declared in declarations():
@@ -293,21 +289,6 @@ def _config(environ: Mapping[str, str], env_file: Path | None) -> Config:
         return Config(env_file if env_file and env_file.is_file() else None, environ=environ)
     except (OSError, UnicodeDecodeError) as wrong:
         raise SettingsError(f"{env_file} must be a readable text file in UTF-8: {type(wrong).__name__}") from None
-
-
-def _refuse_unknown_names(config: Config) -> None:
-    known = known_names()
-    for name, value in [*config.environ.items(), *config.file_values.items()]:
-        if not name.startswith("GATEWAY_") or name in known or _is_service_link(name, value):
-            continue
-        close = difflib.get_close_matches(name, known, 1)
-        advice = f"did you mean {close[0]}?" if close else "see .env.example for every name"
-        raise SettingsError(f"{name} is not a setting of the gateway: {advice}")
-
-
-def _is_service_link(name: str, value: str) -> bool:
-    is_port = name.endswith("_PORT") and KUBERNETES_SERVICE_PORT.fullmatch(value)
-    return bool(is_port or KUBERNETES_SERVICE_LINK.fullmatch(name))
 
 
 def _find(config: Config, declared: Any, overrides: Mapping[str, tuple[str, str]]) -> tuple[str, str]:

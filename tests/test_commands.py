@@ -506,3 +506,13 @@ def test_what_cannot_be_written_is_said() -> None:
             [sys.executable, "-m", "gateway", "config", "--json"], stdout=full, stderr=subprocess.PIPE, check=False
         )
     assert done.returncode == 1 and b"cannot be written" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", [["key", "NAME=a"], ["limit", "KEY=a"]])
+def test_make_refuses_variables_that_it_does_not_know(verb: list[str]) -> None:
+    folder = Path(__file__).parent.parent
+    wrong, right = (
+        subprocess.run(["make", "-n", *verb, given], cwd=folder, capture_output=True, text=True, timeout=30, check=False)
+        for given in ("RPMS=5", "RPM=5")
+    )
+    assert wrong.returncode and "takes no RPMS" in wrong.stderr and right.returncode == 0 and "--rpm" in right.stdout

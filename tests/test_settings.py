@@ -135,6 +135,19 @@ def test_an_unknown_name_is_refused_with_a_suggestion(name: str, advice: str) ->
     assert words.startswith(f"{name} is not a setting of the gateway: ") and advice in words
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("OLLAMA_BACKEND", "OLLAMA_BACKENDS"), ("DEFAULT_RPMS", "DEFAULT_RPM"), ("DASHBOARD", "DASHBOARD_ENABLED")],
+)
+def test_what_is_nearly_a_setting_is_refused_in_the_file_alone(tmp_path: Path, name: str, meant: str) -> None:
+    others = "COMPOSE_PROFILES=ollama\nPOSTGRES_PASSWORD=x\nREDIS_PASSWORD=y\nOLLAMA_LOAD_TIMEOUT=5m\nTZ=UTC\n"
+    (tmp_path / ".env").write_text(others)
+    settings.load({name: "5"}, tmp_path / ".env")
+    (tmp_path / ".env").write_text(f"{others}{name}=5\n")
+    with pytest.raises(SettingsError, match=f"{name} is not a setting of the gateway: did you mean {meant}"):
+        settings.load({}, tmp_path / ".env")
+
+
 def test_an_unknown_name_in_the_file_is_refused_too(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("GATEWAY_LOGLEVEL=DEBUG\n")
     with pytest.raises(SettingsError, match="did you mean GATEWAY_LOG_LEVEL"):
