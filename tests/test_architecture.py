@@ -19,7 +19,7 @@ SOURCES = PROJECT / "gateway"
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
     "address redis_names suggestions errors tasks connection backend_config breaker console checkup stop_signals".split(),
-    "shared_bytes".split(),
+    "shared_bytes setting_names".split(),
     "drill.played drill.client drill.redis_wire workers departure http_cycle http_deadlines http_head http_places".split(),
     "http_protocol guard memory samples api_key model_names strict_json local settings store database client_address".split(),
     "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
