@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 from gateway import shards, strict_json, tasks
 from gateway.admission import Admission, Ticket, Usage, headers, refusal
 from gateway.errors import LimitReached, LimitsUnavailable, StoreUnavailable
-from gateway.local_limits import LocalLimits, Share
+from gateway.local_limits import WHOLE, LocalLimits, Share
 from gateway.quota import Scope
 from gateway.record import NEVER_ENDED
 from gateway.redis_line import Line
@@ -74,7 +74,7 @@ class Limits:
         self._most_output, self._queue_wait_s, self._closed = most_output, queue_wait_s, closed_without_redis
         self.process = uuid.uuid4().hex
         self.local = LocalLimits()
-        self.share = Share()
+        self.share = WHOLE
         self._running: dict[str, Admission] = {}
         self._means: dict[str, float] = {}
         self._lengths: dict[str, float] = {}
@@ -221,11 +221,12 @@ class Limits:
         wait_s = None if reply[2] < 0 else max(0.001, reply[2] / 1000)
         return refusal(reply[3].decode(), scope, wait_s, told, self._asked(ticket), may_wait=reply[0] == b"queued")
 
-    def _asked(self, ticket: Ticket) -> int:
-        if ticket.need.prompt < 0:
-            return 0
-        output = ticket.need.output
-        return ticket.need.prompt + (self._mean(ticket.model) if output is None else output)
+    def _asked(self, ticket: Ticket, share: Share = WHOLE) -> int:
+        prompt, output, _ = ticket.need
+        if output is None:
+            rooms = (share.out_of(limit) - prompt for scope in ticket.scopes for limit in scope.of_tokens if limit >= 0)
+            output = max(0, min((self._mean(ticket.model), *rooms)))
+        return prompt + output if prompt >= 0 else 0
 
     def _mean(self, model: str) -> int:
         return min(self._most_output, round(self._means.get(model, MEAN_OF_UNKNOWN_MODEL)))
@@ -233,7 +234,7 @@ class Limits:
     def _ask_ourselves(self, ticket: Ticket, may_wait: bool) -> "Admission | LimitReached":
         if self._closed:
             raise LimitsUnavailable(retry_after=2.0)
-        tokens = self._asked(ticket) if ticket.need.prompt >= 0 else -1
+        tokens = self._asked(ticket, self.share) if ticket.need.prompt >= 0 else -1
         takes_slot = bool(ticket.info)
         refused = self.local.admit(ticket.scopes, tokens, self.share, takes_slot=takes_slot)
         told = headers(ticket.scopes, self.local.usages(ticket.scopes))

@@ -23,6 +23,9 @@ class Share(NamedTuple):
         return limit // self.of + (1 if self.rank < limit % self.of else 0)
 
 
+WHOLE = Share()
+
+
 class Refusal(NamedTuple):
     """`wait_s` None: it will never pass; 0: unknown, it depends on calls that run or on Redis."""
 

@@ -54,6 +54,10 @@ class Scope(NamedTuple):
         return self.day >= 0 or self.month >= 0
 
     @property
+    def of_tokens(self) -> tuple[int, int, int]:
+        return self.tpm, self.day, self.month
+
+    @property
     def is_of_rule(self) -> bool:
         return "|" in self.name
 

@@ -40,6 +40,7 @@ RIGHTS: tuple[dict[str, Any], ...] = (
     {"rpm": 0},
     {"rpm": 1},
     {"tpm": 5},
+    {"tpm": 200, "month": 150},
     {"tpm": 100_000, "day": 100_000},
     {"day": 1},
     {"month": 0},

@@ -17,6 +17,7 @@ from gateway.admission import Usage
 from gateway.keys import ADMIN, ADMIN_MODELS
 from gateway.local_limits import LocalLimits, Share
 from gateway.quota import UNLIMITED, Scope
+from gateway.tokens import Need
 from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -449,6 +450,62 @@ def test_the_wait_for_a_spent_budget_is_known_without_redis() -> None:
     assert refused is not None and refused.limit == "day" and refused.wait_s
     left = 86_400 - time.time() % 86_400
     assert abs(refused.wait_s - left) < 5
+
+
+def set_mean(gateway: RunningGateway, stores: TestStores, tokens: int) -> None:
+    canonical = "llama3.2:latest"
+    gateway.rooms.limits._means[canonical] = tokens
+    with stores.client() as redis:
+        for shared in shards.ALL:
+            redis.hset(shared.means, canonical, tokens)
+
+
+@pytest.mark.parametrize("name", ["tpm", "day", "month"])
+def test_a_guess_alone_keeps_no_request_out(gateway: RunningGateway, stores: TestStores, name: str) -> None:
+    """However long the answers are that others get of this model."""
+    set_mean(gateway, stores, 4093)
+    with gateway.http(gateway.key(**limits(name, 3000))) as client, gateway.http(gateway.key(**limits(name, 3))) as other:
+        passed = client.post(WAYS[0].path, json=WAYS[0].body)
+        named = ask(client, WAYS[0], options={"num_predict": 3500})
+        too_long = other.post(WAYS[0].path, json=WAYS[0].body)
+    assert passed.status_code == 200
+    assert (named.status_code, named.headers["x-should-retry"]) == (429, "false"), "what is asked for is no guess"
+    assert (too_long.status_code, too_long.headers["x-should-retry"]) == (429, "false"), "a prompt is none either"
+
+
+def test_a_guess_is_one_for_all_scopes_and_given_back(
+    gateway: RunningGateway, stores: TestStores, held: threading.Event
+) -> None:
+    set_mean(gateway, stores, 4093)
+    key = gateway.key(name="mine", tpm=3000)
+    limit(gateway, "mine", "llama3.2", tpm=2000)
+    with gateway.http(key) as client, stores.client() as redis:
+        first = threading.Thread(target=client.post, args=(WAYS[0].path,), kwargs={"json": WAYS[0].body})
+        first.start()
+        until(lambda: gateway.rooms.limits.running == 1)
+        (let_in,) = gateway.rooms.limits._running.values()
+        reserves = [shards.counters(scope.name)[2] for scope in let_in.scopes]
+        assert (let_in.reserved, redis.mget(reserves)) == (2000, [b"2000", b"2000"])
+        refused = client.post(WAYS[0].path, json=WAYS[0].body)
+        assert refused.status_code == 429 and "x-should-retry" not in refused.headers
+        held.set()
+        first.join()
+        until(lambda: redis.mget(reserves) in ([None, None], [b"0", b"0"]))
+
+
+def test_a_guess_alone_keeps_no_request_out_of_a_share(gateway: RunningGateway) -> None:
+    limits = gateway.rooms.limits
+    limits._means["m"], limits.share = 4093, Share(0, 4)
+    scopes = (Scope("k", -1, 3000, -1, -1, -1), Scope("k|m", -1, -1, -1, 4000, 2800))
+    ticket = admission.Ticket("1", scopes, "m", Need(10, None), b"x")
+
+    async def alone() -> object:
+        return limits._ask_ourselves(ticket, may_wait=False)
+
+    let_in = gateway.call(alone())
+    assert isinstance(let_in, admission.Admission) and let_in.reserved == 700
+    limits.local.settle(scopes, let_in.reserved, 0)
+    assert [limits.local._of(scope).reserved for scope in scopes] == [0, 0]
 
 
 def test_a_call_of_nobody_is_left_out(gateway: RunningGateway, stores: TestStores) -> None:

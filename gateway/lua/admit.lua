@@ -1,7 +1,7 @@
 -- May a request pass all limits of all its scopes, now? Takes from all of them, or from none.
 -- KEYS: calls, leases, means; then for each scope: requests, tokens, reserve, slots, queue, budget.
 -- ARGV: call id; what to remember of the call ('' where it takes no slot); lease in ms (0: only look, take nothing); prompt tokens (-1: counts no tokens);
--- output tokens (-1: the model's mean); model; mean of an unknown model; largest output; ms to wait for a slot; most who may
+-- output tokens (-1: the model's mean, or what the smallest limit of tokens leaves beside the prompt); model; mean of an unknown model; largest output; ms to wait for a slot; most who may
 -- wait; ms until a slot is likely to be free; ms that a call is likely to go on; then for each scope: rpm, tpm, concurrent, day, month (-1: no limit).
 -- Answers {verdict, tokens reserved, ms until it would pass (-1: never), limit hit, number of its scope,
 -- then for each scope: requests and tokens used, ms until each is all there again, tokens used of day and month, and the
@@ -74,6 +74,14 @@ local need = 0
 if prompt >= 0 then
     if output < 0 then
         output = math.min(math.floor(tonumber(redis.call('HGET', KEYS[3], ARGV[6]) or ARGV[7]) + 0.5), tonumber(ARGV[8]))
+        -- It is only guessed: by itself it keeps out no request of which the prompt fits.
+        for i = 1, scopes do
+            for _, n in ipairs({2, 4, 5}) do
+                local limit = tonumber(ARGV[12 + (i - 1) * 5 + n])
+                if limit >= 0 then output = math.min(output, limit - prompt) end
+            end
+        end
+        output = math.max(output, 0)
     end
     need = prompt + output
 end
