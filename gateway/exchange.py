@@ -253,7 +253,8 @@ class Answer:
             guard.within(idle_s, ClientStalled)
             await self._pass_on(frames)
             guard.within(idle_s, BackendTimeout)
-            piece = b"" if opening.at_end else await upstream.flow(pass_at_once)
+            # What a backend says behind the last frame is for nobody, and counted nowhere.
+            piece = b"" if opening.at_end or self._said_last else await upstream.flow(pass_at_once)
             if not piece:
                 break
             frames = buffer.add(piece)
@@ -318,7 +319,7 @@ class Answer:
     async def _pass_on_last(self, rest: bytes) -> None:
         """A stream may end without its last newline; half a frame is no frame and is not passed on."""
         payloads = self._dialect.framing.payloads(rest)
-        if rest and all(payload.startswith(b"[DONE]") or try_read(payload) for payload in payloads):
+        if rest and not self._said_last and all(payload.startswith(b"[DONE]") or try_read(payload) for payload in payloads):
             await self._pass_on(rest)
 
     def _tail(self) -> list[bytes]:

@@ -340,10 +340,15 @@ class Protocol(Deadlines):
 
     @property
     def idle_since(self) -> float | None:
-        if self._is_lingering:
+        if self._is_lingering or self._is_owed_a_body or (self._held and self.flow.write_paused):
             return 0.0
         is_busy = self._is_refused or self._held or not self._in_head or not self._is_between_answers
         return None if is_busy else self._waits_since
+
+    @property
+    def _is_owed_a_body(self) -> bool:
+        """Its client has the answer already, as those who are refused."""
+        return not self._in_head and self._is_between_answers
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays: a client may say that it has sent all, and still wait for its answers."""

@@ -32,6 +32,8 @@ LONGEST_RETRY_AFTER_S = 60.0
 LONGEST_ERROR_BODY, ERROR_BODY_WAITS_S = 65_536, 2.0
 # Pings before the first frame are passed on with it, but nobody needs megabytes of them.
 LONGEST_COMMENTS = 4096
+# A ping a second for ten minutes is a fraction of it.
+MOST_BEFORE_FIRST_FRAME = 262_144
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
 NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full"})
@@ -261,12 +263,15 @@ async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) 
 
 async def _until_first(buffer: FrameBuffer, upstream: Upstream, dialect: Dialect) -> tuple[bytes, bool]:
     """The first frames with the comments before them, and whether that is all."""
-    comments, framing = b"", dialect.framing
+    comments, framing, silence = b"", dialect.framing, 0
     while piece := await upstream.read():
         frames = buffer.add(piece)
         if payloads := framing.payloads(frames):
             dialect.judge_frame(payloads[0])
             return comments + frames, False
+        silence += len(frames)
+        if silence > MOST_BEFORE_FIRST_FRAME:
+            raise BadFrame(f"no frame in the first {silence} bytes")
         if len(comments) + len(frames) <= LONGEST_COMMENTS:
             comments += frames
         if len(buffer.rest) > LONGEST_FRAME:

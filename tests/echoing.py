@@ -46,6 +46,10 @@ class EchoServer:
         connection.settimeout(10)
         return connection
 
+    def send_little_at_once(self) -> None:
+        """The system holds little of what clients that come from now on do not read."""
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
     @property
     def connections(self) -> int:
         return len(self._uvicorn.server_state.connections)

@@ -24,6 +24,7 @@ from gateway.store import Store, StoreAway
 
 Result = TypeVar("Result")
 START_S = 20.0
+LISTS_S = 2.0
 _names = itertools.count()
 
 
@@ -70,6 +71,9 @@ class RunningGateway:
         assert self._ready.wait(START_S), "the gateway did not start"
         if self._failure is not None:
             raise self._failure
+        with suppress(TimeoutError):
+            # On a busy machine the first lists come a little later than the start waits for them.
+            self.call(asyncio.wait_for(self.rooms.discovery.has_asked_all.wait(), LISTS_S))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:

@@ -163,9 +163,9 @@ def test_an_end_that_comes_again_and_again_is_looked_for_once(
     alpha.play("/v1/chat/completions", stream(frames))
     with gateway.http(gateway.key()) as client:
         got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": SAY_HI, "stream": True})
-    assert got.content == b"".join(frames)
+    assert b"".join(frames).startswith(got.content) and hostile.END[False] in got.content
     assert gateway.request_lines()[0]["outcome"] == "answered"
-    assert sum(sizes) < len(got.content) / 4
+    assert sum(sizes) < len(b"".join(frames)) / 4
 
 
 def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(

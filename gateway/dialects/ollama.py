@@ -48,7 +48,7 @@ class Ndjson:
         return data.rfind(b"\n") + 1
 
     def payloads(self, data: bytes) -> list[bytes]:
-        return [line for line in data.split(b"\n") if line.strip()]
+        return [line for line in data.split(b"\n") if line and line.strip()]
 
     def count(self, data: bytes) -> int:
         return data.count(b"\n")

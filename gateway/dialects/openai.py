@@ -75,12 +75,9 @@ class ServerSentEvents:
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         for event in data.split(b"\n\n"):
-            if b"\n" not in event:
-                lines = [event]
-            elif b"data:" in event:
-                lines = event.split(b"\n", MOST_LINES)
-            else:
+            if b"data:" not in event:
                 continue
+            lines = event.split(b"\n", MOST_LINES) if b"\n" in event else [event]
             if found := [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]:
                 events.append(b"\n".join(found))
         return events
