@@ -318,8 +318,10 @@ class Answer:
 
     async def _pass_on_last(self, rest: bytes) -> None:
         """A stream may end without its last newline; half a frame is no frame and is not passed on."""
+        if not rest or self._said_last:
+            return
         payloads = self._dialect.framing.payloads(rest)
-        if rest and not self._said_last and all(payload.startswith(b"[DONE]") or try_read(payload) for payload in payloads):
+        if all(payload.startswith(b"[DONE]") or try_read(payload) for payload in payloads):
             await self._pass_on(rest)
 
     def _tail(self) -> list[bytes]:
