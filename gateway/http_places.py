@@ -18,6 +18,8 @@ RESERVED = 64
 # Beyond all places, for those who ask whether the process is alive.
 EXTRA = 16
 SAID_EVERY_S = 60.0
+# Requests that wait behind an unread answer end with their connections beyond it; bodies that are read have their own bounds.
+MOST_HELD_BY_ALL = 64 * 2**20
 
 
 class Place(Protocol):
@@ -38,8 +40,8 @@ class Place(Protocol):
 
 
 class Places:
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int = MOST_DESCRIPTORS) -> None:
+        self.most, self.held = most, 0
         self._said_at = float("-inf")
 
     def has_room(self, comer: Place, taken: Collection[Place]) -> bool:
@@ -59,6 +61,11 @@ class Places:
                 "all %d places for connections are taken: %s", self.most, "idle ones end" if longest else "none is idle"
             )
         return len(staying) - len(longest) <= self.most
+
+    def hold(self, more: int) -> bool:
+        """Whether all connections together may hold so many bytes more of what has arrived and is not read yet."""
+        self.held += more
+        return self.held <= MOST_HELD_BY_ALL
 
     def has_extra(self, taken: Collection[Place]) -> bool:
         return sum(not place.is_leaving for place in taken) <= self.most + EXTRA

@@ -47,7 +47,7 @@ class Protocol(Deadlines):
 
     def __init__(self, *, places: Places | None = None, **given: Any) -> None:
         super().__init__(**given)
-        self._places = places
+        self._places = places or Places()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -57,14 +57,13 @@ class Protocol(Deadlines):
         self.on_message_begin()
         self._await_rest()
         taken: Any = self.connections
-        if self._places is not None and not self._places.has_room(self, taken):
-            self._is_extra = True
-            if not self._places.has_extra(taken):
-                self.transport.abort()
+        self._is_extra = not self._places.has_room(self, taken)
+        if self._is_extra and not self._places.has_extra(taken):
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching_client()
-        self._held.clear()
+        self._let_go(len(self._held))
         super().connection_lost(exc)
         self._is_lost = True
         self.watch(self._gone)
@@ -162,10 +161,17 @@ class Protocol(Deadlines):
 
     def _hold(self, rest: bytes) -> None:
         self._held += rest
+        if not self._places.hold(len(rest)) and self._in_head and not self._is_between_answers:
+            self.transport.abort()
+            return
         if len(self._held) > MOST_HELD and not self._has_ended:
             self.flow.pause_reading()
             self.take_more()
         self._go_on_soon()
+
+    def _let_go(self, count: int) -> None:
+        del self._held[:count]
+        self._places.hold(-count)
 
     def _go_on_soon(self) -> None:
         """Where it is not an answer that is waited for."""
@@ -177,7 +183,7 @@ class Protocol(Deadlines):
         if self._held and not self.transport.is_closing():
             self._unset_keepalive_if_required()
             taken = self._read(bytes(self._held[:MOST_AT_ONCE]))
-            del self._held[:taken]
+            self._let_go(taken)
             self._go_on_soon()
             self._look_at_rest()
             if self.flow.read_paused:
@@ -303,7 +309,7 @@ class Protocol(Deadlines):
         if self._is_refused:
             return
         self._is_refused = True
-        self._held.clear()
+        self._let_go(len(self._held))
         was_in_head, self._in_head, self._head_bytes = self._in_head, True, 0
         self._stop_waiting()
         if not was_in_head:
@@ -336,19 +342,14 @@ class Protocol(Deadlines):
         elif self._discarded > MOST_DISCARDED:
             self.flow.pause_reading()
 
-    # What ends
-
     @property
     def idle_since(self) -> float | None:
-        if self._is_lingering or self._is_owed_a_body or (self._held and self.flow.write_paused):
+        # Who has an answer and owes the rest of its body gives way, too, and who sends on without reading.
+        owes = not self._in_head and self._is_between_answers
+        if self._is_lingering or owes or (self._held and self.flow.write_paused):
             return 0.0
         is_busy = self._is_refused or self._held or not self._in_head or not self._is_between_answers
         return None if is_busy else self._waits_since
-
-    @property
-    def _is_owed_a_body(self) -> bool:
-        """Its client has the answer already, as those who are refused."""
-        return not self._in_head and self._is_between_answers
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays: a client may say that it has sent all, and still wait for its answers."""

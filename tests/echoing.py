@@ -23,7 +23,7 @@ class EchoServer:
     """
 
     def __init__(self, most_connections: int | None = None) -> None:
-        self._places = Places(most_connections) if most_connections else None
+        self._places = Places(most_connections) if most_connections else Places()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.gone: list[str] = []
@@ -49,6 +49,11 @@ class EchoServer:
     def send_little_at_once(self) -> None:
         """The system holds little of what clients that come from now on do not read."""
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of requests that wait behind answers."""
+        return self._places.held
 
     @property
     def connections(self) -> int:

@@ -286,7 +286,7 @@ def test_fields_that_reach_past_the_allow_list_are_refused(start_gateway: StartG
 
 def test_endless_comments_before_the_first_frame_cost_little(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
     gateway = start_gateway(alpha)
-    comments: list[Step] = [Piece(b": ping\n\n" * 2000) for _ in range(300)]
+    comments: list[Step] = [Piece(b": ping\n\n" * 30) for _ in range(1000)]
     data = recording("openai_chat_stream.sse")
     alpha.play(
         "/v1/chat/completions",
@@ -296,7 +296,7 @@ def test_endless_comments_before_the_first_frame_cost_little(start_gateway: Star
         began = time.process_time()
         got = client.post("/v1/chat/completions", json={**WAYS[3].body, "stream_options": {"include_usage": True}})
         spent = time.process_time() - began
-    assert got.content.endswith(data) and len(got.content) < len(data) + 600_000
+    assert got.content.endswith(data) and len(got.content) < len(data) + 6_000
     assert spent < 20, "quadratic reading took minutes"
 
 

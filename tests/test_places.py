@@ -79,6 +79,26 @@ def test_who_has_an_answer_and_owes_its_body_or_does_not_read_gives_way(echo: Ec
     until(lambda: ask(held.enter_context(echo.connect()), b"/next").startswith(b"HTTP/1.1 200"), 5)
 
 
+def test_requests_behind_unread_answers_hold_no_more_than_all_may(
+    echo: EchoServer, held: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.http_places.MOST_HELD_BY_ALL", 1_500_000)
+    echo.send_little_at_once()
+    for _ in range(MOST):
+        connection = held.enter_context(echo.connect())
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setblocking(False)
+        left = memoryview((GET % (b"/" + b"x" * 60_000)) * 20)
+        with suppress(BlockingIOError, ConnectionError):
+            while left:
+                left = left[connection.send(left) :]
+    until(lambda: 0 < echo.held_bytes <= 1_500_000 and echo.connections < MOST, 5)
+    assert ask(held.enter_context(echo.connect()), b"/next").startswith(b"HTTP/1.1 200")
+    held.close()
+    until(lambda: echo.connections == 0, 5)
+    assert echo.held_bytes == 0
+
+
 def test_where_none_is_idle_the_gateway_is_still_alive(echo: EchoServer, held: ExitStack) -> None:
     busy = [held.enter_context(echo.connect()) for _ in range(MOST)]
     for connection in busy:
