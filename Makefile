@@ -24,7 +24,7 @@ run: .venv/ready-to-run ## Serve on this machine: private stores, a backend, a k
 	@exec $(GATEWAY) run
 
 test: .venv/ready-to-test ## Run all tests against private servers
-	$(BIN)/python -m pytest -n auto $(TESTS)
+	@PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CURDIR)/.pytest_cache/bytecode" $(BIN)/python -m pytest -n auto $(TESTS)
 
 bench: .venv/ready-to-test ## Measure the speed against plain passthroughs, and nginx if installed [LITELLM=its python]
 	@$(BIN)/python -m tests.bench $(if $(LITELLM),--litellm $(LITELLM))
