@@ -24,6 +24,7 @@ class Costs:
         self._collected = self._blocks = 0
 
     def begin(self, number: int, frame: FrameType | None) -> None:
+        self._profiler = cProfile.Profile()
         self._collected, self._blocks = collected(), sys.getallocatedblocks()
         self._profiler.enable()
 
