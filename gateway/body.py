@@ -29,7 +29,7 @@ def check_head(scope: Scope, limit: int, setting: str = "") -> None:
     for name, value in scope["headers"]:
         if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
             raise UnsupportedEncoding
-        if name == b"content-length" and (not value.isdigit() or int(value) > limit):
+        if name == b"content-length" and (not value.strip().isdigit() or int(value) > limit):
             raise _too_large(limit, setting)
 
 

@@ -65,8 +65,14 @@ def test_beside_a_local_run(home: Path, tell: Callable[..., Any], guarded: Playe
         assert told["status"] == 503 and "drained" in told["backends"][0]["why"]
 
 
+def until_known(gateway: RunningGateway, processes: int) -> None:
+    """To each other: a process tells of itself every second."""
+    until(lambda: len(gateway.call(bulletin.read(gateway.rooms.store))) == processes, 10)
+
+
 def test_no_token_is_published(start_gateway: StartGateway, guarded: PlayedBackend, stores: TestStores) -> None:
     gateway = start_gateway(entry_of(guarded, auth_token=TOKEN))
+    until_known(gateway, 1)
     own = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url).backends
     fleet = gateway.call(control.other_fleet(gateway.rooms.store, own))
     assert fleet is not None and [(one["name"], one["has_token"]) for one in fleet] == [("guarded", True)]
@@ -76,11 +82,6 @@ def test_no_token_is_published(start_gateway: StartGateway, guarded: PlayedBacke
         for name in client.scan_iter():
             held = client.hgetall(name) if client.type(name) == b"hash" else client.dump(name)
             assert TOKEN not in str(held), name
-
-
-def until_known(gateway: RunningGateway, processes: int) -> None:
-    """To each other: a process tells of itself every second."""
-    until(lambda: len(gateway.call(bulletin.read(gateway.rooms.store))) == processes, 10)
 
 
 def test_gateways_that_differ(

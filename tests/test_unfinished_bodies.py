@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gateway.body import Bodies
+from gateway.body import Bodies, check_head
 from gateway.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
 from gateway.guard import Guard
 from gateway.keys import ADMIN, ADMIN_MODELS
@@ -38,6 +38,13 @@ def gateway(start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pyte
 
 def used(gateway: RunningGateway) -> int:
     return gateway.rooms.bodies.unfinished.used
+
+
+def test_blanks_behind_a_length_are_none_of_it() -> None:
+    for value in (b"47 ", b"47\t", b" 47"):
+        check_head({"headers": [(b"content-length", value)]}, 47)
+        with pytest.raises(BodyTooLarge):
+            check_head({"headers": [(b"content-length", value)]}, 46)
 
 
 class Sender:
