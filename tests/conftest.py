@@ -34,8 +34,9 @@ importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two for each processor: the tests wait for half of their time."""
-    return min(2 * (os.cpu_count() or 1), MOST_WORKERS)
+    """One more for each two processors: the tests wait often, and more of them at once would be late for each other."""
+    processors = os.cpu_count() or 1
+    return min(processors + (processors + 1) // 2, MOST_WORKERS)
 
 
 @pytest.hookimpl(wrapper=True)
