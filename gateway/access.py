@@ -7,7 +7,7 @@ from starlette.types import Scope
 from gateway import api_key
 from gateway.admission import Admission, Ticket
 from gateway.authentication import Authenticator
-from gateway.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
+from gateway.core.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.keys import ADMIN, Key
 from gateway.limits import Limits, remembered
 from gateway.quota import Quota

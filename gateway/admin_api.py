@@ -14,18 +14,19 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import api_key, drains, key_facts, keys, model_names, probing, spoken, strict_json
+from gateway import api_key, drains, key_facts, keys, model_names, probing, spoken
 from gateway.access import Access
 from gateway.admin_events import AdminEvents
 from gateway.backends import Backend
 from gateway.body import Bodies
+from gateway.core import strict_json
+from gateway.core.asgi import send_json
+from gateway.core.cancel_scope import Watch
+from gateway.core.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
 from gateway.database import Database, Row
 from gateway.dialects.base import Operation
 from gateway.discovery import Discovery
-from gateway.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
 from gateway.explain import Question
-from gateway.guard import Watch
-from gateway.json_reply import send_json
 from gateway.keys import ADMIN, Key, KeyRing, NewKey
 from gateway.overview import WINDOWS, Overview
 from gateway.quota import NAMES as LIMITS

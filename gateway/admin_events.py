@@ -6,11 +6,11 @@ from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import strict_json
 from gateway.access import Access
-from gateway.connection import Connection
-from gateway.errors import ClientGone, ClientStalled, GatewayError
-from gateway.guard import Watch, Watched
+from gateway.core import strict_json
+from gateway.core.cancel_scope import Watch, Watched
+from gateway.core.connection import Connection
+from gateway.core.errors import ClientGone, ClientStalled, GatewayError
 from gateway.overview import Overview
 from gateway.record import Record
 

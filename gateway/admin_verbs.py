@@ -8,12 +8,12 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway import strict_json
 from gateway.access import Access
 from gateway.backends import Backend
 from gateway.body import Bodies, check_head
-from gateway.dialects.base import Dialect, content_type_of
-from gateway.errors import (
+from gateway.core import strict_json
+from gateway.core.cancel_scope import Guard, Watch
+from gateway.core.errors import (
     AnswerCutShort,
     BackendFailed,
     BackendRefused,
@@ -24,7 +24,7 @@ from gateway.errors import (
     GatewayError,
     NotPermitted,
 )
-from gateway.guard import Guard, Watch
+from gateway.dialects.base import Dialect, content_type_of
 from gateway.keys import ADMIN_MODELS, Key
 from gateway.model_names import NAME_RULE, is_name
 from gateway.record import Record

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gateway.errors import NO_RETRY, BudgetSpent, LimitReached
+from gateway.core.errors import NO_RETRY, BudgetSpent, LimitReached
 from gateway.quota import Scope
 from gateway.tokens import Need
 

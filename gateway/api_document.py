@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gateway import errors, samples, strict_json
+from gateway import samples
 from gateway.admin_api import AdminRoute
+from gateway.core import errors, strict_json
+from gateway.core.errors import GatewayError
 from gateway.dialects.base import Dialect
-from gateway.errors import GatewayError
 from gateway.exchange import Exchange
 from gateway.front import HEALTH
 from gateway.scrape import Scrape

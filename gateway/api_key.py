@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gateway.errors import ConflictingKeys, MissingKey
+from gateway.core.errors import ConflictingKeys, MissingKey
 
 PREFIX = "nz"
 ID_BYTES, SECRET_BYTES, CHECKSUM_CHARACTERS = 5, 20, 6

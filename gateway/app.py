@@ -12,7 +12,7 @@ from typing import Any
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, bulletin, pages, probing, retention, routes, strict_json
+from gateway import admin_verbs, bulletin, pages, probing, retention, routes
 from gateway.access import Access
 from gateway.admin_api import AdminApi
 from gateway.api_document import ApiDocument
@@ -26,17 +26,19 @@ from gateway.budgets import Budgets
 from gateway.bulletin import Bulletin, ProcessState
 from gateway.client_address import TrustedProxies
 from gateway.control import Control
+from gateway.core import strict_json
+from gateway.core.background import Kept
+from gateway.core.cancel_scope import Watch
+from gateway.core.errors import StoreUnavailable
 from gateway.database import Database, Reports
 from gateway.dialects.base import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.discovery import Discovery
 from gateway.drains import Drains
-from gateway.errors import StoreUnavailable
 from gateway.exchange import Exchange
 from gateway.explain import Fleet, explain
 from gateway.front import METRICS, Front, by_prefix
-from gateway.guard import Watch
 from gateway.health import Health
 from gateway.held_answers import HeldAnswers
 from gateway.keys import KeyRing
@@ -54,7 +56,6 @@ from gateway.scrape import Scrape
 from gateway.settings import Settings
 from gateway.show import described
 from gateway.store import Store
-from gateway.tasks import Kept
 from gateway.verification import Verifier
 
 LOG = logging.getLogger("gateway")

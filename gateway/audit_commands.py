@@ -6,9 +6,10 @@ from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, timedelta
 from typing import Any
 
-from gateway import app, audit_chain, commands, console, retention, strict_json
+from gateway import app, audit_chain, commands, console, retention
+from gateway.core import strict_json
+from gateway.core.errors import CommandFailed
 from gateway.database import Database, Row
-from gateway.errors import CommandFailed
 from gateway.settings import Settings
 
 STATEMENT_S = 600.0

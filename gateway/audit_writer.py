@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Self
 
-from gateway import audit_table, shards, strict_json
+from gateway import audit_table, shards
+from gateway.core import strict_json
+from gateway.core.background import Kept
+from gateway.core.errors import StoreUnavailable
 from gateway.database import Database
-from gateway.errors import StoreUnavailable
 from gateway.limits import Limits
 from gateway.redis_names import named
 from gateway.shards import HOME
 from gateway.store import Store, StoreAway
-from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.audit")
 LEASE, LEASE_MS = named("audit:writer"), 5000

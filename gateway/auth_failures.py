@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 
-from gateway.errors import GatewayError, TooManyFailures, WrongKey
+from gateway.core.errors import GatewayError, TooManyFailures, WrongKey
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
 

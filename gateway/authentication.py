@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from gateway import api_key, strict_json
+from gateway import api_key
 from gateway.api_key import PresentedKey
 from gateway.auth_failures import AuthFailures, counted_as
+from gateway.core import strict_json
+from gateway.core.background import Kept
+from gateway.core.errors import Overloaded, StoreUnavailable, WrongKey
 from gateway.database import Database
-from gateway.errors import Overloaded, StoreUnavailable, WrongKey
 from gateway.keys import CHANGED, Key, cache_key, unpack, version_key
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
-from gateway.tasks import Kept
 from gateway.verification import Verifier
 
 REMEMBERED = 10_000

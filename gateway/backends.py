@@ -10,7 +10,7 @@ from yarl import URL
 
 from gateway.backend_config import BackendConfig
 from gateway.breaker import Breaker
-from gateway.guard import Guard, Watched
+from gateway.core.cancel_scope import Guard, Watched
 from gateway.held_bytes import Budget
 from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Pool, Upstream
 

@@ -7,10 +7,18 @@ from typing import Any, Self, TypeVar
 
 from starlette.types import Receive, Scope
 
-from gateway.errors import BadRequest, BodiesUnfinished, BodyTooLarge, BodyTooSlow, ClientGone, Overloaded, UnsupportedEncoding
-from gateway.guard import Guard
+from gateway.core.cancel_scope import Guard
+from gateway.core.errors import (
+    BadRequest,
+    BodiesUnfinished,
+    BodyTooLarge,
+    BodyTooSlow,
+    ClientGone,
+    Overloaded,
+    UnsupportedEncoding,
+)
+from gateway.core.shared_bytes import SharedBytes
 from gateway.record import Record
-from gateway.shared_bytes import SharedBytes
 from gateway.turns import Turns
 
 BODY_DEADLINE_S = 30.0

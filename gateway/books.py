@@ -9,13 +9,14 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
-from gateway import cost, strict_json
+from gateway import cost
+from gateway.core import strict_json
+from gateway.core.background import Kept
+from gateway.core.errors import StoreUnavailable
 from gateway.dialects.base import Dialect
-from gateway.errors import StoreUnavailable
 from gateway.limits import Limits, Settlement
 from gateway.record import Record
 from gateway.store import StoreAway
-from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.audit")
 LOOK_EVERY_S = 0.2

@@ -7,12 +7,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from gateway import shards, strict_json, tasks
+from gateway import shards
 from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
+from gateway.core import background, strict_json
+from gateway.core.background import Kept
 from gateway.redis_lines import Lines
 from gateway.store import Store, StoreAway
-from gateway.tasks import Kept
 
 EVERY_S = 1.0
 # Nobody who lives is silent for so long; what is older is of a process that was killed.
@@ -94,7 +95,7 @@ class Bulletin:
         line = self._lines.of(shards.HOME)
         if line is not None:
             with suppress(StoreAway):
-                line.send(*command).add_done_callback(tasks.retrieve)
+                line.send(*command).add_done_callback(background.retrieve)
 
 
 async def read(store: Store) -> list[ProcessState]:

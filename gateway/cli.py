@@ -13,9 +13,9 @@ from http.client import HTTPException
 from typing import Any, NoReturn
 
 from gateway import audit_commands, commands, console, demo, doctor, installation, serving, spoken, top, why_commands
+from gateway.core.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.database import in_words
 from gateway.drill import command
-from gateway.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.settings import Settings
 
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, None]]

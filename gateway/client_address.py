@@ -10,7 +10,7 @@ from typing import Self
 
 from starlette.types import Scope
 
-from gateway.tasks import Kept
+from gateway.core.background import Kept
 
 RESOLVE_EVERY_S = 60.0
 NOBODY = "local"

@@ -17,9 +17,9 @@ from gateway.address import split as address_parts
 from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.control import FleetFacts
+from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.database import Database, in_words
 from gateway.discovery import Discovery
-from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import NAMES as LIMITS
 from gateway.quota import Quota

@@ -8,12 +8,13 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from gateway import bulletin, strict_json
+from gateway import bulletin
 from gateway.backend_config import BackendConfig
-from gateway.errors import CommandFailed
+from gateway.core import strict_json
+from gateway.core.background import Group
+from gateway.core.errors import CommandFailed
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
-from gateway.tasks import Group
 
 LOG = logging.getLogger("gateway.control")
 CHANNEL = named("control")

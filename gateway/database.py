@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import asyncpg
 
-from gateway.errors import CommandFailed, ReadOnly, StoreRefused, StoreUnavailable, TooSlow
+from gateway.core.errors import CommandFailed, ReadOnly, StoreRefused, StoreUnavailable, TooSlow
 
 SQL = Path(__file__).resolve().parent.parent / "sql"
 NAMED_QUERY = re.compile(r"^-- name: (\w+)\n-- [^\n]+\n(.*?);\s*$", re.MULTILINE | re.DOTALL)

@@ -10,13 +10,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
-from gateway import catalog, strict_json
+from gateway import catalog
 from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.catalog import Catalog, Snapshot
+from gateway.core import strict_json
+from gateway.core.background import Group, Kept
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
-from gateway.tasks import Group, Kept
 from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.discovery")

@@ -23,7 +23,7 @@ from gateway import (
 )
 from gateway.backends import Backend
 from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
-from gateway.errors import CommandFailed
+from gateway.core.errors import CommandFailed
 from gateway.settings import Settings
 from gateway.store import Store
 

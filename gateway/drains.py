@@ -7,11 +7,11 @@ from contextlib import suppress
 from typing import Self
 
 from gateway.backends import Backend
+from gateway.core.background import Kept
+from gateway.core.errors import StoreUnavailable
 from gateway.database import Database
-from gateway.errors import StoreUnavailable
 from gateway.redis_names import named
 from gateway.store import Store, StoreAway
-from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.drains")
 CHANGED = named("drains:changed")

@@ -16,12 +16,12 @@ from gateway.backend_config import BackendConfig
 from gateway.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.books import Books
 from gateway.catalog import Catalog, Model
-from gateway.connection import Connection
+from gateway.core.asgi import send_json
+from gateway.core.cancel_scope import Watch, Watched
+from gateway.core.connection import Connection
+from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Framing, Operation, content_type_of, read_call, try_read
-from gateway.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
-from gateway.guard import Watch, Watched
 from gateway.held_bytes import FrameBuffer
-from gateway.json_reply import send_json
 from gateway.keys import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.outline import LARGEST_READ_WHOLE
 from gateway.record import Record

@@ -9,8 +9,8 @@ from gateway.admission import Admission, Ticket
 from gateway.backend_config import BackendConfig
 from gateway.bulletin import BackendState
 from gateway.catalog import Catalog, Model, Offer
+from gateway.core.errors import LimitReached
 from gateway.dialects.base import Operation
-from gateway.errors import LimitReached
 from gateway.keys import Key
 from gateway.limits import Limits, Used
 from gateway.model_names import ModelName, canonical

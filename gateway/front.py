@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import logs
 from gateway.books import Books
-from gateway.dialects.base import Dialect
-from gateway.errors import (
+from gateway.core.cancel_scope import Guard
+from gateway.core.errors import (
     BackendRefused,
     BodyTooSlow,
     ClientGone,
@@ -21,7 +21,7 @@ from gateway.errors import (
     ShuttingDown,
     UnknownRoute,
 )
-from gateway.guard import Guard
+from gateway.dialects.base import Dialect
 from gateway.metrics import Metrics
 from gateway.record import Record
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from starlette.types import Receive, Scope, Send
 
 from gateway.catalog import Catalog
+from gateway.core.asgi import SAME_ORIGIN, send_json
+from gateway.core.background import Kept
+from gateway.core.errors import StoreUnavailable
 from gateway.database import Database
-from gateway.errors import StoreUnavailable
-from gateway.json_reply import SAME_ORIGIN, send_json
 from gateway.store import Store
-from gateway.tasks import Kept
 
 REMEMBERED_S = 1.0
 DEGRADED, READ_ONLY = "degraded", "degraded: takes no writes"

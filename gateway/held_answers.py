@@ -1,7 +1,7 @@
 """Whole answers in memory, from their first bytes until their readers have them: bounded for each caller and for all."""
 
-from gateway.errors import AnswersUnread
-from gateway.shared_bytes import SharedBytes
+from gateway.core.errors import AnswersUnread
+from gateway.core.shared_bytes import SharedBytes
 
 MOST_HELD = 256 * 2**20
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from gateway.errors import GatewayError
+from gateway.core.errors import GatewayError
 
 
 class Reader(Protocol):

@@ -2,7 +2,7 @@
 
 import re
 
-from gateway.errors import BadRequest, GatewayError, UnsupportedTransferEncoding
+from gateway.core.errors import BadRequest, GatewayError, UnsupportedTransferEncoding
 
 # No host's name, and no port, has one of these.
 NO_HOST = re.compile(rb"[\x00-\x20\x7f-\xff/\\?#@]")

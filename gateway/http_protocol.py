@@ -9,8 +9,8 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
+from gateway.core.errors import BadRequest, GatewayError, HeadTooLarge, Overloaded
 from gateway.departure import Departure
-from gateway.errors import BadRequest, GatewayError, HeadTooLarge, Overloaded
 from gateway.http_cycle import Cycle
 from gateway.http_deadlines import Deadlines
 from gateway.http_head import LINE_ENDS, LONGEST_LINE_END, NO_HOST, fault_of

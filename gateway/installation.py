@@ -9,7 +9,7 @@ from pathlib import Path
 from starlette.config import Config
 
 from gateway import console, local, settings
-from gateway.errors import CommandFailed, SettingsError
+from gateway.core.errors import CommandFailed, SettingsError
 from gateway.settings import Settings
 
 LOCAL = settings.LOCAL_RUN

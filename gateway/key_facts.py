@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from gateway import strict_json
+from gateway.core import strict_json
 from gateway.quota import NAMES as LIMITS
 from gateway.quota import UNLIMITED
 

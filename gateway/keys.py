@@ -9,9 +9,10 @@ from typing import Any
 
 from argon2 import PasswordHasher
 
-from gateway import api_key, model_names, quota, shards, strict_json
+from gateway import api_key, model_names, quota, shards
+from gateway.core import strict_json
+from gateway.core.errors import CommandFailed, NameTaken, NotThere
 from gateway.database import AlreadyThere, Database
-from gateway.errors import CommandFailed, NameTaken, NotThere
 from gateway.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
 from gateway.model_names import MOST_PATTERNS, AllowList
 from gateway.quota import Quota, Rule, Scope

@@ -10,9 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from gateway import shards, strict_json, tasks
+from gateway import shards
 from gateway.admission import Admission, Ticket, Usage, headers, refusal
-from gateway.errors import LimitReached, LimitsUnavailable, StoreUnavailable
+from gateway.core import background, strict_json
+from gateway.core.background import Kept
+from gateway.core.errors import LimitReached, LimitsUnavailable, StoreUnavailable
 from gateway.local_limits import WHOLE, LocalLimits, Share
 from gateway.quota import Scope
 from gateway.record import NEVER_ENDED
@@ -20,7 +22,6 @@ from gateway.redis_line import Line
 from gateway.redis_lines import Lines
 from gateway.shards import HOME, PROCESSES
 from gateway.store import StoreAway
-from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.limits")
 LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
@@ -90,7 +91,7 @@ class Limits:
 
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
-        await tasks.end(self._seeding.values())
+        await background.end(self._seeding.values())
         with suppress(StoreAway):
             await self._line(HOME).send("ZREM", PROCESSES, self.process)
 
@@ -161,7 +162,7 @@ class Limits:
         with suppress(StoreAway):
             for scope in ticket.scopes:
                 line = self._line(shards.shard_of(scope.name))
-                line.send("ZREM", shards.queue(scope.name), ticket.id).add_done_callback(tasks.retrieve)
+                line.send("ZREM", shards.queue(scope.name), ticket.id).add_done_callback(background.retrieve)
 
     def slot_freed(self, queue: bytes) -> None:
         """A call has ended somewhere: the first who waits here asks again."""

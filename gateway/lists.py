@@ -8,8 +8,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.access import Access
 from gateway.catalog import Catalog
-from gateway.errors import BadRequest, UnknownRoute
-from gateway.json_reply import send_json
+from gateway.core.asgi import send_json
+from gateway.core.errors import BadRequest, UnknownRoute
 from gateway.keys import Key
 from gateway.model_names import NAME_RULE, canonical, is_name
 from gateway.record import Record

@@ -7,7 +7,7 @@ import time
 from functools import lru_cache
 from typing import Any, TextIO
 
-from gateway import strict_json
+from gateway.core import strict_json
 
 REQUESTS = logging.getLogger("gateway.request")
 HELD_S, MOST_HELD = 0.05, 500

@@ -6,7 +6,7 @@ import ctypes
 import gc
 from collections.abc import AsyncIterator
 
-from gateway.tasks import Kept
+from gateway.core.background import Kept
 
 # Numbers of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -26,7 +26,7 @@ from prometheus_client import (
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from gateway.errors import BudgetSpent, ConflictingKeys, LimitReached, MissingKey, TooManyFailures, WrongKey
+from gateway.core.errors import BudgetSpent, ConflictingKeys, LimitReached, MissingKey, TooManyFailures, WrongKey
 from gateway.record import CANNOT, Record
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

@@ -8,7 +8,7 @@ import re
 from itertools import islice
 from typing import Any
 
-from gateway import strict_json
+from gateway.core import strict_json
 
 LARGEST_READ_WHOLE = 256 * 1024
 HEAD, TAIL = 16 * 1024, 8 * 1024

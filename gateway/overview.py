@@ -11,9 +11,9 @@ from gateway import bulletin
 from gateway.backend_config import BackendConfig
 from gateway.bulletin import BackendState, ProcessState
 from gateway.catalog import Catalog, Snapshot
+from gateway.core.errors import StoreUnavailable
 from gateway.database import Database
 from gateway.discovery import Discovery
-from gateway.errors import StoreUnavailable
 from gateway.store import Store, StoreAway
 
 LATELY = timedelta(minutes=15)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.errors import SettingsError
-from gateway.json_reply import SAME_ORIGIN
+from gateway.core.asgi import SAME_ORIGIN
+from gateway.core.errors import SettingsError
 
 FOLDER = Path(__file__).parent / "pages"
 KINDS = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway.checkup import Finding, clock, guarded, ok, problem, warning, words
+from gateway.core.errors import StoreUnavailable
 from gateway.database import Database
-from gateway.errors import StoreUnavailable
 
 NAME = "PostgreSQL"
 OLDEST_VERSION = 14

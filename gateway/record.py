@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway import strict_json
 from gateway.admission import Admission
+from gateway.core import strict_json
 from gateway.dialects.base import Usage
 from gateway.keys import Key
 from gateway.tokens import NO_TOKENS, Need

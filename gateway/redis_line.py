@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Self
 import hiredis
 from redis.asyncio import Redis
 
+from gateway.core.background import Kept
 from gateway.redis_names import FREED, named
 from gateway.store import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, FAILURES, StoreAway, connect
-from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.store")
 LUA = Path(__file__).parent / "lua"

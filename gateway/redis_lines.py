@@ -9,9 +9,9 @@ from typing import Any, Self
 from redis.exceptions import RedisClusterException
 
 from gateway import shards
+from gateway.core.background import Kept
 from gateway.redis_line import Line, Tally
 from gateway.store import CONNECT_DEADLINE_S, FAILURES, connect, is_cluster, of_node
-from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.store")
 LOOK_EVERY_S, LOOK_AGAIN_S = 30.0, 0.5

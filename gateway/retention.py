@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from gateway.core.errors import StoreUnavailable
 from gateway.database import Connection, Database, Row, in_words
-from gateway.errors import StoreUnavailable
 
 LOG = logging.getLogger("gateway.retention")
 MONTHS_AHEAD = 2

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from gateway import refusals
 from gateway.backends import Backend
 from gateway.catalog import Model
-from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
-from gateway.errors import (
+from gateway.core.cancel_scope import Watched
+from gateway.core.errors import (
     AnswerTooLarge,
     BackendCannot,
     BackendFailed,
@@ -21,7 +21,7 @@ from gateway.errors import (
     GatewayError,
     NoBackend,
 )
-from gateway.guard import Watched
+from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
 from gateway.held_answers import HeldAnswer, HeldAnswers
 from gateway.held_bytes import FrameBuffer
 from gateway.record import CANNOT, Attempt, Record

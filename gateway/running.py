@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from gateway import catalog, discovery
 from gateway.backends import Backend
-from gateway.tasks import Group
+from gateway.core.background import Group
 from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.running")

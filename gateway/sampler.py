@@ -9,13 +9,13 @@ from gateway.audit_writer import AuditWriter
 from gateway.backends import Backend
 from gateway.books import Books
 from gateway.catalog import Catalog
+from gateway.core.background import Kept
 from gateway.database import Database
 from gateway.front import Front
 from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.redis_lines import Lines
 from gateway.store import Store
-from gateway.tasks import Kept
 
 EVERY_S = 1.0
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}

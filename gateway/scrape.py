@@ -7,8 +7,8 @@ from ipaddress import ip_address, ip_network
 from starlette.types import Receive, Scope, Send
 
 from gateway import api_key
-from gateway.errors import ConflictingKeys, MissingKey, UnknownRoute
-from gateway.json_reply import SAME_ORIGIN
+from gateway.core.asgi import SAME_ORIGIN
+from gateway.core.errors import ConflictingKeys, MissingKey, UnknownRoute
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.record import Record
 

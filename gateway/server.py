@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from gateway.app import Rooms
-from gateway.errors import ShuttingDown
+from gateway.core.errors import ShuttingDown
 from gateway.http_places import Places, most_connections
 from gateway.http_protocol import Protocol
 from gateway.stop_signals import stop_signals

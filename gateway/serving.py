@@ -16,10 +16,11 @@ from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
-from gateway import app, console, discovery, installation, logs, memory, metrics, server, tasks
+from gateway import app, console, discovery, installation, logs, memory, metrics, server
 from gateway.app import Rooms
 from gateway.commands import require_schema
-from gateway.errors import CommandFailed
+from gateway.core import background
+from gateway.core.errors import CommandFailed
 from gateway.keys import KeyRing, NewKey
 from gateway.settings import Settings
 from gateway.workers import Workers, end_with_parent
@@ -103,7 +104,7 @@ async def _serve_one(
             async with memory.kept_small(tidying):
                 await one.serve([listener])
         finally:
-            await tasks.end([telling])
+            await background.end([telling])
 
 
 async def _until_lists_are_there(rooms: Rooms) -> None:

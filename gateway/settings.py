@@ -11,9 +11,10 @@ from urllib.parse import SplitResult, parse_qs, unquote
 
 from starlette.config import Config
 
-from gateway import address, setting_names
+from gateway import address
 from gateway.backend_config import BackendConfig, header_name, read_backends, secret, url
-from gateway.errors import SettingsError
+from gateway.core import setting_names
+from gateway.core.errors import SettingsError
 
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 WEAK_SECRETS = frozenset(

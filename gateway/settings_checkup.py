@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from gateway import settings as reading
 from gateway.backend_config import BackendConfig
 from gateway.checkup import Finding, ok, problem, warning
-from gateway.errors import SettingsError
+from gateway.core.errors import SettingsError
 from gateway.settings import Settings
 
 RESOLVE_S = 3.0

@@ -17,8 +17,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
 from gateway import address
+from gateway.core.background import Kept
 from gateway.redis_names import named
-from gateway.tasks import Kept
 
 LOG = logging.getLogger("gateway.store")
 CALL_DEADLINE_S = 0.05

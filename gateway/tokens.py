@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gateway import strict_json
+from gateway.core import strict_json
 
 LETTERS_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4

@@ -13,7 +13,7 @@ from http.client import HTTPException
 from typing import Any
 
 from gateway import commands
-from gateway.errors import CommandFailed
+from gateway.core.errors import CommandFailed
 from gateway.settings import Settings
 
 EVERY_S = 2.0

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from gateway import strict_json
+from gateway.core import strict_json
 from gateway.outline import LARGEST_READ_WHOLE
 
 LONGEST_TEXT = 64 * 1024

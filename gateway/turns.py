@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from gateway.errors import Overloaded
-from gateway.guard import Guard
+from gateway.core.cancel_scope import Guard
+from gateway.core.errors import Overloaded
 
 # How long others have the loop after a piece of work, and how long until the next piece of the same caller: in times of what
 # the piece took. So all callers together take half of a loop's time, and one of them a fifth.

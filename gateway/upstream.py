@@ -18,7 +18,7 @@ from aiohttp.streams import EofStream
 from yarl import URL
 
 from gateway.backend_config import BackendConfig
-from gateway.guard import Watched
+from gateway.core.cancel_scope import Watched
 
 LONGEST_WHOLE_ANSWER = 64 * 2**20
 LONGEST_LINE = 65_536

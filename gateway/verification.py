@@ -11,9 +11,9 @@ from typing import NamedTuple
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from gateway import tasks
 from gateway.api_key import PresentedKey
-from gateway.errors import Overloaded
+from gateway.core import background
+from gateway.core.errors import Overloaded
 
 THREADS = 2
 # Waiting or under way: ids that exist, keys behind another one of their id, keys of one id, keys with ids that nobody has.
@@ -64,7 +64,7 @@ class Verifier:
         finally:
             for task in (verifying, turn):
                 task.cancel()
-                task.add_done_callback(tasks.retrieve)
+                task.add_done_callback(background.retrieve)
 
     async def _of_known(self, stored: str, presented: PresentedKey) -> Verdict:
         one_id = f"id {presented.secret_id}"

@@ -1,7 +1,7 @@
 """What a caller is told of a model that it cannot have."""
 
 from gateway.catalog import Catalog
-from gateway.errors import GatewayError, ModelNotAvailable, ModelNotFound
+from gateway.core.errors import GatewayError, ModelNotAvailable, ModelNotFound
 from gateway.keys import ADMIN_MODELS, Key
 from gateway.model_names import canonical
 

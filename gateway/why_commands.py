@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import api_key, app, audit_commands, bulletin, commands, console, drains, keys, spoken, strict_json
+from gateway import api_key, app, audit_commands, bulletin, commands, console, drains, keys, spoken
 from gateway.admission import duration
 from gateway.budgets import Budgets
+from gateway.core import strict_json
+from gateway.core.errors import CommandFailed
 from gateway.database import Database
 from gateway.dialects.base import Operation
-from gateway.errors import CommandFailed
 from gateway.explain import Fleet, Question, explain
 from gateway.limits import Limits
 from gateway.redis_lines import Lines

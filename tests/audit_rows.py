@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from gateway import audit_table, strict_json
+from gateway import audit_table
+from gateway.core import strict_json
 from gateway.database import Database
 
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ from typing import Any, Self
 import uvicorn
 
 from gateway import server
-from gateway.errors import GatewayError
+from gateway.core.errors import GatewayError
 from gateway.http_places import Places
 from gateway.http_protocol import Protocol
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from gateway import app, keys
-from gateway.errors import CommandFailed, NotThere
+from gateway.core.errors import CommandFailed, NotThere
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.processes import until

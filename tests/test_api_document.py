@@ -14,9 +14,10 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from playwright.sync_api import Browser, Page, expect
 
-from gateway import admin_verbs, app, keys, pages, samples, strict_json
+from gateway import admin_verbs, app, keys, pages, samples
 from gateway.admin_api import AdminRoute
 from gateway.api_document import FOLDER
+from gateway.core import strict_json
 from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

@@ -18,11 +18,11 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "address redis_names suggestions errors tasks connection backend_config breaker console checkup stop_signals".split(),
-    "shared_bytes setting_names".split(),
+    "address redis_names suggestions core.errors core.background core.connection backend_config breaker console checkup stop_signals".split(),
+    "core.shared_bytes core.setting_names".split(),
     "drill.played drill.client drill.redis_wire workers departure http_cycle http_deadlines http_head http_places".split(),
-    "http_protocol guard memory samples api_key model_names strict_json local settings store database client_address".split(),
-    "upstream tokens quota shards redis_line audit_table json_reply local_servers logs auth_failures installation demo".split(),
+    "http_protocol core.cancel_scope memory samples api_key model_names core.strict_json local settings store database client_address".split(),
+    "upstream tokens quota shards redis_line audit_table core.asgi local_servers logs auth_failures installation demo".split(),
     "outline".split(),
     "dialects.beyond".split(),
     "redis_lines catalog verification dialects.base keys admission transcript budgets retention audit_chain".split(),
@@ -50,7 +50,7 @@ KNOW_THE_SETTINGS = set(
     "settings installation app commands audit_commands serving settings_checkup doctor why_commands top cli".split()
 ) | {"drill.command"}
 HOMES = {
-    "orjson": {"strict_json"},
+    "orjson": {"core.strict_json"},
     "asyncpg": {"database"},
     "redis": {"store", "redis_line", "redis_lines"},
     "hiredis": {"redis_line"},
@@ -167,7 +167,17 @@ def test_what_is_used_of_starlette() -> None:
 
 def test_dialects_and_other_pure_modules_never_wait() -> None:
     pure = [name for name in trees() if name.startswith("dialects.")]
-    pure += ["api_key", "model_names", "strict_json", "errors", "breaker", "catalog", "backend_config", "settings", "show"]
+    pure += [
+        "api_key",
+        "model_names",
+        "core.strict_json",
+        "core.errors",
+        "breaker",
+        "catalog",
+        "backend_config",
+        "settings",
+        "show",
+    ]
     waiting = {
         name
         for name in pure

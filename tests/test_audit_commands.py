@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from gateway import cli, console, retention
+from gateway.core.errors import CommandFailed
 from gateway.database import Database
-from gateway.errors import CommandFailed
 from tests.audit_rows import add_key, ago, in_database, prompt, row, sql, write, write_prompts
 from tests.conftest import TestStores
 from tests.settings_of import settings_for

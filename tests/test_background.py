@@ -12,9 +12,9 @@ import hiredis
 import pytest
 
 from gateway import app, authentication, keys
-from gateway.errors import ReadOnly, StoreRefused, StoreUnavailable
+from gateway.core.background import Group, Kept
+from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
 from gateway.redis_line import Replies
-from gateway.tasks import Group, Kept
 from tests.asking import WAYS
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -53,7 +53,7 @@ def test_every_task_that_never_ends_is_kept() -> None:
 
 
 def test_what_fails_begins_again_and_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("gateway.tasks.AGAIN_S", 0.001)
+    monkeypatch.setattr("gateway.core.background.AGAIN_S", 0.001)
     begun: list[int] = []
 
     async def work() -> None:
@@ -71,7 +71,7 @@ def test_what_fails_begins_again_and_is_said_once(monkeypatch: pytest.MonkeyPatc
         while len(begun) < 7:  # noqa: ASYNC110 # the work under test must not know who waits
             await asyncio.sleep(0.001)
         states.append(kept.state)
-        monkeypatch.setattr("gateway.tasks.FAILING_S", 0.0)
+        monkeypatch.setattr("gateway.core.background.FAILING_S", 0.0)
         states.append(kept.state)
         await kept.end()
         cancelled = Kept(work, "cancelled")

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway import api_key
+from gateway.core.errors import GatewayError
 from gateway.dialects.base import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
-from gateway.errors import GatewayError
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import cost, shards, strict_json
+from gateway import cost, shards
 from gateway.budgets import Budgets
+from gateway.core import strict_json
 from gateway.cost import MILLION
 from gateway.dialects.base import Dialect, Usage
 from gateway.dialects.ollama import Ollama

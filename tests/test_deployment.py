@@ -14,7 +14,7 @@ import yaml
 
 from gateway import local, serving, settings
 from gateway.cli import VERBS
-from gateway.errors import SettingsError
+from gateway.core.errors import SettingsError
 from tests.processes import until
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway import admin_verbs, cli, errors, settings
-from gateway.errors import GatewayError, SettingsError
+from gateway import admin_verbs, cli, settings
+from gateway.core import errors
+from gateway.core.errors import GatewayError, SettingsError
 from gateway.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ import pytest
 from gateway import checkup, doctor, installation, postgres_checkup, redis_checkup, serving, settings_checkup
 from gateway.backend_config import BackendConfig
 from gateway.checkup import Finding
-from gateway.errors import CommandFailed
+from gateway.core.errors import CommandFailed
 from gateway.settings import LOCAL_RUN, Settings
 from gateway.shards import ALL
 from tests import preloaded

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway import strict_json
+from gateway.core import strict_json
 from tests.asking import WAYS, Way
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

@@ -11,14 +11,15 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from gateway import api_key, catalog, front, spoken, strict_json, transcript
+from gateway import api_key, catalog, front, spoken, transcript
 from gateway.backend_config import BackendConfig
 from gateway.catalog import Snapshot
 from gateway.client_address import TrustedProxies, _address
+from gateway.core import strict_json
+from gateway.core.errors import BadRequest
 from gateway.dialects.base import read_call
 from gateway.dialects.ollama import Ndjson, Ollama
 from gateway.dialects.openai import OpenAI, ServerSentEvents
-from gateway.errors import BadRequest
 from gateway.keys import ADMIN
 from gateway.model_names import LONGEST_NAME, REMEMBERED_NAMES, AllowList, canonical
 from gateway.refusals import scrub

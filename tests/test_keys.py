@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gateway import api_key, local, verification
 from gateway.authentication import Authenticator
-from gateway.errors import CommandFailed, ConflictingKeys, MissingKey, Overloaded
+from gateway.core.errors import CommandFailed, ConflictingKeys, MissingKey, Overloaded
 from gateway.keys import NewKey
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

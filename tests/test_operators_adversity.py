@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from gateway import app, keys
-from gateway.errors import StoreUnavailable
+from gateway.core.errors import StoreUnavailable
 from tests import redis_server
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

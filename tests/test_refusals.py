@@ -11,8 +11,8 @@ import pytest
 
 from gateway import refusals
 from gateway.backend_config import BackendConfig
+from gateway.core.errors import BackendCannot
 from gateway.dialects.ollama import Ollama
-from gateway.errors import BackendCannot
 from tests.asking import MODEL, SAY_HI, WAYS
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

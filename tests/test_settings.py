@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import settings
-from gateway.errors import SettingsError
+from gateway.core.errors import SettingsError
 from gateway.settings import Settings
 from tests.processes import environment
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from gateway.breaker import FAILURES_UNTIL_OPEN, FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from gateway.client_address import TrustedProxies
+from gateway.core.cancel_scope import Guard
 from gateway.dialects.ollama import Ndjson
 from gateway.dialects.openai import ServerSentEvents
-from gateway.guard import Guard
 from gateway.held_bytes import Budget, FrameBuffer
 from gateway.model_names import AllowList, canonical
 

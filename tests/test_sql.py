@@ -10,8 +10,8 @@ import asyncpg
 import pytest
 
 from gateway import database
+from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.database import Database, Migration
-from gateway.errors import CommandFailed, StoreUnavailable
 from tests.conftest import TestStores
 
 GATEWAY = Path(database.__file__).parent

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway import strict_json
-from gateway.errors import BadRequest
+from gateway.core import strict_json
+from gateway.core.errors import BadRequest
 
 PIECES = (
     (

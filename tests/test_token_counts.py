@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from gateway import cost, strict_json, tokens
+from gateway import cost, tokens
+from gateway.core import strict_json
+from gateway.core.errors import BadRequest
 from gateway.dialects.base import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
-from gateway.errors import BadRequest
 from gateway.quota import UNLIMITED
 from gateway.record import CANNOT, Attempt, Record
 from tests.asking import MODEL, SAY_HI, WAYS, Way

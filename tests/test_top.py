@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway import keys, top
-from gateway.errors import CommandFailed
+from gateway.core.errors import CommandFailed
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import operate, until

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gateway.body import LARGEST_WITHOUT_TURN
-from gateway.errors import Overloaded
-from gateway.guard import Guard
+from gateway.core.cancel_scope import Guard
+from gateway.core.errors import Overloaded
 from gateway.turns import Turns
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from gateway.body import Bodies, check_head
-from gateway.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
-from gateway.guard import Guard
+from gateway.core.cancel_scope import Guard
+from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
 from gateway.keys import ADMIN, ADMIN_MODELS
 from gateway.record import Record
 from tests.asking import MODEL, SAY_HI

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gateway import strict_json
-from gateway.errors import BadRequest
+from gateway.core import strict_json
+from gateway.core.errors import BadRequest
 
 # To another model or adapter, another host, another caller's slot, request or place in the queue, an operator's corpus, or
 # into the backend's code. (A `session_id` says which requests belong together; no server takes one's text for another's.)

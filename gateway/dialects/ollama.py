@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gateway import strict_json, tokens
+from gateway import tokens
 from gateway.backend_config import Kind
+from gateway.core import strict_json
+from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects.base import (
     BadFrame,
     Call,
@@ -24,7 +26,6 @@ from gateway.dialects.base import (
     wish,
 )
 from gateway.dialects.beyond import LOOKED_AT
-from gateway.errors import BadRequest, GatewayError
 from gateway.tokens import NO_TOKENS, Need
 
 KNOWN_FIELDS = frozenset(

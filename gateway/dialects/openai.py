@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gateway import strict_json, tokens
+from gateway import tokens
 from gateway.backend_config import Kind
+from gateway.core import strict_json
+from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects.base import (
     BadFrame,
     Call,
@@ -26,7 +28,6 @@ from gateway.dialects.base import (
     wish,
 )
 from gateway.dialects.beyond import LOOKED_AT
-from gateway.errors import BadRequest, GatewayError
 from gateway.tokens import Need
 
 CAPS = frozenset({"max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"})

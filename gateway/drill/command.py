@@ -11,10 +11,10 @@ from typing import Any
 
 from gateway import app, console, redis_names
 from gateway.commands import key_ring
+from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.drill import played
 from gateway.drill.scene import Installation, Scene
 from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
-from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.settings import Settings
 from gateway.stop_signals import stop_signals
 from gateway.store import Store, StoreAway

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from gateway import metrics, redis_names, server
+from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.database import Database
 from gateway.drill.client import Client, Heard, chat, look
 from gateway.drill.played import HOST, Played
 from gateway.drill.redis_wire import RedisWire, can_be_wired
-from gateway.errors import CommandFailed, StoreUnavailable
 from gateway.keys import DRILL, SHOW_BACKEND, KeyRing, NewKey
 from gateway.quota import Quota
 from gateway.store import StoreAway, drop_names

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 
-from gateway.errors import SettingsError
+from gateway.core.errors import SettingsError
 
 # A Kubernetes Service whose name begins with "gateway" puts these into every container; they are not ours.
 KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.types import Send
 
-from gateway import strict_json
+from gateway.core import strict_json
 
 # What needs no key must not be loaded by a page of another origin either, as a script or a picture.
 SAME_ORIGIN = [(b"cross-origin-resource-policy", b"same-origin")]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from gateway.tasks import Kept
+from gateway.core.background import Kept
 
 LOOK_EVERY_S = 0.1
 NEVER = float("inf")

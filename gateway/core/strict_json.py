@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from gateway.errors import BadRequest
+from gateway.core.errors import BadRequest
 
 LARGEST_INTEGER = 2**63 - 1
 BLANKS = " \t\n\r"
