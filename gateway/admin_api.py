@@ -23,7 +23,6 @@ from gateway.core import strict_json
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import Watch
 from gateway.core.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
-from gateway.database import Database, Row
 from gateway.dialects.base import Operation
 from gateway.discovery import Discovery
 from gateway.explain import Question
@@ -32,7 +31,8 @@ from gateway.overview import WINDOWS, Overview
 from gateway.quota import NAMES as LIMITS
 from gateway.quota import UNLIMITED, Quota
 from gateway.record import Record
-from gateway.store import Store
+from gateway.stores.postgres import Database, Row
+from gateway.stores.redis_client import Store
 
 LONGEST_BODY = 65_536
 LONGEST_VALUE, MOST_VALUES = 1000, 50

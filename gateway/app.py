@@ -30,7 +30,6 @@ from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.cancel_scope import Watch
 from gateway.core.errors import StoreUnavailable
-from gateway.database import Database, Reports
 from gateway.dialects.base import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
@@ -47,15 +46,16 @@ from gateway.lists import Lists
 from gateway.metrics import Metrics
 from gateway.overview import Overview
 from gateway.quota import Quota
-from gateway.redis_lines import Lines
-from gateway.redis_names import FREED
 from gateway.routing import Router
 from gateway.running import RunningModels
 from gateway.sampler import Sampler
 from gateway.scrape import Scrape
 from gateway.settings import Settings
 from gateway.show import described
-from gateway.store import Store
+from gateway.stores.postgres import Database, Reports
+from gateway.stores.redis_client import Store
+from gateway.stores.redis_names import FREED
+from gateway.stores.redis_shards import Lines
 from gateway.verification import Verifier
 
 LOG = logging.getLogger("gateway")

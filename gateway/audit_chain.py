@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 
-from gateway.database import Database, Row
+from gateway.stores.postgres import Database, Row
 
 EMPTY_CHAIN = bytes(32)
 BATCHES_AT_ONCE, ROWS_AT_ONCE = 1000, 10_000

@@ -9,8 +9,8 @@ from typing import Any
 from gateway import app, audit_chain, commands, console, retention
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
-from gateway.database import Database, Row
 from gateway.settings import Settings
+from gateway.stores.postgres import Database, Row
 
 STATEMENT_S = 600.0
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway.database import Database
+from gateway.stores.postgres import Database
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Self
 
-from gateway import audit_table, shards
+from gateway import audit_table
 from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
-from gateway.database import Database
 from gateway.limits import Limits
-from gateway.redis_names import named
-from gateway.shards import HOME
-from gateway.store import Store, StoreAway
+from gateway.stores import redis_keys
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_keys import HOME
+from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.audit")
 LEASE, LEASE_MS = named("audit:writer"), 5000
@@ -26,8 +27,8 @@ REAP_EVERY_S, REAPED_AT_ONCE = 2.0, 100
 # After Redis was away, those who live renew their leases before anybody is given up.
 OVERDUE_MS, SETTLING_S = 4000, 6.0
 
-ROWS = frozenset(shared.rows for shared in shards.ALL)
-STREAMS = [*(shared.rows for shared in shards.ALL), *(shared.prompts for shared in shards.ALL)]
+ROWS = frozenset(shared.rows for shared in redis_keys.ALL)
+STREAMS = [*(shared.rows for shared in redis_keys.ALL), *(shared.prompts for shared in redis_keys.ALL)]
 LENGTHS = """
 local found = {}
 for number, stream in ipairs(KEYS) do
@@ -164,7 +165,7 @@ class AuditWriter:
                 refused.append(type(wrong).__name__)
         if taken and refused:
             LOG.error("%d audit rows are refused by the database and lost: %s", len(refused), ", ".join(sorted(set(refused))))
-            await self._store.call(lambda redis: redis.incrby(shards.ALL[HOME].dropped, len(refused)))
+            await self._store.call(lambda redis: redis.incrby(redis_keys.ALL[HOME].dropped, len(refused)))
         return taken
 
     async def _reap(self) -> None:

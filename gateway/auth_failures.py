@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 
 from gateway.core.errors import GatewayError, TooManyFailures, WrongKey
-from gateway.redis_names import named
-from gateway.store import Store, StoreAway
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_names import named
 
 WINDOW_S = 60.0
 REMEMBERED_ADDRESSES = 10_000

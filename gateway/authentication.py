@@ -16,10 +16,10 @@ from gateway.auth_failures import AuthFailures, counted_as
 from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.errors import Overloaded, StoreUnavailable, WrongKey
-from gateway.database import Database
 from gateway.keys import CHANGED, Key, cache_key, unpack, version_key
-from gateway.redis_names import named
-from gateway.store import Store, StoreAway
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_names import named
 from gateway.verification import Verifier
 
 REMEMBERED = 10_000

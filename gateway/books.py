@@ -16,7 +16,7 @@ from gateway.core.errors import StoreUnavailable
 from gateway.dialects.base import Dialect
 from gateway.limits import Limits, Settlement
 from gateway.record import Record
-from gateway.store import StoreAway
+from gateway.stores.redis_client import StoreAway
 
 LOG = logging.getLogger("gateway.audit")
 LOOK_EVERY_S = 0.2

@@ -2,11 +2,11 @@
 
 from datetime import UTC, datetime
 
-from gateway import shards
-from gateway.database import Database
 from gateway.model_names import canonical
 from gateway.quota import Quota, Rule, Scope
-from gateway.store import Store
+from gateway.stores import redis_keys
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import Store
 
 KEPT_S = 70 * 86_400
 
@@ -24,7 +24,7 @@ class Budgets:
         rule = Rule(pattern, Quota())
         counted = [row for row in rows if not pattern or (row["model"] and rule.matches(canonical(row["model"]).canonical))]
         today, month = sum(row["day"] for row in counted), sum(row["month"] for row in counted)
-        name = shards.budget(scope.name)
+        name = redis_keys.budget(scope.name)
         day_field, month_field = f"d{int(day.timestamp()) // 86_400}", f"m{now.year * 12 + now.month}"
         await self._store.pipeline(
             lambda pipe: pipe.hsetnx(name, day_field, today).hsetnx(name, month_field, month).expire(name, KEPT_S)

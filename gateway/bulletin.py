@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from gateway import shards
 from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.core import background, strict_json
 from gateway.core.background import Kept
-from gateway.redis_lines import Lines
-from gateway.store import Store, StoreAway
+from gateway.stores import redis_keys
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_shards import Lines
 
 EVERY_S = 1.0
 # Nobody who lives is silent for so long; what is older is of a process that was killed.
@@ -83,16 +83,16 @@ class Bulletin:
 
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
-        self._send("HDEL", shards.BULLETIN, self._look().process)
+        self._send("HDEL", redis_keys.BULLETIN, self._look().process)
 
     async def _keep_telling(self) -> None:
         while True:
             state = self._look()
-            self._send("HSET", shards.BULLETIN, state.process, strict_json.write(asdict(state)))
+            self._send("HSET", redis_keys.BULLETIN, state.process, strict_json.write(asdict(state)))
             await asyncio.sleep(EVERY_S)
 
     def _send(self, *command: Any) -> None:
-        line = self._lines.of(shards.HOME)
+        line = self._lines.of(redis_keys.HOME)
         if line is not None:
             with suppress(StoreAway):
                 line.send(*command).add_done_callback(background.retrieve)
@@ -100,12 +100,12 @@ class Bulletin:
 
 async def read(store: Store) -> list[ProcessState]:
     """Of all processes that live; raises StoreAway."""
-    told = await store.slow_call(lambda redis: redis.hgetall(shards.BULLETIN), LOOK_DEADLINE_S)
+    told = await store.slow_call(lambda redis: redis.hgetall(redis_keys.BULLETIN), LOOK_DEADLINE_S)
     states = {process: _unpacked(text) for process, text in told.items()}
     now = time.time()
     gone = [process for process, state in states.items() if state is None or now - state.at > FORGOTTEN_S]
     if gone:
-        await store.call(lambda redis: redis.hdel(shards.BULLETIN, *gone))
+        await store.call(lambda redis: redis.hdel(redis_keys.BULLETIN, *gone))
     return [state for state in states.values() if state is not None and now - state.at <= FRESH_S]
 
 

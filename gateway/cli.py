@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from gateway import audit_commands, commands, console, demo, doctor, installation, serving, spoken, top, why_commands
 from gateway.core.errors import CommandFailed, SettingsError, StoreUnavailable
-from gateway.database import in_words
 from gateway.drill import command
 from gateway.settings import Settings
+from gateway.stores.postgres import in_words
 
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, None]]
 

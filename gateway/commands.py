@@ -13,18 +13,18 @@ from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, unquote
 
 from gateway import app, console, control, key_facts, keys, model_names, probing
-from gateway.address import split as address_parts
 from gateway.backend_config import BackendConfig
 from gateway.backends import Backend
 from gateway.control import FleetFacts
 from gateway.core.errors import CommandFailed, StoreUnavailable
-from gateway.database import Database, in_words
 from gateway.discovery import Discovery
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import NAMES as LIMITS
 from gateway.quota import Quota
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.stores.postgres import Database, in_words
+from gateway.stores.redis_client import Store
+from gateway.stores.urls import split as address_parts
 
 KEY_VARIABLE = "ADMIN_KEY"
 LIBPQ = {

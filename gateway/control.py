@@ -13,8 +13,8 @@ from gateway.backend_config import BackendConfig
 from gateway.core import strict_json
 from gateway.core.background import Group
 from gateway.core.errors import CommandFailed
-from gateway.redis_names import named
-from gateway.store import Store, StoreAway
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.control")
 CHANNEL = named("control")

@@ -16,8 +16,8 @@ from gateway.backends import Backend
 from gateway.catalog import Catalog, Snapshot
 from gateway.core import strict_json
 from gateway.core.background import Group, Kept
-from gateway.redis_names import named
-from gateway.store import Store, StoreAway
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_names import named
 from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.discovery")

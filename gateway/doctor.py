@@ -25,7 +25,7 @@ from gateway.backends import Backend
 from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.core.errors import CommandFailed
 from gateway.settings import Settings
-from gateway.store import Store
+from gateway.stores.redis_client import Store
 
 OLDEST_PYTHON = (3, 11)
 OF_BACKENDS = "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"

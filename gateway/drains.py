@@ -9,9 +9,9 @@ from typing import Self
 from gateway.backends import Backend
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
-from gateway.database import Database
-from gateway.redis_names import named
-from gateway.store import Store, StoreAway
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.drains")
 CHANGED = named("drains:changed")

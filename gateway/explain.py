@@ -15,7 +15,7 @@ from gateway.keys import Key
 from gateway.limits import Limits, Used
 from gateway.model_names import ModelName, canonical
 from gateway.quota import NAMES, Quota, Scope
-from gateway.store import StoreAway
+from gateway.stores.redis_client import StoreAway
 from gateway.tokens import NO_TOKENS, Need
 from gateway.visibility import missing
 

@@ -9,8 +9,8 @@ from gateway.catalog import Catalog
 from gateway.core.asgi import SAME_ORIGIN, send_json
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
-from gateway.database import Database
-from gateway.store import Store
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import Store
 
 REMEMBERED_S = 1.0
 DEGRADED, READ_ONLY = "degraded", "degraded: takes no writes"

@@ -9,15 +9,16 @@ from typing import Any
 
 from argon2 import PasswordHasher
 
-from gateway import api_key, model_names, quota, shards
+from gateway import api_key, model_names, quota
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed, NameTaken, NotThere
-from gateway.database import AlreadyThere, Database
 from gateway.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
 from gateway.model_names import MOST_PATTERNS, AllowList
 from gateway.quota import Quota, Rule, Scope
-from gateway.redis_names import named
-from gateway.store import Store, StoreAway
+from gateway.stores import redis_keys
+from gateway.stores.postgres import AlreadyThere, Database
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_names import named
 
 CHANGED = named("keys:changed")
 VERSION_KEPT_S = 86_400
@@ -196,7 +197,7 @@ class KeyRing:
         """Nobody counted while there was no budget: what the audit knows is asked for anew."""
         if self._store is not None:
             with suppress(StoreAway):
-                await self._store.call(lambda redis: redis.delete(shards.budget(scope)))
+                await self._store.call(lambda redis: redis.delete(redis_keys.budget(scope)))
 
     async def all(self) -> Sequence[Mapping[str, Any]]:
         return [dict(row) for row in await self._database.rows("list_keys")]

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from gateway import shards
 from gateway.admission import Admission, Ticket, Usage, headers, refusal
 from gateway.core import background, strict_json
 from gateway.core.background import Kept
@@ -18,10 +17,11 @@ from gateway.core.errors import LimitReached, LimitsUnavailable, StoreUnavailabl
 from gateway.local_limits import WHOLE, LocalLimits, Share
 from gateway.quota import Scope
 from gateway.record import NEVER_ENDED
-from gateway.redis_line import Line
-from gateway.redis_lines import Lines
-from gateway.shards import HOME, PROCESSES
-from gateway.store import StoreAway
+from gateway.stores import redis_keys
+from gateway.stores.redis_client import StoreAway
+from gateway.stores.redis_connection import Line
+from gateway.stores.redis_keys import HOME, PROCESSES
+from gateway.stores.redis_shards import Lines
 
 LOG = logging.getLogger("gateway.limits")
 LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
@@ -135,7 +135,7 @@ class Limits:
     async def _wait(self, ticket: Ticket, until: float) -> "Admission | LimitReached":
         """In the key's queue, which Redis keeps for all processes in the order of arrival."""
         freed = asyncio.Event()
-        lines = [self._waiting.setdefault(shards.queue(scope.name), []) for scope in ticket.scopes]
+        lines = [self._waiting.setdefault(redis_keys.queue(scope.name), []) for scope in ticket.scopes]
         for line in lines:
             line.append(freed)
         self._waiters += 1
@@ -156,13 +156,13 @@ class Limits:
             for line, scope in zip(lines, ticket.scopes, strict=True):
                 line.remove(freed)
                 if not line:
-                    self._waiting.pop(shards.queue(scope.name), None)
+                    self._waiting.pop(redis_keys.queue(scope.name), None)
 
     def _leave_queue(self, ticket: Ticket) -> None:
         with suppress(StoreAway):
             for scope in ticket.scopes:
-                line = self._line(shards.shard_of(scope.name))
-                line.send("ZREM", shards.queue(scope.name), ticket.id).add_done_callback(background.retrieve)
+                line = self._line(redis_keys.shard_of(scope.name))
+                line.send("ZREM", redis_keys.queue(scope.name), ticket.id).add_done_callback(background.retrieve)
 
     def slot_freed(self, queue: bytes) -> None:
         """A call has ended somewhere: the first who waits here asks again."""
@@ -186,7 +186,7 @@ class Limits:
         return self._read(ticket, reply), used
 
     async def _reply(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> list[Any]:
-        line = self._line(shards.shard_of(ticket.scopes[0].name))
+        line = self._line(redis_keys.shard_of(ticket.scopes[0].name))
         # The key and each of its rules has a budget of its own, that may have to be read first.
         for _ in range(len(ticket.scopes) + 1):
             reply: list[Any] = await line.run("admit", *self._question(ticket, may_wait, lease_ms))
@@ -196,7 +196,7 @@ class Limits:
         raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
 
     def _question(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> tuple[list[Any], list[Any]]:
-        keys: list[Any] = [*shards.ALL[shards.shard_of(ticket.scopes[0].name)][:3]]
+        keys: list[Any] = [*redis_keys.ALL[redis_keys.shard_of(ticket.scopes[0].name)][:3]]
         wait_ms = int(self._queue_wait_s * 1000) if may_wait else 0
         prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
         values: list[Any] = [ticket.id, ticket.info, lease_ms, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
@@ -204,7 +204,7 @@ class Limits:
         values += [self._most_output, wait_ms, WAITING_PER_KEY, round(self._likely_s(first) * 1000)]
         values.append(round(self._call_s(first) * 1000))
         for scope in ticket.scopes:
-            keys += shards.counters(scope.name)
+            keys += redis_keys.counters(scope.name)
             values += scope[1:]
         return keys, values
 
@@ -277,14 +277,14 @@ class Limits:
 
     def has_told(self, key_id: str) -> bool:
         """Whether all that was said of this key is on its way to Redis."""
-        line = self._lines.of(shards.shard_of(key_id))
+        line = self._lines.of(redis_keys.shard_of(key_id))
         return line is None or line.has_written
 
     def tell(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
         admission = settlement.admission
         scopes: Sequence[Scope] = admission.scopes if admission else ()
-        shard = shards.shard_of(settlement.key_id)
-        keys: list[Any] = [*shards.ALL[shard], shards.once(shard, settlement.id)]
+        shard = redis_keys.shard_of(settlement.key_id)
+        keys: list[Any] = [*redis_keys.ALL[shard], redis_keys.once(shard, settlement.id)]
         model = admission.model if admission else ""
         how = how or (admission.how if admission else "admitted")
         # Redis may have let in, unheard, what this process then let in alone.
@@ -292,7 +292,7 @@ class Limits:
         values: list[Any] = [settlement.id, reserved, settlement.used, settlement.row, settlement.prompt, how]
         values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS]
         for scope in scopes:
-            keys += shards.counters(scope.name)[1:]
+            keys += redis_keys.counters(scope.name)[1:]
             values += [int(scope.tpm >= 0), int(scope.has_budget)]
         return self._line(shard).run("settle", keys, values)
 
@@ -301,7 +301,7 @@ class Limits:
         if admission.how == "alone":
             self.local.settle(admission.scopes, admission.reserved, settlement.used)
             for scope in admission.scopes:
-                self.slot_freed(shards.queue(scope.name))
+                self.slot_freed(redis_keys.queue(scope.name))
         _move(self._lengths, admission.scopes[0].name, time.monotonic() - admission.began, 0.2)
         if settlement.completion >= 0:
             _move(self._means, admission.model, settlement.completion, 0.05)
@@ -331,8 +331,8 @@ class Limits:
         """The leases of long calls, shard by shard, and this process's own."""
         of_shards: dict[int, list[tuple[str, bytes]]] = {}
         for admission in list(self._running.values()):
-            shard = shards.shard_of(admission.scopes[0].name)
-            slots = [(admission.id, shards.slots(scope.name)) for scope in admission.scopes]
+            shard = redis_keys.shard_of(admission.scopes[0].name)
+            slots = [(admission.id, redis_keys.slots(scope.name)) for scope in admission.scopes]
             of_shards.setdefault(shard, []).extend(slots)
         for shard, slots in of_shards.items():
             with suppress(StoreAway):
@@ -346,13 +346,13 @@ class Limits:
         for start in range(0, len(slots), RENEWED_AT_ONCE):
             # Those that have ended since are not to be found there again.
             some = [(call, slot) for call, slot in slots[start : start + RENEWED_AT_ONCE] if call in self._running]
-            keys = [shards.ALL[shard].leases, *(slot for _, slot in some)]
+            keys = [redis_keys.ALL[shard].leases, *(slot for _, slot in some)]
             await self._line(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
 
     async def overdue(self, since_ms: int, most: int) -> list[Settlement]:
         """Calls whose process is gone, each to be told as "reaped". Raises StoreAway."""
         settlements = []
-        for shard, shared in enumerate(shards.ALL):
+        for shard, shared in enumerate(redis_keys.ALL):
             found = await self._line(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
             for call, info in zip(found[::2], found[1::2], strict=True):
                 try:

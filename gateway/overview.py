@@ -12,9 +12,9 @@ from gateway.backend_config import BackendConfig
 from gateway.bulletin import BackendState, ProcessState
 from gateway.catalog import Catalog, Snapshot
 from gateway.core.errors import StoreUnavailable
-from gateway.database import Database
 from gateway.discovery import Discovery
-from gateway.store import Store, StoreAway
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import Store, StoreAway
 
 LATELY = timedelta(minutes=15)
 BUSIEST = 10

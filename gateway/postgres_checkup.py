@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.checkup import Finding, clock, guarded, ok, problem, warning, words
 from gateway.core.errors import StoreUnavailable
-from gateway.database import Database
+from gateway.stores.postgres import Database
 
 NAME = "PostgreSQL"
 OLDEST_VERSION = 14

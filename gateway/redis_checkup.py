@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from gateway import shards, store
 from gateway.checkup import Finding, State, clock, guarded, ok, problem, warning, words
-from gateway.redis_names import FREED, named
+from gateway.stores import redis_client, redis_keys
+from gateway.stores.redis_names import FREED, named
 
 NAME = "Redis"
 OLDEST_VERSION = (6, 2)
@@ -22,7 +22,7 @@ ADVICE_RIGHTS = "see whether the user of REDIS_URL may use this command"
 
 async def examine(url: str, *, is_needed: bool) -> list[Finding]:
     """Without being needed (one process, no address given) its absence is a warning only."""
-    client = store.connect(url, deadline_s=CALL_S)
+    client = redis_client.connect(url, deadline_s=CALL_S)
     try:
         try:
             await client.ping()
@@ -56,10 +56,10 @@ async def _speed(client: Any) -> list[Finding]:
         await client.ping()
         times.append(time.monotonic() - began)
     found = f"answers in {min(times) * 1000:.1f} ms"
-    advice = f"put it nearer: a gateway waits {store.CALL_DEADLINE_S * 1000:g} ms and then goes on without it"
-    if min(times) > store.CALL_DEADLINE_S:
+    advice = f"put it nearer: a gateway waits {redis_client.CALL_DEADLINE_S * 1000:g} ms and then goes on without it"
+    if min(times) > redis_client.CALL_DEADLINE_S:
         return [problem(NAME, found, advice)]
-    return [warning(NAME, found, advice) if min(times) > store.CALL_DEADLINE_S / 2 else ok(NAME, found)]
+    return [warning(NAME, found, advice) if min(times) > redis_client.CALL_DEADLINE_S / 2 else ok(NAME, found)]
 
 
 async def _clock(client: Any) -> list[Finding]:
@@ -105,7 +105,7 @@ def persistence(info: Mapping[str, Any]) -> Finding:
 
 
 async def _backlog(client: Any) -> list[Finding]:
-    count = sum([await client.xlen(shared.rows) for shared in shards.ALL])
+    count = sum([await client.xlen(shared.rows) for shared in redis_keys.ALL])
     found = f"{count} rows wait for PostgreSQL"
     if count > LONGEST_BACKLOG:
         return [warning("audit backlog", found, "see whether a gateway runs and PostgreSQL answers: they take the rows away")]
@@ -113,7 +113,7 @@ async def _backlog(client: Any) -> list[Finding]:
 
 
 async def _losses(client: Any) -> list[Finding]:
-    counts = {shared.dropped.decode(): int(await client.get(shared.dropped) or 0) for shared in shards.ALL}
+    counts = {shared.dropped.decode(): int(await client.get(shared.dropped) or 0) for shared in redis_keys.ALL}
     count = sum(counts.values())
     if count:
         names = " ".join(name for name, lost in counts.items() if lost)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway.core.errors import StoreUnavailable
-from gateway.database import Connection, Database, Row, in_words
+from gateway.stores.postgres import Connection, Database, Row, in_words
 
 LOG = logging.getLogger("gateway.retention")
 MONTHS_AHEAD = 2

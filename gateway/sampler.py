@@ -10,12 +10,12 @@ from gateway.backends import Backend
 from gateway.books import Books
 from gateway.catalog import Catalog
 from gateway.core.background import Kept
-from gateway.database import Database
 from gateway.front import Front
 from gateway.limits import Limits
 from gateway.metrics import Metrics
-from gateway.redis_lines import Lines
-from gateway.store import Store
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import Store
+from gateway.stores.redis_shards import Lines
 
 EVERY_S = 1.0
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}

@@ -11,10 +11,10 @@ from urllib.parse import SplitResult, parse_qs, unquote
 
 from starlette.config import Config
 
-from gateway import address
 from gateway.backend_config import BackendConfig, header_name, read_backends, secret, url
 from gateway.core import setting_names
 from gateway.core.errors import SettingsError
+from gateway.stores import urls
 
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 WEAK_SECRETS = frozenset(
@@ -140,7 +140,7 @@ def redis_url(text: str) -> str:
 
 def _split(text: str) -> SplitResult | None:
     """None where it is no address."""
-    parts = address.split(text)
+    parts = urls.split(text)
     hosts = [HOST_AND_PORT.fullmatch(host) for host in parts.netloc.rpartition("@")[2].split(",")]
     usable = parts.netloc.isascii() and all(host and int(host["port"] or 0) < 2**16 for host in hosts)
     return None if re.search(r"\s", text) or not usable else parts
@@ -362,7 +362,7 @@ def refuse_weak_secrets(settings: Settings) -> None:
 
 def _login(url: str) -> tuple[str, str, bool]:
     """User, password, and whether another machine may listen there."""
-    parts = address.split(url)
+    parts = urls.split(url)
     login, _, host = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     asked = {name: values[-1] for name, values in parse_qs(parts.query).items()}

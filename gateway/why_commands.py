@@ -11,13 +11,13 @@ from gateway.admission import duration
 from gateway.budgets import Budgets
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
-from gateway.database import Database
 from gateway.dialects.base import Operation
 from gateway.explain import Fleet, Question, explain
 from gateway.limits import Limits
-from gateway.redis_lines import Lines
 from gateway.settings import Settings
-from gateway.store import Store, StoreAway
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_shards import Lines
 
 ROUTES = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
 OPERATOR = "operator"

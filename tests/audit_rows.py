@@ -10,7 +10,7 @@ import asyncpg
 
 from gateway import audit_table
 from gateway.core import strict_json
-from gateway.database import Database
+from gateway.stores.postgres import Database
 
 Result = TypeVar("Result")
 DAY = timedelta(days=1)

@@ -14,13 +14,14 @@ import httpx
 from ollama import Client as OllamaClient
 from openai import OpenAI
 
-from gateway import app, keys, server, shards
+from gateway import app, keys, server
 from gateway.app import Rooms
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import NAMES as LIMITS
 from gateway.quota import Quota
 from gateway.settings import Settings
-from gateway.store import Store, StoreAway
+from gateway.stores import redis_keys
+from gateway.stores.redis_client import Store, StoreAway
 
 Result = TypeVar("Result")
 START_S = 20.0
@@ -32,7 +33,7 @@ async def waiting_rows(store: Store) -> int:
     """Rows of the audit that have not been taken from Redis yet."""
 
     def fill(pipe: Any) -> None:
-        for shared in shards.ALL:
+        for shared in redis_keys.ALL:
             pipe.xlen(shared.rows)
 
     return sum(await store.pipeline(fill))

@@ -18,14 +18,14 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "address redis_names suggestions core.errors core.background core.connection backend_config breaker console checkup stop_signals".split(),
+    "stores.urls stores.redis_names suggestions core.errors core.background core.connection backend_config breaker console checkup stop_signals".split(),
     "core.shared_bytes core.setting_names".split(),
     "drill.played drill.client drill.redis_wire workers departure http_cycle http_deadlines http_head http_places".split(),
-    "http_protocol core.cancel_scope memory samples api_key model_names core.strict_json local settings store database client_address".split(),
-    "upstream tokens quota shards redis_line audit_table core.asgi local_servers logs auth_failures installation demo".split(),
+    "http_protocol core.cancel_scope memory samples api_key model_names core.strict_json local settings stores.redis_client stores.postgres client_address".split(),
+    "upstream tokens quota stores.redis_keys stores.redis_connection audit_table core.asgi local_servers logs auth_failures installation demo".split(),
     "outline".split(),
     "dialects.beyond".split(),
-    "redis_lines catalog verification dialects.base keys admission transcript budgets retention audit_chain".split(),
+    "stores.redis_shards catalog verification dialects.base keys admission transcript budgets retention audit_chain".split(),
     "held_bytes held_answers turns".split(),
     "backends".split(),
     "refusals authentication dialects.ollama dialects.openai discovery drains bulletin show health local_limits record".split(),
@@ -51,9 +51,9 @@ KNOW_THE_SETTINGS = set(
 ) | {"drill.command"}
 HOMES = {
     "orjson": {"core.strict_json"},
-    "asyncpg": {"database"},
-    "redis": {"store", "redis_line", "redis_lines"},
-    "hiredis": {"redis_line"},
+    "asyncpg": {"stores.postgres"},
+    "redis": {"stores.redis_client", "stores.redis_connection", "stores.redis_shards"},
+    "hiredis": {"stores.redis_connection"},
     "argon2": {"app", "keys", "verification"},
     "aiohttp": {"backends", "upstream", "drill.client"},
     "yarl": {"backends", "upstream"},
@@ -142,7 +142,17 @@ def test_the_environment_is_read_in_few_places() -> None:
     }
     # Those of the local run pass it on to their programs.
     assert (
-        reads - {"installation", "commands", "serving", "local", "local_servers", "redis_names", "drill.scene", "drill.command"}
+        reads
+        - {
+            "installation",
+            "commands",
+            "serving",
+            "local",
+            "local_servers",
+            "stores.redis_names",
+            "drill.scene",
+            "drill.command",
+        }
         == set()
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 from gateway import audit_chain
 from gateway.audit_chain import Verdict
-from gateway.database import Database
+from gateway.stores.postgres import Database
 from tests.audit_rows import ago, in_database, row, sql, write
 from tests.conftest import TestStores
 

@@ -14,7 +14,7 @@ import pytest
 
 from gateway import cli, console, retention
 from gateway.core.errors import CommandFailed
-from gateway.database import Database
+from gateway.stores.postgres import Database
 from tests.audit_rows import add_key, ago, in_database, prompt, row, sql, write, write_prompts
 from tests.conftest import TestStores
 from tests.settings_of import settings_for

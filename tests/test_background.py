@@ -14,7 +14,7 @@ import pytest
 from gateway import app, authentication, keys
 from gateway.core.background import Group, Kept
 from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
-from gateway.redis_line import Replies
+from gateway.stores.redis_connection import Replies
 from tests.asking import WAYS
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

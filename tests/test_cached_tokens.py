@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import cost, shards
+from gateway import cost
 from gateway.budgets import Budgets
 from gateway.core import strict_json
 from gateway.cost import MILLION
@@ -20,6 +20,7 @@ from gateway.dialects.openai import OpenAI
 from gateway.limits import _abandoned, remembered
 from gateway.quota import Scope
 from gateway.record import Record
+from gateway.stores import redis_keys
 from gateway.tokens import Need
 from tests.asking import MODEL, WAYS, Way
 from tests.audit_rows import add_key, ago, billed, row, sql, write
@@ -231,7 +232,7 @@ def test_rows_of_before_and_of_now_are_summed_alike(gateway: RunningGateway, sto
 
     async def seeded(name: str) -> int:
         await Budgets(gateway.rooms.database, gateway.rooms.store).seed(Scope(name, -1, -1, -1, 10, 10))
-        found = await gateway.rooms.store.call(lambda redis: redis.hvals(shards.budget(name)))
+        found = await gateway.rooms.store.call(lambda redis: redis.hvals(redis_keys.budget(name)))
         assert len(set(found)) == 1, "of the day and of the month"
         return int(found[0])
 
@@ -246,7 +247,7 @@ def old_rows(gateway: RunningGateway, stores: TestStores) -> Iterator[list[dict[
     assert not rows[0].keys() & {"cached_tokens", "billed_tokens"}
     with stores.client() as redis:
         for each in rows:
-            redis.xadd(shards.ALL[3].rows, {"row": strict_json.write(each)})
+            redis.xadd(redis_keys.ALL[3].rows, {"row": strict_json.write(each)})
     yield rows
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from gateway import audit_chain, database
-from gateway.database import Migration
+from gateway import audit_chain
+from gateway.stores import postgres
+from gateway.stores.postgres import Migration
 from tests.audit_rows import ago, in_database, row, sql, write
 from tests.test_limits import until
 
 LAST_BEFORE = 6
-REAL: Callable[..., list[Migration]] = database.migrations
+REAL: Callable[..., list[Migration]] = postgres.migrations
 HASHES = "SELECT audit_hash(a) FROM audit a WHERE batch <= 2 ORDER BY id"
 COUNTS = [{}, {"cached_tokens": 0}, {"cached_tokens": 3, "billed_tokens": 5}, {"billed_tokens": 5}, {"cached_tokens": 5}]
 
@@ -31,7 +32,7 @@ def migrate(url: str) -> None:
 def url(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A database as the version before has it, with two batches of rows that its function has written."""
     with monkeypatch.context() as before:
-        before.setattr(database, "migrations", lambda folder=Path(): REAL()[:LAST_BEFORE])
+        before.setattr(postgres, "migrations", lambda folder=Path(): REAL()[:LAST_BEFORE])
         migrate(empty_database)
     write(empty_database, *([row(ago(days)) for days in (0, 1, 40)] for _ in range(2)))
     assert sql(empty_database, "SELECT max(version) FROM schema_migrations") == [LAST_BEFORE]

@@ -14,8 +14,8 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from gateway import shards
 from gateway.api_key import parse
+from gateway.stores import redis_keys
 from tests.asking import WAYS
 from tests.conftest import TestStores
 from tests.crowd import Crowd, gather_crowd
@@ -57,7 +57,7 @@ def names(nodes: list[Any]) -> list[list[str]]:
 
 
 def node_of(shard: int) -> int:
-    return int(key_slot(shards.ALL[shard].calls) * NODES // SLOTS)
+    return int(key_slot(redis_keys.ALL[shard].calls) * NODES // SLOTS)
 
 
 def key_on(gateway: RunningGateway, node: int, **limits: Any) -> str:
@@ -66,7 +66,7 @@ def key_on(gateway: RunningGateway, node: int, **limits: Any) -> str:
         parsed = parse(key)
         assert parsed is not None
         row = gateway.call(gateway.rooms.database.row("find_secret", parsed.secret_id))
-        if row is not None and node_of(shards.shard_of(row["id"])) == node:
+        if row is not None and node_of(redis_keys.shard_of(row["id"])) == node:
             return key
     raise AssertionError("no key of this node")
 
@@ -84,7 +84,7 @@ def crowd_of(gateway: RunningGateway, requests: int) -> Crowd:
 
 
 def test_the_shards_are_spread_over_the_nodes_and_a_key_is_on_one(gateway: RunningGateway, nodes: list[Any]) -> None:
-    assert {node_of(shard) for shard in range(shards.SHARDS)} == set(range(NODES))
+    assert {node_of(shard) for shard in range(redis_keys.SHARDS)} == set(range(NODES))
     key = gateway.key(rpm=1000, tpm=10_000, day=10_000)
     # A node that was slow to its first question is asked again, as a client would.
     until(lambda: ask(gateway, key) == 200, 10)
@@ -113,7 +113,7 @@ def test_a_limit_is_said_everywhere_within_a_second(gateway: RunningGateway) -> 
 
 def test_the_books_balance_while_slots_move(gateway: RunningGateway, nodes: list[Any]) -> None:
     stopping = threading.Event()
-    slots = sorted({key_slot(shared.calls) for shared in shards.ALL})
+    slots = sorted({key_slot(shared.calls) for shared in redis_keys.ALL})
 
     def move() -> None:
         for turn, slot in enumerate(slots):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway import shards
+from gateway.stores import redis_keys
 from tests.audit_rows import billed
 from tests.conftest import StartGateway, TestStores
 from tests.crowd import Crowd, gather_crowd
@@ -49,7 +49,7 @@ def settled_today(stores: TestStores) -> int:
 def still_taken(stores: TestStores) -> list[bytes]:
     with stores.client() as redis:
         return [name for kind in ("c", "v", "q") for name in redis.scan_iter(f"nz:*:{kind}:*")] + [
-            name for shared in shards.ALL for name in (shared.calls, shared.leases) if redis.exists(name)
+            name for shared in redis_keys.ALL for name in (shared.calls, shared.leases) if redis.exists(name)
         ]
 
 

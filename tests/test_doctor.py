@@ -20,7 +20,7 @@ from gateway.backend_config import BackendConfig
 from gateway.checkup import Finding
 from gateway.core.errors import CommandFailed
 from gateway.settings import LOCAL_RUN, Settings
-from gateway.shards import ALL
+from gateway.stores.redis_keys import ALL
 from tests import preloaded
 from tests.conftest import TestStores
 from tests.played import PlayedBackend

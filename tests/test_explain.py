@@ -18,7 +18,7 @@ from gateway.breaker import FAILURES_UNTIL_OPEN, Breaker
 from gateway.dialects.base import Operation
 from gateway.explain import Question
 from gateway.keys import Key
-from gateway.store import StoreAway
+from gateway.stores.redis_client import StoreAway
 from tests.audit_rows import sql
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

@@ -12,11 +12,12 @@ import pytest
 from ollama import ResponseError
 from openai import RateLimitError
 
-from gateway import admission, shards
+from gateway import admission
 from gateway.admission import Usage
 from gateway.keys import ADMIN, ADMIN_MODELS
 from gateway.local_limits import LocalLimits, Share
 from gateway.quota import UNLIMITED, Scope
+from gateway.stores import redis_keys
 from gateway.tokens import Need
 from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
@@ -183,7 +184,7 @@ def test_all_limits_or_none(gateway: RunningGateway, stores: TestStores) -> None
         passed = ask(client, WAYS[1])
     assert int(passed.headers["x-ratelimit-remaining-requests"]) == 98
     with stores.client() as redis:
-        assert not any(redis.exists(shared.leases, shared.calls) for shared in shards.ALL)
+        assert not any(redis.exists(shared.leases, shared.calls) for shared in redis_keys.ALL)
 
 
 def test_headers_of_every_answer(gateway: RunningGateway) -> None:
@@ -456,7 +457,7 @@ def set_mean(gateway: RunningGateway, stores: TestStores, tokens: int) -> None:
     canonical = "llama3.2:latest"
     gateway.rooms.limits._means[canonical] = tokens
     with stores.client() as redis:
-        for shared in shards.ALL:
+        for shared in redis_keys.ALL:
             redis.hset(shared.means, canonical, tokens)
 
 
@@ -484,7 +485,7 @@ def test_a_guess_is_one_for_all_scopes_and_given_back(
         first.start()
         until(lambda: gateway.rooms.limits.running == 1)
         (let_in,) = gateway.rooms.limits._running.values()
-        reserves = [shards.counters(scope.name)[2] for scope in let_in.scopes]
+        reserves = [redis_keys.counters(scope.name)[2] for scope in let_in.scopes]
         assert (let_in.reserved, redis.mget(reserves)) == (2000, [b"2000", b"2000"])
         refused = client.post(WAYS[0].path, json=WAYS[0].body)
         assert refused.status_code == 429 and "x-should-retry" not in refused.headers
@@ -509,7 +510,7 @@ def test_a_guess_alone_keeps_no_request_out_of_a_share(gateway: RunningGateway) 
 
 
 def test_a_call_of_nobody_is_left_out(gateway: RunningGateway, stores: TestStores) -> None:
-    shared = shards.ALL[4]
+    shared = redis_keys.ALL[4]
     with stores.client() as redis:
         redis.hset(shared.calls, "x", b'0 {"scopes":[[1,2,3,4,5,6,7]],"model":"m","prompt":1,"row":{}}')
         redis.zadd(shared.leases, {"x": 1})

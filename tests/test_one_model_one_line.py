@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from gateway import cli, spoken
-from gateway.database import Database
 from gateway.keys import ADMIN
 from gateway.model_names import canonical
+from gateway.stores.postgres import Database
 from tests.audit_rows import PLAIN, ago, in_database, row, sql, write
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

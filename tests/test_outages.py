@@ -17,10 +17,11 @@ import asyncpg
 import pytest
 import redis
 
-from gateway import api_key, app, shards
+from gateway import api_key, app
 from gateway.keys import KeyRing, NewKey
 from gateway.local_limits import Share
 from gateway.quota import Quota
+from gateway.stores import redis_keys
 from tests.asking import WAYS
 from tests.crowd import Crowd
 from tests.own_stores import OwnStores, own_stores
@@ -111,7 +112,7 @@ class Load:
 
 def backlog(stores: OwnStores) -> int:
     with redis.Redis.from_url(stores.redis_url) as client:
-        return sum(int(client.xlen(shared.rows)) + int(client.hlen(shared.calls)) for shared in shards.ALL)
+        return sum(int(client.xlen(shared.rows)) + int(client.hlen(shared.calls)) for shared in redis_keys.ALL)
 
 
 @pytest.mark.long(seconds=40)
@@ -235,7 +236,7 @@ def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: OwnStores
         try:
             assert ask(gateway, key) == 200
             client.delete("nz:audit:writer")
-            until(lambda: not any(client.xlen(shared.rows) for shared in shards.ALL), 15)
+            until(lambda: not any(client.xlen(shared.rows) for shared in redis_keys.ALL), 15)
         finally:
             client.config_set("maxmemory", 0)
         until(lambda: gateway.rooms.limits.is_usable and not gateway.rooms.books.backlog, 10)

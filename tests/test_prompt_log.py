@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gateway import shards
+from gateway.stores import redis_keys
 from tests.asking import MODEL, WAYS, Way
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -74,14 +74,14 @@ def test_forgotten_prompts_do_not_come_back(gateway: RunningGateway, stores: Tes
     with gateway.http(gateway.key(prompt_log=True)) as client, stores.client() as redis:
         redis.set("nz:audit:writer", "somebody else", px=2000)
         client.post("/api/chat", json=WAYS[0].body)
-        assert sum(redis.xlen(shared.prompts) for shared in shards.ALL) == 1
+        assert sum(redis.xlen(shared.prompts) for shared in redis_keys.ALL) == 1
 
         async def forget() -> None:
             async with gateway.rooms.database.connection() as connection:
                 await connection.execute("UPDATE keys SET prompts_forgotten_at = now()")
 
         gateway.call(forget())
-        until(lambda: not any(redis.xlen(shared.prompts) for shared in shards.ALL))
+        until(lambda: not any(redis.xlen(shared.prompts) for shared in redis_keys.ALL))
     assert prompts(gateway) == []
 
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from gateway import audit_chain, retention
-from gateway.database import Database
+from gateway.stores.postgres import Database
 from tests.asking import WAYS
 from tests.audit_rows import DAY
 from tests.conftest import StartGateway, TestStores

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from gateway.store import CALL_DEADLINE_S, Store, StoreAway
+from gateway.stores.redis_client import CALL_DEADLINE_S, Store, StoreAway
 from tests.conftest import TestStores
 from tests.redis_server import server
 

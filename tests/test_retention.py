@@ -11,8 +11,8 @@ import pytest
 
 from gateway import audit_chain, audit_table, retention
 from gateway.core.errors import StoreUnavailable
-from gateway.database import Database, in_words
 from gateway.retention import Went
+from gateway.stores.postgres import Database, in_words
 from tests.audit_rows import DAY, add_key, ago, in_database, packed, prompt, row, sql, write, write_prompts
 from tests.conftest import TestStores
 from tests.processes import until

@@ -9,14 +9,14 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from gateway import database
 from gateway.core.errors import CommandFailed, StoreUnavailable
-from gateway.database import Database, Migration
+from gateway.stores import postgres
+from gateway.stores.postgres import Database, Migration
 from tests.conftest import TestStores
 
-GATEWAY = Path(database.__file__).parent
-QUERY_FILES = sorted((database.SQL / "queries").glob("*.sql"))
-QUERIES = database.queries()
+GATEWAY = Path(postgres.__file__).parents[1]
+QUERY_FILES = sorted((postgres.SQL / "queries").glob("*.sql"))
+QUERIES = postgres.queries()
 HEAD = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
 
@@ -93,17 +93,17 @@ def test_a_query_without_its_table_would_be_noticed(empty_database: str) -> None
 def test_two_queries_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.sql").write_text("-- name: one\n-- A sentence.\nSELECT 1;\n\n-- name: one\n-- A sentence.\nSELECT 2;\n")
     with pytest.raises(ValueError, match="two queries are named one"):
-        database.queries(tmp_path)
+        postgres.queries(tmp_path)
 
 
 def test_migrations_are_numbered_without_gaps() -> None:
-    files = sorted(path.name for path in (database.SQL / "migrations").iterdir())
+    files = sorted(path.name for path in (postgres.SQL / "migrations").iterdir())
     assert all(re.fullmatch(r"\d{4}_[a-z_0-9]+\.sql", name) for name in files)
-    assert [migration.version for migration in database.migrations()] == list(range(1, len(files) + 1))
+    assert [migration.version for migration in postgres.migrations()] == list(range(1, len(files) + 1))
 
 
 def test_migrations_go_forward_only() -> None:
-    for migration in database.migrations():
+    for migration in postgres.migrations():
         # What a function may do later is not what the migration does.
         sql = re.sub(r"\$\$.*?\$\$", "", migration.sql, flags=re.DOTALL)
         assert not re.search(r"\b(DROP|TRUNCATE)\b|\bDOWN\b", sql, re.IGNORECASE), migration.name
@@ -112,7 +112,7 @@ def test_migrations_go_forward_only() -> None:
 
 def test_an_empty_database_is_not_current_until_migrated_and_then_stays_so(empty_database: str) -> None:
     assert in_database(empty_database, lambda found: found.is_current()) is False
-    assert migrate(empty_database) == len(database.migrations())
+    assert migrate(empty_database) == len(postgres.migrations())
     assert in_database(empty_database, lambda found: found.is_current()) is True
     assert migrate(empty_database) == 0
     assert in_database(empty_database, lambda found: found.is_current()) is True
@@ -121,7 +121,7 @@ def test_an_empty_database_is_not_current_until_migrated_and_then_stays_so(empty
 def test_each_migration_is_told_as_it_is_applied(empty_database: str) -> None:
     said: list[str] = []
     in_database(empty_database, lambda found: found.migrate(said.append))
-    assert said == [f"applying {migration.name}" for migration in database.migrations()]
+    assert said == [f"applying {migration.name}" for migration in postgres.migrations()]
 
 
 def test_migrators_at_once_all_succeed_and_one_does_the_work(empty_database: str) -> None:
@@ -129,15 +129,15 @@ def test_migrators_at_once_all_succeed_and_one_does_the_work(empty_database: str
         async with Database(empty_database) as one, Database(empty_database) as two, Database(empty_database) as three:
             return await asyncio.gather(*(each.migrate(quiet) for each in (one, two, three)))
 
-    assert sorted(asyncio.run(together())) == [0, 0, len(database.migrations())]
+    assert sorted(asyncio.run(together())) == [0, 0, len(postgres.migrations())]
 
 
 @pytest.fixture
 def own_migrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "migrations"
-    shutil.copytree(database.SQL / "migrations", folder)
-    real: Callable[[Path], list[Migration]] = database.migrations
-    monkeypatch.setattr(database, "migrations", lambda: real(folder))
+    shutil.copytree(postgres.SQL / "migrations", folder)
+    real: Callable[[Path], list[Migration]] = postgres.migrations
+    monkeypatch.setattr(postgres, "migrations", lambda: real(folder))
     return folder
 
 
@@ -149,7 +149,7 @@ def test_an_edited_migration_is_refused_by_name(stores: TestStores, own_migratio
 
 
 def test_a_new_migration_is_applied_to_a_database_of_before(stores: TestStores, own_migrations: Path) -> None:
-    number = len(database.migrations()) + 1
+    number = len(postgres.migrations()) + 1
     (own_migrations / f"{number:04}_more.sql").write_text("CREATE TABLE more (id integer);\n")
     assert in_database(stores.database_url, lambda found: found.is_current()) is False
     assert migrate(stores.database_url) == 1
@@ -157,7 +157,7 @@ def test_a_new_migration_is_applied_to_a_database_of_before(stores: TestStores, 
 
 
 def test_a_broken_migration_leaves_nothing_of_itself_or_of_those_before_it(empty_database: str, own_migrations: Path) -> None:
-    number = len(database.migrations()) + 1
+    number = len(postgres.migrations()) + 1
     (own_migrations / f"{number:04}_broken.sql").write_text("CREATE TABLE half (id integer);\nSELECT nothing FROM nowhere;\n")
     with pytest.raises(CommandFailed, match=r"_broken failed, nothing was changed: .*nowhere"):
         migrate(empty_database)

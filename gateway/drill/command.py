@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import app, console, redis_names
+from gateway import app, console
 from gateway.commands import key_ring
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.drill import played
@@ -17,7 +17,8 @@ from gateway.drill.scene import Installation, Scene
 from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.settings import Settings
 from gateway.stop_signals import stop_signals
-from gateway.store import Store, StoreAway
+from gateway.stores import redis_names
+from gateway.stores.redis_client import Store, StoreAway
 
 LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 90.0
 TRIED_MS = 3000

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Self
 from urllib.parse import SplitResult, urlunsplit
 
-from gateway.address import split
+from gateway.stores.urls import split
 
 HOST = "127.0.0.1"
 PIECE, CONNECT_S = 65_536, 3.0

@@ -21,15 +21,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from gateway import metrics, redis_names, server
+from gateway import metrics, server
 from gateway.core.errors import CommandFailed, StoreUnavailable
-from gateway.database import Database
 from gateway.drill.client import Client, Heard, chat, look
 from gateway.drill.played import HOST, Played
 from gateway.drill.redis_wire import RedisWire, can_be_wired
 from gateway.keys import DRILL, SHOW_BACKEND, KeyRing, NewKey
 from gateway.quota import Quota
-from gateway.store import StoreAway, drop_names
+from gateway.stores import redis_names
+from gateway.stores.postgres import Database
+from gateway.stores.redis_client import StoreAway, drop_names
 
 # Each has its fault and a model of its own name; the last has all models, and is sound.
 FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing")

@@ -9,8 +9,8 @@ from pathlib import Path
 import asyncpg
 import redis
 
-from gateway import shards
 from gateway.record import Record
+from gateway.stores import redis_keys
 from tests.bench.subjects import Subject
 from tests.processes import until
 
@@ -59,10 +59,10 @@ def drained_rows_s(gateway: Subject, rows: int = 30_000) -> float:
         # All at once, as after PostgreSQL was away.
         pipe = client.pipeline(transaction=True)
         for number in range(rows):
-            pipe.xadd(shards.ALL[number % shards.SHARDS].rows, {"row": _row()})
+            pipe.xadd(redis_keys.ALL[number % redis_keys.SHARDS].rows, {"row": _row()})
         pipe.execute()
         began = time.monotonic()
-        until(lambda: not any(client.xlen(shared.rows) for shared in shards.ALL), 120)
+        until(lambda: not any(client.xlen(shared.rows) for shared in redis_keys.ALL), 120)
     return rows / (time.monotonic() - began)
 
 

@@ -14,11 +14,11 @@ import hiredis
 from redis.asyncio import Redis
 
 from gateway.core.background import Kept
-from gateway.redis_names import FREED, named
-from gateway.store import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, FAILURES, StoreAway, connect
+from gateway.stores.redis_client import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, FAILURES, StoreAway, connect
+from gateway.stores.redis_names import FREED, named
 
 LOG = logging.getLogger("gateway.store")
-LUA = Path(__file__).parent / "lua"
+LUA = Path(__file__).parents[1] / "lua"
 MOST_PENDING = 20_000
 # A busy loop of our own must not pass for a frozen Redis: answers that have arrived get this long to be read.
 LOOKS, LOOK_AGAIN_S = 4, 0.003

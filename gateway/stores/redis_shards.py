@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from redis.exceptions import RedisClusterException
 
-from gateway import shards
 from gateway.core.background import Kept
-from gateway.redis_line import Line, Tally
-from gateway.store import CONNECT_DEADLINE_S, FAILURES, connect, is_cluster, of_node
+from gateway.stores import redis_keys
+from gateway.stores.redis_client import CONNECT_DEADLINE_S, FAILURES, connect, is_cluster, of_node
+from gateway.stores.redis_connection import Line, Tally
 
 LOG = logging.getLogger("gateway.store")
 LOOK_EVERY_S, LOOK_AGAIN_S = 30.0, 0.5
@@ -32,7 +32,7 @@ class Lines:
 
     async def __aenter__(self) -> Self:
         if not is_cluster(self._url):
-            self._of_shard = [await self._line_to(None)] * shards.SHARDS
+            self._of_shard = [await self._line_to(None)] * redis_keys.SHARDS
             return self
         with suppress(*FAILURES):
             await self._look()
@@ -66,7 +66,7 @@ class Lines:
         """Who holds which shard, as the cluster says it now."""
         client: Any = connect(self._url, deadline_s=CONNECT_DEADLINE_S)
         async with asyncio.timeout(CONNECT_DEADLINE_S * 2), client as cluster:
-            nodes = [cluster.get_node_from_key(shared.calls) for shared in shards.ALL]
+            nodes = [cluster.get_node_from_key(shared.calls) for shared in redis_keys.ALL]
         if None in nodes:
             raise RedisClusterException("a part of the names is held by nobody")
         found: list[Address] = [(node.host, int(node.port)) for node in nodes]

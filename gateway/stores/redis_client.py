@@ -16,9 +16,9 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
-from gateway import address
 from gateway.core.background import Kept
-from gateway.redis_names import named
+from gateway.stores import urls
+from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.store")
 CALL_DEADLINE_S = 0.05
@@ -60,25 +60,25 @@ def connect(url: str, *, deadline_s: float) -> Redis:
     if is_cluster(url):
         found: Redis = _of_cluster(url, options)
         return found
-    if "+sentinel" not in address.split(url).scheme:
+    if "+sentinel" not in urls.split(url).scheme:
         return Redis.from_url(url, **options)
     return _through_sentinels(url, options)
 
 
 def is_cluster(url: str) -> bool:
-    return "+cluster" in address.split(url).scheme
+    return "+cluster" in urls.split(url).scheme
 
 
 def of_node(url: str, host: str, port: int) -> str:
     """The URL of one node of a cluster, with the cluster's way to log in."""
-    parts = address.split(url)
+    parts = urls.split(url)
     login, at, _ = parts.netloc.rpartition("@")
     shown = f"[{host}]" if ":" in host else host
     return f"{parts.scheme.partition('+')[0]}://{login}{at}{shown}:{port}"
 
 
 def _of_cluster(url: str, options: dict[str, Any]) -> Any:
-    parts = address.split(url)
+    parts = urls.split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
     nodes = [ClusterNode(*_host_and_port(host, "6379")) for host in hosts.split(",")]
@@ -88,7 +88,7 @@ def _of_cluster(url: str, options: dict[str, Any]) -> Any:
 
 
 def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
-    parts = address.split(url)
+    parts = urls.split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
     master, _, database = parts.path.strip("/").partition("/")

@@ -8,7 +8,7 @@ import zlib
 from functools import lru_cache
 from typing import NamedTuple
 
-from gateway.redis_names import named
+from gateway.stores.redis_names import named
 
 SHARDS = 16
 # What all share lies with the first of them.

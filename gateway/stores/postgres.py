@@ -14,7 +14,7 @@ import asyncpg
 
 from gateway.core.errors import CommandFailed, ReadOnly, StoreRefused, StoreUnavailable, TooSlow
 
-SQL = Path(__file__).resolve().parent.parent / "sql"
+SQL = Path(__file__).resolve().parents[2] / "sql"
 NAMED_QUERY = re.compile(r"^-- name: (\w+)\n-- [^\n]+\n(.*?);\s*$", re.MULTILINE | re.DOTALL)
 PAUSE_AFTER_FAILURE_S = 1.0
 IDLE_CONNECTION_S = 300.0
