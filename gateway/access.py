@@ -8,11 +8,11 @@ from gateway import api_key
 from gateway.admission import Admission, Ticket
 from gateway.authentication import Authenticator
 from gateway.core.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
+from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.keys import ADMIN, Key
 from gateway.limits import Limits, remembered
 from gateway.quota import Quota
 from gateway.record import Record
-from gateway.tokens import NO_TOKENS, Need
 
 LOOK_UP_RESERVE = -1
 LOOKS = frozenset({"GET", "HEAD"})

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import api_key, drains, key_facts, keys, model_names, probing, spoken
+from gateway import api_key, drains, key_facts, keys, probing, spoken
 from gateway.access import Access
 from gateway.admin_events import AdminEvents
 from gateway.backends import Backend
@@ -23,7 +23,8 @@ from gateway.core import strict_json
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import Watch
 from gateway.core.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
-from gateway.dialects.base import Operation
+from gateway.dialects import model_names
+from gateway.dialects.dialect import Operation
 from gateway.discovery import Discovery
 from gateway.explain import Question
 from gateway.keys import ADMIN, Key, KeyRing, NewKey

@@ -24,9 +24,9 @@ from gateway.core.errors import (
     GatewayError,
     NotPermitted,
 )
-from gateway.dialects.base import Dialect, content_type_of
+from gateway.dialects.dialect import Dialect, content_type_of
+from gateway.dialects.model_names import NAME_RULE, is_name
 from gateway.keys import ADMIN_MODELS, Key
-from gateway.model_names import NAME_RULE, is_name
 from gateway.record import Record
 from gateway.upstream import BackendFault, Upstream
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gateway.core.errors import NO_RETRY, BudgetSpent, LimitReached
+from gateway.dialects.tokens import Need
 from gateway.quota import Scope
-from gateway.tokens import Need
 
 BUDGETS = ("day", "month")
 Header = tuple[bytes, bytes]

@@ -13,7 +13,7 @@ from gateway import samples
 from gateway.admin_api import AdminRoute
 from gateway.core import errors, strict_json
 from gateway.core.errors import GatewayError
-from gateway.dialects.base import Dialect
+from gateway.dialects.dialect import Dialect
 from gateway.exchange import Exchange
 from gateway.front import HEALTH
 from gateway.scrape import Scrape

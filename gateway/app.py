@@ -30,7 +30,7 @@ from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.cancel_scope import Watch
 from gateway.core.errors import StoreUnavailable
-from gateway.dialects.base import Dialect
+from gateway.dialects.dialect import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.discovery import Discovery

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from gateway.model_names import canonical
+from gateway.dialects.model_names import canonical
 from gateway.quota import Quota, Rule, Scope
 from gateway.stores import redis_keys
 from gateway.stores.postgres import Database

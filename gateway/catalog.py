@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from gateway.model_names import LONGEST_NAME, AllowList, ModelName, canonical, is_name
+from gateway.dialects.model_names import LONGEST_NAME, AllowList, ModelName, canonical, is_name
 
 EMPTY_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
 MOST_MODELS, DEEPEST_ENTRY = 10_000, 8

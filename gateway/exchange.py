@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import refusals, tokens
+from gateway import refusals
 from gateway.access import Access
 from gateway.backend_config import BackendConfig
 from gateway.body import LARGEST_WITHOUT_TURN, Bodies
@@ -20,10 +20,11 @@ from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import Watch, Watched
 from gateway.core.connection import Connection
 from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
-from gateway.dialects.base import LONGEST_FRAME, Call, Dialect, Framing, Operation, content_type_of, read_call, try_read
+from gateway.dialects import tokens
+from gateway.dialects.dialect import LONGEST_FRAME, Call, Dialect, Framing, Operation, content_type_of, read_call, try_read
+from gateway.dialects.outline import LARGEST_READ_WHOLE
 from gateway.held_bytes import FrameBuffer
 from gateway.keys import SHOW_BACKEND, SHOW_OVERHEAD
-from gateway.outline import LARGEST_READ_WHOLE
 from gateway.record import Record
 from gateway.refusals import IN_ERRORS
 from gateway.routing import Opening, Router, is_served

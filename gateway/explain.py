@@ -10,13 +10,13 @@ from gateway.backend_config import BackendConfig
 from gateway.bulletin import BackendState
 from gateway.catalog import Catalog, Model, Offer
 from gateway.core.errors import LimitReached
-from gateway.dialects.base import Operation
+from gateway.dialects.dialect import Operation
+from gateway.dialects.model_names import ModelName, canonical
+from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.keys import Key
 from gateway.limits import Limits, Used
-from gateway.model_names import ModelName, canonical
 from gateway.quota import NAMES, Quota, Scope
 from gateway.stores.redis_client import StoreAway
-from gateway.tokens import NO_TOKENS, Need
 from gateway.visibility import missing
 
 UNASKED = BackendState()

@@ -21,7 +21,7 @@ from gateway.core.errors import (
     ShuttingDown,
     UnknownRoute,
 )
-from gateway.dialects.base import Dialect
+from gateway.dialects.dialect import Dialect
 from gateway.metrics import Metrics
 from gateway.record import Record
 

@@ -1,6 +1,6 @@
 """What is held of frames that have not ended: bounded for each backend over all its calls."""
 
-from gateway.dialects.base import Framing
+from gateway.dialects.dialect import Framing
 from gateway.upstream import SMALL, BackendFault
 
 

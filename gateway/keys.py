@@ -9,11 +9,12 @@ from typing import Any
 
 from argon2 import PasswordHasher
 
-from gateway import api_key, model_names, quota
+from gateway import api_key, quota
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed, NameTaken, NotThere
-from gateway.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
-from gateway.model_names import MOST_PATTERNS, AllowList
+from gateway.dialects import model_names
+from gateway.dialects.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
+from gateway.dialects.model_names import MOST_PATTERNS, AllowList
 from gateway.quota import Quota, Rule, Scope
 from gateway.stores import redis_keys
 from gateway.stores.postgres import AlreadyThere, Database

@@ -10,8 +10,8 @@ from gateway.access import Access
 from gateway.catalog import Catalog
 from gateway.core.asgi import send_json
 from gateway.core.errors import BadRequest, UnknownRoute
+from gateway.dialects.model_names import NAME_RULE, canonical, is_name
 from gateway.keys import Key
-from gateway.model_names import NAME_RULE, canonical, is_name
 from gateway.record import Record
 from gateway.suggestions import DID_YOU_MEAN
 from gateway.visibility import missing

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gateway.model_names import AllowList
+from gateway.dialects.model_names import AllowList
 
 # Not said (None): the default applies. 0: none at all. UNLIMITED is the largest bigint, which nobody can type.
 UNLIMITED = 2**63 - 1

@@ -6,9 +6,9 @@ from typing import Any
 
 from gateway.admission import Admission
 from gateway.core import strict_json
-from gateway.dialects.base import Usage
+from gateway.dialects.dialect import Usage
+from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.keys import Key
-from gateway.tokens import NO_TOKENS, Need
 from gateway.transcript import Transcript
 
 NOTHING_COUNTED = Usage()

@@ -21,7 +21,7 @@ from gateway.core.errors import (
     GatewayError,
     NoBackend,
 )
-from gateway.dialects.base import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
+from gateway.dialects.dialect import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
 from gateway.held_answers import HeldAnswer, HeldAnswers
 from gateway.held_bytes import FrameBuffer
 from gateway.record import CANNOT, Attempt, Record

@@ -9,7 +9,7 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from gateway.model_names import NAME_RULE, canonical, is_name
+from gateway.dialects.model_names import NAME_RULE, canonical, is_name
 from gateway.quota import UNLIMITED
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

@@ -2,8 +2,8 @@
 
 from gateway.catalog import Catalog
 from gateway.core.errors import GatewayError, ModelNotAvailable, ModelNotFound
+from gateway.dialects.model_names import canonical
 from gateway.keys import ADMIN_MODELS, Key
-from gateway.model_names import canonical
 
 
 def missing(asked: str, key: Key, catalog: Catalog) -> GatewayError:

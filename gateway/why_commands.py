@@ -11,7 +11,7 @@ from gateway.admission import duration
 from gateway.budgets import Budgets
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
-from gateway.dialects.base import Operation
+from gateway.dialects.dialect import Operation
 from gateway.explain import Fleet, Question, explain
 from gateway.limits import Limits
 from gateway.settings import Settings

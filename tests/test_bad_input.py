@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gateway import api_key
 from gateway.core.errors import GatewayError
-from gateway.dialects.base import read_call
+from gateway.dialects.dialect import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from tests.conftest import StartGateway

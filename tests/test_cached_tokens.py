@@ -14,14 +14,14 @@ from gateway import cost
 from gateway.budgets import Budgets
 from gateway.core import strict_json
 from gateway.cost import MILLION
-from gateway.dialects.base import Dialect, Usage
+from gateway.dialects.dialect import Dialect, Usage
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
+from gateway.dialects.tokens import Need
 from gateway.limits import _abandoned, remembered
 from gateway.quota import Scope
 from gateway.record import Record
 from gateway.stores import redis_keys
-from gateway.tokens import Need
 from tests.asking import MODEL, WAYS, Way
 from tests.audit_rows import add_key, ago, billed, row, sql, write
 from tests.conftest import StartGateway, TestStores

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gateway.backend_config import Kind
 from gateway.core.errors import BadRequest
-from gateway.dialects.base import Call, Dialect, read_call
+from gateway.dialects.dialect import Call, Dialect, read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from gateway import discovery
-from gateway.model_names import AllowList
+from gateway.dialects.model_names import AllowList
 from tests.asking import WAYS
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

@@ -15,7 +15,7 @@ import pytest
 
 from gateway import app, explain, keys, why_commands
 from gateway.breaker import FAILURES_UNTIL_OPEN, Breaker
-from gateway.dialects.base import Operation
+from gateway.dialects.dialect import Operation
 from gateway.explain import Question
 from gateway.keys import Key
 from gateway.stores.redis_client import StoreAway

@@ -17,11 +17,11 @@ from gateway.catalog import Snapshot
 from gateway.client_address import TrustedProxies, _address
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
-from gateway.dialects.base import read_call
+from gateway.dialects.dialect import read_call
+from gateway.dialects.model_names import LONGEST_NAME, REMEMBERED_NAMES, AllowList, canonical
 from gateway.dialects.ollama import Ndjson, Ollama
 from gateway.dialects.openai import OpenAI, ServerSentEvents
 from gateway.keys import ADMIN
-from gateway.model_names import LONGEST_NAME, REMEMBERED_NAMES, AllowList, canonical
 from gateway.refusals import scrub
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

@@ -14,11 +14,11 @@ from openai import RateLimitError
 
 from gateway import admission
 from gateway.admission import Usage
+from gateway.dialects.tokens import Need
 from gateway.keys import ADMIN, ADMIN_MODELS
 from gateway.local_limits import LocalLimits, Share
 from gateway.quota import UNLIMITED, Scope
 from gateway.stores import redis_keys
-from gateway.tokens import Need
 from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway import outline
+from gateway.dialects import outline
 
 FILL = outline.LARGEST_READ_WHOLE
 LONG: list[Any] = ["x" * FILL, [[]] * FILL, [{"usage": {"prompt_tokens": 9}, "error": "x"}] * (FILL // 20), {"a": [1.5] * FILL}]

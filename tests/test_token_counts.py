@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from gateway import cost, tokens
+from gateway import cost
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
-from gateway.dialects.base import read_call
+from gateway.dialects import tokens
+from gateway.dialects.dialect import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.quota import UNLIMITED

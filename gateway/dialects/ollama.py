@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gateway import tokens
 from gateway.backend_config import Kind
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
-from gateway.dialects.base import (
+from gateway.dialects import tokens
+from gateway.dialects.beyond import LOOKED_AT
+from gateway.dialects.dialect import (
     BadFrame,
     Call,
     Framing,
@@ -25,8 +26,7 @@ from gateway.dialects.base import (
     try_read,
     wish,
 )
-from gateway.dialects.beyond import LOOKED_AT
-from gateway.tokens import NO_TOKENS, Need
+from gateway.dialects.tokens import NO_TOKENS, Need
 
 KNOWN_FIELDS = frozenset(
     "model name prompt suffix system template context stream raw format images options keep_alive think truncate shift "

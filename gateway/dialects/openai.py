@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gateway import tokens
 from gateway.backend_config import Kind
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
-from gateway.dialects.base import (
+from gateway.dialects import tokens
+from gateway.dialects.beyond import LOOKED_AT
+from gateway.dialects.dialect import (
     BadFrame,
     Call,
     Framing,
@@ -27,8 +28,7 @@ from gateway.dialects.base import (
     try_read,
     wish,
 )
-from gateway.dialects.beyond import LOOKED_AT
-from gateway.tokens import Need
+from gateway.dialects.tokens import Need
 
 CAPS = frozenset({"max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"})
 MOST_CHOICES = 128
