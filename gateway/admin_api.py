@@ -17,7 +17,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import api_key, drains, key_facts, keys, probing, spoken
 from gateway.access import Access
 from gateway.admin_events import AdminEvents
-from gateway.backends import Backend
 from gateway.body import Bodies
 from gateway.core import strict_json
 from gateway.core.asgi import send_json
@@ -27,6 +26,7 @@ from gateway.dialects import model_names
 from gateway.dialects.dialect import Operation
 from gateway.discovery import Discovery
 from gateway.explain import Question
+from gateway.fleet.backends.backend import Backend
 from gateway.keys import ADMIN, Key, KeyRing, NewKey
 from gateway.overview import WINDOWS, Overview
 from gateway.quota import NAMES as LIMITS

@@ -9,7 +9,6 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.access import Access
-from gateway.backends import Backend
 from gateway.body import Bodies, check_head
 from gateway.core import strict_json
 from gateway.core.cancel_scope import Guard, Watch
@@ -26,9 +25,10 @@ from gateway.core.errors import (
 )
 from gateway.dialects.dialect import Dialect, content_type_of
 from gateway.dialects.model_names import NAME_RULE, is_name
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.http_client import BackendFault, Upstream
 from gateway.keys import ADMIN_MODELS, Key
 from gateway.record import Record
-from gateway.upstream import BackendFault, Upstream
 
 LARGEST_BLOB = 2**44
 LONGEST_UPLOAD_S = 86_400.0

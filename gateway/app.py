@@ -19,7 +19,6 @@ from gateway.api_document import ApiDocument
 from gateway.audit_writer import AuditWriter
 from gateway.auth_failures import AuthFailures
 from gateway.authentication import Authenticator
-from gateway.backends import Backend
 from gateway.body import Bodies
 from gateway.books import Books
 from gateway.budgets import Budgets
@@ -37,6 +36,7 @@ from gateway.discovery import Discovery
 from gateway.drains import Drains
 from gateway.exchange import Exchange
 from gateway.explain import Fleet, explain
+from gateway.fleet.backends.backend import Backend
 from gateway.front import METRICS, Front, by_prefix
 from gateway.health import Health
 from gateway.held_answers import HeldAnswers

@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from gateway.backend_config import BackendConfig
-from gateway.backends import Backend
 from gateway.core import background, strict_json
 from gateway.core.background import Kept
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.config import BackendConfig
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import Store, StoreAway
 from gateway.stores.redis_shards import Lines

@@ -13,12 +13,12 @@ from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, unquote
 
 from gateway import app, console, control, key_facts, keys, probing
-from gateway.backend_config import BackendConfig
-from gateway.backends import Backend
 from gateway.control import FleetFacts
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.dialects import model_names
 from gateway.discovery import Discovery
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.config import BackendConfig
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import NAMES as LIMITS
 from gateway.quota import Quota

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from gateway import bulletin
-from gateway.backend_config import BackendConfig
 from gateway.core import strict_json
 from gateway.core.background import Group
 from gateway.core.errors import CommandFailed
+from gateway.fleet.backends.config import BackendConfig
 from gateway.stores.redis_client import Store, StoreAway
 from gateway.stores.redis_names import named
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from gateway import catalog
-from gateway.backend_config import BackendConfig
-from gateway.backends import Backend
 from gateway.catalog import Catalog, Snapshot
 from gateway.core import strict_json
 from gateway.core.background import Group, Kept
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.backends.http_client import BackendFault
 from gateway.stores.redis_client import Store, StoreAway
 from gateway.stores.redis_names import named
-from gateway.upstream import BackendFault
 
 LOG = logging.getLogger("gateway.discovery")
 CHANGED = named("map:changed")

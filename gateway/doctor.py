@@ -21,9 +21,9 @@ from gateway import (
     serving,
     settings_checkup,
 )
-from gateway.backends import Backend
 from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.core.errors import CommandFailed
+from gateway.fleet.backends.backend import Backend
 from gateway.settings import Settings
 from gateway.stores.redis_client import Store
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Self
 
-from gateway.backends import Backend
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
+from gateway.fleet.backends.backend import Backend
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store, StoreAway
 from gateway.stores.redis_names import named

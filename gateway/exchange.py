@@ -12,7 +12,6 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import refusals
 from gateway.access import Access
-from gateway.backend_config import BackendConfig
 from gateway.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.books import Books
 from gateway.catalog import Catalog, Model
@@ -23,13 +22,14 @@ from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, Clie
 from gateway.dialects import tokens
 from gateway.dialects.dialect import LONGEST_FRAME, Call, Dialect, Framing, Operation, content_type_of, read_call, try_read
 from gateway.dialects.outline import LARGEST_READ_WHOLE
-from gateway.held_bytes import FrameBuffer
+from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.backends.frame_buffer import FrameBuffer
+from gateway.fleet.backends.http_client import UNSAFE, BackendFault
 from gateway.keys import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.record import Record
 from gateway.refusals import IN_ERRORS
 from gateway.routing import Opening, Router, is_served
 from gateway.transcript import Transcript
-from gateway.upstream import UNSAFE, BackendFault
 from gateway.visibility import missing
 
 # The payloads of a stream's end that tell what became of it, and how many bytes of it usually hold them.

@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway import bulletin
-from gateway.backend_config import BackendConfig
 from gateway.bulletin import BackendState, ProcessState
 from gateway.catalog import Catalog, Snapshot
 from gateway.core.errors import StoreUnavailable
 from gateway.discovery import Discovery
+from gateway.fleet.backends.config import BackendConfig
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store, StoreAway
 

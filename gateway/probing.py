@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.backends import Backend
 from gateway.discovery import poll, takes_token
-from gateway.upstream import BackendFault
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.http_client import BackendFault
 
 
 async def probe_all(backends: Mapping[str, Backend]) -> list[dict[str, Any]]:

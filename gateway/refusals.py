@@ -6,10 +6,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from gateway.backend_config import BackendConfig
 from gateway.core import strict_json
 from gateway.core.errors import BackendCannot, BackendRefused
 from gateway.dialects.dialect import Framing, error_text, try_read
+from gateway.fleet.backends.config import BackendConfig
 
 # The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.
 CALLERS_FAULTS = frozenset({400, 405, 409, 411, 413, 414, 415, 416, 422, 431})

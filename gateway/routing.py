@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gateway import refusals
-from gateway.backends import Backend
 from gateway.catalog import Model
 from gateway.core.cancel_scope import Watched
 from gateway.core.errors import (
@@ -22,10 +21,11 @@ from gateway.core.errors import (
     NoBackend,
 )
 from gateway.dialects.dialect import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.frame_buffer import FrameBuffer
+from gateway.fleet.backends.http_client import BackendFault, TooLarge, Upstream
 from gateway.held_answers import HeldAnswer, HeldAnswers
-from gateway.held_bytes import FrameBuffer
 from gateway.record import CANNOT, Attempt, Record
-from gateway.upstream import BackendFault, TooLarge, Upstream
 
 RETRY_AFTER_S = 5.0
 LONGEST_RETRY_AFTER_S = 60.0

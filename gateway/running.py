@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from gateway import catalog, discovery
-from gateway.backends import Backend
 from gateway.core.background import Group
-from gateway.upstream import BackendFault
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.http_client import BackendFault
 
 LOG = logging.getLogger("gateway.running")
 FRESH_S = 1.0

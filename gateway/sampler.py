@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Self
 
 from gateway.audit_writer import AuditWriter
-from gateway.backends import Backend
 from gateway.books import Books
 from gateway.catalog import Catalog
 from gateway.core.background import Kept
+from gateway.fleet.backends.backend import Backend
 from gateway.front import Front
 from gateway.limits import Limits
 from gateway.metrics import Metrics

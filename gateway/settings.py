@@ -11,9 +11,9 @@ from urllib.parse import SplitResult, parse_qs, unquote
 
 from starlette.config import Config
 
-from gateway.backend_config import BackendConfig, header_name, read_backends, secret, url
 from gateway.core import setting_names
 from gateway.core.errors import SettingsError
+from gateway.fleet.backends.config import BackendConfig, header_name, read_backends, secret, url
 from gateway.stores import urls
 
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.backend_config import Kind
 from gateway.core.errors import BadRequest
 from gateway.dialects.dialect import Call, Dialect, read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
+from gateway.fleet.backends.config import Kind
 
 CAP = 100
 ABSURD = [None, 0, -1, -2, -100, 101, 10**9, 2**62, 1e30, -1e30, 0.5]

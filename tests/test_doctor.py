@@ -16,9 +16,9 @@ import asyncpg
 import pytest
 
 from gateway import checkup, doctor, installation, postgres_checkup, redis_checkup, serving, settings_checkup
-from gateway.backend_config import BackendConfig
 from gateway.checkup import Finding
 from gateway.core.errors import CommandFailed
+from gateway.fleet.backends.config import BackendConfig
 from gateway.settings import LOCAL_RUN, Settings
 from gateway.stores.redis_keys import ALL
 from tests import preloaded

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from gateway import app, explain, keys, why_commands
-from gateway.breaker import FAILURES_UNTIL_OPEN, Breaker
 from gateway.dialects.dialect import Operation
 from gateway.explain import Question
+from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, Breaker
 from gateway.keys import Key
 from gateway.stores.redis_client import StoreAway
 from tests.audit_rows import sql

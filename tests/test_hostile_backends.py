@@ -171,7 +171,7 @@ def test_an_end_that_comes_again_and_again_is_looked_for_once(
 def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
     start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.backends.MOST_UNFRAMED", 400_000)
+    monkeypatch.setattr("gateway.fleet.backends.backend.MOST_UNFRAMED", 400_000)
     gateway = start_gateway(alpha)
     beginning: list[Step] = [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), *[Piece(b"x" * 30_000)] * 5]
     alpha.play("/api/chat", [*beginning, Forever()])

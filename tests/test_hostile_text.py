@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from gateway import api_key, catalog, front, spoken, transcript
-from gateway.backend_config import BackendConfig
 from gateway.catalog import Snapshot
 from gateway.client_address import TrustedProxies, _address
 from gateway.core import strict_json
@@ -21,6 +20,7 @@ from gateway.dialects.dialect import read_call
 from gateway.dialects.model_names import LONGEST_NAME, REMEMBERED_NAMES, AllowList, canonical
 from gateway.dialects.ollama import Ndjson, Ollama
 from gateway.dialects.openai import OpenAI, ServerSentEvents
+from gateway.fleet.backends.config import BackendConfig
 from gateway.keys import ADMIN
 from gateway.refusals import scrub
 from tests.conftest import StartGateway

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway.upstream import Pool
+from gateway.fleet.backends.http_client import Pool
 from tests.asking import MODEL
 from tests.conftest import StartGateway
 

@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from gateway import refusals
-from gateway.backend_config import BackendConfig
 from gateway.core.errors import BackendCannot
 from gateway.dialects.ollama import Ollama
+from gateway.fleet.backends.config import BackendConfig
 from tests.asking import MODEL, SAY_HI, WAYS
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -350,7 +350,7 @@ def test_an_error_without_end_or_too_long_is_known_by_its_status(
 def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
     gateway: RunningGateway, three: list[PlayedBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.upstream.LONGEST_WHOLE_ANSWER", 50_000)
+    monkeypatch.setattr("gateway.fleet.backends.http_client.LONGEST_WHOLE_ANSWER", 50_000)
     monkeypatch.setattr("gateway.routing.LONGEST_FRAME", 50_000)
     large = b'{"choices":[{"message":{"content":"' + b"x" * 200_000 + b'"}}]}'
     with gateway.openai(gateway.key(), max_retries=2) as client:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from gateway.backend_config import Kind
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import outline
 from gateway.dialects.beyond import refuse_beyond
 from gateway.dialects.model_names import NAME_RULE, ModelName, canonical, is_name, is_plain
 from gateway.dialects.tokens import NO_TOKENS, Need
+from gateway.fleet.backends.config import Kind
 
 Streaming = Literal["by default", "on request", "never"]
 LONGEST_FRAME = 8 * 2**20

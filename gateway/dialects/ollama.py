@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gateway.backend_config import Kind
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import tokens
@@ -27,6 +26,7 @@ from gateway.dialects.dialect import (
     wish,
 )
 from gateway.dialects.tokens import NO_TOKENS, Need
+from gateway.fleet.backends.config import Kind
 
 KNOWN_FIELDS = frozenset(
     "model name prompt suffix system template context stream raw format images options keep_alive think truncate shift "

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gateway.backend_config import Kind
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import tokens
@@ -29,6 +28,7 @@ from gateway.dialects.dialect import (
     wish,
 )
 from gateway.dialects.tokens import Need
+from gateway.fleet.backends.config import Kind
 
 CAPS = frozenset({"max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"})
 MOST_CHOICES = 128

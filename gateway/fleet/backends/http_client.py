@@ -17,8 +17,8 @@ from aiohttp.http import HttpProcessingError
 from aiohttp.streams import EofStream
 from yarl import URL
 
-from gateway.backend_config import BackendConfig
 from gateway.core.cancel_scope import Watched
+from gateway.fleet.backends.config import BackendConfig
 
 LONGEST_WHOLE_ANSWER = 64 * 2**20
 LONGEST_LINE = 65_536

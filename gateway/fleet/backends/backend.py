@@ -8,11 +8,11 @@ from typing import Self
 import aiohttp
 from yarl import URL
 
-from gateway.backend_config import BackendConfig
-from gateway.breaker import Breaker
 from gateway.core.cancel_scope import Guard, Watched
-from gateway.held_bytes import Budget
-from gateway.upstream import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Pool, Upstream
+from gateway.fleet.backends.circuit_breaker import Breaker
+from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.backends.frame_buffer import Budget
+from gateway.fleet.backends.http_client import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Pool, Upstream
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
 # Of all calls together: frames without end.

@@ -1,7 +1,7 @@
 """What is held of frames that have not ended: bounded for each backend over all its calls."""
 
 from gateway.dialects.dialect import Framing
-from gateway.upstream import SMALL, BackendFault
+from gateway.fleet.backends.http_client import SMALL, BackendFault
 
 
 class Budget:
