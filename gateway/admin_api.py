@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import api_key, drains, key_facts, keys, probing, spoken
+from gateway import api_key, key_facts, keys, spoken
 from gateway.access import Access
 from gateway.admin_events import AdminEvents
 from gateway.body import Bodies
@@ -24,9 +24,11 @@ from gateway.core.cancel_scope import Watch
 from gateway.core.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
 from gateway.dialects import model_names
 from gateway.dialects.dialect import Operation
-from gateway.discovery import Discovery
 from gateway.explain import Question
+from gateway.fleet import drains
+from gateway.fleet import probe as fleet_probe
 from gateway.fleet.backends.backend import Backend
+from gateway.fleet.discovery import Discovery
 from gateway.keys import ADMIN, Key, KeyRing, NewKey
 from gateway.overview import WINDOWS, Overview
 from gateway.quota import NAMES as LIMITS
@@ -194,7 +196,7 @@ class AdminApi:
     async def probe(self, asked: Asked) -> dict[str, Any]:
         backend = self._backend(asked)
         asked.did(f"probe {backend.name}")
-        return await probing.probe(backend)
+        return await fleet_probe.probe(backend)
 
     def _backend(self, asked: Asked) -> Backend:
         backend = self._backends.get(asked.path["name"])

@@ -12,7 +12,7 @@ from typing import Any
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, bulletin, pages, probing, retention, routes
+from gateway import admin_verbs, pages, retention, routes
 from gateway.access import Access
 from gateway.admin_api import AdminApi
 from gateway.api_document import ApiDocument
@@ -22,9 +22,7 @@ from gateway.authentication import Authenticator
 from gateway.body import Bodies
 from gateway.books import Books
 from gateway.budgets import Budgets
-from gateway.bulletin import Bulletin, ProcessState
 from gateway.client_address import TrustedProxies
-from gateway.control import Control
 from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.cancel_scope import Watch
@@ -32,22 +30,25 @@ from gateway.core.errors import StoreUnavailable
 from gateway.dialects.dialect import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
-from gateway.discovery import Discovery
-from gateway.drains import Drains
 from gateway.exchange import Exchange
 from gateway.explain import Fleet, explain
+from gateway.fleet import presence, probe
 from gateway.fleet.backends.backend import Backend
+from gateway.fleet.control import Control
+from gateway.fleet.discovery import Discovery
+from gateway.fleet.drains import Drains
+from gateway.fleet.failover import Router
+from gateway.fleet.held_answers import HeldAnswers
+from gateway.fleet.presence import Bulletin, ProcessState
+from gateway.fleet.running_models import RunningModels
 from gateway.front import METRICS, Front, by_prefix
 from gateway.health import Health
-from gateway.held_answers import HeldAnswers
 from gateway.keys import KeyRing
 from gateway.limits import Limits
 from gateway.lists import Lists
 from gateway.metrics import Metrics
 from gateway.overview import Overview
 from gateway.quota import Quota
-from gateway.routing import Router
-from gateway.running import RunningModels
 from gateway.sampler import Sampler
 from gateway.scrape import Scrape
 from gateway.settings import Settings
@@ -184,20 +185,20 @@ def admin_api_of(settings: Settings, rooms: Rooms) -> AdminApi:
 def fleet_as_seen(settings: Settings, rooms: Rooms) -> Fleet:
     """The backends as this process sees them, for explanations."""
     drained = frozenset(name for name, backend in rooms.backends.items() if backend.is_drained)
-    return Fleet(settings.backends, bulletin.seen(rooms.backends), drained, rooms.discovery.catalog)
+    return Fleet(settings.backends, presence.seen(rooms.backends), drained, rooms.discovery.catalog)
 
 
 def state_of(rooms: Rooms) -> ProcessState:
     """This process, for the bulletin."""
     front, limits = rooms.front, rooms.limits
-    backends = bulletin.seen(rooms.backends)
-    waiting, fleet = rooms.writer.waiting, bulletin.described(backend.config for backend in rooms.backends.values())
+    backends = presence.seen(rooms.backends)
+    waiting, fleet = rooms.writer.waiting, presence.described(backend.config for backend in rooms.backends.values())
     return ProcessState(limits.process, time.time(), front.under_way, limits.waiting, front.draining, waiting, backends, fleet)
 
 
 def control_of(rooms: Rooms) -> Control:
-    acts = {"refresh": rooms.discovery.refreshed, "probe": lambda: probing.probe_all(rooms.backends)}
-    return Control(rooms.store, bulletin.described(backend.config for backend in rooms.backends.values()), acts)
+    acts = {"refresh": rooms.discovery.refreshed, "probe": lambda: probe.probe_all(rooms.backends)}
+    return Control(rooms.store, presence.described(backend.config for backend in rooms.backends.values()), acts)
 
 
 @asynccontextmanager

@@ -12,13 +12,15 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, unquote
 
-from gateway import app, console, control, key_facts, keys, probing
-from gateway.control import FleetFacts
+from gateway import app, console, key_facts, keys
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.dialects import model_names
-from gateway.discovery import Discovery
+from gateway.fleet import control
+from gateway.fleet import probe as fleet_probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.control import FleetFacts
+from gateway.fleet.discovery import Discovery
 from gateway.keys import KeyRing, NewKey
 from gateway.quota import NAMES as LIMITS
 from gateway.quota import Quota
@@ -209,7 +211,7 @@ async def probe(settings: Settings, said: argparse.Namespace) -> None:
             rows = await control.ask(store, fleet, "probe")
         else:
             async with app.fleet(settings) as backends:
-                rows = await probing.probe_all(backends)
+                rows = await fleet_probe.probe_all(backends)
     console.show(rows, as_json=said.json, empty="no backends")
     if any(row["problem"] for row in rows):
         raise CommandFailed("not every backend can be used: see its problem above")

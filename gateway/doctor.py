@@ -9,20 +9,10 @@ from contextlib import ExitStack, contextmanager
 from threading import Thread
 from typing import Any
 
-from gateway import (
-    app,
-    console,
-    control,
-    discovery,
-    installation,
-    postgres_checkup,
-    probing,
-    redis_checkup,
-    serving,
-    settings_checkup,
-)
+from gateway import app, console, installation, postgres_checkup, redis_checkup, serving, settings_checkup
 from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.core.errors import CommandFailed
+from gateway.fleet import control, discovery, probe
 from gateway.fleet.backends.backend import Backend
 from gateway.settings import Settings
 from gateway.stores.redis_client import Store
@@ -133,7 +123,7 @@ async def _guarded_backend(backend: Backend) -> list[Finding]:
 
 
 async def _backend(backend: Backend, advice: str) -> list[Finding]:
-    seen = await probing.probe(backend)
+    seen = await probe.probe(backend)
     check = f"backend {backend.name}"
     if seen["token"] in ("REFUSED", "MISSING"):
         told = "set OLLAMA_AUTH_TOKEN, or its auth_token in OLLAMA_BACKENDS"

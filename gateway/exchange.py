@@ -10,11 +10,9 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import refusals
 from gateway.access import Access
 from gateway.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.books import Books
-from gateway.catalog import Catalog, Model
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import Watch, Watched
 from gateway.core.connection import Connection
@@ -22,13 +20,15 @@ from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, Clie
 from gateway.dialects import tokens
 from gateway.dialects.dialect import LONGEST_FRAME, Call, Dialect, Framing, Operation, content_type_of, read_call, try_read
 from gateway.dialects.outline import LARGEST_READ_WHOLE
+from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import UNSAFE, BackendFault
+from gateway.fleet.catalog import Catalog, Model
+from gateway.fleet.failover import Opening, Router, is_served
+from gateway.fleet.refusals import IN_ERRORS
 from gateway.keys import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.record import Record
-from gateway.refusals import IN_ERRORS
-from gateway.routing import Opening, Router, is_served
 from gateway.transcript import Transcript
 from gateway.visibility import missing
 

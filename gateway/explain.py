@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.admission import Admission, Ticket
-from gateway.bulletin import BackendState
-from gateway.catalog import Catalog, Model, Offer
 from gateway.core.errors import LimitReached
 from gateway.dialects.dialect import Operation
 from gateway.dialects.model_names import ModelName, canonical
 from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.catalog import Catalog, Model, Offer
+from gateway.fleet.presence import BackendState
 from gateway.keys import Key
 from gateway.limits import Limits, Used
 from gateway.quota import NAMES, Quota, Scope

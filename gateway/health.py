@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.catalog import Catalog
 from gateway.core.asgi import SAME_ORIGIN, send_json
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
+from gateway.fleet.catalog import Catalog
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store
 

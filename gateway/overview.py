@@ -7,12 +7,12 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import bulletin
-from gateway.bulletin import BackendState, ProcessState
-from gateway.catalog import Catalog, Snapshot
 from gateway.core.errors import StoreUnavailable
-from gateway.discovery import Discovery
+from gateway.fleet import presence
 from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.catalog import Catalog, Snapshot
+from gateway.fleet.discovery import Discovery
+from gateway.fleet.presence import BackendState, ProcessState
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store, StoreAway
 
@@ -86,7 +86,7 @@ class Overview:
             "audit_backlog": max(
                 (state.audit_waiting for state in states or () if state.audit_waiting is not None), default=None
             ),
-            "backends": backends(self._configs, self._discovery.catalog, bulletin.together(states or ()), drained or {}),
+            "backends": backends(self._configs, self._discovery.catalog, presence.together(states or ()), drained or {}),
             "stores": {
                 "redis": self._store.up,
                 "postgresql": lately is not None or (self._reports.up and self._database.up),
@@ -97,7 +97,7 @@ class Overview:
 
     async def _states(self) -> list[ProcessState] | None:
         try:
-            return await bulletin.read(self._store)
+            return await presence.read(self._store)
         except StoreAway:
             return None
 

@@ -7,9 +7,9 @@ from typing import Self
 
 from gateway.audit_writer import AuditWriter
 from gateway.books import Books
-from gateway.catalog import Catalog
 from gateway.core.background import Kept
 from gateway.fleet.backends.backend import Backend
+from gateway.fleet.catalog import Catalog
 from gateway.front import Front
 from gateway.limits import Limits
 from gateway.metrics import Metrics

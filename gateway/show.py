@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gateway.catalog import Model, context_of
+from gateway.fleet.catalog import Model, context_of
 
 
 def described(model: Model) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a caller is told of a model that it cannot have."""
 
-from gateway.catalog import Catalog
 from gateway.core.errors import GatewayError, ModelNotAvailable, ModelNotFound
 from gateway.dialects.model_names import canonical
+from gateway.fleet.catalog import Catalog
 from gateway.keys import ADMIN_MODELS, Key
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import api_key, app, audit_commands, bulletin, commands, console, drains, keys, spoken
+from gateway import api_key, app, audit_commands, commands, console, keys, spoken
 from gateway.admission import duration
 from gateway.budgets import Budgets
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
 from gateway.dialects.dialect import Operation
 from gateway.explain import Fleet, Question, explain
+from gateway.fleet import drains, presence
 from gateway.limits import Limits
 from gateway.settings import Settings
 from gateway.stores.postgres import Database
@@ -62,13 +63,13 @@ async def key_named(database: Database, id_or_name: str) -> keys.Key:
     return keys.unpack(dict(row))
 
 
-async def _states(store: Store) -> tuple[dict[str, bulletin.BackendState], int | None]:
+async def _states(store: Store) -> tuple[dict[str, presence.BackendState], int | None]:
     """How the running gateways see the backends, and how many processes say so."""
     try:
-        states = await bulletin.read(store)
+        states = await presence.read(store)
     except StoreAway:
         return {}, None
-    return bulletin.together(states), len(states)
+    return presence.together(states), len(states)
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway import api_key, discovery
+from gateway import api_key
 from gateway.authentication import Authenticator, Verified
+from gateway.fleet import discovery
 from gateway.keys import cache_key
 from tests.asking import SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from gateway import discovery
 from gateway.dialects.model_names import AllowList
+from gateway.fleet import discovery
 from tests.asking import WAYS
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

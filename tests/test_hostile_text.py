@@ -11,8 +11,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from gateway import api_key, catalog, front, spoken, transcript
-from gateway.catalog import Snapshot
+from gateway import api_key, front, spoken, transcript
 from gateway.client_address import TrustedProxies, _address
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
@@ -20,9 +19,11 @@ from gateway.dialects.dialect import read_call
 from gateway.dialects.model_names import LONGEST_NAME, REMEMBERED_NAMES, AllowList, canonical
 from gateway.dialects.ollama import Ndjson, Ollama
 from gateway.dialects.openai import OpenAI, ServerSentEvents
+from gateway.fleet import catalog
 from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.catalog import Snapshot
+from gateway.fleet.refusals import scrub
 from gateway.keys import ADMIN
-from gateway.refusals import scrub
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from gateway import bulletin, cli, control, doctor
+from gateway import cli, doctor
 from gateway.core.errors import CommandFailed
+from gateway.fleet import control, presence
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import serving, until
@@ -67,7 +68,7 @@ def test_beside_a_local_run(home: Path, tell: Callable[..., Any], guarded: Playe
 
 def until_known(gateway: RunningGateway, processes: int) -> None:
     """To each other: a process tells of itself every second."""
-    until(lambda: len(gateway.call(bulletin.read(gateway.rooms.store))) == processes, 10)
+    until(lambda: len(gateway.call(presence.read(gateway.rooms.store))) == processes, 10)
 
 
 def test_no_token_is_published(start_gateway: StartGateway, guarded: PlayedBackend, stores: TestStores) -> None:

@@ -20,7 +20,7 @@ WHOLE = {"model": MODEL, "messages": SAY_HI, "stream": False}
 
 @pytest.fixture
 def gateway(start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
-    monkeypatch.setattr("gateway.held_answers.MOST_HELD", 5 * LARGE // 2)
+    monkeypatch.setattr("gateway.fleet.held_answers.MOST_HELD", 5 * LARGE // 2)
     return start_gateway(alpha)
 
 
@@ -139,7 +139,7 @@ def test_who_holds_much_pays_and_no_other_key(gateway: RunningGateway, alpha: Pl
 def test_no_second_backend_makes_an_answer_that_has_no_room(
     start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.held_answers.MOST_HELD", 200_000)
+    monkeypatch.setattr("gateway.fleet.held_answers.MOST_HELD", 200_000)
     gateway = start_gateway(alpha, beta)
     for backend in (alpha, beta):
         play(backend, 150_000)

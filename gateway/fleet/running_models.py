@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from gateway import catalog, discovery
 from gateway.core.background import Group
+from gateway.fleet import catalog, discovery
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
 

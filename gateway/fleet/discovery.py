@@ -10,13 +10,13 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
-from gateway import catalog
-from gateway.catalog import Catalog, Snapshot
 from gateway.core import strict_json
 from gateway.core.background import Group, Kept
+from gateway.fleet import catalog
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.http_client import BackendFault
+from gateway.fleet.catalog import Catalog, Snapshot
 from gateway.stores.redis_client import Store, StoreAway
 from gateway.stores.redis_names import named
 

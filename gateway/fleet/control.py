@@ -8,10 +8,10 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from gateway import bulletin
 from gateway.core import strict_json
 from gateway.core.background import Group
 from gateway.core.errors import CommandFailed
+from gateway.fleet import presence
 from gateway.fleet.backends.config import BackendConfig
 from gateway.stores.redis_client import Store, StoreAway
 from gateway.stores.redis_names import named
@@ -94,10 +94,10 @@ async def other_fleet(store: Store, own: Iterable[BackendConfig]) -> FleetFacts 
     """The backends of the gateways that run on this Redis, where none of them has those of `own`; None where one has, where
     none runs, and while Redis is away. Raises CommandFailed where none has them and they differ among themselves."""
     try:
-        states = await bulletin.read(store)
+        states = await presence.read(store)
     except StoreAway:
         return None
-    mine = bulletin.described(own)
+    mine = presence.described(own)
     fleets = [state.fleet for state in states if state.fleet]
     if not fleets or mine in fleets:
         return None

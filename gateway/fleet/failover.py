@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from gateway import refusals
-from gateway.catalog import Model
 from gateway.core.cancel_scope import Watched
 from gateway.core.errors import (
     AnswerTooLarge,
@@ -21,10 +19,12 @@ from gateway.core.errors import (
     NoBackend,
 )
 from gateway.dialects.dialect import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
+from gateway.fleet import refusals
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault, TooLarge, Upstream
-from gateway.held_answers import HeldAnswer, HeldAnswers
+from gateway.fleet.catalog import Model
+from gateway.fleet.held_answers import HeldAnswer, HeldAnswers
 from gateway.record import CANNOT, Attempt, Record
 
 RETRY_AFTER_S = 5.0

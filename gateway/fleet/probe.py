@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.discovery import poll, takes_token
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
+from gateway.fleet.discovery import poll, takes_token
 
 
 async def probe_all(backends: Mapping[str, Backend]) -> list[dict[str, Any]]:
