@@ -5,13 +5,13 @@ import asyncio
 from starlette.types import Scope
 
 from gateway import api_key
-from gateway.admission import Admission, Ticket
 from gateway.authentication import Authenticator
 from gateway.core.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.keys import ADMIN, Key
-from gateway.limits import Limits, remembered
-from gateway.quota import Quota
+from gateway.limits.admission import Admission, Ticket
+from gateway.limits.limiter import Limits, remembered
+from gateway.limits.quota import Quota
 from gateway.record import Record
 
 LOOK_UP_RESERVE = -1

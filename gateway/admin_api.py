@@ -30,9 +30,9 @@ from gateway.fleet import probe as fleet_probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.discovery import Discovery
 from gateway.keys import ADMIN, Key, KeyRing, NewKey
+from gateway.limits.quota import NAMES as LIMITS
+from gateway.limits.quota import UNLIMITED, Quota
 from gateway.overview import WINDOWS, Overview
-from gateway.quota import NAMES as LIMITS
-from gateway.quota import UNLIMITED, Quota
 from gateway.record import Record
 from gateway.stores.postgres import Database, Row
 from gateway.stores.redis_client import Store

@@ -21,7 +21,6 @@ from gateway.auth_failures import AuthFailures
 from gateway.authentication import Authenticator
 from gateway.body import Bodies
 from gateway.books import Books
-from gateway.budgets import Budgets
 from gateway.client_address import TrustedProxies
 from gateway.core import strict_json
 from gateway.core.background import Kept
@@ -44,11 +43,12 @@ from gateway.fleet.running_models import RunningModels
 from gateway.front import METRICS, Front, by_prefix
 from gateway.health import Health
 from gateway.keys import KeyRing
-from gateway.limits import Limits
+from gateway.limits.budgets import Budgets
+from gateway.limits.limiter import Limits
+from gateway.limits.quota import Quota
 from gateway.lists import Lists
 from gateway.metrics import Metrics
 from gateway.overview import Overview
-from gateway.quota import Quota
 from gateway.sampler import Sampler
 from gateway.scrape import Scrape
 from gateway.settings import Settings

@@ -11,7 +11,7 @@ from gateway import audit_table
 from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
-from gateway.limits import Limits
+from gateway.limits.limiter import Limits
 from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store, StoreAway

@@ -14,7 +14,7 @@ from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
 from gateway.dialects.dialect import Dialect
-from gateway.limits import Limits, Settlement
+from gateway.limits.limiter import Limits, Settlement
 from gateway.record import Record
 from gateway.stores.redis_client import StoreAway
 

@@ -22,8 +22,8 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.control import FleetFacts
 from gateway.fleet.discovery import Discovery
 from gateway.keys import KeyRing, NewKey
-from gateway.quota import NAMES as LIMITS
-from gateway.quota import Quota
+from gateway.limits.quota import NAMES as LIMITS
+from gateway.limits.quota import Quota
 from gateway.settings import Settings
 from gateway.stores.postgres import Database, in_words
 from gateway.stores.redis_client import Store

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.admission import Admission, Ticket
 from gateway.core.errors import LimitReached
 from gateway.dialects.dialect import Operation
 from gateway.dialects.model_names import ModelName, canonical
@@ -14,8 +13,9 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Model, Offer
 from gateway.fleet.presence import BackendState
 from gateway.keys import Key
-from gateway.limits import Limits, Used
-from gateway.quota import NAMES, Quota, Scope
+from gateway.limits.admission import Admission, Ticket
+from gateway.limits.limiter import Limits, Used
+from gateway.limits.quota import NAMES, Quota, Scope
 from gateway.stores.redis_client import StoreAway
 from gateway.visibility import missing
 

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gateway.core import strict_json
-from gateway.quota import NAMES as LIMITS
-from gateway.quota import UNLIMITED
+from gateway.limits.quota import NAMES as LIMITS
+from gateway.limits.quota import UNLIMITED
 
 
 def of_row(row: Mapping[str, Any]) -> dict[str, Any]:

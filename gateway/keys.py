@@ -9,13 +9,14 @@ from typing import Any
 
 from argon2 import PasswordHasher
 
-from gateway import api_key, quota
+from gateway import api_key
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed, NameTaken, NotThere
 from gateway.dialects import model_names
 from gateway.dialects.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
 from gateway.dialects.model_names import MOST_PATTERNS, AllowList
-from gateway.quota import Quota, Rule, Scope
+from gateway.limits import quota
+from gateway.limits.quota import Quota, Rule, Scope
 from gateway.stores import redis_keys
 from gateway.stores.postgres import AlreadyThere, Database
 from gateway.stores.redis_client import Store, StoreAway

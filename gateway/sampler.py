@@ -11,7 +11,7 @@ from gateway.core.background import Kept
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
 from gateway.front import Front
-from gateway.limits import Limits
+from gateway.limits.limiter import Limits
 from gateway.metrics import Metrics
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store

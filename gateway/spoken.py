@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from gateway.dialects.model_names import NAME_RULE, canonical, is_name
-from gateway.quota import UNLIMITED
+from gateway.limits.quota import UNLIMITED
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 LONGEST = timedelta(days=36_500)

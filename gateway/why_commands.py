@@ -7,14 +7,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway import api_key, app, audit_commands, commands, console, keys, spoken
-from gateway.admission import duration
-from gateway.budgets import Budgets
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
 from gateway.dialects.dialect import Operation
 from gateway.explain import Fleet, Question, explain
 from gateway.fleet import drains, presence
-from gateway.limits import Limits
+from gateway.limits.admission import duration
+from gateway.limits.budgets import Budgets
+from gateway.limits.limiter import Limits
 from gateway.settings import Settings
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store, StoreAway

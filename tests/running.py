@@ -17,8 +17,8 @@ from openai import OpenAI
 from gateway import app, keys, server
 from gateway.app import Rooms
 from gateway.keys import KeyRing, NewKey
-from gateway.quota import NAMES as LIMITS
-from gateway.quota import Quota
+from gateway.limits.quota import NAMES as LIMITS
+from gateway.limits.quota import Quota
 from gateway.settings import Settings
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import Store, StoreAway

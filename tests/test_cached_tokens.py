@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import cost
-from gateway.budgets import Budgets
 from gateway.core import strict_json
 from gateway.cost import MILLION
 from gateway.dialects.dialect import Dialect, Usage
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.dialects.tokens import Need
-from gateway.limits import _abandoned, remembered
-from gateway.quota import Scope
+from gateway.limits.budgets import Budgets
+from gateway.limits.limiter import _abandoned, remembered
+from gateway.limits.quota import Scope
 from gateway.record import Record
 from gateway.stores import redis_keys
 from tests.asking import MODEL, WAYS, Way

@@ -12,12 +12,12 @@ import pytest
 from ollama import ResponseError
 from openai import RateLimitError
 
-from gateway import admission
-from gateway.admission import Usage
 from gateway.dialects.tokens import Need
 from gateway.keys import ADMIN, ADMIN_MODELS
-from gateway.local_limits import LocalLimits, Share
-from gateway.quota import UNLIMITED, Scope
+from gateway.limits import admission
+from gateway.limits.admission import Usage
+from gateway.limits.fallback import LocalLimits, Share
+from gateway.limits.quota import UNLIMITED, Scope
 from gateway.stores import redis_keys
 from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores

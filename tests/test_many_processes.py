@@ -16,7 +16,7 @@ import pytest
 
 from gateway import app
 from gateway.keys import KeyRing, NewKey
-from gateway.quota import Quota
+from gateway.limits.quota import Quota
 from gateway.stores.redis_client import Store, StoreAway
 from tests.asking import WAYS
 from tests.conftest import TestStores

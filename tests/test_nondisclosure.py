@@ -9,7 +9,7 @@ import ollama
 import pytest
 
 from gateway.keys import ADMIN_MODELS, SHOW_BACKEND
-from gateway.quota import UNLIMITED
+from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway

@@ -19,8 +19,8 @@ import redis
 
 from gateway import api_key, app
 from gateway.keys import KeyRing, NewKey
-from gateway.local_limits import Share
-from gateway.quota import Quota
+from gateway.limits.fallback import Share
+from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
 from tests.asking import WAYS
 from tests.crowd import Crowd

@@ -16,7 +16,7 @@ from gateway.dialects import tokens
 from gateway.dialects.dialect import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
-from gateway.quota import UNLIMITED
+from gateway.limits.quota import UNLIMITED
 from gateway.record import CANNOT, Attempt, Record
 from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores

@@ -27,7 +27,7 @@ from gateway.drill.client import Client, Heard, chat, look
 from gateway.drill.played import HOST, Played
 from gateway.drill.redis_wire import RedisWire, can_be_wired
 from gateway.keys import DRILL, SHOW_BACKEND, KeyRing, NewKey
-from gateway.quota import Quota
+from gateway.limits.quota import Quota
 from gateway.stores import redis_names
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import StoreAway, drop_names

@@ -18,7 +18,7 @@ from gateway.stores.redis_client import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_
 from gateway.stores.redis_names import FREED, named
 
 LOG = logging.getLogger("gateway.store")
-LUA = Path(__file__).parents[1] / "lua"
+LUA = Path(__file__).parents[1] / "limits" / "lua"
 MOST_PENDING = 20_000
 # A busy loop of our own must not pass for a frozen Redis: answers that have arrived get this long to be read.
 LOOKS, LOOK_AGAIN_S = 4, 0.003

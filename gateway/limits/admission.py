@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from gateway.core.errors import NO_RETRY, BudgetSpent, LimitReached
 from gateway.dialects.tokens import Need
-from gateway.quota import Scope
+from gateway.limits.quota import Scope
 
 BUDGETS = ("day", "month")
 Header = tuple[bytes, bytes]

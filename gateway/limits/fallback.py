@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from gateway.admission import Usage
-from gateway.quota import Scope
+from gateway.limits.admission import Usage
+from gateway.limits.quota import Scope
 
 WINDOW_S = 60
 REMEMBERED_SCOPES = 20_000

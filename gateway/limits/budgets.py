@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from gateway.dialects.model_names import canonical
-from gateway.quota import Quota, Rule, Scope
+from gateway.limits.quota import Quota, Rule, Scope
 from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store
