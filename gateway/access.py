@@ -4,11 +4,11 @@ import asyncio
 
 from starlette.types import Scope
 
-from gateway import api_key
-from gateway.authentication import Authenticator
+from gateway.auth import key_format
+from gateway.auth.authenticator import Authenticator
+from gateway.auth.key_store import ADMIN, Key
 from gateway.core.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.dialects.tokens import NO_TOKENS, Need
-from gateway.keys import ADMIN, Key
 from gateway.limits.admission import Admission, Ticket
 from gateway.limits.limiter import Limits, remembered
 from gateway.limits.quota import Quota
@@ -24,7 +24,7 @@ class Access:
         self._authenticator, self._limits, self._defaults = authenticator, limits, defaults
 
     async def key_of(self, scope: Scope, record: Record) -> Key:
-        presented = api_key.find(scope["headers"], record.key_in_path)
+        presented = key_format.find(scope["headers"], record.key_in_path)
         record.key = await self._authenticator.key_for(presented, record.client)
         return record.key
 

@@ -14,9 +14,11 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import api_key, key_facts, keys, spoken
+from gateway import spoken
 from gateway.access import Access
 from gateway.admin_events import AdminEvents
+from gateway.auth import key_format, key_store, key_view
+from gateway.auth.key_store import ADMIN, Key, KeyRing, NewKey
 from gateway.body import Bodies
 from gateway.core import strict_json
 from gateway.core.asgi import send_json
@@ -29,7 +31,6 @@ from gateway.fleet import drains
 from gateway.fleet import probe as fleet_probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.discovery import Discovery
-from gateway.keys import ADMIN, Key, KeyRing, NewKey
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import UNLIMITED, Quota
 from gateway.overview import WINDOWS, Overview
@@ -41,7 +42,11 @@ LONGEST_BODY = 65_536
 LONGEST_VALUE, MOST_VALUES = 1000, 50
 MOST_ROWS, USUAL_ROWS = 1000, 100
 CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
-FLAGS = {"admin_models": keys.ADMIN_MODELS, "show_backend": keys.SHOW_BACKEND, "show_overhead": keys.SHOW_OVERHEAD}
+FLAGS = {
+    "admin_models": key_store.ADMIN_MODELS,
+    "show_backend": key_store.SHOW_BACKEND,
+    "show_overhead": key_store.SHOW_OVERHEAD,
+}
 NEW_KEY = frozenset({"name", "models", "role", "expires", "prompt_log", "retention", "audit_retention", *FLAGS, *LIMITS})
 
 Explain = Callable[[Question], Awaitable[dict[str, Any]]]
@@ -59,7 +64,7 @@ class Asked:
 
     def did(self, what: str) -> None:
         """For the audit."""
-        self.record.detail = api_key.redacted(what)[:200]
+        self.record.detail = key_format.redacted(what)[:200]
 
 
 Handler = Callable[[Asked], Awaitable[Any]]
@@ -212,7 +217,7 @@ class AdminApi:
         return {"models": len(catalog.models), "backends": rows}
 
     async def keys(self, asked: Asked) -> list[dict[str, Any]]:
-        return [key_facts.of_row(row) for row in await self._ring.all()]
+        return [key_view.of_row(row) for row in await self._ring.all()]
 
     async def make_key(self, asked: Asked) -> dict[str, Any]:
         wanted = new_key(asked.body)
@@ -227,7 +232,7 @@ class AdminApi:
             raise BadRequest(f'say at least one of {", ".join(LIMITS)}: a number, "unlimited", or null for the default')
         asked.did(f"limit key {asked.path['id']} {pattern}".rstrip())
         key_id, found, at_once = await self._ring.limit(await self._key_id(asked), pattern, wished)
-        return {"id": key_id, "model": pattern, **key_facts.shown_limits(found.packed()), "everywhere_at_once": at_once}
+        return {"id": key_id, "model": pattern, **key_view.shown_limits(found.packed()), "everywhere_at_once": at_once}
 
     async def rotate_key(self, asked: Asked) -> dict[str, Any]:
         overlap = spoken.duration(text_of(asked.body, "overlap") or "24h")
@@ -281,12 +286,12 @@ class AdminApi:
         spoken.model_name(model)
         row = await self._database.row("key_with_rights", await self._ring.living(asked.query["key"]))
         assert row is not None
-        return await self._explain(Question(keys.unpack(dict(row)), model, self._operations[path]))
+        return await self._explain(Question(key_store.unpack(dict(row)), model, self._operations[path]))
 
     async def _key_row(self, id_or_name: str) -> Mapping[str, Any]:
         row = await self._database.row("find_any_key", id_or_name) if id_or_name.isprintable() else None
         if row is None:
-            raise NoSuchThing(f"there is no key {api_key.redacted(id_or_name)[:64]!a}")
+            raise NoSuchThing(f"there is no key {key_format.redacted(id_or_name)[:64]!a}")
         return dict(row)
 
 

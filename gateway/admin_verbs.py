@@ -9,6 +9,7 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.access import Access
+from gateway.auth.key_store import ADMIN_MODELS, Key
 from gateway.body import Bodies, check_head
 from gateway.core import strict_json
 from gateway.core.cancel_scope import Guard, Watch
@@ -27,7 +28,6 @@ from gateway.dialects.dialect import Dialect, content_type_of
 from gateway.dialects.model_names import NAME_RULE, is_name
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault, Upstream
-from gateway.keys import ADMIN_MODELS, Key
 from gateway.record import Record
 
 LARGEST_BLOB = 2**44

@@ -17,8 +17,10 @@ from gateway.access import Access
 from gateway.admin_api import AdminApi
 from gateway.api_document import ApiDocument
 from gateway.audit_writer import AuditWriter
-from gateway.auth_failures import AuthFailures
-from gateway.authentication import Authenticator
+from gateway.auth.auth_failures import AuthFailures
+from gateway.auth.authenticator import Authenticator
+from gateway.auth.key_store import KeyRing
+from gateway.auth.verifier import Verifier
 from gateway.body import Bodies
 from gateway.books import Books
 from gateway.client_address import TrustedProxies
@@ -42,7 +44,6 @@ from gateway.fleet.presence import Bulletin, ProcessState
 from gateway.fleet.running_models import RunningModels
 from gateway.front import METRICS, Front, by_prefix
 from gateway.health import Health
-from gateway.keys import KeyRing
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limits
 from gateway.limits.quota import Quota
@@ -57,7 +58,6 @@ from gateway.stores.postgres import Database, Reports
 from gateway.stores.redis_client import Store
 from gateway.stores.redis_names import FREED
 from gateway.stores.redis_shards import Lines
-from gateway.verification import Verifier
 
 LOG = logging.getLogger("gateway")
 # A path that is not there for who may not see it is there in no way.

@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, unquote
 
-from gateway import app, console, key_facts, keys
+from gateway import app, console
+from gateway.auth import key_store, key_view
+from gateway.auth.key_store import KeyRing, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.dialects import model_names
 from gateway.fleet import control
@@ -21,7 +23,6 @@ from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.control import FleetFacts
 from gateway.fleet.discovery import Discovery
-from gateway.keys import KeyRing, NewKey
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import Quota
 from gateway.settings import Settings
@@ -102,8 +103,8 @@ async def migrate(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def make_key(settings: Settings, said: argparse.Namespace) -> None:
-    flags = [name for name in (keys.ADMIN_MODELS, keys.SHOW_BACKEND, keys.SHOW_OVERHEAD) if getattr(said, name)]
-    flags += [keys.ADMIN] if said.role == keys.ADMIN else []
+    flags = [name for name in (key_store.ADMIN_MODELS, key_store.SHOW_BACKEND, key_store.SHOW_OVERHEAD) if getattr(said, name)]
+    flags += [key_store.ADMIN] if said.role == key_store.ADMIN else []
     wanted = NewKey(
         name=said.name,
         models=model_names.split_patterns(said.models),
@@ -134,7 +135,7 @@ def show_new_key(key_id: str, name: str, whole: str, *, as_json: bool) -> None:
 async def list_keys(settings: Settings, said: argparse.Namespace) -> None:
     async with key_ring(settings) as ring:
         rows = await ring.all()
-    console.show([key_facts.of_row(row) for row in rows], as_json=said.json, empty="no keys yet: `make key NAME=…` makes one")
+    console.show([key_view.of_row(row) for row in rows], as_json=said.json, empty="no keys yet: `make key NAME=…` makes one")
 
 
 async def limit_key(settings: Settings, said: argparse.Namespace) -> None:
@@ -147,7 +148,7 @@ async def limit_key(settings: Settings, said: argparse.Namespace) -> None:
         key_id, found, at_once = await ring.limit(said.key, said.model, wished)
     effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
     whose = {"key": key_id, **({"model": said.model} if said.model else {})}
-    console.show_facts({**whose, **key_facts.shown_limits(found.packed()), "everywhere": effect}, as_json=said.json)
+    console.show_facts({**whose, **key_view.shown_limits(found.packed()), "everywhere": effect}, as_json=said.json)
 
 
 async def rotate_key(settings: Settings, said: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from gateway.access import Access
+from gateway.auth.key_store import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.books import Books
 from gateway.core.asgi import send_json
@@ -27,7 +28,6 @@ from gateway.fleet.backends.http_client import UNSAFE, BackendFault
 from gateway.fleet.catalog import Catalog, Model
 from gateway.fleet.failover import Opening, Router, is_served
 from gateway.fleet.refusals import IN_ERRORS
-from gateway.keys import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.record import Record
 from gateway.transcript import Transcript
 from gateway.visibility import missing

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.auth.key_store import Key
 from gateway.core.errors import LimitReached
 from gateway.dialects.dialect import Operation
 from gateway.dialects.model_names import ModelName, canonical
@@ -12,7 +13,6 @@ from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Model, Offer
 from gateway.fleet.presence import BackendState
-from gateway.keys import Key
 from gateway.limits.admission import Admission, Ticket
 from gateway.limits.limiter import Limits, Used
 from gateway.limits.quota import NAMES, Quota, Scope

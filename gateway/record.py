@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.auth.key_store import Key
 from gateway.core import strict_json
 from gateway.dialects.dialect import Usage
 from gateway.dialects.tokens import NO_TOKENS, Need
-from gateway.keys import Key
 from gateway.limits.admission import Admission
 from gateway.transcript import Transcript
 

@@ -6,7 +6,7 @@ from ipaddress import ip_address, ip_network
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import api_key
+from gateway.auth import key_format
 from gateway.core.asgi import SAME_ORIGIN
 from gateway.core.errors import ConflictingKeys, MissingKey, UnknownRoute
 from gateway.metrics import CONTENT_TYPE, Metrics
@@ -31,7 +31,7 @@ class Scrape:
 
     def _has_token(self, scope: Scope) -> bool:
         try:
-            presented = api_key.find(scope["headers"], None)
+            presented = key_format.find(scope["headers"], None)
         except (MissingKey, ConflictingKeys):
             return False
         return bool(self._token) and hmac.compare_digest(presented.encode(), self._token)

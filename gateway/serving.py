@@ -18,11 +18,11 @@ from pathlib import Path
 
 from gateway import app, console, installation, logs, memory, metrics, server
 from gateway.app import Rooms
+from gateway.auth.key_store import KeyRing, NewKey
 from gateway.commands import require_schema
 from gateway.core import background
 from gateway.core.errors import CommandFailed
 from gateway.fleet import discovery
-from gateway.keys import KeyRing, NewKey
 from gateway.settings import Settings
 from gateway.workers import Workers, end_with_parent
 

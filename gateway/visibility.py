@@ -1,9 +1,9 @@
 """What a caller is told of a model that it cannot have."""
 
+from gateway.auth.key_store import ADMIN_MODELS, Key
 from gateway.core.errors import GatewayError, ModelNotAvailable, ModelNotFound
 from gateway.dialects.model_names import canonical
 from gateway.fleet.catalog import Catalog
-from gateway.keys import ADMIN_MODELS, Key
 
 
 def missing(asked: str, key: Key, catalog: Catalog) -> GatewayError:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import api_key, app, audit_commands, commands, console, keys, spoken
+from gateway import app, audit_commands, commands, console, spoken
+from gateway.auth import key_format, key_store
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
 from gateway.dialects.dialect import Operation
@@ -54,13 +55,13 @@ def operation_of(client: str) -> Operation:
     return operations[path]
 
 
-async def key_named(database: Database, id_or_name: str) -> keys.Key:
+async def key_named(database: Database, id_or_name: str) -> key_store.Key:
     found = await database.row("find_living_key", id_or_name) if id_or_name.isprintable() else None
     if found is None:
-        raise CommandFailed(f"there is no living key {api_key.redacted(id_or_name)!r}: see `make keys`")
+        raise CommandFailed(f"there is no living key {key_format.redacted(id_or_name)!r}: see `make keys`")
     row = await database.row("key_with_rights", found["id"])
     assert row is not None
-    return keys.unpack(dict(row))
+    return key_store.unpack(dict(row))
 
 
 async def _states(store: Store) -> tuple[dict[str, presence.BackendState], int | None]:

@@ -14,9 +14,10 @@ import httpx
 from ollama import Client as OllamaClient
 from openai import OpenAI
 
-from gateway import app, keys, server
+from gateway import app, server
 from gateway.app import Rooms
-from gateway.keys import KeyRing, NewKey
+from gateway.auth import key_store
+from gateway.auth.key_store import KeyRing, NewKey
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import Quota
 from gateway.settings import Settings
@@ -117,7 +118,7 @@ class RunningGateway:
         return self.call(self.ring().make(NewKey(name or f"key {next(_names)}", models, quota, flags=flags, **more)))[1]
 
     def admin_key(self) -> str:
-        return self.key(flags=(keys.ADMIN_MODELS,))
+        return self.key(flags=(key_store.ADMIN_MODELS,))
 
     def http(self, key: str = "", **options: Any) -> httpx.Client:
         headers = ({"Authorization": f"Bearer {key}"} if key else {}) | options.pop("headers", {})

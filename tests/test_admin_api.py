@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import app, keys
+from gateway import app
+from gateway.auth import key_store
 from gateway.core.errors import CommandFailed, NotThere
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -27,7 +28,7 @@ def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBacke
 
 @pytest.fixture
 def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
-    with gateway.http(gateway.key(name="ops", flags=(keys.ADMIN,))) as client:
+    with gateway.http(gateway.key(name="ops", flags=(key_store.ADMIN,))) as client:
         client.base_url = httpx.URL(f"{gateway.url}/admin/v1")
         yield client
 
@@ -39,7 +40,7 @@ def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
 
 
 def test_only_the_role_opens_it(gateway: RunningGateway) -> None:
-    user = gateway.key(flags=(keys.ADMIN_MODELS, keys.SHOW_BACKEND))
+    user = gateway.key(flags=(key_store.ADMIN_MODELS, key_store.SHOW_BACKEND))
     routes = routes_of(gateway)
     assert len(routes) == 17
     with gateway.http() as nobody, gateway.http(user) as somebody:
@@ -206,7 +207,7 @@ def test_what_is_wrong_is_named(
 
 
 def test_the_rules_of_a_key_are_bounded(gateway: RunningGateway, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "MOST_RULES", 3)
+    monkeypatch.setattr(key_store, "MOST_RULES", 3)
     key_id = admin.post("/keys", json={"name": "alice"}).json()["id"]
     where, told = f"/keys/{key_id}", "limits for at most 3 models or globs"
 
@@ -221,7 +222,7 @@ def test_the_rules_of_a_key_are_bounded(gateway: RunningGateway, admin: httpx.Cl
 
 
 def test_an_admin_has_limits_too(gateway: RunningGateway) -> None:
-    with gateway.http(gateway.key(flags=(keys.ADMIN,), rpm=1)) as admin:
+    with gateway.http(gateway.key(flags=(key_store.ADMIN,), rpm=1)) as admin:
         assert [admin.get("/admin/v1/keys").status_code for _ in range(2)] == [200, 429]
 
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from gateway.admin_verbs import ROUTES
-from gateway.keys import ADMIN_MODELS, SHOW_BACKEND
+from gateway.auth.key_store import ADMIN_MODELS, SHOW_BACKEND
 from tests.asking import WAYS
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway import api_key
-from gateway.authentication import Authenticator, Verified
+from gateway.auth import key_format
+from gateway.auth.authenticator import Authenticator, Verified
+from gateway.auth.key_store import cache_key
 from gateway.fleet import discovery
-from gateway.keys import cache_key
 from tests.asking import SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -151,7 +151,7 @@ def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_holds_up_no_known
     statuses: list[int] = []
 
     def guess() -> None:
-        with gateway.http(api_key.mint().whole) as client:
+        with gateway.http(key_format.mint().whole) as client:
             statuses.append(client.get("/api/tags").status_code)
 
     with gateway.http(key) as client:

@@ -14,9 +14,10 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from playwright.sync_api import Browser, Page, expect
 
-from gateway import admin_verbs, app, keys, pages, samples
+from gateway import admin_verbs, app, pages, samples
 from gateway.admin_api import AdminRoute
 from gateway.api_document import FOLDER
+from gateway.auth import key_store
 from gateway.core import strict_json
 from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
@@ -119,7 +120,7 @@ def name_of_body(operation: dict[str, Any]) -> str:
 def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> None:
     if shutil.which(RUNS[language][0]) is None or (language == "curl" and shutil.which("curl") is None):
         pytest.skip(f"{language} is not on this machine")
-    flags = (keys.ADMIN, keys.ADMIN_MODELS)
+    flags = (key_store.ADMIN, key_store.ADMIN_MODELS)
     known = {"GATEWAY_KEY": gateway.key(name="ops", flags=flags), "METRICS_TOKEN": TOKEN, **environment({})}
     alice = gateway.key(name="alice")
     with gateway.http(alice) as client:

@@ -11,7 +11,8 @@ import asyncpg
 import hiredis
 import pytest
 
-from gateway import app, authentication, keys
+from gateway import app
+from gateway.auth import authenticator, key_store
 from gateway.core.background import Group, Kept
 from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
 from gateway.stores.redis_connection import Replies
@@ -171,13 +172,13 @@ def test_a_database_that_only_reads(
     monkeypatch: pytest.MonkeyPatch,
     servers_in_the_address: int,
 ) -> None:
-    monkeypatch.setattr(authentication, "NOTE_USE_EVERY_S", 0.1)
+    monkeypatch.setattr(authenticator, "NOTE_USE_EVERY_S", 0.1)
     url = stores.database_url
     if servers_in_the_address == 2:
         host = url.partition("host=")[2].partition("&")[0]
         object.__setattr__(stores, "database_url", url.replace(f"host={host}", f"host={host},{host}"))
     gateway = start_gateway(alpha)
-    known, unknown, ops = gateway.key(), gateway.key(), gateway.key(name="ops", flags=(keys.ADMIN,))
+    known, unknown, ops = gateway.key(), gateway.key(), gateway.key(name="ops", flags=(key_store.ADMIN,))
     assert WAYS[0].ask(gateway, known) == "alpha heard: Say hi"
     with gateway.http(ops) as admin:
         assert states_of(admin) == (200, "ok", "ok")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway import api_key
+from gateway.auth import key_format
 from gateway.core.errors import GatewayError
 from gateway.dialects.dialect import read_call
 from gateway.dialects.ollama import Ollama
@@ -138,7 +138,7 @@ def test_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
         wrong = client.put(SPOKEN)
         assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
         assert client.get("//api/tags").status_code == 404
-        assert client.get("/v1/models", headers={"x-api-key": api_key.mint().whole}).status_code == 400
+        assert client.get("/v1/models", headers={"x-api-key": key_format.mint().whole}).status_code == 400
     with gateway.http() as client:
         assert client.get("/api/tags").status_code == 401
         assert client.get("/api/tags", headers={"Authorization": "Bearer"}).status_code == 401

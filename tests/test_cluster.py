@@ -14,7 +14,7 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from gateway.api_key import parse
+from gateway.auth.key_format import parse
 from gateway.stores import redis_keys
 from tests.asking import WAYS
 from tests.conftest import TestStores

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from gateway import api_key
+from gateway.auth import key_format
 from tests import preloaded
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -87,7 +87,7 @@ def opens(gateway: RunningGateway, key: str) -> bool:
 def test_a_key_stands_alone_on_the_last_line(operator: Operator, start_gateway: StartGateway, alpha: PlayedBackend) -> None:
     done = operator.types("key", "--name", "first")
     assert done.returncode == 0
-    assert api_key.parse(done.stdout.removesuffix("\n")) is not None, "nothing else is on standard output"
+    assert key_format.parse(done.stdout.removesuffix("\n")) is not None, "nothing else is on standard output"
     assert "shown this once" in done.stderr
     assert opens(start_gateway(alpha), done.stdout.strip())
 
@@ -95,7 +95,7 @@ def test_a_key_stands_alone_on_the_last_line(operator: Operator, start_gateway: 
 def test_a_key_with_all_its_rights(operator: Operator) -> None:
     limits = ("--rpm", "5", "--tpm", "6", "--concurrent", "0")
     made = operator.gets_json("key", "--name", "all", "--models", "a, b*", "--expires", "30d", *limits, "--admin-models")
-    assert made["name"] == "all" and api_key.parse(str(made["key"]))
+    assert made["name"] == "all" and key_format.parse(str(made["key"]))
     (row,) = operator.gets_json("keys").rows
     assert row["id"] == made["id"] and row["models"] == ["a", "b*"] and row["flags"] == ["admin_models"]
     assert (row["rpm"], row["tpm"], row["concurrent"], row["state"], row["secrets"]) == (5, 6, 0, "active", 1)

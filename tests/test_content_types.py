@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from gateway.keys import ADMIN_MODELS
+from gateway.auth.key_store import ADMIN_MODELS
 from tests.asking import MODEL, WAYS, Way
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from gateway import keys, pages
+from gateway import pages
+from gateway.auth import key_store
 from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -29,7 +30,7 @@ def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBacke
 
 @pytest.fixture
 def admin(gateway: RunningGateway) -> str:
-    return gateway.key(name="ops", flags=(keys.ADMIN,))
+    return gateway.key(name="ops", flags=(key_store.ADMIN,))
 
 
 def enter(page: Page, gateway: RunningGateway, key: str) -> None:
@@ -225,7 +226,7 @@ def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: s
 def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: PlayedBackend, browser: Browser) -> None:
     with PlayedBackend(models=[MODEL, XSS], name="alpha") as evil:
         gateway = start_gateway(evil, beta, DASHBOARD_ENABLED="true")
-        admin = gateway.key(name="ops", flags=(keys.ADMIN,))
+        admin = gateway.key(name="ops", flags=(key_store.ADMIN,))
         with gateway.http(gateway.key(name=XSS), headers={"User-Agent": XSS, "X-Request-ID": "x"}) as client:
             for model in (XSS, f"unknown {XSS}"):
                 client.post("/api/chat", json={**CHAT, "model": model})
@@ -269,7 +270,7 @@ def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: 
     for number in range(1000):
         gateway.key(name=f"key number {number}")
     with page_of(browser) as page:
-        enter(page, gateway, gateway.key(name="ops", flags=(keys.ADMIN,)))
+        enter(page, gateway, gateway.key(name="ops", flags=(key_store.ADMIN,)))
         expect(page.locator("#backends tbody tr")).to_have_count(50)
         page.click("[data-tab=keys]")
         expect(page.locator("#keys-shown")).to_contain_text("200 of 1,001 keys")

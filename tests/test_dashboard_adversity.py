@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from gateway import keys
+from gateway.auth import key_store
 from tests.browser import page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -21,7 +21,7 @@ def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBacke
 
 @pytest.fixture
 def admin(gateway: RunningGateway) -> str:
-    return gateway.key(name="ops", flags=(keys.ADMIN,))
+    return gateway.key(name="ops", flags=(key_store.ADMIN,))
 
 
 def holding(routes: list[Route]) -> Callable[[Route], None]:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from argon2 import PasswordHasher
 
+from gateway.auth.key_store import KeyRing
 from gateway.drill.redis_wire import RedisWire, can_be_wired
 from gateway.drill.scene import LIMITS
 from gateway.drill.sheet import BY_NAME
-from gateway.keys import KeyRing
 from gateway.stores.postgres import Database
 from tests.audit_rows import in_database
 from tests.conftest import TestStores

@@ -13,11 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import app, explain, keys, why_commands
+from gateway import app, explain, why_commands
+from gateway.auth import key_store
+from gateway.auth.key_store import Key
 from gateway.dialects.dialect import Operation
 from gateway.explain import Question
 from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, Breaker
-from gateway.keys import Key
 from gateway.stores.redis_client import StoreAway
 from tests.audit_rows import sql
 from tests.conftest import StartGateway, TestStores
@@ -68,7 +69,7 @@ def rights_of(gateway: RunningGateway, whole: str) -> Key:
     row = gateway.call(gateway.rooms.database.row("key_with_rights", whole.split("_")[1]))
     assert row is not None
 
-    return keys.unpack(dict(row))
+    return key_store.unpack(dict(row))
 
 
 def breaker_in(state: str) -> Breaker:
@@ -250,7 +251,7 @@ def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[Pl
     gateway = start_gateway(*fleet)
     gateway.key(name="over", lifetime=timedelta(seconds=-1))
     revoked = gateway.key(name="revoked").split("_")[1]
-    with gateway.http(gateway.key(flags=(keys.ADMIN,))) as admin:
+    with gateway.http(gateway.key(flags=(key_store.ADMIN,))) as admin:
         asked = {"key": "over", "model": "llama3.2"}
         told = admin.get("/admin/v1/explain", params=asked).json()
         assert (told["status"], told["outcome"]) == (401, "invalid_api_key")

@@ -11,7 +11,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from gateway import api_key, front, spoken, transcript
+from gateway import front, spoken, transcript
+from gateway.auth import key_format
+from gateway.auth.key_store import ADMIN
 from gateway.client_address import TrustedProxies, _address
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
@@ -23,7 +25,6 @@ from gateway.fleet import catalog
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Snapshot
 from gateway.fleet.refusals import scrub
-from gateway.keys import ADMIN
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
@@ -71,10 +72,10 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("a status", spoken.status, "4x"),
     ("groups", spoken.groups, "key,"),
     ("a request's id", spoken.our_id, "urn:uuid:"),
-    ("a key", api_key.parse, "_"),
-    ("keys in words", api_key.redacted, "nz_aaaaaaaa_"),
-    ("one key in words", api_key.redacted, "nz_aaaaaaaa_a"),
-    ("a header's key", lambda text: api_key.find([(b"authorization", f"Basic {text}".encode())], None), "YWJj"),
+    ("a key", key_format.parse, "_"),
+    ("keys in words", key_format.redacted, "nz_aaaaaaaa_"),
+    ("one key in words", key_format.redacted, "nz_aaaaaaaa_a"),
+    ("a header's key", lambda text: key_format.find([(b"authorization", f"Basic {text}".encode())], None), "YWJj"),
     ("a path", front.KEY_IN_PATH.fullmatch, "/k/"),
     ("an id", lambda text: front.WELL_FORMED_ID.fullmatch(text.encode()), "a"),
     ("proxies", forwarded, "10.0.0.2,"),

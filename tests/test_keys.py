@@ -17,10 +17,12 @@ from argon2 import PasswordHasher
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import api_key, local, verification
-from gateway.authentication import Authenticator
+from gateway import local
+from gateway.auth import key_format
+from gateway.auth import verifier as auth_verifier
+from gateway.auth.authenticator import Authenticator
+from gateway.auth.key_store import NewKey
 from gateway.core.errors import CommandFailed, ConflictingKeys, MissingKey, Overloaded
-from gateway.keys import NewKey
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import until
@@ -29,7 +31,7 @@ from tests.settings_of import settings_for
 from tests.stored import all_of_postgresql, all_of_redis
 
 CHARACTERS = st.characters(codec="utf-8")
-IN_ANY_KEY = st.sampled_from(sorted(api_key.ALPHABET | {"_"}))
+IN_ANY_KEY = st.sampled_from(sorted(key_format.ALPHABET | {"_"}))
 
 
 def status(gateway: RunningGateway, key: str) -> int:
@@ -42,8 +44,8 @@ def ask(gateway: RunningGateway, key: str) -> httpx.Response:
 
 def forged(secret_id: str) -> str:
     """A key that was never made, of a right form."""
-    body = f"{api_key.PREFIX}_{secret_id}_{api_key.mint().whole.split('_')[2][: -api_key.CHECKSUM_CHARACTERS]}"
-    return body + api_key._checksum(body)
+    body = f"{key_format.PREFIX}_{secret_id}_{key_format.mint().whole.split('_')[2][: -key_format.CHECKSUM_CHARACTERS]}"
+    return body + key_format._checksum(body)
 
 
 def sql(url: str, *statements: str) -> list[asyncpg.Record]:
@@ -61,47 +63,47 @@ def sql(url: str, *statements: str) -> list[asyncpg.Record]:
 
 
 def test_a_key_has_its_form_and_is_never_the_same() -> None:
-    minted = {api_key.mint().whole for _ in range(200)}
+    minted = {key_format.mint().whole for _ in range(200)}
     assert len(minted) == 200
     assert all(re.fullmatch(r"nz_[a-z2-7]{8}_[a-z2-7]{38}", whole) for whole in minted)
-    assert api_key.SECRET_BYTES * 8 >= 160
+    assert key_format.SECRET_BYTES * 8 >= 160
 
 
 def test_a_key_is_read_as_it_was_made_and_not_represented() -> None:
-    minted = api_key.mint()
-    assert api_key.parse(minted.whole) == minted
+    minted = key_format.mint()
+    assert key_format.parse(minted.whole) == minted
     assert minted.whole not in repr(minted) and minted.secret_id in minted.whole
 
 
 @given(at=st.integers(0, 48), character=CHARACTERS | IN_ANY_KEY)
 def test_every_change_of_one_character_is_refused_by_arithmetic(at: int, character: str) -> None:
-    whole = api_key.mint().whole
+    whole = key_format.mint().whole
     changed = whole[:at] + character + whole[at + 1 :]
-    assert changed == whole or api_key.parse(changed) is None
+    assert changed == whole or key_format.parse(changed) is None
 
 
 @given(at=st.integers(0, 49), text=st.text(CHARACTERS | IN_ANY_KEY, min_size=1, max_size=3))
 def test_what_is_longer_is_refused(at: int, text: str) -> None:
-    whole = api_key.mint().whole
-    assert api_key.parse(whole[:at] + text + whole[at:]) is None
+    whole = key_format.mint().whole
+    assert key_format.parse(whole[:at] + text + whole[at:]) is None
 
 
 @given(st.integers(0, 48))
 def test_what_is_shorter_or_swapped_is_refused(at: int) -> None:
-    whole = api_key.mint().whole
-    assert api_key.parse(whole[:at]) is None and api_key.parse(whole[:at] + whole[at + 1 :]) is None
+    whole = key_format.mint().whole
+    assert key_format.parse(whole[:at]) is None and key_format.parse(whole[:at] + whole[at + 1 :]) is None
     swapped = whole[:at] + whole[at : at + 2][::-1] + whole[at + 2 :]
-    assert swapped == whole or api_key.parse(swapped) is None
+    assert swapped == whole or key_format.parse(swapped) is None
 
 
 @given(st.text(CHARACTERS))
 def test_any_text_at_all_can_be_read(text: str) -> None:
-    assert api_key.parse(text) is None
+    assert key_format.parse(text) is None
 
 
 # ── the places ──
 
-KEY = api_key.mint().whole
+KEY = key_format.mint().whole
 
 
 def basic(password: str) -> bytes:
@@ -123,7 +125,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_places_of_a_key(place: str) -> None:
-    assert api_key.find(*PLACES[place]) == KEY
+    assert key_format.find(*PLACES[place]) == KEY
 
 
 @pytest.mark.parametrize(
@@ -132,20 +134,20 @@ def test_the_places_of_a_key(place: str) -> None:
 )
 def test_no_key_in_authorization(value: bytes) -> None:
     with pytest.raises(MissingKey):
-        api_key.find([(b"authorization", value)], None)
+        key_format.find([(b"authorization", value)], None)
 
 
 def test_a_colon_belongs_to_the_password() -> None:
-    assert api_key.find([(b"authorization", basic("a:b"))], None) == "a:b"
+    assert key_format.find([(b"authorization", basic("a:b"))], None) == "a:b"
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place not in ("path", "all")])
 def test_two_different_keys_of_ours_are_in_conflict(place: str) -> None:
     headers, _ = PLACES[place]
     with pytest.raises(ConflictingKeys):
-        api_key.find(headers, api_key.mint().whole)
+        key_format.find(headers, key_format.mint().whole)
     with pytest.raises(ConflictingKeys):
-        api_key.find([*headers, (b"x-api-key", api_key.mint().whole.encode())], None)
+        key_format.find([*headers, (b"x-api-key", key_format.mint().whole.encode())], None)
 
 
 DUMMIES = {"ollama": "ollama", "sk": "sk-no-key-required", "our prefix": "nz_", "our README's": "nz_…", "cut short": KEY[:-1]}
@@ -157,15 +159,15 @@ def test_what_is_not_shaped_like_a_key_of_ours_is_no_key(dummy: str) -> None:
     """Every client library insists on some key, whatever the address carries."""
     written = dummy.encode()
     places = [(b"authorization", b"Bearer " + written), (b"authorization", basic(dummy)), (b"x-api-key", written)]
-    assert api_key.find(places, KEY) == KEY
+    assert key_format.find(places, KEY) == KEY
     for place in places:
-        assert api_key.find([place, (b"api-key", KEY.encode())], None) == KEY
-        assert api_key.find([(b"api-key", KEY.encode()), place], "dummy in the path") == KEY
+        assert key_format.find([place, (b"api-key", KEY.encode())], None) == KEY
+        assert key_format.find([(b"api-key", KEY.encode()), place], "dummy in the path") == KEY
 
 
 def test_alone_it_is_the_wrong_key_and_of_several_the_first_counts() -> None:
-    assert api_key.find([(b"authorization", b"Bearer ollama")], None) == "ollama"
-    assert api_key.find([(b"x-api-key", b"second"), (b"authorization", b"Bearer third")], "first") == "first"
+    assert key_format.find([(b"authorization", b"Bearer ollama")], None) == "ollama"
+    assert key_format.find([(b"x-api-key", b"second"), (b"authorization", b"Bearer third")], "first") == "first"
 
 
 def test_all_places_over_http(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
@@ -309,7 +311,7 @@ def test_a_key_is_stored_as_a_hash_alone(start_gateway: StartGateway, stores: Te
     kept = all_of_redis(stores)
     assert "mine" in kept
     for key in (old, new, wrong):
-        for part in (key, key.split("_")[2], key.split("_")[2][: -api_key.CHECKSUM_CHARACTERS]):
+        for part in (key, key.split("_")[2], key.split("_")[2][: -key_format.CHECKSUM_CHARACTERS]):
             assert part not in stored and part not in kept
 
 
@@ -390,7 +392,7 @@ def test_an_unknown_id_takes_as_long_as_a_wrong_secret(start_gateway: StartGatew
     with gateway.http() as client:
         for _ in range(15):
             for name, times in took.items():
-                key = forged(known if name == known else api_key.mint().secret_id)
+                key = forged(known if name == known else key_format.mint().secret_id)
                 began = time.perf_counter()
                 assert client.get("/api/tags", headers={"x-api-key": key}).status_code == 401
                 times.append(time.perf_counter() - began)
@@ -503,7 +505,7 @@ def test_wrong_keys_from_many_addresses_keep_no_good_one_waiting(
     hasher = gated(authenticator)
 
     async def run() -> tuple[list[int], Counter[str]]:
-        wrong = [forged(api_key.mint().secret_id if forge == "unknown ids" else attacked) for _ in range(200)]
+        wrong = [forged(key_format.mint().secret_id if forge == "unknown ids" else attacked) for _ in range(200)]
         flood = [asyncio.create_task(authenticator.key_for(key, f"192.0.2.{number}")) for number, key in enumerate(wrong)]
         under_way = authenticator._verifier._under_way
         await until_there(lambda: hasher.runs and sum(task.done() for task in flood) > 150)
@@ -583,11 +585,11 @@ def test_floods_of_some_ids_keep_nobody_out_who_has_another(
     hasher = gated(authenticator)
 
     async def run() -> Counter[str]:
-        ids = [key.split("_")[1] for key in attacked for _ in range(verification.MOST_OF_ONE_ID + 8)]
+        ids = [key.split("_")[1] for key in attacked for _ in range(auth_verifier.MOST_OF_ONE_ID + 8)]
         wrong = [authenticator.key_for(forged(one), f"2001:db8:{number:x}::1") for number, one in enumerate(ids)]
         flood = [asyncio.create_task(one) for one in wrong]
         # All that are not turned away wait: two of them in the threads.
-        left = min(flooded * verification.MOST_OF_ONE_ID, verification.MOST_BEHIND + flooded)
+        left = min(flooded * auth_verifier.MOST_OF_ONE_ID, auth_verifier.MOST_BEHIND + flooded)
         await until_there(lambda: len(hasher.runs) == 2 and sum(task.done() for task in flood) == len(flood) - left)
         coming = [asyncio.create_task(authenticator.key_for(key, "192.0.2.1")) for key in holders]
         lanes = [f"id {key.split('_')[1]}" for key in holders]
@@ -643,16 +645,16 @@ def test_a_changed_key_needs_no_argon2_and_without_the_database_it_is_good_no_lo
 
 def test_an_answer_in_its_turn_frees_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers that leave, wait too long or find no room hold nothing afterwards."""
-    monkeypatch.setattr(verification, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(auth_verifier, "LONGEST_WAIT_S", 0.05)
     hasher = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
-    key, other = api_key.mint(), api_key.mint()
+    key, other = key_format.mint(), key_format.mint()
 
     async def run() -> set[str]:
-        verifier = verification.Verifier(hasher)
+        verifier = auth_verifier.Verifier(hasher)
         stored = hasher.hash(key.whole)
         ends: set[str] = set()
         for seconds in (0.0, 0.001, 0.01):
-            unknown = [asyncio.create_task(verifier.is_right(None, api_key.mint())) for _ in range(12)]
+            unknown = [asyncio.create_task(verifier.is_right(None, key_format.mint())) for _ in range(12)]
             wrong = [asyncio.create_task(verifier.is_right(stored, other)) for _ in range(12)]
             await asyncio.sleep(seconds)
             for task in (*unknown[::2], *wrong[::3]):
@@ -674,12 +676,12 @@ def test_an_answer_in_its_turn_frees_what_it_took(monkeypatch: pytest.MonkeyPatc
 
 def test_a_wrong_key_is_wrong_also_while_the_queue_of_unknown_ids_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it is counted and remembered, and argon2 does not run for it again."""
-    monkeypatch.setattr(verification, "MOST_UNKNOWN", 0)
+    monkeypatch.setattr(auth_verifier, "MOST_UNKNOWN", 0)
     hasher = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
-    good, wrong = api_key.mint(), api_key.mint()
+    good, wrong = key_format.mint(), key_format.mint()
 
     async def run() -> list[bool]:
-        verifier = verification.Verifier(hasher)
+        verifier = auth_verifier.Verifier(hasher)
         try:
             with pytest.raises(Overloaded):
                 await verifier.is_right(None, wrong)

@@ -12,8 +12,8 @@ import pytest
 from ollama import ResponseError
 from openai import RateLimitError
 
+from gateway.auth.key_store import ADMIN, ADMIN_MODELS
 from gateway.dialects.tokens import Need
-from gateway.keys import ADMIN, ADMIN_MODELS
 from gateway.limits import admission
 from gateway.limits.admission import Usage
 from gateway.limits.fallback import LocalLimits, Share

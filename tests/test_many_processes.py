@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from gateway import app
-from gateway.keys import KeyRing, NewKey
+from gateway.auth.key_store import KeyRing, NewKey
 from gateway.limits.quota import Quota
 from gateway.stores.redis_client import Store, StoreAway
 from tests.asking import WAYS

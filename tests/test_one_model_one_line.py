@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from gateway import cli, spoken
+from gateway.auth.key_store import ADMIN
 from gateway.dialects.model_names import canonical
-from gateway.keys import ADMIN
 from gateway.stores.postgres import Database
 from tests.audit_rows import PLAIN, ago, in_database, row, sql, write
 from tests.conftest import StartGateway, TestStores

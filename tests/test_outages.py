@@ -17,8 +17,9 @@ import asyncpg
 import pytest
 import redis
 
-from gateway import api_key, app
-from gateway.keys import KeyRing, NewKey
+from gateway import app
+from gateway.auth import key_format
+from gateway.auth.key_store import KeyRing, NewKey
 from gateway.limits.fallback import Share
 from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
@@ -249,7 +250,7 @@ def test_wrong_keys_are_counted_while_redis_is_away(stores: OwnStores, backend: 
     names = {"AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "10", "REDIS_URL": stores.redis_url}
     with RunningGateway(settings_for(backend, DATABASE_URL=stores.database_url, **names)) as gateway:
         with stores.frozen(stores.redis):
-            statuses = wrong_at_once(gateway, "not a key") + wrong_at_once(gateway, api_key.mint().whole)
+            statuses = wrong_at_once(gateway, "not a key") + wrong_at_once(gateway, key_format.mint().whole)
         assert statuses == {b"401": 10, b"429": 30}
 
 

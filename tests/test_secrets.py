@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import api_key
+from gateway.auth import key_format
 from gateway.logs import ConsoleLines, JsonLines
 from tests.bench import tools
 from tests.conftest import StartGateway, TestStores
@@ -150,6 +150,6 @@ def test_the_load_generator_gets_its_key_where_ps_does_not_show_it(tmp_path: Pat
     script = tmp_path / "loadgen"
     script.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(dict(said=sys.argv, read=sys.stdin.read())))\n")
     script.chmod(0o700)
-    key = api_key.mint().whole
+    key = key_format.mint().whole
     told = tools.load(tools.Tools("", str(script)), 1, key, [])
     assert key not in " ".join(told["said"]) and told["read"] == f"{key}\n"

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gateway import keys, top
+from gateway import top
+from gateway.auth import key_store
 from gateway.core.errors import CommandFailed
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -72,7 +73,7 @@ def test_against_a_running_gateway(
     start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores, tmp_path: Path
 ) -> None:
     gateway = start_gateway(alpha)
-    admin = gateway.key(name="ops", flags=(keys.ADMIN,))
+    admin = gateway.key(name="ops", flags=(key_store.ADMIN,))
     with gateway.http(gateway.key(name="alice")) as client:
         client.post("/api/chat", json=CHAT)
     until(lambda: top.overview(gateway.url, admin)["lately"]["requests"] >= 1, 15)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateway import app, settings
-from gateway.keys import KeyRing, NewKey
+from gateway.auth.key_store import KeyRing, NewKey
 from tests.bench import subjects
 from tests.bench.subjects import Subject
 from tests.bench.tools import Tools, load

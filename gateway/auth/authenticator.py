@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from gateway import api_key
-from gateway.api_key import PresentedKey
-from gateway.auth_failures import AuthFailures, counted_as
+from gateway.auth import key_format
+from gateway.auth.auth_failures import AuthFailures, counted_as
+from gateway.auth.key_format import PresentedKey
+from gateway.auth.key_store import CHANGED, Key, cache_key, unpack, version_key
+from gateway.auth.verifier import Verifier
 from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.errors import Overloaded, StoreUnavailable, WrongKey
-from gateway.keys import CHANGED, Key, cache_key, unpack, version_key
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store, StoreAway
 from gateway.stores.redis_names import named
-from gateway.verification import Verifier
 
 REMEMBERED = 10_000
 # Who is not known yet: being looked up, or waiting for argon2, whose bounds together are less.
@@ -81,10 +81,10 @@ class Authenticator:
     async def key_for(self, presented: str, address: str) -> Key:
         """Raises WrongKey, TooManyFailures (before any work), Overloaded or StoreUnavailable."""
         now = time.monotonic()
-        known = self._verified.get(api_key.digest(presented))
+        known = self._verified.get(key_format.digest(presented))
         if known is not None and now < known.fresh_until:
             return self._accept(known.key)
-        parsed = api_key.parse(presented)
+        parsed = key_format.parse(presented)
         if known is None:
             self._failures.check(address)
             if parsed is None or self._refused.get(parsed.digest, 0.0) > now:

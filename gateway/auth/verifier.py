@@ -11,7 +11,7 @@ from typing import NamedTuple
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from gateway.api_key import PresentedKey
+from gateway.auth.key_format import PresentedKey
 from gateway.core import background
 from gateway.core.errors import Overloaded
 

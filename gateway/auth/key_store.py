@@ -9,7 +9,7 @@ from typing import Any
 
 from argon2 import PasswordHasher
 
-from gateway import api_key
+from gateway.auth import key_format
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed, NameTaken, NotThere
 from gateway.dialects import model_names
@@ -123,7 +123,7 @@ class KeyRing:
         _refuse_unreadable(wanted)
         if await self._database.row("find_key_by_id", wanted.name) is not None:
             raise NameTaken(f"{wanted.name!r} is the id of a key: choose a name that cannot be mistaken for it")
-        minted = api_key.mint()
+        minted = key_format.mint()
         expires = None if wanted.lifetime is None else datetime.now(UTC) + wanted.lifetime
         rights = (list(wanted.models), *wanted.quota.packed().values(), list(wanted.flags), expires)
         hashed = await self._hashed(minted.whole)
@@ -146,7 +146,7 @@ class KeyRing:
     async def rotate(self, name_or_id: str, overlap: timedelta) -> tuple[str, str]:
         """A new secret for the same key; the old ones work for the overlap. Returns the key's id and the new key."""
         key_id = await self.living(name_or_id, usable=True)
-        minted = api_key.mint()
+        minted = key_format.mint()
         await self._database.run_all(
             [
                 ("lock_key", (key_id,)),
@@ -211,14 +211,14 @@ class KeyRing:
         """The id of a key that was not revoked, by this id or that of one of its secrets, never by a name; raises NotThere."""
         row = await self._database.row("find_key_by_id", key_id) if key_id.isprintable() else None
         if row is None or row["revoked_at"] is not None:
-            raise NotThere(f"there is no living key with the id {api_key.redacted(key_id)!r}: see `make keys`")
+            raise NotThere(f"there is no living key with the id {key_format.redacted(key_id)!r}: see `make keys`")
         return str(row["id"])
 
     async def living(self, name_or_id: str, *, usable: bool = False) -> str:
         """The id of a key that was not revoked; what is any key's id is no name. Raises NotThere."""
         row = await self._database.row("find_living_key", name_or_id) if name_or_id.isprintable() else None
         if row is None:
-            raise NotThere(f"there is no living key {api_key.redacted(name_or_id)!r}: see `make keys`")
+            raise NotThere(f"there is no living key {key_format.redacted(name_or_id)!r}: see `make keys`")
         if usable and row["expires_at"] is not None and row["expires_at"] <= datetime.now(UTC):
             raise CommandFailed(f"the key {name_or_id!r} has expired: revoke it and make another")
         return str(row["id"])
@@ -254,7 +254,7 @@ def version_key(secret_id: str) -> str:
 def _refuse_unreadable(wanted: NewKey) -> None:
     if not 0 < len(wanted.name) <= LONGEST_NAME or not wanted.name.isprintable():
         raise CommandFailed(f"a key's name must be 1 to {LONGEST_NAME} printable characters: choose another name")
-    if api_key.redacted(wanted.name) != wanted.name:
+    if key_format.redacted(wanted.name) != wanted.name:
         raise CommandFailed("a key's name must not be a key: choose a name that says whose it is")
     if len(wanted.models) > MOST_PATTERNS:
         raise CommandFailed(f"a key's models may be at most {MOST_PATTERNS} names or globs: write globs, such as llama3*")
