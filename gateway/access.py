@@ -4,6 +4,7 @@ import asyncio
 
 from starlette.types import Scope
 
+from gateway.audit.record import Record
 from gateway.auth import key_format
 from gateway.auth.authenticator import Authenticator
 from gateway.auth.key_store import ADMIN, Key
@@ -12,7 +13,6 @@ from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.limits.admission import Admission, Ticket
 from gateway.limits.limiter import Limits, remembered
 from gateway.limits.quota import Quota
-from gateway.record import Record
 
 LOOK_UP_RESERVE = -1
 LOOKS = frozenset({"GET", "HEAD"})

@@ -12,17 +12,18 @@ from typing import Any
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, pages, retention, routes
+from gateway import admin_verbs, pages, routes
 from gateway.access import Access
 from gateway.admin_api import AdminApi
 from gateway.api_document import ApiDocument
-from gateway.audit_writer import AuditWriter
+from gateway.audit import retention
+from gateway.audit.settlement import Books
+from gateway.audit.writer import AuditWriter
 from gateway.auth.auth_failures import AuthFailures
 from gateway.auth.authenticator import Authenticator
 from gateway.auth.key_store import KeyRing
 from gateway.auth.verifier import Verifier
 from gateway.body import Bodies
-from gateway.books import Books
 from gateway.client_address import TrustedProxies
 from gateway.core import strict_json
 from gateway.core.background import Kept

@@ -6,7 +6,8 @@ from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, timedelta
 from typing import Any
 
-from gateway import app, audit_chain, commands, console, retention
+from gateway import app, commands, console
+from gateway.audit import hash_chain, retention
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
 from gateway.settings import Settings
@@ -97,7 +98,7 @@ def _sums(row: Row, said: argparse.Namespace) -> dict[str, Any]:
 
 async def verify_audit(settings: Settings, said: argparse.Namespace) -> None:
     async with current_database(settings) as database:
-        verdict = await audit_chain.verify(database, console.say)
+        verdict = await hash_chain.verify(database, console.say)
     facts = {
         "whole": not verdict.count,
         "batches": verdict.batches,

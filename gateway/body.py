@@ -7,6 +7,7 @@ from typing import Any, Self, TypeVar
 
 from starlette.types import Receive, Scope
 
+from gateway.audit.record import Record
 from gateway.core.cancel_scope import Guard
 from gateway.core.errors import (
     BadRequest,
@@ -18,7 +19,6 @@ from gateway.core.errors import (
     UnsupportedEncoding,
 )
 from gateway.core.shared_bytes import SharedBytes
-from gateway.record import Record
 from gateway.turns import Turns
 
 BODY_DEADLINE_S = 30.0

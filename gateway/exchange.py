@@ -11,9 +11,11 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from gateway.access import Access
+from gateway.audit.prompt_log import Transcript
+from gateway.audit.record import Record
+from gateway.audit.settlement import Books
 from gateway.auth.key_store import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.body import LARGEST_WITHOUT_TURN, Bodies
-from gateway.books import Books
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import Watch, Watched
 from gateway.core.connection import Connection
@@ -28,8 +30,6 @@ from gateway.fleet.backends.http_client import UNSAFE, BackendFault
 from gateway.fleet.catalog import Catalog, Model
 from gateway.fleet.failover import Opening, Router, is_served
 from gateway.fleet.refusals import IN_ERRORS
-from gateway.record import Record
-from gateway.transcript import Transcript
 from gateway.visibility import missing
 
 # The payloads of a stream's end that tell what became of it, and how many bytes of it usually hold them.

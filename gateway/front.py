@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import logs
-from gateway.books import Books
+from gateway.audit.record import Record
+from gateway.audit.settlement import Books
 from gateway.core.cancel_scope import Guard
 from gateway.core.errors import (
     BackendRefused,
@@ -23,7 +24,6 @@ from gateway.core.errors import (
 )
 from gateway.dialects.dialect import Dialect
 from gateway.metrics import Metrics
-from gateway.record import Record
 
 LOG = logging.getLogger("gateway")
 WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")

@@ -6,8 +6,8 @@ from starlette.routing import Route
 from starlette.routing import Router as PathTable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.audit.record import Record
 from gateway.core.errors import MethodNotAllowed, UnknownRoute
-from gateway.record import Record
 from gateway.suggestions import DID_YOU_MEAN, beginning, suggest
 
 PAGES = frozenset({"/dashboard", "/playground", "/docs"})

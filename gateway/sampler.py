@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Self
 
-from gateway.audit_writer import AuditWriter
-from gateway.books import Books
+from gateway.audit.settlement import Books
+from gateway.audit.writer import AuditWriter
 from gateway.core.background import Kept
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog

@@ -6,11 +6,11 @@ from ipaddress import ip_address, ip_network
 
 from starlette.types import Receive, Scope, Send
 
+from gateway.audit.record import Record
 from gateway.auth import key_format
 from gateway.core.asgi import SAME_ORIGIN
 from gateway.core.errors import ConflictingKeys, MissingKey, UnknownRoute
 from gateway.metrics import CONTENT_TYPE, Metrics
-from gateway.record import Record
 
 
 class Scrape:

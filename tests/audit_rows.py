@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from gateway import audit_table
+from gateway.audit import table
 from gateway.core import strict_json
 from gateway.stores.postgres import Database
 
@@ -78,13 +78,13 @@ def in_database(url: str, work: Callable[[Database], Awaitable[Result]]) -> Resu
 def write(url: str, *batches: list[dict[str, Any]]) -> None:
     async def run(database: Database) -> None:
         for batch in batches:
-            assert await audit_table.write(database, packed(batch)) == len(batch)
+            assert await table.write(database, packed(batch)) == len(batch)
 
     in_database(url, run)
 
 
 def write_prompts(url: str, prompts: list[dict[str, Any]], keep: timedelta) -> None:
-    in_database(url, lambda database: audit_table.write(database, [], prompts, keep))
+    in_database(url, lambda database: table.write(database, [], prompts, keep))
 
 
 def sql(url: str, *statements: str) -> list[Any]:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from gateway import audit_chain
-from gateway.audit_chain import Verdict
+from gateway.audit import hash_chain
+from gateway.audit.hash_chain import Verdict
 from gateway.stores.postgres import Database
 from tests.audit_rows import ago, in_database, row, sql, write
 from tests.conftest import TestStores
@@ -21,7 +21,7 @@ def url(stores: TestStores) -> str:
 
 
 def verify(url: str) -> Verdict:
-    return in_database(url, lambda database: audit_chain.verify(database, lambda _: None))
+    return in_database(url, lambda database: hash_chain.verify(database, lambda _: None))
 
 
 def findings(url: str) -> list[tuple[int, str, int | None, int]]:
@@ -136,12 +136,12 @@ def test_the_hash_does_not_depend_on_the_sessions_settings(url: str) -> None:
 
 
 def test_many_batches_are_looked_at_some_at_a_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_chain, "BATCHES_AT_ONCE", 5)
-    monkeypatch.setattr(audit_chain, "ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(audit_chain, "SAY_EVERY_S", 0)
+    monkeypatch.setattr(hash_chain, "BATCHES_AT_ONCE", 5)
+    monkeypatch.setattr(hash_chain, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(hash_chain, "SAY_EVERY_S", 0)
     write(url, *([row(ago(1)) for _ in range(size)] for size in (1, 20, 1, 1, 1, 1, 1, 1)))
     said: list[str] = []
-    found = in_database(url, lambda database: audit_chain.verify(database, said.append))
+    found = in_database(url, lambda database: hash_chain.verify(database, said.append))
     assert (found.count, found.batches, found.rows) == (0, 11, 36)
     assert len(said) > 3 and said[-1] == "11 batches with 36 rows checked, 0 findings"
     sql(url, "DELETE FROM audit WHERE batch IN (2, 5, 6, 11)")
@@ -149,7 +149,7 @@ def test_many_batches_are_looked_at_some_at_a_time(url: str, monkeypatch: pytest
 
 
 def test_of_many_findings_the_first_are_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_chain, "MOST_FINDINGS", 2)
+    monkeypatch.setattr(hash_chain, "MOST_FINDINGS", 2)
     sql(url, "DELETE FROM audit")
     found = verify(url)
     assert found.count == 3 and [each.batch for each in found.findings] == [1, 2]
@@ -157,12 +157,12 @@ def test_of_many_findings_the_first_are_kept(url: str, monkeypatch: pytest.Monke
 
 def test_purging_while_we_look_is_no_finding(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The beginning moves past where we are, between two looks."""
-    monkeypatch.setattr(audit_chain, "BATCHES_AT_ONCE", 1)
+    monkeypatch.setattr(hash_chain, "BATCHES_AT_ONCE", 1)
     anchor = "INSERT INTO audit_anchor SELECT true, id, digest FROM audit_batches WHERE id = 2"
     purge = ["DELETE FROM audit WHERE batch < 3", anchor]
 
     async def run(database: Database) -> Verdict:
-        walk = audit_chain.Walk(database)
+        walk = hash_chain.Walk(database)
         assert await walk.step()
         for statement in purge:
             async with database.connection() as connection:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from gateway import cli, console, retention
+from gateway import cli, console
+from gateway.audit import retention
 from gateway.core.errors import CommandFailed
 from gateway.stores.postgres import Database
 from tests.audit_rows import add_key, ago, in_database, prompt, row, sql, write, write_prompts

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import cost
+from gateway.audit import token_usage
+from gateway.audit.record import Record
+from gateway.audit.token_usage import MILLION
 from gateway.core import strict_json
-from gateway.cost import MILLION
 from gateway.dialects.dialect import Dialect, Usage
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
@@ -20,7 +21,6 @@ from gateway.dialects.tokens import Need
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import _abandoned, remembered
 from gateway.limits.quota import Scope
-from gateway.record import Record
 from gateway.stores import redis_keys
 from tests.asking import MODEL, WAYS, Way
 from tests.audit_rows import add_key, ago, billed, row, sql, write
@@ -79,9 +79,9 @@ def test_what_backends_say_of_their_cache(dialect: Dialect, told: dict[str, Any]
 # ── what it costs ──
 
 
-def cost_of(usage: Usage, weight: int, *, outcome: str = "answered") -> cost.Cost:
+def cost_of(usage: Usage, weight: int, *, outcome: str = "answered") -> token_usage.Cost:
     record = Record("id", "id", "POST", outcome=outcome, usage=usage, need=Need(100, 10), was_sent=True, relayed_tokens=3)
-    return cost.of(record, 1000, weight)
+    return token_usage.of(record, 1000, weight)
 
 
 @given(st.integers(0, 60_000), st.integers(0, 2**53 - 1), st.integers(0, 1000), st.integers(0, MILLION))
@@ -98,14 +98,14 @@ def test_the_weight_is_exact_and_rounded_up(prompt: int, cached: int, completion
     [(90, 0, 15), (90, 100_000, 24), (91, 100_000, 24), (1, 100_000, None), (90, MILLION, None), (0, 0, None), (500, 0, 5)],
 )
 def test_some_costs(cached: int, weight: int, billed: int | None) -> None:
-    assert cost_of(Usage(100, 5, cached), weight) == cost.Cost(100, 5, "reported", min(100, cached), billed)
+    assert cost_of(Usage(100, 5, cached), weight) == token_usage.Cost(100, 5, "reported", min(100, cached), billed)
     assert cost_of(Usage(100, 5, cached), weight, outcome="client_gone").billed == billed
-    assert cost_of(Usage(100, 5, cached), weight, outcome="backend_failed") == cost.Cost()
+    assert cost_of(Usage(100, 5, cached), weight, outcome="backend_failed") == token_usage.Cost()
 
 
 def test_of_an_estimated_prompt_nothing_was_cached() -> None:
-    assert cost_of(Usage(None, 5, 90), 0) == cost.Cost(100, 5, "estimated")
-    assert cost_of(Usage(90, None, 80), 0) == cost.Cost(90, 3, "estimated", 80, 13)
+    assert cost_of(Usage(None, 5, 90), 0) == token_usage.Cost(100, 5, "estimated")
+    assert cost_of(Usage(90, None, 80), 0) == token_usage.Cost(90, 3, "estimated", 80, 13)
 
 
 def test_a_prompt_beyond_belief_has_no_more_cached_than_is_billed_of_it() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from gateway import audit_chain
+from gateway.audit import hash_chain
 from gateway.stores import postgres
 from gateway.stores.postgres import Migration
 from tests.audit_rows import ago, in_database, row, sql, write
@@ -40,7 +40,7 @@ def url(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def verdict(url: str) -> tuple[int, int, int]:
-    found = in_database(url, lambda database: audit_chain.verify(database, quiet))
+    found = in_database(url, lambda database: hash_chain.verify(database, quiet))
     return found.count, found.batches, found.rows
 
 

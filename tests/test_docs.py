@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gateway import admin_verbs, cli, settings
+from gateway.audit.record import Record
 from gateway.core import errors
 from gateway.core.errors import GatewayError, SettingsError
-from gateway.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,8 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from gateway import front, spoken, transcript
+from gateway import front, spoken
+from gateway.audit import prompt_log
 from gateway.auth import key_format
 from gateway.auth.key_store import ADMIN
 from gateway.client_address import TrustedProxies, _address
@@ -83,7 +84,7 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("a zone", _address, "fe80::1%"),
     ("a backend's words", scrubbed, "bearer "),
     ("blanks in them", lambda text: scrubbed("bearer" + text), " "),
-    ("blobs", transcript.without_blobs, "a"),
+    ("blobs", prompt_log.without_blobs, "a"),
     ("events", lambda text: ServerSentEvents().payloads(text.encode()), "data: \r\r\n"),
     ("lines", lambda text: Ndjson().payloads(text.encode()), " \n"),
     ("usage", events, '"usage" : null '),

@@ -12,7 +12,7 @@ import asyncpg
 import httpx
 import pytest
 
-from gateway import audit_chain, retention
+from gateway.audit import hash_chain, retention
 from gateway.stores.postgres import Database
 from tests.asking import WAYS
 from tests.audit_rows import DAY
@@ -134,7 +134,7 @@ def test_the_chain_of_what_is_left_is_whole(stores: TestStores) -> None:
         await fill(stores.database_url)
         async with Database(stores.database_url, size=1) as database:
             await retention.apply(database, 365 * DAY)
-            found = await audit_chain.verify(database, print)
+            found = await hash_chain.verify(database, print)
             return found.rows, found.count
 
     assert asyncio.run(story()) == (ROWS // 20, 0)

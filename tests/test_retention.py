@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gateway import audit_chain, audit_table, retention
+from gateway.audit import hash_chain, retention, table
+from gateway.audit.retention import Went
 from gateway.core.errors import StoreUnavailable
-from gateway.retention import Went
 from gateway.stores.postgres import Database, in_words
 from tests.audit_rows import DAY, add_key, ago, in_database, packed, prompt, row, sql, write, write_prompts
 from tests.conftest import TestStores
@@ -33,7 +33,7 @@ def apply(url: str, keep: timedelta = KEEP) -> Went:
 
 def whole(url: str) -> tuple[int, int, int]:
     """Batches, rows and purged rows of a chain that must be whole."""
-    found = in_database(url, lambda database: audit_chain.verify(database, lambda _: None))
+    found = in_database(url, lambda database: hash_chain.verify(database, lambda _: None))
     assert found.findings == []
     return found.batches, found.rows, found.purged
 
@@ -163,7 +163,7 @@ def test_what_was_taken_away_by_others_stays_found(url: str) -> None:
     sql(url, "DELETE FROM audit WHERE id = (SELECT id FROM audit WHERE batch = 2 LIMIT 1)")
     went = apply(url)
     assert (went.rows, went.partitions) == (3, [month_of(ago(400))])
-    found = in_database(url, lambda database: audit_chain.verify(database, lambda _: None))
+    found = in_database(url, lambda database: hash_chain.verify(database, lambda _: None))
     assert [(each.batch, each.found) for each in found.findings] == [(2, "missing rows: 1")]
 
 
@@ -214,7 +214,7 @@ def test_writing_and_months_to_come_wait_for_no_reader(url: str) -> None:
 
     async def run(database: Database) -> int:
         async with reading_the_audit(database):
-            return await audit_table.write(database, packed([row(ago(-100))]))
+            return await table.write(database, packed([row(ago(-100))]))
 
     assert in_database(url, run) == 1
 
@@ -239,7 +239,7 @@ def test_writing_goes_on_meanwhile(url: str) -> None:
         purging = asyncio.create_task(retention.apply(database, DAY))
         written = 0
         while not purging.done():
-            written += await audit_table.write(database, packed([row(ago(0)), row(ago(0))]))
+            written += await table.write(database, packed([row(ago(0)), row(ago(0))]))
         assert (await purging).rows == 2000
         return written
 

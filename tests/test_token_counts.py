@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from gateway import cost
+from gateway.audit import token_usage
+from gateway.audit.record import CANNOT, Attempt, Record
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects import tokens
@@ -17,7 +18,6 @@ from gateway.dialects.dialect import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.limits.quota import UNLIMITED
-from gateway.record import CANNOT, Attempt, Record
 from tests.asking import MODEL, SAY_HI, WAYS, Way
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -137,7 +137,7 @@ def test_who_does_not_wait_for_a_whole_answer_pays_for_what_was_made(
     body: dict[str, Any],
     made: int,
 ) -> None:
-    monkeypatch.setattr("gateway.cost.TOKENS_PER_S", 10**9)
+    monkeypatch.setattr("gateway.audit.token_usage.TOKENS_PER_S", 10**9)
     gateway = start_gateway(alpha, MAX_NUM_PREDICT="500")
     alpha.play(way.path, [Forever()])
     connection = send(gateway, gateway.key(tpm=UNLIMITED), way, **body)
@@ -153,10 +153,10 @@ def test_what_was_made_of_an_answer_is_a_matter_of_the_time_at_the_last_backend(
         "id", "id", "POST", need=tokens.Need(6, None, answers=2), upstream_s=5.0, was_sent=True, outcome="client_gone"
     )
     record.attempts = [Attempt("one", "head_timeout", 2000.0), Attempt("two", CANNOT, 1000.0)]
-    assert cost.of(record, 1000, 0) == cost.Cost(6, 2 * 2 * cost.TOKENS_PER_S, "partial")
-    assert cost.of(record, 150, 0) == cost.Cost(6, 150, "partial")
+    assert token_usage.of(record, 1000, 0) == token_usage.Cost(6, 2 * 2 * token_usage.TOKENS_PER_S, "partial")
+    assert token_usage.of(record, 150, 0) == token_usage.Cost(6, 150, "partial")
     record.need = tokens.Need(6, 0)
-    assert cost.of(record, 1000, 0).completion == 0
+    assert token_usage.of(record, 1000, 0).completion == 0
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/completions"])

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from gateway.audit.record import Record
 from gateway.auth.key_store import ADMIN, ADMIN_MODELS
 from gateway.body import Bodies, check_head
 from gateway.core.cancel_scope import Guard
 from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
-from gateway.record import Record
 from tests.asking import MODEL, SAY_HI
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

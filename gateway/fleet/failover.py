@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from gateway.audit.record import CANNOT, Attempt, Record
 from gateway.core.cancel_scope import Watched
 from gateway.core.errors import (
     AnswerTooLarge,
@@ -25,7 +26,6 @@ from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault, TooLarge, Upstream
 from gateway.fleet.catalog import Model
 from gateway.fleet.held_answers import HeldAnswer, HeldAnswers
-from gateway.record import CANNOT, Attempt, Record
 
 RETRY_AFTER_S = 5.0
 LONGEST_RETRY_AFTER_S = 60.0

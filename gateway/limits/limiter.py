@@ -10,13 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+from gateway.audit.record import NEVER_ENDED
 from gateway.core import background, strict_json
 from gateway.core.background import Kept
 from gateway.core.errors import LimitReached, LimitsUnavailable, StoreUnavailable
 from gateway.limits.admission import Admission, Ticket, Usage, headers, refusal
 from gateway.limits.fallback import WHOLE, LocalLimits, Share
 from gateway.limits.quota import Scope
-from gateway.record import NEVER_ENDED
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import StoreAway
 from gateway.stores.redis_connection import Line

@@ -9,7 +9,7 @@ from pathlib import Path
 import asyncpg
 import redis
 
-from gateway.record import Record
+from gateway.audit.record import Record
 from gateway.stores import redis_keys
 from tests.bench.subjects import Subject
 from tests.processes import until

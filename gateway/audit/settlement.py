@@ -9,13 +9,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
-from gateway import cost
+from gateway.audit import token_usage
+from gateway.audit.record import Record
 from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
 from gateway.dialects.dialect import Dialect
 from gateway.limits.limiter import Limits, Settlement
-from gateway.record import Record
 from gateway.stores.redis_client import StoreAway
 
 LOG = logging.getLogger("gateway.audit")
@@ -107,7 +107,7 @@ class Books:
         return told
 
     def _settlement(self, record: Record) -> Settlement:
-        spent = cost.of(record, self._most_output, self._cached_weight)
+        spent = token_usage.of(record, self._most_output, self._cached_weight)
         record.spent_prompt, record.spent_completion, record.spent_cached = spent.prompt, spent.completion, spent.cached or 0
         row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gateway.record import Record
+from gateway.audit.record import Record
 
 # Of these, what had gone through until the end is all that can be known.
 CUT = frozenset({"client_gone", "truncated", "shutdown"})

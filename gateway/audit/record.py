@@ -4,12 +4,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.audit.prompt_log import Transcript
 from gateway.auth.key_store import Key
 from gateway.core import strict_json
 from gateway.dialects.dialect import Usage
 from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.limits.admission import Admission
-from gateway.transcript import Transcript
 
 NOTHING_COUNTED = Usage()
 # What stands for a fault where a backend is well, but will not do what was asked.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Self
 
-from gateway import audit_table
+from gateway.audit import table
 from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.errors import StoreUnavailable
@@ -146,7 +146,7 @@ class AuditWriter:
 
     async def _write(self, rows: Sequence[bytes], prompts: Sequence[dict[str, Any]]) -> None:
         try:
-            self.written += await audit_table.write(self._database, rows, prompts, self._keep_prompts)
+            self.written += await table.write(self._database, rows, prompts, self._keep_prompts)
         except StoreUnavailable:
             raise
         except Exception:
@@ -158,7 +158,7 @@ class AuditWriter:
         taken, refused = 0, []
         for some, other in [*(([row], []) for row in rows), *(([], [prompt]) for prompt in prompts)]:
             try:
-                taken += await audit_table.write(self._database, some, other, self._keep_prompts) or len(other)
+                taken += await table.write(self._database, some, other, self._keep_prompts) or len(other)
             except StoreUnavailable:
                 raise
             except Exception as wrong:  # noqa: BLE001 # told below, where others were taken
