@@ -16,7 +16,7 @@ from gateway.core.errors import GatewayError
 from gateway.dialects.dialect import Dialect
 from gateway.exchange import Exchange
 from gateway.front import HEALTH
-from gateway.scrape import Scrape
+from gateway.telemetry.metrics_endpoint import Scrape
 
 FOLDER = Path(__file__).parent / "openapi"
 JSON, EVENTS = "application/json", "text/event-stream"

@@ -49,16 +49,16 @@ from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limits
 from gateway.limits.quota import Quota
 from gateway.lists import Lists
-from gateway.metrics import Metrics
 from gateway.overview import Overview
-from gateway.sampler import Sampler
-from gateway.scrape import Scrape
 from gateway.settings import Settings
 from gateway.show import described
 from gateway.stores.postgres import Database, Reports
 from gateway.stores.redis_client import Store
 from gateway.stores.redis_names import FREED
 from gateway.stores.redis_shards import Lines
+from gateway.telemetry.gauges import Sampler
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.metrics_endpoint import Scrape
 
 LOG = logging.getLogger("gateway")
 # A path that is not there for who may not see it is there in no way.

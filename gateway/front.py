@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import logs
 from gateway.audit.record import Record
 from gateway.audit.settlement import Books
 from gateway.core.cancel_scope import Guard
@@ -23,7 +22,8 @@ from gateway.core.errors import (
     UnknownRoute,
 )
 from gateway.dialects.dialect import Dialect
-from gateway.metrics import Metrics
+from gateway.telemetry import logs
+from gateway.telemetry.metrics import Metrics
 
 LOG = logging.getLogger("gateway")
 WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")

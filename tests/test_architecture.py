@@ -22,7 +22,7 @@ FLOORS = [
     "core.shared_bytes core.setting_names".split(),
     "drill.played drill.client drill.redis_wire workers departure http_cycle http_deadlines http_head http_places".split(),
     "http_protocol core.cancel_scope memory samples auth.key_format dialects.model_names core.strict_json local settings stores.redis_client stores.postgres client_address".split(),
-    "fleet.backends.http_client dialects.tokens limits.quota stores.redis_keys stores.redis_connection audit.table core.asgi local_servers logs auth.auth_failures installation demo".split(),
+    "fleet.backends.http_client dialects.tokens limits.quota stores.redis_keys stores.redis_connection audit.table core.asgi local_servers telemetry.logs auth.auth_failures installation demo".split(),
     "dialects.outline".split(),
     "dialects.beyond".split(),
     "stores.redis_shards fleet.catalog auth.verifier dialects.dialect auth.key_store limits.admission audit.prompt_log limits.budgets audit.retention audit.hash_chain".split(),
@@ -30,10 +30,10 @@ FLOORS = [
     "fleet.backends.backend".split(),
     "fleet.refusals auth.authenticator dialects.ollama dialects.openai fleet.discovery fleet.drains fleet.presence show health limits.fallback audit.record".split(),
     "fleet.running_models visibility".split(),
-    "spoken auth.key_view keeper limits.limiter audit.token_usage metrics fleet.probe fleet.control fleet.failover body postgres_checkup settings_checkup".split(),
+    "spoken auth.key_view keeper limits.limiter audit.token_usage telemetry.metrics fleet.probe fleet.control fleet.failover body postgres_checkup settings_checkup".split(),
     "access audit.settlement audit.writer explain redis_checkup".split(),
-    "front routes lists exchange scrape pages".split(),
-    "admin_verbs sampler overview".split(),
+    "front routes lists exchange telemetry.metrics_endpoint pages".split(),
+    "admin_verbs telemetry.gauges overview".split(),
     "admin_events".split(),
     "admin_api".split(),
     "api_document".split(),
@@ -60,7 +60,7 @@ HOMES = {
     "uvicorn": {"server", "http_protocol", "http_cycle", "http_deadlines", "demo"},
     "httptools": {"http_protocol"},
     "uvloop": {"server"},
-    "prometheus_client": {"metrics"},
+    "prometheus_client": {"telemetry.metrics"},
 }
 # Starlette's types and its plain tools; what wraps a request or hides a disconnect is only for the demonstration.
 STARLETTE = {

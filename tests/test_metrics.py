@@ -17,7 +17,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.metrics import Metrics
+from gateway.telemetry.metrics import Metrics
 from tests.audit_rows import sql
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

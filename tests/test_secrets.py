@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.auth import key_format
-from gateway.logs import ConsoleLines, JsonLines
+from gateway.telemetry.logs import ConsoleLines, JsonLines
 from tests.bench import tools
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend

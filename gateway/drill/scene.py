@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from gateway import metrics, server
+from gateway import server
 from gateway.auth.key_store import DRILL, SHOW_BACKEND, KeyRing, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.drill.client import Client, Heard, chat, look
@@ -31,6 +31,7 @@ from gateway.limits.quota import Quota
 from gateway.stores import redis_names
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import StoreAway, drop_names
+from gateway.telemetry import metrics
 
 # Each has its fault and a model of its own name; the last has all models, and is sound.
 FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing")

@@ -10,7 +10,7 @@ from gateway.audit.record import Record
 from gateway.auth import key_format
 from gateway.core.asgi import SAME_ORIGIN
 from gateway.core.errors import ConflictingKeys, MissingKey, UnknownRoute
-from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.telemetry.metrics import CONTENT_TYPE, Metrics
 
 
 class Scrape:

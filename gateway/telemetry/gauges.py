@@ -12,10 +12,10 @@ from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
 from gateway.front import Front
 from gateway.limits.limiter import Limits
-from gateway.metrics import Metrics
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store
 from gateway.stores.redis_shards import Lines
+from gateway.telemetry.metrics import Metrics
 
 EVERY_S = 1.0
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
