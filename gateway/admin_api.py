@@ -15,12 +15,10 @@ from urllib.parse import parse_qsl
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import spoken
-from gateway.access import Access
 from gateway.admin_events import AdminEvents
 from gateway.audit.record import Record
 from gateway.auth import key_format, key_store, key_view
 from gateway.auth.key_store import ADMIN, Key, KeyRing, NewKey
-from gateway.body import Bodies
 from gateway.core import strict_json
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import Watch
@@ -35,6 +33,8 @@ from gateway.fleet.discovery import Discovery
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import UNLIMITED, Quota
 from gateway.overview import WINDOWS, Overview
+from gateway.proxy.access import Access
+from gateway.proxy.body import Bodies
 from gateway.stores.postgres import Database, Row
 from gateway.stores.redis_client import Store
 

@@ -12,8 +12,7 @@ from typing import Any
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import admin_verbs, pages, routes
-from gateway.access import Access
+from gateway import pages, routes
 from gateway.admin_api import AdminApi
 from gateway.api_document import ApiDocument
 from gateway.audit import retention
@@ -23,7 +22,6 @@ from gateway.auth.auth_failures import AuthFailures
 from gateway.auth.authenticator import Authenticator
 from gateway.auth.key_store import KeyRing
 from gateway.auth.verifier import Verifier
-from gateway.body import Bodies
 from gateway.client_address import TrustedProxies
 from gateway.core import strict_json
 from gateway.core.background import Kept
@@ -32,7 +30,6 @@ from gateway.core.errors import StoreUnavailable
 from gateway.dialects.dialect import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
-from gateway.exchange import Exchange
 from gateway.explain import Fleet, explain
 from gateway.fleet import presence, probe
 from gateway.fleet.backends.backend import Backend
@@ -48,10 +45,14 @@ from gateway.health import Health
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limits
 from gateway.limits.quota import Quota
-from gateway.lists import Lists
 from gateway.overview import Overview
+from gateway.proxy import passthrough
+from gateway.proxy.access import Access
+from gateway.proxy.body import Bodies
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.model_lists import Lists
+from gateway.proxy.show import described
 from gateway.settings import Settings
-from gateway.show import described
 from gateway.stores.postgres import Database, Reports
 from gateway.stores.redis_client import Store
 from gateway.stores.redis_names import FREED
@@ -258,8 +259,8 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     if settings.metrics_token or settings.metrics_allow:
         scrape = Scrape(rooms.metrics, settings.metrics_token, settings.metrics_allow)
         lines |= {(method, METRICS): scrape for method in METHODS}
-    for method, path in admin_verbs.ROUTES:
-        lines[method, path] = admin_verbs.AdminVerb(
+    for method, path in passthrough.ROUTES:
+        lines[method, path] = passthrough.AdminVerb(
             method,
             path,
             dialects["ollama"],

@@ -16,8 +16,8 @@ from gateway.fleet.presence import BackendState
 from gateway.limits.admission import Admission, Ticket
 from gateway.limits.limiter import Limits, Used
 from gateway.limits.quota import NAMES, Quota, Scope
+from gateway.proxy.visibility import missing
 from gateway.stores.redis_client import StoreAway
-from gateway.visibility import missing
 
 UNASKED = BackendState()
 

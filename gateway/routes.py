@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.audit.record import Record
 from gateway.core.errors import MethodNotAllowed, UnknownRoute
-from gateway.suggestions import DID_YOU_MEAN, beginning, suggest
+from gateway.proxy.suggestions import DID_YOU_MEAN, beginning, suggest
 
 PAGES = frozenset({"/dashboard", "/playground", "/docs"})
 RUNNING = b"Ollama is running"

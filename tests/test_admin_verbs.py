@@ -6,8 +6,8 @@ import json
 import httpx
 import pytest
 
-from gateway.admin_verbs import ROUTES
 from gateway.auth.key_store import ADMIN_MODELS, SHOW_BACKEND
+from gateway.proxy.passthrough import ROUTES
 from tests.asking import WAYS
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend

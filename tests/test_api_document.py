@@ -14,11 +14,12 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from playwright.sync_api import Browser, Page, expect
 
-from gateway import admin_verbs, app, pages, samples
+from gateway import app, pages, samples
 from gateway.admin_api import AdminRoute
 from gateway.api_document import FOLDER
 from gateway.auth import key_store
 from gateway.core import strict_json
+from gateway.proxy import passthrough
 from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -79,7 +80,7 @@ def test_every_route_is_in_it_and_no_other(gateway: RunningGateway) -> None:
     assert found.keys() == strict_json.read_loosely((FOLDER / "routes.json").read_bytes()).keys()
     admin = app.admin_api_of(gateway.settings, gateway.rooms).routes(None, gateway.rooms.watch, gateway.rooms.bodies)  # type: ignore[arg-type]
     calls = {f"POST {operation.path}" for dialect in app.dialects().values() for operation in dialect.operations}
-    verbs = {f"{method} {path}" for method, path in admin_verbs.ROUTES}
+    verbs = {f"{method} {path}" for method, path in passthrough.ROUTES}
     assert found.keys() >= {f"{method} {path}" for method, path in admin} | calls | verbs
     for line in found:
         method, _, path = line.partition(" ")

@@ -18,7 +18,7 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "stores.urls stores.redis_names suggestions core.errors core.background core.connection fleet.backends.config fleet.backends.circuit_breaker console checkup stop_signals".split(),
+    "stores.urls stores.redis_names proxy.suggestions core.errors core.background core.connection fleet.backends.config fleet.backends.circuit_breaker console checkup stop_signals".split(),
     "core.shared_bytes core.setting_names".split(),
     "drill.played drill.client drill.redis_wire workers departure http_cycle http_deadlines http_head http_places".split(),
     "http_protocol core.cancel_scope memory samples auth.key_format dialects.model_names core.strict_json local settings stores.redis_client stores.postgres client_address".split(),
@@ -26,14 +26,14 @@ FLOORS = [
     "dialects.outline".split(),
     "dialects.beyond".split(),
     "stores.redis_shards fleet.catalog auth.verifier dialects.dialect auth.key_store limits.admission audit.prompt_log limits.budgets audit.retention audit.hash_chain".split(),
-    "fleet.backends.frame_buffer fleet.held_answers turns".split(),
+    "fleet.backends.frame_buffer fleet.held_answers proxy.turns".split(),
     "fleet.backends.backend".split(),
-    "fleet.refusals auth.authenticator dialects.ollama dialects.openai fleet.discovery fleet.drains fleet.presence show health limits.fallback audit.record".split(),
-    "fleet.running_models visibility".split(),
-    "spoken auth.key_view keeper limits.limiter audit.token_usage telemetry.metrics fleet.probe fleet.control fleet.failover body postgres_checkup settings_checkup".split(),
-    "access audit.settlement audit.writer explain redis_checkup".split(),
-    "front routes lists exchange telemetry.metrics_endpoint pages".split(),
-    "admin_verbs telemetry.gauges overview".split(),
+    "fleet.refusals auth.authenticator dialects.ollama dialects.openai fleet.discovery fleet.drains fleet.presence proxy.show health limits.fallback audit.record".split(),
+    "fleet.running_models proxy.visibility".split(),
+    "spoken auth.key_view keeper limits.limiter audit.token_usage telemetry.metrics fleet.probe fleet.control fleet.failover proxy.body postgres_checkup settings_checkup".split(),
+    "proxy.access audit.settlement audit.writer explain redis_checkup".split(),
+    "front routes proxy.model_lists proxy.exchange telemetry.metrics_endpoint pages".split(),
+    "proxy.passthrough telemetry.gauges overview".split(),
     "admin_events".split(),
     "admin_api".split(),
     "api_document".split(),
@@ -186,7 +186,7 @@ def test_dialects_and_other_pure_modules_never_wait() -> None:
         "fleet.catalog",
         "fleet.backends.config",
         "settings",
-        "show",
+        "proxy.show",
     ]
     waiting = {
         name

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gateway import admin_verbs, cli, settings
+from gateway import cli, settings
 from gateway.audit.record import Record
 from gateway.core import errors
 from gateway.core.errors import GatewayError, SettingsError
+from gateway.proxy import passthrough
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -221,7 +222,7 @@ def test_readme_has_every_field_of_the_log() -> None:
 
 def test_readme_has_every_admin_route() -> None:
     section = README.partition("\n## Admin routes\n")[2].partition("\n## ")[0]
-    assert [path for _, path in admin_verbs.ROUTES if path not in section] == []
+    assert [path for _, path in passthrough.ROUTES if path not in section] == []
 
 
 def test_nothing_stands_in_the_top_folder_but_the_card() -> None:

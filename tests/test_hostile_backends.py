@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from gateway.dialects.openai import OpenAI, ServerSentEvents
-from gateway.exchange import READ_IN_A_TURN
+from gateway.proxy.exchange import READ_IN_A_TURN
 from tests import hostile
 from tests.asking import MODEL, SAY_HI
 from tests.conftest import StartGateway

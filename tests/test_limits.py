@@ -255,7 +255,7 @@ def test_what_is_refused_for_another_reason_counts_as_a_request(gateway: Running
 
 def test_a_body_that_never_ends_counts_as_a_request(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client leaves, or is told that it was too slow."""
-    monkeypatch.setattr("gateway.body.BODY_DEADLINE_S", 0.05)
+    monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.05)
     key, address = gateway.key(rpm=2), ("127.0.0.1", int(gateway.url.rpartition(":")[2]))
     head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 99\r\n\r\n{{".encode()
 
@@ -265,12 +265,12 @@ def test_a_body_that_never_ends_counts_as_a_request(gateway: RunningGateway, mon
             assert connection.recv(12) == answer
 
     begin(b"HTTP/1.1 408")
-    monkeypatch.setattr("gateway.body.BODY_DEADLINE_S", 30)
+    monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 30)
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(head)
         until(lambda: gateway.rooms.front.in_flight == 1)
     until(lambda: gateway.request_lines()[-1]["outcome"] == "client_gone")
-    monkeypatch.setattr("gateway.body.BODY_DEADLINE_S", 0.05)
+    monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.05)
     begin(b"HTTP/1.1 429")
     with gateway.http(key) as client:
         assert client.get("/api/tags").status_code == 429

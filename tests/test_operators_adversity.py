@@ -125,7 +125,7 @@ def test_events_end_when_the_key_cannot_be_checked(
     with admin.stream("GET", "/events") as events:
         pieces = events.iter_raw()
         next(pieces)
-        monkeypatch.setattr("gateway.access.Access.key_of", away)
+        monkeypatch.setattr("gateway.proxy.access.Access.key_of", away)
         assert all(piece.startswith(b"data: ") for piece in pieces)
     assert not [record for record in caplog.records if record.exc_info]
 

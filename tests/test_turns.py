@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from gateway.body import LARGEST_WITHOUT_TURN
 from gateway.core.cancel_scope import Guard
 from gateway.core.errors import Overloaded
-from gateway.turns import Turns
+from gateway.proxy.body import LARGEST_WITHOUT_TURN
+from gateway.proxy.turns import Turns
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
 from tests.running import RunningGateway
@@ -64,7 +64,7 @@ def test_others_have_the_loop_between_two_pieces() -> None:
 
 @pytest.mark.parametrize("leaves", ["cancelled", "overdue"])
 def test_who_leaves_while_waiting_leaves_nothing(leaves: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.turns.LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr("gateway.proxy.turns.LONGEST_WAIT_S", 0.05)
 
     async def run() -> int:
         turns = Turns()

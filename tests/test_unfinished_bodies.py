@@ -14,9 +14,9 @@ import pytest
 
 from gateway.audit.record import Record
 from gateway.auth.key_store import ADMIN, ADMIN_MODELS
-from gateway.body import Bodies, check_head
 from gateway.core.cancel_scope import Guard
 from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
+from gateway.proxy.body import Bodies, check_head
 from tests.asking import MODEL, SAY_HI
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -32,7 +32,7 @@ BEGUN = LARGEST - 1000
 @pytest.fixture
 def gateway(start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
     for name in ("MOST_OF_A_KEY", "MOST"):
-        monkeypatch.setattr(f"gateway.body.{name}", 0)
+        monkeypatch.setattr(f"gateway.proxy.body.{name}", 0)
     return start_gateway(alpha, MAX_REQUEST_BODY_BYTES=str(LARGEST))
 
 
@@ -179,7 +179,7 @@ def test_it_is_given_back_when_a_body_is_too_slow_its_client_leaves_or_the_proce
     until(lambda: used(gateway) == BEGUN, 10)
     gateway.call(end_all())
     assert sender.answer()[0] == 503 and used(gateway) == 0
-    monkeypatch.setattr("gateway.body.BODY_DEADLINE_S", 0.2)
+    monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.2)
     slow = Sender(gateway, key)
     slow.send(BODY[:BEGUN])
     assert slow.answer()[0] == 408 and used(gateway) == 0

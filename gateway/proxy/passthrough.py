@@ -8,10 +8,8 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.access import Access
 from gateway.audit.record import Record
 from gateway.auth.key_store import ADMIN_MODELS, Key
-from gateway.body import Bodies, check_head
 from gateway.core import strict_json
 from gateway.core.cancel_scope import Guard, Watch
 from gateway.core.errors import (
@@ -29,6 +27,8 @@ from gateway.dialects.dialect import Dialect, content_type_of
 from gateway.dialects.model_names import NAME_RULE, is_name
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault, Upstream
+from gateway.proxy.access import Access
+from gateway.proxy.body import Bodies, check_head
 
 LARGEST_BLOB = 2**44
 LONGEST_UPLOAD_S = 86_400.0

@@ -6,15 +6,15 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.access import Access
 from gateway.audit.record import Record
 from gateway.auth.key_store import Key
 from gateway.core.asgi import send_json
 from gateway.core.errors import BadRequest, UnknownRoute
 from gateway.dialects.model_names import NAME_RULE, canonical, is_name
 from gateway.fleet.catalog import Catalog
-from gateway.suggestions import DID_YOU_MEAN
-from gateway.visibility import missing
+from gateway.proxy.access import Access
+from gateway.proxy.suggestions import DID_YOU_MEAN
+from gateway.proxy.visibility import missing
 
 OLDEST_VERSION_CLIENTS_TAKE = "0.6.4"
 

@@ -10,12 +10,10 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.access import Access
 from gateway.audit.prompt_log import Transcript
 from gateway.audit.record import Record
 from gateway.audit.settlement import Books
 from gateway.auth.key_store import SHOW_BACKEND, SHOW_OVERHEAD
-from gateway.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import Watch, Watched
 from gateway.core.connection import Connection
@@ -30,7 +28,9 @@ from gateway.fleet.backends.http_client import UNSAFE, BackendFault
 from gateway.fleet.catalog import Catalog, Model
 from gateway.fleet.failover import Opening, Router, is_served
 from gateway.fleet.refusals import IN_ERRORS
-from gateway.visibility import missing
+from gateway.proxy.access import Access
+from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies
+from gateway.proxy.visibility import missing
 
 # The payloads of a stream's end that tell what became of it, and how many bytes of it usually hold them.
 TAIL_PIECES, SHORT_TAIL = 4, 4096

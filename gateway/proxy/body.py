@@ -19,7 +19,7 @@ from gateway.core.errors import (
     UnsupportedEncoding,
 )
 from gateway.core.shared_bytes import SharedBytes
-from gateway.turns import Turns
+from gateway.proxy.turns import Turns
 
 BODY_DEADLINE_S = 30.0
 LARGEST_BODY = "MAX_REQUEST_BODY_BYTES"
