@@ -14,7 +14,7 @@ from gateway.admin_api import AdminRoute
 from gateway.core import errors, strict_json
 from gateway.core.errors import GatewayError
 from gateway.dialects.dialect import Dialect
-from gateway.front import HEALTH
+from gateway.edge.application import HEALTH
 from gateway.proxy.exchange import Exchange
 from gateway.telemetry.metrics_endpoint import Scrape
 

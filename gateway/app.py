@@ -12,7 +12,7 @@ from typing import Any
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import pages, routes
+from gateway import pages
 from gateway.admin_api import AdminApi
 from gateway.api_document import ApiDocument
 from gateway.audit import retention
@@ -22,7 +22,6 @@ from gateway.auth.auth_failures import AuthFailures
 from gateway.auth.authenticator import Authenticator
 from gateway.auth.key_store import KeyRing
 from gateway.auth.verifier import Verifier
-from gateway.client_address import TrustedProxies
 from gateway.core import strict_json
 from gateway.core.background import Kept
 from gateway.core.cancel_scope import Watch
@@ -30,6 +29,10 @@ from gateway.core.errors import StoreUnavailable
 from gateway.dialects.dialect import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
+from gateway.edge import router as edge_router
+from gateway.edge.application import METRICS, Front, by_prefix
+from gateway.edge.client_address import TrustedProxies
+from gateway.edge.health import Health
 from gateway.explain import Fleet, explain
 from gateway.fleet import presence, probe
 from gateway.fleet.backends.backend import Backend
@@ -40,8 +43,6 @@ from gateway.fleet.failover import Router
 from gateway.fleet.held_answers import HeldAnswers
 from gateway.fleet.presence import Bulletin, ProcessState
 from gateway.fleet.running_models import RunningModels
-from gateway.front import METRICS, Front, by_prefix
-from gateway.health import Health
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limits
 from gateway.limits.quota import Quota
@@ -248,7 +249,7 @@ def discovery_of(settings: Settings, backends: dict[str, Backend], store: Store)
 
 
 def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> Callable[[Scope], ASGIApp]:
-    lines: dict[tuple[str, str], ASGIApp] = {("GET", "/"): routes.running}
+    lines: dict[tuple[str, str], ASGIApp] = {("GET", "/"): edge_router.running}
     lines |= _calls(settings, rooms, access, dialects)
     lines |= _lists(rooms, access)
     lines |= admin_api_of(settings, rooms).routes(access, rooms.watch, rooms.bodies)
@@ -273,7 +274,7 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     if settings.docs_enabled:
         lines |= pages.routes(pages.DOCS)
         lines |= _document(lines, by_prefix(dialects), settings.gateway_request_id_header)
-    return routes.table(lines)
+    return edge_router.table(lines)
 
 
 def _document(

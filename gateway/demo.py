@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gateway.workers import end_with_parent
+from gateway.edge.workers import end_with_parent
 
 CHAT_MODEL, EMBEDDING_MODEL = "demonstration-no-real-model:latest", "demonstration-no-real-embeddings:latest"
 PAUSE_S = 0.03

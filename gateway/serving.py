@@ -16,16 +16,17 @@ from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
-from gateway import app, console, installation, memory, server
+from gateway import app, console, installation
 from gateway.app import Rooms
 from gateway.auth.key_store import KeyRing, NewKey
 from gateway.commands import require_schema
 from gateway.core import background
 from gateway.core.errors import CommandFailed
+from gateway.edge import memory, server
+from gateway.edge.workers import Workers, end_with_parent
 from gateway.fleet import discovery
 from gateway.settings import Settings
 from gateway.telemetry import logs, metrics
-from gateway.workers import Workers, end_with_parent
 
 LOG = logging.getLogger("gateway")
 DEMONSTRATION = [

@@ -9,10 +9,10 @@ from typing import Any, Self
 
 import uvicorn
 
-from gateway import server
 from gateway.core.errors import GatewayError
-from gateway.http_places import Places
-from gateway.http_protocol import Protocol
+from gateway.edge import server
+from gateway.edge.places import Places
+from gateway.edge.protocol import Protocol
 
 
 class EchoServer:

@@ -14,10 +14,11 @@ import httpx
 from ollama import Client as OllamaClient
 from openai import OpenAI
 
-from gateway import app, server
+from gateway import app
 from gateway.app import Rooms
 from gateway.auth import key_store
 from gateway.auth.key_store import KeyRing, NewKey
+from gateway.edge import server
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import Quota
 from gateway.settings import Settings

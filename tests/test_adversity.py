@@ -170,7 +170,7 @@ def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_holds_up_no_known
 def test_a_reader_that_stops_is_cut_off(
     start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.http_deadlines.READER_DEADLINE_S", 0.5)
+    monkeypatch.setattr("gateway.edge.deadlines.READER_DEADLINE_S", 0.5)
     gateway = start_gateway(alpha)
     key, line = gateway.key(), recording("ollama_chat_stream.ndjson").splitlines(keepends=True)
     large = b'{"model":"m","message":{"role":"assistant","content":"' + b"x" * 6_000_000 + b'"},"done":true}\n'
@@ -194,7 +194,7 @@ def test_a_reader_that_stops_is_cut_off(
 def test_the_rest_of_a_refused_body_has_a_deadline(
     start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.http_deadlines.HEAD_DEADLINE_S", 0.4)
+    monkeypatch.setattr("gateway.edge.deadlines.HEAD_DEADLINE_S", 0.4)
     gateway = start_gateway(alpha)
     with connect(gateway) as connection:
         connection.sendall(b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
@@ -206,7 +206,7 @@ def test_the_rest_of_a_refused_body_has_a_deadline(
 def test_a_stray_line_end_behind_a_body_cuts_no_stream(
     start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.http_deadlines.HEAD_DEADLINE_S", 0.3)
+    monkeypatch.setattr("gateway.edge.deadlines.HEAD_DEADLINE_S", 0.3)
     gateway = start_gateway(alpha)
     alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.1
     with connect(gateway) as connection:

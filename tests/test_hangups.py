@@ -111,7 +111,7 @@ def test_a_client_that_stops_reading_holds_up_only_its_own_answer(start_gateway:
 
 
 def test_a_trickled_head_or_body_meets_a_deadline(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.http_deadlines.HEAD_DEADLINE_S", 0.3)
+    monkeypatch.setattr("gateway.edge.deadlines.HEAD_DEADLINE_S", 0.3)
     monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.3)
     port = int(gateway.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as connection:

@@ -11,17 +11,18 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from gateway import front, spoken
+from gateway import spoken
 from gateway.audit import prompt_log
 from gateway.auth import key_format
 from gateway.auth.key_store import ADMIN
-from gateway.client_address import TrustedProxies, _address
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects.dialect import read_call
 from gateway.dialects.model_names import LONGEST_NAME, REMEMBERED_NAMES, AllowList, canonical
 from gateway.dialects.ollama import Ndjson, Ollama
 from gateway.dialects.openai import OpenAI, ServerSentEvents
+from gateway.edge import application
+from gateway.edge.client_address import TrustedProxies, _address
 from gateway.fleet import catalog
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Snapshot
@@ -77,8 +78,8 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("keys in words", key_format.redacted, "nz_aaaaaaaa_"),
     ("one key in words", key_format.redacted, "nz_aaaaaaaa_a"),
     ("a header's key", lambda text: key_format.find([(b"authorization", f"Basic {text}".encode())], None), "YWJj"),
-    ("a path", front.KEY_IN_PATH.fullmatch, "/k/"),
-    ("an id", lambda text: front.WELL_FORMED_ID.fullmatch(text.encode()), "a"),
+    ("a path", application.KEY_IN_PATH.fullmatch, "/k/"),
+    ("an id", lambda text: application.WELL_FORMED_ID.fullmatch(text.encode()), "a"),
     ("proxies", forwarded, "10.0.0.2,"),
     ("an address", _address, "1:"),
     ("a zone", _address, "fe80::1%"),

@@ -197,7 +197,7 @@ def test_what_frames_a_body_is_bounded(
     echo: EchoServer, monkeypatch: pytest.MonkeyPatch, begin: bytes, again: bytes, path: bytes
 ) -> None:
     """`/ignore` has been answered by then: nothing can be said any more, but nothing is kept either."""
-    monkeypatch.setattr("gateway.http_protocol.REFUSED_CONNECTION_LINGERS_S", 0.1)
+    monkeypatch.setattr("gateway.edge.protocol.REFUSED_CONNECTION_LINGERS_S", 0.1)
     head = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path
     with echo.connect() as connection:
         connection.sendall(head + begin + again * (40_000 // len(again)))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.client_address import TrustedProxies
 from gateway.core.cancel_scope import Guard
 from gateway.dialects.model_names import AllowList, canonical
 from gateway.dialects.ollama import Ndjson
 from gateway.dialects.openai import ServerSentEvents
+from gateway.edge.client_address import TrustedProxies
 from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from gateway.fleet.backends.frame_buffer import Budget, FrameBuffer
 

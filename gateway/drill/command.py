@@ -15,8 +15,8 @@ from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.drill import played
 from gateway.drill.scene import Installation, Scene
 from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
+from gateway.edge.stop_signals import stop_signals
 from gateway.settings import Settings
-from gateway.stop_signals import stop_signals
 from gateway.stores import redis_names
 from gateway.stores.redis_client import Store, StoreAway
 

@@ -21,12 +21,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from gateway import server
 from gateway.auth.key_store import DRILL, SHOW_BACKEND, KeyRing, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.drill.client import Client, Heard, chat, look
 from gateway.drill.played import HOST, Played
 from gateway.drill.redis_wire import RedisWire, can_be_wired
+from gateway.edge import server
 from gateway.limits.quota import Quota
 from gateway.stores import redis_names
 from gateway.stores.postgres import Database

@@ -8,9 +8,9 @@ from typing import Self
 from gateway.audit.settlement import Books
 from gateway.audit.writer import AuditWriter
 from gateway.core.background import Kept
+from gateway.edge.application import Front
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
-from gateway.front import Front
 from gateway.limits.limiter import Limits
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store

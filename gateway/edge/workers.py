@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from gateway.stop_signals import stop_signals
+from gateway.edge.stop_signals import stop_signals
 
 LOG = logging.getLogger("gateway.workers")
 PR_SET_PDEATHSIG = 1

@@ -12,9 +12,9 @@ import uvicorn
 
 from gateway.app import Rooms
 from gateway.core.errors import ShuttingDown
-from gateway.http_places import Places, most_connections
-from gateway.http_protocol import Protocol
-from gateway.stop_signals import stop_signals
+from gateway.edge.places import Places, most_connections
+from gateway.edge.protocol import Protocol
+from gateway.edge.stop_signals import stop_signals
 
 LOG = logging.getLogger("gateway.server")
 KEEP_ALIVE_S = 75
