@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway import samples
-from gateway.admin_api import AdminRoute
+from gateway.admin.api import AdminRoute
 from gateway.core import errors, strict_json
 from gateway.core.errors import GatewayError
 from gateway.dialects.dialect import Dialect

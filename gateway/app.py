@@ -13,7 +13,9 @@ from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
 from gateway import pages
-from gateway.admin_api import AdminApi
+from gateway.admin.api import AdminApi
+from gateway.admin.explain import Fleet, explain
+from gateway.admin.overview import Overview
 from gateway.api_document import ApiDocument
 from gateway.audit import retention
 from gateway.audit.settlement import Books
@@ -33,7 +35,6 @@ from gateway.edge import router as edge_router
 from gateway.edge.application import METRICS, Front, by_prefix
 from gateway.edge.client_address import TrustedProxies
 from gateway.edge.health import Health
-from gateway.explain import Fleet, explain
 from gateway.fleet import presence, probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.control import Control
@@ -46,7 +47,6 @@ from gateway.fleet.running_models import RunningModels
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limits
 from gateway.limits.quota import Quota
-from gateway.overview import Overview
 from gateway.proxy import passthrough
 from gateway.proxy.access import Access
 from gateway.proxy.body import Bodies

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import app, audit_commands, commands, console, spoken
+from gateway import app, audit_commands, commands, console
+from gateway.admin import values
+from gateway.admin.explain import Fleet, Question, explain
 from gateway.auth import key_format, key_store
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
 from gateway.dialects.dialect import Operation
-from gateway.explain import Fleet, Question, explain
 from gateway.fleet import drains, presence
 from gateway.limits.admission import duration
 from gateway.limits.budgets import Budgets
@@ -115,7 +116,7 @@ async def trace(settings: Settings, said: argparse.Namespace) -> None:
     since = said.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
     async with audit_commands.current_database(settings) as database:
         rows = (
-            await database.rows("trace_request", spoken.our_id(said.id), said.id, since, MOST_ROWS)
+            await database.rows("trace_request", values.our_id(said.id), said.id, since, MOST_ROWS)
             if said.id.isprintable()
             else []
         )

@@ -15,7 +15,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from playwright.sync_api import Browser, Page, expect
 
 from gateway import app, pages, samples
-from gateway.admin_api import AdminRoute
+from gateway.admin.api import AdminRoute
 from gateway.api_document import FOLDER
 from gateway.auth import key_store
 from gateway.core import strict_json

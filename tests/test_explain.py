@@ -13,11 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import app, explain, why_commands
+from gateway import app, why_commands
+from gateway.admin import explain
+from gateway.admin.explain import Question
 from gateway.auth import key_store
 from gateway.auth.key_store import Key
 from gateway.dialects.dialect import Operation
-from gateway.explain import Question
 from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, Breaker
 from gateway.stores.redis_client import StoreAway
 from tests.audit_rows import sql

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from gateway import spoken
+from gateway.admin import values
 from gateway.audit import prompt_log
 from gateway.auth import key_format
 from gateway.auth.key_store import ADMIN
@@ -68,12 +68,12 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("its tags", AllowList(("*:*:*:*:*b",)).allows, "a:"),
     ("a glob of an operator", lambda text: AllowList((text,)), "*a"),
     ("sets of a glob", lambda text: AllowList((text,)), "[a"),
-    ("a filter", lambda text: spoken.model_filter(text[:1000]), "*%"),
-    ("a duration", spoken.since, "1"),
-    ("a moment", spoken.since, "2026-01-01T00:00:00.1"),
-    ("a status", spoken.status, "4x"),
-    ("groups", spoken.groups, "key,"),
-    ("a request's id", spoken.our_id, "urn:uuid:"),
+    ("a filter", lambda text: values.model_filter(text[:1000]), "*%"),
+    ("a duration", values.since, "1"),
+    ("a moment", values.since, "2026-01-01T00:00:00.1"),
+    ("a status", values.status, "4x"),
+    ("groups", values.groups, "key,"),
+    ("a request's id", values.our_id, "urn:uuid:"),
     ("a key", key_format.parse, "_"),
     ("keys in words", key_format.redacted, "nz_aaaaaaaa_"),
     ("one key in words", key_format.redacted, "nz_aaaaaaaa_a"),

@@ -10,7 +10,8 @@ import asyncpg
 import httpx
 import pytest
 
-from gateway import cli, spoken
+from gateway import cli
+from gateway.admin import values as admin_values
 from gateway.auth.key_store import ADMIN
 from gateway.dialects.model_names import canonical
 from gateway.stores.postgres import Database
@@ -106,7 +107,7 @@ def test_a_filter_costs_little_more_than_a_look_at_every_row(stores: TestStores)
         return min(took)
 
     async def compare(database: Database) -> tuple[float, float]:
-        models, *more = spoken.model_filter("gpt-oss:20b")
+        models, *more = admin_values.model_filter("gpt-oss:20b")
         asked = (None, models, None, None, None, None, 100, *more)
         plain = "SELECT id FROM audit WHERE model ILIKE '%gpt-oss:20b%'"
         return await best(database, database.sql("list_audit"), *asked), await best(database, plain)
@@ -124,7 +125,7 @@ def test_a_filter_costs_little_more_than_a_look_at_every_row(stores: TestStores)
 def test_what_is_looked_for_first_loses_nothing(stores: TestStores, wanted: str) -> None:
     spellings = [*ONE_MODEL, "  llama3.2  ", "llama3.2:70b", "LLAMA3.2:70B:local", "a:b/c", *OTHERS]
     write(stores.database_url, [row(ago(1), model=name) for name in spellings])
-    models, *more = spoken.model_filter(wanted)
+    models, *more = admin_values.model_filter(wanted)
     asked = (None, models, None, None, None, None, None, *more)
     found = in_database(stores.database_url, lambda database: database.rows("list_audit", *asked))
     exact = "SELECT model FROM audit WHERE canonical_model(model) LIKE ANY ($1)"

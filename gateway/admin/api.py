@@ -14,8 +14,10 @@ from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import spoken
-from gateway.admin_events import AdminEvents
+from gateway.admin import values
+from gateway.admin.events import AdminEvents
+from gateway.admin.explain import Question
+from gateway.admin.overview import WINDOWS, Overview
 from gateway.audit.record import Record
 from gateway.auth import key_format, key_store, key_view
 from gateway.auth.key_store import ADMIN, Key, KeyRing, NewKey
@@ -25,14 +27,12 @@ from gateway.core.cancel_scope import Watch
 from gateway.core.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
 from gateway.dialects import model_names
 from gateway.dialects.dialect import Operation
-from gateway.explain import Question
 from gateway.fleet import drains
 from gateway.fleet import probe as fleet_probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.discovery import Discovery
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import UNLIMITED, Quota
-from gateway.overview import WINDOWS, Overview
 from gateway.proxy.access import Access
 from gateway.proxy.body import Bodies
 from gateway.stores.postgres import Database, Row
@@ -235,7 +235,7 @@ class AdminApi:
         return {"id": key_id, "model": pattern, **key_view.shown_limits(found.packed()), "everywhere_at_once": at_once}
 
     async def rotate_key(self, asked: Asked) -> dict[str, Any]:
-        overlap = spoken.duration(text_of(asked.body, "overlap") or "24h")
+        overlap = values.duration(text_of(asked.body, "overlap") or "24h")
         asked.did(f"rotate key {asked.path['id']}")
         key_id, whole = await self._ring.rotate(await self._key_id(asked), overlap)
         return {"id": key_id, "key": whole, "old_secrets_end": datetime.now(UTC) + overlap}
@@ -252,27 +252,27 @@ class AdminApi:
     async def audit(self, asked: Asked) -> list[dict[str, Any]]:
         said = asked.query
         key_id = (await self._key_row(said["key"]))["id"] if "key" in said else None
-        models, spelled = spoken.model_filter(said["model"]) if "model" in said else (None, None)
-        since = spoken.since(said["since"]) if "since" in said else None
-        low, high = spoken.status(said["status"]) if "status" in said else (None, None)
-        outcome = spoken.words(said["outcome"]) if "outcome" in said else None
-        most = min(MOST_ROWS, spoken.count(said["limit"])) if "limit" in said else USUAL_ROWS
+        models, spelled = values.model_filter(said["model"]) if "model" in said else (None, None)
+        since = values.since(said["since"]) if "since" in said else None
+        low, high = values.status(said["status"]) if "status" in said else (None, None)
+        outcome = values.words(said["outcome"]) if "outcome" in said else None
+        most = min(MOST_ROWS, values.count(said["limit"])) if "limit" in said else USUAL_ROWS
         rows = await self._reports.rows("list_audit", key_id, models, since, low, high, outcome, most, spelled)
         return [audit_row(row) for row in rows]
 
     async def trace(self, asked: Asked) -> list[dict[str, Any]]:
-        since = spoken.since(asked.query["since"]) if "since" in asked.query else spoken.FIRST_MOMENT
+        since = values.since(asked.query["since"]) if "since" in asked.query else values.FIRST_MOMENT
         text = asked.path["id"]
         rows = (
-            await self._reports.rows("trace_request", spoken.our_id(text), text, since, MOST_ROWS) if text.isprintable() else []
+            await self._reports.rows("trace_request", values.our_id(text), text, since, MOST_ROWS) if text.isprintable() else []
         )
         if not rows:
             raise NoSuchThing("the audit has no request of this id: it keeps those with a valid key, until their time is over")
         return [audit_row(row) for row in rows]
 
     async def usage(self, asked: Asked) -> list[dict[str, Any]]:
-        by = spoken.groups(asked.query.get("by", "key"))
-        since = spoken.since(asked.query.get("since", "30d"))
+        by = values.groups(asked.query.get("by", "key"))
+        since = values.since(asked.query.get("since", "30d"))
         rows = await self._reports.rows("sum_audit", by, since)
         left_out = {"day", "key_id", "key", "model", "backend"} - {*by, *(("key_id",) if "key" in by else ())}
         return [{name: value for name, value in row.items() if name not in left_out} for row in rows]
@@ -283,7 +283,7 @@ class AdminApi:
         if path not in self._operations or not model or not asked.query.get("key"):
             routes = ", ".join(sorted(self._operations))
             raise BadRequest(f"say key= (id or name), model=, and client= as ollama, openai, or one of {routes}")
-        spoken.model_name(model)
+        values.model_name(model)
         row = await self._database.row("key_with_rights", await self._ring.living(asked.query["key"]))
         assert row is not None
         return await self._explain(Question(key_store.unpack(dict(row)), model, self._operations[path]))
@@ -338,7 +338,7 @@ def new_key(body: Mapping[str, Any]) -> NewKey:
             raise BadRequest(f"the field {name!r} must be true or false")
     flags = [flag for name, flag in FLAGS.items() if body.get(name)] + ([ADMIN] if body.get("role") == ADMIN else [])
     times: dict[str, timedelta | None] = {
-        name: spoken.lifetime(said) if (said := text_of(body, name)) else None
+        name: values.lifetime(said) if (said := text_of(body, name)) else None
         for name in ("expires", "retention", "audit_retention")
     }
     if times["retention"] and not body.get("prompt_log"):

@@ -6,12 +6,12 @@ from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
+from gateway.admin.overview import Overview
 from gateway.audit.record import Record
 from gateway.core import strict_json
 from gateway.core.cancel_scope import Watch, Watched
 from gateway.core.connection import Connection
 from gateway.core.errors import ClientGone, ClientStalled, GatewayError
-from gateway.overview import Overview
 from gateway.proxy.access import Access
 
 EVERY_S = 2.0
