@@ -12,11 +12,9 @@ from typing import Any
 from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
-from gateway import pages
 from gateway.admin.api import AdminApi
 from gateway.admin.explain import Fleet, explain
 from gateway.admin.overview import Overview
-from gateway.api_document import ApiDocument
 from gateway.audit import retention
 from gateway.audit.settlement import Books
 from gateway.audit.writer import AuditWriter
@@ -47,6 +45,8 @@ from gateway.fleet.running_models import RunningModels
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limits
 from gateway.limits.quota import Quota
+from gateway.pages import static
+from gateway.pages.openapi import ApiDocument
 from gateway.proxy import passthrough
 from gateway.proxy.access import Access
 from gateway.proxy.body import Bodies
@@ -254,9 +254,9 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     lines |= _lists(rooms, access)
     lines |= admin_api_of(settings, rooms).routes(access, rooms.watch, rooms.bodies)
     if settings.playground_enabled:
-        lines |= pages.playground(settings.playground_file)
+        lines |= static.playground(settings.playground_file)
     if settings.dashboard_enabled:
-        lines |= pages.routes(pages.DASHBOARD)
+        lines |= static.routes(static.DASHBOARD)
     if settings.metrics_token or settings.metrics_allow:
         scrape = Scrape(rooms.metrics, settings.metrics_token, settings.metrics_allow)
         lines |= {(method, METRICS): scrape for method in METHODS}
@@ -272,7 +272,7 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             rooms.bodies,
         )
     if settings.docs_enabled:
-        lines |= pages.routes(pages.DOCS)
+        lines |= static.routes(static.DOCS)
         lines |= _document(lines, by_prefix(dialects), settings.gateway_request_id_header)
     return edge_router.table(lines)
 
@@ -283,7 +283,7 @@ def _document(
     """A page of the document that describes `lines`, and itself."""
     line = ("GET", "/openapi.json")
     document = ApiDocument(dialect_of, id_header).of({**lines, line: None})
-    return {line: pages.Page(strict_json.write(document), "application/json")}
+    return {line: static.Page(strict_json.write(document), "application/json")}
 
 
 def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> dict[tuple[str, str], ASGIApp]:

@@ -14,11 +14,12 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from playwright.sync_api import Browser, Page, expect
 
-from gateway import app, pages, samples
+from gateway import app
 from gateway.admin.api import AdminRoute
-from gateway.api_document import FOLDER
 from gateway.auth import key_store
 from gateway.core import strict_json
+from gateway.pages import samples, static
+from gateway.pages.openapi import FOLDER
 from gateway.proxy import passthrough
 from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
@@ -200,15 +201,15 @@ def begin(language: str, sample: str, known: dict[str, str]) -> tuple[int, str]:
 def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
     with start_gateway(alpha).http() as client:
         nowhere = client.get("/nowhere")
-        for path in [*pages.DOCS, "/openapi.json"]:
+        for path in [*static.DOCS, "/openapi.json"]:
             assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
 
 
 def test_the_page_is_small_and_under_the_policy(gateway: RunningGateway) -> None:
     with gateway.http() as client:
-        answers = [client.get(path) for path in pages.DOCS]
+        answers = [client.get(path) for path in static.DOCS]
     assert sum(len(answer.content) for answer in answers) < LARGEST_PAGE
-    assert {answer.headers["content-security-policy"] for answer in answers} == {pages.POLICY}
+    assert {answer.headers["content-security-policy"] for answer in answers} == {static.POLICY}
 
 
 def opened(page: Page, gateway: RunningGateway, operation: str) -> Any:

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from gateway import pages
 from gateway.auth import key_store
+from gateway.pages import static
 from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -47,7 +47,7 @@ def confirm(page: Page) -> None:
 def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http() as client:
-        for path in pages.DASHBOARD:
+        for path in static.DASHBOARD:
             here, nowhere = client.get(path), client.get("/nowhere")
             assert (here.status_code, here.content) == (404, nowhere.content)
 
@@ -55,7 +55,7 @@ def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBac
 def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
     total = 0
     with gateway.http() as client:
-        for path in pages.DASHBOARD:
+        for path in static.DASHBOARD:
             answer = client.get(path)
             policy = answer.headers["content-security-policy"]
             assert "unsafe" not in policy and "default-src 'none'" in policy and "http" not in policy

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from gateway import pages
 from gateway.auth import key_store
+from gateway.pages import static
 from tests.browser import WIDTHS, page_of
 from tests.conftest import StartGateway
 from tests.played import PlayedBackend
@@ -62,7 +62,7 @@ def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBac
     gateway = start_gateway(alpha)
     with gateway.http() as client:
         nowhere = client.get("/nowhere")
-        for path in pages.PLAYGROUND:
+        for path in static.PLAYGROUND:
             assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
 
 
@@ -78,7 +78,7 @@ def test_an_operators_own_page(start_gateway: StartGateway, alpha: PlayedBackend
 def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
     total = 0
     with gateway.http() as client:
-        for path in pages.PLAYGROUND:
+        for path in static.PLAYGROUND:
             told = client.get(path)
             assert "unsafe" not in told.headers["content-security-policy"]
             assert re.findall(r"(?:src|href)=\"(?:https?:)?//", told.text) == []

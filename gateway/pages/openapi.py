@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gateway import samples
 from gateway.admin.api import AdminRoute
 from gateway.core import errors, strict_json
 from gateway.core.errors import GatewayError
 from gateway.dialects.dialect import Dialect
 from gateway.edge.application import HEALTH
+from gateway.pages import samples
 from gateway.proxy.exchange import Exchange
 from gateway.telemetry.metrics_endpoint import Scrape
 
