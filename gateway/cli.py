@@ -12,10 +12,11 @@ from datetime import timedelta
 from http.client import HTTPException
 from typing import Any, NoReturn
 
-from gateway import audit_commands, commands, console, demo, doctor, installation, serving, top, why_commands
+from gateway import audit_commands, commands, console, doctor, installation, serving, top, why_commands
 from gateway.admin import values
 from gateway.core.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.drill import command
+from gateway.ops.local import demo_backend
 from gateway.settings import Settings
 from gateway.stores.postgres import in_words
 
@@ -186,7 +187,7 @@ def _carry_out(said: argparse.Namespace) -> int:
     elif said.verb == "worker":
         serving.worker(installation.read(), said.descriptor, said.parent)
     elif said.verb == "demo":
-        demo.serve(said.descriptor, said.parent)
+        demo_backend.serve(said.descriptor, said.parent)
     elif said.verb == "health":
         return _health(installation.read())
     elif said.verb == "config":

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from starlette.config import Config
 
-from gateway import console, local, settings
+from gateway import console, settings
 from gateway.core.errors import CommandFailed, SettingsError
+from gateway.ops.local import stores as local_stores
 from gateway.settings import Settings
 
 LOCAL = settings.LOCAL_RUN
@@ -49,20 +50,20 @@ def shown() -> Settings:
 def stores_of(*, run: bool = False) -> Iterator[Settings]:
     """The settings in force, with the local run's defaults and private stores for what the environment does not name."""
     named = read(_of_run() if run else None)
-    folder = local.data_folder(project())
+    folder = local_stores.data_folder(project())
     missing = [name for name in ("database_url", "redis_url") if named.sources[name] == "default"]
-    needs_local = "database_url" in missing or (missing and (run or local.is_running(folder)))
+    needs_local = "database_url" in missing or (missing and (run or local_stores.is_running(folder)))
     if not needs_local:
         yield named
         return
     if not run and _is_for_containers():
         console.say("these are the local run's stores; for the containers: docker compose exec gateway python -m gateway …")
     try:
-        with local.stores(folder, say=console.say) as stores:
+        with local_stores.stores(folder, say=console.say) as stores:
             found = {"DATABASE_URL": (stores.database_url, LOCAL), "REDIS_URL": (stores.redis_url, LOCAL)}
             found["OLLAMA_BASE_URL"] = (_backend_of_run(folder), LOCAL)
             yield read({**found, **_of_run()})
-    except local.LocalStoresFailed as failed:
+    except local_stores.LocalStoresFailed as failed:
         raise CommandFailed(str(failed)) from None
 
 
@@ -80,7 +81,7 @@ def _backend_of_run(folder: Path) -> str:
 
 def note_backend_of_run(url: str) -> None:
     """Where commands beside the run find the backend it chose."""
-    folder = local.data_folder(project())
+    folder = local_stores.data_folder(project())
     (folder / RUN_FACTS).write_text(json.dumps({"ollama_base_url": url}))
 
 

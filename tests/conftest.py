@@ -17,7 +17,8 @@ import pytest
 import redis
 from playwright.sync_api import Browser
 
-from gateway import app, local
+from gateway import app
+from gateway.ops.local import stores as local_stores
 from tests import in_memory, redis_server
 from tests.browser import chromium_for_all
 from tests.databases import Databases
@@ -72,17 +73,17 @@ class TestStores:
 
 
 @pytest.fixture(scope="session")
-def servers() -> Iterator[local.Stores]:
+def servers() -> Iterator[local_stores.Stores]:
     folder = in_memory.new_folder()
     try:
-        with local.stores(folder, durable=False) as stores:
+        with local_stores.stores(folder, durable=False) as stores:
             yield stores
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def databases(servers: local.Stores) -> Iterator[Databases]:
+def databases(servers: local_stores.Stores) -> Iterator[Databases]:
     with Databases(servers.database_url) as found:
         yield found
 
@@ -117,7 +118,7 @@ def _migrated(databases: Databases, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def stores(servers: local.Stores, databases: Databases, template: str) -> Iterator[TestStores]:
+def stores(servers: local_stores.Stores, databases: Databases, template: str) -> Iterator[TestStores]:
     with _migrated(databases, template) as url:
         found = TestStores(url, servers.redis_url)
         with found.client() as client:

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gateway import local
+from gateway.ops.local import stores
 
 MEMORY, ENOUGH_BYTES, LEFT_OVER_S = Path("/dev/shm"), 2 << 30, 600.0
 PREFIX = "nz-"
@@ -34,5 +34,5 @@ def _remove_left_over(place: Path) -> None:
     """What runs that were killed have left: memory, after all."""
     for folder in place.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if folder.stat().st_mtime < time.time() - LEFT_OVER_S and not local.is_running(folder):
+            if folder.stat().st_mtime < time.time() - LEFT_OVER_S and not stores.is_running(folder):
                 shutil.rmtree(folder, ignore_errors=True)

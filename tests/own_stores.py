@@ -8,8 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gateway import app, local
-from gateway.local_servers import Launcher, PostgresFiles, Server, create_cluster, postgres_server, redis_server, server_account
+from gateway import app
+from gateway.ops.local import stores as local_stores
+from gateway.ops.local.servers import (
+    Launcher,
+    PostgresFiles,
+    Server,
+    create_cluster,
+    postgres_server,
+    redis_server,
+    server_account,
+)
 from tests import in_memory
 from tests.processes import until
 from tests.settings_of import settings_for
@@ -22,9 +31,9 @@ class OwnStores:
 
     def __init__(self, folder: Path) -> None:
         launcher = Launcher(os.open(os.devnull, os.O_RDONLY), server_account(folder))
-        search = local.ProgramSearch(launcher.identity(), folder / "copies", print)
-        initdb, version = search.first(local.postgres_programs(), "no PostgreSQL")
-        valkey, _ = search.first(local.redis_programs(), "no Redis")
+        search = local_stores.ProgramSearch(launcher.identity(), folder / "copies", print)
+        initdb, version = search.first(local_stores.postgres_programs(), "no PostgreSQL")
+        valkey, _ = search.first(local_stores.redis_programs(), "no Redis")
         sockets = launcher.make_folder(folder / "sockets")
         files = PostgresFiles(initdb.parent, int(version.split()[2].split(".")[0]), folder)
         create_cluster(files, launcher, time.sleep)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import redis
 
-from gateway import local
+from gateway.ops.local import stores
 from tests.processes import free_port, until
 
 
@@ -17,7 +17,7 @@ def server(folder: Path, *arguments: str, sentinel: bool = False) -> Iterator[tu
     port = free_port()
     config = folder / f"{port}.conf"
     config.write_text("\n".join((f"port {port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', *arguments)) + "\n")
-    program = str(next(local.redis_programs()))
+    program = str(next(stores.redis_programs()))
     command = [program, str(config), *(["--sentinel"] if sentinel else [])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -12,9 +12,10 @@ import pytest
 import redis
 import yaml
 
-from gateway import local, serving, settings
+from gateway import serving, settings
 from gateway.cli import VERBS
 from gateway.core.errors import SettingsError
+from gateway.ops.local import stores
 from tests.processes import until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +173,7 @@ def test_the_gateway_of_compose_refuses_passwords_that_anybody_guesses(name: str
         settings.refuse_weak_secrets(settings.load(environ, None))
 
 
-def test_valkey_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path, servers: local.Stores) -> None:
+def test_valkey_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path, servers: stores.Stores) -> None:
     """The command of compose.yaml, as it is, with the program of the local run."""
     shell, dash_c, script = SERVICES["redis"]["command"]
     for text in (script, *SERVICES["redis"]["healthcheck"]["test"]):

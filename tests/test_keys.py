@@ -17,12 +17,12 @@ from argon2 import PasswordHasher
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import local
 from gateway.auth import key_format
 from gateway.auth import verifier as auth_verifier
 from gateway.auth.authenticator import Authenticator
 from gateway.auth.key_store import NewKey
 from gateway.core.errors import CommandFailed, ConflictingKeys, MissingKey, Overloaded
+from gateway.ops.local import stores as local_stores
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import until
@@ -415,7 +415,7 @@ def test_both_wrong_keys_get_the_same_answer(start_gateway: StartGateway, alpha:
 
 
 @contextmanager
-def closed(stores: TestStores, servers: local.Stores) -> Iterator[None]:
+def closed(stores: TestStores, servers: local_stores.Stores) -> Iterator[None]:
     """The test's database lets nobody in and throws out who is there."""
     name = stores.database_url.rpartition("/test_")[2].partition("?")[0]
     database = f"test_{name}"
@@ -427,7 +427,9 @@ def closed(stores: TestStores, servers: local.Stores) -> Iterator[None]:
         sql(servers.database_url, f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
 
 
-def test_postgresql_away(start_gateway: StartGateway, stores: TestStores, servers: local.Stores, alpha: PlayedBackend) -> None:
+def test_postgresql_away(
+    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: PlayedBackend
+) -> None:
     gateway = start_gateway(alpha, REDIS_KEY_CACHE_TTL_S="1")
     known, unknown = gateway.key(), gateway.key()
     assert status(gateway, known) == 200
@@ -445,7 +447,7 @@ def test_postgresql_away(start_gateway: StartGateway, stores: TestStores, server
 
 
 def test_postgresql_away_and_when_to_come_back(
-    start_gateway: StartGateway, stores: TestStores, servers: local.Stores, alpha: PlayedBackend
+    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: PlayedBackend
 ) -> None:
     gateway = start_gateway(alpha)
     with closed(stores, servers):
@@ -621,7 +623,7 @@ def test_a_right_key_on_many_connections_at_once_is_one_attempt(start_gateway: S
 
 
 def test_a_changed_key_needs_no_argon2_and_without_the_database_it_is_good_no_longer(
-    start_gateway: StartGateway, stores: TestStores, servers: local.Stores, alpha: PlayedBackend
+    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: PlayedBackend
 ) -> None:
     gateway = start_gateway(alpha)
     key, authenticator = gateway.key(name="mine"), authenticator_of(gateway)

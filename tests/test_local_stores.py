@@ -20,8 +20,8 @@ import asyncpg
 import pytest
 import redis
 
-from gateway import local_servers
-from gateway.local import LocalStoresFailed, Stores, data_folder, is_running, stores
+from gateway.ops.local import servers as local_servers
+from gateway.ops.local.stores import LocalStoresFailed, Stores, data_folder, is_running, stores
 from tests import in_memory
 
 PROJECT = Path(__file__).parents[1]
@@ -320,7 +320,7 @@ def test_many_users_at_the_same_moment_all_succeed(folder: Path) -> None:
 
 def test_a_keeper_nobody_comes_to_ends(folder: Path) -> None:
     folder.mkdir()
-    command = [sys.executable, "-m", "gateway.keeper", "keep", str(folder), "--fast"]
+    command = [sys.executable, "-m", "gateway.ops.local.supervisor", "keep", str(folder), "--fast"]
     subprocess.run(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     assert is_running(folder)
     wait_until(lambda: nobody_holds(folder), 6.0)

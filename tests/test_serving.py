@@ -172,10 +172,10 @@ def home(tmp_path: Path) -> Iterator[Path]:
     if os.getuid() == 0:
         from shutil import rmtree
 
-        from gateway import local
+        from gateway.ops.local import stores as local_stores
 
         for folder in (tmp_path, tmp_path / "one", tmp_path / "two"):
-            rmtree(local.data_folder(folder), ignore_errors=True)
+            rmtree(local_stores.data_folder(folder), ignore_errors=True)
 
 
 def printed(log: Path) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from gateway import local
+from gateway.ops.local import stores as local_stores
 from tests.bench.tools import OTHER_CORE, SUBJECT_CORE, CannotMeasure, Tools, pinned
 from tests.processes import PROJECT, descendants, environment, free_port, until
 
@@ -82,7 +82,7 @@ def gateway(
     """Keys, limits and audit on: limits that are counted and never reached."""
     port = free_port()
     backend = {"name": "mock", "kind": "openai", "base_url": f"http://127.0.0.1:{mock_port}", "max_connections": 10_000}
-    with local.stores(folder / "stores") as stores:
+    with local_stores.stores(folder / "stores") as stores:
         names = {
             "DATABASE_URL": stores.database_url,
             "REDIS_URL": stores.redis_url,

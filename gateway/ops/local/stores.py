@@ -160,14 +160,14 @@ def _knock(folder: Path) -> socket.socket | None:
 def _start_keeper(folder: Path, *, durable: bool) -> socket.socket | None:
     _make_data_folder(folder)
     options = [] if durable else ["--fast"]
-    command = [sys.executable, "-m", "gateway.keeper", "keep", str(folder), *options]
+    command = [sys.executable, "-m", "gateway.ops.local.supervisor", "keep", str(folder), *options]
     with (folder / "keeper.log").open("ab") as log:
         start = log.tell()
         try:
             # It returns as soon as a keeper listens, having left that one behind in a session of its own.
             done = subprocess.run(  # nosec B603
                 command,
-                cwd=Path(__file__).parents[1],
+                cwd=Path(__file__).parents[3],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

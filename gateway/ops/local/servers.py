@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gateway.local import LocalStoresFailed, last_lines
+from gateway.ops.local.stores import LocalStoresFailed, last_lines
 
 READY_WAIT_S = 120.0
 POLL_S = 0.01

@@ -20,7 +20,17 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 from urllib.parse import quote
 
-from gateway.local import (
+from gateway.ops.local.servers import (
+    Launcher,
+    PostgresFiles,
+    Server,
+    create_cluster,
+    postgres_server,
+    redis_server,
+    server_account,
+    warning_of,
+)
+from gateway.ops.local.stores import (
     LocalStoresFailed,
     ProgramSearch,
     is_running,
@@ -30,16 +40,6 @@ from gateway.local import (
     redis_programs,
     server_sockets,
     socket_home,
-)
-from gateway.local_servers import (
-    Launcher,
-    PostgresFiles,
-    Server,
-    create_cluster,
-    postgres_server,
-    redis_server,
-    server_account,
-    warning_of,
 )
 
 LOCK_WAIT_S = 30.0
