@@ -12,10 +12,11 @@ from datetime import timedelta
 from http.client import HTTPException
 from typing import Any, NoReturn
 
-from gateway import audit_commands, commands, console, doctor, installation, serving, top, why_commands
+from gateway import doctor
 from gateway.admin import values
 from gateway.core.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.drill import command
+from gateway.ops.cli import audit, console, explain, installation, keys, serve, top
 from gateway.ops.local import demo_backend
 from gateway.settings import Settings
 from gateway.stores.postgres import in_words
@@ -23,28 +24,28 @@ from gateway.stores.postgres import in_words
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, None]]
 
 VERBS: dict[str, tuple[Command, str]] = {
-    "migrate": (commands.migrate, "bring the database's schema up to date"),
-    "key": (commands.make_key, "make a key and print it, this once"),
-    "keys": (commands.list_keys, "list all keys"),
-    "rotate": (commands.rotate_key, "give a key a new secret; the old one works for the overlap"),
-    "limit": (commands.limit_key, "set a key's limits, everywhere at once"),
-    "revoke": (commands.revoke_key, "end a key, everywhere at once"),
-    "models": (commands.list_models, "list the models of all backends"),
-    "refresh": (commands.refresh, "ask all backends for their models now"),
-    "probe": (commands.probe, "try every backend: reachable, latency, version, models, token"),
-    "audit": (audit_commands.list_audit, "list requests, the newest first"),
-    "usage": (audit_commands.sum_audit, "sum requests and tokens"),
-    "audit-verify": (audit_commands.verify_audit, "check that the audit is as it was written"),
-    "purge": (audit_commands.purge, "delete now what is kept no longer"),
-    "forget": (audit_commands.forget, "delete a key's prompts and answers now"),
-    "explain": (why_commands.explain_call, "say where a call would go now, and why; no backend is asked, nothing is taken"),
-    "trace": (why_commands.trace, "tell what became of one request"),
-    "drain": (why_commands.drain_backend, "give a backend no new requests, in every process, until undrain"),
-    "undrain": (why_commands.undrain_backend, "give a backend requests again"),
+    "migrate": (keys.migrate, "bring the database's schema up to date"),
+    "key": (keys.make_key, "make a key and print it, this once"),
+    "keys": (keys.list_keys, "list all keys"),
+    "rotate": (keys.rotate_key, "give a key a new secret; the old one works for the overlap"),
+    "limit": (keys.limit_key, "set a key's limits, everywhere at once"),
+    "revoke": (keys.revoke_key, "end a key, everywhere at once"),
+    "models": (keys.list_models, "list the models of all backends"),
+    "refresh": (keys.refresh, "ask all backends for their models now"),
+    "probe": (keys.probe, "try every backend: reachable, latency, version, models, token"),
+    "audit": (audit.list_audit, "list requests, the newest first"),
+    "usage": (audit.sum_audit, "sum requests and tokens"),
+    "audit-verify": (audit.verify_audit, "check that the audit is as it was written"),
+    "purge": (audit.purge, "delete now what is kept no longer"),
+    "forget": (audit.forget, "delete a key's prompts and answers now"),
+    "explain": (explain.explain_call, "say where a call would go now, and why; no backend is asked, nothing is taken"),
+    "trace": (explain.trace, "tell what became of one request"),
+    "drain": (explain.drain_backend, "give a backend no new requests, in every process, until undrain"),
+    "undrain": (explain.undrain_backend, "give a backend requests again"),
     "top": (top.watch, "watch backends, requests, busy keys and models in the terminal, from the admin API"),
     "doctor": (doctor.examine, "check the whole installation: what is well, what is not, what to do"),
     "drill": (command.drill, "break what can break, on played backends beside this installation, and see what holds"),
-    "config": (commands.show_config, "print the settings in force and where each comes from"),
+    "config": (keys.show_config, "print the settings in force and where each comes from"),
 }
 
 
@@ -181,17 +182,17 @@ def _with_psqls_own(arguments: list[str]) -> list[str]:
 
 def _carry_out(said: argparse.Namespace) -> int:
     if said.verb == "serve":
-        serving.serve(installation.for_serving())
+        serve.serve(installation.for_serving())
     elif said.verb == "run":
-        serving.run()
+        serve.run()
     elif said.verb == "worker":
-        serving.worker(installation.read(), said.descriptor, said.parent)
+        serve.worker(installation.read(), said.descriptor, said.parent)
     elif said.verb == "demo":
         demo_backend.serve(said.descriptor, said.parent)
     elif said.verb == "health":
         return _health(installation.read())
     elif said.verb == "config":
-        asyncio.run(commands.show_config(installation.shown(), said))
+        asyncio.run(keys.show_config(installation.shown(), said))
     else:
         return _speak_to_stores(said)
     return 0
@@ -204,7 +205,7 @@ def _speak_to_stores(said: argparse.Namespace) -> int:
     with stores_of() as settings:
         if said.verb == "psql":
             own = said.arguments[1:] if said.arguments[:1] == ["--"] else said.arguments
-            return commands.psql(settings, own)
+            return keys.psql(settings, own)
         asyncio.run(VERBS[said.verb][0](settings, said))
     return 0
 

@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from threading import Thread
 from typing import Any
 
-from gateway import app, console, installation, postgres_checkup, redis_checkup, serving, settings_checkup
+from gateway import app, postgres_checkup, redis_checkup, settings_checkup
 from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.core.errors import CommandFailed
 from gateway.fleet import control, discovery, probe
 from gateway.fleet.backends.backend import Backend
+from gateway.ops.cli import console, installation, serve
 from gateway.settings import Settings
 from gateway.stores.redis_client import Store
 
@@ -151,7 +152,7 @@ def python() -> Finding:
 
 
 def accelerators() -> Finding:
-    if missing := serving.missing_accelerators():
+    if missing := serve.missing_accelerators():
         advice = "install the pinned requirements: it runs slowly without"
         return warning("accelerators", f"missing: {', '.join(missing)}", advice)
     return ok("accelerators", "all there")

@@ -18,11 +18,11 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "stores.urls stores.redis_names proxy.suggestions core.errors core.background core.connection fleet.backends.config fleet.backends.circuit_breaker console checkup edge.stop_signals".split(),
+    "stores.urls stores.redis_names proxy.suggestions core.errors core.background core.connection fleet.backends.config fleet.backends.circuit_breaker ops.cli.console checkup edge.stop_signals".split(),
     "core.shared_bytes core.setting_names".split(),
     "drill.played drill.client drill.redis_wire edge.workers edge.departure edge.cycle edge.deadlines edge.request_head edge.places".split(),
     "edge.protocol core.cancel_scope edge.memory pages.samples auth.key_format dialects.model_names core.strict_json ops.local.stores settings stores.redis_client stores.postgres edge.client_address".split(),
-    "fleet.backends.http_client dialects.tokens limits.quota stores.redis_keys stores.redis_connection audit.table core.asgi ops.local.servers telemetry.logs auth.auth_failures installation ops.local.demo_backend".split(),
+    "fleet.backends.http_client dialects.tokens limits.quota stores.redis_keys stores.redis_connection audit.table core.asgi ops.local.servers telemetry.logs auth.auth_failures ops.cli.installation ops.local.demo_backend".split(),
     "dialects.outline".split(),
     "dialects.beyond".split(),
     "stores.redis_shards fleet.catalog auth.verifier dialects.dialect auth.key_store limits.admission audit.prompt_log limits.budgets audit.retention audit.hash_chain".split(),
@@ -38,16 +38,16 @@ FLOORS = [
     "admin.api".split(),
     "pages.openapi".split(),
     "app".split(),
-    "commands edge.server".split(),
-    "serving audit_commands top".split(),
-    "doctor why_commands drill.scene".split(),
+    "ops.cli.keys edge.server".split(),
+    "ops.cli.serve ops.cli.audit ops.cli.top".split(),
+    "doctor ops.cli.explain drill.scene".split(),
     "drill.sheet".split(),
     "drill.command".split(),
     "cli".split(),
     "__main__".split(),
 ]
 KNOW_THE_SETTINGS = set(
-    "settings installation app commands audit_commands serving settings_checkup doctor why_commands top cli".split()
+    "settings ops.cli.installation app ops.cli.keys ops.cli.audit ops.cli.serve settings_checkup doctor ops.cli.explain ops.cli.top cli".split()
 ) | {"drill.command"}
 HOMES = {
     "orjson": {"core.strict_json"},
@@ -65,7 +65,7 @@ HOMES = {
 # Starlette's types and its plain tools; what wraps a request or hides a disconnect is only for the demonstration.
 STARLETTE = {
     "starlette.types": None,
-    "starlette.config": {"settings", "installation"},
+    "starlette.config": {"settings", "ops.cli.installation"},
     "starlette.routing": {"edge.router", "ops.local.demo_backend"},
     "starlette.applications": {"ops.local.demo_backend"},
     "starlette.requests": {"ops.local.demo_backend"},
@@ -144,9 +144,9 @@ def test_the_environment_is_read_in_few_places() -> None:
     assert (
         reads
         - {
-            "installation",
-            "commands",
-            "serving",
+            "ops.cli.installation",
+            "ops.cli.keys",
+            "ops.cli.serve",
             "ops.local.stores",
             "ops.local.servers",
             "stores.redis_names",

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from gateway import cli, console
+from gateway import cli
 from gateway.audit import retention
 from gateway.core.errors import CommandFailed
+from gateway.ops.cli import console
 from gateway.stores.postgres import Database
 from tests.audit_rows import add_key, ago, in_database, prompt, row, sql, write, write_prompts
 from tests.conftest import TestStores

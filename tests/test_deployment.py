@@ -12,9 +12,10 @@ import pytest
 import redis
 import yaml
 
-from gateway import serving, settings
+from gateway import settings
 from gateway.cli import VERBS
 from gateway.core.errors import SettingsError
+from gateway.ops.cli import serve
 from gateway.ops.local import stores
 from tests.processes import until
 
@@ -138,7 +139,7 @@ def test_compose_waits_longer_than_the_gateway_drains(drain: str) -> None:
     minutes, seconds = re.fullmatch(r"(\d+)m([\d.]+)s", period).groups()  # type: ignore[union-attr]
     waits = int(minutes) * 60 + float(seconds)
     default = next(d.metadata["default"] for d in settings.declarations() if d.name == "gateway_drain_s")
-    assert waits >= float(drain or default) + serving.STOP_MARGIN_S + 5
+    assert waits >= float(drain or default) + serve.STOP_MARGIN_S + 5
 
 
 @pytest.mark.parametrize("name", ["postgres", "redis", "ollama", "ollama-gpu"])

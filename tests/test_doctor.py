@@ -15,10 +15,11 @@ from typing import Any
 import asyncpg
 import pytest
 
-from gateway import checkup, doctor, installation, postgres_checkup, redis_checkup, serving, settings_checkup
+from gateway import checkup, doctor, postgres_checkup, redis_checkup, settings_checkup
 from gateway.checkup import Finding
 from gateway.core.errors import CommandFailed
 from gateway.fleet.backends.config import BackendConfig
+from gateway.ops.cli import installation, serve
 from gateway.settings import LOCAL_RUN, Settings
 from gateway.stores.redis_keys import ALL
 from tests import preloaded
@@ -459,7 +460,7 @@ def test_a_backend_without_models_and_a_slow_one(
 
 def test_a_part_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.accelerators().state == doctor.python().state == "ok"
-    monkeypatch.setattr(serving, "missing_accelerators", lambda: ["uvloop"])
+    monkeypatch.setattr(serve, "missing_accelerators", lambda: ["uvloop"])
     assert is_told(doctor.accelerators(), "warning", "missing: uvloop", "pinned requirements")
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import app, why_commands
+from gateway import app
 from gateway.admin import explain
 from gateway.admin.explain import Question
 from gateway.auth import key_store
 from gateway.auth.key_store import Key
 from gateway.dialects.dialect import Operation
 from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, Breaker
+from gateway.ops.cli import explain as cli_explain
 from gateway.stores.redis_client import StoreAway
 from tests.audit_rows import sql
 from tests.conftest import StartGateway, TestStores
@@ -262,4 +263,4 @@ def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[Pl
 
 def test_the_time_until_a_limit_passes_is_told_as_elsewhere() -> None:
     found = {"status": 429, "outcome": "budget_spent", "refused_by": "day", "passes_in_s": 26493.0}
-    assert why_commands._verdict(found).endswith("it passes in about 7h21m33s")
+    assert cli_explain._verdict(found).endswith("it passes in about 7h21m33s")

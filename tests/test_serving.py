@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from gateway import installation
+from gateway.ops.cli import installation
 from tests.asking import SAY_HI, WAYS
 from tests.conftest import TestStores
 from tests.played import PlayedBackend

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gateway import top
 from gateway.auth import key_store
 from gateway.core.errors import CommandFailed
+from gateway.ops.cli import top
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import operate, until

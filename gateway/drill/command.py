@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import app, console
-from gateway.commands import key_ring
+from gateway import app
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.drill import played
 from gateway.drill.scene import Installation, Scene
 from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.edge.stop_signals import stop_signals
+from gateway.ops.cli import console
+from gateway.ops.cli.keys import key_ring
 from gateway.settings import Settings
 from gateway.stores import redis_names
 from gateway.stores.redis_client import Store, StoreAway

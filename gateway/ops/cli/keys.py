@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, unquote
 
-from gateway import app, console
+from gateway import app
 from gateway.auth import key_store, key_view
 from gateway.auth.key_store import KeyRing, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
@@ -25,6 +25,7 @@ from gateway.fleet.control import FleetFacts
 from gateway.fleet.discovery import Discovery
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import Quota
+from gateway.ops.cli import console
 from gateway.settings import Settings
 from gateway.stores.postgres import Database, in_words
 from gateway.stores.redis_client import Store

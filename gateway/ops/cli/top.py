@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from typing import Any
 
-from gateway import commands
 from gateway.core.errors import CommandFailed
+from gateway.ops.cli import keys as cli_keys
 from gateway.settings import Settings
 
 EVERY_S = 2.0
@@ -26,7 +26,7 @@ ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 # where it list
 
 
 async def watch(settings: Settings, said: argparse.Namespace) -> None:
-    key = commands.admin_key()
+    key = cli_keys.admin_key()
     url = said.url or address_of(settings)
     if said.json or said.once or not sys.stdout.isatty():
         seen = await asyncio.to_thread(overview, url, key)

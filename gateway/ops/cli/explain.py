@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import app, audit_commands, commands, console
+from gateway import app
 from gateway.admin import values
 from gateway.admin.explain import Fleet, Question, explain
 from gateway.auth import key_format, key_store
@@ -17,6 +17,7 @@ from gateway.fleet import drains, presence
 from gateway.limits.admission import duration
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limits
+from gateway.ops.cli import audit, console, keys
 from gateway.settings import Settings
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import Store, StoreAway
@@ -30,8 +31,8 @@ MOST_ROWS = 20
 async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
     operation = operation_of(said.client)
     async with (
-        commands.discovering(settings) as (discovery, store, configs),
-        audit_commands.current_database(settings) as database,
+        keys.discovering(settings) as (discovery, store, configs),
+        audit.current_database(settings) as database,
         Lines(settings.redis_url, lambda _: None) as lines,
     ):
         question = Question(await key_named(database, said.key), said.model, operation)
@@ -114,7 +115,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
 
 async def trace(settings: Settings, said: argparse.Namespace) -> None:
     since = said.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
-    async with audit_commands.current_database(settings) as database:
+    async with audit.current_database(settings) as database:
         rows = (
             await database.rows("trace_request", values.our_id(said.id), said.id, since, MOST_ROWS)
             if said.id.isprintable()
@@ -175,7 +176,7 @@ async def undrain_backend(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def _mark(settings: Settings, said: argparse.Namespace, *, drained: bool) -> None:
-    async with audit_commands.current_database(settings) as database, commands.running_fleet(settings) as (store, fleet):
+    async with audit.current_database(settings) as database, keys.running_fleet(settings) as (store, fleet):
         names = [backend.name for backend in settings.backends] if fleet is None else [str(one["name"]) for one in fleet]
         if said.backend not in names:
             raise CommandFailed(f"there is no backend {said.backend!r}: write one of {', '.join(names)}")

@@ -16,15 +16,16 @@ from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
-from gateway import app, console, installation
+from gateway import app
 from gateway.app import Rooms
 from gateway.auth.key_store import KeyRing, NewKey
-from gateway.commands import require_schema
 from gateway.core import background
 from gateway.core.errors import CommandFailed
 from gateway.edge import memory, server
 from gateway.edge.workers import Workers, end_with_parent
 from gateway.fleet import discovery
+from gateway.ops.cli import console, installation
+from gateway.ops.cli.keys import require_schema
 from gateway.settings import Settings
 from gateway.telemetry import logs, metrics
 

@@ -6,10 +6,11 @@ from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, timedelta
 from typing import Any
 
-from gateway import app, commands, console
+from gateway import app
 from gateway.audit import hash_chain, retention
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
+from gateway.ops.cli import console, keys
 from gateway.settings import Settings
 from gateway.stores.postgres import Database, Row
 
@@ -21,7 +22,7 @@ async def current_database(settings: Settings) -> AsyncIterator[Database]:
     async with app.database_of(settings) as database:
         if settings.has_private_database:
             await database.migrate(console.say)
-        await commands.require_schema(database)
+        await keys.require_schema(database)
         yield database
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from starlette.config import Config
 
-from gateway import console, settings
+from gateway import settings
 from gateway.core.errors import CommandFailed, SettingsError
+from gateway.ops.cli import console
 from gateway.ops.local import stores as local_stores
 from gateway.settings import Settings
 
