@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from gateway import doctor
 from gateway.admin import values
 from gateway.core.errors import CommandFailed, SettingsError, StoreUnavailable
-from gateway.drill import command
 from gateway.ops.cli import audit, console, explain, installation, keys, serve, top
+from gateway.ops.drill import command
 from gateway.ops.local import demo_backend
 from gateway.settings import Settings
 from gateway.stores.postgres import in_words

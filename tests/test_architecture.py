@@ -20,7 +20,7 @@ SOURCES = PROJECT / "gateway"
 FLOORS = [
     "stores.urls stores.redis_names proxy.suggestions core.errors core.background core.connection fleet.backends.config fleet.backends.circuit_breaker ops.cli.console checkup edge.stop_signals".split(),
     "core.shared_bytes core.setting_names".split(),
-    "drill.played drill.client drill.redis_wire edge.workers edge.departure edge.cycle edge.deadlines edge.request_head edge.places".split(),
+    "ops.drill.fake_backend ops.drill.client ops.drill.redis_proxy edge.workers edge.departure edge.cycle edge.deadlines edge.request_head edge.places".split(),
     "edge.protocol core.cancel_scope edge.memory pages.samples auth.key_format dialects.model_names core.strict_json ops.local.stores settings stores.redis_client stores.postgres edge.client_address".split(),
     "fleet.backends.http_client dialects.tokens limits.quota stores.redis_keys stores.redis_connection audit.table core.asgi ops.local.servers telemetry.logs auth.auth_failures ops.cli.installation ops.local.demo_backend".split(),
     "dialects.outline".split(),
@@ -40,22 +40,22 @@ FLOORS = [
     "app".split(),
     "ops.cli.keys edge.server".split(),
     "ops.cli.serve ops.cli.audit ops.cli.top".split(),
-    "doctor ops.cli.explain drill.scene".split(),
-    "drill.sheet".split(),
-    "drill.command".split(),
+    "doctor ops.cli.explain ops.drill.environment".split(),
+    "ops.drill.faults".split(),
+    "ops.drill.command".split(),
     "cli".split(),
     "__main__".split(),
 ]
 KNOW_THE_SETTINGS = set(
     "settings ops.cli.installation app ops.cli.keys ops.cli.audit ops.cli.serve settings_checkup doctor ops.cli.explain ops.cli.top cli".split()
-) | {"drill.command"}
+) | {"ops.drill.command"}
 HOMES = {
     "orjson": {"core.strict_json"},
     "asyncpg": {"stores.postgres"},
     "redis": {"stores.redis_client", "stores.redis_connection", "stores.redis_shards"},
     "hiredis": {"stores.redis_connection"},
     "argon2": {"app", "auth.key_store", "auth.verifier"},
-    "aiohttp": {"fleet.backends.backend", "fleet.backends.http_client", "drill.client"},
+    "aiohttp": {"fleet.backends.backend", "fleet.backends.http_client", "ops.drill.client"},
     "yarl": {"fleet.backends.backend", "fleet.backends.http_client"},
     "uvicorn": {"edge.server", "edge.protocol", "edge.cycle", "edge.deadlines", "ops.local.demo_backend"},
     "httptools": {"edge.protocol"},
@@ -150,8 +150,8 @@ def test_the_environment_is_read_in_few_places() -> None:
             "ops.local.stores",
             "ops.local.servers",
             "stores.redis_names",
-            "drill.scene",
-            "drill.command",
+            "ops.drill.environment",
+            "ops.drill.command",
         }
         == set()
     )

@@ -17,9 +17,9 @@ import pytest
 from argon2 import PasswordHasher
 
 from gateway.auth.key_store import KeyRing
-from gateway.drill.redis_wire import RedisWire, can_be_wired
-from gateway.drill.scene import LIMITS
-from gateway.drill.sheet import BY_NAME
+from gateway.ops.drill.environment import LIMITS
+from gateway.ops.drill.faults import BY_NAME
+from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
 from gateway.stores.postgres import Database
 from tests.audit_rows import in_database
 from tests.conftest import TestStores

@@ -11,12 +11,12 @@ from typing import Any
 
 from gateway import app
 from gateway.core.errors import CommandFailed, StoreUnavailable
-from gateway.drill import played
-from gateway.drill.scene import Installation, Scene
-from gateway.drill.sheet import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.edge.stop_signals import stop_signals
 from gateway.ops.cli import console
 from gateway.ops.cli.keys import key_ring
+from gateway.ops.drill import fake_backend
+from gateway.ops.drill.environment import Installation, Scene
+from gateway.ops.drill.faults import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.settings import Settings
 from gateway.stores import redis_names
 from gateway.stores.redis_client import Store, StoreAway
@@ -118,7 +118,7 @@ async def play(scene: Scene, lines: Sequence[Line], results: list[Result], *, as
 
 async def one(scene: Scene, line: Line) -> Result:
     began = time.monotonic()
-    scene.sound.behaviour = played.answer_well
+    scene.sound.behaviour = fake_backend.answer_well
     state, told = HELD, ""
     try:
         async with asyncio.timeout(LONGEST_LINE_S):

@@ -23,11 +23,11 @@ from typing import Any, Self
 
 from gateway.auth.key_store import DRILL, SHOW_BACKEND, KeyRing, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
-from gateway.drill.client import Client, Heard, chat, look
-from gateway.drill.played import HOST, Played
-from gateway.drill.redis_wire import RedisWire, can_be_wired
 from gateway.edge import server
 from gateway.limits.quota import Quota
+from gateway.ops.drill.client import Client, Heard, chat, look
+from gateway.ops.drill.fake_backend import HOST, Played
+from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
 from gateway.stores import redis_names
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import StoreAway, drop_names

@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.drill import played
-from gateway.drill.client import Heard, chat, look, until
-from gateway.drill.played import CHATS, Asked
-from gateway.drill.scene import ALONE, PLAIN, SOUND, Process, Scene
+from gateway.ops.drill import fake_backend
+from gateway.ops.drill.client import Heard, chat, look, until
+from gateway.ops.drill.environment import ALONE, PLAIN, SOUND, Process, Scene
+from gateway.ops.drill.fake_backend import CHATS, Asked
 
 OLLAMA, OPENAI = CHATS
 BURST = 30
@@ -47,7 +47,7 @@ def answered(heard: Heard, status: int = 200) -> None:
 
 
 def as_sent(path: str, asked: Asked) -> bytes:
-    return b"".join(played.frames(asked)) if asked.streams else played.whole(asked)
+    return b"".join(fake_backend.frames(asked)) if asked.streams else fake_backend.whole(asked)
 
 
 # ── answers ──
@@ -64,7 +64,7 @@ async def pass_bytes(scene: Scene) -> None:
 
 async def pass_pieces(scene: Scene) -> None:
     """The backend says the rest only when the first piece has been read here."""
-    scene.sound.behaviour = played.pause_after_one_frame
+    scene.sound.behaviour = fake_backend.pause_after_one_frame
     for path in CHATS:
         scene.sound.go_on.clear()
         url, body = scene.first.url + path, chat(PLAIN, stream=True)
@@ -83,7 +83,7 @@ async def pass_pieces(scene: Scene) -> None:
 
 async def goes_on(scene: Scene, name: str, *, is_seen: bool = True) -> None:
     """The first backend fails, the caller hears the second, and both were never at work at once."""
-    scene.sound.behaviour = played.think_first
+    scene.sound.behaviour = fake_backend.think_first
     for path, stream in ((OLLAMA, True), (OPENAI, False)):
         heard = await scene.ask(path, name, stream=stream)
         answered(heard)
@@ -94,7 +94,7 @@ async def goes_on(scene: Scene, name: str, *, is_seen: bool = True) -> None:
         if is_seen:
             expect(len(first) == 1, f"the faulty backend was asked {len(first)} times")
             # Both ends are seen here in one turn of the loop, in any order; the answer takes longer than that.
-            is_over = 0 < first[0].ended < later[0].began + played.THOUGHT_S / 2
+            is_over = 0 < first[0].ended < later[0].began + fake_backend.THOUGHT_S / 2
             expect(is_over, "two backends were at work on one request")
 
 
@@ -103,17 +103,17 @@ async def refused(scene: Scene) -> None:
 
 
 async def frozen(scene: Scene) -> None:
-    scene.backends["drill-frozen"].behaviour = played.say_nothing
+    scene.backends["drill-frozen"].behaviour = fake_backend.say_nothing
     await goes_on(scene, "drill-frozen")
 
 
 async def failing(scene: Scene) -> None:
-    scene.backends["drill-failing"].behaviour = played.fail
+    scene.backends["drill-failing"].behaviour = fake_backend.fail
     await goes_on(scene, "drill-failing")
 
 
 async def garbage(scene: Scene) -> None:
-    scene.backends["drill-garbage"].behaviour = played.begin_with_garbage
+    scene.backends["drill-garbage"].behaviour = fake_backend.begin_with_garbage
     for path in CHATS:
         heard = await scene.ask(path, "drill-garbage", stream=True)
         answered(heard)
@@ -122,7 +122,7 @@ async def garbage(scene: Scene) -> None:
 
 
 async def dying(scene: Scene) -> None:
-    scene.backends["drill-dying"].behaviour = played.die_in_the_middle
+    scene.backends["drill-dying"].behaviour = fake_backend.die_in_the_middle
     for path in CHATS:
         heard = await scene.ask(path, "drill-dying", stream=True)
         answered(heard)
@@ -143,7 +143,7 @@ def _last_frame(body: bytes) -> dict[str, Any]:
 
 
 async def client_gone(scene: Scene) -> None:
-    scene.sound.behaviour = played.pause_after_one_frame
+    scene.sound.behaviour = fake_backend.pause_after_one_frame
     scene.sound.go_on.clear()
     url = scene.first.url + OLLAMA
     async with scene.client.asking(url, scene.keys["plain"], chat(PLAIN, stream=True)) as (heard, content):
@@ -154,13 +154,13 @@ async def client_gone(scene: Scene) -> None:
 
 
 async def refusals_in_dialect(scene: Scene) -> None:
-    scene.backends["drill-refusing"].behaviour = played.refuse
+    scene.backends["drill-refusing"].behaviour = fake_backend.refuse
     for path in CHATS:
         heard = await scene.ask(path, "drill-refusing", stream=True)
         answered(heard, 400)
         told = json.loads(heard.body).get("error")
         words = told if path == OLLAMA else told.get("message") if isinstance(told, dict) else None
-        expect(words == played.REFUSAL, f"{path}: not told as its clients read it")
+        expect(words == fake_backend.REFUSAL, f"{path}: not told as its clients read it")
 
 
 async def all_down(scene: Scene) -> None:
@@ -243,7 +243,7 @@ def _exactly(limit: int, heard: list[Heard]) -> None:
 
 
 async def slots_burst(scene: Scene) -> None:
-    scene.sound.behaviour = played.pause_after_one_frame
+    scene.sound.behaviour = fake_backend.pause_after_one_frame
     scene.sound.go_on.clear()
     both = [scene.first, scene.second] * 8
     tasks = [asyncio.create_task(scene.ask(OLLAMA, PLAIN, "slots", stream=True, at=at)) for at in both]
@@ -251,14 +251,14 @@ async def slots_burst(scene: Scene) -> None:
     await until(lambda: sum(task.done() for task in tasks) >= refused_by_then, 5)
     scene.sound.go_on.set()
     _exactly(4, list(await asyncio.gather(*tasks)))
-    scene.sound.behaviour = played.answer_well
+    scene.sound.behaviour = fake_backend.answer_well
     again = await asyncio.gather(*(scene.ask(OLLAMA, PLAIN, "slots", stream=False) for _ in range(4)))
     expect(all(one.status == 200 for one in again), "slots did not come back")
 
 
 async def tokens_limit(scene: Scene) -> None:
     """Each answer is told as 3 + 4 tokens; at most one request is under way."""
-    spent = 3 + len(played.WORDS)
+    spent = 3 + len(fake_backend.WORDS)
     heard = [await scene.client.ask(scene.first.url + OLLAMA, scene.keys["tokens"], _short()) for _ in range(BURST)]
     admitted = sum(one.status == 200 for one in heard)
     expect(0 < admitted * spent <= 100 + spent, f"{admitted * spent} tokens on a limit of 100")
@@ -267,12 +267,12 @@ async def tokens_limit(scene: Scene) -> None:
 
 
 def _short() -> dict[str, Any]:
-    return {**chat(PLAIN, stream=False), "options": {"num_predict": len(played.WORDS)}}
+    return {**chat(PLAIN, stream=False), "options": {"num_predict": len(fake_backend.WORDS)}}
 
 
 async def all_or_none(scene: Scene) -> None:
     """Five requests a minute, one at once: those that the one slot refuses must not cost any of the five."""
-    scene.sound.behaviour = played.pause_after_one_frame
+    scene.sound.behaviour = fake_backend.pause_after_one_frame
     scene.sound.go_on.clear()
     held = asyncio.create_task(scene.ask(OLLAMA, PLAIN, "one slot", stream=True))
     await until(lambda: any(not chat.ended for chat in scene.sound.chats), 3)
@@ -280,7 +280,7 @@ async def all_or_none(scene: Scene) -> None:
         answered(await scene.ask(OLLAMA, PLAIN, "one slot", stream=False), 429)
     scene.sound.go_on.set()
     answered(await held)
-    scene.sound.behaviour = played.answer_well
+    scene.sound.behaviour = fake_backend.answer_well
     for _ in range(4):
         heard = await scene.ask(OLLAMA, PLAIN, "one slot", stream=False)
         expect(heard.status == 200, "refused requests have cost something")
@@ -298,7 +298,7 @@ async def killed(scene: Scene) -> None:
 async def kill_the_third(scene: Scene) -> None:
     """With a call under way that has the key's only slot."""
     third = scene.processes[2]
-    scene.sound.behaviour = played.pause_after_one_frame
+    scene.sound.behaviour = fake_backend.pause_after_one_frame
     scene.sound.go_on.clear()
     url = third.url + OLLAMA
     async with scene.client.asking(url, scene.keys["killed"], chat(PLAIN, stream=True)) as (heard, content):
@@ -339,7 +339,7 @@ async def _until_redis_is(scene: Scene, state: str) -> None:
 
 async def drained(scene: Scene) -> None:
     """SIGTERM: the stream under way ends whole, new work is refused, the process ends well."""
-    scene.sound.behaviour = played.pause_after_one_frame
+    scene.sound.behaviour = fake_backend.pause_after_one_frame
     scene.sound.go_on.clear()
     url = scene.second.url + OLLAMA
     async with scene.client.asking(url, scene.keys["plain"], chat(PLAIN, stream=True)) as (heard, content):
