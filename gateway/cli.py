@@ -12,10 +12,10 @@ from datetime import timedelta
 from http.client import HTTPException
 from typing import Any, NoReturn
 
-from gateway import doctor
 from gateway.admin import values
 from gateway.core.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.ops.cli import audit, console, explain, installation, keys, serve, top
+from gateway.ops.doctor import report
 from gateway.ops.drill import command
 from gateway.ops.local import demo_backend
 from gateway.settings import Settings
@@ -43,7 +43,7 @@ VERBS: dict[str, tuple[Command, str]] = {
     "drain": (explain.drain_backend, "give a backend no new requests, in every process, until undrain"),
     "undrain": (explain.undrain_backend, "give a backend requests again"),
     "top": (top.watch, "watch backends, requests, busy keys and models in the terminal, from the admin API"),
-    "doctor": (doctor.examine, "check the whole installation: what is well, what is not, what to do"),
+    "doctor": (report.examine, "check the whole installation: what is well, what is not, what to do"),
     "drill": (command.drill, "break what can break, on played backends beside this installation, and see what holds"),
     "config": (keys.show_config, "print the settings in force and where each comes from"),
 }
@@ -201,7 +201,7 @@ def _carry_out(said: argparse.Namespace) -> int:
 def _speak_to_stores(said: argparse.Namespace) -> int:
     if said.verb == "drill":
         command.with_names_of_its_own()
-    stores_of = doctor.stores_if_any if said.verb == "doctor" else installation.stores_of
+    stores_of = report.stores_if_any if said.verb == "doctor" else installation.stores_of
     with stores_of() as settings:
         if said.verb == "psql":
             own = said.arguments[1:] if said.arguments[:1] == ["--"] else said.arguments

@@ -18,7 +18,7 @@ SOURCES = PROJECT / "gateway"
 
 # From the bottom up: a module imports from floors below its own, never from its own or one above.
 FLOORS = [
-    "stores.urls stores.redis_names proxy.suggestions core.errors core.background core.connection fleet.backends.config fleet.backends.circuit_breaker ops.cli.console checkup edge.stop_signals".split(),
+    "stores.urls stores.redis_names proxy.suggestions core.errors core.background core.connection fleet.backends.config fleet.backends.circuit_breaker ops.cli.console ops.doctor.finding edge.stop_signals".split(),
     "core.shared_bytes core.setting_names".split(),
     "ops.drill.fake_backend ops.drill.client ops.drill.redis_proxy edge.workers edge.departure edge.cycle edge.deadlines edge.request_head edge.places".split(),
     "edge.protocol core.cancel_scope edge.memory pages.samples auth.key_format dialects.model_names core.strict_json ops.local.stores settings stores.redis_client stores.postgres edge.client_address".split(),
@@ -30,8 +30,8 @@ FLOORS = [
     "fleet.backends.backend".split(),
     "fleet.refusals auth.authenticator dialects.ollama dialects.openai fleet.discovery fleet.drains fleet.presence proxy.show edge.health limits.fallback audit.record".split(),
     "fleet.running_models proxy.visibility".split(),
-    "admin.values auth.key_view ops.local.supervisor limits.limiter audit.token_usage telemetry.metrics fleet.probe fleet.control fleet.failover proxy.body postgres_checkup settings_checkup".split(),
-    "proxy.access audit.settlement audit.writer admin.explain redis_checkup".split(),
+    "admin.values auth.key_view ops.local.supervisor limits.limiter audit.token_usage telemetry.metrics fleet.probe fleet.control fleet.failover proxy.body ops.doctor.postgres ops.doctor.settings".split(),
+    "proxy.access audit.settlement audit.writer admin.explain ops.doctor.redis".split(),
     "edge.application edge.router proxy.model_lists proxy.exchange telemetry.metrics_endpoint pages.static".split(),
     "proxy.passthrough telemetry.gauges admin.overview".split(),
     "admin.events".split(),
@@ -40,14 +40,14 @@ FLOORS = [
     "app".split(),
     "ops.cli.keys edge.server".split(),
     "ops.cli.serve ops.cli.audit ops.cli.top".split(),
-    "doctor ops.cli.explain ops.drill.environment".split(),
+    "ops.doctor.report ops.cli.explain ops.drill.environment".split(),
     "ops.drill.faults".split(),
     "ops.drill.command".split(),
     "cli".split(),
     "__main__".split(),
 ]
 KNOW_THE_SETTINGS = set(
-    "settings ops.cli.installation app ops.cli.keys ops.cli.audit ops.cli.serve settings_checkup doctor ops.cli.explain ops.cli.top cli".split()
+    "settings ops.cli.installation app ops.cli.keys ops.cli.audit ops.cli.serve ops.doctor.settings ops.doctor.report ops.cli.explain ops.cli.top cli".split()
 ) | {"ops.drill.command"}
 HOMES = {
     "orjson": {"core.strict_json"},

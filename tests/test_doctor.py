@@ -15,11 +15,13 @@ from typing import Any
 import asyncpg
 import pytest
 
-from gateway import checkup, doctor, postgres_checkup, redis_checkup, settings_checkup
-from gateway.checkup import Finding
 from gateway.core.errors import CommandFailed
 from gateway.fleet.backends.config import BackendConfig
 from gateway.ops.cli import installation, serve
+from gateway.ops.doctor import finding as doctor_finding
+from gateway.ops.doctor import postgres, redis, report
+from gateway.ops.doctor import settings as doctor_settings
+from gateway.ops.doctor.finding import Finding
 from gateway.settings import LOCAL_RUN, Settings
 from gateway.stores.redis_keys import ALL
 from tests import preloaded
@@ -42,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def look(settings: Settings) -> dict[str, Finding]:
-    findings = asyncio.run(doctor.look_at_all(settings))
+    findings = asyncio.run(report.look_at_all(settings))
     names = [found.check for found in findings]
     assert sorted(names) == sorted(set(names))
     return {found.check: found for found in findings}
@@ -155,7 +157,7 @@ def test_a_check_that_breaks_is_a_finding(look_at: Looks, alpha: PlayedBackend, 
     def broken(_: object) -> Finding:
         raise RuntimeError("first line\nsecond")
 
-    monkeypatch.setattr(settings_checkup, "workers", broken)
+    monkeypatch.setattr(doctor_settings, "workers", broken)
     found = look_at(alpha)
     assert is_told(found["settings"], "problem", "RuntimeError: first line") and found["PostgreSQL"].state == "ok"
 
@@ -166,7 +168,7 @@ def test_private_stores_that_do_not_start(look_at: Looks, alpha: PlayedBackend, 
 
     monkeypatch.setattr(installation, "stores_of", failing)
     monkeypatch.setattr(installation, "read", lambda: settings_for(alpha, REDIS_URL=NO_REDIS))
-    with doctor.stores_if_any() as settings:
+    with report.stores_if_any() as settings:
         found = look(settings)
     assert (
         is_told(found["PostgreSQL"], "problem", "no DATABASE_URL", "set DATABASE_URL") and found["backend alpha"].state == "ok"
@@ -177,13 +179,13 @@ def test_warnings_alone_are_no_failure(capsys: pytest.CaptureFixture[str], monke
     async def looked(_: Settings) -> list[Finding]:
         return found
 
-    monkeypatch.setattr(doctor, "look_at_all", looked)
-    found = [checkup.ok("a", "fine"), checkup.warning("b", "odd", "change it")]
-    asyncio.run(doctor.examine(settings_for(), argparse.Namespace(json=False)))
+    monkeypatch.setattr(report, "look_at_all", looked)
+    found = [doctor_finding.ok("a", "fine"), doctor_finding.warning("b", "odd", "change it")]
+    asyncio.run(report.examine(settings_for(), argparse.Namespace(json=False)))
     assert capsys.readouterr().err == "problems: 0, warnings: 1\n"
-    found.append(checkup.problem("c", "bad", "mend it"))
+    found.append(doctor_finding.problem("c", "bad", "mend it"))
     with pytest.raises(CommandFailed, match="problems: 1, warnings: 1"):
-        asyncio.run(doctor.examine(settings_for(), argparse.Namespace(json=False)))
+        asyncio.run(report.examine(settings_for(), argparse.Namespace(json=False)))
 
 
 # ── settings ──
@@ -208,7 +210,7 @@ def test_an_env_file_that_others_can_read(folder: Path, line: str, mode: int, st
     file = folder / ".env"
     file.write_text(f"# a comment\n{line}\n", encoding="utf-8")
     file.chmod(mode)
-    found = settings_checkup.readers(file)
+    found = doctor_settings.readers(file)
     assert is_told(found, state, f"mode {mode:o}", "chmod 600 .env" if state == "warning" else "")
     assert GOOD_PASSWORD not in found.found
 
@@ -221,12 +223,12 @@ def test_the_env_file_of_the_folder_is_the_one(look_at: Looks, folder: Path, alp
 
 
 def test_passwords_that_can_be_guessed() -> None:
-    found = settings_checkup.passwords(settings_for(DATABASE_URL="postgresql://u:postgres@h/d"))
+    found = doctor_settings.passwords(settings_for(DATABASE_URL="postgresql://u:postgres@h/d"))
     assert is_told(found, "problem", "DATABASE_URL must carry a password", "set one of 12 or more characters")
     token = {"name": "a", "base_url": "http://a", "auth_token": "changeme"}
-    found = settings_checkup.passwords(settings_for(token, DATABASE_URL=f"postgresql://u:{GOOD_PASSWORD}@h/d"))
+    found = doctor_settings.passwords(settings_for(token, DATABASE_URL=f"postgresql://u:{GOOD_PASSWORD}@h/d"))
     assert is_told(found, "problem", "backend 'a' is a default", "set another")
-    assert settings_checkup.passwords(settings_for(DATABASE_URL="postgresql://u@/d?host=/run")).state == "ok"
+    assert doctor_settings.passwords(settings_for(DATABASE_URL="postgresql://u@/d?host=/run")).state == "ok"
 
 
 @pytest.mark.parametrize(
@@ -242,24 +244,24 @@ def test_passwords_that_can_be_guessed() -> None:
 )
 def test_plain_http_for_everybody(host: str, proxies: str, state: str, told: str) -> None:
     settings = replace(settings_for(GATEWAY_BIND_HOST=host), gateway_trusted_proxies=tuple(filter(None, proxies.split(","))))
-    assert is_told(asyncio.run(settings_checkup.listening(settings)), state, told, "plain HTTP" if state == "warning" else "")
+    assert is_told(asyncio.run(doctor_settings.listening(settings)), state, told, "plain HTTP" if state == "warning" else "")
 
 
 def test_the_local_run_listens_on_this_machine_only() -> None:
     settings = settings_for(GATEWAY_BIND_HOST="", GATEWAY_TRUSTED_PROXIES="127.0.0.1")
-    assert asyncio.run(settings_checkup.listening(settings)).state == "warning"
+    assert asyncio.run(doctor_settings.listening(settings)).state == "warning"
     settings = replace(settings, sources={**settings.sources, "database_url": LOCAL_RUN})
-    assert is_told(asyncio.run(settings_checkup.listening(settings)), "ok", "on 127.0.0.1:0")
+    assert is_told(asyncio.run(doctor_settings.listening(settings)), "ok", "on 127.0.0.1:0")
 
 
 def test_numbers_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert settings_checkup.workers(settings_for(GATEWAY_WORKERS="2")).state == "ok"
+    assert doctor_settings.workers(settings_for(GATEWAY_WORKERS="2")).state == "ok"
     assert is_told(
-        settings_checkup.workers(settings_for(GATEWAY_WORKERS="3")), "warning", "3 on 2 cores", "GATEWAY_WORKERS to 2"
+        doctor_settings.workers(settings_for(GATEWAY_WORKERS="3")), "warning", "3 on 2 cores", "GATEWAY_WORKERS to 2"
     )
     short = settings_for(MODEL_DISCOVERY_REFRESH_S="60", MODEL_DISCOVERY_CACHE_TTL_S="59")
-    assert is_told(settings_checkup.discovery(short), "warning", "every 60 s, kept for 59 s", "MODEL_DISCOVERY_CACHE_TTL_S")
+    assert is_told(doctor_settings.discovery(short), "warning", "every 60 s, kept for 59 s", "MODEL_DISCOVERY_CACHE_TTL_S")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_numbers_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_tokens_in_clear_text(address: str, token: str, state: str) -> None:
-    found = asyncio.run(settings_checkup.transport(BackendConfig("a", address, auth_token=token)))
+    found = asyncio.run(doctor_settings.transport(BackendConfig("a", address, auth_token=token)))
     assert is_told(found, state, "", "https://" if state == "problem" else "") and found.check == "transport to a"
 
 
@@ -287,7 +289,7 @@ def test_a_schema_that_is_not_current(look_at: Looks, empty_database: str, alpha
     found = look_at(alpha, DATABASE_URL=empty_database)
     assert is_told(found["PostgreSQL schema"], "problem", "not current", "`make migrate`")
     assert is_told(found["PostgreSQL"], "ok", "answers in") and "keys" not in found
-    private = asyncio.run(postgres_checkup.examine(empty_database, most_connections=1, migrates_itself=True))
+    private = asyncio.run(postgres.examine(empty_database, most_connections=1, migrates_itself=True))
     assert is_told(private[-1], "warning", "not current", "migrate the private database")
 
 
@@ -328,7 +330,7 @@ def test_a_user_that_may_not_make_tables(look_at: Looks, stores: TestStores, alp
 
 
 def test_an_old_server() -> None:
-    found = postgres_checkup._version({"number": 130_011, "version": "13.11"})
+    found = postgres._version({"number": 130_011, "version": "13.11"})
     assert is_told(found, "problem", "13.11", "PostgreSQL 14 or newer")
 
 
@@ -337,7 +339,7 @@ def test_an_old_server() -> None:
     [(0.3, "ok", "0.3 s ahead"), (-5, "warning", "5.0 s behind"), (31, "problem", "31.0 s ahead"), (-31, "problem", "behind")],
 )
 def test_clocks_that_differ(ahead_s: float, state: str, told: str) -> None:
-    assert is_told(checkup.clock("a clock", ahead_s), state, told, "NTP" if state != "ok" else "")
+    assert is_told(doctor_finding.clock("a clock", ahead_s), state, told, "NTP" if state != "ok" else "")
 
 
 # ── Redis ──
@@ -346,14 +348,14 @@ def test_clocks_that_differ(ahead_s: float, state: str, told: str) -> None:
 def test_redis_that_was_not_asked_for(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
     assert is_told(look_at(alpha, REDIS_URL=NO_REDIS)["Redis"], "problem", "does not answer", "check REDIS_URL")
     for is_needed, state in ((True, "problem"), (False, "warning")):
-        (found,) = asyncio.run(redis_checkup.examine(NO_REDIS, is_needed=is_needed))
+        (found,) = asyncio.run(redis.examine(NO_REDIS, is_needed=is_needed))
         assert is_told(found, state, "does not answer")
 
 
 def test_an_audit_that_piles_up_or_was_lost(
     look_at: Looks, stores: TestStores, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_checkup, "LONGEST_BACKLOG", 2)
+    monkeypatch.setattr(redis, "LONGEST_BACKLOG", 2)
     with stores.client() as client:
         for _ in range(2):
             client.xadd(ALL[1].rows, {"row": "{}"})
@@ -396,18 +398,18 @@ def test_a_user_of_redis_who_may_do_little(look_at: Looks, stores: TestStores, a
     ("version", "state"), [("6.0.16", "problem"), ("5", "problem"), ("unknown", "problem"), ("6.2.0", "ok"), (7.4, "ok")]
 )
 def test_versions_of_redis(version: object, state: str) -> None:
-    found = redis_checkup.version({"redis_version": version})
+    found = redis.version({"redis_version": version})
     assert is_told(found, state, str(version), "6.2" if state == "problem" else "")
 
 
 def test_valkey_by_its_own_name() -> None:
-    found = redis_checkup.version({"redis_version": "7.2.4", "valkey_version": "9.1.2"})
-    assert found == checkup.ok("Redis version", "7.2.4 (Valkey 9.1.2)")
+    found = redis.version({"redis_version": "7.2.4", "valkey_version": "9.1.2"})
+    assert found == doctor_finding.ok("Redis version", "7.2.4 (Valkey 9.1.2)")
 
 
 def test_redis_that_keeps_nothing_over_a_restart() -> None:
-    assert is_told(redis_checkup.persistence({"aof_enabled": 0}), "warning", "no append-only file", "appendonly")
-    assert redis_checkup.persistence({"aof_enabled": 1}).state == "ok"
+    assert is_told(redis.persistence({"aof_enabled": 0}), "warning", "no append-only file", "appendonly")
+    assert redis.persistence({"aof_enabled": 1}).state == "ok"
 
 
 # ── backends and the rest ──
@@ -452,18 +454,18 @@ def test_a_backend_without_models_and_a_slow_one(
     look_at: Looks, alpha: PlayedBackend, beta: PlayedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alpha.models.clear()
-    monkeypatch.setattr(doctor, "SLOW_MS", 0)
+    monkeypatch.setattr(report, "SLOW_MS", 0)
     found = look_at(alpha, beta)
     assert is_told(found["backend alpha"], "warning", "0 models", "give it a model")
     assert is_told(found["backend beta"], "warning", "1 models in", "nearer")
 
 
 def test_a_part_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.accelerators().state == doctor.python().state == "ok"
+    assert report.accelerators().state == report.python().state == "ok"
     monkeypatch.setattr(serve, "missing_accelerators", lambda: ["uvloop"])
-    assert is_told(doctor.accelerators(), "warning", "missing: uvloop", "pinned requirements")
+    assert is_told(report.accelerators(), "warning", "missing: uvloop", "pinned requirements")
 
 
 def test_make_doctor_calls_it() -> None:
-    makefile = (Path(doctor.__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    makefile = (Path(report.__file__).parents[3] / "Makefile").read_text(encoding="utf-8")
     assert "\ndoctor: .venv/ready-to-run ## " in makefile and "\t@$(GATEWAY) doctor $(JSON_FLAG)\n" in makefile

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from gateway import cli, doctor
+from gateway import cli
 from gateway.core.errors import CommandFailed
 from gateway.fleet import control, presence
+from gateway.ops.doctor import report
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
 from tests.processes import serving, until
@@ -92,7 +93,7 @@ def test_gateways_that_differ(
     gateway = start_gateway(alpha)
     other = settings_for(beta, REDIS_URL=stores.redis_url)
     until_known(gateway, 1)
-    [warned] = asyncio.run(doctor._running(other))
+    [warned] = asyncio.run(report._running(other))
     assert warned.state == "warning" and "have other backends than these settings: alpha at" in warned.found
     start_gateway(alpha, beta)
     until_known(gateway, 2)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway.checkup import Finding, clock, guarded, ok, problem, warning, words
 from gateway.core.errors import StoreUnavailable
+from gateway.ops.doctor.finding import Finding, clock, guarded, ok, problem, warning, words
 from gateway.stores.postgres import Database
 
 NAME = "PostgreSQL"

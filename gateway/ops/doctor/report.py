@@ -9,12 +9,14 @@ from contextlib import ExitStack, contextmanager
 from threading import Thread
 from typing import Any
 
-from gateway import app, postgres_checkup, redis_checkup, settings_checkup
-from gateway.checkup import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
+from gateway import app
 from gateway.core.errors import CommandFailed
 from gateway.fleet import control, discovery, probe
 from gateway.fleet.backends.backend import Backend
 from gateway.ops.cli import console, installation, serve
+from gateway.ops.doctor import postgres, redis
+from gateway.ops.doctor import settings as doctor_settings
+from gateway.ops.doctor.finding import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.settings import Settings
 from gateway.stores.redis_client import Store
 
@@ -75,9 +77,9 @@ async def look_at_all(settings: Settings) -> list[Finding]:
     """Everything at the same time, so that what hangs holds up nothing else."""
     asyncio.get_running_loop().set_default_executor(ForgottenThreads())
     looks = [
-        ("settings", settings_checkup.examine(settings, installation.project() / ".env"), "see .env.example"),
-        ("PostgreSQL", _postgres(settings), postgres_checkup.ADVICE),
-        ("Redis", _redis(settings), redis_checkup.ADVICE),
+        ("settings", doctor_settings.examine(settings, installation.project() / ".env"), "see .env.example"),
+        ("PostgreSQL", _postgres(settings), postgres.ADVICE),
+        ("Redis", _redis(settings), redis.ADVICE),
         ("backends", _backends(settings), OF_BACKENDS),
         ("running gateways", _running(settings), OF_BACKENDS),
     ]
@@ -87,7 +89,7 @@ async def look_at_all(settings: Settings) -> list[Finding]:
 
 async def _postgres(settings: Settings) -> list[Finding]:
     of_one_process = settings.database_pool_size + settings.database_pool_overflow
-    return await postgres_checkup.examine(
+    return await postgres.examine(
         settings.database_url,
         most_connections=settings.gateway_workers * of_one_process,
         migrates_itself=settings.has_private_database,
@@ -96,7 +98,7 @@ async def _postgres(settings: Settings) -> list[Finding]:
 
 async def _redis(settings: Settings) -> list[Finding]:
     is_needed = settings.sources["redis_url"] != "default" or settings.gateway_workers > 1
-    return await redis_checkup.examine(settings.redis_url, is_needed=is_needed)
+    return await redis.examine(settings.redis_url, is_needed=is_needed)
 
 
 async def _backends(settings: Settings) -> list[Finding]:

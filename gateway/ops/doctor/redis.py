@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from gateway.checkup import Finding, State, clock, guarded, ok, problem, warning, words
+from gateway.ops.doctor.finding import Finding, State, clock, guarded, ok, problem, warning, words
 from gateway.stores import redis_client, redis_keys
 from gateway.stores.redis_names import FREED, named
 

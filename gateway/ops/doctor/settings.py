@@ -10,9 +10,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gateway import settings as reading
-from gateway.checkup import Finding, ok, problem, warning
 from gateway.core.errors import SettingsError
 from gateway.fleet.backends.config import BackendConfig
+from gateway.ops.doctor.finding import Finding, ok, problem, warning
 from gateway.settings import Settings
 
 RESOLVE_S = 3.0
