@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 PROJECT = Path(__file__).resolve().parent.parent
-GATEWAY = ("gateway.cli",)
+GATEWAY = ("gateway.ops.main",)
 
 
 class Preloaded:

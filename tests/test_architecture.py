@@ -43,11 +43,11 @@ FLOORS = [
     "ops.doctor.report ops.cli.explain ops.drill.environment".split(),
     "ops.drill.faults".split(),
     "ops.drill.command".split(),
-    "cli".split(),
+    "ops.main".split(),
     "__main__".split(),
 ]
 KNOW_THE_SETTINGS = set(
-    "settings ops.cli.installation app ops.cli.keys ops.cli.audit ops.cli.serve ops.doctor.settings ops.doctor.report ops.cli.explain ops.cli.top cli".split()
+    "settings ops.cli.installation app ops.cli.keys ops.cli.audit ops.cli.serve ops.doctor.settings ops.doctor.report ops.cli.explain ops.cli.top ops.main".split()
 ) | {"ops.drill.command"}
 HOMES = {
     "orjson": {"core.strict_json"},

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from gateway import cli
 from gateway.audit import retention
 from gateway.core.errors import CommandFailed
+from gateway.ops import main
 from gateway.ops.cli import console
 from gateway.stores.postgres import Database
 from tests.audit_rows import add_key, ago, in_database, prompt, row, sql, write, write_prompts
@@ -37,9 +37,9 @@ def say(stores: TestStores, capsys: pytest.CaptureFixture[str]) -> Say:
     settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
 
     def type_it(*typed: str) -> str:
-        said = cli.parser().parse_args(typed)
+        said = main.parser().parse_args(typed)
         capsys.readouterr()
-        asyncio.run(cli.VERBS[said.verb][0](settings, said))
+        asyncio.run(main.VERBS[said.verb][0](settings, said))
         return capsys.readouterr().out
 
     return type_it
@@ -176,7 +176,7 @@ def test_a_key_that_never_was(url: str, say: Say, verb: str, key: str) -> None:
 )
 def test_wrong_words(capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(words)
+        main.main(words)
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 

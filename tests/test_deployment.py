@@ -13,10 +13,10 @@ import redis
 import yaml
 
 from gateway import settings
-from gateway.cli import VERBS
 from gateway.core.errors import SettingsError
 from gateway.ops.cli import serve
 from gateway.ops.local import stores
+from gateway.ops.main import VERBS
 from tests.processes import until
 
 ROOT = Path(__file__).resolve().parent.parent

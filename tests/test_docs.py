@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gateway import cli, settings
+from gateway import settings
 from gateway.audit.record import Record
 from gateway.core import errors
 from gateway.core.errors import GatewayError, SettingsError
+from gateway.ops import main
 from gateway.proxy import passthrough
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +126,7 @@ def code_of(text: str) -> Iterator[str]:
 
 
 def verbs() -> dict[str, argparse.ArgumentParser]:
-    (found,) = (action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (found,) = (action for action in main.parser()._actions if isinstance(action, argparse._SubParsersAction))
     return {name: verb for name, verb in found.choices.items() if name not in ("worker", "demo")}
 
 
@@ -138,7 +139,7 @@ def test_readme_has_every_verb(verb: str) -> None:
 @pytest.mark.parametrize("verb", verbs())
 def test_every_verb_tells_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([verb, "--help"])
+        main.main([verb, "--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
     for action in verbs()[verb]._actions:

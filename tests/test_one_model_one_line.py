@@ -10,10 +10,10 @@ import asyncpg
 import httpx
 import pytest
 
-from gateway import cli
 from gateway.admin import values as admin_values
 from gateway.auth.key_store import ADMIN
 from gateway.dialects.model_names import canonical
+from gateway.ops import main
 from gateway.stores.postgres import Database
 from tests.audit_rows import PLAIN, ago, in_database, row, sql, write
 from tests.conftest import StartGateway, TestStores
@@ -54,8 +54,8 @@ def asked(stores: TestStores) -> str:
 
 
 def printed(stores: TestStores, capsys: pytest.CaptureFixture[str], *typed: str) -> list[dict[str, str]]:
-    said = cli.parser().parse_args([*typed, "--csv"])
-    asyncio.run(cli.VERBS[said.verb][0](settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url), said))
+    said = main.parser().parse_args([*typed, "--csv"])
+    asyncio.run(main.VERBS[said.verb][0](settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url), said))
     return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
 
 
@@ -66,8 +66,8 @@ def test_old_rows_are_summed_with_the_new(asked: str, stores: TestStores, capsys
     (line,) = printed(stores, capsys, "usage", "--by", "backend")
     assert int(line["requests"]) == len(ONE_MODEL) + 4
     assert {found["model"] for found in printed(stores, capsys, "audit")} > set(ONE_MODEL), "a row has what was asked for"
-    said = cli.parser().parse_args(["audit-verify"])
-    asyncio.run(cli.VERBS[said.verb][0](settings_for(DATABASE_URL=asked, REDIS_URL=stores.redis_url), said))
+    said = main.parser().parse_args(["audit-verify"])
+    asyncio.run(main.VERBS[said.verb][0](settings_for(DATABASE_URL=asked, REDIS_URL=stores.redis_url), said))
 
 
 @pytest.mark.parametrize(

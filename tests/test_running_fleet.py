@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gateway import cli
 from gateway.core.errors import CommandFailed
 from gateway.fleet import control, presence
+from gateway.ops import main
 from gateway.ops.doctor import report
 from tests.conftest import StartGateway, TestStores
 from tests.played import PlayedBackend
@@ -36,7 +36,7 @@ def tell(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def tell(*words: str) -> Any:
         monkeypatch.chdir(home)
         capsys.readouterr()
-        assert cli.main([*words, "--json"]) == 0, capsys.readouterr().err
+        assert main.main([*words, "--json"]) == 0, capsys.readouterr().err
         return json.loads(capsys.readouterr().out)
 
     return tell

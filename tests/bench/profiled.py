@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from gateway import cli
+from gateway.ops import main as ops_main
 
 CALLS, COSTS = "calls.pstats", "costs.json"
 
@@ -47,7 +47,7 @@ def main() -> int:
     costs = Costs(Path(sys.argv[1]))
     signal.signal(signal.SIGUSR1, costs.begin)
     signal.signal(signal.SIGUSR2, costs.end)
-    return cli.main(sys.argv[2:])
+    return ops_main.main(sys.argv[2:])
 
 
 if __name__ == "__main__":
