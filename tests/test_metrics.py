@@ -29,7 +29,7 @@ from tests.settings_of import environment_for
 TOKEN = "nobody-guesses-this"
 MODEL = "llama3.2:latest"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}
-OPS = Path(__file__).resolve().parent.parent / "gateway" / "ops"
+OPS = Path(__file__).resolve().parent.parent / "docs" / "monitoring"
 README = Path(__file__).resolve().parent.parent / "README.md"
 NAME = re.compile(r"gateway_[a-z_]+")
 # What only grows.
