@@ -37,7 +37,7 @@ check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabiliti
 	$(BIN)/ruff format --check gateway tests
 	$(BIN)/mypy
 	$(BIN)/bandit -q --ini setup.cfg -r gateway
-	@$(BIN)/python -m tests.audit_dependencies
+	@$(BIN)/python -m tests.support.audit_dependencies
 
 key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1]
 	@$(call only,NAME MODELS EXPIRES PROMPT_LOG RETENTION AUDIT_RETENTION ROLE ADMIN_MODELS SHOW_BACKEND SHOW_OVERHEAD)
@@ -124,7 +124,7 @@ image: ## Build the container image
 
 lock: .venv/made ## Pin the dependencies of setup.cfg anew, with hashes
 	$(BIN)/python -m pip install -q uv
-	$(BIN)/python -m tests.lock_dependencies
+	$(BIN)/python -m tests.support.lock_dependencies
 
 clean: ## Remove the virtual environment and caches; data and keys stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -19,12 +19,12 @@ from playwright.sync_api import Browser
 
 from gateway import app
 from gateway.ops.local import stores as local_stores
-from tests import in_memory, redis_server
-from tests.browser import chromium_for_all
-from tests.databases import Databases
-from tests.played import PlayedBackend
-from tests.running import RunningGateway
-from tests.settings_of import settings_for
+from tests.support import in_memory, redis_server
+from tests.support.browser import chromium_for_all
+from tests.support.databases import Databases
+from tests.support.played.backend import PlayedBackend
+from tests.support.running import RunningGateway
+from tests.support.settings_of import settings_for
 
 _numbers = itertools.count()
 MOST_WORKERS = 16

@@ -7,57 +7,39 @@ import sys
 from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-PROJECT = Path(__file__).resolve().parent.parent
+from tests.support.project import PROJECT
+
 SOURCES = PROJECT / "gateway"
 
-# From the bottom up: a module imports from floors below its own, never from its own or one above.
-FLOORS = [
-    "stores.urls stores.redis_names proxy.suggestions core.errors core.background core.connection fleet.backends.config fleet.backends.circuit_breaker ops.cli.console ops.doctor.finding edge.stop_signals".split(),
-    "core.shared_bytes core.setting_names".split(),
-    "ops.drill.fake_backend ops.drill.client ops.drill.redis_proxy edge.workers edge.departure edge.cycle edge.deadlines edge.request_head edge.places".split(),
-    "edge.protocol core.cancel_scope edge.memory pages.samples auth.key_format dialects.model_names core.strict_json ops.local.stores settings stores.redis_client stores.postgres edge.client_address".split(),
-    "fleet.backends.http_client dialects.tokens limits.quota stores.redis_keys stores.redis_connection audit.table core.asgi ops.local.servers telemetry.logs auth.auth_failures ops.cli.installation ops.local.demo_backend".split(),
-    "dialects.outline".split(),
-    "dialects.beyond".split(),
-    "stores.redis_shards fleet.catalog auth.verifier dialects.dialect auth.key_store limits.admission audit.prompt_log limits.budgets audit.retention audit.hash_chain".split(),
-    "fleet.backends.frame_buffer fleet.held_answers proxy.turns".split(),
-    "fleet.backends.backend".split(),
-    "fleet.refusals auth.authenticator dialects.ollama dialects.openai fleet.discovery fleet.drains fleet.presence proxy.show edge.health limits.fallback audit.record".split(),
-    "fleet.running_models proxy.visibility".split(),
-    "admin.values auth.key_view ops.local.supervisor limits.limiter audit.token_usage telemetry.metrics fleet.probe fleet.control fleet.failover proxy.body ops.doctor.postgres ops.doctor.settings".split(),
-    "proxy.access audit.settlement audit.writer admin.explain ops.doctor.redis".split(),
-    "edge.application edge.router proxy.model_lists proxy.exchange telemetry.metrics_endpoint pages.static".split(),
-    "proxy.passthrough telemetry.gauges admin.overview".split(),
-    "admin.events".split(),
-    "admin.api".split(),
-    "pages.openapi".split(),
-    "app".split(),
-    "ops.cli.keys edge.server".split(),
-    "ops.cli.serve ops.cli.audit ops.cli.top".split(),
-    "ops.doctor.report ops.cli.explain ops.drill.environment".split(),
-    "ops.drill.faults".split(),
-    "ops.drill.command".split(),
-    "ops.main".split(),
-    "__main__".split(),
-]
-KNOW_THE_SETTINGS = set(
-    "settings ops.cli.installation app ops.cli.keys ops.cli.audit ops.cli.serve ops.doctor.settings ops.doctor.report ops.cli.explain ops.cli.top ops.main".split()
-) | {"ops.drill.command"}
+# From the top down: a package imports only what stands after it; names with a blank between them do not know each other.
+ORDER = """__main__ | ops.main | ops.doctor ops.drill | ops.cli | ops.local | app | endpoints | components pages
+           | admin edge | proxy telemetry | audit | auth | fleet limits | fleet.backends | dialects stores | core"""
+KNOW_THE_SETTINGS = {"ops", "app", "endpoints", "components"}
+SETTINGS_KNOW = {"fleet.backends.config", "stores.urls", "core.errors", "core.setting_names"}
+# To be cut.
+UPWARD = {
+    ("edge.server", "app"),
+    ("fleet.failover", "audit.record"),
+    ("limits.limiter", "audit.record"),
+    ("telemetry.gauges", "edge.application"),
+}
+# A home is a module or a whole package.
 HOMES = {
     "orjson": {"core.strict_json"},
     "asyncpg": {"stores.postgres"},
-    "redis": {"stores.redis_client", "stores.redis_connection", "stores.redis_shards"},
+    "redis": {"stores"},
     "hiredis": {"stores.redis_connection"},
-    "argon2": {"app", "auth.key_store", "auth.verifier"},
-    "aiohttp": {"fleet.backends.backend", "fleet.backends.http_client", "ops.drill.client"},
-    "yarl": {"fleet.backends.backend", "fleet.backends.http_client"},
-    "uvicorn": {"edge.server", "edge.protocol", "edge.cycle", "edge.deadlines", "ops.local.demo_backend"},
+    "argon2": {"app", "auth"},
+    "aiohttp": {"fleet.backends", "ops.drill.client"},
+    "yarl": {"fleet.backends"},
+    "uvicorn": {"edge", "ops.local.demo_backend"},
     "httptools": {"edge.protocol"},
     "uvloop": {"edge.server"},
     "prometheus_client": {"telemetry.metrics"},
@@ -116,22 +98,52 @@ def functions() -> Iterator[tuple[str, int]]:
                 yield f"{module}.{node.name}", node.end_lineno - node.lineno + 1
 
 
-def test_imports_go_down_only() -> None:
-    floor_of = {module: number for number, floor in enumerate(FLOORS) for module in floor}
-    assert not trees().keys() - floor_of.keys(), "give the new modules a floor"
-    upward = [
-        f"{module} imports {other}" for module in trees() for other in ours(module) if floor_of[other] >= floor_of[module]
-    ]
-    assert upward == []
+def is_within(module: str, homes: Iterable[str]) -> bool:
+    return any(module == home or module.startswith(f"{home}.") for home in homes)
 
 
-def test_every_module_of_the_floors_exists_once() -> None:
-    listed = [module for floor in FLOORS for module in floor]
-    assert sorted(listed) == sorted(trees())
+def place_of(module: str, places: Iterable[str]) -> str | None:
+    """The innermost of the places that a module is in."""
+    return max((place for place in places if is_within(module, [place])), key=len, default=None)
+
+
+def inner_and_outer() -> tuple[dict[str, str | None], set[tuple[str, str]]]:
+    floor_of = {package: number for number, floor in enumerate(ORDER.split("|")) for package in floor.split()}
+    home_of = {module: place_of(module, floor_of) for module in trees() if module != "settings"}
+    assert [module for module, home in home_of.items() if home is None] == [], "each module is in a package of the order"
+    crossing = {(module, other) for module in home_of for other in ours(module) & home_of.keys()}
+    upward = {
+        (module, other)
+        for module, other in crossing
+        if home_of[module] != home_of[other] and floor_of[home_of[module] or ""] >= floor_of[home_of[other] or ""]
+    }
+    return home_of, upward
+
+
+def test_packages_import_downwards_only() -> None:
+    assert inner_and_outer()[1] == UPWARD
+
+
+def test_within_a_package_no_imports_go_round() -> None:
+    home_of, _ = inner_and_outer()
+    graph = {module: {other for other in ours(module) if home_of.get(other) == home} for module, home in home_of.items()}
+    tuple(TopologicalSorter(graph).static_order())
 
 
 def test_only_the_composition_root_knows_the_settings() -> None:
-    assert {module for module in trees() if "settings" in ours(module) | {module}} == KNOW_THE_SETTINGS
+    assert {module for module in trees() if "settings" in ours(module) and not is_within(module, KNOW_THE_SETTINGS)} == set()
+    assert ours("settings") == SETTINGS_KNOW
+
+
+def test_the_package_itself_holds_six_files_at_most() -> None:
+    assert {path.stem for path in SOURCES.glob("*.py")} <= {
+        "__init__",
+        "__main__",
+        "settings",
+        "components",
+        "endpoints",
+        "app",
+    }
 
 
 def test_the_environment_is_read_in_few_places() -> None:
@@ -159,7 +171,9 @@ def test_the_environment_is_read_in_few_places() -> None:
 
 @pytest.mark.parametrize("package", HOMES)
 def test_each_package_has_its_home(package: str) -> None:
-    assert {module for module in trees() if package in packages(module)} == HOMES[package]
+    users = {module for module in trees() if package in packages(module)}
+    assert {user for user in users if not is_within(user, HOMES[package])} == set()
+    assert {home for home in HOMES[package] if not any(is_within(user, [home]) for user in users)} == set()
 
 
 def test_no_package_without_a_home() -> None:

@@ -15,8 +15,9 @@ from gateway.core import errors
 from gateway.core.errors import GatewayError, SettingsError
 from gateway.ops import main
 from gateway.proxy import passthrough
+from tests.support.project import PROJECT
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = PROJECT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -24,6 +25,7 @@ CARD = {
     "gateway",
     "tests",
     "sql",
+    "docs",
     "Dockerfile",
     "compose.yaml",
     "setup.cfg",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gateway import settings
 from gateway.core.errors import SettingsError
 from gateway.settings import Settings
-from tests.processes import environment
+from tests.support.processes import environment
 
 CANARY = "canary-7d1f0b"
 SECRETS = ["DATABASE_URL", "REDIS_URL", "OLLAMA_AUTH_TOKEN", "OLLAMA_BACKENDS", "METRICS_TOKEN"]

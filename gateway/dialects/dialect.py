@@ -11,8 +11,8 @@ from gateway.dialects import outline
 from gateway.dialects.beyond import refuse_beyond
 from gateway.dialects.model_names import NAME_RULE, ModelName, canonical, is_name, is_plain
 from gateway.dialects.tokens import NO_TOKENS, Need
-from gateway.fleet.backends.config import Kind
 
+Kind = Literal["ollama", "openai"]
 Streaming = Literal["by default", "on request", "never"]
 LONGEST_FRAME = 8 * 2**20
 LONGEST_COPIED_MESSAGE = 1000

@@ -11,6 +11,7 @@ from gateway.dialects.dialect import (
     BadFrame,
     Call,
     Framing,
+    Kind,
     Operation,
     Usage,
     bounded,
@@ -26,7 +27,6 @@ from gateway.dialects.dialect import (
     wish,
 )
 from gateway.dialects.tokens import NO_TOKENS, Need
-from gateway.fleet.backends.config import Kind
 
 KNOWN_FIELDS = frozenset(
     "model name prompt suffix system template context stream raw format images options keep_alive think truncate shift "

@@ -12,6 +12,7 @@ from gateway.dialects.dialect import (
     BadFrame,
     Call,
     Framing,
+    Kind,
     Operation,
     Usage,
     bounded,
@@ -28,7 +29,6 @@ from gateway.dialects.dialect import (
     wish,
 )
 from gateway.dialects.tokens import Need
-from gateway.fleet.backends.config import Kind
 
 CAPS = frozenset({"max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"})
 MOST_CHOICES = 128

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tests.bench import report, rooms, subjects, tools
 from tests.bench.profiled import CALLS, COSTS
-from tests.processes import until
+from tests.support.processes import until
 
 SHOWN = 25
 

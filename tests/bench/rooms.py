@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 BUILT_IN = "~"
+# The packages; of two places that fit, the first.
 GATEWAY = {
-    "server": "server http_protocol http_cycle http_deadlines http_head departure connection workers serving memory",
-    "front": "front routes client_address errors json_reply health",
-    "keys": "authentication access api_key keys auth_failures",
-    "limits": "limits admission local_limits quota budgets",
-    "Redis": "redis_line redis_lines store shards",
-    "dialect": "body strict_json tokens model_names base ollama openai",
-    "exchange": "exchange guard transcript",
-    "routing": "routing backends upstream breaker catalog discovery",
-    "audit": "books record audit_writer audit_table database cost",
-    "log": "logs",
-    "metrics": "metrics scrape sampler",
+    "server": "edge/server edge/protocol edge/cycle edge/deadlines edge/request_head edge/places edge/departure edge/workers "
+    "edge/memory core/connection ops",
+    "front": "edge core/asgi core/errors",
+    "keys": "auth proxy/access",
+    "limits": "limits",
+    "Redis": "stores/redis_connection stores/redis_shards stores/redis_client stores/redis_keys",
+    "dialect": "dialects proxy/body core/strict_json",
+    "exchange": "proxy core/cancel_scope audit/prompt_log",
+    "routing": "fleet",
+    "audit": "audit stores/postgres",
+    "log": "telemetry/logs",
+    "metrics": "telemetry",
 }
-ROOM_OF_MODULE = {module: room for room, modules in GATEWAY.items() for module in modules.split()}
+PLACES = {tuple(place.split("/")): room for room, places in GATEWAY.items() for place in places.split()}
 ROOM_OF_PACKAGE = {
     "uvicorn": "server",
     "starlette": "front",
@@ -67,7 +69,8 @@ class Account:
 def room_of(path: str) -> str:
     parts = Path(path).parts
     if "gateway" in parts[:-1]:
-        return ROOM_OF_MODULE.get(Path(path).stem, OTHER)
+        inner = Path(path).with_suffix("").parts[parts.index("gateway") + 1 :]
+        return next((room for place, room in PLACES.items() if inner[: len(place)] == place), OTHER)
     return next((ROOM_OF_PACKAGE[part] for part in reversed(parts) if part in ROOM_OF_PACKAGE), OTHER)
 
 

@@ -12,7 +12,7 @@ import redis
 from gateway.audit.record import Record
 from gateway.stores import redis_keys
 from tests.bench.subjects import Subject
-from tests.processes import until
+from tests.support.processes import until
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 SIZE_OF_A_ROW = """

@@ -15,7 +15,8 @@ import httpx
 
 from gateway.ops.local import stores as local_stores
 from tests.bench.tools import OTHER_CORE, SUBJECT_CORE, CannotMeasure, Tools, pinned
-from tests.processes import PROJECT, descendants, environment, free_port, until
+from tests.support.processes import descendants, environment, free_port, until
+from tests.support.project import PROJECT
 
 MODEL = "mock-model"
 NOTHING: Mapping[str, str] = {}

@@ -3,10 +3,10 @@
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
-Kind = Literal["ollama", "openai"]
+from gateway.dialects.dialect import Kind
 
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 SECRET = re.compile(r"[\x21-\x7e]*")

@@ -1,0 +1,232 @@
+"""What operators do by script: for keys with the role alone, each deed in the audit, what is wrong named."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway import app
+from gateway.auth import key_store
+from gateway.core.errors import CommandFailed, NotThere
+from tests.conftest import StartGateway
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import until
+from tests.support.project import PROJECT
+from tests.support.running import RunningGateway
+
+MODEL = "llama3.2:latest"
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha, beta)
+
+
+@pytest.fixture
+def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
+    with gateway.http(gateway.key(name="ops", flags=(key_store.ADMIN,))) as client:
+        client.base_url = httpx.URL(f"{gateway.url}/admin/v1")
+        yield client
+
+
+def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
+
+    access: Any = None
+    return list(app.admin_api_of(gateway.settings, gateway.rooms).routes(access, gateway.rooms.watch, gateway.rooms.bodies))
+
+
+def test_only_the_role_opens_it(gateway: RunningGateway) -> None:
+    user = gateway.key(flags=(key_store.ADMIN_MODELS, key_store.SHOW_BACKEND))
+    routes = routes_of(gateway)
+    assert len(routes) == 17
+    with gateway.http() as nobody, gateway.http(user) as somebody:
+        for method, path in routes:
+            where = path.replace("{name}", "alpha").replace("{id}", "x")
+            assert nobody.request(method, where, json={}).status_code == 401, where
+            refused = somebody.request(method, where, json={})
+            assert (refused.status_code, "role admin" in refused.json()["error"]) == (403, True), where
+
+
+def test_keys_from_birth_to_end(gateway: RunningGateway, admin: httpx.Client) -> None:
+    wanted = {"name": "alice", "models": ["llama3*"], "rpm": 7, "day": "unlimited", "expires": "30d", "show_backend": True}
+    made = admin.post("/keys", json=wanted)
+    assert made.status_code == 201
+    key_id, whole = made.json()["id"], made.json()["key"]
+    with gateway.http(whole) as alice:
+        assert alice.post("/api/chat", json=CHAT).headers["x-gateway-backend"] == "alpha"
+        [listed] = [row for row in admin.get("/keys").json() if row["name"] == "alice"]
+        facts = (listed["models"], listed["rpm"], listed["day"], listed["flags"], listed["state"])
+        assert facts == (["llama3*"], 7, "unlimited", ["show_backend"], "active")
+        assert whole.split("_")[2] not in json.dumps(admin.get("/keys").json()), "a key is shown once"
+
+        limited = admin.patch(f"/keys/{key_id}", json={"rpm": 1, "day": None})
+        assert (limited.json()["rpm"], limited.json()["day"], limited.json()["everywhere_at_once"]) == (1, None, True)
+        until(lambda: alice.post("/api/chat", json=CHAT).status_code == 429, 5)
+        assert admin.patch(f"/keys/{key_id}", json={"rpm": None, "model": "llama3*", "tpm": 1000}).json()["model"] == "llama3*"
+
+        turned = admin.post(f"/keys/{key_id}/rotate", json={"overlap": "0"})
+        assert turned.status_code == 201
+        until(lambda: alice.get("/v1/models").status_code == 401, 5)
+    with gateway.http(turned.json()["key"]) as alice:
+        assert alice.get("/v1/models").status_code in (200, 429)
+        assert admin.delete(f"/keys/{key_id}").json() == {"id": key_id, "revoked": True, "everywhere_at_once": True}
+        until(lambda: alice.get("/v1/models").status_code == 401, 5)
+    assert admin.delete(f"/keys/{key_id}").status_code == 404
+    gateway.wait_idle()
+    told = {row["detail"] for row in gateway.audit_rows() if row["route"].startswith("/admin/") and row["method"] != "GET"}
+    assert told >= {"make key alice", f"limit key {key_id}", f"rotate key {key_id}", f"revoke key {key_id}"}
+    assert whole not in json.dumps(gateway.audit_rows(), default=str)
+
+
+def test_an_id_is_no_name_and_a_name_is_no_id(gateway: RunningGateway, admin: httpx.Client) -> None:
+    """A deletion that is sent twice must not end another key."""
+    first = admin.post("/keys", json={"name": "first"}).json()["id"]
+    assert admin.delete(f"/keys/{first}").status_code == 200
+    refused = admin.post("/keys", json={"name": first})
+    assert refused.status_code == 409 and "is the id of a key" in refused.json()["error"]
+    # One that an older release has made.
+    other = admin.post("/keys", json={"name": "other"}).json()
+    gateway.call(rename(gateway, other["id"], first))
+    ways = [("DELETE", "", None), ("POST", "/rotate", {"overlap": "1h"}), ("PATCH", "", {"rpm": 1})]
+    for method, verb, body in ways:
+        for word in (first, "ops"):
+            answered = admin.request(method, f"/keys/{word}{verb}", json=body)
+            assert (answered.status_code, "no living key" in answered.json()["error"]) == (404, True), (method, word)
+    for path in (f"/explain?key={first}&model={MODEL}", "/explain?key=nobody&model=x"):
+        assert admin.get(path).status_code == 404
+    assert admin.get(f"/audit?key={first}").json() == []
+    with gateway.http(other["key"]) as client:
+        assert client.post("/api/chat", json=CHAT).status_code == 200
+    assert admin.delete(f"/keys/{other['id']}").status_code == 200
+    with pytest.raises(NotThere):
+        gateway.call(gateway.ring().revoke(first))
+
+
+async def rename(gateway: RunningGateway, key_id: str, name: str) -> None:
+    async with gateway.rooms.database.connection() as connection:
+        await connection.execute("UPDATE keys SET name = $2 WHERE id = $1", key_id, name)
+
+
+def test_backends_are_taken_out_and_tried(
+    gateway: RunningGateway, admin: httpx.Client, alpha: PlayedBackend, beta: PlayedBackend
+) -> None:
+    with gateway.http(gateway.key()) as client:
+        assert admin.post("/backends/alpha/drain").json() == {"backend": "alpha", "drained": True, "everywhere_at_once": True}
+        until(lambda: gateway.rooms.backends["alpha"].is_drained, 5)
+        assert client.post("/api/chat", json=CHAT).status_code == 200
+        assert (len(alpha.calls("/api/chat")), len(beta.calls("/api/chat"))) == (0, 1)
+        until(lambda: admin.get("/backends").json()[0]["drained"] is not None, 5)
+        assert admin.post("/backends/alpha/undrain").status_code == 200
+        until(lambda: not gateway.rooms.backends["alpha"].is_drained, 5)
+        assert client.post("/api/chat", json=CHAT).status_code == 200
+        assert len(alpha.calls("/api/chat")) == 1
+    probed = admin.post("/backends/beta/probe").json()
+    assert (probed["backend"], probed["reachable"], probed["models"], probed["problem"]) == ("beta", True, 1, None)
+    assert [row["models"] for row in admin.post("/refresh").json()["backends"]] == [1, 1]
+    assert admin.post("/backends/omega/drain").status_code == 404
+
+
+def test_at_a_glance(gateway: RunningGateway, admin: httpx.Client, beta: PlayedBackend) -> None:
+    tight = gateway.key(name="tight", rpm=1)
+    with gateway.http(gateway.key(name="busy")) as busy, gateway.http(tight) as limited:
+        for _ in range(5):
+            busy.post("/api/chat", json=CHAT)
+        assert [limited.post("/api/chat", json=CHAT).status_code for _ in range(3)] == [200, 429, 429]
+    until(lambda: (admin.get("/overview").json()["lately"] or {}).get("requests", 0) >= 8, 15)
+    seen = admin.get("/overview").json()
+    assert seen["processes"] == 1 and seen["stores"] == {"redis": True, "postgresql": True}
+    assert seen["postgresql_takes_writes"] is True
+    assert [(row["name"], row["state"], row["breaker"], row["models"]) for row in seen["backends"]] == [
+        ("alpha", "up", "closed", 1),
+        ("beta", "up", "closed", 1),
+    ]
+    busiest = {row["key"]: row for row in seen["lately"]["keys"]}
+    assert (busiest["busy"]["requests"], busiest["busy"]["limited"], busiest["busy"]["limit"]) == (5, 0, None)
+    assert (busiest["tight"]["requests"], busiest["tight"]["limited"], busiest["tight"]["limit"]) == (3, 2, "rpm")
+    [model] = seen["lately"]["models"]
+    assert (model["model"], model["requests"]) == (MODEL, 8) and model["tokens"] > 0 and model["ttfb_p50_ms"] > 0
+    for window in ("15m", "24h", "30d"):
+        series = admin.get("/series", params={"window": window}).json()
+        assert sum(step["requests"] for step in series["steps"]) >= 8 and series["step_s"] > 0
+
+
+def test_the_audit_and_one_request(gateway: RunningGateway, admin: httpx.Client) -> None:
+    with gateway.http(gateway.key(name="alice")) as alice:
+        alice.post("/api/chat", json=CHAT, headers={"X-Request-ID": "a-story"})
+        alice.post("/api/chat", json={**CHAT, "model": "unheard-of"})
+    until(lambda: len(admin.get("/audit", params={"key": "alice"}).json()) == 2, 15)
+    [refused] = admin.get("/audit", params={"key": "alice", "status": "4xx", "since": "1h", "limit": "5"}).json()
+    assert refused["outcome"] == "refused:model_not_available"
+    assert [row["model"] for row in admin.get("/audit", params={"model": "llama*", "outcome": "answered"}).json()] == [MODEL]
+    [told] = admin.get("/requests/a-story").json()
+    assert (told["key"], told["backend"], told["attempts"]) == ("alice", "alpha", [])
+    assert admin.get(f"/requests/{told['id']}").json() == [told]
+    [sums] = [row for row in admin.get("/usage", params={"by": "key,model"}).json() if row["model"] == MODEL]
+    assert (sums["key"], sums["requests"], sums["answered"]) == ("alice", 1, 1) and "backend" not in sums
+    said = admin.get("/explain", params={"key": "alice", "model": MODEL, "client": "ollama"}).json()
+    assert (said["status"], said["backend"]) == (200, "alpha")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "words"),
+    [
+        ("GET", "/series?window=1y", None, 400, "window must be one of 15m, 24h, 30d"),
+        ("GET", "/audit?status=teapot", None, 400, "'teapot' is no status: write a number such as 429"),
+        ("GET", "/audit?since=then", None, 400, "'then' is no time: write 24h"),
+        ("GET", "/audit?colour=red", None, 400, "'colour' is not taken here: key, limit, model, outcome, since, status"),
+        ("GET", "/audit?key=nobody", None, 404, "there is no key 'nobody'"),
+        ("GET", "/requests/unheard-of", None, 404, "the audit has no request of this id"),
+        ("GET", "/usage?by=colour", None, 400, "'colour' cannot be summed by: write one or more of key,model"),
+        ("GET", "/explain?model=x", None, 400, "say key= (id or name), model=, and client= as ollama, openai"),
+        ("POST", "/keys", {}, 400, "a key's name must be 1 to 200 printable characters"),
+        ("POST", "/keys", {"name": "ops"}, 409, "a key named 'ops' exists"),
+        ("POST", "/keys", {"name": "x", "colour": 1}, 400, "'colour' is not taken here"),
+        ("POST", "/keys", {"name": "x", "rpm": -1}, 400, "the field 'rpm' must be a whole number from 0"),
+        ("POST", "/keys", {"name": "x", "rpm": True}, 400, "the field 'rpm' must be a whole number from 0"),
+        ("POST", "/keys", {"name": "x", "role": "root"}, 400, "the field 'role' must be"),
+        ("POST", "/keys", {"name": "x", "models": "all"}, 400, "the field 'models' must be a list of names or globs"),
+        ("POST", "/keys", {"name": "x", "expires": "soon"}, 400, "'soon' is no duration: write 90s"),
+        ("POST", "/keys", {"name": "x", "retention": "7d"}, 400, "'retention' is for the prompts that 'prompt_log' keeps"),
+        ("POST", "/keys", {"name": "x", "prompt_log": "yes"}, 400, "the field 'prompt_log' must be true or false"),
+        ("PATCH", "/keys/nobody", {"rpm": 1}, 404, "there is no living key with the id 'nobody'"),
+        ("PATCH", "/keys/ops", {}, 400, "say at least one of rpm, tpm, concurrent, day, month"),
+        ("POST", "/keys/ops/rotate", {"overlap": "a while"}, 400, "'a while' is no duration"),
+        ("POST", "/keys/ops/rotate", {"overlap": 5}, 400, "the field 'overlap' must be a string"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    admin: httpx.Client, method: str, path: str, body: dict[str, Any] | None, status: int, words: str
+) -> None:
+    refused = admin.request(method, path, json=body)
+    assert refused.status_code == status, refused.text
+    assert words in refused.json()["error"]
+
+
+def test_the_rules_of_a_key_are_bounded(gateway: RunningGateway, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_store, "MOST_RULES", 3)
+    key_id = admin.post("/keys", json={"name": "alice"}).json()["id"]
+    where, told = f"/keys/{key_id}", "limits for at most 3 models or globs"
+
+    def limit(number: int, rpm: int | None = 5) -> int:
+        return admin.patch(where, json={"rpm": rpm, "model": f"m{number}*"}).status_code
+
+    assert [limit(number) for number in (1, 2, 3, 4, 3)] == [200, 200, 200, 400, 200]
+    assert told in admin.patch(where, json={"rpm": 5, "model": "m4*"}).json()["error"]
+    with pytest.raises(CommandFailed, match=told):
+        gateway.call(gateway.ring().limit("alice", "m5*", {"rpm": 5}))
+    assert [limit(1, None), limit(4)] == [200, 200]
+
+
+def test_an_admin_has_limits_too(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key(flags=(key_store.ADMIN,), rpm=1)) as admin:
+        assert [admin.get("/admin/v1/keys").status_code for _ in range(2)] == [200, 429]
+
+
+def test_the_readme_lists_every_route(gateway: RunningGateway) -> None:
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([A-Z]+) (/admin/v1/[^`?]*)", readme, re.MULTILINE)
+    assert listed == routes_of(gateway)

@@ -1,0 +1,266 @@
+"""What would become of a call, and what became of one: said before as it then happens, and told after as it was."""
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway import app
+from gateway.admin import explain
+from gateway.admin.explain import Question
+from gateway.auth import key_store
+from gateway.auth.key_store import Key
+from gateway.dialects.dialect import Operation
+from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, Breaker
+from gateway.ops.cli import explain as cli_explain
+from gateway.stores.redis_client import StoreAway
+from tests.conftest import StartGateway, TestStores
+from tests.support.audit_rows import sql
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import operate, serving, until
+from tests.support.running import RunningGateway
+from tests.support.scripts import answer
+from tests.support.settings_of import entry_of, environment_for
+
+STATES = 200
+FEW = 4
+PATHS = ("/api/chat", "/v1/chat/completions")
+MODELS = ("llama3.2:latest", "llama3.2", "qwen3:8b", "only-openai", "nobody-has-it")
+MESSAGES = [{"role": "user", "content": "Say hello."}]
+BODY = {"model": "llama3.2", "messages": MESSAGES, "stream": False}
+RIGHTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"models": ("llama*",)},
+    {"models": ("qwen3:8b", "nobody-has-it")},
+    {"rpm": 0},
+    {"rpm": 1},
+    {"tpm": 5},
+    {"tpm": 200, "month": 150},
+    {"tpm": 100_000, "day": 100_000},
+    {"day": 1},
+    {"month": 0},
+    {"concurrent": 0},
+    {"concurrent": 1},
+)
+
+
+@pytest.fixture
+def fleet() -> Iterator[list[PlayedBackend]]:
+    with (
+        PlayedBackend(models=["llama3.2:latest", "qwen3:8b"], name="alpha") as alpha,
+        PlayedBackend(models=["llama3.2:latest"], name="beta") as beta,
+        PlayedBackend(models=["llama3.2:latest", "only-openai"], name="gamma", kind="openai") as gamma,
+    ):
+        yield [alpha, beta, gamma]
+
+
+def operation_of(path: str) -> Operation:
+    return next(found for dialect in app.dialects().values() for found in dialect.operations if found.path == path)
+
+
+def rights_of(gateway: RunningGateway, whole: str) -> Key:
+    """The key's rights as they are, looked up as the gateway does it."""
+    row = gateway.call(gateway.rooms.database.row("key_with_rights", whole.split("_")[1]))
+    assert row is not None
+
+    return key_store.unpack(dict(row))
+
+
+def breaker_in(state: str) -> Breaker:
+    now = [100.0]
+    breaker = Breaker(lambda: now[0])
+    if state != "closed":
+        for _ in range(FAILURES_UNTIL_OPEN):
+            breaker.failed()
+    if state == "half-open":
+        now[0] += 1000
+    assert breaker.state == state
+    return breaker
+
+
+@contextmanager
+def in_some_state(gateway: RunningGateway, chance: random.Random) -> Iterator[None]:
+    """Breakers, drains and connections in use, by chance; all as before at the end."""
+    taken = {}
+    for name, backend in gateway.rooms.backends.items():
+        backend.breaker = breaker_in(chance.choice(("closed", "closed", "open", "half-open")))
+        backend.is_drained = chance.random() < 0.2
+        taken[name] = backend.config.max_connections if chance.random() < 0.2 else 0
+        backend.in_flight += taken[name]
+    try:
+        yield
+    finally:
+        for name, backend in gateway.rooms.backends.items():
+            backend.in_flight -= taken[name]
+            backend.is_drained = False
+
+
+def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[PlayedBackend]) -> None:
+    gateway = start_gateway(*(entry_of(backend, max_connections=FEW) for backend in fleet))
+    chance = random.Random(20)
+    known = []
+    for number, rights in enumerate(RIGHTS):
+        models = rights.get("models", ())
+        limits = {name: value for name, value in rights.items() if name != "models"}
+        known.append(gateway.key(*models, name=f"key {number}", flags=("show_backend",), **limits))
+    met: Counter[tuple[int, str]] = Counter()
+    for _ in range(STATES):
+        whole, path, model = chance.choice(known), chance.choice(PATHS), chance.choice(MODELS)
+        body = {"model": model, "messages": MESSAGES, "stream": False, "max_tokens": 7, "options": {"num_predict": 7}}
+        operation = operation_of(path)
+        assert operation.need is not None
+        need = operation.need(body)
+        question = Question(rights_of(gateway, whole), model, operation, need.prompt, need.output)
+        with in_some_state(gateway, chance):
+            settings, rooms = gateway.settings, gateway.rooms
+            seen, defaults = app.fleet_as_seen(settings, rooms), app.default_quota(settings)
+            said = gateway.call(explain.explain(question, seen, rooms.limits, defaults, settings.max_num_predict))
+            with gateway.http(whole) as client:
+                happened = client.post(path, json=body)
+        found = (happened.status_code, happened.headers.get("x-gateway-backend", ""))
+        assert (said["status"], said["backend"]) == found, json.dumps(said, indent=1)
+        if happened.status_code != 200:
+            told = happened.json()["error"]
+            assert isinstance(told, str) or told["code"] == said["outcome"]
+        met[found] += 1
+        gateway.wait_idle()
+    statuses = Counter(status for status, _ in met.elements())
+    assert set(statuses) == {200, 400, 403, 429, 503}, met
+    assert {backend for _, backend in met} == {"", "alpha", "beta", "gamma"}
+
+
+def test_looking_takes_nothing(start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+    gateway = start_gateway(alpha)
+    whole = gateway.key(rpm=3, concurrent=1, day=1000)
+    question = Question(rights_of(gateway, whole), "llama3.2", operation_of("/api/chat"), 10, 10)
+    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.rooms), app.default_quota(gateway.settings)
+    for _ in range(10):
+        said = gateway.call(explain.explain(question, fleet, gateway.rooms.limits, defaults, 4096))
+        assert (said["status"], said["backend"]) == (200, "alpha")
+    assert {line["limit"]: line["used"] for line in said["limits"]} == {
+        "rpm": 0,
+        "tpm": 0,
+        "concurrent": 0,
+        "day": 0,
+    }
+    with gateway.http(whole) as client:
+        for _ in range(3):
+            assert (
+                client.post("/api/chat", json={"model": "llama3.2", "messages": MESSAGES, "stream": False}).status_code == 200
+            )
+    refused = gateway.call(explain.explain(question, fleet, gateway.rooms.limits, defaults, 4096))
+    assert (refused["status"], refused["refused_by"]) == (429, "rpm") and 0 < refused["passes_in_s"] <= 61
+
+
+def test_limits_are_told_without_redis(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = start_gateway(alpha)
+
+    async def away(_: object) -> None:
+        raise StoreAway
+
+    monkeypatch.setattr(gateway.rooms.limits, "look", away)
+    question = Question(rights_of(gateway, gateway.key(rpm=3)), "llama3.2", operation_of("/api/chat"), 10, 10)
+    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.rooms), app.default_quota(gateway.settings)
+    said = gateway.call(explain.explain(question, fleet, gateway.rooms.limits, defaults, 4096))
+    assert said["limits"][0] == {"models": "all", "limit": "rpm", "of": 3, "used": None} and said["status"] == 200
+    assert "Redis is away" in said["limits_decided_by"]
+
+
+@pytest.fixture
+def installation(tmp_path: Path, stores: TestStores, fleet: list[PlayedBackend]) -> Iterator[tuple[dict[str, str], str, str]]:
+    """A running gateway as operators have it: its settings, its address and a key named alice."""
+    names = environment_for(*fleet, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+    key = operate(tmp_path, names, "key", "--name", "alice", "--rpm", "50").split()[-1]
+    with serving(tmp_path, names) as (_, url, _):
+        yield names, url, key
+
+
+def chat(url: str, key: str, **headers: str) -> Any:
+
+    return httpx.post(f"{url}/api/chat", json=BODY, headers={"Authorization": f"Bearer {key}", **headers}, timeout=20)
+
+
+def test_the_verbs_of_an_operator(
+    tmp_path: Path, installation: tuple[dict[str, str], str, str], fleet: list[PlayedBackend], stores: TestStores
+) -> None:
+    names, url, key = installation
+    time.sleep(1.2)  # until the process has said how it is
+    asked = ("explain", "--key", "alice", "--model", "llama3.2", "--client", "ollama")
+    told = operate(tmp_path, names, *asked)
+    assert "now it would be sent to alpha" in told and "has no route /api/chat" in told and "running processes: 1" in told
+    assert next(line for line in told.splitlines() if " rpm " in line).split()[-3:] == ["50", "0", "50"]
+
+    # Of a model that is not there: all that is known.
+    told = operate(tmp_path, names, "explain", "--key", "alice", "--model", "lama3.2")
+    assert "NOT KNOWN to any backend" in told and told.count("does not have this model") == 3
+    assert next(line for line in told.splitlines() if " rpm " in line).split()[:5] == ["all", "rpm", "50", "0", "50"]
+    assert told.endswith(
+        "refused with 403 model_not_available: no backend has this model, `make models` lists those there are\n"
+    )
+
+    operate(tmp_path, names, "drain", "--backend", "alpha")
+    until(lambda: chat(url, key).json()["model"] and fleet[1].calls("/api/chat"), 10)
+    assert json.loads(operate(tmp_path, names, *asked, "--json"))["backend"] == "beta"
+    assert "drained: an operator has taken it out" in operate(tmp_path, names, *asked)
+    before = len(fleet[0].calls("/api/chat"))
+    operate(tmp_path, names, "undrain", "--backend", "alpha")
+    until(lambda: chat(url, key).status_code == 200 and len(fleet[0].calls("/api/chat")) > before, 10)
+
+    fleet[0].play_once("/api/chat", answer(500, {"error": "no: CUDA error"}))
+    fleet[1].healthy.cached = lambda _: 1
+    assert chat(url, key, **{"X-Request-ID": "a-story"}).status_code == 200
+    until(lambda: sql(stores.database_url, "SELECT count(*) FROM audit WHERE request_id = 'a-story'") == [1], 10)
+    story = operate(tmp_path, names, "trace", "--id", "a-story")
+    assert "attempt  alpha: bad_status (status 500: CUDA error) after" in story and "backend  beta, as llama3.2:latest" in story
+    assert "key      alice" in story and "end      200 answered" in story
+    assert "prompt + 4 completion (reported), 1 of the prompt cached; all count for limits" in story
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("explain", "--key", "nobody", "--model", "x"), "there is no living key 'nobody': see `make keys`"),
+        (
+            ("explain", "--key", "alice", "--model", "x", "--client", "/v2"),
+            "'/v2' calls nothing: write ollama, openai, or one of",
+        ),
+        (("trace", "--id", "unheard-of"), "no request 'unheard-of' in the audit"),
+        (("drain", "--backend", "omega"), "there is no backend 'omega': write one of alpha"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    tmp_path: Path, stores: TestStores, alpha: PlayedBackend, words: tuple[str, ...], told: str
+) -> None:
+    names = environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+    operate(tmp_path, names, "key", "--name", "alice")
+    with pytest.raises(AssertionError, match="error: ") as failed:
+        operate(tmp_path, names, *words)
+    assert told in str(failed.value)
+
+
+def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[PlayedBackend]) -> None:
+    """Expired it is refused as any wrong key; revoked it is not there."""
+    gateway = start_gateway(*fleet)
+    gateway.key(name="over", lifetime=timedelta(seconds=-1))
+    revoked = gateway.key(name="revoked").split("_")[1]
+    with gateway.http(gateway.key(flags=(key_store.ADMIN,))) as admin:
+        asked = {"key": "over", "model": "llama3.2"}
+        told = admin.get("/admin/v1/explain", params=asked).json()
+        assert (told["status"], told["outcome"]) == (401, "invalid_api_key")
+        assert admin.delete(f"/admin/v1/keys/{revoked}").status_code == 200
+        assert admin.get("/admin/v1/explain", params={**asked, "key": "revoked"}).status_code == 404
+
+
+def test_the_time_until_a_limit_passes_is_told_as_elsewhere() -> None:
+    found = {"status": 429, "outcome": "budget_spent", "refused_by": "day", "passes_in_s": 26493.0}
+    assert cli_explain._verdict(found).endswith("it passes in about 7h21m33s")

@@ -1,0 +1,292 @@
+"""Prompt tokens that a backend had cached count less, by CACHED_TOKENS_WEIGHT: in limits, budgets and the audit alike."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.audit import token_usage
+from gateway.audit.record import Record
+from gateway.audit.token_usage import MILLION
+from gateway.core import strict_json
+from gateway.dialects.dialect import Dialect, Usage
+from gateway.dialects.ollama import Ollama
+from gateway.dialects.openai import OpenAI
+from gateway.dialects.tokens import Need
+from gateway.limits.budgets import Budgets
+from gateway.limits.limiter import _abandoned, remembered
+from gateway.limits.quota import Scope
+from gateway.stores import redis_keys
+from tests.conftest import StartGateway, TestStores
+from tests.support.asking import MODEL, WAYS, Way
+from tests.support.audit_rows import add_key, ago, billed, row, sql, write
+from tests.support.played.backend import PlayedBackend
+from tests.support.played.words import Asked, prompt_tokens
+from tests.support.running import RunningGateway
+from tests.support.scripts import answer, recording, stream
+from tests.system.test_conservation import settled_today
+
+NO_DETAILS: list[Any] = [None, [], "x", 5, True]
+NONSENSE: list[Any] = [-1, True, False, 5.0, 2**53, "5", None, [], {}, 10**30]
+WORDS = "word " * 40
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": WORDS}], "max_tokens": 20, "options": {"num_predict": 20}}
+
+
+# ── what backends say ──
+
+
+def of_openai(details: Any, **more: Any) -> dict[str, Any]:
+    return {"usage": {"prompt_tokens": 40, "completion_tokens": 2, "prompt_tokens_details": details}, **more}
+
+
+def of_ollama(**more: Any) -> dict[str, Any]:
+    return {"done": True, "prompt_eval_count": 40, "eval_count": 2, **more}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "told", "cached"),
+    [
+        (OpenAI(), {"usage": {"prompt_tokens": 40, "completion_tokens": 2}}, None),
+        (OpenAI(), of_openai({"cached_tokens": 30}), 30),
+        (OpenAI(), of_openai({"cached_tokens": 0, "audio_tokens": None}), 0),
+        (OpenAI(), of_openai({}), None),
+        (OpenAI(), of_openai({"cached_tokens": 30}, timings={"cache_n": 7, "prompt_n": 33, "predicted_n": 2}), 30),
+        (OpenAI(), of_openai(None, timings={"cache_n": 30, "prompt_n": 10, "predicted_n": 2}), 30),
+        (OpenAI(), of_openai(None, timings={"cache_n": -1, "prompt_n": 40, "predicted_n": 2}), None),
+        (OpenAI(), of_openai(None, timings={"prompt_n": 40, "predicted_n": 2}), None),
+        (OpenAI(), of_openai(None, timings=[30]), None),
+        (OpenAI(), {"timings": {"cache_n": 30, "prompt_n": 10, "predicted_n": 2}}, 30),
+        (OpenAI(), {"timings": {"prompt_n": 40, "predicted_n": 2}}, None),
+        *((OpenAI(), of_openai(nonsense), None) for nonsense in NO_DETAILS),
+        *((OpenAI(), of_openai({"cached_tokens": nonsense}), None) for nonsense in NONSENSE),
+        (Ollama(), of_ollama(), None),
+        (Ollama(), of_ollama(prompt_eval_cached_count=30), 30),
+        (Ollama(), of_ollama(prompt_eval_cached_count=0), 0),
+        *((Ollama(), of_ollama(prompt_eval_cached_count=nonsense), None) for nonsense in NONSENSE),
+    ],
+    ids=lambda value: str(getattr(value, "name", value)),
+)
+def test_what_backends_say_of_their_cache(dialect: Dialect, told: dict[str, Any], cached: int | None) -> None:
+    assert dialect.usage_of(told) == Usage(40, 2, cached)
+    assert dialect.usage([strict_json.write_anyhow(told)]) == Usage(40, 2, cached)
+
+
+# ── what it costs ──
+
+
+def cost_of(usage: Usage, weight: int, *, outcome: str = "answered") -> token_usage.Cost:
+    record = Record("id", "id", "POST", outcome=outcome, usage=usage, need=Need(100, 10), was_sent=True, relayed_tokens=3)
+    return token_usage.of(record, 1000, weight)
+
+
+@given(st.integers(0, 60_000), st.integers(0, 2**53 - 1), st.integers(0, 1000), st.integers(0, MILLION))
+def test_the_weight_is_exact_and_rounded_up(prompt: int, cached: int, completion: int, weight: int) -> None:
+    found = cost_of(Usage(prompt, completion, cached), weight)
+    there = min(cached, prompt)
+    assert found.total == prompt - there + ceil(Fraction(there * weight, MILLION)) + completion
+    assert (found.prompt, found.completion, found.cached) == (prompt, completion, there)
+    assert (found.billed is None) == (found.total == prompt + completion), "said only where it is less"
+
+
+@pytest.mark.parametrize(
+    ("cached", "weight", "billed"),
+    [(90, 0, 15), (90, 100_000, 24), (91, 100_000, 24), (1, 100_000, None), (90, MILLION, None), (0, 0, None), (500, 0, 5)],
+)
+def test_some_costs(cached: int, weight: int, billed: int | None) -> None:
+    assert cost_of(Usage(100, 5, cached), weight) == token_usage.Cost(100, 5, "reported", min(100, cached), billed)
+    assert cost_of(Usage(100, 5, cached), weight, outcome="client_gone").billed == billed
+    assert cost_of(Usage(100, 5, cached), weight, outcome="backend_failed") == token_usage.Cost()
+
+
+def test_of_an_estimated_prompt_nothing_was_cached() -> None:
+    assert cost_of(Usage(None, 5, 90), 0) == token_usage.Cost(100, 5, "estimated")
+    assert cost_of(Usage(90, None, 80), 0) == token_usage.Cost(90, 3, "estimated", 80, 13)
+
+
+def test_a_prompt_beyond_belief_has_no_more_cached_than_is_billed_of_it() -> None:
+    found = cost_of(Usage(10**9, 5, 10**9), 100_000)
+    assert found.cached == found.prompt < 10**6 and found.total == ceil(found.prompt / 10) + 5
+
+
+# ── through the gateway ──
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores, way: Way) -> None:
+    alpha.healthy.cached = lambda _: 30
+    with gateway.http(gateway.key(tpm=1000, day=10**6)) as client:
+        told = client.post(way.path, json={**CHAT, "stream": way.streamed})
+        left = client.get("/v1/models").headers["x-ratelimit-remaining-tokens"]
+    (found, _) = gateway.audit_rows()
+    assert (found["prompt_tokens"], found["completion_tokens"], found["tokens_from"]) == (40, 4, "reported")
+    assert (found["cached_tokens"], found["billed_tokens"]) == (30, 10 + 3 + 4)
+    assert settled_today(stores) == 17 and int(left) == 1000 - 17
+    (line, _) = gateway.request_lines()
+    assert (line["cached_tokens"], line["billed_tokens"]) == (30, 17)
+    assert (b"cached" in told.content) == (way != Way("openai", True)), "who did not ask for counts does not see them"
+
+
+@pytest.mark.parametrize(("weight", "counted"), [("0", 14), ("1", None), ("0.5", 29), ("0.333333", 24)])
+def test_the_operator_says_how_much_they_count(
+    start_gateway: StartGateway, alpha: PlayedBackend, weight: str, counted: int | None
+) -> None:
+    gateway = start_gateway(alpha, CACHED_TOKENS_WEIGHT=weight)
+    alpha.healthy.cached = lambda _: 30
+    with gateway.http(gateway.key()) as client:
+        assert client.post("/api/chat", json=CHAT).status_code == 200
+    (found,) = gateway.audit_rows()
+    assert (found["prompt_tokens"], found["cached_tokens"], found["billed_tokens"]) == (40, 30, counted)
+    said = [record.getMessage() for record in gateway.logged.records if "had cached" in record.getMessage()]
+    assert said == [f"prompt tokens that a backend had cached count {weight} of one"]
+
+
+def test_the_recorded_stream_of_llama_cpp(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+    data = recording("openai_chat_stream_llamacpp.sse")
+    alpha.play("/v1/chat/completions", stream([data]))
+    with gateway.http(gateway.key(day=10**6)) as client:
+        assert client.post("/v1/chat/completions", json={**CHAT, "stream": True}).status_code == 200
+    (found,) = gateway.audit_rows()
+    assert (found["prompt_tokens"], found["completion_tokens"], found["cached_tokens"]) == (36, 12, 6)
+    assert found["billed_tokens"] == 30 + 1 + 12 == settled_today(stores)
+
+
+def test_a_backend_that_does_not_say_is_told_from_one_that_had_none(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    with gateway.http(gateway.key()) as client:
+        for cached in (None, lambda _: None, lambda _: 0):
+            alpha.healthy.cached = cached
+            client.post("/api/chat", json=CHAT)
+    assert [(found["cached_tokens"], found["billed_tokens"]) for found in gateway.audit_rows()] == [
+        (None, None),
+        (None, None),
+        (0, None),
+    ]
+
+
+class PrefixCache:
+    """As every server keeps it: of a prompt, the messages at its beginning that were there the last time."""
+
+    def __init__(self) -> None:
+        self._last: list[Any] = []
+
+    def __call__(self, asked: Asked) -> int:
+        messages = asked["messages"]
+        same = next((n for n, pair in enumerate(zip(messages, self._last, strict=False)) if pair[0] != pair[1]), None)
+        again = messages[: len(self._last) if same is None else same]
+        self._last = messages
+        return prompt_tokens({"messages": again}) if again else 0
+
+
+def turns_of_an_agent(gateway: RunningGateway, way: Way, most: int) -> int:
+    """Each turn sends all that was said before; how many pass within a limit a minute."""
+    said: list[dict[str, str]] = [{"role": "system", "content": "word " * 300}]
+    with gateway.http(gateway.key(tpm=4000)) as client:
+        for turn in range(most):
+            said.append({"role": "user", "content": f"turn {turn} word word word"})
+            got = client.post(way.path, json={**CHAT, "messages": said, "stream": way.streamed})
+            if got.status_code != 200:
+                assert got.status_code == 429
+                return turn
+            said.append({"role": "assistant", "content": f"answer {turn}"})
+    return most
+
+
+@pytest.mark.parametrize("way", [Way("openai", True), Way("ollama", False)], ids=str)
+def test_an_agent_gets_further_where_its_history_is_cached(gateway: RunningGateway, alpha: PlayedBackend, way: Way) -> None:
+    without = turns_of_an_agent(gateway, way, 60)
+    alpha.healthy.cached = PrefixCache()
+    assert without < 12
+    assert turns_of_an_agent(gateway, way, 60) > 3 * without
+
+
+# ── what the audit remembers ──
+
+
+def test_budgets_are_seeded_with_what_was_billed(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+    alpha.healthy.cached = lambda _: 30
+    with gateway.http(gateway.key(month=10**6)) as client:
+        for _ in range(3):
+            assert client.post("/api/chat", json=CHAT).status_code == 200
+        before = sum(map(billed, gateway.audit_rows()))
+        with stores.client() as redis:
+            redis.flushall()
+        assert client.post("/api/chat", json=CHAT).status_code == 200
+    assert before == 51 and settled_today(stores) == 4 * 17 == sum(map(billed, gateway.audit_rows()))
+
+
+def test_rows_of_before_and_of_now_are_summed_alike(gateway: RunningGateway, stores: TestStores) -> None:
+    now, long_ago = datetime.now(UTC), ago(70)
+    add_key(stores.database_url, "k1")
+    some: list[dict[str, Any]] = [{}, {"cached_tokens": None, "billed_tokens": None}, {"cached_tokens": 3, "billed_tokens": 5}]
+    rows = [row(now, key_id="k1", model=model, **more) for model in ("a", "b") for more in some]
+    write(stores.database_url, [*rows, row(long_ago, key_id="k1", cached_tokens=3, billed_tokens=5)])
+
+    async def seeded(name: str) -> int:
+        await Budgets(gateway.rooms.database, gateway.rooms.store).seed(Scope(name, -1, -1, -1, 10, 10))
+        found = await gateway.rooms.store.call(lambda redis: redis.hvals(redis_keys.budget(name)))
+        assert len(set(found)) == 1, "of the day and of the month"
+        return int(found[0])
+
+    assert gateway.call(seeded("k1")) == 2 * (7 + 7 + 5)
+    assert gateway.call(seeded("k1|a:*")) == 7 + 7 + 5
+
+
+@pytest.fixture
+def old_rows(gateway: RunningGateway, stores: TestStores) -> Iterator[list[dict[str, Any]]]:
+    """Two rows that a gateway of the version before has left in Redis."""
+    rows = [row(datetime.now(UTC), key_id="k1") for _ in range(2)]
+    assert not rows[0].keys() & {"cached_tokens", "billed_tokens"}
+    with stores.client() as redis:
+        for each in rows:
+            redis.xadd(redis_keys.ALL[3].rows, {"row": strict_json.write(each)})
+    yield rows
+
+
+def test_rows_of_a_gateway_of_before_are_moved(gateway: RunningGateway, old_rows: list[dict[str, Any]]) -> None:
+    found = gateway.audit_rows()
+    assert {str(each["id"]) for each in found} == {str(each["id"]) for each in old_rows}
+    assert [(each["cached_tokens"], each["billed_tokens"], billed(each)) for each in found] == [(None, None, 7)] * 2
+
+
+def test_a_call_that_nobody_ended_is_billed_as_it_is_written(gateway: RunningGateway) -> None:
+    """Also one that a gateway of the version before has begun."""
+    scope, began = Scope("k1", -1, 100, -1, -1, -1), row(datetime.now(UTC), key_id="k1")
+    for name in ("outcome", "prompt_tokens", "completion_tokens", "tokens_from", "status", "total_ms"):
+        del began[name]
+    settlement = _abandoned("x", b"25 " + remembered([scope], MODEL, 21, began))
+    gateway.call(told_directly(gateway, settlement.row))
+    (found,) = gateway.audit_rows()
+    assert (found["outcome"], found["prompt_tokens"], found["cached_tokens"]) == ("abandoned", 21, None)
+    assert billed(found) == 21 == settlement.used
+
+
+async def told_directly(gateway: RunningGateway, told: bytes) -> None:
+    await gateway.rooms.writer.write([told], [])
+
+
+def test_what_was_billed_is_in_the_chain(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+    alpha.healthy.cached = lambda _: 30
+    with gateway.http(gateway.key()) as client:
+        client.post("/api/chat", json=CHAT)
+    gateway.audit_rows()
+    hashes = sql(stores.database_url, "SELECT audit_hash(a) FROM audit a")
+    assert sql(stores.database_url, "UPDATE audit SET billed_tokens = 1", "SELECT audit_hash(a) FROM audit a") != hashes
+
+
+def test_nonsense_makes_nothing_cheaper(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    done = {"model": MODEL, "message": {"role": "assistant", "content": "x"}, "done": True, "done_reason": "stop"}
+    with gateway.http(gateway.key()) as client:
+        for nonsense in NONSENSE:
+            counts = {"prompt_eval_count": 40, "eval_count": 2, "prompt_eval_cached_count": nonsense}
+            alpha.play("/api/chat", answer(200, {**done, **counts}))
+            assert client.post("/api/chat", json={**CHAT, "stream": False}).status_code == 200
+    assert {(found["cached_tokens"], billed(found)) for found in gateway.audit_rows()} == {(None, 42)}

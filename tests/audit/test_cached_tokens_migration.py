@@ -1,0 +1,95 @@
+"""The audit of before the columns for cached tokens: its rows stay what they were, whoever writes the next ones."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from gateway.audit import hash_chain
+from gateway.stores import postgres
+from gateway.stores.postgres import Migration
+from tests.limits.test_limits import until
+from tests.support.audit_rows import ago, in_database, row, sql, write
+
+LAST_BEFORE = 6
+REAL: Callable[..., list[Migration]] = postgres.migrations
+HASHES = "SELECT audit_hash(a) FROM audit a WHERE batch <= 2 ORDER BY id"
+COUNTS = [{}, {"cached_tokens": 0}, {"cached_tokens": 3, "billed_tokens": 5}, {"billed_tokens": 5}, {"cached_tokens": 5}]
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def migrate(url: str) -> None:
+    in_database(url, lambda found: found.migrate(quiet))
+
+
+@pytest.fixture
+def url(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A database as the version before has it, with two batches of rows that its function has written."""
+    with monkeypatch.context() as before:
+        before.setattr(postgres, "migrations", lambda folder=Path(): REAL()[:LAST_BEFORE])
+        migrate(empty_database)
+    write(empty_database, *([row(ago(days)) for days in (0, 1, 40)] for _ in range(2)))
+    assert sql(empty_database, "SELECT max(version) FROM schema_migrations") == [LAST_BEFORE]
+    return empty_database
+
+
+def verdict(url: str) -> tuple[int, int, int]:
+    found = in_database(url, lambda database: hash_chain.verify(database, quiet))
+    return found.count, found.batches, found.rows
+
+
+def test_rows_of_before_verify_and_new_ones_follow_them(url: str) -> None:
+    hashes = sql(url, HASHES)
+    migrate(url)
+    assert sql(url, HASHES) == hashes and verdict(url) == (0, 2, 6)
+    write(url, [row(ago(0), **counts) for counts in COUNTS], [row(ago(0))])
+    assert verdict(url) == (0, 4, 12)
+
+
+def test_each_of_the_columns_changes_the_hash(url: str) -> None:
+    migrate(url)
+    same = row(ago(0))
+    seen = set()
+    for counts in COUNTS:
+        write(url, [{**same, **counts}])
+        seen.update(sql(url, "SELECT audit_hash(a) FROM audit a WHERE batch = 3"))
+        sql(url, "DELETE FROM audit WHERE batch = 3", "DELETE FROM audit_batches WHERE id = 3")
+    assert len(seen) == len(COUNTS)
+
+
+def test_what_is_billed_below_all_is_indexed_from_this_month_on(url: str) -> None:
+    migrate(url)
+    write(url, [row(ago(-40))])
+    indexed = "SELECT tablename FROM pg_indexes WHERE indexname LIKE '%_billed' AND indexdef LIKE '%billed_tokens IS NOT NULL%'"
+    assert set(sql(url, indexed)) == {f"audit_{ago(days):%Y_%m}" for days in (0, -40)}
+
+
+def test_it_waits_for_who_reads_the_audit(url: str) -> None:
+    waiters = "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
+    reading, waiting = threading.Event(), threading.Event()
+
+    async def read() -> None:
+        connection = await asyncpg.connect(url)
+        async with connection.transaction():
+            await connection.fetchval("SELECT count(*) FROM audit")
+            reading.set()
+            await asyncio.to_thread(waiting.wait, 20)
+        await connection.close()
+
+    reader = threading.Thread(target=lambda: asyncio.run(read()))
+    reader.start()
+    assert reading.wait(10)
+    migrator = threading.Thread(target=lambda: migrate(url))
+    migrator.start()
+    until(lambda: sql(url, waiters) != [0])
+    waiting.set()
+    migrator.join(30)
+    reader.join()
+    assert sql(url, "SELECT max(version) FROM schema_migrations") == [len(REAL())]
+    assert verdict(url) == (0, 2, 6)

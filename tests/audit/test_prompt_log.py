@@ -1,0 +1,95 @@
+"""Prompts and answers are kept for those keys alone that were made so, bounded, for their time, and nowhere else."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from gateway.stores import redis_keys
+from tests.conftest import StartGateway, TestStores
+from tests.limits.test_limits import until
+from tests.support.asking import MODEL, WAYS, Way
+from tests.support.played.backend import PlayedBackend
+from tests.support.running import RunningGateway
+
+CANARY = "canary-prompt-77c1"
+
+
+def prompts(gateway: RunningGateway) -> list[dict[str, Any]]:
+    gateway.audit_rows()
+
+    async def fetch() -> list[dict[str, Any]]:
+        async with gateway.rooms.database.connection() as connection:
+            return [dict(row) for row in await connection.fetch("SELECT * FROM prompts ORDER BY at")]
+
+    return gateway.call(fetch())
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_request_and_answer_are_kept_as_text(gateway: RunningGateway, way: Way) -> None:
+    body = {**way.body, "messages": [{"role": "user", "content": f"Keep {CANARY}"}]}
+    with gateway.http(gateway.key(prompt_log=True)) as client:
+        assert client.post(way.path, json=body).status_code == 200
+    until(lambda: prompts(gateway))
+    (kept,) = prompts(gateway)
+    assert CANARY in kept["request"] and kept["answer"] == f"alpha heard: Keep {CANARY}" and not kept["is_cut"]
+    assert kept["id"] == gateway.audit_rows()[0]["id"]
+    assert timedelta(days=29) < kept["expires_at"] - kept["at"] < timedelta(days=31)
+    assert CANARY not in str([record.__dict__ for record in gateway.logged.records if record.name.startswith("gateway")])
+
+
+def test_other_keys_keep_nothing(gateway: RunningGateway, stores: TestStores) -> None:
+    with gateway.http(gateway.key()) as client:
+        for way in WAYS:
+            client.post(way.path, json={**way.body, "messages": [{"role": "user", "content": CANARY}]})
+    assert prompts(gateway) == []
+    assert CANARY not in str(gateway.audit_rows())
+
+
+def test_retention_of_a_key_and_bounds(gateway: RunningGateway) -> None:
+    long = {"role": "user", "content": "word " * 30_000, "images": ["A" * 5000]}
+    with gateway.http(gateway.key(prompt_log=True, prompt_retention=timedelta(days=7))) as client:
+        assert client.post("/api/chat", json={"model": MODEL, "messages": [long]}).status_code == 200
+    until(lambda: prompts(gateway))
+    (kept,) = prompts(gateway)
+    assert kept["expires_at"] - kept["at"] == timedelta(days=7)
+    assert kept["is_cut"] and len(kept["request"]) == len(kept["answer"]) == 65_536 and "AAAA" not in kept["request"]
+
+
+def test_text_that_postgresql_cannot_hold(gateway: RunningGateway) -> None:
+    body = '{"model": "llama3.2", "messages": [{"role": "user", "content": "nul \\u0000 here"}]}'
+    with gateway.http(gateway.key(prompt_log=True)) as client:
+        assert client.post("/api/chat", content=body).status_code == 200
+    until(lambda: prompts(gateway))
+    assert "nul" in prompts(gateway)[0]["request"]
+
+
+def test_forgotten_prompts_do_not_come_back(gateway: RunningGateway, stores: TestStores) -> None:
+    """One that was still on its way to the database when the operator said so."""
+    with gateway.http(gateway.key(prompt_log=True)) as client, stores.client() as redis:
+        redis.set("nz:audit:writer", "somebody else", px=2000)
+        client.post("/api/chat", json=WAYS[0].body)
+        assert sum(redis.xlen(shared.prompts) for shared in redis_keys.ALL) == 1
+
+        async def forget() -> None:
+            async with gateway.rooms.database.connection() as connection:
+                await connection.execute("UPDATE keys SET prompts_forgotten_at = now()")
+
+        gateway.call(forget())
+        until(lambda: not any(redis.xlen(shared.prompts) for shared in redis_keys.ALL))
+    assert prompts(gateway) == []
+
+
+def test_a_prompt_that_is_no_text_is_refused_and_holds_nothing(gateway: RunningGateway) -> None:
+    key = gateway.key(prompt_log=True, concurrent=1)
+    body = '{"model":"llama3.2","messages":[{"role":"user","content":"\\ud800 half a letter"}]}'
+    with gateway.http(key, headers={"Content-Type": "application/json"}) as client:
+        assert client.post("/v1/chat/completions", content=body).status_code == 400
+        assert client.post("/v1/chat/completions", json=WAYS[2].body).status_code == 200
+    assert gateway.rooms.limits.running == 0
+    assert [row["outcome"] for row in gateway.audit_rows()] == ["refused:bad_request", "answered"]

@@ -1,0 +1,90 @@
+"""What leaves is of the dialect's own types, and no browser may take it for anything else."""
+
+import socket
+
+import pytest
+
+from gateway.auth.key_store import ADMIN_MODELS
+from tests.conftest import StartGateway
+from tests.support.asking import MODEL, WAYS, Way
+from tests.support.played.backend import PlayedBackend
+from tests.support.running import RunningGateway
+from tests.support.scripts import HTML, PLAIN, End, Head, Piece, Raw, answer, recording
+
+PAGE = b"<html><script>alert(1)</script></html>"
+OURS = {"ollama-stream": "application/x-ndjson", "openai-stream": "text/event-stream"}
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha, METRICS_ALLOW="127.0.0.1")
+
+
+def recorded(way: Way) -> bytes:
+    ending = "whole.json" if not way.streamed else "stream.ndjson" if way.dialect == "ollama" else "stream.sse"
+    return recording(f"{way.dialect}_chat_{ending}")
+
+
+@pytest.mark.parametrize(
+    "told", ["text/html", "image/svg+xml; charset=utf-8", "application/json; charset=utf-7", "", "x" * 500]
+)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_another_type_of_a_backend_becomes_the_dialects_own(
+    gateway: RunningGateway, alpha: PlayedBackend, way: Way, told: str
+) -> None:
+    typed = [("Content-Type", told)] if told else []
+    alpha.play(way.path, [Head(200, typed, chunked=True), Piece(recorded(way)), End()])
+    with gateway.http(gateway.key()) as client:
+        got = client.post(way.path, json=way.body)
+    assert got.status_code == 200 and got.headers["content-type"] == OURS.get(str(way), "application/json")
+    assert got.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_dialects_types_stay_as_they_were_told(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    """Ollama answers a call that only loads a model with one JSON object, also where a stream was asked for."""
+    with gateway.http(gateway.key()) as client:
+        for way, told in [(WAYS[1], "application/json; charset=utf-8"), (WAYS[3], "text/event-stream;charset=UTF-8")]:
+            alpha.play(way.path, [Head(200, [("Content-Type", told)], chunked=True), Piece(recorded(way)), End()])
+            assert client.post(way.path, json=way.body).headers["content-type"] == told
+
+
+@pytest.mark.parametrize(("status", "told"), [(200, 502), (502, 502), (302, 502), (404, 404), (403, 403)])
+def test_a_page_in_place_of_an_answer_is_passed_on_nowhere(
+    gateway: RunningGateway, alpha: PlayedBackend, status: int, told: int
+) -> None:
+    with gateway.http(gateway.key(flags=(ADMIN_MODELS,))) as client:
+        for kind in (HTML, PLAIN):
+            alpha.play("/api/pull", answer(status, PAGE, kind))
+            got = client.post("/api/pull", json={"model": "x"})
+            assert (got.status_code, got.headers["content-type"]) == (told, "application/json")
+            assert b"<" not in got.content and got.json()["error"]
+        alpha.play("/api/chat", answer(422, PAGE, HTML))
+        got = client.post("/api/chat", json=WAYS[0].body)
+        assert (got.status_code, got.headers["content-type"]) == (422, "application/json") and b"<" not in got.content
+
+
+def test_every_answer_says_that_it_is_not_to_be_guessed_at(gateway: RunningGateway) -> None:
+    paths = ["/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/playground", "/dashboard", "/nowhere"]
+    paths += ["/api/tags", "/api/ps", "/api/version", "/v1/models", "/v1/models/absent", "/admin/v1/keys", "/v1/nowhere"]
+    with gateway.http(gateway.key()) as client:
+        answers = [client.get(path) for path in paths]
+        answers += [client.post("/api/show", json={"model": MODEL}), client.put("/api/chat"), client.post("/api/chat")]
+        answers.append(client.options("/api/chat", headers={"Origin": "http://x"}))
+    with gateway.http() as client:
+        answers.append(client.get("/v1/models"))
+    told = {str(got.url): got.headers.get_list("x-content-type-options") for got in answers}
+    assert {url: values for url, values in told.items() if values != ["nosniff"]} == {}
+    assert answers[3].status_code == 200 and answers[9].status_code == 200
+
+
+def test_a_head_that_splits_into_two_is_none(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    """A backend's header never ends a line of ours."""
+    alpha.play(
+        "/api/chat", [Raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\rX-Evil: 1\r\nContent-Length: 2\r\n\r\n{}")]
+    )
+    body = b'{"model":"llama3.2","messages":[]}'
+    head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key()}\r\nConnection: close\r\n"
+    with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
+        connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 502") and b"X-Evil" not in received

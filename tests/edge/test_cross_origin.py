@@ -1,0 +1,68 @@
+"""What a page of another origin may read in somebody's browser: the routes of the API that need a key, and nothing else."""
+
+import pytest
+
+from gateway.auth import key_store
+from gateway.pages import static
+from tests.conftest import StartGateway
+from tests.support.asking import SAY_HI
+from tests.support.played.backend import PlayedBackend
+from tests.support.running import RunningGateway
+
+PAGE = {"Origin": "http://elsewhere.example"}
+PREFLIGHT = {**PAGE, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization"}
+OURS_ALONE = (
+    *("/", "/healthz", "/readyz", "/metrics", "/openapi.json", *static.DOCS, *static.DASHBOARD, *static.PLAYGROUND),
+    *("/admin/v1/overview", "/admin/v1/keys", "/admin/v1/nowhere", "/nowhere", "/v1x", "/apix/tags", "//metrics"),
+)
+TO_ALL = ("/v1/models", "/v1/models/llama3.2", "/v1/nowhere", "/v1/", "//v1/models", "/api/tags", "/api/nowhere", "/api/pull")
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+    return start_gateway(
+        alpha,
+        DASHBOARD_ENABLED="true",
+        DOCS_ENABLED="true",
+        METRICS_ALLOW="127.0.0.0/8",
+        PLAYGROUND_ENABLED="true",
+        MAX_REQUEST_BODY_BYTES="2000",
+    )
+
+
+def test_what_needs_no_key_or_is_for_operators_is_for_no_other_page(gateway: RunningGateway) -> None:
+    key = gateway.key(flags=(key_store.ADMIN,))
+    with gateway.http(key) as client:
+        for path in [*OURS_ALONE, *(f"/k/{key}{path}" for path in ("/metrics", "/readyz", "/admin/v1/keys", "/"))]:
+            for answer in (client.get(gateway.url + path, headers=PAGE), client.options(gateway.url + path, headers=PREFLIGHT)):
+                granted = [name for name in answer.headers if name.startswith("access-control-")]
+                assert granted == [], (path, answer.request.method, granted)
+            assert client.options(gateway.url + path, headers=PREFLIGHT).status_code >= 400, path
+
+
+def test_what_needs_no_key_stands_in_no_other_page(gateway: RunningGateway) -> None:
+    """Without asking for its bytes another page could still load it, as a script or a picture."""
+    with gateway.http() as client:
+        for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", *static.DOCS, *static.DASHBOARD, *static.PLAYGROUND):
+            answer = client.get(path)
+            assert answer.status_code == 200 and answer.headers["cross-origin-resource-policy"] == "same-origin", path
+            assert answer.headers["x-content-type-options"] == "nosniff", path
+
+
+def test_any_page_may_call_the_api_and_reads_what_went_wrong(gateway: RunningGateway) -> None:
+    key, spent = gateway.key(), gateway.key(rpm=0)
+    body = {"model": "llama3.2", "messages": SAY_HI}
+    with gateway.http() as client:
+        for path in [*TO_ALL, *(f"/k/{key}{path}" for path in TO_ALL)]:
+            preflight = client.options(gateway.url + path, headers=PREFLIGHT)
+            assert preflight.status_code == 204 and "authorization" in preflight.headers["access-control-allow-headers"], path
+            answers = [
+                client.get(gateway.url + path, headers={**PAGE, **more})
+                for more in ({}, {"x-api-key": key}, {"x-api-key": "wrong"})
+            ]
+            assert {answer.headers.get("access-control-allow-origin") for answer in [preflight, *answers]} == {"*"}, path
+            assert all("x-request-id" in answer.headers["access-control-expose-headers"] for answer in answers), path
+        for used, more, status in ((key, {}, 200), (spent, {}, 429), (key, {"user": "x" * 4000}, 413)):
+            answer = client.post("/v1/chat/completions", json={**body, **more}, headers={**PAGE, "x-api-key": used})
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "*")
+        assert "access-control-allow-origin" not in client.get("/v1/models").headers

@@ -1,0 +1,125 @@
+"""Commands beside a gateway whose backends came by its own environment: they ask that gateway, or say that they cannot."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.core.errors import CommandFailed
+from gateway.fleet import control, presence
+from gateway.ops import main
+from gateway.ops.doctor import report
+from tests.conftest import StartGateway, TestStores
+from tests.ops.test_serving import home
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import serving, until
+from tests.support.running import RunningGateway
+from tests.support.settings_of import entry_of, settings_for
+
+__all__ = ["home"]
+TOKEN = "a-token-of-a-backend"
+
+
+@pytest.fixture
+def guarded() -> Iterator[PlayedBackend]:
+    with PlayedBackend(models=["qwen3:8b"], name="guarded", token=TOKEN) as backend:
+        yield backend
+
+
+@pytest.fixture
+def tell(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Carries out a verb as an operator in that folder does, whose environment names nothing of the gateway; its JSON."""
+
+    def tell(*words: str) -> Any:
+        monkeypatch.chdir(home)
+        capsys.readouterr()
+        assert main.main([*words, "--json"]) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    return tell
+
+
+def test_beside_a_local_run(home: Path, tell: Callable[..., Any], guarded: PlayedBackend, alpha: PlayedBackend) -> None:
+    entries = json.dumps([entry_of(guarded, auth_token=TOKEN), entry_of(alpha)])
+    with serving(home, {"OLLAMA_BACKENDS": entries}, "run") as (_, _, log):
+        until(lambda: "Ctrl-C" in log.read_text(), 20)
+        models = tell("models")
+        assert [(row["backend"], row["model"], row["state"]) for row in models["backends"]] == [
+            ("guarded", "qwen3:8b", "up"),
+            ("alpha", "llama3.2:latest", "up"),
+        ]
+        asked = ("explain", "--key", "local", "--model", "qwen3:8b", "--client", "ollama")
+        told = tell(*asked)
+        assert (told["status"], told["backend"], len(told["backends"]), told["processes"]) == (200, "guarded", 2, 1)
+        guarded.healthy.models.append("new:latest")
+        refreshed = tell("refresh")
+        assert [(row["backend"], row["models"]) for row in refreshed] == [("guarded", 2), ("alpha", 1)]
+        probed = tell("probe")
+        assert [(row["backend"], row["token"], row["problem"]) for row in probed] == [
+            ("guarded", "accepted", None),
+            ("alpha", "none needed", None),
+        ]
+        tell("drain", "--backend", "guarded")
+        told = tell(*asked)
+        assert told["status"] == 503 and "drained" in told["backends"][0]["why"]
+
+
+def until_known(gateway: RunningGateway, processes: int) -> None:
+    """To each other: a process tells of itself every second."""
+    until(lambda: len(gateway.call(presence.read(gateway.rooms.store))) == processes, 10)
+
+
+def test_no_token_is_published(start_gateway: StartGateway, guarded: PlayedBackend, stores: TestStores) -> None:
+    gateway = start_gateway(entry_of(guarded, auth_token=TOKEN))
+    until_known(gateway, 1)
+    own = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url).backends
+    fleet = gateway.call(control.other_fleet(gateway.rooms.store, own))
+    assert fleet is not None and [(one["name"], one["has_token"]) for one in fleet] == [("guarded", True)]
+    [row] = gateway.call(control.ask(gateway.rooms.store, fleet, "probe"))
+    assert row["token"] == "accepted"
+    with stores.client() as client:
+        for name in client.scan_iter():
+            held = client.hgetall(name) if client.type(name) == b"hash" else client.dump(name)
+            assert TOKEN not in str(held), name
+
+
+def test_gateways_that_differ(
+    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, stores: TestStores
+) -> None:
+    """As in a change of OLLAMA_BACKENDS, one after the other: whose settings these are is asked; nobody's, it is said."""
+    gateway = start_gateway(alpha)
+    other = settings_for(beta, REDIS_URL=stores.redis_url)
+    until_known(gateway, 1)
+    [warned] = asyncio.run(report._running(other))
+    assert warned.state == "warning" and "have other backends than these settings: alpha at" in warned.found
+    start_gateway(alpha, beta)
+    until_known(gateway, 2)
+    store = gateway.rooms.store
+    of_one, of_nobody = settings_for(alpha).backends, settings_for(beta).backends
+    assert gateway.call(control.other_fleet(store, of_one)) is None
+    with pytest.raises(
+        CommandFailed, match=r"these settings have beta at \S+, the running gateways alpha at .*; alpha at .*, b"
+    ):
+        gateway.call(control.other_fleet(store, of_nobody))
+
+
+def test_a_gateway_that_does_not_answer(
+    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no question of ours is passed over, too."""
+    gateway = start_gateway(alpha)
+    until_known(gateway, 1)
+    store = gateway.rooms.store
+    fleet = gateway.call(control.other_fleet(store, settings_for({**entry_of(alpha), "name": "other"}).backends))
+    assert fleet is not None
+    for nonsense in ("", "[]", '{"id":1}', json.dumps({"id": "a" * 32, "act": ["x"], "fleet": fleet})):
+        with stores.client() as client:
+            client.publish(control.CHANNEL, nonsense)
+    monkeypatch.setattr(control, "WAIT_S", 0.3)
+    with pytest.raises(CommandFailed, match="did not answer within"):
+        gateway.call(control.ask(store, fleet, "unheard-of"))
+    monkeypatch.setattr(control, "WAIT_S", 30.0)
+    assert [row["models"] for row in gateway.call(control.ask(store, fleet, "refresh"))] == [1]

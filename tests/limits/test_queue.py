@@ -1,0 +1,176 @@
+"""Waiting for a slot instead of being refused: in turn, within bounds, and not longer than the client."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import StartGateway, TestStores
+from tests.limits.test_limits import ask, until
+from tests.support.asking import WAYS
+from tests.support.played.backend import PlayedBackend
+from tests.support.running import RunningGateway
+from tests.support.scripts import Hold, Received, Step
+from tests.system.test_hangups import send
+
+
+@pytest.fixture
+def hold(alpha: PlayedBackend) -> Iterator[list[threading.Event]]:
+    """One event a call, in the order in which calls reach the backend."""
+    events: list[threading.Event] = []
+
+    def script(request: Received) -> list[Step]:
+        events.append(threading.Event())
+        return [Hold(events[-1]), *alpha.healthy(request)]
+
+    for way in WAYS:
+        alpha.play(way.path, script)
+    yield events
+    alpha.play(WAYS[0].path, None)
+    for event in events:
+        event.set()
+
+
+def release(hold: list[threading.Event]) -> None:
+    hold[-1].set()
+
+
+def in_background(gateway: RunningGateway, key: str, done: list[tuple[str, int]], name: str) -> threading.Thread:
+    def run() -> None:
+        with gateway.http(key, headers={"X-Request-ID": name}) as client:
+            done.append((name, ask(client, WAYS[0]).status_code))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def queued(gateway: RunningGateway, many: int) -> None:
+    until(lambda: gateway.rooms.limits.waiting == many)
+
+
+def test_waiters_get_their_turn_in_the_order_of_arrival(
+    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event]
+) -> None:
+    one, other = (start_gateway(alpha, MAX_QUEUE_WAIT_S="10") for _ in range(2))
+    key = one.key(concurrent=1)
+    done: list[tuple[str, int]] = []
+    threads = [in_background(one, key, done, "first")]
+    until(lambda: len(hold) == 1)
+    for number in range(6):
+        gateway = (one, other)[number % 2]
+        threads.append(in_background(gateway, key, done, f"waiter {number}".replace(" ", "-")))
+        queued(gateway, number // 2 + 1)
+    for number in range(7):
+        until(lambda number=number: len(hold) == number + 1)
+        hold[number].set()
+    for thread in threads:
+        thread.join()
+    assert [status for _, status in done] == [200] * 7
+    arrived = [call.header("x-request-id") for call in alpha.calls(WAYS[0].path)]
+    assert arrived == ["first", *(f"waiter-{number}" for number in range(6))]
+    waited = {row["request_id"]: row["queue_ms"] for row in one.audit_rows()}
+    assert waited["first"] < 50 < waited["waiter-5"]
+
+
+def test_a_wait_ends_with_a_refusal(start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event]) -> None:
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="0.5")
+    key = gateway.key(concurrent=1)
+    done: list[tuple[str, int]] = []
+    running = in_background(gateway, key, done, "first")
+    until(lambda: len(hold) == 1)
+    began = time.monotonic()
+    with gateway.http(key) as client:
+        assert ask(client, WAYS[0]).status_code == 429
+    assert time.monotonic() - began >= 0.5
+    hold[0].set()
+    running.join()
+    with gateway.http(key) as client:
+        threading.Timer(0.2, release, [hold]).start()
+        assert ask(client, WAYS[0]).status_code == 200
+
+
+def test_other_limits_do_not_wait(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
+    with gateway.http(gateway.key(rpm=1)) as client:
+        began = time.monotonic()
+        assert [ask(client, WAYS[0]).status_code for _ in range(3)] == [200, 429, 429]
+        assert time.monotonic() - began < 10
+
+
+def test_who_leaves_is_out_of_the_queue(
+    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event], stores: TestStores
+) -> None:
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
+    key = gateway.key(concurrent=1)
+    done: list[tuple[str, int]] = []
+    running = in_background(gateway, key, done, "first")
+    until(lambda: len(hold) == 1)
+    impatient = send(gateway, key, WAYS[0])
+    queued(gateway, 1)
+    patient = in_background(gateway, key, done, "patient")
+    queued(gateway, 2)
+    impatient.close()
+    queued(gateway, 1)
+    hold[0].set()
+    until(lambda: len(hold) == 2)
+    hold[1].set()
+    running.join()
+    patient.join()
+    assert done == [("first", 200), ("patient", 200)]
+    assert sorted(row["outcome"] for row in gateway.audit_rows()) == ["answered", "answered", "client_gone"]
+    with stores.client() as redis:
+        assert list(redis.scan_iter("nz:*:q:*")) == []
+
+
+def test_one_key_cannot_fill_the_queue(
+    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.limits.limiter.WAITING_PER_KEY", 3)
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="20")
+    key = gateway.key(concurrent=1)
+    done: list[tuple[str, int]] = []
+    threads = [in_background(gateway, key, done, f"n{number}") for number in range(8)]
+    until(lambda: len(done) == 4)
+    assert {status for _, status in done} == {429}
+    for number in range(4):
+        until(lambda number=number: len(hold) == number + 1)
+        hold[number].set()
+    for thread in threads:
+        thread.join()
+    assert sorted(status for _, status in done) == [200] * 4 + [429] * 4
+
+
+def test_who_waits_for_one_model_keeps_no_other_model_waiting(
+    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event]
+) -> None:
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="3")
+    alpha.healthy.models = [*alpha.healthy.models, "other:latest"]
+    gateway.call(gateway.rooms.discovery.refresh())
+    key = gateway.key(name="mine", concurrent=2)
+    gateway.call(gateway.ring().limit("mine", "llama3.2", {"concurrent": 1}))
+    done: list[tuple[str, int]] = []
+    threads = [in_background(gateway, key, done, "runs")]
+    until(lambda: len(hold) == 1)
+    threads.append(in_background(gateway, key, done, "waits"))
+    queued(gateway, 1)
+    began = time.monotonic()
+    other = threading.Thread(target=lambda: other_model(gateway, key, done))
+    other.start()
+    until(lambda: len(hold) == 2)
+    assert time.monotonic() - began < 1
+    hold[1].set()
+    other.join()
+    until(lambda: ("waits", 429) in done)
+    hold[0].set()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [("other", 200), ("runs", 200), ("waits", 429)]
+    (refused,) = [row for row in gateway.audit_rows() if row["status"] == 429]
+    assert 2500 < refused["queue_ms"] < 6000
+
+
+def other_model(gateway: RunningGateway, key: str, done: list[tuple[str, int]]) -> None:
+    with gateway.http(key) as client:
+        done.append(("other", ask(client, WAYS[0], model="other").status_code))

@@ -1,0 +1,471 @@
+"""`make doctor`: a healthy installation has no problem, and each thing that is broken is found, with what to do."""
+
+import argparse
+import asyncio
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from gateway.core.errors import CommandFailed
+from gateway.fleet.backends.config import BackendConfig
+from gateway.ops.cli import installation, serve
+from gateway.ops.doctor import finding as doctor_finding
+from gateway.ops.doctor import postgres, redis, report
+from gateway.ops.doctor import settings as doctor_settings
+from gateway.ops.doctor.finding import Finding
+from gateway.settings import LOCAL_RUN, Settings
+from gateway.stores.redis_keys import ALL
+from tests.conftest import TestStores
+from tests.support import preloaded
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import environment
+from tests.support.scripts import answer
+from tests.support.settings_of import entry_of, environment_for, settings_for
+
+AWAY = "postgresql://u:canary-6f21@127.0.0.1:1/d"
+NO_REDIS = "unix:///nowhere/redis.sock"
+GOOD_PASSWORD = "Tr0ub4dor-and-3-more"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The installation's folder, where its `.env` would be."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def look(settings: Settings) -> dict[str, Finding]:
+    findings = asyncio.run(report.look_at_all(settings))
+    names = [found.check for found in findings]
+    assert sorted(names) == sorted(set(names))
+    return {found.check: found for found in findings}
+
+
+Looks = Callable[..., dict[str, Finding]]
+
+
+@pytest.fixture
+def look_at(stores: TestStores) -> Looks:
+    """`look_at(backend, …, NAME="value")`: what is found, by the check's name."""
+
+    def run(*backends: object, **names: str) -> dict[str, Finding]:
+        return look(settings_for(*backends, **{"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, **names}))
+
+    return run
+
+
+def sql(url: str, statement: str) -> None:
+    async def run() -> None:
+        connection = await asyncpg.connect(url)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(run())
+
+
+def is_told(found: Finding, state: str, what: str, advice: str = "") -> bool:
+    assert (found.state, bool(found.advice)) == (state, state != "ok"), found
+    assert what in found.found and advice in found.advice, found
+    return True
+
+
+def types(folder: Path, *words: str, **names: str) -> subprocess.CompletedProcess[str]:
+    done = preloaded.gateway().run("gateway", ("doctor", *words), folder, environment(names), timeout_s=60)
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+# ── the whole ──
+
+
+def test_a_healthy_installation_has_no_problem(folder: Path, stores: TestStores, alpha: PlayedBackend) -> None:
+    names = environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+    done = types(folder, "--json", **names)
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0 and "problems: 0, warnings: " in done.stderr
+    states = {row["check"]: row["state"] for row in rows}
+    # The private server of the tests keeps nothing; nobody has made a key or let a gateway run.
+    warned = {"keys", "audit months", "Redis persistence"}
+    assert {check for check, state in states.items() if state != "ok"} == warned
+    assert all(set(row) == {"check", "state", "found", "what_to_do"} for row in rows)
+    assert all(bool(row["what_to_do"]) == (row["state"] != "ok") for row in rows)
+    assert not [call for call in alpha.requests if call.body and b"messages" in call.body]
+
+
+def test_nothing_is_left_to_warn_of(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+    sql(stores.database_url, "INSERT INTO keys (id, name) VALUES ('a', 'a')")
+    sql(stores.database_url, "SELECT audit_make_partition(now()), audit_make_partition(now() + interval '1 month')")
+    found = look_at(alpha)
+    assert {check for check, finding in found.items() if finding.state != "ok"} == {"Redis persistence"}
+    assert is_told(found["keys"], "ok", "1 living")
+
+
+def test_all_that_is_away_is_found_and_the_table_shows_it(folder: Path, alpha: PlayedBackend) -> None:
+    alpha.stop()
+    done = types(folder, **environment_for(alpha, DATABASE_URL=AWAY, REDIS_URL=NO_REDIS))
+    head, *lines = done.stdout.splitlines()
+    assert done.returncode == 1 and head.split() == "CHECK STATE FOUND WHAT TO DO".split()
+    told = {line.split("  ")[0]: line for line in lines}
+    assert all(" problem " in told[check] for check in ("PostgreSQL", "Redis", "backend alpha"))
+    assert "check DATABASE_URL" in told["PostgreSQL"] and "check REDIS_URL" in told["Redis"]
+    assert done.stderr.splitlines()[-1] == "error: problems: 3, warnings: 0: see what to do above"
+    assert "canary" not in done.stdout + done.stderr
+
+
+@pytest.fixture
+def no_name_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever asks what a name means waits."""
+    released = threading.Event()
+
+    def unanswered(*_: object, **__: object) -> None:
+        released.wait(60)
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", unanswered)
+    yield
+    released.set()
+
+
+def test_whatever_hangs_ends(no_name_server: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"127.0.0.1:{silent.getsockname()[1]}"
+        addresses = {"one": f"http://{place}", "two": f"http://{place}", "named": "http://some.name"}
+        backends = [{"name": name, "base_url": url, "auth_token": "a-token"} for name, url in addresses.items()]
+        names = {"DATABASE_URL": f"postgresql://u:{GOOD_PASSWORD}@{place}/d", "REDIS_URL": "redis://some.name/0"}
+        names |= {"GATEWAY_BIND_HOST": "::", "GATEWAY_TRUSTED_PROXIES": "nginx-proxy"}
+        began = time.monotonic()
+        found = look(settings_for(*backends, **names))
+    assert time.monotonic() - began < 15
+    assert is_told(found["PostgreSQL"], "problem", "TimeoutError") and is_told(found["Redis"], "problem", "Timeout")
+    for name in ("one", "two", "named"):
+        assert is_told(found[f"backend {name}"], "problem", "", f"check its address ({addresses[name]})")
+    assert found["listening"].state == "warning"
+
+
+def test_a_check_that_breaks_is_a_finding(look_at: Looks, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> Finding:
+        raise RuntimeError("first line\nsecond")
+
+    monkeypatch.setattr(doctor_settings, "workers", broken)
+    found = look_at(alpha)
+    assert is_told(found["settings"], "problem", "RuntimeError: first line") and found["PostgreSQL"].state == "ok"
+
+
+def test_private_stores_that_do_not_start(look_at: Looks, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> Iterator[Settings]:
+        raise CommandFailed("no PostgreSQL here")
+
+    monkeypatch.setattr(installation, "stores_of", failing)
+    monkeypatch.setattr(installation, "read", lambda: settings_for(alpha, REDIS_URL=NO_REDIS))
+    with report.stores_if_any() as settings:
+        found = look(settings)
+    assert (
+        is_told(found["PostgreSQL"], "problem", "no DATABASE_URL", "set DATABASE_URL") and found["backend alpha"].state == "ok"
+    )
+
+
+def test_warnings_alone_are_no_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def looked(_: Settings) -> list[Finding]:
+        return found
+
+    monkeypatch.setattr(report, "look_at_all", looked)
+    found = [doctor_finding.ok("a", "fine"), doctor_finding.warning("b", "odd", "change it")]
+    asyncio.run(report.examine(settings_for(), argparse.Namespace(json=False)))
+    assert capsys.readouterr().err == "problems: 0, warnings: 1\n"
+    found.append(doctor_finding.problem("c", "bad", "mend it"))
+    with pytest.raises(CommandFailed, match="problems: 1, warnings: 1"):
+        asyncio.run(report.examine(settings_for(), argparse.Namespace(json=False)))
+
+
+# ── settings ──
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "state"),
+    [
+        (f"POSTGRES_PASSWORD={GOOD_PASSWORD}", 0o644, "warning"),
+        (f"POSTGRES_PASSWORD={GOOD_PASSWORD}", 0o640, "warning"),
+        (f"POSTGRES_PASSWORD={GOOD_PASSWORD}", 0o600, "ok"),
+        (f" DATABASE_URL = 'postgresql://u:{GOOD_PASSWORD}@h/d'", 0o644, "warning"),
+        ("DATABASE_URL=postgresql://u@/d?host=/run", 0o644, "ok"),
+        ("REDIS_URL=redis://redis:6379/0", 0o644, "ok"),
+        ('OLLAMA_BACKENDS=[{"name":"a","base_url":"http://a","auth_token":"t"}]', 0o644, "warning"),
+        ('OLLAMA_BACKENDS=[{"name":"a","base_url":"http://a"}]', 0o644, "ok"),
+        ("OLLAMA_AUTH_TOKEN=t", 0o604, "warning"),
+        ("# OLLAMA_AUTH_TOKEN=t\nPOSTGRES_PASSWORD=\nDEFAULT_RPM=7", 0o644, "ok"),
+    ],
+)
+def test_an_env_file_that_others_can_read(folder: Path, line: str, mode: int, state: str) -> None:
+    file = folder / ".env"
+    file.write_text(f"# a comment\n{line}\n", encoding="utf-8")
+    file.chmod(mode)
+    found = doctor_settings.readers(file)
+    assert is_told(found, state, f"mode {mode:o}", "chmod 600 .env" if state == "warning" else "")
+    assert GOOD_PASSWORD not in found.found
+
+
+def test_the_env_file_of_the_folder_is_the_one(look_at: Looks, folder: Path, alpha: PlayedBackend) -> None:
+    assert is_told(look_at(alpha)[".env"], "ok", "none")
+    (folder / ".env").write_text("OLLAMA_AUTH_TOKEN=t\n")
+    (folder / ".env").chmod(0o644)
+    assert look_at(alpha)[".env"].state == "warning"
+
+
+def test_passwords_that_can_be_guessed() -> None:
+    found = doctor_settings.passwords(settings_for(DATABASE_URL="postgresql://u:postgres@h/d"))
+    assert is_told(found, "problem", "DATABASE_URL must carry a password", "set one of 12 or more characters")
+    token = {"name": "a", "base_url": "http://a", "auth_token": "changeme"}
+    found = doctor_settings.passwords(settings_for(token, DATABASE_URL=f"postgresql://u:{GOOD_PASSWORD}@h/d"))
+    assert is_told(found, "problem", "backend 'a' is a default", "set another")
+    assert doctor_settings.passwords(settings_for(DATABASE_URL="postgresql://u@/d?host=/run")).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("host", "proxies", "state", "told"),
+    [
+        ("0.0.0.0", "127.0.0.1", "warning", "on 0.0.0.0:0 for everybody"),
+        ("::", "127.0.0.1,::1,localhost,no..such.name", "warning", "no proxy known"),
+        ("0.0.0.0", "", "warning", "no proxy known"),
+        ("0.0.0.0", "127.0.0.1,10.1.0.0/16", "ok", "proxies trusted: 10.1.0.0/16"),
+        ("127.0.0.1", "", "ok", "this machine only"),
+        ("::1", "", "ok", "this machine only"),
+    ],
+)
+def test_plain_http_for_everybody(host: str, proxies: str, state: str, told: str) -> None:
+    settings = replace(settings_for(GATEWAY_BIND_HOST=host), gateway_trusted_proxies=tuple(filter(None, proxies.split(","))))
+    assert is_told(asyncio.run(doctor_settings.listening(settings)), state, told, "plain HTTP" if state == "warning" else "")
+
+
+def test_the_local_run_listens_on_this_machine_only() -> None:
+    settings = settings_for(GATEWAY_BIND_HOST="", GATEWAY_TRUSTED_PROXIES="127.0.0.1")
+    assert asyncio.run(doctor_settings.listening(settings)).state == "warning"
+    settings = replace(settings, sources={**settings.sources, "database_url": LOCAL_RUN})
+    assert is_told(asyncio.run(doctor_settings.listening(settings)), "ok", "on 127.0.0.1:0")
+
+
+def test_numbers_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert doctor_settings.workers(settings_for(GATEWAY_WORKERS="2")).state == "ok"
+    assert is_told(
+        doctor_settings.workers(settings_for(GATEWAY_WORKERS="3")), "warning", "3 on 2 cores", "GATEWAY_WORKERS to 2"
+    )
+    short = settings_for(MODEL_DISCOVERY_REFRESH_S="60", MODEL_DISCOVERY_CACHE_TTL_S="59")
+    assert is_told(doctor_settings.discovery(short), "warning", "every 60 s, kept for 59 s", "MODEL_DISCOVERY_CACHE_TTL_S")
+
+
+@pytest.mark.parametrize(
+    ("address", "token", "state"),
+    [
+        ("http://8.8.8.8:11434", "a-token", "problem"),
+        ("http://[2001:4860:4860::8888]:11434", "a-token", "problem"),
+        ("http://8.8.8.8:11434", "", "ok"),
+        ("https://8.8.8.8", "a-token", "ok"),
+        ("http://192.168.1.7:11434", "a-token", "ok"),
+        ("http://100.64.0.7:11434", "a-token", "ok"),
+        ("http://localhost:11434", "a-token", "ok"),
+        ("http://no..such.name", "a-token", "ok"),
+    ],
+)
+def test_tokens_in_clear_text(address: str, token: str, state: str) -> None:
+    found = asyncio.run(doctor_settings.transport(BackendConfig("a", address, auth_token=token)))
+    assert is_told(found, state, "", "https://" if state == "problem" else "") and found.check == "transport to a"
+
+
+# ── PostgreSQL ──
+
+
+def test_a_schema_that_is_not_current(look_at: Looks, empty_database: str, alpha: PlayedBackend) -> None:
+    found = look_at(alpha, DATABASE_URL=empty_database)
+    assert is_told(found["PostgreSQL schema"], "problem", "not current", "`make migrate`")
+    assert is_told(found["PostgreSQL"], "ok", "answers in") and "keys" not in found
+    private = asyncio.run(postgres.examine(empty_database, most_connections=1, migrates_itself=True))
+    assert is_told(private[-1], "warning", "not current", "migrate the private database")
+
+
+def test_a_database_that_refuses_us_says_why(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+    found = look_at(alpha, DATABASE_URL=stores.database_url.replace("/test_", "/there_is_no_"))
+    assert is_told(found["PostgreSQL"], "problem", 'InvalidCatalogNameError: database "there_is_no_')
+
+
+def test_connections_that_are_too_many(look_at: Looks, alpha: PlayedBackend) -> None:
+    found = look_at(alpha, DATABASE_POOL_SIZE="300", GATEWAY_WORKERS="2")
+    assert is_told(found["PostgreSQL connections"], "warning", "takes up to 600", "max_connections")
+
+
+def test_a_limit_of_connections_that_is_the_databases_own(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+    sql(stores.database_url, f"ALTER DATABASE {stores.database_url.split('/')[3].split('?')[0]} CONNECTION LIMIT 3")
+    assert is_told(look_at(alpha)["PostgreSQL connections"], "warning", "3 for us, one replica takes up to 4")
+
+
+def test_audit_months_that_are_missing_or_there(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+    assert is_told(look_at(alpha)["audit months"], "warning", "not made yet: ", "make purge")
+    sql(stores.database_url, "SELECT audit_make_partition(now() + make_interval(months => m)) FROM generate_series(0, 2) AS m")
+    assert look_at(alpha)["audit months"].state == "ok"
+
+
+def test_a_user_that_may_not_make_tables(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+    user = f"reader_{stores.database_url.split('/')[3].split('?')[0]}"
+    sql(stores.database_url, f"CREATE ROLE {user} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {user}")
+    url = stores.database_url.replace("gateway@", f"{user}@")
+    try:
+        found = look_at(alpha, DATABASE_URL=url)
+        assert is_told(found["audit rights"], "problem", "may not create tables", "GRANT CREATE")
+        sql(stores.database_url, f"GRANT CREATE ON SCHEMA public TO {user}")
+        assert is_told(look_at(alpha, DATABASE_URL=url)["audit rights"], "problem", "does not own the table", "OWNER")
+        sql(stores.database_url, f"REVOKE SELECT ON keys FROM {user}")
+        assert is_told(look_at(alpha, DATABASE_URL=url)["keys"], "problem", "InsufficientPrivilegeError")
+    finally:
+        sql(stores.database_url, f"DROP OWNED BY {user}; DROP ROLE {user}")
+
+
+def test_an_old_server() -> None:
+    found = postgres._version({"number": 130_011, "version": "13.11"})
+    assert is_told(found, "problem", "13.11", "PostgreSQL 14 or newer")
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "state", "told"),
+    [(0.3, "ok", "0.3 s ahead"), (-5, "warning", "5.0 s behind"), (31, "problem", "31.0 s ahead"), (-31, "problem", "behind")],
+)
+def test_clocks_that_differ(ahead_s: float, state: str, told: str) -> None:
+    assert is_told(doctor_finding.clock("a clock", ahead_s), state, told, "NTP" if state != "ok" else "")
+
+
+# ── Redis ──
+
+
+def test_redis_that_was_not_asked_for(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+    assert is_told(look_at(alpha, REDIS_URL=NO_REDIS)["Redis"], "problem", "does not answer", "check REDIS_URL")
+    for is_needed, state in ((True, "problem"), (False, "warning")):
+        (found,) = asyncio.run(redis.examine(NO_REDIS, is_needed=is_needed))
+        assert is_told(found, state, "does not answer")
+
+
+def test_an_audit_that_piles_up_or_was_lost(
+    look_at: Looks, stores: TestStores, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis, "LONGEST_BACKLOG", 2)
+    with stores.client() as client:
+        for _ in range(2):
+            client.xadd(ALL[1].rows, {"row": "{}"})
+        assert is_told(look_at(alpha)["audit backlog"], "ok", "2 rows wait")
+        client.xadd(ALL[7].rows, {"row": "{}"})
+        client.set(ALL[3].dropped, 5)
+    found = look_at(alpha)
+    assert is_told(found["audit backlog"], "warning", "3 rows wait", "whether a gateway runs")
+    assert is_told(found["audit losses"], "warning", "5 rows were dropped", "DEL nz:{3}:dropped")
+
+
+def test_redis_that_forgets_or_refuses(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+    with stores.client() as client:
+        usual: dict[str, Any] = client.config_get("maxmemory*")
+        try:
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            assert is_told(look_at(alpha)["Redis eviction"], "warning", "allkeys-lru", "noeviction")
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", 1)
+            found = look_at(alpha)
+            assert is_told(found["Redis writes"], "problem", "OutOfMemoryError", "let it write")
+            assert found["Redis"].state == found["Redis eviction"].state == "ok"
+        finally:
+            client.config_set("maxmemory", usual["maxmemory"])
+            client.config_set("maxmemory-policy", usual["maxmemory-policy"])
+
+
+def test_a_user_of_redis_who_may_do_little(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+    with stores.client() as client:
+        client.acl_setuser("little", enabled=True, nopass=True, keys=["*"], commands=["+ping", "+set", "+client", "+hello"])
+        try:
+            found = look_at(alpha, REDIS_URL=stores.redis_url.replace("unix://", "unix://little:x@"))
+        finally:
+            client.acl_deluser("little")
+    assert is_told(found["Redis facts"], "problem", "NoPermissionError", "whether the user") and found["Redis"].state == "ok"
+    assert found["audit backlog"].state == "problem"
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [("6.0.16", "problem"), ("5", "problem"), ("unknown", "problem"), ("6.2.0", "ok"), (7.4, "ok")]
+)
+def test_versions_of_redis(version: object, state: str) -> None:
+    found = redis.version({"redis_version": version})
+    assert is_told(found, state, str(version), "6.2" if state == "problem" else "")
+
+
+def test_valkey_by_its_own_name() -> None:
+    found = redis.version({"redis_version": "7.2.4", "valkey_version": "9.1.2"})
+    assert found == doctor_finding.ok("Redis version", "7.2.4 (Valkey 9.1.2)")
+
+
+def test_redis_that_keeps_nothing_over_a_restart() -> None:
+    assert is_told(redis.persistence({"aof_enabled": 0}), "warning", "no append-only file", "appendonly")
+    assert redis.persistence({"aof_enabled": 1}).state == "ok"
+
+
+# ── backends and the rest ──
+
+
+def test_backends_that_cannot_be_used(look_at: Looks, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+    alpha.stop()
+    beta.play("/api/chat", answer(401, {"error": "unauthorized"}))
+    found = look_at(alpha, entry_of(beta, auth_token="stale-token"))
+    assert is_told(found["backend alpha"], "problem", "ConnectionRefused", f"check its address ({alpha.url})")
+    assert is_told(found["backend beta"], "problem", "its token is refused", "OLLAMA_AUTH_TOKEN")
+    assert is_told(look_at(beta)["backend beta"], "problem", "its token is missing")
+
+
+def test_entries_that_mean_another_kind_or_path(look_at: Looks, alpha: PlayedBackend) -> None:
+    untold, silent, talkative = (PlayedBackend("openai", name=name) for name in ("untold", "silent", "talkative"))
+    with untold, silent, talkative:
+        silent.play("/v1/models", answer(404, {"error": "not found"}))
+        talkative.play("/api/tags", answer(200, {"error": "Unexpected endpoint or method. (GET /api/tags)"}))
+        found = look_at(
+            {**entry_of(alpha), "base_url": f"{alpha.url}/v1"},
+            {**entry_of(untold), "name": "gamma", "base_url": f"{untold.url}/v1/"},
+            {**entry_of(untold), "kind": "ollama"},
+            {**entry_of(silent), "kind": "ollama"},
+            {**entry_of(talkative), "kind": "ollama"},
+        )
+    for name in ("alpha", "gamma"):
+        assert is_told(found[f"backend {name}"], "problem", "status 404; leave off /v1", "leave off /v1 at the end")
+    assert is_told(found["backend untold"], "problem", "status 404; it is OpenAI-compatible", 'add "kind":"openai"')
+    assert is_told(found["backend silent"], "problem", "status 404; is it OpenAI-compatible?", 'add "kind":"openai"')
+    assert is_told(found["backend talkative"], "problem", "/api/tags is not a list of models; it is", 'add "kind":"openai"')
+
+
+def test_a_backend_that_refuses_may_listen_on_its_own_machine_alone(look_at: Looks, alpha: PlayedBackend) -> None:
+    alpha.stop()
+    found = look_at(alpha, {"name": "nowhere", "base_url": "http://nowhere.invalid:11434"})
+    for name in ("alpha", "nowhere"):
+        assert is_told(found[f"backend {name}"], "problem", "unreachable", "unless it has OLLAMA_HOST=0.0.0.0")
+
+
+def test_a_backend_without_models_and_a_slow_one(
+    look_at: Looks, alpha: PlayedBackend, beta: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alpha.models.clear()
+    monkeypatch.setattr(report, "SLOW_MS", 0)
+    found = look_at(alpha, beta)
+    assert is_told(found["backend alpha"], "warning", "0 models", "give it a model")
+    assert is_told(found["backend beta"], "warning", "1 models in", "nearer")
+
+
+def test_a_part_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report.accelerators().state == report.python().state == "ok"
+    monkeypatch.setattr(serve, "missing_accelerators", lambda: ["uvloop"])
+    assert is_told(report.accelerators(), "warning", "missing: uvloop", "pinned requirements")
+
+
+def test_make_doctor_calls_it() -> None:
+    makefile = (Path(report.__file__).parents[3] / "Makefile").read_text(encoding="utf-8")
+    assert "\ndoctor: .venv/ready-to-run ## " in makefile and "\t@$(GATEWAY) doctor $(JSON_FLAG)\n" in makefile

@@ -1,0 +1,390 @@
+"""The drill: it finds this gateway well, leaves nothing behind, and each promise that is broken fails at its line."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from argon2 import PasswordHasher
+
+from gateway.auth.key_store import KeyRing
+from gateway.ops.drill.environment import LIMITS
+from gateway.ops.drill.faults import BY_NAME
+from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
+from gateway.stores.postgres import Database
+from tests.conftest import TestStores
+from tests.support.audit_rows import in_database
+from tests.support.processes import environment, operate, until
+from tests.support.redis_server import server
+from tests.support.settings_of import QUICK
+from tests.support.stored import all_of_postgresql
+
+LONGEST_S = 120
+# What stands in the way of a promise, run in each process of the drill before the gateway's own code; and whose lines see it.
+SWITCHES: Mapping[str, tuple[str, str]] = {
+    "other bytes": (
+        "bytes",
+        """
+        from gateway import front
+        send = front.Reply.send
+        async def send_others(self, message):
+            if b"tide" in message.get("body", b""):
+                message["body"] = message["body"].replace(b"tide", b"TIDE")
+            await send(self, message)
+        front.Reply.send = send_others
+        """,
+    ),
+    "pieces are collected": (
+        "pieces",
+        """
+        from gateway import front
+        send, kept = front.Reply.send, {}
+        async def send_at_the_end(self, message):
+            if message["type"] == "http.response.body":
+                kept[self] = kept.get(self, b"") + message.get("body", b"")
+                if message.get("more_body", False):
+                    return
+                message["body"] = kept.pop(self)
+            await send(self, message)
+        front.Reply.send = send_at_the_end
+        """,
+    ),
+    "the first backend is the only one": (
+        "refused frozen failing garbage",
+        """
+        from gateway import routing
+        choose = routing.choose
+        routing.choose = lambda *of: choose(*of)[:1]
+        """,
+    ),
+    "a first frame is not looked at": (
+        "garbage",
+        """
+        from gateway.dialects import ollama
+        ollama.Ollama.judge_frame = lambda self, payload: None
+        """,
+    ),
+    "connections to a failed backend stay open": (
+        "frozen",
+        """
+        from aiohttp.connector import Connection
+        kept = []  # What nobody holds any more is closed by Python itself.
+        Connection.close = lambda self: kept.append(self)
+        """,
+    ),
+    "a cut stream is told as complete": (
+        "dying",
+        """
+        from gateway.dialects import ollama
+        ollama.Ollama.error_frame = lambda self, error: b'{"done":true,"done_reason":"stop"}\\n'
+        """,
+    ),
+    "nobody looks whether the caller is there": (
+        "left",
+        """
+        from gateway import http_cycle
+        http_cycle.Cycle.watch = lambda self, gone: None
+        """,
+    ),
+    "errors of the other dialect": (
+        "dialect",
+        """
+        from gateway.dialects import ollama, openai
+        openai.OpenAI.error = ollama.Ollama.error
+        """,
+    ),
+    "no Retry-After": (
+        "down requests",
+        """
+        from gateway import front
+        headers_of = front.error_headers
+        front.error_headers = lambda *of, **how: [h for h in headers_of(*of, **how) if not h[0].startswith(b"retry")]
+        """,
+    ),
+    "a wrong key is let in as forbidden": (
+        "key",
+        """
+        from gateway import errors
+        errors.WrongKey.status = 403
+        """,
+    ),
+    "nobody hears of a revocation": (
+        "revoke",
+        """
+        from gateway import authentication
+        authentication.Authenticator.forget = lambda self, key_id: None
+        authentication.Authenticator.forget_all = lambda self: None
+        """,
+    ),
+    "an unknown model is told apart": (
+        "unknown",
+        """
+        from gateway import catalog, errors
+        find = catalog.Catalog.find
+        def find_or_tell(self, name, patterns):
+            if name.canonical not in self.models:
+                raise errors.UnknownRoute
+            return find(self, name, patterns)
+        catalog.Catalog.find = find_or_tell
+        """,
+    ),
+    "any key may change models": (
+        "verbs",
+        """
+        from gateway import admin_verbs
+        admin_verbs.AdminVerb._backend_for = lambda self, key, scope: self._backends["drill-sound"]
+        """,
+    ),
+    "keys are passed on": (
+        "secrets",
+        """
+        from gateway import exchange
+        passed_on = exchange._passed_on
+        def with_key(headers, request_id):
+            return passed_on(headers, request_id) + b"X-Caller: " + dict(headers)[b"authorization"] + b"\\r\\n"
+        exchange._passed_on = with_key
+        """,
+    ),
+    "each process counts for itself": (
+        "requests slots",
+        """
+        import os, sys
+        if "worker" in sys.orig_argv:
+            os.environ["NEURONETZ_NAMES_IN_REDIS"] += f"-{os.getpid()}"
+        """,
+    ),
+    "tokens are not counted": (
+        "tokens",
+        """
+        from gateway.dialects import base, ollama
+        ollama.Ollama.usage_of = lambda self, answer: base.Usage(0, 0)
+        """,
+    ),
+    "a refusal costs a request": (
+        "none",
+        """
+        import os
+        from gateway import errors, limits, tokens
+        admit = limits.Limits.admit
+        async def admit_twice(self, ticket):
+            try:
+                await admit(self, ticket._replace(id=os.urandom(16).hex(), need=tokens.NO_TOKENS, info=b""))
+            except errors.LimitReached:
+                pass
+            return await admit(self, ticket)
+        limits.Limits.admit = admit_twice
+        """,
+    ),
+    "Redis is waited for": (
+        "redis",
+        """
+        from gateway import redis_line, store
+        redis_line.CALL_DEADLINE_S = store.CALL_DEADLINE_S = 5.0
+        """,
+    ),
+    "leases last": (
+        "killed",
+        """
+        from gateway import limits
+        from gateway.drill import sheet
+        limits.LEASE_MS, limits.PROCESS_LIFE_MS = 600_000, 600_000
+        sheet.LEASE_S = 4.0
+        """,
+    ),
+    "SIGTERM ends what runs": (
+        "drain",
+        """
+        from gateway import server
+        begin = server.Server.__init__
+        def begin_without_patience(self, rooms, *, drain_s, **more):
+            begin(self, rooms, drain_s=0.0, **more)
+        server.Server.__init__ = begin_without_patience
+        """,
+    ),
+    "rows are lost": (
+        "books",
+        """
+        from gateway import audit_table
+        from gateway.drill import sheet
+        write = audit_table.write
+        async def write_less(database, rows, *more):
+            return await write(database, rows[1:], *more)
+        audit_table.write = write_less
+        sheet.BOOKS_S = 3.0
+        """,
+    ),
+}
+
+
+def drill(stores: TestStores, folder: Path, only: str, switch: str = "", **names: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit status, rows, and what was said beside them."""
+    if switch:
+        lines = switch.strip("\n").splitlines()
+        margin = len(lines[0]) - len(lines[0].lstrip())
+        (folder / "sitecustomize.py").write_text("\n".join(line[margin:] for line in lines))
+        names["PYTHONPATH"] = f"{folder}:{environment({})['PYTHONPATH']}"
+    told = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, **names}
+    command = [sys.executable, "-m", "gateway", "drill", "--json", "--only", only]
+    done = subprocess.run(
+        command, cwd=folder, env=environment(told), capture_output=True, text=True, timeout=LONGEST_S, check=False
+    )
+    return done.returncode, json.loads(done.stdout or "[]"), done.stderr
+
+
+@pytest.mark.long(seconds=35)
+@pytest.mark.timeout(150)
+def test_this_gateway_keeps_its_promises_and_nothing_stays(stores: TestStores, tmp_path: Path) -> None:
+    code, rows, said = drill(stores, tmp_path, "")
+    assert [(row["line"], row["result"], row["why"]) for row in rows] == [(name, "held", None) for name in BY_NAME], said
+    assert (code, sum(row["seconds"] for row in rows) < LONGEST_S) == (0, True)
+    with stores.client() as redis:
+        assert [name for name in redis.scan_iter("nz*") if b"drill" in name] == []
+    assert states_of_keys(stores, tmp_path) == {"revoked"}
+    assert all_of_postgresql(stores).count("drill-sound") > 100
+    in_database(stores.database_url, nothing_of_it_is_taken_for_traffic)
+
+
+async def nothing_of_it_is_taken_for_traffic(database: Database) -> None:
+    """Neither in what operators are shown nor, two days later, among the keys; all of it is in the audit."""
+    long_ago = datetime.now(UTC) - timedelta(days=1)
+    for query in ("busiest_keys", "busiest_models"):
+        assert await database.rows(query, long_ago, 10) == []
+    assert await database.rows("series", long_ago, timedelta(minutes=1)) == []
+    sums = await database.row("recent_sums", long_ago)
+    assert sums is not None and sums["requests"] == 0
+    ring = KeyRing(database, PasswordHasher(), None)
+    await ring.drop_drills(timedelta(hours=1))
+    assert len(await ring.all()) == len(LIMITS)
+    await ring.drop_drills(timedelta(0))
+    assert await ring.all() == []
+
+
+def states_of_keys(stores: TestStores, folder: Path) -> set[str]:
+    names = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
+    return {row["state"] for row in json.loads(operate(folder, names, "keys", "--json"))}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_broken_promise_fails_at_its_line(stores: TestStores, tmp_path: Path, switch: str) -> None:
+    lines, code = SWITCHES[switch]
+    # What it has to do with nothing holds on.
+    control = "dialect" if lines != "dialect" else "down"
+    status, rows, said = drill(stores, tmp_path, f"{lines} {control}", code)
+    found = {row["line"]: row["result"] for row in rows}
+    assert found == {**dict.fromkeys(lines.split(), "BROKEN"), control: "held"}, (rows, said)
+    assert status == 1 and all(row["why"] for row in rows if row["result"] == "BROKEN")
+
+
+def test_every_line_has_a_switch_that_breaks_it() -> None:
+    assert {name for lines, _ in SWITCHES.values() for name in lines.split()} == BY_NAME.keys()
+
+
+@pytest.mark.parametrize(
+    ("url", "wired"),
+    [
+        ("redis://user:p%40ss@redis:6379/2", "redis://user:p%40ss@127.0.0.1:PORT/2"),
+        ("redis://redis", "redis://127.0.0.1:PORT"),
+        ("rediss://:secret@redis.example:6380/0", "redis://:secret@127.0.0.1:PORT/0"),
+        ("redis://redis:6379?db=2&password=secret", "redis://127.0.0.1:PORT?db=2&password=secret"),
+        ("rediss://redis.example?db=2", "redis://127.0.0.1:PORT?db=2"),
+        ("unix:///run/redis.sock?db=3", "redis://127.0.0.1:PORT?db=3"),
+        ("rediss://redis.example?ssl_ca_certs=/ca.pem", None),
+        ("redis+cluster://one:6379,two:6379", None),
+        ("redis+sentinel://one:26379/master/0", None),
+    ],
+)
+def test_which_redis_can_be_frozen_for_the_drill_alone(url: str, wired: str | None) -> None:
+    assert can_be_wired(url) is (wired is not None)
+
+    async def address() -> str:
+        async with RedisWire(url) as wire:
+            return wire.url
+
+    if wired is not None:
+        assert re.sub(r"(127\.0\.0\.1):\d+", r"\1:PORT", asyncio.run(address())) == wired
+
+
+def test_a_line_that_is_not_there_is_named(stores: TestStores, tmp_path: Path) -> None:
+    status, rows, said = drill(stores, tmp_path, "bytes teapot")
+    assert (status, rows) == (1, []) and "there is no line 'teapot'" in said
+
+
+def test_what_cannot_begin_says_what_to_do(stores: TestStores, tmp_path: Path) -> None:
+    status, _, said = drill(stores, tmp_path, "bytes", DATABASE_URL="postgresql://gateway@127.0.0.1:9/gateway")
+    assert status == 1 and "PostgreSQL does not answer" in said
+    status, _, said = drill(stores, tmp_path, "bytes", REDIS_URL="redis://127.0.0.1:9")
+    assert status == 1 and "Redis does not answer" in said and "make doctor" in said
+
+
+RIGHTS = "user default off", "user gateway on >word ~nz:* &nz:* +@all", "user other on >word ~other:* &other:* +@all"
+
+
+def test_a_redis_that_lets_the_gateway_use_its_own_names_only(stores: TestStores, tmp_path: Path) -> None:
+    with server(tmp_path, *RIGHTS) as (_, port):
+        url = f"redis://127.0.0.1:{port}?db=3&password=word&username="
+        status, rows, said = drill(stores, tmp_path, "redis revoke slots", REDIS_URL=f"{url}gateway")
+        assert (status, [row["result"] for row in rows]) == (0, ["held"] * 3), (rows, said)
+        status, rows, said = drill(stores, tmp_path, "redis revoke slots", REDIS_URL=f"{url}other")
+    assert (status, rows) == (1, []) and "Redis does not take what begins with nz:drill-" in said and "~nz:* &nz:*" in said
+
+
+@contextmanager
+def drill_under_way(stores: TestStores, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    told = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "TMPDIR": str(folder)}
+    command = [sys.executable, "-m", "gateway", "drill", "--only", "bytes killed"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment(told), **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("bytes")
+        yield process
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(child) for child in children.read_text().split()]
+
+
+def names_in_redis(stores: TestStores) -> list[bytes]:
+    with stores.client() as redis:
+        return list(redis.scan_iter("nz:drill-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_drill_that_is_stopped_leaves_nothing(stores: TestStores, tmp_path: Path, number: signal.Signals) -> None:
+    with drill_under_way(stores, tmp_path) as process:
+        assert len(workers_of(process)) >= 2 and names_in_redis(stores)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    assert (process.returncode, "the drill was stopped" in said) == (1, True), said
+    assert names_in_redis(stores) == [] and not list(tmp_path.glob("nz-drill-*"))
+    assert states_of_keys(stores, tmp_path) == {"revoked"}
+
+
+def test_of_a_drill_that_was_killed_the_gateways_end_and_the_next_removes_the_names(stores: TestStores, tmp_path: Path) -> None:
+    with drill_under_way(stores, tmp_path) as process:
+        workers = workers_of(process)
+        process.kill()
+    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 20)
+    left = names_in_redis(stores)
+    assert left
+    # The keys have ten minutes; so have the names.
+    old = [re.sub(rb"nz:drill-\d+", b"nz:drill-1", name) for name in left]
+    with stores.client() as redis:
+        for name, new in zip(left, old, strict=True):
+            redis.rename(name, new)
+        redis.set(b"nz:drilled:by another", b"")
+    [folder] = tmp_path.glob("nz-drill-*")
+    os.utime(folder, (1, 1))
+    drill(stores, tmp_path, "dialect", TMPDIR=str(tmp_path))
+    assert names_in_redis(stores) == [] and not folder.exists()
+    with stores.client() as redis:
+        assert redis.exists(b"nz:drilled:by another")

@@ -1,0 +1,287 @@
+"""The dashboard in a real browser: what it shows, what it does, and that nothing said by others does anything."""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect
+
+from gateway.auth import key_store
+from gateway.pages import static
+from tests.conftest import StartGateway
+from tests.support.browser import WIDTHS, page_of
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import until
+from tests.support.running import RunningGateway
+
+MODEL = "llama3.2:latest"
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}
+XSS = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+LARGEST_PAGE = 100_000
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha, beta, DASHBOARD_ENABLED="true")
+
+
+@pytest.fixture
+def admin(gateway: RunningGateway) -> str:
+    return gateway.key(name="ops", flags=(key_store.ADMIN,))
+
+
+def enter(page: Page, gateway: RunningGateway, key: str) -> None:
+    page.goto(f"{gateway.url}/dashboard")
+    page.fill("#key", key)
+    page.click("#enter button")
+
+
+def confirm(page: Page) -> None:
+    page.click("#confirm")
+    expect(page.locator("dialog")).not_to_be_visible()
+
+
+def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    with gateway.http() as client:
+        for path in static.DASHBOARD:
+            here, nowhere = client.get(path), client.get("/nowhere")
+            assert (here.status_code, here.content) == (404, nowhere.content)
+
+
+def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
+    total = 0
+    with gateway.http() as client:
+        for path in static.DASHBOARD:
+            answer = client.get(path)
+            policy = answer.headers["content-security-policy"]
+            assert "unsafe" not in policy and "default-src 'none'" in policy and "http" not in policy
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            # Namespaces are names; nothing is loaded from them.
+            elsewhere = re.findall(r"(?:https?:)?//[a-z][\w.-]+", answer.text.replace("http://www.w3.org/2000/svg", ""))
+            assert elsewhere == [], path
+            total += len(answer.content)
+    assert total < LARGEST_PAGE
+
+
+def test_only_an_admin_gets_in(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+    with page_of(browser, expecting=["status of 401", "box: 401", "status of 403", "box: 403: this needs"]) as page:
+        enter(page, gateway, "nz_wrong")
+        expect(page.locator("#problem")).to_contain_text("401")
+        enter(page, gateway, gateway.key())
+        expect(page.locator("#problem")).to_contain_text("403: this needs a key with the role admin")
+        expect(page.locator("#overview")).not_to_be_visible()
+        enter(page, gateway, admin)
+        expect(page.locator("#backends tbody tr")).to_have_count(2)
+        page.reload()
+        expect(page.locator("#backends tbody tr")).to_have_count(2)
+        assert page.evaluate("localStorage.length") == 0 and page.context.cookies() == []
+        page.click("#leave")
+        expect(page.locator("#enter")).to_be_visible()
+        assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_a_slash_too_many_and_a_key_without_the_role_are_told_what_to_do(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key()) as client:
+        assert "did you mean /dashboard?" in client.get("/dashboard/").text
+        assert "did you mean" not in client.get("/playground/").text, "it is not enabled"
+        assert "make key NAME=ops ROLE=admin" in client.get("/admin/v1/overview").text
+
+
+def test_no_label_of_a_plot_is_cut(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+    def slow(route: Route) -> None:
+        series = route.fetch().json()
+        middle = datetime.fromisoformat(series["since"]).timestamp() + 900
+        at = middle // series["step_s"] * series["step_s"]
+        numbers = dict.fromkeys(("requests", "refused", "failures", "prompt_tokens", "completion_tokens"), 2174000)
+        route.fulfill(json={**series, "steps": [{**numbers, "at": at, "ttfb_p50_ms": 2174.0, "ttfb_p99_ms": 12174.0}]})
+
+    with page_of(browser) as page:
+        page.route("**/series?*", slow)
+        enter(page, gateway, admin)
+        expect(page.locator("#plots svg")).to_have_count(3)
+        lefts = "all => all.map(text => text.getBoundingClientRect().left - text.closest('svg').getBoundingClientRect().left)"
+        assert min(page.locator("#plots svg text").evaluate_all(lefts)) >= 0
+
+
+def test_numbers_are_live_and_lead_to_their_rows(
+    gateway: RunningGateway, admin: str, alpha: PlayedBackend, browser: Browser
+) -> None:
+    tight = gateway.key(name="tight", rpm=1)
+    alpha.healthy.cached = lambda _: 1
+    with page_of(browser) as page:
+        enter(page, gateway, admin)
+        expect(page.locator("#live")).to_contain_text("live")
+        expect(page.locator("#plots svg")).to_have_count(3)
+        with gateway.http(gateway.key(name="busy")) as busy, gateway.http(tight) as limited:
+            for _ in range(4):
+                busy.post("/api/chat", json=CHAT)
+            assert [limited.post("/api/chat", json=CHAT).status_code for _ in range(3)] == [200, 429, 429]
+        limit = page.locator("#busy-keys").get_by_role("button", name="2 (rpm)")
+        expect(limit).to_be_visible(timeout=20_000)
+        limit.click()
+        expect(page.locator("#rows tbody tr")).to_have_count(2)
+        expect(page.locator("#rows tbody tr").first).to_contain_text("refused:rate_limit_exceeded (rpm)")
+        page.locator("#rows tbody button").first.click()
+        expect(page.locator("dialog pre")).to_contain_text('"status": 429')
+        page.keyboard.press("Escape")
+        page.click("[data-tab=overview]")
+        page.locator("#busy-models").get_by_role("button", name=MODEL).click()
+        expect(page.locator("#rows tbody tr")).to_have_count(7)
+        expect(page.locator("#rows tbody tr").last).to_contain_text("1 (1 cached) + 4")
+        expect(page.locator("#tiles")).to_contain_text("tokens in + out; 5 cached")
+        page.click("[data-tab=overview]")
+        page.click("[data-window='24h']")
+        expect(page.locator("[data-window='24h']")).to_have_attribute("aria-pressed", "true")
+        expect(page.locator("#plots circle").first).to_be_attached()
+
+
+def test_what_is_pressed_twice_makes_one_key_which_is_copied_without_tls_too(
+    gateway: RunningGateway, admin: str, browser: Browser
+) -> None:
+    with page_of(browser) as page:
+        page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+        enter(page, gateway, admin)
+        page.click("[data-tab=keys]")
+        page.click("#make-key")
+        page.fill("[name=name]", "once")
+        page.evaluate("for (const _ of [1, 2, 3]) document.getElementById('save').click()")
+        made = page.locator("#new-key").inner_text()
+        page.get_by_role("button", name="Copy").click()
+        expect(page.get_by_role("button", name="Copied")).to_be_visible()
+        page.get_by_role("button", name="Close").click()
+        page.focus("#find-key")
+        page.keyboard.press("Control+V")
+        expect(page.locator("#find-key")).to_have_value(made)
+    told = [row for row in gateway.audit_rows() if (row["method"], row["route"]) == ("POST", "/admin/v1/keys")]
+    assert [row["status"] for row in told] == [201]
+
+
+def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+    with page_of(browser, expecting=["status of 409", "box: 409: a key named 'ops' exists"]) as page:
+        enter(page, gateway, admin)
+        page.click("[data-tab=keys]")
+        page.click("#make-key")
+        page.fill("[name=name]", "alice")
+        page.fill("[name=models]", "llama3*")
+        page.fill("[name=rpm]", "5")
+        page.click("#save")
+        first = page.locator("#new-key").inner_text()
+        page.get_by_role("button", name="Close").click()
+        with gateway.http(first) as client:
+            assert client.post("/api/chat", json=CHAT).status_code == 200
+        page.fill("#find-key", "alice")
+        alice = page.locator("#all-keys tbody tr").filter(has_text="alice")
+        expect(alice).to_contain_text("rpm 5")
+        alice.get_by_role("button", name="Limits").click()
+        page.fill("[name=rpm]", "unlimited")
+        page.click("#save")
+        confirm(page)
+        expect(alice).to_contain_text("rpm unlimited")
+        alice.get_by_role("button", name="Rotate").click()
+        page.click("#confirm")
+        second = page.locator("#new-key").inner_text()
+        assert second.startswith("nz_") and second != first
+        page.get_by_role("button", name="Close").click()
+        alice.get_by_role("button", name="Revoke").click()
+        page.get_by_role("button", name="Cancel").click()
+        with gateway.http(second) as client:
+            assert client.get("/v1/models").status_code == 200, "nothing happens without a confirmation"
+            alice.get_by_role("button", name="Revoke").click()
+            confirm(page)
+            expect(alice).to_contain_text("revoked")
+            until(lambda: client.get("/v1/models").status_code == 401, 5)
+        page.fill("#find-key", "")
+        page.click("#make-key")
+        page.fill("[name=name]", "ops")
+        page.keyboard.press("Enter")
+        expect(page.locator("#dialog-problem")).to_contain_text("a key named 'ops' exists")
+        expect(page.locator("dialog [name=name]")).to_have_value("ops")
+    gateway.wait_idle()
+    told = [row["detail"] for row in gateway.audit_rows() if row["method"] != "GET" and row["route"].startswith("/admin")]
+    assert [detail.split()[0] for detail in told] == ["make", "limit", "rotate", "revoke", "make"]
+
+
+def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+    with page_of(browser) as page:
+        enter(page, gateway, admin)
+        alpha = page.locator("#backends tbody tr").filter(has_text="alpha")
+        alpha.get_by_role("button", name="Drain").click()
+        confirm(page)
+        expect(alpha).to_contain_text("drained")
+        until(lambda: gateway.rooms.backends["alpha"].is_drained, 5)
+        alpha.get_by_role("button", name="Undrain").click()
+        confirm(page)
+        expect(alpha).not_to_contain_text("drained")
+        alpha.get_by_role("button", name="Probe").click()
+        expect(page.locator("dialog pre")).to_contain_text('"reachable": true')
+        page.keyboard.press("Escape")
+        page.click("#refresh")
+        expect(page.locator("dialog pre")).to_contain_text('"models": 1')
+
+
+def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: PlayedBackend, browser: Browser) -> None:
+    with PlayedBackend(models=[MODEL, XSS], name="alpha") as evil:
+        gateway = start_gateway(evil, beta, DASHBOARD_ENABLED="true")
+        admin = gateway.key(name="ops", flags=(key_store.ADMIN,))
+        with gateway.http(gateway.key(name=XSS), headers={"User-Agent": XSS, "X-Request-ID": "x"}) as client:
+            for model in (XSS, f"unknown {XSS}"):
+                client.post("/api/chat", json={**CHAT, "model": model})
+        with page_of(browser) as page:
+            asked: list[str] = []
+            page.on("request", lambda request: asked.append(request.url))
+            enter(page, gateway, admin)
+            expect(page.locator("#busy-keys")).to_contain_text("<img", timeout=20_000)
+            page.click("[data-tab=keys]")
+            expect(page.locator("#all-keys")).to_contain_text("<img")
+            page.click("[data-tab=audit]")
+            expect(page.locator("#rows")).to_contain_text("<img")
+            page.fill("[name=outcome]", XSS)
+            page.click("#filter button")
+            assert page.locator("main img").count() == page.locator("main script").count() == 0
+            assert {urlsplit(url).netloc for url in asked} == {urlsplit(gateway.url).netloc}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_cut(gateway: RunningGateway, admin: str, width: str, scheme: str, tmp_path: Path, browser: Browser) -> None:
+    with gateway.http(gateway.key(name="a key with quite a long name of its own " * 3)) as client:
+        client.post("/api/chat", json=CHAT)
+    with page_of(browser, width, scheme) as page:
+        enter(page, gateway, admin)
+        expect(page.locator("#live")).to_contain_text("live")
+        for tab in ("overview", "keys", "audit"):
+            page.click(f"[data-tab={tab}]")
+            expect(page.locator(f"#{tab} tbody tr").first).to_be_visible()
+            too_wide = page.evaluate(
+                "[...document.querySelectorAll('main:not([hidden]) *, header *')].filter((node) => node.checkVisibility() && "
+                "node.getBoundingClientRect().right > innerWidth + 1).map((node) => node.outerHTML.slice(0, 90))"
+            )
+            assert too_wide == [], json.dumps(too_wide)
+        assert page.evaluate("getComputedStyle(document.body).colorScheme") == "light dark"
+
+
+def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    others = [{"name": f"backend-{n}", "base_url": f"http://127.0.0.1:{n + 1}", "kind": "ollama"} for n in range(49)]
+    gateway = start_gateway(alpha, *others, DASHBOARD_ENABLED="true")
+    for number in range(1000):
+        gateway.key(name=f"key number {number}")
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key(name="ops", flags=(key_store.ADMIN,)))
+        expect(page.locator("#backends tbody tr")).to_have_count(50)
+        page.click("[data-tab=keys]")
+        expect(page.locator("#keys-shown")).to_contain_text("200 of 1,001 keys")
+        page.fill("#find-key", "number 77")
+        expect(page.locator("#all-keys tbody tr")).to_have_count(11)
+
+
+def test_a_revoked_admin_sees_no_more(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+    with page_of(browser, expecting=["status of 401", "box: 401"]) as page:
+        enter(page, gateway, admin)
+        expect(page.locator("#live")).to_contain_text("live")
+        gateway.call(gateway.ring().revoke("ops"))
+        expect(page.locator("#problem")).to_contain_text("401", timeout=15_000)
+        expect(page.locator("#enter")).to_be_visible()

@@ -1,0 +1,249 @@
+"""What the API's document says is what the gateway is: each route, body and sample; and the page that shows it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from playwright.sync_api import Browser, Page, expect
+
+from gateway import app
+from gateway.admin.api import AdminRoute
+from gateway.auth import key_store
+from gateway.core import strict_json
+from gateway.pages import samples, static
+from gateway.pages.openapi import FOLDER
+from gateway.proxy import passthrough
+from tests.conftest import StartGateway
+from tests.support.browser import WIDTHS, page_of
+from tests.support.played.backend import PlayedBackend
+from tests.support.preloaded import Preloaded
+from tests.support.processes import environment
+from tests.support.running import RunningGateway
+
+MODEL = "llama3.2:latest"
+TOKEN = "a-token-of-metrics"
+LARGEST_PAGE = 100_000
+EVERYTHING = {"DOCS_ENABLED": "true", "DASHBOARD_ENABLED": "true", "PLAYGROUND_ENABLED": "true", "METRICS_TOKEN": TOKEN}
+Run = Callable[[str], tuple[int, str]]
+MODULES = Path(__file__).parent / "modules.mjs"
+# What runs a sample, by its language; it is read from its standard input.
+RUNS = {"curl": ["sh"], "Python": [sys.executable, "-"], "JavaScript": ["node", "--input-type=module"]}
+# The played backend has no account and no searches: that it refuses is passed on.
+REFUSED = {
+    "GET /api/status",
+    "POST /api/me",
+    "POST /api/signout",
+    "POST /api/experimental/web_search",
+    "POST /api/experimental/web_fetch",
+    "GET /api/experimental/model-recommendations",
+}
+UNENDING = "GET /admin/v1/events"
+SOME_ID = "k5yq2mxa"
+# What ends a thing that other samples name.
+LAST = ["DELETE /api/delete", "DELETE /admin/v1/keys/{id}"]
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
+    with PlayedBackend(models=[MODEL, "alice/llama3.2:latest"], name="ollama") as backend:
+        yield start_gateway(backend, **EVERYTHING)
+
+
+def document_of(gateway: RunningGateway) -> dict[str, Any]:
+    with gateway.http() as client:
+        found: dict[str, Any] = client.get("/openapi.json").json()
+    return found
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By `METHOD /path`."""
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def test_it_is_right_by_the_specification(gateway: RunningGateway) -> None:
+    OpenAPIV31SpecValidator(document_of(gateway)).validate()
+
+
+def test_every_route_is_in_it_and_no_other(gateway: RunningGateway) -> None:
+    found = operations(document_of(gateway))
+    assert found.keys() == strict_json.read_loosely((FOLDER / "routes.json").read_bytes()).keys()
+    admin = app.admin_api_of(gateway.settings, gateway.rooms).routes(None, gateway.rooms.watch, gateway.rooms.bodies)  # type: ignore[arg-type]
+    calls = {f"POST {operation.path}" for dialect in app.dialects().values() for operation in dialect.operations}
+    verbs = {f"{method} {path}" for method, path in passthrough.ROUTES}
+    assert found.keys() >= {f"{method} {path}" for method, path in admin} | calls | verbs
+    for line in found:
+        method, _, path = line.partition(" ")
+        with gateway.http() as client:
+            where = path.format(id="x", name="x", digest="sha256:" + "0" * 64)
+            known = client.request(method, where).status_code
+            assert known != 405 and (known != 404 or path == "/metrics"), line
+
+
+def test_only_what_is_there_is_in_it(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    found = operations(document_of(start_gateway(alpha, DOCS_ENABLED="true"))).keys()
+    assert "GET /docs" in found and not {"GET /dashboard", "GET /playground", "GET /metrics"} & found
+
+
+def test_bodies_have_the_names_that_the_gateway_takes(gateway: RunningGateway) -> None:
+    document = document_of(gateway)
+    schemas, found = document["components"]["schemas"], operations(document)
+    admin = app.admin_api_of(gateway.settings, gateway.rooms).routes(None, gateway.rooms.watch, gateway.rooms.bodies)  # type: ignore[arg-type]
+    for (method, path), route in admin.items():
+        if isinstance(route, AdminRoute) and route.has_body:
+            body = schemas[name_of_body(found[f"{method} {path}"])]
+            assert (body["properties"].keys(), body["additionalProperties"]) == (set(route.takes), False)
+    for dialect in app.dialects().values():
+        for operation in dialect.operations:
+            body = schemas[name_of_body(found[f"POST {operation.path}"])]
+            assert body["properties"].keys() <= dialect.known_fields | {"verbose"}, operation.path
+            assert "model" in body["required"]
+            assert ("stream" in body["properties"]) is (operation.streaming != "never")
+
+
+def name_of_body(operation: dict[str, Any]) -> str:
+    reference: str = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    return reference.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("language", RUNS)
+@pytest.mark.timeout(240)
+def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> None:
+    if shutil.which(RUNS[language][0]) is None or (language == "curl" and shutil.which("curl") is None):
+        pytest.skip(f"{language} is not on this machine")
+    flags = (key_store.ADMIN, key_store.ADMIN_MODELS)
+    known = {"GATEWAY_KEY": gateway.key(name="ops", flags=flags), "METRICS_TOKEN": TOKEN, **environment({})}
+    alice = gateway.key(name="alice")
+    with gateway.http(alice) as client:
+        client.get("/api/tags", headers={"X-Request-ID": "my-request-1"})
+    gateway.audit_rows()
+    found = operations(document_of(gateway))
+    with RUNNERS[language](known) as run:
+        # What uploads a thing comes before what looks for it.
+        for line in sorted(found, key=lambda line: (line in LAST, line.startswith("HEAD"))):
+            (sample,) = [one["source"] for one in found[line]["x-codeSamples"] if one["label"] == language]
+            sample = sample.replace(samples.BASE, gateway.url).replace(SOME_ID, alice.split("_")[1])
+            status, said = begin(language, sample, known) if line == UNENDING else run(sample)
+            if line in REFUSED:
+                assert status != 0 and "404" in said, (line, said)
+            else:
+                assert status == 0 and (said or line.startswith(("POST /api/", "HEAD", "DELETE"))), (line, said)
+
+
+@contextmanager
+def shell(known: dict[str, str]) -> Iterator[Run]:
+    def run(sample: str) -> tuple[int, str]:
+        # Without it curl is content with any status.
+        script = f'curl() {{ command curl --fail-with-body "$@"; }}\n{sample}'
+        done = subprocess.run(["sh"], env=known, input=script, capture_output=True, text=True, timeout=30, check=False)
+        return done.returncode, done.stdout + (done.stderr if done.returncode else "")
+
+    yield run
+
+
+@contextmanager
+def python(known: dict[str, str]) -> Iterator[Run]:
+    with Preloaded("requests", "openai", "ollama") as preloaded:
+
+        def run(sample: str) -> tuple[int, str]:
+            done = preloaded.run("", (), Path(), known, said=sample)
+            return done.returncode, done.stdout + (done.stderr if done.returncode else "")
+
+        yield run
+
+
+@contextmanager
+def node(known: dict[str, str]) -> Iterator[Run]:
+    command = ["node", str(MODULES)]
+    with subprocess.Popen(command, env=known, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        to_it, from_it = process.stdin, process.stdout
+
+        def run(sample: str) -> tuple[int, str]:
+            to_it.write(json.dumps(sample) + "\n")
+            to_it.flush()
+            status, said, wrong = json.loads(from_it.readline())
+            return status, said + wrong
+
+        yield run
+        to_it.close()
+
+
+RUNNERS: dict[str, Callable[[dict[str, str]], AbstractContextManager[Run]]] = {
+    "curl": shell,
+    "Python": python,
+    "JavaScript": node,
+}
+
+
+def begin(language: str, sample: str, known: dict[str, str]) -> tuple[int, str]:
+    """Of what does not end: what it says first; then it is stopped."""
+    with subprocess.Popen(RUNS[language], env=known, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
+        assert started.stdin is not None and started.stdout is not None
+        started.stdin.write(sample)
+        started.stdin.close()
+        said = started.stdout.readline()
+        started.kill()
+        return (0 if said.startswith("data: {") else 1), said
+
+
+def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    with start_gateway(alpha).http() as client:
+        nowhere = client.get("/nowhere")
+        for path in [*static.DOCS, "/openapi.json"]:
+            assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
+
+
+def test_the_page_is_small_and_under_the_policy(gateway: RunningGateway) -> None:
+    with gateway.http() as client:
+        answers = [client.get(path) for path in static.DOCS]
+    assert sum(len(answer.content) for answer in answers) < LARGEST_PAGE
+    assert {answer.headers["content-security-policy"] for answer in answers} == {static.POLICY}
+
+
+def opened(page: Page, gateway: RunningGateway, operation: str) -> Any:
+    page.goto(f"{gateway.url}/docs#{operation}")
+    return page.locator(f"#{operation}")
+
+
+def test_the_page_shows_every_operation_and_asks_nobody_else(gateway: RunningGateway, browser: Browser) -> None:
+    found = operations(document_of(gateway))
+    asked: list[str] = []
+    with page_of(browser) as page:
+        page.on("request", lambda request: asked.append(request.url))
+        line = opened(page, gateway, "post_v1_chat_completions")
+        expect(line.locator("pre")).to_contain_text(f"curl {gateway.url}/v1/chat/completions")
+        line.get_by_role("button", name="Python").click()
+        expect(line.locator("pre")).to_contain_text("client.chat.completions.create")
+        assert page.locator(".line").count() == len(found)
+        for box in page.locator(".line > summary").all()[1:]:
+            box.click()
+        # The language that was chosen is that of all samples.
+        assert page.locator("pre", has_text="curl ").count() == 0
+        for fold in page.locator(".operation details:not([open]) > summary").all()[:40]:
+            fold.click()
+        assert "[object" not in page.inner_text("#document") and "undefined" not in page.inner_text("#document")
+        page.fill("#find", "keys rotate")
+        expect(page.locator(".line:visible")).to_have_count(1)
+        assert all(url.startswith(gateway.url) for url in asked)
+
+
+def test_the_page_fits_a_phone(gateway: RunningGateway, browser: Browser) -> None:
+    for scheme in ("light", "dark"):
+        with page_of(browser, "phone", scheme) as page:
+            line = opened(page, gateway, "get_admin_v1_audit")
+            expect(line.locator("pre")).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS["phone"][0]
+            if folder := os.environ.get("SCREENSHOTS"):
+                page.screenshot(path=Path(folder) / f"docs-phone-{scheme}.png", full_page=True)

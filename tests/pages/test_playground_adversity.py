@@ -1,0 +1,301 @@
+"""The playground against odd answers and hasty hands: it never hangs, loses nothing, and stays where the user is."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.conftest import StartGateway
+from tests.pages.test_playground import CHAT, MODEL, PIXEL, ask, chunks, enter, saying
+from tests.support.browser import page_of
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import until
+from tests.support.running import RunningGateway
+from tests.support.scripts import Step, answer, sse, stream
+
+STORMS = {
+    "quotes": ">" * 10_000,
+    "emphasis": "*a " * 22_000,
+    "brackets": "[" * 60_000,
+    "links": "[a](http://" * 6_000,
+    "ticks": "".join("`" * (n % 90 + 1) + " " for n in range(1_500)),
+    "tables": "|a|b|\n|-|-|\n" * 5_000,
+    "lists": "- " * 20_000 + "a",
+    "nested lists": "\n".join("  " * n + "- a" for n in range(300)),
+}
+BEAT = (
+    "window.worst = 0; let last = performance.now(); setInterval(() => { const now = performance.now();"
+    " window.worst = Math.max(window.worst, now - last); last = now; }, 10)"
+)
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha, beta, PLAYGROUND_ENABLED="true")
+
+
+def in_pieces(text: str, size: int, pause_s: float = 0.0) -> list[Step]:
+    return saying(*({"content": text[at : at + size]} for at in range(0, len(text), size)), pause_s=pause_s)
+
+
+def is_done(page: Page) -> None:
+    expect(page.locator("#send")).to_be_enabled(timeout=30_000)
+    expect(page.locator(".answer").last).not_to_have_attribute("aria-busy", "true")
+
+
+def test_no_text_of_a_model_freezes_the_page(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    """Measured against plain words of the same length in the same page: the machine's speed cancels out."""
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        page.evaluate(BEAT)
+        worst: dict[str, float] = {}
+        for name, text in {"plain": "some plain words. " * 4_000, **STORMS}.items():
+            page.click("#clear")
+            alpha.play_once(CHAT, in_pieces(text, 8_000))
+            page.evaluate("window.worst = 0")
+            ask(page, name)
+            is_done(page)
+            expect(page.locator(".said")).not_to_be_empty()
+            worst[name] = page.evaluate("window.worst")
+        floor = max(worst.pop("plain"), 50)
+        assert {name: ms for name, ms in worst.items() if ms > 40 * floor} == {}, (floor, worst)
+
+
+def test_nothing_of_a_text_is_lost_in_its_nesting(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        alpha.play_once(CHAT, in_pieces(">" * 10_000 + " the end", 5_000))
+        ask(page, "deep")
+        is_done(page)
+        expect(page.locator(".said")).to_contain_text("the end")
+
+
+def test_a_done_inside_the_text_is_text(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    alpha.play_once(CHAT, saying({"content": "data: [DONE]\n\n"}, {"content": "[DONE]"}, {"content": " and more"}))
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        ask(page, "What ends a stream?")
+        is_done(page)
+        expect(page.locator(".said")).to_contain_text("[DONE] and more")
+
+
+def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    alpha.play_once(CHAT, in_pieces("x" * 400, 1, pause_s=0.05))
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        ask(page, "Count.")
+        expect(page.locator(".said")).to_contain_text("xx")
+        assert page.get_by_role("button", name="Edit").count() == page.get_by_role("button", name="Retry").count() == 0
+        page.fill("#prompt", "too early")
+        page.press("#prompt", "Enter")
+        expect(page.locator("#prompt")).to_have_value("too early")
+        page.click("#stop")
+        is_done(page)
+        until(lambda: gateway.rooms.backends["alpha"].in_flight == 0, 5)
+        assert len(alpha.calls(CHAT)) == 1
+        expect(page.get_by_role("button", name="Retry")).to_be_visible()
+
+
+def test_start_anew_ends_what_runs(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    alpha.play_once(CHAT, in_pieces("x" * 400, 1, pause_s=0.05))
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        ask(page, "Count.")
+        expect(page.locator(".said")).to_contain_text("xx")
+        page.click("#clear")
+        expect(page.locator(".turn")).to_have_count(0)
+        expect(page.locator("#send")).to_be_enabled()
+        until(lambda: gateway.rooms.backends["alpha"].in_flight == 0, 5)
+        ask(page, "Hello")
+        is_done(page)
+        expect(page.locator(".turn")).to_have_count(1)
+
+
+def test_what_is_selected_and_scrolled_stays_while_it_grows(
+    gateway: RunningGateway, alpha: PlayedBackend, browser: Browser
+) -> None:
+    code = "```\n" + "\n".join(f"line {n}" for n in range(200)) + "\n```\n\nfirst words here\n\n"
+    alpha.play_once(CHAT, saying({"content": code}, *({"content": f"more {n} "} for n in range(60)), pause_s=0.05))
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        ask(page, "Code, please.")
+        expect(page.locator(".said")).to_contain_text("more 2 ")
+        page.evaluate("document.querySelector('.said pre').scrollTop = 120")
+        page.evaluate("getSelection().selectAllChildren(document.querySelector('.said p'))")
+        expect(page.locator(".said")).to_contain_text("more 25 ")
+        assert page.evaluate("getSelection().toString()").strip() == "first words here"
+        assert page.evaluate("document.querySelector('.said pre').scrollTop") == 120
+        page.click("#stop")
+
+
+def test_the_focus_stays_with_who_types(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    alpha.play_once(CHAT, in_pieces("x" * 30, 1, pause_s=0.05))
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        page.locator("summary").first.click()
+        ask(page, "Go")
+        page.click("#system")
+        page.keyboard.type("Be kind, and take your time.", delay=40)
+        is_done(page)
+        page.keyboard.type("!")
+        expect(page.locator("#system")).to_have_value("Be kind, and take your time.!")
+        alpha.play_once(CHAT, in_pieces("x" * 400, 1, pause_s=0.05))
+        page.get_by_role("button", name="Retry").press("Enter")
+        expect(page.locator("#stop")).to_be_focused()
+        page.keyboard.press("Enter")
+        is_done(page)
+        expect(page.locator("#prompt")).to_be_focused()
+
+
+def test_a_countdown_ends_when_the_gateway_said(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    """It is the time of the answer that counts, not when it was last drawn."""
+    told = {"error": {"message": "Slow down.", "type": "rate_limit_error"}}
+    with page_of(browser, expecting=["status of 429", "box: 429: Slow down.$"]) as page:
+        enter(page, gateway, gateway.key())
+        page.route(f"**{CHAT}", lambda route: route.fulfill(status=429, json=told, headers={"Retry-After": "3"}), times=1)
+        began = time.monotonic()
+        ask(page, "Hello")
+        again = page.get_by_role("button", name="Try again")
+        expect(again).to_be_disabled()
+        page.wait_for_timeout(1_500)
+        ask(page, "Something else")
+        expect(page.locator(".answer")).to_have_count(2)
+        expect(again).to_be_enabled(timeout=15_000)
+        assert time.monotonic() - began < 6
+        again.click()
+        expect(page.locator(".turn")).to_have_count(1)
+        is_done(page)
+        expect(page.locator(".answer .bad")).to_have_count(0)
+
+
+def test_forget_the_key_forgets_all(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        page.locator("summary").first.click()
+        page.fill("#system", "my system words")
+        ask(page, "my prompt words")
+        is_done(page)
+        page.fill("#prompt", "my next words")
+        page.click("[data-tab=embed]")
+        page.fill("#texts", "my embedded words")
+        page.click("#leave")
+        held = "document.documentElement.outerHTML + [...document.querySelectorAll('input, textarea')].map((one) => one.value)"
+        assert "my " not in str(page.evaluate(held)).replace("stays in this tab", "")
+        assert page.evaluate("sessionStorage.length + localStorage.length") == 0
+
+
+def test_a_picture_goes_to_models_that_see_and_can_be_taken_back(
+    gateway: RunningGateway, alpha: PlayedBackend, tmp_path: Path, browser: Browser
+) -> None:
+    picture, words = tmp_path / "pixel.png", tmp_path / "words.txt"
+    picture.write_bytes(PIXEL)
+    words.write_text("no picture")
+    see = answer(200, {"capabilities": ["completion", "vision"], "details": {}, "model_info": {}})
+    blind = answer(200, {"capabilities": ["completion"], "details": {}, "model_info": {}})
+    alpha.play("/api/show", lambda asked: see if asked.json["model"] == MODEL else blind)
+    alpha.healthy.models.append("qwen3:8b")
+    with page_of(browser, expecting=["box: words.txt is no picture"]) as page:
+        gateway.call(gateway.rooms.discovery.refresh())
+        enter(page, gateway, gateway.key())
+        page.select_option("#model", MODEL)
+        page.select_option("#second", "qwen3:8b")
+        page.set_input_files("#picture", words)
+        expect(page.locator("#problem")).to_contain_text("words.txt is no picture")
+        page.set_input_files("#picture", picture)
+        page.get_by_role("button", name="Remove").click()
+        expect(page.locator("#pictures img")).to_have_count(0)
+        page.set_input_files("#picture", picture)
+        ask(page, "What is it?")
+        is_done(page)
+        expect(page.get_by_text("without the picture, which this model cannot see")).to_have_count(1)
+    sent = {call.json["model"]: call.json["messages"][-1]["content"] for call in alpha.calls(CHAT)}
+    assert isinstance(sent[MODEL], list) and sent["qwen3:8b"] == "What is it?"
+
+
+def test_what_an_error_says_can_be_traced(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    with page_of(browser, expecting=["status of 400", "box: 400: Too warm."]) as page:
+        enter(page, gateway, gateway.key())
+        alpha.play_once(CHAT, answer(400, {"error": {"message": "Too warm.", "type": "invalid_request_error"}}))
+        with page.expect_response(f"**{CHAT}") as told:
+            ask(page, "Hello")
+        is_done(page)
+        expect(page.locator(".answer .bad")).to_have_text("400: Too warm.")
+        expect(page.locator(".facts")).to_contain_text(f"request {told.value.headers['x-request-id']}")
+
+
+def test_facts_say_only_what_is_known(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+    frames = [*chunks({"content": "one"})[:-1], {"choices": [], "usage": {"prompt_tokens": 3}}]
+    alpha.play_once(CHAT, stream(sse(frames)))
+    with page_of(browser) as page:
+        enter(page, gateway, gateway.key())
+        ask(page, "Hello")
+        is_done(page)
+        expect(page.locator(".facts")).to_contain_text("3 + ? tokens")
+        assert "tokens/s" not in page.locator(".facts").inner_text()
+        alpha.play_once(CHAT, saying({"content": "all in one piece"}))
+        ask(page, "Hello")
+        is_done(page)
+        told = page.locator(".facts").last.inner_text()
+        assert "3 + 5 tokens" in told and "tokens/s" not in told and "Infinity" not in told
+
+
+def test_the_copied_curl_runs_with_a_large_picture(
+    gateway: RunningGateway, alpha: PlayedBackend, tmp_path: Path, browser: Browser
+) -> None:
+    """A shell takes 128 KiB in one word: the body must not be one."""
+    picture = tmp_path / "large.png"
+    picture.write_bytes(PIXEL + b"'\"$`\n" * 30_000)
+    alpha.play("/api/show", lambda _: answer(200, {"capabilities": ["vision"], "details": {}, "model_info": {}}))
+    key = gateway.key()
+    with page_of(browser) as page:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=gateway.url)
+        enter(page, gateway, key)
+        page.set_input_files("#picture", picture)
+        ask(page, "It's a 'quoted' $word `and` more\nEND\n")
+        is_done(page)
+        page.get_by_role("button", name="Copy as curl").click()
+        command = str(page.evaluate("navigator.clipboard.readText()"))
+    script = tmp_path / "pasted"
+    script.write_text(command)
+    done = subprocess.run(
+        ["sh", script], check=True, env={"KEY": key, "PATH": "/usr/bin:/bin"}, capture_output=True, timeout=20
+    )
+    assert b"[DONE]" in done.stdout, done.stderr[-300:]
+    first, second = (call.json for call in alpha.calls(CHAT)[-2:])
+    assert first == second and len(command) > 150_000
+
+
+def test_a_key_no_header_can_carry(gateway: RunningGateway, browser: Browser) -> None:
+    with page_of(browser, expecting=["box: This is no key"]) as page:
+        enter(page, gateway, "ключ")
+        expect(page.locator("#problem")).to_contain_text("This is no key")
+
+
+MARKDOWN = {
+    "a_b_c and 2 * 3 * 4": "<p>a_b_c and 2 * 3 * 4</p>",
+    "***both***": "<p><strong><em>both</em></strong></p>",
+    "1. one\n2. two\n   - in\n": '<ol start="1"><li>one</li><li>two<ul><li>in</li></ul></li></ol>',
+    "`a **b**`": "<p><code>a **b**</code></p>",
+    "~~~\n# no heading\n~~~": '<pre tabindex="0"><code># no heading</code></pre>',
+    "\\*not\\*": "<p>*not*</p>",
+    "> a\n> b": "<blockquote><p>a<br>b</p></blockquote>",
+    "#hashtag": "<p>#hashtag</p>",
+    "[x](ftp://a)": "<p>[x](ftp://a)</p>",
+}  # fmt: skip
+
+
+def test_markdown_as_models_write_it(gateway: RunningGateway, browser: Browser) -> None:
+    made = """async (words) => {
+      const { Growing } = await import('/playground/markdown.js');
+      const grown = document.createElement('div'), once = document.createElement('div'), growing = new Growing(grown);
+      for (let n = 1; n <= words.length; n += 1) growing.show(words.slice(0, n));
+      new Growing(once).show(words);
+      return [grown.innerHTML, once.innerHTML];
+    }"""
+    with page_of(browser) as page:
+        page.goto(f"{gateway.url}/playground")
+        for words, expected in MARKDOWN.items():
+            grown, at_once = page.evaluate(made, words)
+            assert grown == at_once == expected, words

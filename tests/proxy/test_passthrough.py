@@ -1,0 +1,128 @@
+"""The verbs that change a backend: for flagged keys alone, to the backend they name, passed through as they come."""
+
+import hashlib
+import json
+
+import httpx
+import pytest
+
+from gateway.auth.key_store import ADMIN_MODELS, SHOW_BACKEND
+from gateway.proxy.passthrough import ROUTES
+from tests.conftest import StartGateway
+from tests.support.asking import WAYS
+from tests.support.played.backend import PlayedBackend
+from tests.support.running import RunningGateway
+from tests.support.scripts import Head, Piece, Reset
+
+MODEL = "llama3.2:latest"
+BLOB = b"weights" * 100_000
+DIGEST = f"sha256:{hashlib.sha256(BLOB).hexdigest()}"
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha, beta)
+
+
+@pytest.mark.parametrize(("method", "route"), ROUTES)
+def test_every_verb_is_refused_without_the_flag_and_without_a_key(
+    gateway: RunningGateway, alpha: PlayedBackend, method: str, route: str
+) -> None:
+    path = route.replace("{digest}", DIGEST)
+    before = len(alpha.requests)
+    with gateway.http(gateway.key()) as client:
+        assert client.request(method, path, content=b'{"model":"x"}').status_code == 403
+    with gateway.http() as client:
+        assert client.request(method, path, content=b'{"model":"x"}').status_code == 401
+    assert len(alpha.requests) == before
+
+
+def test_a_pull_streams_from_the_first_backend_and_the_model_is_there_at_once(
+    gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend
+) -> None:
+    client = gateway.ollama(gateway.admin_key())
+    assert [progress.status for progress in client.pull("new-model", stream=True)][-1] == "success"
+    assert alpha.calls("/api/pull") and not beta.calls("/api/pull")
+    gateway.wait_idle()
+    gateway.call(gateway.rooms.discovery.refresh())
+    assert "new-model:latest" in gateway.rooms.discovery.catalog.models
+
+
+def test_a_header_names_another_backend(gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+    with gateway.http(gateway.admin_key(), headers={"X-Gateway-Backend": "beta"}) as client:
+        assert client.post("/api/copy", json={"source": MODEL, "destination": "copy"}).status_code == 200
+        assert client.request("DELETE", "/api/delete", json={"model": "copy"}).status_code == 200
+    assert beta.calls("/api/copy") and beta.calls("/api/delete") and not alpha.calls("/api/copy")
+    with gateway.http(gateway.admin_key(), headers={"X-Gateway-Backend": "gamma"}) as client:
+        got = client.post("/api/copy", json={"source": MODEL, "destination": "copy"})
+        assert got.status_code == 400 and "X-Gateway-Backend" in got.json()["error"]
+
+
+def test_a_backends_own_error_comes_through(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.admin_key()) as client:
+        assert client.request("DELETE", "/api/delete", json={"model": "absent"}).status_code == 404
+
+
+def test_only_what_may_have_changed_a_model_makes_the_list_be_asked_again(
+    gateway: RunningGateway, alpha: PlayedBackend
+) -> None:
+    """A list that hangs holds up nobody whose change was refused."""
+    with gateway.http(gateway.admin_key()) as client:
+        asked = len(alpha.calls("/api/tags"))
+        assert client.request("DELETE", "/api/delete", json={"model": "absent"}).status_code == 404
+        alpha.play("/api/copy", [Reset()])
+        assert client.post("/api/copy", json={"source": MODEL, "destination": "copy"}).status_code == 502
+        assert client.post("/api/copy", content=b"no JSON").status_code == 400
+        assert len(alpha.calls("/api/tags")) == asked
+        alpha.play("/api/copy", None)
+        assert client.post("/api/copy", json={"source": MODEL, "destination": "copy"}).status_code == 200
+        assert len(alpha.calls("/api/tags")) == asked + 1
+
+
+def test_a_blob_larger_than_any_body_limit_is_streamed(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    with gateway.http(gateway.admin_key()) as client:
+        assert client.head(f"/api/blobs/{DIGEST}").status_code == 404
+        assert client.post(f"/api/blobs/{DIGEST}", content=BLOB).status_code in (200, 201)
+        assert client.head(f"/api/blobs/{DIGEST}").status_code == 200
+        assert client.post("/api/blobs/../../etc", content=b"x").status_code in (400, 404)
+        assert client.post("/api/blobs/sha256:zz", content=b"x").status_code == 400
+    posted = next(request for request in alpha.requests if request.method == "POST" and "/api/blobs" in request.path)
+    assert posted.body == BLOB
+
+
+def test_strict_reading_holds_for_admins_too(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    with gateway.http(gateway.admin_key()) as client:
+        for body in (b'{"model":"a","Model":"b"}', b'{"model":"a","model":"b"}', b'{"model":"a"} x'):
+            assert client.post("/api/pull", content=body).status_code == 400
+    assert not alpha.calls("/api/pull")
+
+
+def test_a_pull_that_breaks_off_says_so(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    line = b'{"status":"pulling manifest"}\n'
+    alpha.play("/api/pull", [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), Piece(line), Reset()])
+    with gateway.http(gateway.admin_key()) as client:
+        got = client.post("/api/pull", json={"model": "x"})
+    assert got.content.startswith(line) and json.loads(got.content.splitlines()[-1])["error"]
+
+
+def test_no_backend_for_admin_verbs(start_gateway: StartGateway) -> None:
+    with PlayedBackend("openai", ["x"], name="beta") as beta:
+        gateway = start_gateway(beta)
+        with gateway.http(gateway.admin_key()) as client:
+            assert client.post("/api/pull", json={"model": "x"}).status_code == 400
+
+
+def test_flagged_keys_see_which_backend_answered(gateway: RunningGateway) -> None:
+    with gateway.http(gateway.key(flags=(SHOW_BACKEND,))) as client:
+        assert client.post("/api/chat", json=WAYS[0].body).headers["x-gateway-backend"] == "alpha"
+    with gateway.http(gateway.key()) as client:
+        got: httpx.Response = client.post("/api/chat", json=WAYS[0].body)
+        assert "x-gateway-backend" not in got.headers
+
+
+def test_what_is_refused_was_tried_nowhere(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    with gateway.http(gateway.key(flags=(ADMIN_MODELS,), rpm=0)) as client:
+        assert client.post("/api/pull", json={"model": "new"}).status_code == 429
+    [row] = gateway.audit_rows()
+    assert (row["outcome"], row["backend"]) == ("refused:rate_limit_exceeded", "")
+    assert not alpha.calls("/api/pull")

@@ -1,0 +1,268 @@
+"""Bodies that do not end: what has come of them is bounded for each key and for all, and given back on every path."""
+
+import asyncio
+import gc
+import json
+import socket
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from gateway.audit.record import Record
+from gateway.auth.key_store import ADMIN, ADMIN_MODELS
+from gateway.core.cancel_scope import Guard
+from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
+from gateway.proxy.body import Bodies, check_head
+from tests.conftest import StartGateway
+from tests.support.asking import MODEL, SAY_HI
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import until
+from tests.support.running import RunningGateway
+
+LARGEST = 50_000
+# One key may hold four of the largest, all keys sixteen.
+BODY = json.dumps({"model": MODEL, "messages": SAY_HI, "stream": False}).encode().ljust(LARGEST)
+BEGUN = LARGEST - 1000
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
+    for name in ("MOST_OF_A_KEY", "MOST"):
+        monkeypatch.setattr(f"gateway.proxy.body.{name}", 0)
+    return start_gateway(alpha, MAX_REQUEST_BODY_BYTES=str(LARGEST))
+
+
+def used(gateway: RunningGateway) -> int:
+    return gateway.rooms.bodies.unfinished.used
+
+
+def test_blanks_behind_a_length_are_none_of_it() -> None:
+    for value in (b"47 ", b"47\t", b" 47"):
+        check_head({"headers": [(b"content-length", value)]}, 47)
+        with pytest.raises(BodyTooLarge):
+            check_head({"headers": [(b"content-length", value)]}, 46)
+
+
+class Sender:
+    """A client whose request's body comes as slowly as it likes."""
+
+    def __init__(self, gateway: RunningGateway, key: str, route: str = "POST /api/chat", framing: str = "") -> None:
+        self._socket = socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])), timeout=10)
+        framing = framing or f"Content-Length: {LARGEST}"
+        self.send(f"{route} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n{framing}\r\n\r\n".encode())
+
+    def send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def answer(self) -> tuple[int, dict[bytes, bytes], Any, bool]:
+        """Status, headers and JSON of the answer, and whether the connection ended with it."""
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += self._receive()
+        head, _, body = received.partition(b"\r\n\r\n")
+        lines = [line.partition(b": ") for line in head.split(b"\r\n")]
+        headers = {name: value for name, _, value in lines}
+        while len(body) < int(headers[b"content-length"]):
+            body += self._receive()
+        ends = headers.get(b"connection") == b"close" and self._socket.recv(1) == b""
+        return int(head[9:12]), headers, json.loads(body), ends
+
+    def _receive(self) -> bytes:
+        piece = self._socket.recv(65_536)
+        assert piece, "the connection ended without an answer"
+        return piece
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@contextmanager
+def senders(gateway: RunningGateway) -> Iterator[Callable[..., Sender]]:
+    """Each has sent the beginning of a body, and the gateway has it, or has refused it."""
+    with ExitStack() as stack:
+
+        def begin(key: str, *, is_kept: bool = True) -> Sender:
+            before = used(gateway)
+            sender = Sender(gateway, key)
+            stack.callback(sender.close)
+            sender.send(BODY[:BEGUN])
+            if is_kept:
+                until(lambda: used(gateway) == before + BEGUN, 10)
+            return sender
+
+        yield begin
+
+
+def test_one_key_holds_so_much_and_others_have_room(gateway: RunningGateway) -> None:
+    key, other = gateway.key(), gateway.key()
+    with senders(gateway) as begin:
+        first, *_ = [begin(key) for _ in range(4)]
+        status, headers, told, ends = begin(key, is_kept=False).answer()
+        assert (status, headers[b"retry-after"], ends) == (429, b"1", True) and "too large together" in told["error"]
+        # What comes in one piece needs no room, and others have theirs.
+        with gateway.http(key) as client:
+            assert client.post("/api/chat", content=BODY.rstrip()).status_code == 200
+        for sender in (begin(other), first):
+            sender.send(BODY[BEGUN:])
+            assert sender.answer()[0] == 200
+        until(lambda: used(gateway) == 3 * BEGUN, 10)
+        begin(key)
+    until(lambda: used(gateway) == 0, 10)
+    assert gateway.rooms.bodies.unfinished._of == {}
+    assert "refused:bodies_unfinished" in {row["outcome"] for row in gateway.audit_rows()}
+
+
+def test_all_keys_hold_so_much_together_and_who_holds_little_has_room(gateway: RunningGateway) -> None:
+    with senders(gateway) as begin:
+        for _ in range(3):
+            key = gateway.key()
+            for _ in range(4):
+                begin(key)
+        key = gateway.key()
+        for _ in range(2):
+            begin(key)
+        status, headers, told, ends = begin(key, is_kept=False).answer()
+        assert (status, headers[b"retry-after"], ends) == (503, b"1", True) and "as much work" in told["error"]
+        little = begin(gateway.key())
+        little.send(BODY[BEGUN:])
+        assert little.answer()[0] == 200
+    until(lambda: used(gateway) == 0, 10)
+
+
+CHUNKED = "Transfer-Encoding: chunked"
+CHUNK = b"%x\r\n%b\r\n" % (BEGUN, BODY[:BEGUN])
+# How a body ends otherwise than whole, by the status of the answer.
+ENDS: dict[str, tuple[int, bytes]] = {
+    "too large": (413, CHUNK),
+    "no HTTP": (400, b"no chunk\r\n"),
+    "no JSON": (400, b"1\r\n}\r\n0\r\n\r\n"),
+    "whole": (200, b"1\r\n \r\n0\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("route", ["POST /api/chat", "POST /v1/chat/completions", "POST /api/pull"])
+def test_it_is_given_back_however_a_body_ends(gateway: RunningGateway, route: str) -> None:
+    key = gateway.key(flags=(ADMIN_MODELS,))
+    for name, (status, rest) in ENDS.items():
+        sender = Sender(gateway, key, route, CHUNKED)
+        sender.send(CHUNK)
+        until(lambda: used(gateway) == BEGUN, 10)
+        sender.send(rest)
+        if name != "whole" or "pull" not in route:
+            assert sender.answer()[0] == status, (name, route)
+        sender.close()
+        until(lambda: used(gateway) == 0, 10)
+    gateway.wait_idle()
+    assert gateway.rooms.bodies.unfinished._of == {}
+
+
+def test_it_is_given_back_when_a_body_is_too_slow_its_client_leaves_or_the_process_ends(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = gateway.key(flags=(ADMIN, ADMIN_MODELS))
+    for route in ("POST /api/chat", "POST /api/pull", "POST /admin/v1/keys"):
+        sender = Sender(gateway, key, route)
+        sender.send(BODY[:BEGUN])
+        until(lambda: used(gateway) == BEGUN, 10)
+        sender.close()
+        until(lambda: used(gateway) == 0, 10)
+
+    async def end_all() -> None:
+        gateway.rooms.watch.end_all(ShuttingDown)
+
+    sender = Sender(gateway, key)
+    sender.send(BODY[:BEGUN])
+    until(lambda: used(gateway) == BEGUN, 10)
+    gateway.call(end_all())
+    assert sender.answer()[0] == 503 and used(gateway) == 0
+    monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.2)
+    slow = Sender(gateway, key)
+    slow.send(BODY[:BEGUN])
+    assert slow.answer()[0] == 408 and used(gateway) == 0
+    for each in (sender, slow):
+        each.close()
+
+
+def test_a_refused_body_that_is_one_request_too_many_ends_its_connection_too(gateway: RunningGateway) -> None:
+    key = gateway.key(rpm=1)
+    for status in (413, 429):
+        sender = Sender(gateway, key, framing=f"Content-Length: {LARGEST + 1}")
+        found = sender.answer()
+        assert (found[0], found[-1]) == (status, True)
+        sender.close()
+
+
+def held_by(error: BaseException) -> int:
+    """Bytes of bodies that the frames of an error's traceback hold: it may live longer than they should."""
+    held = 0
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            parts = (
+                value.values() if isinstance(value, dict) else vars(value).values() if hasattr(value, "__dict__") else [value]
+            )
+            held += sum(len(part) for part in parts if isinstance(part, bytes | bytearray))
+    return held
+
+
+@pytest.mark.parametrize(
+    ("most", "most_of_a_key", "kind"),
+    [(10**6, 10**6, BodyTooLarge), (10**6, BEGUN // 2, BodiesUnfinished), (BEGUN, 10**6, Overloaded)],
+)
+def test_nothing_is_left_of_a_refused_body(most: int, most_of_a_key: int, kind: type[GatewayError]) -> None:
+    bodies = Bodies(LARGEST)
+    bodies.unfinished.most, bodies._most_of_a_key = most, most_of_a_key
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b" " * (BEGUN // 3), "more_body": True}
+
+    async def run() -> None:
+        with Guard() as guard:
+            await bodies.read({"headers": []}, receive, Record("id", "id", "POST"), guard)
+
+    with pytest.raises(kind) as refused:
+        asyncio.run(run())
+    assert refused.value.leaves_body and held_by(refused.value) == 0
+    assert (bodies.unfinished.used, bodies.unfinished._of) == (0, {})
+
+
+def test_what_a_guard_ended_does_not_wait_for_the_collector() -> None:
+    ended: list[weakref.ref[object]] = []
+
+    async def block() -> None:
+        held = asyncio.Event()
+        with Guard() as guard:
+            ended.append(weakref.ref(held))
+            guard.interrupt(ShuttingDown())
+            await asyncio.sleep(60)
+
+    async def run() -> object:
+        with suppress(ShuttingDown):
+            await block()
+        # The turn that is cancelled knows its error until its end.
+        await asyncio.sleep(0)
+        return ended[0]()
+
+    gc.disable()
+    try:
+        assert asyncio.run(run()) is None
+    finally:
+        gc.enable()
+
+
+def test_a_body_in_one_piece_is_never_unfinished() -> None:
+    bodies, record = Bodies(LARGEST), Record("id", "id", "POST")
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": BODY, "more_body": False}
+
+    async def run() -> bytes:
+        with Guard() as guard:
+            return await bodies.read({"headers": []}, receive, record, guard)
+
+    # Not even for a moment: there is nothing that could count it.
+    bodies.unfinished = None  # type: ignore[assignment]
+    assert asyncio.run(run()) is BODY

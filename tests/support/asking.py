@@ -1,0 +1,62 @@
+"""One question in every dialect and form, asked through the official clients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tests.support.running import RunningGateway
+
+MODEL = "llama3.2"
+SAY_HI: Any = [{"role": "user", "content": "Say hi"}]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a question travels: dialect, streamed or whole."""
+
+    dialect: Literal["ollama", "openai"]
+    streamed: bool
+
+    @property
+    def path(self) -> str:
+        return "/api/chat" if self.dialect == "ollama" else "/v1/chat/completions"
+
+    @property
+    def body(self) -> dict[str, object]:
+        return {"model": MODEL, "messages": SAY_HI, "stream": self.streamed}
+
+    def __str__(self) -> str:
+        return f"{self.dialect}-{'stream' if self.streamed else 'whole'}"
+
+    def ask(self, gateway: RunningGateway, key: str, **options: object) -> str:
+        return ASKING[self](gateway, key)
+
+
+def _ollama_whole(gateway: RunningGateway, key: str) -> str:
+    return gateway.ollama(key).chat(MODEL, SAY_HI).message.content or ""
+
+
+def _ollama_stream(gateway: RunningGateway, key: str) -> str:
+    chunks = gateway.ollama(key).chat(MODEL, SAY_HI, stream=True)
+    return "".join(chunk.message.content or "" for chunk in chunks)
+
+
+def _openai_whole(gateway: RunningGateway, key: str) -> str:
+    with gateway.openai(key) as client:
+        answer = client.chat.completions.create(model=MODEL, messages=SAY_HI)
+        return answer.choices[0].message.content or ""
+
+
+def _openai_stream(gateway: RunningGateway, key: str) -> str:
+    with gateway.openai(key) as client:
+        chunks = client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+ASKING: dict[Way, Callable[[RunningGateway, str], str]] = {
+    Way("ollama", False): _ollama_whole,
+    Way("ollama", True): _ollama_stream,
+    Way("openai", False): _openai_whole,
+    Way("openai", True): _openai_stream,
+}
+WAYS = list(ASKING)

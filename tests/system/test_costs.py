@@ -1,0 +1,106 @@
+"""What a request costs in things that every machine counts alike: calls of functions and stores, memory, garbage."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.bench import rooms
+from tests.bench.profile import counted
+from tests.bench.profiled import CALLS, COSTS
+from tests.conftest import TestStores
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import operate, serving
+from tests.support.settings_of import environment_for
+
+MODEL = "llama3.2:latest"
+REQUESTS, STREAMS, PIECES = 300, 10, 150
+ON_THE_WAY = ("server", "front", "keys", "limits", "dialect", "exchange", "routing", "log", "metrics")
+# What was counted, and a little for other versions of Python and of the libraries: more is a regression to look at.
+MOST_CALLS, MOST_CALLS_PER_FRAME = 620, 30
+REDIS_CALLS, SQL_CALLS = 2.1, 0.1
+GARBAGE, BLOCKS = 0.5, 20.0
+
+
+@dataclass
+class Costs:
+    account: rooms.Account
+    collected: int
+    blocks: int
+
+    @property
+    def calls(self) -> int:
+        """Of functions in the rooms that a request goes through; the others work by the clock, too."""
+        return sum(self.account.calls[room] for room in ON_THE_WAY)
+
+
+@dataclass
+class Counting:
+    """A gateway that counts what it does."""
+
+    folder: Path
+    pid: int
+    client: httpx.Client
+
+    def during(self, work: Callable[[], object]) -> Costs:
+        with counted([self.pid], self.folder):
+            work()
+        told = json.loads((self.folder / COSTS).read_text())
+        return Costs(rooms.read(self.folder / CALLS), **told)
+
+    def least(self, work: Callable[[], object], garbage: float, calls: float) -> Costs:
+        """What each time takes and leaves behind is here too; a busy machine has more now and then, as when Redis is late."""
+        for _ in range(4):
+            costs = self.during(work)
+            if costs.collected <= garbage and costs.calls <= calls:
+                break
+        return costs
+
+    def ask(self, path: str, times: int, **more: Any) -> None:
+        messages = [{"role": "user", "content": "Say something."}]
+        for _ in range(times):
+            answer = self.client.post(path, json={"model": MODEL, "messages": messages, **more})
+            assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture
+def counting(tmp_path: Path, stores: TestStores, request: pytest.FixtureRequest) -> Iterator[Counting]:
+    pieces, pause_s = getattr(request, "param", (3, 0.0))
+    with PlayedBackend(models=[MODEL], name="alpha", pieces=3) as backend:
+        names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+        key = operate(tmp_path, names, "key", "--name", "counted").split()[-1]
+        entry = ("-m", "tests.bench.profiled", str(tmp_path))
+        with serving(tmp_path, names, entry=entry) as (process, url, _):
+            headers = {"Authorization": f"Bearer {key}"}
+            with httpx.Client(base_url=url, headers=headers, timeout=30) as client:
+                found = Counting(tmp_path, process.pid, client)
+                found.ask("/api/chat", 20, stream=False)
+                backend.healthy.pieces, backend.healthy.pause_s = pieces, pause_s
+                yield found
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+def test_a_whole_answer(counting: Counting, path: str) -> None:
+    costs = counting.least(lambda: counting.ask(path, REQUESTS, stream=False), GARBAGE * REQUESTS, MOST_CALLS * REQUESTS)
+    account = costs.account
+    assert account.calls_of("edge/protocol.py", "on_headers_complete") >= REQUESTS, "the requests were counted at all"
+    assert costs.calls / REQUESTS <= MOST_CALLS
+    # To be let in, and to settle, which nobody waits for; for the database a share of a batch.
+    assert account.calls_of("stores/redis_connection.py", "run") / REQUESTS <= REDIS_CALLS
+    assert account.calls_of("stores/postgres.py", "_acquire") / REQUESTS <= SQL_CALLS
+    assert costs.collected / REQUESTS <= GARBAGE, "what a request leaves behind waits for the collector"
+    assert costs.blocks / REQUESTS <= BLOCKS, "memory that a request leaves in use"
+
+
+@pytest.mark.parametrize("counting", [(PIECES, 0.002)], indirect=True)
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+def test_a_stream(counting: Counting, path: str) -> None:
+    most_calls = MOST_CALLS_PER_FRAME * STREAMS * PIECES
+    costs = counting.least(lambda: counting.ask(path, STREAMS, stream=True), GARBAGE * STREAMS, most_calls)
+    assert costs.account.calls_of("edge/cycle.py", "push") >= STREAMS * PIECES / 2, "the frames were counted at all"
+    assert costs.calls / (STREAMS * PIECES) <= MOST_CALLS_PER_FRAME
+    assert costs.collected / STREAMS <= GARBAGE

@@ -1,0 +1,102 @@
+"""A fleet under load while its first backend dies in every way: nobody gets anything but answers."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from tests.conftest import StartGateway
+from tests.support.asking import WAYS, Way
+from tests.support.played.backend import PlayedBackend
+from tests.support.processes import until
+from tests.support.running import RunningGateway
+from tests.support.scripts import answer
+
+LLAMA = os.environ.get("LLAMA_SERVER_URL", "")
+PATHS = ("/api/chat", "/v1/chat/completions")
+
+
+@contextmanager
+def killed(alpha: PlayedBackend) -> Iterator[None]:
+    alpha.stop()
+    yield
+    alpha.start()
+
+
+@contextmanager
+def frozen(alpha: PlayedBackend) -> Iterator[None]:
+    alpha.freeze()
+    yield
+    alpha.thaw()
+
+
+@contextmanager
+def failing(alpha: PlayedBackend) -> Iterator[None]:
+    for path in PATHS:
+        alpha.play(path, answer(500, {"error": "broken"}))
+    yield
+    for path in PATHS:
+        alpha.play(path, None)
+
+
+def keep_asking(gateway: RunningGateway, key: str, stop: threading.Event, ask: Callable[[], str], got: list[str]) -> None:
+    while not stop.is_set():
+        try:
+            got.append(ask())
+        except Exception as failure:  # noqa: BLE001 whatever a client can meet counts
+            got.append(f"FAILED {failure!r}")
+
+
+def asking(gateway: RunningGateway, key: str) -> list[Callable[[], str]]:
+    def ask_as(way: Way) -> Callable[[], str]:
+        return lambda: way.ask(gateway, key)
+
+    return [ask_as(way) for way in WAYS] + ([lambda: ask_llama(gateway, key)] if LLAMA else [])
+
+
+def ask_llama(gateway: RunningGateway, key: str) -> str:
+    with gateway.openai(key) as client:
+        body = {"model": "tiny-random", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        return f"llama: {client.chat.completions.create(**body).choices[0].message.content is not None}"
+
+
+@pytest.mark.parametrize("trouble", [killed, frozen, failing])
+def test_answers_go_on_while_the_first_backend_is(start_gateway: StartGateway, trouble: Callable[..., object]) -> None:
+    with ExitStack() as stack:
+        alpha = stack.enter_context(PlayedBackend(models=["llama3.2:latest", "only-alpha:latest"], name="alpha"))
+        beta = stack.enter_context(PlayedBackend(models=["llama3.2:latest"], name="beta"))
+        more = [{"name": "llama", "base_url": LLAMA, "kind": "openai"}] if LLAMA else []
+        gateway = start_gateway(alpha, beta, *more, OLLAMA_READ_TIMEOUT_S="1", OLLAMA_CONNECT_TIMEOUT_S="0.5")
+        key = gateway.key()
+        with gateway.openai(key) as client:
+            union = {model.id for model in client.models.list()}
+        assert union == {"llama3.2:latest", "only-alpha:latest"} | ({"tiny-random"} if LLAMA else set())
+        assert {model.model for model in gateway.ollama(key).list().models} == union
+        got = load_through(gateway, key, lambda: trouble(alpha))
+    assert not [one for one in got if one.startswith("FAILED")]
+    assert {"alpha heard: Say hi", "beta heard: Say hi"} <= set(got)
+    assert not LLAMA or "llama: True" in got
+
+
+def load_through(gateway: RunningGateway, key: str, trouble: Callable[[], object]) -> list[str]:
+    got: list[str] = []
+    stop = threading.Event()
+    threads = [
+        threading.Thread(target=keep_asking, args=(gateway, key, stop, ask, got))
+        for ask in asking(gateway, key)
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: "alpha heard: Say hi" in got, 30)
+    with trouble():  # type: ignore[attr-defined]
+        until(lambda: "beta heard: Say hi" in got, 30)
+        time.sleep(2)
+    time.sleep(0.7)
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    return got

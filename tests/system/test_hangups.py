@@ -1,0 +1,135 @@
+"""A client that leaves is noticed within a second, wherever it leaves: before the head, while waiting, in a stream."""
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from gateway.core import strict_json
+from tests.conftest import StartGateway
+from tests.support.asking import WAYS, Way
+from tests.support.played.backend import PlayedBackend
+from tests.support.running import RunningGateway
+from tests.support.scripts import FAULTS, Forever, Head, Piece, Step, recording
+
+NOTICED_WITHIN_S = 1.0
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+    return start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="20", OLLAMA_IDLE_TIMEOUT_S="20")
+
+
+def send(gateway: RunningGateway, key: str, way: Way, **more: object) -> socket.socket:
+    """The request, written by hand on a socket of our own that can be dropped at any moment."""
+    body = strict_json.write({**way.body, **more})
+    head = f"POST {way.path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def wait_until(done: Callable[[], object], seconds: float = 5.0) -> float:
+    began = time.monotonic()
+    while not done():
+        assert time.monotonic() - began < seconds, "it did not happen in time"
+        time.sleep(0.002)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("phase", ["before the head", "in the answer"])
+def test_the_backend_is_let_go_within_a_second(gateway: RunningGateway, alpha: PlayedBackend, way: Way, phase: str) -> None:
+    name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
+    first = recording(name)[: len(recording(name)) // 2]
+    kind = "application/x-ndjson" if way.dialect == "ollama" else "text/event-stream"
+    began: list[Step] = [Head(200, [("Content-Type", kind)], chunked=True), Piece(first), Forever()]
+    alpha.play(way.path, FAULTS["head_timeout"](way.dialect, way.streamed) if phase == "before the head" else began)
+    connection = send(gateway, gateway.key(), way)
+    wait_until(lambda: alpha.in_flight == 1)
+    if phase == "in the answer" and way.streamed:
+        connection.recv(65536)
+    connection.close()
+    assert wait_until(lambda: alpha.in_flight == 0) < NOTICED_WITHIN_S
+    assert alpha.calls(way.path)[-1].outcome == "client_left"
+    line = gateway.request_lines()[-1]
+    assert line["outcome"] == "client_gone"
+    assert gateway.rooms.backends["alpha"].in_flight == 0
+
+
+def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.005
+    key, chance, many = gateway.key(), random.Random(7), 400
+
+    def leave(times: int) -> None:
+        for _ in range(times):
+            connection = send(gateway, key, chance.choice(WAYS))
+            time.sleep(chance.random() * 0.08)
+            connection.close()
+
+    threads = [threading.Thread(target=leave, args=(many // 8,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # The last to leave may not have been heard of yet.
+    wait_until(lambda: len(gateway.request_lines()) == many)
+    assert gateway.rooms.backends["alpha"].in_flight == 0
+    assert alpha.wait_idle(1.0)
+    assert {line["outcome"] for line in gateway.request_lines()} <= {"client_gone", "answered"}
+    assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
+
+
+def test_a_client_that_leaves_at_the_last_frame_has_had_its_answer(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+    """openai-python closes at [DONE], while the backend's body may not have ended yet."""
+    kind = [("Content-Type", "text/event-stream")]
+    alpha.play("/v1/chat/completions", [Head(200, kind, chunked=True), Piece(recording("openai_chat_stream.sse")), Forever()])
+    connection = send(gateway, gateway.key(), WAYS[3])
+    received = b""
+    while b"[DONE]" not in received:
+        received += connection.recv(65536)
+    connection.close()
+    line = gateway.request_lines()[-1]
+    assert line["outcome"] == "answered" and line["completion_tokens"]
+    assert alpha.wait_idle(NOTICED_WITHIN_S)
+
+
+def test_a_client_that_stops_reading_holds_up_only_its_own_answer(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.5")
+    key = gateway.key()
+    line = recording("ollama_chat_stream.ndjson").splitlines(keepends=True)[0] * 500
+    alpha.play_once("/api/chat", [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), *[Piece(line)] * 400])
+    connection = send(gateway, key, WAYS[1])
+    wait_until(lambda: alpha.in_flight == 1)
+    assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
+    wait_until(lambda: gateway.rooms.front.in_flight == 0)
+    assert gateway.request_lines()[-1]["detail"] == "stalled"
+    connection.close()
+
+
+def test_a_trickled_head_or_body_meets_a_deadline(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.edge.deadlines.HEAD_DEADLINE_S", 0.3)
+    monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.3)
+    port = int(gateway.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(5)
+        connection.sendall(b"POST /api/chat HT")
+        assert connection.recv(10) == b""
+    head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key()}\r\nContent-Length: 50\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(5)
+        connection.sendall(head.encode() + b'{"mod')
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def test_an_endless_head_is_cut_off(gateway: RunningGateway) -> None:
+    with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
+        connection.settimeout(5)
+        connection.sendall(b"GET / HTTP/1.1\r\n")
+        with pytest.raises(OSError):  # reset or broken pipe, as the kernel has it
+            for _ in range(2000):
+                connection.sendall(b"X-Filler: " + b"x" * 1000 + b"\r\n")
+                time.sleep(0.0005)

@@ -1,0 +1,243 @@
+"""A backend, broken or hostile, stops nobody else: whatever it does, others are answered, and its own call ends in time."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Self
+
+import httpx
+import pytest
+
+from gateway.dialects.openai import OpenAI, ServerSentEvents
+from gateway.proxy.exchange import READ_IN_A_TURN
+from tests.conftest import StartGateway
+from tests.limits.test_limits import until
+from tests.support import hostile
+from tests.support.asking import MODEL, SAY_HI
+from tests.support.played.backend import PlayedBackend
+from tests.support.project import PROJECT
+from tests.support.running import RunningGateway
+from tests.support.scripts import Forever, Head, Piece, Step, answer, stream
+
+ROOT = PROJECT
+# What others may wait for at most, while many calls are under way: a tenth of what it was.
+LONGEST_TURN_S = 0.3
+TICK_S = 0.005
+AT_ONCE = 20
+
+
+@pytest.fixture(scope="module")
+def hostile_url() -> Iterator[str]:
+    command = [sys.executable, "-m", "tests.support.hostile"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.kill()
+
+
+class Turns:
+    """`with Turns(gateway) as turns:` — how long the gateway's loop computed before others had their turn, at the longest.
+
+    Of its processor's time, which is the same however much else the machine has to do.
+    """
+
+    def __init__(self, gateway: RunningGateway) -> None:
+        self._gateway = gateway
+        self.longest_s = 0.0
+
+    def __enter__(self) -> Self:
+        self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._gateway.loop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watching.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            began = time.thread_time()
+            await asyncio.sleep(TICK_S)
+            self.longest_s = max(self.longest_s, time.thread_time() - began)
+
+
+def call(gateway: RunningGateway, key: str, name: str, native: bool, streamed: bool, ends: dict[str, str]) -> None:
+    """Ends as an answer, as an error, or as an error in an answer that has begun; anything else is told."""
+    body = {"model": hostile.MODEL, "messages": [{"role": "user", "content": name}], "stream": streamed}
+    what = f"{name}, {'native' if native else 'openai'}, {'stream' if streamed else 'whole'}"
+    ends[what] = "nothing"
+    try:
+        with gateway.http(key) as client:
+            got = client.post("/api/chat" if native else "/v1/chat/completions", json=body)
+    except httpx.HTTPError as wrong:
+        ends[what] = type(wrong).__name__
+        return
+    if got.status_code == 200:
+        has_ended = b'"done":true' in got.content or b"[DONE]" in got.content or b'"finish_reason":"stop"' in got.content
+        ends[what] = "answered" if has_ended else "failed" if b'"error"' in got.content[-500:] else "no end"
+    else:
+        ends[what] = "failed" if got.status_code in (400, 502, 503, 504) and got.json()["error"] else str(got.status_code)
+
+
+def in_groups(gateway: RunningGateway, key: str, ends: dict[str, str]) -> Iterator[tuple[str, list[threading.Thread]]]:
+    """Each behaviour whole and streamed, in both languages by turns; some at once, as most of their time is waiting."""
+    names = list(hostile.BEHAVIOURS)
+    for start in range(0, len(names), AT_ONCE):
+        group = names[start : start + AT_ONCE]
+        ways = [(name, (start + number) % 2 == 0, streamed) for number, name in enumerate(group) for streamed in (False, True)]
+        calls = [
+            threading.Thread(target=call, args=(gateway, key, name, native ^ streamed, streamed, ends))
+            for name, native, streamed in ways
+        ]
+        yield ", ".join(group), calls
+
+
+def test_whatever_a_backend_does_others_are_answered(
+    start_gateway: StartGateway, alpha: PlayedBackend, hostile_url: str
+) -> None:
+    waits = {"read_timeout_s": 0.6, "idle_timeout_s": 0.4, "total_timeout_s": 0.8}
+    gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
+    key = gateway.key()
+    ends: dict[str, str] = {}
+    slow: dict[str, float] = {}
+    with gateway.http(key) as client:
+        for name, calls in in_groups(gateway, key, ends):
+            with Turns(gateway) as turns:
+                for thread in calls:
+                    thread.start()
+                while any(thread.is_alive() for thread in calls):
+                    got = client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": False})
+                    assert got.status_code == 200 and got.json()["message"]["content"] == "alpha heard: Say hi"
+                    time.sleep(0.02)
+            slow[name] = turns.longest_s
+    assert {name: seconds for name, seconds in slow.items() if seconds > LONGEST_TURN_S} == {}
+    # A client that this machine has left no time to read a frame of megabytes is cut off, as one that stalls.
+    cut = {what for what, end in ends.items() if end == "RemoteProtocolError"}
+    assert len(cut) <= sum(line["detail"] == "stalled" for line in gateway.request_lines())
+    assert {what: end for what, end in ends.items() if end not in ("answered", "failed") and what not in cut} == {}
+    assert len(ends) == 2 * len(hostile.BEHAVIOURS) >= 2 * 42
+    assert gateway.rooms.backends["alpha"].breaker.state == "closed"
+    backend = gateway.rooms.backends["hostile"]
+    assert (backend.in_flight, backend.unframed.used, gateway.rooms.held_answers.used) == (0, 0, 0)
+
+
+def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
+    start_gateway: StartGateway, alpha: PlayedBackend, hostile_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, sizes = OpenAI.without_usage, []
+
+    def read_and_note(dialect: OpenAI, frames: bytes) -> bytes:
+        if frames.count(b'"usage"') > 10:
+            sizes.append(len(frames))
+        return read(dialect, frames)
+
+    monkeypatch.setattr(OpenAI, "without_usage", read_and_note)
+    waits = {"idle_timeout_s": 5, "total_timeout_s": 1.0}
+    gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
+    key, ends = gateway.key(), dict[str, str]()
+    calls = [threading.Thread(target=call, args=(gateway, key, name, False, True, ends)) for name in hostile.COUNTS]
+    with Turns(gateway) as turns:
+        for thread in calls:
+            thread.start()
+        for thread in calls:
+            thread.join()
+    assert len(ends) == 5 and set(ends.values()) == {"failed"}
+    assert 0 < max(sizes) <= READ_IN_A_TURN
+    assert turns.longest_s < LONGEST_TURN_S
+
+
+def test_an_end_that_comes_again_and_again_is_looked_for_once(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, sizes = ServerSentEvents.payloads, []
+
+    def read_and_note(framing: ServerSentEvents, data: bytes) -> list[bytes]:
+        sizes.append(len(data))
+        return read(framing, data)
+
+    monkeypatch.setattr(ServerSentEvents, "payloads", read_and_note)
+    gateway = start_gateway(alpha)
+    frames = [hostile.FRAME[False], *[hostile.END[False] * 2000] * 80]
+    alpha.play("/v1/chat/completions", stream(frames))
+    with gateway.http(gateway.key()) as client:
+        got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": SAY_HI, "stream": True})
+    assert b"".join(frames).startswith(got.content) and hostile.END[False] in got.content
+    assert gateway.request_lines()[0]["outcome"] == "answered"
+    assert sum(sizes) < len(b"".join(frames)) / 4
+
+
+def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
+    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.fleet.backends.backend.MOST_UNFRAMED", 400_000)
+    gateway = start_gateway(alpha)
+    beginning: list[Step] = [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), *[Piece(b"x" * 30_000)] * 5]
+    alpha.play("/api/chat", [*beginning, Forever()])
+    key, statuses = gateway.key(), []
+
+    def ask() -> None:
+        with gateway.http(key) as client:
+            statuses.append(client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI}).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    backend = gateway.rooms.backends["alpha"]
+    until(lambda: backend.unframed.used == 300_000)
+    assert not statuses
+    ask()
+    assert statuses == [502] and backend.breaker._failures == 1
+    assert backend.unframed.used == 300_000
+    alpha.stop()
+    for thread in threads:
+        thread.join()
+    assert backend.unframed.used == 0 and gateway.request_lines()[0]["attempts"][0]["fault"] == "endless_frames"
+
+
+def test_large_embeddings_are_passed_on_and_counted(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    vectors = [[0.0123456 + n / 1000 for n in range(1000)]] * 30
+    data = [{"object": "embedding", "embedding": vector, "index": n} for n, vector in enumerate(vectors)]
+    counts = {"prompt_tokens": 4321, "total_tokens": 4321}
+    sent = [
+        ("/v1/embeddings", {"object": "list", "data": data, "model": "m", "usage": counts}),
+        ("/v1/embeddings", {"model": "m", "object": "list", "usage": counts, "data": data}),
+        ("/api/embed", {"model": "m", "embeddings": vectors, "total_duration": 1, "prompt_eval_count": 4321}),
+    ]
+    with gateway.http(gateway.key()) as client:
+        for path, told in sent:
+            alpha.play(path, answer(200, told))
+            got = client.post(path, json={"model": MODEL, "input": "x"})
+            assert got.status_code == 200 and got.json() == told
+    rows = [(row["prompt_tokens"], row["completion_tokens"], row["tokens_from"]) for row in gateway.audit_rows()]
+    assert rows == [(4321, 0, "reported")] * 3
+
+
+ODD_ENTRIES: dict[str, object] = {
+    "deep": {"name": "deep", "details": json.loads("[" * 300 + "]" * 300)},
+    "long": {"name": "x" * 10_000, "model": "y"},
+    "number": {"name": 5},
+    "list": ["name"],
+    "long model": {"name": "z", "model": "m" * 10_000},
+}
+
+
+def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway, shown = start_gateway(alpha), {}
+    with gateway.http(gateway.key()) as client:
+        for odd, entry in ODD_ENTRIES.items():
+            fine = f"beside-{odd.replace(' ', '-')}:latest"
+            alpha.play("/api/tags", answer(200, {"models": [entry, {"name": fine, "model": fine}]}))
+            gateway.call(gateway.rooms.discovery.refresh())
+            shown[fine] = [model["name"] for model in client.get("/api/tags").json()["models"]]
+    assert shown == {fine: [fine] for fine in shown} and len(shown) == len(ODD_ENTRIES)
+
+
+def test_a_list_of_too_many_values_is_no_list(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+    gateway = start_gateway(alpha)
+    alpha.play("/api/tags", answer(200, b'{"models":[' + b"[]," * 200_000 + b"{}]}"))
+    gateway.call(gateway.rooms.discovery.refresh())
+    [snapshot] = gateway.rooms.discovery.catalog.snapshots
+    assert snapshot.error.startswith("bad_list") and len(snapshot.models) == 1

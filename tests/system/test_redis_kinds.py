@@ -1,0 +1,94 @@
+"""The ways to name a Redis, and a Redis that is away or frozen."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import redis
+
+from gateway.stores.redis_client import CALL_DEADLINE_S, Store, StoreAway
+from tests.conftest import TestStores
+from tests.support.redis_server import server
+
+
+async def set_and_get(url: str) -> bytes:
+    async with Store(url) as store:
+        async with asyncio.timeout(20):
+            while not store.up:  # noqa: ASYNC110 # looks by itself
+                await asyncio.sleep(0.05)
+        await store.call(lambda client: client.set("name", "value"))
+        found: bytes = await store.call(lambda client: client.get("name"))
+        return found
+
+
+def test_a_socket_and_a_port_with_a_password(stores: TestStores, tmp_path: Path) -> None:
+    assert asyncio.run(set_and_get(stores.redis_url)) == b"value"
+    with server(tmp_path, "requirepass secret%word") as (_, port):
+        assert asyncio.run(set_and_get(f"redis://:secret%25word@127.0.0.1:{port}/0")) == b"value"
+
+
+def test_through_sentinels(tmp_path: Path) -> None:
+    with server(tmp_path, "requirepass hidden-word") as (_, master):
+        watched = (f"sentinel monitor main 127.0.0.1 {master} 1", "sentinel auth-pass main hidden-word")
+        with server(tmp_path, *watched, sentinel=True) as (_, port):
+            url = f"redis+sentinel://:hidden-word@127.0.0.1:1,127.0.0.1:{port}/main/2"
+            assert asyncio.run(set_and_get(url)) == b"value"
+        with redis.Redis(port=master, db=2, password="hidden-word") as client:
+            assert client.get("name") == b"value"
+
+
+async def freeze_and_thaw(url: str, process: subprocess.Popen[bytes]) -> tuple[list[float], bool]:
+    async with Store(url) as store:
+        os.kill(process.pid, signal.SIGSTOP)
+        waits = []
+        for _ in range(20):
+            began = time.perf_counter()
+            with pytest.raises(StoreAway):
+                await store.call(lambda client: client.get("name"))
+            waits.append(time.perf_counter() - began)
+        os.kill(process.pid, signal.SIGCONT)
+        for _ in range(100):
+            if store.up:
+                break
+            await asyncio.sleep(0.05)
+        return waits, store.up
+
+
+def test_a_frozen_redis_holds_nobody_up_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with server(tmp_path) as (process, port), caplog.at_level("INFO", "gateway.store"):
+        waits, is_back = asyncio.run(freeze_and_thaw(f"redis://127.0.0.1:{port}/0", process))
+    assert is_back
+    assert max(waits) < CALL_DEADLINE_S + 1.0
+    assert sorted(waits)[10] < CALL_DEADLINE_S / 2, "after the first failures nobody waits at all"
+    told = [record.getMessage() for record in caplog.records if record.name == "gateway.store"]
+    assert len(told) == 3 and told[0] == "Redis answers" and "away" in told[1] and told[2] == "Redis answers"
+
+
+def test_messages_arrive_again_after_a_restart(tmp_path: Path) -> None:
+    async def story() -> tuple[list[str], int]:
+        heard: list[str] = []
+        gaps: list[int] = []
+
+        async def have(wanted: int, what: Sequence[object]) -> None:
+            for _ in range(500):
+                if len(what) >= wanted:
+                    return
+                await asyncio.sleep(0.01)
+
+        with server(tmp_path) as (_, port):
+            async with Store(f"redis://127.0.0.1:{port}/0") as store:
+                store.subscribe({"news": heard.append}, after_gap=lambda: gaps.append(1))
+                await have(1, gaps)
+                await store.call(lambda client: client.publish("news", "one"))
+                await store.call(lambda client: client.client_kill_filter(_type="pubsub"))
+                await have(2, gaps)
+                await store.call(lambda client: client.publish("news", "two"))
+                await have(2, heard)
+        return heard, len(gaps)
+
+    assert asyncio.run(asyncio.wait_for(story(), 20)) == (["one", "two"], 2)
