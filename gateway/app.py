@@ -16,21 +16,21 @@ from gateway.admin.api import AdminApi
 from gateway.admin.explain import Fleet, explain
 from gateway.admin.overview import Overview
 from gateway.audit import retention
-from gateway.audit.settlement import Books
+from gateway.audit.settlement import Settler
 from gateway.audit.writer import AuditWriter
 from gateway.auth.auth_failures import AuthFailures
 from gateway.auth.authenticator import Authenticator
-from gateway.auth.key_store import KeyRing
+from gateway.auth.key_store import KeyStore
 from gateway.auth.verifier import Verifier
 from gateway.core import strict_json
-from gateway.core.background import Kept
-from gateway.core.cancel_scope import Watch
+from gateway.core.background import KeptTask
+from gateway.core.cancel_scope import ScopeTimer
 from gateway.core.errors import StoreUnavailable
 from gateway.dialects.dialect import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.edge import router as edge_router
-from gateway.edge.application import METRICS, Front, by_prefix
+from gateway.edge.application import METRICS, Application, by_prefix
 from gateway.edge.client_address import TrustedProxies
 from gateway.edge.health import Health
 from gateway.fleet import presence, probe
@@ -38,12 +38,12 @@ from gateway.fleet.backends.backend import Backend
 from gateway.fleet.control import Control
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.drains import Drains
-from gateway.fleet.failover import Router
+from gateway.fleet.failover import Failover
 from gateway.fleet.held_answers import HeldAnswers
-from gateway.fleet.presence import Bulletin, ProcessState
+from gateway.fleet.presence import Presence, ProcessState
 from gateway.fleet.running_models import RunningModels
 from gateway.limits.budgets import Budgets
-from gateway.limits.limiter import Limits
+from gateway.limits.limiter import Limiter
 from gateway.limits.quota import Quota
 from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
@@ -51,16 +51,16 @@ from gateway.proxy import passthrough
 from gateway.proxy.access import Access
 from gateway.proxy.body import Bodies
 from gateway.proxy.exchange import Exchange
-from gateway.proxy.model_lists import Lists
+from gateway.proxy.model_lists import ModelLists
 from gateway.proxy.show import described
 from gateway.settings import Settings
 from gateway.stores.postgres import Database, Reports
-from gateway.stores.redis_client import Store
+from gateway.stores.redis_client import RedisClient
 from gateway.stores.redis_names import FREED
-from gateway.stores.redis_shards import Lines
-from gateway.telemetry.gauges import Sampler
+from gateway.stores.redis_shards import ShardConnections
+from gateway.telemetry.gauges import Gauges
 from gateway.telemetry.metrics import Metrics
-from gateway.telemetry.metrics_endpoint import Scrape
+from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 
 LOG = logging.getLogger("gateway")
 # A path that is not there for who may not see it is there in no way.
@@ -72,22 +72,22 @@ MODELS_CHANGED_S = 2.0
 
 
 @dataclass
-class Rooms:
+class Components:
     """What the operator's commands and the tests need of a gateway that is up."""
 
     database: Database
     reports: Reports
-    store: Store
+    store: RedisClient
     discovery: Discovery
     running: RunningModels
     backends: dict[str, Backend]
-    front: Front
-    watch: Watch
-    limits: Limits
-    books: Books
+    application: Application
+    watch: ScopeTimer
+    limits: Limiter
+    settler: Settler
     metrics: Metrics
     writer: AuditWriter
-    background: Callable[[], Iterable[Kept]]
+    background: Callable[[], Iterable[KeptTask]]
     bodies: Bodies
     held_answers: HeldAnswers = field(default_factory=HeldAnswers)
 
@@ -116,13 +116,15 @@ async def fleet(settings: Settings) -> AsyncIterator[dict[str, Backend]]:
 
 
 @asynccontextmanager
-async def build(settings: Settings, metrics_folder: Path | None = None, beside: Sequence[Kept] = ()) -> AsyncIterator[Rooms]:
+async def build(
+    settings: Settings, metrics_folder: Path | None = None, beside: Sequence[KeptTask] = ()
+) -> AsyncIterator[Components]:
     """`metrics_folder` is where the workers of one gateway share what they have counted; `beside` is what their process keeps
     going outside of this."""
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(database_of(settings))
         reports = await stack.enter_async_context(Reports(settings.database_url, timeout_s=REPORT_DEADLINE_S))
-        store = await stack.enter_async_context(Store(settings.redis_url))
+        store = await stack.enter_async_context(RedisClient(settings.redis_url))
         failures = AuthFailures(store, settings.auth_failure_rate_limit_per_ip_per_min)
         authenticator = await stack.enter_async_context(
             Authenticator(database, store, Verifier(hasher_of(settings)), failures, cache_s=settings.redis_key_cache_ttl_s)
@@ -132,21 +134,21 @@ async def build(settings: Settings, metrics_folder: Path | None = None, beside: 
         running = await stack.enter_async_context(RunningModels(backends.values()))
         drains = await stack.enter_async_context(Drains(database, store, backends))
         proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
-        lines = await stack.enter_async_context(Lines(settings.redis_url, store.count_failure))
+        lines = await stack.enter_async_context(ShardConnections(settings.redis_url, store.count_failure))
         limits = await stack.enter_async_context(limits_of(settings, database, store, lines))
         spoken = dialects()
         writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
         purging = await stack.enter_async_context(retaining(settings))
         bounds = {"size": settings.audit_buffer_size, "most_output": settings.max_num_predict}
         weight = int(settings.cached_tokens_weight)
-        books = await stack.enter_async_context(Books(limits, spoken, writer.write, cached_weight=weight, **bounds))
-        watch = await stack.enter_async_context(Watch())
+        settler = await stack.enter_async_context(Settler(limits, spoken, writer.write, cached_weight=weight, **bounds))
+        watch = await stack.enter_async_context(ScopeTimer())
         id_header = settings.gateway_request_id_header
         metrics = Metrics(metrics_folder)
-        front = Front(_not_yet, proxies.client_of, by_prefix(spoken), books, metrics, request_id_header=id_header)
-        keeping: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, books, watch]
+        application = Application(_not_yet, proxies.client_of, by_prefix(spoken), settler, metrics, request_id_header=id_header)
+        keeping: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, watch]
 
-        def background() -> list[Kept]:
+        def background() -> list[KeptTask]:
             return [
                 *beside,
                 purging,
@@ -155,58 +157,62 @@ async def build(settings: Settings, metrics_folder: Path | None = None, beside: 
                 *lines.background,
             ]
 
-        parts = database, reports, store, discovery, running, backends, front, watch, limits, books, metrics, writer
-        rooms = Rooms(*parts, background, Bodies(settings.max_request_body_bytes))
+        parts = database, reports, store, discovery, running, backends, application, watch, limits, settler, metrics, writer
+        components = Components(*parts, background, Bodies(settings.max_request_body_bytes))
         catalog = lambda: discovery.catalog  # noqa: E731
-        sampler = Sampler(metrics, front, limits, lines, books, writer, backends, catalog, store, database)
+        sampler = Gauges(metrics, application, limits, lines, settler, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
-        told = await stack.enter_async_context(Bulletin(lines, lambda: state_of(rooms)))
-        await stack.enter_async_context(control_of(rooms))
-        front.routes = _table(settings, rooms, Access(authenticator, limits, default_quota(settings)), spoken)
+        told = await stack.enter_async_context(Presence(lines, lambda: state_of(components)))
+        await stack.enter_async_context(control_of(components))
+        application.routes = _table(settings, components, Access(authenticator, limits, default_quota(settings)), spoken)
         LOG.info("PostgreSQL: %s", await _state_of(database))
-        tell_what_is_in_force(settings, rooms)
-        yield rooms
+        tell_what_is_in_force(settings, components)
+        yield components
 
 
-def admin_api_of(settings: Settings, rooms: Rooms) -> AdminApi:
+def admin_api_of(settings: Settings, components: Components) -> AdminApi:
     operations = {operation.path: operation for dialect in dialects().values() for operation in dialect.operations}
     defaults, most = default_quota(settings), settings.max_num_predict
     return AdminApi(
-        KeyRing(rooms.database, hasher_of(settings), rooms.store),
-        Overview(settings.backends, rooms.discovery, rooms.reports, rooms.store, rooms.database),
-        rooms.database,
-        rooms.reports,
-        rooms.store,
-        rooms.discovery,
-        rooms.backends,
+        KeyStore(components.database, hasher_of(settings), components.store),
+        Overview(settings.backends, components.discovery, components.reports, components.store, components.database),
+        components.database,
+        components.reports,
+        components.store,
+        components.discovery,
+        components.backends,
         operations,
-        lambda question: explain(question, fleet_as_seen(settings, rooms), rooms.limits, defaults, most),
-        lambda: rooms.front.draining,
+        lambda question: explain(question, fleet_as_seen(settings, components), components.limits, defaults, most),
+        lambda: components.application.draining,
     )
 
 
-def fleet_as_seen(settings: Settings, rooms: Rooms) -> Fleet:
+def fleet_as_seen(settings: Settings, components: Components) -> Fleet:
     """The backends as this process sees them, for explanations."""
-    drained = frozenset(name for name, backend in rooms.backends.items() if backend.is_drained)
-    return Fleet(settings.backends, presence.seen(rooms.backends), drained, rooms.discovery.catalog)
+    drained = frozenset(name for name, backend in components.backends.items() if backend.is_drained)
+    return Fleet(settings.backends, presence.local_view(components.backends), drained, components.discovery.catalog)
 
 
-def state_of(rooms: Rooms) -> ProcessState:
+def state_of(components: Components) -> ProcessState:
     """This process, for the bulletin."""
-    front, limits = rooms.front, rooms.limits
-    backends = presence.seen(rooms.backends)
-    waiting, fleet = rooms.writer.waiting, presence.described(backend.config for backend in rooms.backends.values())
-    return ProcessState(limits.process, time.time(), front.under_way, limits.waiting, front.draining, waiting, backends, fleet)
+    application, limits = components.application, components.limits
+    backends = presence.local_view(components.backends)
+    waiting, fleet = components.writer.waiting, presence.described(backend.config for backend in components.backends.values())
+    return ProcessState(
+        limits.process, time.time(), application.under_way, limits.waiting, application.draining, waiting, backends, fleet
+    )
 
 
-def control_of(rooms: Rooms) -> Control:
-    acts = {"refresh": rooms.discovery.refreshed, "probe": lambda: probe.probe_all(rooms.backends)}
-    return Control(rooms.store, presence.described(backend.config for backend in rooms.backends.values()), acts)
+def control_of(components: Components) -> Control:
+    acts = {"refresh": components.discovery.refreshed, "probe": lambda: probe.probe_all(components.backends)}
+    return Control(components.store, presence.described(backend.config for backend in components.backends.values()), acts)
 
 
 @asynccontextmanager
-async def limits_of(settings: Settings, database: Database, store: Store, lines: Lines) -> AsyncIterator[Limits]:
-    limits = Limits(
+async def limits_of(
+    settings: Settings, database: Database, store: RedisClient, lines: ShardConnections
+) -> AsyncIterator[Limiter]:
+    limits = Limiter(
         lines,
         Budgets(database, store).seed,
         most_output=settings.max_num_predict,
@@ -219,11 +225,11 @@ async def limits_of(settings: Settings, database: Database, store: Store, lines:
 
 
 @asynccontextmanager
-async def retaining(settings: Settings) -> AsyncIterator[Kept]:
+async def retaining(settings: Settings) -> AsyncIterator[KeptTask]:
     """On a connection of its own: what is slow here must not look like a database that is away."""
     keep = timedelta(days=settings.audit_log_default_retention_days)
     async with Database(settings.database_url, size=1) as database:
-        purging = Kept(lambda: retention.run_regularly(database, keep), "retention")
+        purging = KeptTask(lambda: retention.run_regularly(database, keep), "retention")
         purging.start()
         try:
             yield purging
@@ -239,7 +245,7 @@ def kept_prompts(settings: Settings) -> timedelta:
     return timedelta(days=settings.prompt_log_default_retention_days)
 
 
-def discovery_of(settings: Settings, backends: dict[str, Backend], store: Store) -> Discovery:
+def discovery_of(settings: Settings, backends: dict[str, Backend], store: RedisClient) -> Discovery:
     return Discovery(
         list(backends.values()),
         store,
@@ -248,17 +254,19 @@ def discovery_of(settings: Settings, backends: dict[str, Backend], store: Store)
     )
 
 
-def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> Callable[[Scope], ASGIApp]:
+def _table(
+    settings: Settings, components: Components, access: Access, dialects: dict[str, Dialect]
+) -> Callable[[Scope], ASGIApp]:
     lines: dict[tuple[str, str], ASGIApp] = {("GET", "/"): edge_router.running}
-    lines |= _calls(settings, rooms, access, dialects)
-    lines |= _lists(rooms, access)
-    lines |= admin_api_of(settings, rooms).routes(access, rooms.watch, rooms.bodies)
+    lines |= _calls(settings, components, access, dialects)
+    lines |= _lists(components, access)
+    lines |= admin_api_of(settings, components).routes(access, components.watch, components.bodies)
     if settings.playground_enabled:
         lines |= static.playground(settings.playground_file)
     if settings.dashboard_enabled:
         lines |= static.routes(static.DASHBOARD)
     if settings.metrics_token or settings.metrics_allow:
-        scrape = Scrape(rooms.metrics, settings.metrics_token, settings.metrics_allow)
+        scrape = MetricsEndpoint(components.metrics, settings.metrics_token, settings.metrics_allow)
         lines |= {(method, METRICS): scrape for method in METHODS}
     for method, path in passthrough.ROUTES:
         lines[method, path] = passthrough.AdminVerb(
@@ -266,15 +274,15 @@ def _table(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
             path,
             dialects["ollama"],
             access,
-            rooms.backends,
-            rooms.watch,
-            lambda backend: rooms.discovery.refresh([backend], enough_s=MODELS_CHANGED_S),
-            rooms.bodies,
+            components.backends,
+            components.watch,
+            lambda backend: components.discovery.refresh([backend], enough_s=MODELS_CHANGED_S),
+            components.bodies,
         )
     if settings.docs_enabled:
         lines |= static.routes(static.DOCS)
         lines |= _document(lines, by_prefix(dialects), settings.gateway_request_id_header)
-    return edge_router.table(lines)
+    return edge_router.router(lines)
 
 
 def _document(
@@ -286,18 +294,20 @@ def _document(
     return {line: static.Page(strict_json.write(document), "application/json")}
 
 
-def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str, Dialect]) -> dict[tuple[str, str], ASGIApp]:
-    router = Router(rooms.backends, rooms.held_answers, most_tokens=settings.max_num_predict)
+def _calls(
+    settings: Settings, components: Components, access: Access, dialects: dict[str, Dialect]
+) -> dict[tuple[str, str], ASGIApp]:
+    router = Failover(components.backends, components.held_answers, most_tokens=settings.max_num_predict)
     return {
         ("POST", operation.path): Exchange(
             dialect,
             operation,
             access,
             router,
-            rooms.watch,
-            lambda: rooms.discovery.catalog,
-            rooms.books,
-            bodies=rooms.bodies,
+            components.watch,
+            lambda: components.discovery.catalog,
+            components.settler,
+            bodies=components.bodies,
             most_tokens=settings.max_num_predict,
             stand_in=described if operation.path == "/api/show" else None,
         )
@@ -306,10 +316,10 @@ def _calls(settings: Settings, rooms: Rooms, access: Access, dialects: dict[str,
     }
 
 
-def _lists(rooms: Rooms, access: Access) -> dict[tuple[str, str], ASGIApp]:
-    lists = Lists(access, lambda: rooms.discovery.catalog, rooms.running.now)
-    catalog, is_draining = lambda: rooms.discovery.catalog, lambda: rooms.front.draining
-    health = Health(rooms.database, rooms.store, catalog, rooms.background, is_draining)
+def _lists(components: Components, access: Access) -> dict[tuple[str, str], ASGIApp]:
+    lists = ModelLists(access, lambda: components.discovery.catalog, components.running.now)
+    catalog, is_draining = lambda: components.discovery.catalog, lambda: components.application.draining
+    health = Health(components.database, components.store, catalog, components.background, is_draining)
     return {
         ("GET", "/api/tags"): lists.tags,
         ("GET", "/api/ps"): lists.running,
@@ -321,12 +331,12 @@ def _lists(rooms: Rooms, access: Access) -> dict[tuple[str, str], ASGIApp]:
     }
 
 
-def tell_what_is_in_force(settings: Settings, rooms: Rooms) -> None:
+def tell_what_is_in_force(settings: Settings, components: Components) -> None:
     """One line each at start."""
     for backend in settings.backends:
         opened = f"with a token in {backend.auth_header}" if backend.auth_token else "without a token"
         LOG.info("backend %s: %s at %s, %s", backend.name, backend.kind, backend.base_url, opened)
-    models = len(rooms.discovery.catalog.models)
+    models = len(components.discovery.catalog.models)
     LOG.info("models: %d known, asked for every %g s", models, settings.model_discovery_refresh_s)
     LOG.info("keys: argon2id, remembered for %g s", settings.redis_key_cache_ttl_s)
     own = f"{settings.default_rpm} requests and {settings.default_tpm} tokens a minute, {settings.default_concurrent} at once"
@@ -334,7 +344,7 @@ def tell_what_is_in_force(settings: Settings, rooms: Rooms) -> None:
     LOG.info("prompt tokens that a backend had cached count %s of one", settings.cached_tokens_weight)
     LOG.info("audit: kept for %d days", settings.audit_log_default_retention_days)
     LOG.info("bodies: at most %d bytes; answers: at most %d tokens", settings.max_request_body_bytes, settings.max_num_predict)
-    LOG.info("Redis: %s", "in use" if rooms.store.up else "away, each process goes on by itself")
+    LOG.info("Redis: %s", "in use" if components.store.up else "away, each process goes on by itself")
 
 
 async def _state_of(database: Database) -> str:

@@ -220,7 +220,7 @@ def test_readme_has_every_error_with_its_status() -> None:
 
 def test_readme_has_every_field_of_the_log() -> None:
     section = README.partition("\n## Logs\n")[2].partition("\n## ")[0]
-    assert [field for field in Record("id", "id", "GET").told() if f"`{field}`" not in section] == []
+    assert [field for field in Record("id", "id", "GET").row() if f"`{field}`" not in section] == []
 
 
 def test_readme_has_every_admin_route() -> None:

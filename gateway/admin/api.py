@@ -20,10 +20,10 @@ from gateway.admin.explain import Question
 from gateway.admin.overview import WINDOWS, Overview
 from gateway.audit.record import Record
 from gateway.auth import key_format, key_store, key_view
-from gateway.auth.key_store import ADMIN, Key, KeyRing, NewKey
+from gateway.auth.key_store import ADMIN, Key, KeyStore, NewKey
 from gateway.core import strict_json
 from gateway.core.asgi import send_json
-from gateway.core.cancel_scope import Watch
+from gateway.core.cancel_scope import ScopeTimer
 from gateway.core.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
 from gateway.dialects import model_names
 from gateway.dialects.dialect import Operation
@@ -36,7 +36,7 @@ from gateway.limits.quota import UNLIMITED, Quota
 from gateway.proxy.access import Access
 from gateway.proxy.body import Bodies
 from gateway.stores.postgres import Database, Row
-from gateway.stores.redis_client import Store
+from gateway.stores.redis_client import RedisClient
 
 LONGEST_BODY = 65_536
 LONGEST_VALUE, MOST_VALUES = 1000, 50
@@ -76,7 +76,7 @@ class AdminRoute:
     def __init__(
         self,
         access: Access,
-        watch: Watch,
+        watch: ScopeTimer,
         bodies: Bodies,
         handler: Handler,
         *,
@@ -134,11 +134,11 @@ class AdminApi:
 
     def __init__(
         self,
-        ring: KeyRing,
+        ring: KeyStore,
         overview: Overview,
         database: Database,
         reports: Database,
-        store: Store,
+        store: RedisClient,
         discovery: Discovery,
         backends: Mapping[str, Backend],
         operations: Mapping[str, Operation],
@@ -149,7 +149,7 @@ class AdminApi:
         self._discovery, self._backends, self._operations, self._explain = discovery, backends, operations, explain
         self._is_draining = is_draining
 
-    def routes(self, access: Access, watch: Watch, bodies: Bodies) -> dict[tuple[str, str], ASGIApp]:
+    def routes(self, access: Access, watch: ScopeTimer, bodies: Bodies) -> dict[tuple[str, str], ASGIApp]:
         def route(handler: Handler, *takes: str, **how: Any) -> AdminRoute:
             return AdminRoute(access, watch, bodies, handler, takes=takes, **how)
 
@@ -284,7 +284,7 @@ class AdminApi:
             routes = ", ".join(sorted(self._operations))
             raise BadRequest(f"say key= (id or name), model=, and client= as ollama, openai, or one of {routes}")
         values.model_name(model)
-        row = await self._database.row("key_with_rights", await self._ring.living(asked.query["key"]))
+        row = await self._database.row("key_with_rights", await self._ring.active_id(asked.query["key"]))
         assert row is not None
         return await self._explain(Question(key_store.unpack(dict(row)), model, self._operations[path]))
 

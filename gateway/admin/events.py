@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.admin.overview import Overview
 from gateway.audit.record import Record
 from gateway.core import strict_json
-from gateway.core.cancel_scope import Watch, Watched
+from gateway.core.cancel_scope import CallScope, ScopeTimer
 from gateway.core.connection import Connection
 from gateway.core.errors import ClientGone, ClientStalled, GatewayError
 from gateway.proxy.access import Access
@@ -21,7 +21,7 @@ HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cach
 
 
 class AdminEvents:
-    def __init__(self, access: Access, watch: Watch, overview: Overview, is_draining: Callable[[], bool]) -> None:
+    def __init__(self, access: Access, watch: ScopeTimer, overview: Overview, is_draining: Callable[[], bool]) -> None:
         self._access, self._watch, self._overview, self._is_draining = access, watch, overview, is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,7 +43,7 @@ class AdminEvents:
             record.outcome = "answered"
         await send({"type": "http.response.body", "body": b""})
 
-    async def _tell(self, scope: Scope, send: Send, record: Record, guard: Watched) -> None:
+    async def _tell(self, scope: Scope, send: Send, record: Record, guard: CallScope) -> None:
         while not self._is_draining():
             event = b"data: " + strict_json.write(await self._overview.now()) + b"\n\n"
             guard.within(READER_S, ClientStalled)

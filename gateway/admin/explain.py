@@ -14,10 +14,10 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Model, Offer
 from gateway.fleet.presence import BackendState
 from gateway.limits.admission import Admission, Ticket
-from gateway.limits.limiter import Limits, Used
-from gateway.limits.quota import NAMES, Quota, Scope
+from gateway.limits.limiter import CounterUsage, Limiter
+from gateway.limits.quota import NAMES, CounterSet, Quota
 from gateway.proxy.visibility import missing
-from gateway.stores.redis_client import StoreAway
+from gateway.stores.redis_client import RedisUnavailable
 
 UNASKED = BackendState()
 
@@ -102,7 +102,7 @@ def _why(state: BackendState) -> str:
     return "its breaker lets one request try" if state.breaker == "half-open" else "ready"
 
 
-async def explain(question: Question, fleet: Fleet, limits: Limits, defaults: Quota, most_output: int) -> dict[str, Any]:
+async def explain(question: Question, fleet: Fleet, limits: Limiter, defaults: Quota, most_output: int) -> dict[str, Any]:
     """The whole story; `status` and `backend` are what the call would meet if it came now and its backend kept its word."""
     rows = backends(question, fleet)
     model = fleet.catalog.find(question.model, question.key.models)
@@ -149,7 +149,7 @@ def _verdict(status: int, code: str, backend: str = "") -> dict[str, Any]:
 
 
 async def _limits(
-    question: Question, model: Model | None, limits: Limits, bounds: tuple[Quota, int], told: dict[str, Any]
+    question: Question, model: Model | None, limits: Limiter, bounds: tuple[Quota, int], told: dict[str, Any]
 ) -> LimitReached | None:
     """`bounds`: the defaults, and the most tokens of an answer. A call for a model that is not there takes a request alone."""
     defaults, most_output = bounds
@@ -157,17 +157,17 @@ async def _limits(
     scopes = question.key.scopes(name, defaults)
     output = None if question.output is None else min(question.output, most_output)
     need, info = (Need(question.prompt, output), b"explain") if model else (NO_TOKENS, b"")
-    used: Sequence[Used | None] = [None] * len(scopes)
+    used: Sequence[CounterUsage | None] = [None] * len(scopes)
     found: Admission | LimitReached | None = None
     try:
-        found, used = await limits.look(Ticket("explain", scopes, name, need, info))
-    except StoreAway:
+        found, used = await limits.preview(Ticket("explain", scopes, name, need, info))
+    except RedisUnavailable:
         told["limits_decided_by"] = "each process by itself: Redis is away"
     told["limits"] = [line for scope, some in zip(scopes, used, strict=True) for line in _lines(scope, some)]
     return found if isinstance(found, LimitReached) else None
 
 
-def _lines(scope: Scope, used: Used | None) -> list[dict[str, Any]]:
+def _lines(scope: CounterSet, used: CounterUsage | None) -> list[dict[str, Any]]:
     """Each limit that there is, with what is used of it, where anybody knows."""
     whose = scope.name.partition("|")[2] or "all"
     return [

@@ -14,7 +14,7 @@ from gateway.fleet.catalog import Catalog, Snapshot
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.presence import BackendState, ProcessState
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 LATELY = timedelta(minutes=15)
 BUSIEST = 10
@@ -45,7 +45,7 @@ class Overview:
         configs: Sequence[BackendConfig],
         discovery: Discovery,
         reports: Database,
-        store: Store,
+        store: RedisClient,
         database: Database,
     ) -> None:
         self._configs, self._discovery, self._reports, self._store = configs, discovery, reports, store
@@ -86,7 +86,7 @@ class Overview:
             "audit_backlog": max(
                 (state.audit_waiting for state in states or () if state.audit_waiting is not None), default=None
             ),
-            "backends": backends(self._configs, self._discovery.catalog, presence.together(states or ()), drained or {}),
+            "backends": backends(self._configs, self._discovery.catalog, presence.merged_view(states or ()), drained or {}),
             "stores": {
                 "redis": self._store.up,
                 "postgresql": lately is not None or (self._reports.up and self._database.up),
@@ -98,7 +98,7 @@ class Overview:
     async def _states(self) -> list[ProcessState] | None:
         try:
             return await presence.read(self._store)
-        except StoreAway:
+        except RedisUnavailable:
             return None
 
     async def _lately(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -13,7 +13,7 @@ LONGEST_WORD = 1000
 ENDLESS = re.compile(r"[!-~]*")
 
 
-class Transcript:
+class PromptLog:
     """Collects the answer's bytes as they pass; `said` of the dialect makes text of them when the request has ended."""
 
     def __init__(self, body: dict[str, Any]) -> None:
@@ -22,14 +22,14 @@ class Transcript:
         self._size = 0
         self._is_cut = False
 
-    def hear(self, piece: bytes) -> None:
+    def add(self, piece: bytes) -> None:
         if self._size + len(piece) > LONGEST_RAW or len(piece) > LARGEST_READ_WHOLE:
             self._is_cut = True
         else:
             self._pieces.append(piece)
             self._size += len(piece)
 
-    def told(self, said: Callable[[bytes], str]) -> dict[str, Any]:
+    def entry(self, said: Callable[[bytes], str]) -> dict[str, Any]:
         request = strict_json.write_anyhow(without_blobs(self._body)).decode("utf-8", "replace")
         answer = said(b"".join(self._pieces))
         is_cut = self._is_cut or len(request) > LONGEST_TEXT or len(answer) > LONGEST_TEXT

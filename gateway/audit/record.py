@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.audit.prompt_log import Transcript
+from gateway.audit.prompt_log import PromptLog
 from gateway.auth.key_store import Key
 from gateway.core import strict_json
 from gateway.dialects.dialect import Usage
@@ -38,7 +38,7 @@ class Attempt:
     ms: float
     detail: str = ""
 
-    def told(self) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         row = {"backend": self.backend, "fault": self.fault, "ms": round(self.ms, 3)}
         return {**row, "detail": self.detail} if self.detail else row
 
@@ -81,7 +81,7 @@ class Record:
     spent_prompt: int = 0
     spent_completion: int = 0
     spent_cached: int = 0
-    transcript: Transcript | None = field(default=None, repr=False)
+    prompt_log: PromptLog | None = field(default=None, repr=False)
     bytes_in: int = 0
     bytes_out: int = 0
     first_byte_at: float | None = None
@@ -90,8 +90,8 @@ class Record:
     # An operator looks: that is no traffic, and neither counted nor kept.
     is_look: bool = False
     is_closed: bool = False
-    row: dict[str, Any] | None = field(default=None, repr=False)
-    told_json: bytes = field(default=b"", repr=False)
+    ended_row: dict[str, Any] | None = field(default=None, repr=False)
+    row_json: bytes = field(default=b"", repr=False)
 
     @property
     def key_id(self) -> str:
@@ -107,7 +107,7 @@ class Record:
         until = time.monotonic() if self.first_byte_at is None else self.first_byte_at
         return max(0.0, until - self.began - self.reading_s - self.queue_ms / 1000 - self.upstream_s)
 
-    def beginning(self) -> dict[str, Any]:
+    def opening_fields(self) -> dict[str, Any]:
         """What is known of the row when the request is let in; `completed` makes it whole if nobody ever ends it."""
         return {
             "id": self.id,
@@ -133,19 +133,19 @@ class Record:
         billed_tokens: int | None = None,
     ) -> bytes:
         """The row of the audit as JSON, which is the log's line, too."""
-        self.row = self._row(prompt_tokens, completion_tokens, tokens_from)
-        self.row["cached_tokens"], self.row["billed_tokens"] = cached_tokens, billed_tokens
-        self.told_json = strict_json.write_anyhow(self.row)
-        return self.told_json
+        self.ended_row = self._built(prompt_tokens, completion_tokens, tokens_from)
+        self.ended_row["cached_tokens"], self.ended_row["billed_tokens"] = cached_tokens, billed_tokens
+        self.row_json = strict_json.write_anyhow(self.ended_row)
+        return self.row_json
 
-    def told(self) -> dict[str, Any]:
-        return self.row if self.row is not None else self._row(0, 0, "none")
+    def row(self) -> dict[str, Any]:
+        return self.ended_row if self.ended_row is not None else self._built(0, 0, "none")
 
-    def _row(self, prompt_tokens: int, completion_tokens: int, tokens_from: str) -> dict[str, Any]:
-        row = self.beginning()
+    def _built(self, prompt_tokens: int, completion_tokens: int, tokens_from: str) -> dict[str, Any]:
+        row = self.opening_fields()
         row["answered_as"] = self.answered_as
         row["backend"] = self.backend
-        row["attempts"] = [attempt.told() for attempt in self.attempts]
+        row["attempts"] = [attempt.row() for attempt in self.attempts]
         row["status"] = self.status
         row["outcome"] = self.outcome
         row["detail"] = self.detail

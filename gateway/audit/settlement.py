@@ -12,11 +12,11 @@ from typing import Any, Self
 from gateway.audit import token_usage
 from gateway.audit.record import Record
 from gateway.core import strict_json
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
 from gateway.dialects.dialect import Dialect
-from gateway.limits.limiter import Limits, Settlement
-from gateway.stores.redis_client import StoreAway
+from gateway.limits.limiter import Limiter, Settlement
+from gateway.stores.redis_client import RedisUnavailable
 
 LOG = logging.getLogger("gateway.audit")
 LOOK_EVERY_S = 0.2
@@ -28,8 +28,8 @@ CLOSING_S = 8.0
 WriteRows = Callable[[Sequence[bytes], Sequence[bytes]], Any]
 
 
-class Books:
-    """`async with Books(...) as books:` — `close` never waits, `end` at most 50 ms; neither fails.
+class Settler:
+    """`async with Settler(...) as settler:` — `finish` never waits, `finish_before_last_bytes` at most 50 ms; neither fails.
 
     What Redis does not take waits here, at most `size` requests; while Redis is away its rows go to PostgreSQL directly, and
     its tokens and slots are told to Redis when it is back. With both away the oldest are lost, counted and said.
@@ -37,7 +37,7 @@ class Books:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: Limiter,
         dialects: Mapping[str, Dialect],
         write: WriteRows,
         *,
@@ -53,7 +53,7 @@ class Books:
         self._away_since: float | None = None
         self.dropped = 0
         self._is_dropping = False
-        self.background = Kept(self._keep_delivering, "books")
+        self.background = KeptTask(self._keep_delivering, "books")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -71,23 +71,23 @@ class Books:
     def backlog(self) -> int:
         return len(self._backlog)
 
-    async def end(self, record: Record, coming: int = 0) -> None:
-        """As `close`, before the last `coming` bytes are sent: who has them may ask again at once, of another process.
+    async def finish_before_last_bytes(self, record: Record, coming: int = 0) -> None:
+        """As `finish`, before the last `coming` bytes are sent: who has them may ask again at once, of another process.
 
         Everything is on its way to Redis by then, and there where a slot is scarce.
         """
         if record.is_closed:
             return
-        told = self.close(record, coming)
+        told = self.finish(record, coming)
         if told is not None and record.admission is not None and self._limits.is_tight(record.admission):
-            with suppress(StoreAway):
+            with suppress(RedisUnavailable):
                 await asyncio.shield(told)
-        elif told is not None and not self._limits.has_told(record.key_id):
+        elif told is not None and not self._limits.is_flushed(record.key_id):
             # In the next turn of the loop it is written, with what others tell; after the second it has gone.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
 
-    def close(self, record: Record, coming: int = 0) -> "asyncio.Future[Any] | None":
+    def finish(self, record: Record, coming: int = 0) -> "asyncio.Future[Any] | None":
         """Once for each request; `coming` bytes of its answer are still to be sent."""
         if record.is_closed:
             return None
@@ -100,7 +100,7 @@ class Books:
         record.bytes_out -= coming
         try:
             told = self._limits.settle(settlement)
-        except StoreAway:
+        except RedisUnavailable:
             self._keep(settlement)
             return None
         self._watch(told, settlement)
@@ -115,10 +115,10 @@ class Books:
         return Settlement(record.admission, spent.total, completion, row, self._prompt(record), record.id, record.key_id)
 
     def _prompt(self, record: Record) -> bytes:
-        if record.transcript is None or record.key is None:
+        if record.prompt_log is None or record.key is None:
             return b""
         try:
-            told = record.transcript.told(self._dialects[record.dialect].said)
+            told = record.prompt_log.entry(self._dialects[record.dialect].said)
             return strict_json.write_anyhow({"id": record.id, "at": record.at, "key_id": record.key.id, **told})
         except Exception:
             # What it held must come back, whatever it said.
@@ -174,8 +174,8 @@ class Books:
             for _ in range(min(AT_ONCE, len(waiting))):
                 settlement = waiting.popleft()
                 try:
-                    self._watch(self._limits.tell(settlement), settlement)
-                except StoreAway:
+                    self._watch(self._limits.resend(settlement), settlement)
+                except RedisUnavailable:
                     waiting.appendleft(settlement)
                     return
         self._say_whether_dropping()

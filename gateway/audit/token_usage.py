@@ -14,7 +14,7 @@ TOKENS_PER_S = 50
 MILLION = 1_000_000
 
 
-class Cost(NamedTuple):
+class TokenUsage(NamedTuple):
     """`source`: reported (by the backend), estimated, partial (estimated, of an answer cut short) or none.
 
     `cached` are part of the prompt's; `billed` is what counts for limits where that is less than all tokens.
@@ -32,23 +32,23 @@ class Cost(NamedTuple):
         return self.prompt + self.completion if self.billed is None else self.billed
 
 
-def of(record: Record, most_output: int, cached_weight: int) -> Cost:
+def of(record: Record, most_output: int, cached_weight: int) -> TokenUsage:
     """`most_output`: what a backend was allowed to answer at most; what it says beyond that is not billed.
 
     `cached_weight`: what a prompt token counts that the backend had cached, in millionths.
     """
     if record.outcome not in CUT and record.outcome != "answered":
-        return Cost()
+        return TokenUsage()
     prompt, completion = record.usage.prompt_tokens, record.usage.completion_tokens
     if completion is None and record.need.output == 0:
         completion = 0
     if prompt is not None and completion is not None:
         source = "reported" if prompt or completion or record.need.prompt > 0 else "none"
-        found = Cost(prompt, completion, source)
+        found = TokenUsage(prompt, completion, source)
     elif record.need.prompt < 0 or not record.was_sent:
-        return Cost()
+        return TokenUsage()
     else:
-        found = Cost(
+        found = TokenUsage(
             record.need.prompt if prompt is None else prompt,
             _answered(record) if completion is None else completion,
             "partial" if record.outcome in CUT else "estimated",
@@ -68,14 +68,14 @@ def _answered(record: Record) -> int:
     return made if record.need.output is None else min(made, record.need.output)
 
 
-def _bounded(cost: Cost, record: Record, most_output: int) -> Cost:
+def _bounded(cost: TokenUsage, record: Record, most_output: int) -> TokenUsage:
     most_prompt = PROMPT_FACTOR * max(0, record.need.prompt) + PROMPT_BASE
     if cost.prompt <= most_prompt and cost.completion <= most_output:
         return cost
-    return Cost(min(cost.prompt, most_prompt), min(cost.completion, most_output), cost.source)
+    return TokenUsage(min(cost.prompt, most_prompt), min(cost.completion, most_output), cost.source)
 
 
-def _weighed(cost: Cost, cached: int, weight: int) -> Cost:
+def _weighed(cost: TokenUsage, cached: int, weight: int) -> TokenUsage:
     saved = cached - -(-cached * weight // MILLION)
     billed = cost.prompt + cost.completion - saved if saved else None
-    return Cost(cost.prompt, cost.completion, cost.source, cached, billed)
+    return TokenUsage(cost.prompt, cost.completion, cost.source, cached, billed)

@@ -9,12 +9,12 @@ from typing import Any, Self
 
 from gateway.audit import table
 from gateway.core import strict_json
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
-from gateway.limits.limiter import Limits
+from gateway.limits.limiter import Limiter
 from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_keys import HOME
 from gateway.stores.redis_names import named
 
@@ -43,9 +43,9 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 class AuditWriter:
     """`async with AuditWriter(...)`: runs until the block ends; `write` is the direct way, past Redis."""
 
-    def __init__(self, store: Store, limits: Limits, database: Database, *, keep_prompts: timedelta) -> None:
+    def __init__(self, store: RedisClient, limits: Limiter, database: Database, *, keep_prompts: timedelta) -> None:
         self._store, self._limits, self._database, self._keep_prompts = store, limits, database, keep_prompts
-        self.background = Kept(self._run, "audit writer")
+        self.background = KeptTask(self._run, "audit writer")
         self._reaped_at = 0.0
         self.written = 0
         # Rows in Redis; None where another process looks after them.
@@ -66,7 +66,7 @@ class AuditWriter:
         while True:
             try:
                 moved = await self._work()
-            except (StoreAway, StoreUnavailable):
+            except (RedisUnavailable, StoreUnavailable):
                 await asyncio.sleep(AWAY_S)
             except Exception:
                 LOG.exception("the audit could not be written, trying again")
@@ -87,7 +87,7 @@ class AuditWriter:
         mine = self._limits.process.encode()
         try:
             _, holder = await self._store.pipeline(lambda pipe: pipe.set(LEASE, mine, nx=True, px=LEASE_MS).get(LEASE))
-        except StoreAway as away:
+        except RedisUnavailable as away:
             if away.is_full:
                 # Moving rows makes room again, and two who move them write none twice.
                 return True
@@ -171,8 +171,8 @@ class AuditWriter:
     async def _reap(self) -> None:
         if not self._limits.is_settled(SETTLING_S):
             return
-        for settlement in await self._limits.overdue(OVERDUE_MS, REAPED_AT_ONCE):
-            await self._limits.tell(settlement, "reaped")
+        for settlement in await self._limits.expired(OVERDUE_MS, REAPED_AT_ONCE):
+            await self._limits.resend(settlement, "reaped")
 
 
 def _behind(entry: bytes) -> bytes:

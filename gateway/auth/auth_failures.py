@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 
 from gateway.core.errors import GatewayError, TooManyFailures, WrongKey
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_names import named
 
 WINDOW_S = 60.0
@@ -19,7 +19,7 @@ OF_ONE_LINE = 128 - 56
 class AuthFailures:
     """At most `limit` wrong keys per address in a minute that begins with the first of them."""
 
-    def __init__(self, store: Store, limit: int) -> None:
+    def __init__(self, store: RedisClient, limit: int) -> None:
         self._store, self._limit = store, limit
         self._counts: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._suspected: Counter[str] = Counter()
@@ -69,7 +69,7 @@ class AuthFailures:
             count, _, left_ms = await self._store.pipeline(
                 lambda pipe: pipe.incr(name).expire(name, int(WINDOW_S), nx=True).pttl(name)
             )
-        except StoreAway:
+        except RedisUnavailable:
             return 0, 0.0
         return int(count), max(0.0, left_ms / 1000)
 

@@ -16,10 +16,10 @@ from gateway.auth.key_format import PresentedKey
 from gateway.auth.key_store import CHANGED, Key, cache_key, unpack, version_key
 from gateway.auth.verifier import Verifier
 from gateway.core import strict_json
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.core.errors import Overloaded, StoreUnavailable, WrongKey
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_names import named
 
 REMEMBERED = 10_000
@@ -52,7 +52,9 @@ class Authenticator:
     PostgreSQL away it stays good for a quarter of an hour after its last check; unknown keys get 503.
     """
 
-    def __init__(self, database: Database, store: Store, verifier: Verifier, failures: AuthFailures, *, cache_s: float) -> None:
+    def __init__(
+        self, database: Database, store: RedisClient, verifier: Verifier, failures: AuthFailures, *, cache_s: float
+    ) -> None:
         self._database, self._store, self._verifier, self._failures = database, store, verifier, failures
         self._cache_s = cache_s
         self._verified: OrderedDict[str, Verified] = OrderedDict()
@@ -62,7 +64,7 @@ class Authenticator:
         self._strangers = 0
         self._attempts: set[tuple[str, str]] = set()
         self._used: dict[str, float] = {}
-        self.background = Kept(self._note_uses, "last use of keys")
+        self.background = KeptTask(self._note_uses, "last use of keys")
 
     async def __aenter__(self) -> Self:
         self._store.subscribe({CHANGED: self.forget}, after_gap=self.forget_all)
@@ -179,7 +181,7 @@ class Authenticator:
                     .get(version_key(presented.secret_id))
                 )
             )
-        except StoreAway:
+        except RedisUnavailable:
             return None, None
         if refused is not None:
             self._refuse(presented)
@@ -202,7 +204,7 @@ class Authenticator:
         packed = {**verified.key.packed(), "hash": verified.hash, "digest": presented.digest, "checked_at": time.time() - age}
         names = (cache_key(presented.secret_id), version_key(presented.secret_id))
         values = (version, strict_json.write(packed), int(self._cache_s * 1000))
-        with suppress(StoreAway):
+        with suppress(RedisUnavailable):
             await self._store.call(lambda redis: redis.eval(SET_IF_UNCHANGED, 2, *names, *values))
 
     async def _from_database(self, presented: PresentedKey, known: Verified | None) -> Verified:
@@ -212,7 +214,7 @@ class Authenticator:
         was_right = known is not None and stored in (None, known.hash)
         is_right = was_right or await self._verifier.is_right(stored, presented)
         if row is None or stored is None or not is_right or row["revoked_at"] is not None:
-            with suppress(StoreAway):
+            with suppress(RedisUnavailable):
                 await self._store.call(
                     lambda redis: redis.set(_refused_key(presented.digest), b"", px=int(self._cache_s * 1000))
                 )

@@ -16,10 +16,10 @@ from gateway.dialects import model_names
 from gateway.dialects.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
 from gateway.dialects.model_names import MOST_PATTERNS, AllowList
 from gateway.limits import quota
-from gateway.limits.quota import Quota, Rule, Scope
+from gateway.limits.quota import CounterSet, Quota, Rule
 from gateway.stores import redis_keys
 from gateway.stores.postgres import AlreadyThere, Database
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_names import named
 
 CHANGED = named("keys:changed")
@@ -54,7 +54,7 @@ class Key:
     def has_expired(self, now: float) -> bool:
         return self.expires_at is not None and now >= self.expires_at
 
-    def scopes(self, model: str, defaults: Quota) -> tuple[Scope, ...]:
+    def scopes(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
         """The counters that a request counts in: the key's own, and one for each rule that the model matches."""
         known = self._scopes  # type: ignore[attr-defined]
         asked = (model if self.rules else "", defaults)
@@ -62,13 +62,13 @@ class Key:
             if len(known) >= REMEMBERED_SCOPES:
                 known.clear()
             known[asked] = self._find_scopes(model, defaults)
-        found: tuple[Scope, ...] = known[asked]
+        found: tuple[CounterSet, ...] = known[asked]
         return found
 
-    def _find_scopes(self, model: str, defaults: Quota) -> tuple[Scope, ...]:
-        own = quota.scope(self.id, self.quota, defaults)
+    def _find_scopes(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
+        own = quota.counter_set(self.id, self.quota, defaults)
         matching = (rule for rule in self.rules if model and rule.matches(model))
-        return (own, *(quota.scope(f"{self.id}|{rule.pattern}", rule.quota, Quota()) for rule in matching))
+        return (own, *(quota.counter_set(f"{self.id}|{rule.pattern}", rule.quota, Quota()) for rule in matching))
 
     def packed(self) -> dict[str, object]:
         return {
@@ -112,10 +112,10 @@ class NewKey:
     audit_retention: timedelta | None = None
 
 
-class KeyRing:
+class KeyStore:
     """The operator's side of keys; changes reach every process through Redis, at the latest after its cache time."""
 
-    def __init__(self, database: Database, hasher: PasswordHasher, store: Store | None) -> None:
+    def __init__(self, database: Database, hasher: PasswordHasher, store: RedisClient | None) -> None:
         self._database, self._hasher, self._store = database, hasher, store
 
     async def make(self, wanted: NewKey) -> tuple[str, str]:
@@ -145,7 +145,7 @@ class KeyRing:
 
     async def rotate(self, name_or_id: str, overlap: timedelta) -> tuple[str, str]:
         """A new secret for the same key; the old ones work for the overlap. Returns the key's id and the new key."""
-        key_id = await self.living(name_or_id, usable=True)
+        key_id = await self.active_id(name_or_id, usable=True)
         minted = key_format.mint()
         await self._database.run_all(
             [
@@ -159,7 +159,7 @@ class KeyRing:
 
     async def revoke(self, name_or_id: str) -> tuple[str, bool]:
         """Returns the key's id and whether every process was told at once (else they learn it with their cache time)."""
-        key_id = await self.living(name_or_id)
+        key_id = await self.active_id(name_or_id)
         await self._database.run_all([("lock_key", (key_id,)), ("revoke_key", (key_id,))])
         return key_id, await self._announce(key_id)
 
@@ -172,7 +172,7 @@ class KeyRing:
 
         Returns the key's id, the whole quota as it is now, and whether every process was told at once.
         """
-        key_id = await self.living(name_or_id)
+        key_id = await self.active_id(name_or_id)
         _refuse_unreadable_pattern(pattern)
         pattern = model_names.rule_pattern(pattern)
         names = list(quota.NAMES)
@@ -198,7 +198,7 @@ class KeyRing:
     async def _forget_spent(self, scope: str) -> None:
         """Nobody counted while there was no budget: what the audit knows is asked for anew."""
         if self._store is not None:
-            with suppress(StoreAway):
+            with suppress(RedisUnavailable):
                 await self._store.call(lambda redis: redis.delete(redis_keys.budget(scope)))
 
     async def all(self) -> Sequence[Mapping[str, Any]]:
@@ -214,7 +214,7 @@ class KeyRing:
             raise NotThere(f"there is no living key with the id {key_format.redacted(key_id)!r}: see `make keys`")
         return str(row["id"])
 
-    async def living(self, name_or_id: str, *, usable: bool = False) -> str:
+    async def active_id(self, name_or_id: str, *, usable: bool = False) -> str:
         """The id of a key that was not revoked; what is any key's id is no name. Raises NotThere."""
         row = await self._database.row("find_living_key", name_or_id) if name_or_id.isprintable() else None
         if row is None:
@@ -230,7 +230,7 @@ class KeyRing:
         try:
             await self._store.pipeline(lambda pipe: _forget(pipe, secret_ids))
             await self._store.call(lambda redis: redis.publish(CHANGED, key_id))
-        except StoreAway:
+        except RedisUnavailable:
             return False
         return True
 

@@ -13,7 +13,7 @@ AGAIN_S = 1.0
 FAILING_S = 120.0
 
 
-class Kept:
+class KeptTask:
     """Work that runs until it is ended: what it raises is logged once with its trace, and it begins again after a second."""
 
     def __init__(self, work: Callable[[], Awaitable[object]], name: str) -> None:
@@ -58,7 +58,7 @@ class Kept:
             LOG.error("the task %r has ended and nobody ended it", self.name)
 
 
-class Group:
+class TaskGroup:
     """Tasks that end by themselves, as many as their owner lets in; what they raise is logged, and the owner ends the rest."""
 
     def __init__(self, name: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 
 LOOK_EVERY_S = 0.1
 NEVER = float("inf")
@@ -13,7 +13,7 @@ NEVER = float("inf")
 Reason = Callable[[], Exception]
 
 
-class Guard:
+class CancelScope:
     """`with Guard() as guard:` — whoever calls `guard.interrupt(reason)` makes the block raise `reason` at its next wait.
 
     The block's task is cancelled and the cancellation taken back at the block's end, as asyncio.timeout does it, so guards
@@ -74,13 +74,13 @@ class Guard:
                 self._reason = None
 
 
-class Watched(Guard):
+class CallScope(CancelScope):
     """A guard without a timer of its own: a Watch looks at it, ten times a second.
 
     It has a deadline for the whole block and one for what is waited for at the moment, which may end in another way.
     """
 
-    def __init__(self, living: "set[Watched]") -> None:
+    def __init__(self, living: "set[CallScope]") -> None:
         super().__init__()
         self._living = living
         self._end = NEVER
@@ -110,12 +110,12 @@ class Watched(Guard):
             self.interrupt(self._too_long())
 
 
-class Watch:
+class ScopeTimer:
     """`async with Watch() as watch:` — keeps the deadlines of the guards that it makes, and can end them all."""
 
     def __init__(self) -> None:
-        self._living: set[Watched] = set()
-        self.background = Kept(self._keep_looking, "deadlines")
+        self._living: set[CallScope] = set()
+        self.background = KeptTask(self._keep_looking, "deadlines")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -124,8 +124,8 @@ class Watch:
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
 
-    def guard(self) -> Watched:
-        return Watched(self._living)
+    def guard(self) -> CallScope:
+        return CallScope(self._living)
 
     def end_all(self, reason: Reason) -> None:
         for guard in list(self._living):

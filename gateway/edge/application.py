@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.audit.record import Record
-from gateway.audit.settlement import Books
-from gateway.core.cancel_scope import Guard
+from gateway.audit.settlement import Settler
+from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import (
     BackendRefused,
     BodyTooSlow,
@@ -50,7 +50,7 @@ PREFLIGHT_HEADERS = (
 )
 
 
-class Front:
+class Application:
     """Counts what is in flight, and how much of it is of operators; `draining` makes it refuse new work."""
 
     def __init__(
@@ -58,12 +58,12 @@ class Front:
         routes: Callable[[Scope], ASGIApp],
         client_of: Callable[[Scope], str],
         dialect_of: Callable[[str], Dialect],
-        books: Books,
+        settler: Settler,
         metrics: Metrics,
         *,
         request_id_header: str,
     ) -> None:
-        self.routes, self._client_of, self._dialect_of, self._books = routes, client_of, dialect_of, books
+        self.routes, self._client_of, self._dialect_of, self._settler = routes, client_of, dialect_of, settler
         self._metrics = metrics
         self._id_header = request_id_header.lower().encode()
         self.in_flight = self.of_operators = 0
@@ -80,7 +80,7 @@ class Front:
         if scope["type"] != "http":
             return
         record = self._begin(scope)
-        reply = Reply(record, send, self._books, self._id_header, with_cors=record.with_cors)
+        reply = Response(record, send, self._settler, self._id_header, with_cors=record.with_cors)
         of_operators = scope["path"][: len(ADMIN)] == ADMIN
         self.in_flight += 1
         self.of_operators += of_operators
@@ -88,12 +88,12 @@ class Front:
         try:
             await self._handle(scope, receive, reply, record)
         finally:
-            self._books.close(record)
+            self._settler.finish(record)
             if scope["path"] not in HEALTH and record.route != METRICS:
                 if record.is_look:
-                    logs.request_line(record.status, record.told(), b"", logging.DEBUG)
+                    logs.request_line(record.status, record.row(), b"", logging.DEBUG)
                 else:
-                    logs.request_line(record.status, record.told(), record.told_json)
+                    logs.request_line(record.status, record.row(), record.row_json)
                     self._metrics.ended(record)
             # The connection knows the scope: without this its memory would wait for the collector.
             scope["state"].clear()
@@ -125,7 +125,7 @@ class Front:
         scope.setdefault("state", {})["record"] = record
         return record
 
-    async def _handle(self, scope: Scope, receive: Receive, reply: "Reply", record: Record) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, reply: "Response", record: Record) -> None:
         try:
             if refusal := scope["state"].get("refusal"):
                 raise refusal
@@ -145,7 +145,7 @@ class Front:
             LOG.exception("request %s failed inside the gateway", record.request_id)
             await self._refuse(GatewayError(), scope, receive, reply, record)
 
-    async def _refuse(self, error: GatewayError, scope: Scope, receive: Receive, reply: "Reply", record: Record) -> None:
+    async def _refuse(self, error: GatewayError, scope: Scope, receive: Receive, reply: "Response", record: Record) -> None:
         failed_upstream = error.status >= 500 and bool(record.attempts) and not isinstance(error, BackendRefused)
         record.outcome = "backend_failed" if failed_upstream else f"refused:{error.code}"
         if reply.started:
@@ -191,7 +191,7 @@ async def _linger(receive: Receive) -> None:
     """Takes a little more of a body that was refused: closing at once would reset the connection under our answer."""
     taken = 0
     try:
-        with Guard() as guard:
+        with CancelScope() as guard:
             guard.within(REFUSED_BODY_LINGERS_S, BodyTooSlow)
             while taken < MOST_OF_REFUSED_BODY:
                 message = await receive()
@@ -203,11 +203,11 @@ async def _linger(receive: Receive) -> None:
         return
 
 
-class Reply:
+class Response:
     """`send` of one request, with our headers added and what goes out counted; the head waits for the first of the body."""
 
-    def __init__(self, record: Record, send: Send, books: Books, id_header: bytes, *, with_cors: bool) -> None:
-        self._record, self._send, self._books, self._id_header = record, send, books, id_header
+    def __init__(self, record: Record, send: Send, settler: Settler, id_header: bytes, *, with_cors: bool) -> None:
+        self._record, self._send, self._settler, self._id_header = record, send, settler, id_header
         self.with_cors = with_cors
         self._head: Message | None = None
         self.started = False
@@ -222,7 +222,7 @@ class Reply:
         self._record.bytes_out += len(message.get("body", b""))
         if not message.get("more_body", False):
             self._record.outcome = self._record.outcome or _plain_outcome(self._record)
-            await self._books.end(self._record)
+            await self._settler.finish_before_last_bytes(self._record)
         if self._head is not None:
             head, self._head = self._head, None
             await self._send(head)

@@ -10,7 +10,7 @@ from typing import Self
 
 from starlette.types import Scope
 
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 
 RESOLVE_EVERY_S = 60.0
 NOBODY = "local"
@@ -33,7 +33,7 @@ class TrustedProxies:
             except ValueError:
                 self._names.append(entry)
         self._resolved: frozenset[Address] = frozenset()
-        self.background = Kept(self._keep_resolving, "proxy names")
+        self.background = KeptTask(self._keep_resolving, "proxy names")
 
     async def __aenter__(self) -> Self:
         if self._names:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from starlette.types import Receive, Scope, Send
 
 from gateway.core.asgi import SAME_ORIGIN, send_json
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
 from gateway.fleet.catalog import Catalog
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import Store
+from gateway.stores.redis_client import RedisClient
 
 REMEMBERED_S = 1.0
 DEGRADED, READ_ONLY = "degraded", "degraded: takes no writes"
@@ -25,9 +25,9 @@ class Health:
     def __init__(
         self,
         database: Database,
-        store: Store,
+        store: RedisClient,
         catalog: Callable[[], Catalog],
-        background: Callable[[], Iterable[Kept]],
+        background: Callable[[], Iterable[KeptTask]],
         is_draining: Callable[[], bool],
     ) -> None:
         self._database, self._store, self._catalog, self._is_draining = database, store, catalog, is_draining

@@ -6,7 +6,7 @@ import ctypes
 import gc
 from collections.abc import AsyncIterator
 
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 
 # Numbers of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -14,12 +14,12 @@ LARGE_BLOCK = 128 * 1024
 TIDY_EVERY_S = 60.0
 
 
-def keeper() -> Kept:
-    return Kept(_keep_tidying, "memory")
+def keeper() -> KeptTask:
+    return KeptTask(_keep_tidying, "memory")
 
 
 @contextlib.asynccontextmanager
-async def kept_small(tidying: Kept) -> AsyncIterator[None]:
+async def kept_small(tidying: KeptTask) -> AsyncIterator[None]:
     """From the end of the start to the end of the block; `tidying` as made by `keeper`."""
     spare_the_collector()
     return_large_blocks()

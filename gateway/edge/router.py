@@ -14,7 +14,7 @@ PAGES = frozenset({"/dashboard", "/playground", "/docs"})
 RUNNING = b"Ollama is running"
 
 
-class Methods:
+class PathMethods:
     """One path's endpoints by method; HEAD is a GET whose body the server leaves out."""
 
     def __init__(self, path: str) -> None:
@@ -39,11 +39,11 @@ class Methods:
         await self.of(scope)(scope, receive, send)
 
 
-def table(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp]:
+def router(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp]:
     """(method, path) -> endpoint; what finds the endpoint of a request, and raises UnknownRoute or MethodNotAllowed."""
-    by_path: dict[str, Methods] = {}
+    by_path: dict[str, PathMethods] = {}
     for (method, path), endpoint in lines.items():
-        by_path.setdefault(path, Methods(path)).add(method, endpoint)
+        by_path.setdefault(path, PathMethods(path)).add(method, endpoint)
     fixed = {path: methods for path, methods in by_path.items() if "{" not in path}
     variable = [Route(path, methods) for path, methods in by_path.items() if "{" in path]
     public = frozenset(path for path in fixed if path.startswith(("/v1/", "/api/")))

@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from gateway.app import Rooms
+from gateway.app import Components
 from gateway.core.errors import ShuttingDown
 from gateway.edge.places import Places, most_connections
 from gateway.edge.protocol import Protocol
@@ -24,9 +24,9 @@ LAST_FRAMES_S = 5.0
 class Server(uvicorn.Server):
     """Serves until told to stop; then refuses new work, lets what runs finish within `drain_s`, and ends the rest truly."""
 
-    def __init__(self, rooms: Rooms, *, drain_s: float, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, components: Components, *, drain_s: float, on_ready: Callable[[], None] = lambda: None) -> None:
         config = uvicorn.Config(
-            rooms.front,
+            components.application,
             http=partial(Protocol, places=Places(most_connections())),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
             backlog=2048,
         )
         super().__init__(config)
-        self._rooms, self._drain_s, self._on_ready = rooms, drain_s, on_ready
+        self._rooms, self._drain_s, self._on_ready = components, drain_s, on_ready
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -61,12 +61,12 @@ class Server(uvicorn.Server):
         self._draining = asyncio.get_running_loop().create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:
-        front, running = self._rooms.front, self._rooms.watch
-        front.draining = True
-        LOG.info("draining: %d requests in flight, at most %g s", front.in_flight, self._drain_s)
+        application, running = self._rooms.application, self._rooms.watch
+        application.draining = True
+        LOG.info("draining: %d requests in flight, at most %g s", application.in_flight, self._drain_s)
         await self._until_idle(self._drain_s)
-        if front.in_flight:
-            LOG.warning("the drain limit has come: ending %d requests", front.in_flight)
+        if application.in_flight:
+            LOG.warning("the drain limit has come: ending %d requests", application.in_flight)
         running.end_all(ShuttingDown)
         await self._until_idle(LAST_FRAMES_S)
         self.should_exit = True
@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
     async def _until_idle(self, limit_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                await self._rooms.front.idle.wait()
+                await self._rooms.application.idle.wait()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from gateway.core import strict_json
-from gateway.core.background import Group
+from gateway.core.background import TaskGroup
 from gateway.core.errors import CommandFailed
 from gateway.fleet import presence
 from gateway.fleet.backends.config import BackendConfig
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.control")
@@ -31,9 +31,9 @@ class Control:
     """`async with Control(store, fleet, acts)`: does what is asked of gateways with these backends, one of them for each
     question; `acts` are what may be asked, by name, and answer with JSON."""
 
-    def __init__(self, store: Store, fleet: FleetFacts, acts: Mapping[str, Act]) -> None:
+    def __init__(self, store: RedisClient, fleet: FleetFacts, acts: Mapping[str, Act]) -> None:
         self._store, self._fleet, self._acts = store, list(fleet), acts
-        self._answering = Group("control")
+        self._answering = TaskGroup("control")
 
     async def __aenter__(self) -> Self:
         # What was asked while nobody heard it is asked again, by who asked.
@@ -61,7 +61,7 @@ class Control:
                 return
             answer = strict_json.write({"answer": await self._acts[act]()})
             await self._store.slow_call(lambda redis: redis.set(_name(number, "answer"), answer, ex=KEPT_S), DEADLINE_S)
-        except StoreAway:
+        except RedisUnavailable:
             return
         except Exception:
             LOG.exception("%s, asked for by a command, failed", act)
@@ -71,7 +71,7 @@ def _name(number: str, what: str) -> str:
     return named(f"control:{number}:{what}")
 
 
-async def ask(store: Store, fleet: FleetFacts, act: str) -> Any:
+async def ask(store: RedisClient, fleet: FleetFacts, act: str) -> Any:
     """What a gateway with these backends answers. Raises CommandFailed."""
     number = uuid.uuid4().hex
     question = strict_json.write({"id": number, "act": act, "fleet": list(fleet)})
@@ -85,17 +85,17 @@ async def ask(store: Store, fleet: FleetFacts, act: str) -> Any:
             if answer is not None:
                 return strict_json.read_loosely(answer)["answer"]
             await asyncio.sleep(LOOK_EVERY_S)
-    except StoreAway:
+    except RedisUnavailable:
         raise CommandFailed("Redis went away before the running gateway had answered: try again") from None
     raise CommandFailed(f"the running gateway did not answer within {WAIT_S:g} s: its log says why")
 
 
-async def other_fleet(store: Store, own: Iterable[BackendConfig]) -> FleetFacts | None:
+async def other_fleet(store: RedisClient, own: Iterable[BackendConfig]) -> FleetFacts | None:
     """The backends of the gateways that run on this Redis, where none of them has those of `own`; None where one has, where
     none runs, and while Redis is away. Raises CommandFailed where none has them and they differ among themselves."""
     try:
         states = await presence.read(store)
-    except StoreAway:
+    except RedisUnavailable:
         return None
     mine = presence.described(own)
     fleets = [state.fleet for state in states if state.fleet]

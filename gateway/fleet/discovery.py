@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from gateway.core import strict_json
-from gateway.core.background import Group, Kept
+from gateway.core.background import KeptTask, TaskGroup
 from gateway.fleet import catalog
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.catalog import Catalog, Snapshot
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.discovery")
@@ -39,15 +39,15 @@ Answer = TypeVar("Answer")
 class Discovery:
     """`async with Discovery(...)`: `discovery.catalog` is the newest map and never waits for a backend."""
 
-    def __init__(self, backends: Sequence[Backend], store: Store, *, refresh_s: float, cache_s: float) -> None:
+    def __init__(self, backends: Sequence[Backend], store: RedisClient, *, refresh_s: float, cache_s: float) -> None:
         self._backends, self._store = list(backends), store
         self._refresh_s, self._cache_s = refresh_s, cache_s
         self._snapshots = {backend.name: _unknown(backend) for backend in backends}
         self.catalog = Catalog()
         # Something is known of each backend: its models, or why it did not tell them.
         self.has_asked_all = asyncio.Event()
-        self._polls, self._loads, self._load_turn = Group("discovery"), Group("map of models"), asyncio.Lock()
-        self.background = Kept(self._keep_refreshing, "discovery")
+        self._polls, self._loads, self._load_turn = TaskGroup("discovery"), TaskGroup("map of models"), asyncio.Lock()
+        self.background = KeptTask(self._keep_refreshing, "discovery")
 
     async def __aenter__(self) -> Self:
         await self._load()
@@ -79,7 +79,7 @@ class Discovery:
 
         try:
             taken = await self._store.pipeline(claim)
-        except StoreAway:
+        except RedisUnavailable:
             return self._backends
         return [backend for backend, is_mine in zip(self._backends, taken, strict=True) if is_mine]
 
@@ -144,7 +144,7 @@ class Discovery:
                 pipe.set(name, value, ex=KEPT_IN_REDIS_S)
             pipe.set(MAP, whole, ex=KEPT_IN_REDIS_S)
 
-        with suppress(StoreAway):
+        with suppress(RedisUnavailable):
             await self._store.pipeline(fill)
             await self._store.call(lambda redis: redis.publish(CHANGED, ""))
 
@@ -161,7 +161,7 @@ class Discovery:
         names = [snapshot_name(backend.config) for backend in self._backends]
         try:
             packed = await self._store.call(lambda redis: redis.mget(names))
-        except StoreAway:
+        except RedisUnavailable:
             return
         for backend, text in zip(self._backends, packed, strict=True):
             self._take(backend, text)
@@ -180,7 +180,7 @@ class Discovery:
         """When the map in Redis was written and its size in bytes."""
         try:
             text = await self._store.call(lambda redis: redis.get(MAP))
-        except StoreAway:
+        except RedisUnavailable:
             return None
         return (strict_json.read_loosely(text)["at"], len(text)) if text else None
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Self
 
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
 from gateway.fleet.backends.backend import Backend
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.drains")
@@ -18,7 +18,7 @@ CHANGED = named("drains:changed")
 LOOK_EVERY_S = 15.0
 
 
-async def mark(database: Database, store: Store, backend: str, *, drained: bool, by: str) -> bool:
+async def mark(database: Database, store: RedisClient, backend: str, *, drained: bool, by: str) -> bool:
     """Whether all processes hear of it at once; else they look every fifteen seconds. Raises StoreUnavailable."""
     if drained:
         await database.run("drain_backend", backend, by)
@@ -26,7 +26,7 @@ async def mark(database: Database, store: Store, backend: str, *, drained: bool,
         await database.run("undrain_backend", backend)
     try:
         await store.call(lambda redis: redis.publish(CHANGED, backend))
-    except StoreAway:
+    except RedisUnavailable:
         return False
     return True
 
@@ -34,10 +34,10 @@ async def mark(database: Database, store: Store, backend: str, *, drained: bool,
 class Drains:
     """`async with Drains(...)`: keeps each backend's `is_drained` as the database has it."""
 
-    def __init__(self, database: Database, store: Store, backends: Mapping[str, Backend]) -> None:
+    def __init__(self, database: Database, store: RedisClient, backends: Mapping[str, Backend]) -> None:
         self._database, self._store, self._backends = database, store, backends
         self._changed = asyncio.Event()
-        self.background = Kept(self._keep_looking, "drains")
+        self.background = KeptTask(self._keep_looking, "drains")
 
     async def __aenter__(self) -> Self:
         await self._look()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gateway.audit.record import CANNOT, Attempt, Record
-from gateway.core.cancel_scope import Watched
+from gateway.core.cancel_scope import CallScope
 from gateway.core.errors import (
     AnswerTooLarge,
     BackendCannot,
@@ -23,7 +23,7 @@ from gateway.dialects.dialect import LONGEST_FRAME, BadFrame, Call, Dialect, Lon
 from gateway.fleet import refusals
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
-from gateway.fleet.backends.http_client import BackendFault, TooLarge, Upstream
+from gateway.fleet.backends.http_client import BackendFault, BackendResponse, TooLarge
 from gateway.fleet.catalog import Model
 from gateway.fleet.held_answers import HeldAnswer, HeldAnswers
 
@@ -55,7 +55,7 @@ class Opening:
     """
 
     backend: Backend
-    upstream: Upstream
+    upstream: BackendResponse
     frames: bytes = field(repr=False)
     held: FrameBuffer | HeldAnswer = field(repr=False)
     at_end: bool = False
@@ -140,16 +140,18 @@ class Tried:
         for backend in self._doubtful:
             backend.breaker.doubted(self._record.key_id)
 
-    def verdict(self) -> GatewayError:
+    def failure(self) -> GatewayError:
         self.answered_by_none()
-        return self._cannot or verdict(self._faults)
+        return self._cannot or failure_of(self._faults)
 
 
-class Router:
+class Failover:
     def __init__(self, backends: Mapping[str, Backend], held: HeldAnswers, *, most_tokens: int) -> None:
         self._backends, self._held, self._most_tokens = backends, held, most_tokens
 
-    async def open(self, call: Call, dialect: Dialect, model: Model, headers: bytes, record: Record, guard: Watched) -> Opening:
+    async def open(
+        self, call: Call, dialect: Dialect, model: Model, headers: bytes, record: Record, guard: CallScope
+    ) -> Opening:
         """The first good answer's beginning; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
         candidates = choose(model, self._backends, call, time.time())
         if not candidates and not is_served(model, call):
@@ -179,10 +181,10 @@ class Router:
             if record.attempts:
                 tried.answered_well()
             return opening
-        raise tried.verdict()
+        raise tried.failure()
 
     async def _try(
-        self, candidate: Candidate, call: Call, dialect: Dialect, headers: bytes, caller: str, guard: Watched
+        self, candidate: Candidate, call: Call, dialect: Dialect, headers: bytes, caller: str, guard: CallScope
     ) -> Opening:
         backend, spelling = candidate
         if backend.is_full:
@@ -207,7 +209,7 @@ class Router:
             guard.without_deadline()
         return opening
 
-    async def _look(self, backend: Backend, upstream: Upstream, call: Call, dialect: Dialect, caller: str) -> Opening:
+    async def _look(self, backend: Backend, upstream: BackendResponse, call: Call, dialect: Dialect, caller: str) -> Opening:
         """Reads on until the first frame, or the whole answer, has shown itself to be good."""
         try:
             if upstream.status != 200:
@@ -240,7 +242,7 @@ def _says_nothing_of_it(fault: BackendFault, backend: Backend, began: float) -> 
     return fault.reason in ("model_gone", "full", *TOLD) or (isinstance(fault, Busy) and fault.detail == "status 429")
 
 
-async def _whole(backend: Backend, upstream: Upstream, call: Call, held: HeldAnswer) -> Opening:
+async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: HeldAnswer) -> Opening:
     try:
         whole = await upstream.read_whole(hold=held.hold)
         value = read_answer(whole)
@@ -251,7 +253,7 @@ async def _whole(backend: Backend, upstream: Upstream, call: Call, held: HeldAns
     return Opening(backend, upstream, whole, held, at_end=True, value=value)
 
 
-async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) -> Opening:
+async def _first_frames(backend: Backend, upstream: BackendResponse, dialect: Dialect) -> Opening:
     buffer = FrameBuffer(dialect.framing, backend.unframed)
     try:
         frames, at_end = await _until_first(buffer, upstream, dialect)
@@ -261,7 +263,7 @@ async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) 
     return Opening(backend, upstream, frames, buffer, at_end=at_end)
 
 
-async def _until_first(buffer: FrameBuffer, upstream: Upstream, dialect: Dialect) -> tuple[bytes, bool]:
+async def _until_first(buffer: FrameBuffer, upstream: BackendResponse, dialect: Dialect) -> tuple[bytes, bool]:
     """The first frames with the comments before them, and whether that is all."""
     comments, framing, silence = b"", dialect.framing, 0
     while piece := await upstream.read():
@@ -289,7 +291,7 @@ def _error_in(data: bytes) -> dict[str, Any]:
     return told if told.get("error") else {}
 
 
-async def refusal(upstream: Upstream, backend: Backend) -> BackendFault | GatewayError:
+async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault | GatewayError:
     """What a status other than 200 means."""
     status = upstream.status
     if status in (429, 503):
@@ -309,7 +311,7 @@ def _failed(reason: str, detail: str, told: refusals.Told) -> BackendFault:
     return BackendFault(reason, f"{detail}: {why}" if why else detail)
 
 
-async def _error_body(upstream: Upstream) -> bytes:
+async def _error_body(upstream: BackendResponse) -> bytes:
     """What comes of it soon: a failure is known without its words."""
     try:
         async with asyncio.timeout(ERROR_BODY_WAITS_S):
@@ -322,7 +324,7 @@ def retry_after(text: str) -> float | None:
     return min(float(text), LONGEST_RETRY_AFTER_S) if re.fullmatch(r"\d{1,6}", text.strip()) else None
 
 
-def verdict(faults: Sequence[BackendFault]) -> GatewayError:
+def failure_of(faults: Sequence[BackendFault]) -> GatewayError:
     """What to tell a caller when every backend failed, and when to come back."""
     waits = [fault.retry_after for fault in faults if isinstance(fault, Busy) and fault.retry_after]
     reasons = {fault.reason for fault in faults}

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from gateway.core import background, strict_json
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
 from gateway.stores import redis_keys
-from gateway.stores.redis_client import Store, StoreAway
-from gateway.stores.redis_shards import Lines
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
+from gateway.stores.redis_shards import ShardConnections
 
 EVERY_S = 1.0
 # Nobody who lives is silent for so long; what is older is of a process that was killed.
@@ -48,7 +48,7 @@ class ProcessState:
 KNOWN = frozenset(field.name for field in fields(ProcessState)) - {"backends"}
 
 
-def seen(backends: Mapping[str, Backend]) -> dict[str, BackendState]:
+def local_view(backends: Mapping[str, Backend]) -> dict[str, BackendState]:
     """As this process sees them."""
     return {
         name: BackendState(backend.breaker.state, round(backend.breaker.open_for_s, 3), backend.in_flight)
@@ -70,12 +70,12 @@ def described(configs: Iterable[BackendConfig]) -> list[dict[str, Any]]:
     ]
 
 
-class Bulletin:
+class Presence:
     """`async with Bulletin(lines, look)`: `look` says how this process is."""
 
-    def __init__(self, lines: Lines, look: Callable[[], ProcessState]) -> None:
+    def __init__(self, lines: ShardConnections, look: Callable[[], ProcessState]) -> None:
         self._lines, self._look = lines, look
-        self.background = Kept(self._keep_telling, "bulletin")
+        self.background = KeptTask(self._keep_telling, "bulletin")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -92,13 +92,13 @@ class Bulletin:
             await asyncio.sleep(EVERY_S)
 
     def _send(self, *command: Any) -> None:
-        line = self._lines.of(redis_keys.HOME)
+        line = self._lines.for_shard(redis_keys.HOME)
         if line is not None:
-            with suppress(StoreAway):
+            with suppress(RedisUnavailable):
                 line.send(*command).add_done_callback(background.retrieve)
 
 
-async def read(store: Store) -> list[ProcessState]:
+async def read(store: RedisClient) -> list[ProcessState]:
     """Of all processes that live; raises StoreAway."""
     told = await store.slow_call(lambda redis: redis.hgetall(redis_keys.BULLETIN), LOOK_DEADLINE_S)
     states = {process: _unpacked(text) for process, text in told.items()}
@@ -120,7 +120,7 @@ def _unpacked(text: bytes) -> ProcessState | None:
     return None
 
 
-def together(states: Iterable[ProcessState]) -> dict[str, BackendState]:
+def merged_view(states: Iterable[ProcessState]) -> dict[str, BackendState]:
     """Of each backend: open only where it is so for every process, the sum of what is in flight."""
     found: dict[str, list[BackendState]] = {}
     for state in states:

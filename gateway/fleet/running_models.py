@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from gateway.core.background import Group
+from gateway.core.background import TaskGroup
 from gateway.fleet import catalog, discovery
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
@@ -32,7 +32,7 @@ class RunningModels:
         self._told: dict[str, tuple[float, Entries]] = {}
         self._ask_after: dict[str, float] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
-        self._tasks = Group("running models")
+        self._tasks = TaskGroup("running models")
 
     async def __aenter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from gateway.core.errors import NO_RETRY, BudgetSpent, LimitReached
 from gateway.dialects.tokens import Need
-from gateway.limits.quota import Scope
+from gateway.limits.quota import CounterSet
 
 BUDGETS = ("day", "month")
 Header = tuple[bytes, bytes]
@@ -31,7 +31,7 @@ class Ticket(NamedTuple):
     """A request that wants in; `info` is what others must know of it should its process die, b"" for one without a slot."""
 
     id: str
-    scopes: tuple[Scope, ...]
+    scopes: tuple[CounterSet, ...]
     model: str
     need: Need
     info: bytes
@@ -42,7 +42,7 @@ class Admission:
     """What a request holds until it is settled; `how` is "admitted" by Redis or "alone", by this process without it."""
 
     id: str
-    scopes: tuple[Scope, ...]
+    scopes: tuple[CounterSet, ...]
     model: str
     takes_slot: bool
     how: str
@@ -52,7 +52,7 @@ class Admission:
     began: float = 0.0
 
 
-class Usage(NamedTuple):
+class WindowUsage(NamedTuple):
     """One scope's counters as they are now; resets in milliseconds."""
 
     requests: int
@@ -62,7 +62,7 @@ class Usage(NamedTuple):
 
 
 def refusal(
-    limit: str, scope: Scope, retry_after: float | None, told: list[Header], asked: int = 0, *, may_wait: bool = False
+    limit: str, scope: CounterSet, retry_after: float | None, told: list[Header], asked: int = 0, *, may_wait: bool = False
 ) -> LimitReached:
     """The error that names the limit, when it would pass and what changes it; `retry_after` in seconds, None: never."""
     if retry_after is not None and LONGEST_WAIT_OF_CLIENTS_S < retry_after <= WINDOW_S:
@@ -86,7 +86,7 @@ def _advice(most: int, asked: int, retry_after: float | None) -> str:
     return f": this request alone may take {asked}; ask for fewer with max_tokens or num_predict, or shorten the prompt."
 
 
-def _remedy(limit: str, scope: Scope) -> str:
+def _remedy(limit: str, scope: CounterSet) -> str:
     """The operator's command; a key's id opens nothing."""
     key_id, _, pattern = scope.name.partition("|")
     rule = f" MODEL={shlex.quote(pattern)}" if pattern else ""
@@ -95,7 +95,7 @@ def _remedy(limit: str, scope: Scope) -> str:
     return f"{command}; DEFAULT_{limit.upper()} is that of keys without their own." if has_default else f"{command}."
 
 
-def headers(scopes: tuple[Scope, ...], usages: list[Usage]) -> list[Header]:
+def headers(scopes: tuple[CounterSet, ...], usages: list[WindowUsage]) -> list[Header]:
     """The x-ratelimit headers as the OpenAI API has them, of the scope in which the least is left."""
     requests = tokens = None
     for scope, usage in zip(scopes, usages, strict=True):

@@ -3,19 +3,19 @@
 from datetime import UTC, datetime
 
 from gateway.dialects.model_names import canonical
-from gateway.limits.quota import Quota, Rule, Scope
+from gateway.limits.quota import CounterSet, Quota, Rule
 from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import Store
+from gateway.stores.redis_client import RedisClient
 
 KEPT_S = 70 * 86_400
 
 
 class Budgets:
-    def __init__(self, database: Database, store: Store) -> None:
+    def __init__(self, database: Database, store: RedisClient) -> None:
         self._database, self._store = database, store
 
-    async def seed(self, scope: Scope) -> None:
+    async def seed(self, scope: CounterSet) -> None:
         """Raises StoreAway or StoreUnavailable. Days and months are UTC's."""
         now = datetime.now(UTC)
         day = now.replace(hour=0, minute=0, second=0, microsecond=0)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from gateway.limits.admission import Usage
-from gateway.limits.quota import Scope
+from gateway.limits.admission import WindowUsage
+from gateway.limits.quota import CounterSet
 
 WINDOW_S = 60
 REMEMBERED_SCOPES = 20_000
@@ -30,7 +30,7 @@ class Refusal(NamedTuple):
     """`wait_s` None: it will never pass; 0: unknown, it depends on calls that run or on Redis."""
 
     limit: str
-    scope: Scope
+    scope: CounterSet
     wait_s: float | None
 
 
@@ -91,7 +91,7 @@ class Counters:
         return limit - known if now - self.known.at <= WINDOW_S else limit
 
 
-class LocalLimits:
+class FallbackLimiter:
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, today: Callable[[], int] = lambda: int(time.time() // 86_400)
     ):
@@ -99,29 +99,29 @@ class LocalLimits:
         self._counters: OrderedDict[str, Counters] = OrderedDict()
         self._running: Counter[str] = Counter()
 
-    def enter(self, scopes: Sequence[Scope]) -> None:
+    def enter(self, scopes: Sequence[CounterSet]) -> None:
         """A call takes a slot in this process, whoever let it in."""
         for scope in scopes:
             self._running[scope.name] += 1
 
-    def leave(self, scopes: Sequence[Scope]) -> None:
+    def leave(self, scopes: Sequence[CounterSet]) -> None:
         for scope in scopes:
             self._running[scope.name] -= 1
             if not self._running[scope.name]:
                 del self._running[scope.name]
 
-    def slots(self, scope: Scope) -> int:
+    def slots(self, scope: CounterSet) -> int:
         """How many slots were taken when this process last asked Redis."""
         counters = self._counters.get(scope.name)
         return counters.known.slots + 1 if counters else 1
 
-    def note(self, scope: Scope, usage: Usage, day: int, month: int, slots: int) -> None:
+    def note(self, scope: CounterSet, usage: WindowUsage, day: int, month: int, slots: int) -> None:
         """What Redis said last: the ground to stand on should it go away."""
         counters = self._counters.get(scope.name) or self._of(scope)
         counters.known = Known(self._clock(), usage.requests, usage.tokens, day, month, slots)
         counters.spent_day = counters.spent_month = 0
 
-    def admit(self, scopes: Sequence[Scope], tokens: int, share: Share, *, takes_slot: bool) -> Refusal | None:
+    def admit(self, scopes: Sequence[CounterSet], tokens: int, share: Share, *, takes_slot: bool) -> Refusal | None:
         """Takes from all scopes, or from none; `tokens` -1: the request counts none."""
         refusals = [found for scope in scopes if (found := self._refusal(scope, tokens, share, takes_slot))]
         if refusals:
@@ -133,7 +133,7 @@ class LocalLimits:
             counters.reserved += max(0, tokens)
         return None
 
-    def settle(self, scopes: Sequence[Scope], reserved: int, used: int) -> None:
+    def settle(self, scopes: Sequence[CounterSet], reserved: int, used: int) -> None:
         for scope in scopes:
             counters = self._of(scope)
             counters.reserved = max(0, counters.reserved - reserved)
@@ -142,17 +142,17 @@ class LocalLimits:
                 counters.spent_day += used
                 counters.spent_month += used
 
-    def usages(self, scopes: Sequence[Scope]) -> list[Usage]:
+    def usages(self, scopes: Sequence[CounterSet]) -> list[WindowUsage]:
         now = self._clock()
         return [self._usage(self._of(scope), now) for scope in scopes]
 
     @staticmethod
-    def _usage(counters: Counters, now: float) -> Usage:
+    def _usage(counters: Counters, now: float) -> WindowUsage:
         requests, tokens = counters.requests.used(now), counters.tokens.used(now) + counters.reserved
         resets = (round(window.reset_s(now) * 1000) for window in (counters.requests, counters.tokens))
-        return Usage(requests, tokens, *resets)
+        return WindowUsage(requests, tokens, *resets)
 
-    def _of(self, scope: Scope) -> Counters:
+    def _of(self, scope: CounterSet) -> Counters:
         counters = self._counters.get(scope.name)
         if counters is None:
             counters = self._counters[scope.name] = Counters()
@@ -163,7 +163,7 @@ class LocalLimits:
         self._counters.move_to_end(scope.name)
         return counters
 
-    def _refusal(self, scope: Scope, tokens: int, share: Share, takes_slot: bool) -> Refusal | None:
+    def _refusal(self, scope: CounterSet, tokens: int, share: Share, takes_slot: bool) -> Refusal | None:
         now, counters = self._clock(), self._of(scope)
         rpm = share.out_of(max(0, counters.left(scope.rpm, counters.known.requests, now)))
         if scope.rpm >= 0 and (excess := counters.requests.used(now) + 1 - rpm) > 0:
@@ -175,7 +175,7 @@ class LocalLimits:
         return None
 
     @staticmethod
-    def _token_refusal(scope: Scope, counters: Counters, tokens: int, share: Share, now: float) -> Refusal | None:
+    def _token_refusal(scope: CounterSet, counters: Counters, tokens: int, share: Share, now: float) -> Refusal | None:
         held, known = counters.reserved + tokens, counters.known
         tpm = share.out_of(max(0, counters.left(scope.tpm, known.tokens, now)))
         if scope.tpm >= 0 and (excess := counters.tokens.used(now) + held - tpm) > 0:

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple, Self
 
 from gateway.audit.record import NEVER_ENDED
 from gateway.core import background, strict_json
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.core.errors import LimitReached, LimitsUnavailable, StoreUnavailable
-from gateway.limits.admission import Admission, Ticket, Usage, headers, refusal
-from gateway.limits.fallback import WHOLE, LocalLimits, Share
-from gateway.limits.quota import Scope
+from gateway.limits.admission import Admission, Ticket, WindowUsage, headers, refusal
+from gateway.limits.fallback import WHOLE, FallbackLimiter, Share
+from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
-from gateway.stores.redis_client import StoreAway
-from gateway.stores.redis_connection import Line
+from gateway.stores.redis_client import RedisUnavailable
+from gateway.stores.redis_connection import RedisConnection
 from gateway.stores.redis_keys import HOME, PROCESSES
-from gateway.stores.redis_shards import Lines
+from gateway.stores.redis_shards import ShardConnections
 
 LOG = logging.getLogger("gateway.limits")
 LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
@@ -49,7 +49,7 @@ class Settlement:
     key_id: str = ""
 
 
-class Used(NamedTuple):
+class CounterUsage(NamedTuple):
     """Of one scope: in the last minute, at the moment, today and this month; named as the limits are."""
 
     rpm: int
@@ -59,13 +59,13 @@ class Used(NamedTuple):
     month: int
 
 
-class Limits:
+class Limiter:
     """`async with Limits(...) as limits:` — `admit` lets a request in or raises LimitReached; `settle` ends it."""
 
     def __init__(
         self,
-        lines: Lines,
-        seed: Callable[[Scope], Awaitable[None]],
+        lines: ShardConnections,
+        seed: Callable[[CounterSet], Awaitable[None]],
         *,
         most_output: int,
         queue_wait_s: float = 0.0,
@@ -74,7 +74,7 @@ class Limits:
         self._lines, self._seed = lines, seed
         self._most_output, self._queue_wait_s, self._closed = most_output, queue_wait_s, closed_without_redis
         self.process = uuid.uuid4().hex
-        self.local = LocalLimits()
+        self.local = FallbackLimiter()
         self.share = WHOLE
         self._running: dict[str, Admission] = {}
         self._means: dict[str, float] = {}
@@ -83,7 +83,7 @@ class Limits:
         self._waiting: OrderedDict[bytes, list[asyncio.Event]] = OrderedDict()
         self._waiters = 0
         self._usable_since: float | None = None
-        self.background = Kept(self._tick, "limits")
+        self.background = KeptTask(self._tick, "limits")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -92,7 +92,7 @@ class Limits:
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
         await background.end(self._seeding.values())
-        with suppress(StoreAway):
+        with suppress(RedisUnavailable):
             await self._line(HOME).send("ZREM", PROCESSES, self.process)
 
     @property
@@ -159,7 +159,7 @@ class Limits:
                     self._waiting.pop(redis_keys.queue(scope.name), None)
 
     def _leave_queue(self, ticket: Ticket) -> None:
-        with suppress(StoreAway):
+        with suppress(RedisUnavailable):
             for scope in ticket.scopes:
                 line = self._line(redis_keys.shard_of(scope.name))
                 line.send("ZREM", redis_keys.queue(scope.name), ticket.id).add_done_callback(background.retrieve)
@@ -172,17 +172,17 @@ class Limits:
     async def _ask(self, ticket: Ticket, *, may_wait: bool) -> "Admission | LimitReached":
         try:
             reply = await self._reply(ticket, may_wait, LEASE_MS)
-        except StoreAway:
+        except RedisUnavailable:
             return self._ask_ourselves(ticket, may_wait)
         return self._read(ticket, reply)
 
-    async def look(self, ticket: Ticket) -> "tuple[Admission | LimitReached, list[Used]]":
+    async def preview(self, ticket: Ticket) -> "tuple[Admission | LimitReached, list[CounterUsage]]":
         """As `admit` would decide now, and what is used of each scope; takes nothing. Raises StoreAway."""
         reply = await self._reply(ticket, may_wait=False, lease_ms=0)
         used = []
         for start in range(5, 5 + 7 * len(ticket.scopes), 7):
             requests, tokens, _, _, day, month, slots = reply[start : start + 7]
-            used.append(Used(requests, tokens, slots, day, month))
+            used.append(CounterUsage(requests, tokens, slots, day, month))
         return self._read(ticket, reply), used
 
     async def _reply(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> list[Any]:
@@ -212,7 +212,7 @@ class Limits:
         usages = []
         for start, scope in enumerate(ticket.scopes):
             first = 5 + start * 7
-            usage = Usage(*reply[first : first + 4])
+            usage = WindowUsage(*reply[first : first + 4])
             usages.append(usage)
             self.local.note(scope, usage, reply[first + 4], reply[first + 5], reply[first + 6])
         told = headers(ticket.scopes, usages)
@@ -248,7 +248,7 @@ class Limits:
         error.is_alone = True
         return error
 
-    async def _seeded(self, scope: Scope) -> None:
+    async def _seeded(self, scope: CounterSet) -> None:
         """A budget's counters after Redis has lost them: the audit knows what was spent. Asked once for all who wait."""
         task = self._seeding.get(scope.name)
         if task is None:
@@ -257,8 +257,8 @@ class Limits:
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(task), SEED_WAIT_S)
 
-    async def _run_seed(self, scope: Scope) -> None:
-        with suppress(StoreAway, StoreUnavailable):
+    async def _run_seed(self, scope: CounterSet) -> None:
+        with suppress(RedisUnavailable, StoreUnavailable):
             await self._seed(scope)
 
     def settle(self, settlement: Settlement) -> "asyncio.Future[Any]":
@@ -269,20 +269,20 @@ class Limits:
         admission = settlement.admission
         if admission is not None and self._running.pop(admission.id, None) is not None:
             self._note_end(admission, settlement)
-        return self.tell(settlement)
+        return self.resend(settlement)
 
     def is_tight(self, admission: Admission) -> bool:
         """Whether the next request may need the very slot that this one gives back."""
         return any(self.local.slots(scope) * 2 >= scope.concurrent >= 0 for scope in admission.scopes)
 
-    def has_told(self, key_id: str) -> bool:
+    def is_flushed(self, key_id: str) -> bool:
         """Whether all that was said of this key is on its way to Redis."""
-        line = self._lines.of(redis_keys.shard_of(key_id))
+        line = self._lines.for_shard(redis_keys.shard_of(key_id))
         return line is None or line.has_written
 
-    def tell(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
+    def resend(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
         admission = settlement.admission
-        scopes: Sequence[Scope] = admission.scopes if admission else ()
+        scopes: Sequence[CounterSet] = admission.scopes if admission else ()
         shard = redis_keys.shard_of(settlement.key_id)
         keys: list[Any] = [*redis_keys.ALL[shard], redis_keys.once(shard, settlement.id)]
         model = admission.model if admission else ""
@@ -306,11 +306,11 @@ class Limits:
         if settlement.completion >= 0:
             _move(self._means, admission.model, settlement.completion, 0.05)
 
-    def _likely_s(self, scope: Scope) -> float:
+    def _likely_s(self, scope: CounterSet) -> float:
         """How long until one of the calls that hold a slot is likely to end."""
         return max(SHORTEST_LIKELY_S, self._call_s(scope) / max(1, scope.concurrent))
 
-    def _call_s(self, scope: Scope) -> float:
+    def _call_s(self, scope: CounterSet) -> float:
         """How long a call of this key is likely to take."""
         return min(LONGEST_LIKELY_S, max(SHORTEST_LIKELY_S, self._lengths.get(scope.name, 1.0)))
 
@@ -335,9 +335,9 @@ class Limits:
             slots = [(admission.id, redis_keys.slots(scope.name)) for scope in admission.scopes]
             of_shards.setdefault(shard, []).extend(slots)
         for shard, slots in of_shards.items():
-            with suppress(StoreAway):
+            with suppress(RedisUnavailable):
                 await self._renew_in(shard, slots)
-        with suppress(StoreAway):
+        with suppress(RedisUnavailable):
             living = await self._line(HOME).run("beat", [PROCESSES], [self.process, PROCESS_LIFE_MS])
             ids = sorted(process.decode() for process in living)
             self.share = Share(ids.index(self.process), len(ids))
@@ -349,7 +349,7 @@ class Limits:
             keys = [redis_keys.ALL[shard].leases, *(slot for _, slot in some)]
             await self._line(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
 
-    async def overdue(self, since_ms: int, most: int) -> list[Settlement]:
+    async def expired(self, since_ms: int, most: int) -> list[Settlement]:
         """Calls whose process is gone, each to be told as "reaped". Raises StoreAway."""
         settlements = []
         for shard, shared in enumerate(redis_keys.ALL):
@@ -362,14 +362,14 @@ class Limits:
                     await self._line(shard).send("HDEL", shared.calls, call)
         return settlements
 
-    def _line(self, shard: int) -> Line:
-        line = self._lines.of(shard)
+    def _line(self, shard: int) -> RedisConnection:
+        line = self._lines.for_shard(shard)
         if line is None:
-            raise StoreAway
+            raise RedisUnavailable
         return line
 
 
-def remembered(scopes: Sequence[Scope], model: str, prompt: int, row: dict[str, Any]) -> bytes:
+def remembered(scopes: Sequence[CounterSet], model: str, prompt: int, row: dict[str, Any]) -> bytes:
     """What Redis keeps of a running call."""
     return strict_json.write({"scopes": [list(scope) for scope in scopes], "model": model, "prompt": prompt, "row": row})
 
@@ -377,7 +377,7 @@ def remembered(scopes: Sequence[Scope], model: str, prompt: int, row: dict[str, 
 def _abandoned(call: str, info: bytes) -> Settlement:
     reserved, _, text = info.partition(b" ")
     told = strict_json.read_loosely(text)
-    scopes = tuple(Scope(*scope) for scope in told["scopes"])
+    scopes = tuple(CounterSet(*scope) for scope in told["scopes"])
     used = max(0, told["prompt"])
     row = {
         **NEVER_ENDED,

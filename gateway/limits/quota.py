@@ -39,7 +39,7 @@ class Rule:
         return AllowList((self.pattern,)).allows(model, cloud=False)
 
 
-class Scope(NamedTuple):
+class CounterSet(NamedTuple):
     """One set of counters and its limits, -1 where there is none; `name` is part of the counters' names in Redis."""
 
     name: str
@@ -70,8 +70,8 @@ def unpack_rules(packed: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     return tuple(Rule(rule["pattern"], unpack(rule)) for rule in packed)
 
 
-def scope(name: str, quota: Quota, defaults: Quota) -> Scope:
+def counter_set(name: str, quota: Quota, defaults: Quota) -> CounterSet:
     said = [getattr(quota, field) for field in NAMES]
     standard = [getattr(defaults, field) for field in NAMES]
     limits = [second if first is None else first for first, second in zip(said, standard, strict=True)]
-    return Scope(name, *(-1 if limit is None or limit == UNLIMITED else limit for limit in limits))
+    return CounterSet(name, *(-1 if limit is None or limit == UNLIMITED else limit for limit in limits))

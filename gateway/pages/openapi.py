@@ -16,7 +16,7 @@ from gateway.dialects.dialect import Dialect
 from gateway.edge.application import HEALTH
 from gateway.pages import samples
 from gateway.proxy.exchange import Exchange
-from gateway.telemetry.metrics_endpoint import Scrape
+from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 
 FOLDER = Path(__file__).parent / "openapi"
 JSON, EVENTS = "application/json", "text/event-stream"
@@ -97,7 +97,7 @@ class ApiDocument:
         self._parameters["client"]["schema"]["enum"] = ["ollama", "openai", *sorted(calls)]
         for (method, route), endpoint in table.items():
             # That other methods find nothing there is no news.
-            if not isinstance(endpoint, Scrape) or method == "GET":
+            if not isinstance(endpoint, MetricsEndpoint) or method == "GET":
                 path = route.replace(":path}", "}")
                 paths.setdefault(path, {})[method.lower()] = self._operation(method, path, endpoint)
         headers = {self._id_header: ("The request's id: yours, or one made here.", "string"), **CAPPED, **RETRY, **RATES}

@@ -11,7 +11,7 @@ from gateway.auth.key_store import ADMIN, Key
 from gateway.core.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.limits.admission import Admission, Ticket
-from gateway.limits.limiter import Limits, remembered
+from gateway.limits.limiter import Limiter, remembered
 from gateway.limits.quota import Quota
 
 LOOK_UP_RESERVE = -1
@@ -20,7 +20,7 @@ NO_DEFAULTS = Quota()
 
 
 class Access:
-    def __init__(self, authenticator: Authenticator, limits: Limits, defaults: Quota) -> None:
+    def __init__(self, authenticator: Authenticator, limits: Limiter, defaults: Quota) -> None:
         self._authenticator, self._limits, self._defaults = authenticator, limits, defaults
 
     async def key_of(self, scope: Scope, record: Record) -> Key:
@@ -43,7 +43,7 @@ class Access:
         assert record.key is not None
         record.need = need
         scopes = record.key.scopes(model, NO_DEFAULTS if record.is_look else self._defaults)
-        info = remembered(scopes, model, need.prompt, record.beginning()) if takes_slot else b""
+        info = remembered(scopes, model, need.prompt, record.opening_fields()) if takes_slot else b""
         ticket = Ticket(record.id, scopes, model, need, info)
         try:
             record.admission = await self._limits.admit(ticket)

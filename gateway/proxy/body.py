@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 from starlette.types import Receive, Scope
 
 from gateway.audit.record import Record
-from gateway.core.cancel_scope import Guard
+from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import (
     BadRequest,
     BodiesUnfinished,
@@ -54,7 +54,9 @@ class Bodies:
         self._largest, self._most_of_a_key = largest, max(MOST_OF_A_KEY, LARGEST_OF_A_KEY * largest)
         self.unfinished = SharedBytes(max(MOST, LARGEST * largest))
 
-    async def read(self, scope: Scope, receive: Receive, record: Record, guard: Guard, largest: int | None = None) -> bytes:
+    async def read(
+        self, scope: Scope, receive: Receive, record: Record, guard: CancelScope, largest: int | None = None
+    ) -> bytes:
         """Its deadline is the guard's; `largest` in bytes stands in place of the setting."""
         limit, setting = (self._largest, LARGEST_BODY) if largest is None else (largest, "")
         check_head(scope, limit, setting)
@@ -73,7 +75,7 @@ class Bodies:
             raise BadRequest("the body is empty; send a JSON object")
         return body
 
-    async def understood(self, body: bytes, work: Callable[[bytes], Result], key_id: str, guard: Guard) -> Result:
+    async def understood(self, body: bytes, work: Callable[[bytes], Result], key_id: str, guard: CancelScope) -> Result:
         """What `work` makes of a large body, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""
         try:
             self.hold(key_id, len(body))

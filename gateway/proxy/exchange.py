@@ -10,12 +10,12 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.audit.prompt_log import Transcript
+from gateway.audit.prompt_log import PromptLog
 from gateway.audit.record import Record
-from gateway.audit.settlement import Books
+from gateway.audit.settlement import Settler
 from gateway.auth.key_store import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.core.asgi import send_json
-from gateway.core.cancel_scope import Watch, Watched
+from gateway.core.cancel_scope import CallScope, ScopeTimer
 from gateway.core.connection import Connection
 from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.dialects import tokens
@@ -26,7 +26,7 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import UNSAFE, BackendFault
 from gateway.fleet.catalog import Catalog, Model
-from gateway.fleet.failover import Opening, Router, is_served
+from gateway.fleet.failover import Failover, Opening, is_served
 from gateway.fleet.refusals import IN_ERRORS
 from gateway.proxy.access import Access
 from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies
@@ -54,10 +54,10 @@ class Exchange:
         dialect: Dialect,
         operation: Operation,
         access: Access,
-        router: Router,
-        watch: Watch,
+        router: Failover,
+        watch: ScopeTimer,
         catalog: Callable[[], Catalog],
-        books: Books,
+        settler: Settler,
         *,
         bodies: Bodies,
         most_tokens: int,
@@ -65,7 +65,7 @@ class Exchange:
     ) -> None:
         self.dialect, self.operation, self._stand_in = dialect, operation, stand_in
         self._access, self._router, self._watch, self._catalog = access, router, watch, catalog
-        self._books, self._bodies, self._most_tokens = books, bodies, most_tokens
+        self._settler, self._bodies, self._most_tokens = settler, bodies, most_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -77,7 +77,7 @@ class Exchange:
                     await self._access.admit(record, model.name.canonical, takes_slot=False)
                     await send_json(send, self._stand_in(model))
                     return
-                answer = Answer(self.dialect, call, record, send, self._books)
+                answer = Answer(self.dialect, call, record, send, self._settler)
                 await self._answer(call, model, answer, scope, guard)
         except GatewayError as error:
             if answer is None or not answer.started:
@@ -92,7 +92,7 @@ class Exchange:
                 raise
         await answer.finish()
 
-    async def _read(self, scope: Scope, receive: Receive, record: Record, guard: Watched) -> tuple[Call, Model]:
+    async def _read(self, scope: Scope, receive: Receive, record: Record, guard: CallScope) -> tuple[Call, Model]:
         key = await self._access.key_of(scope, record)
         began = time.monotonic()
         raw = await self._bodies.read(scope, receive, record, guard)
@@ -108,7 +108,7 @@ class Exchange:
         record.canonical, call.context = model.name.canonical, model.context
         record.show_backend, record.show_overhead = SHOW_BACKEND in key.flags, SHOW_OVERHEAD in key.flags
         if key.prompt_log and call.operation.need:
-            record.transcript = Transcript(call.body)
+            record.prompt_log = PromptLog(call.body)
         return call, model
 
     def _understand(self, raw: bytes) -> Call:
@@ -117,7 +117,7 @@ class Exchange:
         call.needs = call.need(self._most_tokens)
         return call
 
-    async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, guard: Watched) -> None:
+    async def _answer(self, call: Call, model: Model, answer: "Answer", scope: Scope, guard: CallScope) -> None:
         headers = _passed_on(scope["headers"], answer.record.request_id)
         connection: Connection = scope["state"]["connection"]
         connection.watch(partial(guard.interrupt, ClientGone()))
@@ -164,8 +164,8 @@ def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> bytes
 class Answer:
     """What the client gets: the backend's bytes, cut at frames only; after a failure the dialect's error frame."""
 
-    def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send, books: Books) -> None:
-        self._dialect, self._call, self.record, self._send, self._books = dialect, call, record, send, books
+    def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send, settler: Settler) -> None:
+        self._dialect, self._call, self.record, self._send, self._settler = dialect, call, record, send, settler
         self._hides_usage = dialect.hides_usage(call)
         self._said_last = False
         self._backend: BackendConfig | None = None
@@ -181,10 +181,10 @@ class Answer:
         self.record.usage = self._dialect.usage_of(opening.value)
         if self.record.usage.completion_tokens is None and self.record.need.output != 0:
             self.record.relayed_tokens = self._tokens_of(opening.frames)
-        if self.record.transcript is not None:
-            self.record.transcript.hear(opening.frames)
+        if self.record.prompt_log is not None:
+            self.record.prompt_log.add(opening.frames)
 
-    async def pass_most(self, guard: Watched) -> None:
+    async def pass_most(self, guard: CallScope) -> None:
         """Of a large whole answer all but its end: until the client has taken that, its call is under way."""
         assert self._whole is not None
         guard.end_within(READ_WITHIN_S + len(self._whole) / SLOWEST_READER, ClientStalled)
@@ -207,7 +207,7 @@ class Answer:
             return len(answer) // tokens.LETTERS_PER_TOKEN
         return tokens.of_text(self._dialect.said(answer))
 
-    async def relay(self, opening: Opening, guard: Watched, connection: Connection) -> None:
+    async def relay(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
         self._backend = opening.backend.config
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
         await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
@@ -228,7 +228,7 @@ class Answer:
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
 
-    async def _relay_frames(self, opening: Opening, guard: Watched, connection: Connection) -> None:
+    async def _relay_frames(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
         idle_s, upstream = opening.backend.config.idle_timeout_s, opening.upstream
         frames, is_plain, record, buffer = opening.frames, self._dialect.is_plain, self.record, opening.held
         assert isinstance(buffer, FrameBuffer)
@@ -264,7 +264,7 @@ class Answer:
         guard.within(idle_s, ClientStalled)
         await self._pass_on_last(buffer.take())
 
-    async def _pass_most_turns(self, frames: bytes, guard: Watched, idle_s: float) -> bytes:
+    async def _pass_most_turns(self, frames: bytes, guard: CallScope, idle_s: float) -> bytes:
         """Passes on all turns but the last, which it returns."""
         *turns, last = _turns(frames, self._dialect.framing)
         await asyncio.sleep(0)
@@ -293,7 +293,7 @@ class Answer:
         if not self._said_last and self._dialect.says_last(frames) and self._look_at_end():
             # Who has seen this may be gone, and back with the next request, before the body has ended.
             self._said_last = True
-            await self._books.end(self.record, coming=len(shown))
+            await self._settler.finish_before_last_bytes(self.record, coming=len(shown))
         if shown:
             await self._send({"type": "http.response.body", "body": shown, "more_body": True})
 
@@ -309,8 +309,8 @@ class Answer:
         if size > LONGEST_FRAME_OF_A_TOKEN and size > LONGEST_FRAME_OF_A_TOKEN * count:
             count = max(count, self._tokens_of(frames))
         self.record.relayed_tokens += count
-        if self.record.transcript is not None:
-            self.record.transcript.hear(frames)
+        if self.record.prompt_log is not None:
+            self.record.prompt_log.add(frames)
         return self._dialect.without_usage(frames) if self._hides_usage else frames
 
     def _forget_much(self) -> None:

@@ -21,7 +21,7 @@ OLDEST_VERSION_CLIENTS_TAKE = "0.6.4"
 RunningNow = Callable[[], Awaitable[Mapping[str, tuple[float, tuple[dict[str, Any], ...]]]]]
 
 
-class Lists:
+class ModelLists:
     """The endpoints of `GET /api/tags`, `/api/ps`, `/api/version`, `/v1/models` and `/v1/models/{id}`."""
 
     def __init__(self, access: Access, catalog: Callable[[], Catalog], running_now: RunningNow) -> None:

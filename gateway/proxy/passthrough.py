@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway.audit.record import Record
 from gateway.auth.key_store import ADMIN_MODELS, Key
 from gateway.core import strict_json
-from gateway.core.cancel_scope import Guard, Watch
+from gateway.core.cancel_scope import CancelScope, ScopeTimer
 from gateway.core.errors import (
     AnswerCutShort,
     BackendFailed,
@@ -26,7 +26,7 @@ from gateway.core.errors import (
 from gateway.dialects.dialect import Dialect, content_type_of
 from gateway.dialects.model_names import NAME_RULE, is_name
 from gateway.fleet.backends.backend import Backend
-from gateway.fleet.backends.http_client import BackendFault, Upstream
+from gateway.fleet.backends.http_client import BackendFault, BackendResponse
 from gateway.proxy.access import Access
 from gateway.proxy.body import Bodies, check_head
 
@@ -55,7 +55,7 @@ CHANGES_MODELS = frozenset({"/api/pull", "/api/create", "/api/copy", "/api/delet
 
 
 @asynccontextmanager
-async def watching(receive: Receive, guard: Guard) -> AsyncIterator[None]:
+async def watching(receive: Receive, guard: CancelScope) -> AsyncIterator[None]:
     """Interrupts the guard when the client closes its connection."""
 
     async def watch() -> None:
@@ -85,7 +85,7 @@ class AdminVerb:
         dialect: Dialect,
         access: Access,
         backends: Mapping[str, Backend],
-        watch: Watch,
+        watch: ScopeTimer,
         models_changed: Callable[[Backend], Awaitable[None]],
         bodies: Bodies,
     ) -> None:
@@ -138,7 +138,7 @@ class AdminVerb:
     async def _json(self, scope: Scope, receive: Receive, record: Record) -> bytes | None:
         if self._method in ("GET", "HEAD") or not _has_body(scope):
             return None
-        with Guard() as guard:
+        with CancelScope() as guard:
             raw = await self._bodies.read(scope, receive, record, guard)
         read = strict_json.read_object(raw, self._dialect.known_fields)
         record.model = _model_of(read)
@@ -183,7 +183,7 @@ class Upload:
         self._ended = asyncio.Event()
         self.fault: Exception | None = None
 
-    async def pieces(self, guard: Guard, backend: Backend) -> AsyncIterator[bytes]:
+    async def pieces(self, guard: CancelScope, backend: Backend) -> AsyncIterator[bytes]:
         more = True
         while more:
             guard.within(PIECE_DEADLINE_S, BodyTooSlow)
@@ -227,13 +227,13 @@ def _has_body(scope: Scope) -> bool:
     )
 
 
-def _is_answer(upstream: Upstream) -> bool:
+def _is_answer(upstream: BackendResponse) -> bool:
     """Whether it may be what Ollama says: JSON, records, or nothing."""
     kind = upstream.headers.get("Content-Type", "").lower().partition(";")[0].strip()
     return kind in ("", "application/json", "application/x-ndjson")
 
 
-def _no_answer(upstream: Upstream) -> Exception:
+def _no_answer(upstream: BackendResponse) -> Exception:
     """What a page or a line of text in place of an answer means: it comes from before the backend, or it has no such route."""
     if not 400 <= upstream.status < 500:
         return BackendFault("not_json", f"status {upstream.status}")
@@ -247,14 +247,14 @@ class PassedThrough:
         self._dialect, self.record, self._send = dialect, record, send
         self.started = self.is_good = False
 
-    async def pass_on(self, upstream: Upstream, silence_s: float) -> None:
+    async def pass_on(self, upstream: BackendResponse, silence_s: float) -> None:
         if not _is_answer(upstream):
             raise _no_answer(upstream)
         self.started, self.is_good = True, upstream.status < 400
         content_type = content_type_of(upstream.content_type or "application/json", self._dialect.framing)
         headers = [(b"content-type", content_type.encode("latin-1"))]
         await self._send({"type": "http.response.start", "status": upstream.status, "headers": headers})
-        with Guard() as guard:
+        with CancelScope() as guard:
             guard.within(silence_s, BackendTimeout)
             while piece := await upstream.read():
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})

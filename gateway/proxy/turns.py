@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from gateway.core.cancel_scope import Guard
+from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import Overloaded
 
 # How long others have the loop after a piece of work, and how long until the next piece of the same caller: in times of what
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
-class Caller:
+class Holder:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     pieces: int = 0
 
@@ -28,12 +28,12 @@ class Turns:
 
     def __init__(self) -> None:
         self._everybody = asyncio.Lock()
-        self._callers: dict[str, Caller] = {}
+        self._callers: dict[str, Holder] = {}
 
-    async def run(self, name: str, work: Callable[[], Result], guard: Guard) -> Result:
+    async def run(self, name: str, work: Callable[[], Result], guard: CancelScope) -> Result:
         """What `work` returns or raises for the caller of that name; Overloaded where its turn does not come in 20 seconds."""
         guard.within(LONGEST_WAIT_S, lambda: Overloaded(retry_after=1))
-        caller = self._callers.setdefault(name, Caller())
+        caller = self._callers.setdefault(name, Holder())
         caller.pieces += 1
         try:
             await self._begin(caller)
@@ -49,7 +49,7 @@ class Turns:
             loop.call_later(took * REST, self._everybody.release)
             loop.call_later(took * REST_OF_A_CALLER, self._end, name)
 
-    async def _begin(self, caller: Caller) -> None:
+    async def _begin(self, caller: Holder) -> None:
         await caller.lock.acquire()
         try:
             await self._everybody.acquire()

@@ -16,7 +16,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.stores import urls
 from gateway.stores.redis_names import named
 
@@ -36,14 +36,14 @@ SENTINEL: dict[str, Any] = {
 }
 
 
-class StoreAway(Exception):
+class RedisUnavailable(Exception):
     """Redis does not answer, or has no room; go on without it."""
 
     is_full = False
 
 
-def _full() -> StoreAway:
-    away = StoreAway()
+def _full() -> RedisUnavailable:
+    away = RedisUnavailable()
     away.is_full = True
     return away
 
@@ -122,10 +122,10 @@ async def drop_names(url: str, prefix: str, is_meant: Callable[[str], bool], wit
                 if is_meant(name.decode(errors="replace")):
                     await client.unlink(name)
     except FAILURES as wrong:
-        raise StoreAway from wrong
+        raise RedisUnavailable from wrong
 
 
-class Store:
+class RedisClient:
     """`async with Store(url) as store:`; a call raises StoreAway at the latest after 50 ms, and at once while Redis is away."""
 
     def __init__(self, url: str) -> None:
@@ -136,7 +136,7 @@ class Store:
         self._timeouts = 0
         self.calls = self.errors = 0
         self._look = asyncio.Event()
-        self.background = [Kept(self._keep_checking, "redis health")]
+        self.background = [KeptTask(self._keep_checking, "redis health")]
         self.up = False
         self._told_up: bool | None = None
         # What Redis said, where it answers and refuses.
@@ -155,7 +155,7 @@ class Store:
 
     async def call(self, command: Callable[[Redis], Awaitable[Any]]) -> Any:
         if not self.up:
-            raise StoreAway
+            raise RedisUnavailable
         self.calls += 1
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
@@ -165,7 +165,7 @@ class Store:
         except FAILURES as wrong:
             self.errors += 1
             self.count_failure(wrong)
-            raise StoreAway from wrong
+            raise RedisUnavailable from wrong
         self._timeouts = 0
         return answer
 
@@ -190,7 +190,7 @@ class Store:
     async def slow_call(self, command: Callable[[Redis], Awaitable[Any]], deadline_s: float) -> Any:
         """For background work whose answers are large."""
         if not self.up:
-            raise StoreAway
+            raise RedisUnavailable
         self.calls += 1
         try:
             async with asyncio.timeout(deadline_s):
@@ -200,7 +200,7 @@ class Store:
         except FAILURES as wrong:
             self.errors += 1
             self.count_failure(wrong)
-            raise StoreAway from wrong
+            raise RedisUnavailable from wrong
 
     def count_failure(self, wrong: Exception) -> None:
         self._timeouts += 1
@@ -241,7 +241,9 @@ class Store:
 
     def subscribe(self, handlers: Mapping[str, Callable[[str], None]], after_gap: Callable[[], None]) -> None:
         """Call the handler of a channel with each message; `after_gap` each time messages may have been missed."""
-        self.background.append(Kept(partial(self._listen, handlers, after_gap), f"redis subscription to {' '.join(handlers)}"))
+        self.background.append(
+            KeptTask(partial(self._listen, handlers, after_gap), f"redis subscription to {' '.join(handlers)}")
+        )
         self.background[-1].start()
 
     async def _listen(self, handlers: Mapping[str, Callable[[str], None]], after_gap: Callable[[], None]) -> None:

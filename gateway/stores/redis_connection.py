@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 import hiredis
 from redis.asyncio import Redis
 
-from gateway.core.background import Kept
-from gateway.stores.redis_client import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, FAILURES, StoreAway, connect
+from gateway.core.background import KeptTask
+from gateway.stores.redis_client import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, FAILURES, RedisUnavailable, connect
 from gateway.stores.redis_names import FREED, named
 
 LOG = logging.getLogger("gateway.store")
@@ -63,7 +63,7 @@ def scripts(folder: Path = LUA) -> dict[str, Script]:
     return {name: Script(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), text) for name, text in texts.items()}
 
 
-class Line:
+class RedisConnection:
     """`async with Line(url, on_failure) as line:` — `await line.run("admit", keys, values)` runs a script.
 
     A command is written at once while Redis has nothing to do for us, else together with the others of the same turn of the
@@ -91,7 +91,7 @@ class Line:
         self._complained_at = -COMPLAIN_EVERY_S
         self._watch: asyncio.TimerHandle | None = None
         self._connected = asyncio.Event()
-        self.background = Kept(self._keep, "redis line")
+        self.background = KeptTask(self._keep, "redis line")
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -125,7 +125,7 @@ class Line:
 
     def send(self, *command: Any) -> "asyncio.Future[Any]":
         if not self.is_usable:
-            raise StoreAway
+            raise RedisUnavailable
         self._tally.calls += 1
         packed = pack(*command)
         answer: asyncio.Future[Any] = self._loop.create_future()
@@ -180,7 +180,7 @@ class Line:
     def _fail(self, sent: Sent) -> None:
         if not sent.answer.done():
             self._tally.errors += 1
-            sent.answer.set_exception(StoreAway())
+            sent.answer.set_exception(RedisUnavailable())
 
     def _try_to_write(self, due: float) -> None:
         """What takes nothing is of no use, however well it answers."""

@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from redis.exceptions import RedisClusterException
 
-from gateway.core.background import Kept
+from gateway.core.background import KeptTask
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import CONNECT_DEADLINE_S, FAILURES, connect, is_cluster, of_node
-from gateway.stores.redis_connection import Line, Tally
+from gateway.stores.redis_connection import RedisConnection, Tally
 
 LOG = logging.getLogger("gateway.store")
 LOOK_EVERY_S, LOOK_AGAIN_S = 30.0, 0.5
@@ -19,16 +19,16 @@ LOOK_EVERY_S, LOOK_AGAIN_S = 30.0, 0.5
 Address = tuple[str, int]
 
 
-class Lines:
-    """`async with Lines(url, on_failure) as lines:` — `lines.of(shard)` is the line to whoever holds that shard."""
+class ShardConnections:
+    """`async with Lines(url, on_failure) as lines:` — `lines.for_shard(shard)` is the line to whoever holds that shard."""
 
     def __init__(self, url: str, on_failure: Callable[[Exception], None]) -> None:
         self._url, self._on_failure = url, on_failure
         self.tally = Tally()
-        self._open: dict[Address | None, Line] = {}
-        self._of_shard: list[Line] = []
+        self._open: dict[Address | None, RedisConnection] = {}
+        self._of_shard: list[RedisConnection] = []
         self._moved = asyncio.Event()
-        self._looking = Kept(self._keep_looking, "redis cluster")
+        self._looking = KeptTask(self._keep_looking, "redis cluster")
 
     async def __aenter__(self) -> Self:
         if not is_cluster(self._url):
@@ -45,21 +45,21 @@ class Lines:
             await line.__aexit__()
 
     @property
-    def background(self) -> list[Kept]:
+    def background(self) -> list[KeptTask]:
         return [self._looking, *(line.background for line in self._open.values())]
 
     @property
     def is_usable(self) -> bool:
         return bool(self._of_shard) and all(line.is_usable for line in self._open.values())
 
-    def of(self, shard: int) -> Line | None:
+    def for_shard(self, shard: int) -> RedisConnection | None:
         """None where it is not known yet who holds it."""
         return self._of_shard[shard] if self._of_shard else None
 
-    async def _line_to(self, address: Address | None) -> Line:
+    async def _line_to(self, address: Address | None) -> RedisConnection:
         if address not in self._open:
             url = self._url if address is None else of_node(self._url, *address)
-            self._open[address] = await Line(url, self._on_failure, self._moved.set, self.tally).__aenter__()
+            self._open[address] = await RedisConnection(url, self._on_failure, self._moved.set, self.tally).__aenter__()
         return self._open[address]
 
     async def _look(self) -> None:

@@ -5,43 +5,43 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Self
 
-from gateway.audit.settlement import Books
+from gateway.audit.settlement import Settler
 from gateway.audit.writer import AuditWriter
-from gateway.core.background import Kept
-from gateway.edge.application import Front
+from gateway.core.background import KeptTask
+from gateway.edge.application import Application
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
-from gateway.limits.limiter import Limits
+from gateway.limits.limiter import Limiter
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import Store
-from gateway.stores.redis_shards import Lines
+from gateway.stores.redis_client import RedisClient
+from gateway.stores.redis_shards import ShardConnections
 from gateway.telemetry.metrics import Metrics
 
 EVERY_S = 1.0
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
 
 
-class Sampler:
+class Gauges:
     """`async with Sampler(...)`: until the block ends."""
 
     def __init__(
         self,
         metrics: Metrics,
-        front: Front,
-        limits: Limits,
-        lines: Lines,
-        books: Books,
+        application: Application,
+        limits: Limiter,
+        lines: ShardConnections,
+        settler: Settler,
         writer: AuditWriter,
         backends: Mapping[str, Backend],
         catalog: Callable[[], Catalog],
-        store: Store,
+        store: RedisClient,
         database: Database,
     ) -> None:
-        self._metrics, self._front, self._limits, self._lines = metrics, front, limits, lines
-        self._books, self._writer, self._backends, self._catalog = books, writer, backends, catalog
+        self._metrics, self._application, self._limits, self._lines = metrics, application, limits, lines
+        self._settler, self._writer, self._backends, self._catalog = settler, writer, backends, catalog
         self._store, self._database = store, database
         self._counted: dict[str, int] = {}
-        self.background = Kept(self._keep_looking, "metrics")
+        self.background = KeptTask(self._keep_looking, "metrics")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -59,12 +59,12 @@ class Sampler:
             self.look()
 
     def look(self) -> None:
-        metrics, front = self._metrics, self._front
-        metrics.in_flight.set(front.under_way)
-        metrics.draining.set(int(front.draining))
+        metrics, application = self._metrics, self._application
+        metrics.in_flight.set(application.under_way)
+        metrics.draining.set(int(application.draining))
         metrics.waiting.set(self._limits.waiting)
         metrics.alone.set(int(not self._limits.is_usable))
-        metrics.held.set(self._books.backlog)
+        metrics.held.set(self._settler.backlog)
         if self._writer.waiting is not None:
             metrics.backlog.set(self._writer.waiting)
         self._look_at_backends()
@@ -86,7 +86,7 @@ class Sampler:
         self._add(metrics.store_calls.labels("postgresql").inc, "postgresql calls", self._database.calls)
         self._add(metrics.store_errors.labels("postgresql").inc, "postgresql errors", self._database.errors)
         self._add(metrics.written.inc, "written", self._writer.written)
-        self._add(metrics.dropped.inc, "dropped", self._books.dropped)
+        self._add(metrics.dropped.inc, "dropped", self._settler.dropped)
 
     def _add(self, count: Callable[[float], None], name: str, total: int) -> None:
         """What rooms have counted for themselves, as far as it has not been told yet."""

@@ -13,7 +13,7 @@ from gateway.core.errors import ConflictingKeys, MissingKey, UnknownRoute
 from gateway.telemetry.metrics import CONTENT_TYPE, Metrics
 
 
-class Scrape:
+class MetricsEndpoint:
     def __init__(self, metrics: Metrics, token: str, allowed: Sequence[str]) -> None:
         self._metrics, self._token = metrics, token.encode()
         self._allowed = [ip_network(entry, strict=False) for entry in allowed]

@@ -36,7 +36,11 @@ def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
 def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
 
     access: Any = None
-    return list(app.admin_api_of(gateway.settings, gateway.rooms).routes(access, gateway.rooms.watch, gateway.rooms.bodies))
+    return list(
+        app.admin_api_of(gateway.settings, gateway.components).routes(
+            access, gateway.components.watch, gateway.components.bodies
+        )
+    )
 
 
 def test_only_the_role_opens_it(gateway: RunningGateway) -> None:
@@ -107,7 +111,7 @@ def test_an_id_is_no_name_and_a_name_is_no_id(gateway: RunningGateway, admin: ht
 
 
 async def rename(gateway: RunningGateway, key_id: str, name: str) -> None:
-    async with gateway.rooms.database.connection() as connection:
+    async with gateway.components.database.connection() as connection:
         await connection.execute("UPDATE keys SET name = $2 WHERE id = $1", key_id, name)
 
 
@@ -116,12 +120,12 @@ def test_backends_are_taken_out_and_tried(
 ) -> None:
     with gateway.http(gateway.key()) as client:
         assert admin.post("/backends/alpha/drain").json() == {"backend": "alpha", "drained": True, "everywhere_at_once": True}
-        until(lambda: gateway.rooms.backends["alpha"].is_drained, 5)
+        until(lambda: gateway.components.backends["alpha"].is_drained, 5)
         assert client.post("/api/chat", json=CHAT).status_code == 200
         assert (len(alpha.calls("/api/chat")), len(beta.calls("/api/chat"))) == (0, 1)
         until(lambda: admin.get("/backends").json()[0]["drained"] is not None, 5)
         assert admin.post("/backends/alpha/undrain").status_code == 200
-        until(lambda: not gateway.rooms.backends["alpha"].is_drained, 5)
+        until(lambda: not gateway.components.backends["alpha"].is_drained, 5)
         assert client.post("/api/chat", json=CHAT).status_code == 200
         assert len(alpha.calls("/api/chat")) == 1
     probed = admin.post("/backends/beta/probe").json()

@@ -19,9 +19,9 @@ from gateway.admin.explain import Question
 from gateway.auth import key_store
 from gateway.auth.key_store import Key
 from gateway.dialects.dialect import Operation
-from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, Breaker
+from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, CircuitBreaker
 from gateway.ops.cli import explain as cli_explain
-from gateway.stores.redis_client import StoreAway
+from gateway.stores.redis_client import RedisUnavailable
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import sql
 from tests.support.played.backend import PlayedBackend
@@ -68,15 +68,15 @@ def operation_of(path: str) -> Operation:
 
 def rights_of(gateway: RunningGateway, whole: str) -> Key:
     """The key's rights as they are, looked up as the gateway does it."""
-    row = gateway.call(gateway.rooms.database.row("key_with_rights", whole.split("_")[1]))
+    row = gateway.call(gateway.components.database.row("key_with_rights", whole.split("_")[1]))
     assert row is not None
 
     return key_store.unpack(dict(row))
 
 
-def breaker_in(state: str) -> Breaker:
+def breaker_in(state: str) -> CircuitBreaker:
     now = [100.0]
-    breaker = Breaker(lambda: now[0])
+    breaker = CircuitBreaker(lambda: now[0])
     if state != "closed":
         for _ in range(FAILURES_UNTIL_OPEN):
             breaker.failed()
@@ -90,7 +90,7 @@ def breaker_in(state: str) -> Breaker:
 def in_some_state(gateway: RunningGateway, chance: random.Random) -> Iterator[None]:
     """Breakers, drains and connections in use, by chance; all as before at the end."""
     taken = {}
-    for name, backend in gateway.rooms.backends.items():
+    for name, backend in gateway.components.backends.items():
         backend.breaker = breaker_in(chance.choice(("closed", "closed", "open", "half-open")))
         backend.is_drained = chance.random() < 0.2
         taken[name] = backend.config.max_connections if chance.random() < 0.2 else 0
@@ -98,7 +98,7 @@ def in_some_state(gateway: RunningGateway, chance: random.Random) -> Iterator[No
     try:
         yield
     finally:
-        for name, backend in gateway.rooms.backends.items():
+        for name, backend in gateway.components.backends.items():
             backend.in_flight -= taken[name]
             backend.is_drained = False
 
@@ -120,9 +120,9 @@ def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[P
         need = operation.need(body)
         question = Question(rights_of(gateway, whole), model, operation, need.prompt, need.output)
         with in_some_state(gateway, chance):
-            settings, rooms = gateway.settings, gateway.rooms
-            seen, defaults = app.fleet_as_seen(settings, rooms), app.default_quota(settings)
-            said = gateway.call(explain.explain(question, seen, rooms.limits, defaults, settings.max_num_predict))
+            settings, components = gateway.settings, gateway.components
+            seen, defaults = app.fleet_as_seen(settings, components), app.default_quota(settings)
+            said = gateway.call(explain.explain(question, seen, components.limits, defaults, settings.max_num_predict))
             with gateway.http(whole) as client:
                 happened = client.post(path, json=body)
         found = (happened.status_code, happened.headers.get("x-gateway-backend", ""))
@@ -141,9 +141,9 @@ def test_looking_takes_nothing(start_gateway: StartGateway, alpha: PlayedBackend
     gateway = start_gateway(alpha)
     whole = gateway.key(rpm=3, concurrent=1, day=1000)
     question = Question(rights_of(gateway, whole), "llama3.2", operation_of("/api/chat"), 10, 10)
-    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.rooms), app.default_quota(gateway.settings)
+    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.components), app.default_quota(gateway.settings)
     for _ in range(10):
-        said = gateway.call(explain.explain(question, fleet, gateway.rooms.limits, defaults, 4096))
+        said = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
         assert (said["status"], said["backend"]) == (200, "alpha")
     assert {line["limit"]: line["used"] for line in said["limits"]} == {
         "rpm": 0,
@@ -156,7 +156,7 @@ def test_looking_takes_nothing(start_gateway: StartGateway, alpha: PlayedBackend
             assert (
                 client.post("/api/chat", json={"model": "llama3.2", "messages": MESSAGES, "stream": False}).status_code == 200
             )
-    refused = gateway.call(explain.explain(question, fleet, gateway.rooms.limits, defaults, 4096))
+    refused = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
     assert (refused["status"], refused["refused_by"]) == (429, "rpm") and 0 < refused["passes_in_s"] <= 61
 
 
@@ -166,12 +166,12 @@ def test_limits_are_told_without_redis(
     gateway = start_gateway(alpha)
 
     async def away(_: object) -> None:
-        raise StoreAway
+        raise RedisUnavailable
 
-    monkeypatch.setattr(gateway.rooms.limits, "look", away)
+    monkeypatch.setattr(gateway.components.limits, "look", away)
     question = Question(rights_of(gateway, gateway.key(rpm=3)), "llama3.2", operation_of("/api/chat"), 10, 10)
-    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.rooms), app.default_quota(gateway.settings)
-    said = gateway.call(explain.explain(question, fleet, gateway.rooms.limits, defaults, 4096))
+    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.components), app.default_quota(gateway.settings)
+    said = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
     assert said["limits"][0] == {"models": "all", "limit": "rpm", "of": 3, "used": None} and said["status"] == 200
     assert "Redis is away" in said["limits_decided_by"]
 

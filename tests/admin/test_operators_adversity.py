@@ -59,9 +59,9 @@ def test_a_redis_that_takes_nothing_is_none(
             caplog.clear()
             other.execute_command("REPLICAOF", "127.0.0.1", "1")
             answers = [client.post("/api/chat", json=CHAT).status_code for _ in range(40)]
-            until(lambda: not gateway.rooms.store.up, 5)
+            until(lambda: not gateway.components.store.up, 5)
             for _ in range(20):
-                assert not gateway.rooms.store.up
+                assert not gateway.components.store.up
                 answers.append(client.post("/api/chat", json=CHAT).status_code)
                 time.sleep(0.05)
             assert set(answers) == {200}
@@ -71,7 +71,7 @@ def test_a_redis_that_takes_nothing_is_none(
             assert len(told) == 1
             assert not [record for record in caplog.records if record.exc_info]
             other.execute_command("REPLICAOF", "NO", "ONE")
-            until(lambda: gateway.rooms.store.up, 5)
+            until(lambda: gateway.components.store.up, 5)
             until(lambda: [tuple(row) for row in fetch(stores.database_url, counted)] == [(200, "answered", 61)], 10)
 
 
@@ -97,7 +97,7 @@ def test_a_slow_report_stops_nobody(
     with gateway.http(ops) as admin:
         slow, answer = asyncio.run(meanwhile())
         assert (slow.status_code, slow.json()["error"].startswith("PostgreSQL takes too long for this")) == (503, True)
-        assert answer.status_code == 200 and gateway.rooms.database.up and gateway.rooms.reports.up
+        assert answer.status_code == 200 and gateway.components.database.up and gateway.components.reports.up
         assert admin.get("/admin/v1/audit").status_code == 200
 
 

@@ -20,7 +20,7 @@ from gateway.dialects.openai import OpenAI
 from gateway.dialects.tokens import Need
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import _abandoned, remembered
-from gateway.limits.quota import Scope
+from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import MODEL, WAYS, Way
@@ -79,7 +79,7 @@ def test_what_backends_say_of_their_cache(dialect: Dialect, told: dict[str, Any]
 # ── what it costs ──
 
 
-def cost_of(usage: Usage, weight: int, *, outcome: str = "answered") -> token_usage.Cost:
+def cost_of(usage: Usage, weight: int, *, outcome: str = "answered") -> token_usage.TokenUsage:
     record = Record("id", "id", "POST", outcome=outcome, usage=usage, need=Need(100, 10), was_sent=True, relayed_tokens=3)
     return token_usage.of(record, 1000, weight)
 
@@ -98,14 +98,14 @@ def test_the_weight_is_exact_and_rounded_up(prompt: int, cached: int, completion
     [(90, 0, 15), (90, 100_000, 24), (91, 100_000, 24), (1, 100_000, None), (90, MILLION, None), (0, 0, None), (500, 0, 5)],
 )
 def test_some_costs(cached: int, weight: int, billed: int | None) -> None:
-    assert cost_of(Usage(100, 5, cached), weight) == token_usage.Cost(100, 5, "reported", min(100, cached), billed)
+    assert cost_of(Usage(100, 5, cached), weight) == token_usage.TokenUsage(100, 5, "reported", min(100, cached), billed)
     assert cost_of(Usage(100, 5, cached), weight, outcome="client_gone").billed == billed
-    assert cost_of(Usage(100, 5, cached), weight, outcome="backend_failed") == token_usage.Cost()
+    assert cost_of(Usage(100, 5, cached), weight, outcome="backend_failed") == token_usage.TokenUsage()
 
 
 def test_of_an_estimated_prompt_nothing_was_cached() -> None:
-    assert cost_of(Usage(None, 5, 90), 0) == token_usage.Cost(100, 5, "estimated")
-    assert cost_of(Usage(90, None, 80), 0) == token_usage.Cost(90, 3, "estimated", 80, 13)
+    assert cost_of(Usage(None, 5, 90), 0) == token_usage.TokenUsage(100, 5, "estimated")
+    assert cost_of(Usage(90, None, 80), 0) == token_usage.TokenUsage(90, 3, "estimated", 80, 13)
 
 
 def test_a_prompt_beyond_belief_has_no_more_cached_than_is_billed_of_it() -> None:
@@ -231,8 +231,8 @@ def test_rows_of_before_and_of_now_are_summed_alike(gateway: RunningGateway, sto
     write(stores.database_url, [*rows, row(long_ago, key_id="k1", cached_tokens=3, billed_tokens=5)])
 
     async def seeded(name: str) -> int:
-        await Budgets(gateway.rooms.database, gateway.rooms.store).seed(Scope(name, -1, -1, -1, 10, 10))
-        found = await gateway.rooms.store.call(lambda redis: redis.hvals(redis_keys.budget(name)))
+        await Budgets(gateway.components.database, gateway.components.store).seed(CounterSet(name, -1, -1, -1, 10, 10))
+        found = await gateway.components.store.call(lambda redis: redis.hvals(redis_keys.budget(name)))
         assert len(set(found)) == 1, "of the day and of the month"
         return int(found[0])
 
@@ -259,7 +259,7 @@ def test_rows_of_a_gateway_of_before_are_moved(gateway: RunningGateway, old_rows
 
 def test_a_call_that_nobody_ended_is_billed_as_it_is_written(gateway: RunningGateway) -> None:
     """Also one that a gateway of the version before has begun."""
-    scope, began = Scope("k1", -1, 100, -1, -1, -1), row(datetime.now(UTC), key_id="k1")
+    scope, began = CounterSet("k1", -1, 100, -1, -1, -1), row(datetime.now(UTC), key_id="k1")
     for name in ("outcome", "prompt_tokens", "completion_tokens", "tokens_from", "status", "total_ms"):
         del began[name]
     settlement = _abandoned("x", b"25 " + remembered([scope], MODEL, 21, began))
@@ -270,7 +270,7 @@ def test_a_call_that_nobody_ended_is_billed_as_it_is_written(gateway: RunningGat
 
 
 async def told_directly(gateway: RunningGateway, told: bytes) -> None:
-    await gateway.rooms.writer.write([told], [])
+    await gateway.components.writer.write([told], [])
 
 
 def test_what_was_billed_is_in_the_chain(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores) -> None:

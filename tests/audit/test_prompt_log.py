@@ -19,7 +19,7 @@ def prompts(gateway: RunningGateway) -> list[dict[str, Any]]:
     gateway.audit_rows()
 
     async def fetch() -> list[dict[str, Any]]:
-        async with gateway.rooms.database.connection() as connection:
+        async with gateway.components.database.connection() as connection:
             return [dict(row) for row in await connection.fetch("SELECT * FROM prompts ORDER BY at")]
 
     return gateway.call(fetch())
@@ -77,7 +77,7 @@ def test_forgotten_prompts_do_not_come_back(gateway: RunningGateway, stores: Tes
         assert sum(redis.xlen(shared.prompts) for shared in redis_keys.ALL) == 1
 
         async def forget() -> None:
-            async with gateway.rooms.database.connection() as connection:
+            async with gateway.components.database.connection() as connection:
                 await connection.execute("UPDATE keys SET prompts_forgotten_at = now()")
 
         gateway.call(forget())
@@ -91,5 +91,5 @@ def test_a_prompt_that_is_no_text_is_refused_and_holds_nothing(gateway: RunningG
     with gateway.http(key, headers={"Content-Type": "application/json"}) as client:
         assert client.post("/v1/chat/completions", content=body).status_code == 400
         assert client.post("/v1/chat/completions", json=WAYS[2].body).status_code == 200
-    assert gateway.rooms.limits.running == 0
+    assert gateway.components.limits.running == 0
     assert [row["outcome"] for row in gateway.audit_rows()] == ["refused:bad_request", "answered"]

@@ -322,14 +322,14 @@ def test_a_key_is_stored_as_a_hash_alone(start_gateway: StartGateway, stores: Te
 def counted(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The ids of secrets that the database was asked for."""
     asked: list[str] = []
-    real = gateway.rooms.database.row
+    real = gateway.components.database.row
 
     async def row(query: str, *values: object) -> asyncpg.Record | None:
         asked.append(str(values[0]))
         return await real(query, *values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gateway.rooms.database, "row", row)
+        patch.setattr(gateway.components.database, "row", row)
         yield asked
 
 
@@ -490,7 +490,7 @@ def test_failures_are_limited_without_redis(stores: TestStores, alpha: PlayedBac
 
 
 def authenticator_of(gateway: RunningGateway) -> Authenticator:
-    owners = [getattr(kept._work, "__self__", None) for kept in gateway.rooms.background()]
+    owners = [getattr(kept._work, "__self__", None) for kept in gateway.components.background()]
     [found] = [owner for owner in owners if isinstance(owner, Authenticator)]
     return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateway import app, settings
-from gateway.auth.key_store import KeyRing, NewKey
+from gateway.auth.key_store import KeyStore, NewKey
 from tests.bench import subjects
 from tests.bench.subjects import Subject
 from tests.bench.tools import Tools, load
@@ -89,7 +89,7 @@ async def made(wanted: int, names: dict[str, str]) -> list[str]:
     told = settings.load(names, None)
     gate = asyncio.Semaphore(MADE_AT_ONCE)
     async with app.database_of(told) as database:
-        ring = KeyRing(database, app.hasher_of(told), None)
+        ring = KeyStore(database, app.hasher_of(told), None)
 
         async def one(number: int) -> str:
             async with gate:

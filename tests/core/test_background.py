@@ -13,7 +13,7 @@ import pytest
 
 from gateway import app
 from gateway.auth import authenticator, key_store
-from gateway.core.background import Group, Kept
+from gateway.core.background import KeptTask, TaskGroup
 from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
 from gateway.stores.redis_connection import Replies
 from tests.conftest import StartGateway, TestStores
@@ -66,7 +66,7 @@ def test_what_fails_begins_again_and_is_said_once(monkeypatch: pytest.MonkeyPatc
         await asyncio.Event().wait()
 
     async def run() -> list[str]:
-        kept = Kept(work, "counting")
+        kept = KeptTask(work, "counting")
         states = [kept.state]
         kept.start()
         while len(begun) < 7:  # noqa: ASYNC110 # the work under test must not know who waits
@@ -75,7 +75,7 @@ def test_what_fails_begins_again_and_is_said_once(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("gateway.core.background.FAILING_S", 0.0)
         states.append(kept.state)
         await kept.end()
-        cancelled = Kept(work, "cancelled")
+        cancelled = KeptTask(work, "cancelled")
         cancelled.start()
         assert cancelled._task is not None
         cancelled._task.cancel()
@@ -97,7 +97,7 @@ def test_what_ends_by_itself_is_ended_with_its_owner_and_heard_of_when_it_fails(
         await asyncio.Event().wait()
 
     async def run() -> tuple[bool, int]:
-        group = Group("once")
+        group = TaskGroup("once")
         failed, waiting = group.start(fails()), group.start(waits())
         await asyncio.wait([failed])
         await group.end()
@@ -113,7 +113,7 @@ def test_a_gateway_that_ends_leaves_no_task(start_gateway: StartGateway, alpha: 
     gateway = start_gateway(alpha)
     for path in ("/api/tags", "/api/ps"):
         alpha.play(path, [Forever()])
-    discovery, running = gateway.rooms.discovery, gateway.rooms.running
+    discovery, running = gateway.components.discovery, gateway.components.running
 
     async def begin() -> None:
         await discovery.refresh(enough_s=0.01)
@@ -241,9 +241,9 @@ def test_health_knows_all_tasks_of_a_gateway(start_gateway: StartGateway, alpha:
         found: Callable[[Any], str] = lambda task: task.get_coro().__qualname__  # noqa: E731
         return {task.get_name() for task in asyncio.all_tasks() if found(task) == "Kept._keep_going"}
 
-    listed = {kept.name for kept in gateway.rooms.background()}
+    listed = {kept.name for kept in gateway.components.background()}
     assert gateway.call(running()) <= listed and {"last use of keys", "audit writer", "drains", "retention"} <= listed
-    [kept] = [one for one in gateway.rooms.background() if one.name == "drains"]
+    [kept] = [one for one in gateway.components.background() if one.name == "drains"]
     assert kept._task is not None
     gateway.loop.call_soon_threadsafe(kept._task.cancel)
     with gateway.http() as client:

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.errors import BadRequest
-from gateway.dialects.dialect import Call, Dialect, read_call
+from gateway.dialects.dialect import Call, Dialect, Kind, read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
-from gateway.dialects.dialect import Kind
 
 CAP = 100
 ABSURD = [None, 0, -1, -2, -100, 101, 10**9, 2**62, 1e30, -1e30, 0.5]

@@ -386,7 +386,7 @@ def test_a_call_is_let_go_when_its_client_leaves_with_a_pipeline(
     until(lambda: alpha.in_flight == 0, 4)
     assert time.monotonic() - began < 2
     assert gateway.request_lines()[0]["outcome"] == "client_gone"
-    assert gateway.rooms.backends["alpha"].in_flight == 0
+    assert gateway.components.backends["alpha"].in_flight == 0
 
 
 def test_an_upload_that_is_no_http_is_the_clients_fault(gateway: RunningGateway, alpha: PlayedBackend) -> None:
@@ -394,4 +394,4 @@ def test_an_upload_that_is_no_http_is_the_clients_fault(gateway: RunningGateway,
     got = ask(gateway, "Host: x", key, "Transfer-Encoding: chunked", body=b"3\r\nabc\r\nxx\r\n", path=path)
     assert got.status == 400 and "not valid HTTP" in json.loads(got.data)["error"]  # type: ignore[attr-defined]
     assert gateway.request_lines()[-1]["outcome"] == "refused:bad_request"
-    assert gateway.rooms.backends["alpha"].in_flight == 0
+    assert gateway.components.backends["alpha"].in_flight == 0

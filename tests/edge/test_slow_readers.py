@@ -46,12 +46,12 @@ def status(gateway: RunningGateway, key: str) -> int:
 
 
 def test_an_answer_keeps_its_slot_until_it_is_read(gateway: RunningGateway, alpha: PlayedBackend) -> None:
-    key, held = gateway.key(concurrent=1), gateway.rooms.held_answers
+    key, held = gateway.key(concurrent=1), gateway.components.held_answers
     play(alpha, LARGE)
     with ask_and_read_little(gateway, key) as connection:
         assert status(gateway, key) == 429
-        assert gateway.rooms.backends["alpha"].in_flight == 0 and alpha.wait_idle(1.0)
-        assert held.used > LARGE and gateway.rooms.front.in_flight == 1
+        assert gateway.components.backends["alpha"].in_flight == 0 and alpha.wait_idle(1.0)
+        assert held.used > LARGE and gateway.components.application.in_flight == 1
         end = b""
         while not end.endswith(b"}"):
             end = connection.recv(2**20)
@@ -97,8 +97,8 @@ def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, 
     key = gateway.key(concurrent=1)
     play(alpha, LARGE)
     ask_and_read_little(gateway, key).close()
-    until(lambda: gateway.rooms.front.in_flight == 0)
-    assert gateway.rooms.held_answers.used == 0 and status(gateway, key) == 200
+    until(lambda: gateway.components.application.in_flight == 0)
+    assert gateway.components.held_answers.used == 0 and status(gateway, key) == 200
     lines = gateway.request_lines()
     assert [line["outcome"] for line in lines] == ["client_gone", "answered"] and lines[0]["bytes_out"] < LARGE
 
@@ -113,10 +113,10 @@ def test_a_reader_that_trickles_meets_a_deadline(
 
         def has_ended() -> bool:
             connection.recv(10)
-            return gateway.rooms.front.in_flight == 0
+            return gateway.components.application.in_flight == 0
 
         until(has_ended)
-    assert gateway.request_lines()[-1]["detail"] == "stalled" and gateway.rooms.held_answers.used == 0
+    assert gateway.request_lines()[-1]["detail"] == "stalled" and gateway.components.held_answers.used == 0
 
 
 def test_who_holds_much_pays_and_no_other_key(gateway: RunningGateway, alpha: PlayedBackend) -> None:
@@ -130,10 +130,10 @@ def test_who_holds_much_pays_and_no_other_key(gateway: RunningGateway, alpha: Pl
         assert "read those" in got.json()["error"] and len(alpha.calls("/api/chat")) == asked + 1
         play(alpha, LARGE // 2)
         assert status(gateway, modest) == 200
-    until(lambda: gateway.rooms.held_answers.used == 0)
+    until(lambda: gateway.components.held_answers.used == 0)
     play(alpha, LARGE)
     assert status(gateway, greedy) == 200
-    assert gateway.rooms.backends["alpha"].breaker._failures == 0
+    assert gateway.components.backends["alpha"].breaker._failures == 0
 
 
 def test_no_second_backend_makes_an_answer_that_has_no_room(

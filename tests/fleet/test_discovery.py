@@ -32,7 +32,7 @@ def until(done: Callable[[], object], seconds: float = 5.0) -> None:
 
 
 def names(gateway: RunningGateway) -> set[str]:
-    return set(gateway.rooms.discovery.catalog.models)
+    return set(gateway.components.discovery.catalog.models)
 
 
 def test_a_new_model_is_usable_after_one_refresh(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
@@ -137,13 +137,13 @@ def test_a_backend_that_answers_nonsense_has_no_models(start_gateway: StartGatew
     for body in (b"<html>", b"[]", b'{"models":null}', b'{"models":[{"name":5},{"model":""},"x",{"name":"good"}]}'):
         alpha.play("/api/tags", answer(200, body))
         gateway = start_gateway(alpha)
-        gateway.call(gateway.rooms.discovery.refresh())
+        gateway.call(gateway.components.discovery.refresh())
         expected = {"good:latest"} if b"good" in body else set()
-        listed = {model.name.canonical for model in gateway.rooms.discovery.catalog.listed(AllowList())}
+        listed = {model.name.canonical for model in gateway.components.discovery.catalog.listed(AllowList())}
         assert listed <= expected | {"llama3.2:latest"}
     alpha.play("/api/tags", answer(200, {"error": "Unexpected endpoint or method. (GET /api/tags)"}))
-    gateway.call(gateway.rooms.discovery.refresh())
-    assert gateway.rooms.discovery.catalog.snapshots[0].error.startswith("bad_list")
+    gateway.call(gateway.components.discovery.refresh())
+    assert gateway.components.discovery.catalog.snapshots[0].error.startswith("bad_list")
 
 
 def test_health_checks_never_generate(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
@@ -192,12 +192,12 @@ def test_the_map_is_replaced_whole_while_it_is_read(start_gateway: StartGateway,
 
     def read() -> None:
         while not stop.is_set():
-            seen.add(len(gateway.rooms.discovery.catalog.models))
+            seen.add(len(gateway.components.discovery.catalog.models))
 
     reader = threading.Thread(target=read)
     reader.start()
     alpha.models.extend(f"m{number}:latest" for number in range(500))
-    gateway.call(asyncio.wait_for(gateway.rooms.discovery.refresh(), 10))
+    gateway.call(asyncio.wait_for(gateway.components.discovery.refresh(), 10))
     stop.set()
     reader.join()
     assert seen <= {1, 501}
@@ -223,8 +223,8 @@ def test_who_asks_what_runs_does_not_wait_for_a_dead_backend(
     with gateway.http(gateway.key()) as client:
         for _ in range(20):
             assert [entry["name"] for entry in client.get("/api/ps").json()["models"]] == ["llama3.2:latest"]
-        gateway.rooms.running._ask_after.clear()
-        until(lambda: "beta" not in gateway.rooms.running._asking, 10)
+        gateway.components.running._ask_after.clear()
+        until(lambda: "beta" not in gateway.components.running._asking, 10)
         calls = len(beta.calls("/api/ps"))
         for _ in range(10):
             client.get("/api/ps")
@@ -272,13 +272,13 @@ def test_a_model_keeps_the_time_at_which_it_was_first_seen(start_gateway: StartG
         [first] = created(gateway)
         beta.models.append("new")
         for _ in range(2):
-            gateway.call(gateway.rooms.discovery.refresh())
+            gateway.call(gateway.components.discovery.refresh())
         old, new = created(gateway)
         assert old == first and new > old
         other = start_gateway(beta)
-        other.call(other.rooms.discovery.refresh())
+        other.call(other.components.discovery.refresh())
         assert created(other) == created(gateway) == [old, new]
 
 
 def created(gateway: RunningGateway) -> list[int]:
-    return [model.openai["created"] for model in gateway.rooms.discovery.catalog.models.values()]
+    return [model.openai["created"] for model in gateway.components.discovery.catalog.models.values()]

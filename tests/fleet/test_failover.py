@@ -153,7 +153,7 @@ def test_a_broken_backend_is_passed_over_and_tried_again_by_one_probe(
         assert WAYS[0].ask(gateway, key) == "beta heard: Say hi"
     assert len(alpha.calls("/api/chat")) == 3
     alpha.play("/api/chat", None)
-    breaker = gateway.rooms.backends["alpha"].breaker
+    breaker = gateway.components.backends["alpha"].breaker
     assert breaker.state == "open"
     breaker._open_until = time.monotonic()
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"

@@ -52,11 +52,11 @@ def gateway(start_gateway: StartGateway, three: list[PlayedBackend]) -> RunningG
 
 
 def states(gateway: RunningGateway) -> set[str]:
-    return {backend.breaker.state for backend in gateway.rooms.backends.values()}
+    return {backend.breaker.state for backend in gateway.components.backends.values()}
 
 
 def failures(gateway: RunningGateway) -> set[int]:
-    return {backend.breaker._failures for backend in gateway.rooms.backends.values()}
+    return {backend.breaker._failures for backend in gateway.components.backends.values()}
 
 
 def play(backends: list[PlayedBackend], path: str, steps: list[Step]) -> None:
@@ -111,7 +111,7 @@ def test_another_build_may_be_able(gateway: RunningGateway, alpha: PlayedBackend
     with gateway.openai(gateway.key()) as client:
         assert client.chat.completions.create(model=MODEL, messages=SAY_HI).choices[0].message.content == "beta heard: Say hi"
     assert failures(gateway) == {0}
-    assert b'reason="cannot"' not in gateway.call(gateway.rooms.metrics.exposition())
+    assert b'reason="cannot"' not in gateway.call(gateway.components.metrics.exposition())
 
 
 def test_one_that_cannot_before_one_that_fails(
@@ -344,7 +344,7 @@ def test_an_error_without_end_or_too_long_is_known_by_its_status(
         three[0].play(CHAT, [Head(500, [("Content-Type", HTML)], content_length=300), Piece(b"<html>"), Forever()])
         three[1].play(CHAT, None)
         assert client.post(CHAT, json=WAYS[2].body).status_code == 200
-    assert gateway.rooms.backends["alpha"].breaker._failures == 1
+    assert gateway.components.backends["alpha"].breaker._failures == 1
 
 
 def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
@@ -368,7 +368,7 @@ def test_a_timeout_beside_answers_counts_against_nobody(start_gateway: StartGate
     """Who asks for much waits long; a backend that answers others meanwhile is well."""
     gateway = start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="0.5")
     key, body, chat = gateway.key(), {"model": MODEL, "prompt": "x"}, WAYS[0]
-    breaker = gateway.rooms.backends["alpha"].breaker
+    breaker = gateway.components.backends["alpha"].breaker
     alpha.play("/api/generate", [Forever()])
     with gateway.http(key) as client:
         assert client.post("/api/generate", json=body).status_code == 504
@@ -451,7 +451,7 @@ def test_one_key_opens_the_breaker_of_one_that_fails_beside_one_that_is_well(
 ) -> None:
     for failing in (answer(500, llamacpp(500, "words that nobody knows")), answer(500, b"<html>no</html>", HTML)):
         alpha.play(CHAT, failing)
-        breaker = gateway.rooms.backends["alpha"].breaker
+        breaker = gateway.components.backends["alpha"].breaker
         breaker.succeeded()
         with gateway.http(gateway.key()) as client:
             for _ in range(3):

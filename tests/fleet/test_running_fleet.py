@@ -69,16 +69,16 @@ def test_beside_a_local_run(home: Path, tell: Callable[..., Any], guarded: Playe
 
 def until_known(gateway: RunningGateway, processes: int) -> None:
     """To each other: a process tells of itself every second."""
-    until(lambda: len(gateway.call(presence.read(gateway.rooms.store))) == processes, 10)
+    until(lambda: len(gateway.call(presence.read(gateway.components.store))) == processes, 10)
 
 
 def test_no_token_is_published(start_gateway: StartGateway, guarded: PlayedBackend, stores: TestStores) -> None:
     gateway = start_gateway(entry_of(guarded, auth_token=TOKEN))
     until_known(gateway, 1)
     own = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url).backends
-    fleet = gateway.call(control.other_fleet(gateway.rooms.store, own))
+    fleet = gateway.call(control.other_fleet(gateway.components.store, own))
     assert fleet is not None and [(one["name"], one["has_token"]) for one in fleet] == [("guarded", True)]
-    [row] = gateway.call(control.ask(gateway.rooms.store, fleet, "probe"))
+    [row] = gateway.call(control.ask(gateway.components.store, fleet, "probe"))
     assert row["token"] == "accepted"
     with stores.client() as client:
         for name in client.scan_iter():
@@ -97,7 +97,7 @@ def test_gateways_that_differ(
     assert warned.state == "warning" and "have other backends than these settings: alpha at" in warned.found
     start_gateway(alpha, beta)
     until_known(gateway, 2)
-    store = gateway.rooms.store
+    store = gateway.components.store
     of_one, of_nobody = settings_for(alpha).backends, settings_for(beta).backends
     assert gateway.call(control.other_fleet(store, of_one)) is None
     with pytest.raises(
@@ -112,7 +112,7 @@ def test_a_gateway_that_does_not_answer(
     """What is no question of ours is passed over, too."""
     gateway = start_gateway(alpha)
     until_known(gateway, 1)
-    store = gateway.rooms.store
+    store = gateway.components.store
     fleet = gateway.call(control.other_fleet(store, settings_for({**entry_of(alpha), "name": "other"}).backends))
     assert fleet is not None
     for nonsense in ("", "[]", '{"id":1}', json.dumps({"id": "a" * 32, "act": ["x"], "fleet": fleet})):

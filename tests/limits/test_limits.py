@@ -15,9 +15,9 @@ from openai import RateLimitError
 from gateway.auth.key_store import ADMIN, ADMIN_MODELS
 from gateway.dialects.tokens import Need
 from gateway.limits import admission
-from gateway.limits.admission import Usage
-from gateway.limits.fallback import LocalLimits, Share
-from gateway.limits.quota import UNLIMITED, Scope
+from gateway.limits.admission import WindowUsage
+from gateway.limits.fallback import FallbackLimiter, Share
+from gateway.limits.quota import UNLIMITED, CounterSet
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import MODEL, SAY_HI, WAYS, Way
@@ -268,7 +268,7 @@ def test_a_body_that_never_ends_counts_as_a_request(gateway: RunningGateway, mon
     monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 30)
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(head)
-        until(lambda: gateway.rooms.front.in_flight == 1)
+        until(lambda: gateway.components.application.in_flight == 1)
     until(lambda: gateway.request_lines()[-1]["outcome"] == "client_gone")
     monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.05)
     begin(b"HTTP/1.1 429")
@@ -290,7 +290,7 @@ def test_client_libraries_wait_for_what_frees_within_a_minute(gateway: RunningGa
         (63, 63, True),
         (None, None, True),
     ]:
-        scope = Scope("abcdefgh", 1, 1, 1, -1, -1)
+        scope = CounterSet("abcdefgh", 1, 1, 1, -1, -1)
         error = admission.refusal("tpm", scope, wait_s, [], 5)
         assert (error.retry_after, (b"x-should-retry", b"false") in error.headers) == (told_s, is_final)
 
@@ -334,7 +334,7 @@ def test_openai_backs_off_and_succeeds(gateway: RunningGateway, held: threading.
     with gateway.http(key) as client:
         waiting = threading.Thread(target=lambda: ask(client, WAYS[2]))
         waiting.start()
-        until(lambda: gateway.rooms.limits.running == 1)
+        until(lambda: gateway.components.limits.running == 1)
         with gateway.openai(key, max_retries=20) as official:
             began = time.monotonic()
             threading.Timer(0.7, held.set).start()
@@ -362,7 +362,7 @@ def test_a_guess_is_at_least_a_second_however_short_the_calls_are(
         held.clear()
         running = threading.Thread(target=lambda: ask(client, WAYS[0], options={"num_predict": 500}))
         running.start()
-        until(lambda: gateway.rooms.limits.running == 1)
+        until(lambda: gateway.components.limits.running == 1)
         refused = ask(client, WAYS[0], options={"num_predict": 500})
         held.set()
         running.join()
@@ -374,7 +374,7 @@ def test_ollama_is_told_and_succeeds_later(gateway: RunningGateway, held: thread
     with gateway.http(key) as client:
         waiting = threading.Thread(target=lambda: ask(client, WAYS[0]))
         waiting.start()
-        until(lambda: gateway.rooms.limits.running == 1)
+        until(lambda: gateway.components.limits.running == 1)
         with pytest.raises(ResponseError, match="Limit of 1 requests at once for this key reached; try") as refused:
             gateway.ollama(key).chat(MODEL, SAY_HI)
         assert refused.value.status_code == 429
@@ -433,10 +433,10 @@ def test_a_running_call_is_not_forgotten_with_redis_data(
     with gateway.http(gateway.key(concurrent=1)) as client:
         first = threading.Thread(target=ask, args=(client, WAYS[0]))
         first.start()
-        until(lambda: gateway.rooms.limits.running == 1)
+        until(lambda: gateway.components.limits.running == 1)
         with stores.client() as redis:
             redis.flushall()
-        gateway.call(gateway.rooms.limits._renew())
+        gateway.call(gateway.components.limits._renew())
         assert ask(client, WAYS[0]).status_code == 429
         held.set()
         first.join()
@@ -444,9 +444,9 @@ def test_a_running_call_is_not_forgotten_with_redis_data(
 
 
 def test_the_wait_for_a_spent_budget_is_known_without_redis() -> None:
-    scope = Scope("k", -1, -1, -1, 100, -1)
-    local = LocalLimits()
-    local.note(scope, Usage(0, 0, 0, 0), 95, 95, 0)
+    scope = CounterSet("k", -1, -1, -1, 100, -1)
+    local = FallbackLimiter()
+    local.note(scope, WindowUsage(0, 0, 0, 0), 95, 95, 0)
     refused = local.admit([scope], 10, Share(), takes_slot=True)
     assert refused is not None and refused.limit == "day" and refused.wait_s
     left = 86_400 - time.time() % 86_400
@@ -455,7 +455,7 @@ def test_the_wait_for_a_spent_budget_is_known_without_redis() -> None:
 
 def set_mean(gateway: RunningGateway, stores: TestStores, tokens: int) -> None:
     canonical = "llama3.2:latest"
-    gateway.rooms.limits._means[canonical] = tokens
+    gateway.components.limits._means[canonical] = tokens
     with stores.client() as redis:
         for shared in redis_keys.ALL:
             redis.hset(shared.means, canonical, tokens)
@@ -483,8 +483,8 @@ def test_a_guess_is_one_for_all_scopes_and_given_back(
     with gateway.http(key) as client, stores.client() as redis:
         first = threading.Thread(target=client.post, args=(WAYS[0].path,), kwargs={"json": WAYS[0].body})
         first.start()
-        until(lambda: gateway.rooms.limits.running == 1)
-        (let_in,) = gateway.rooms.limits._running.values()
+        until(lambda: gateway.components.limits.running == 1)
+        (let_in,) = gateway.components.limits._running.values()
         reserves = [redis_keys.counters(scope.name)[2] for scope in let_in.scopes]
         assert (let_in.reserved, redis.mget(reserves)) == (2000, [b"2000", b"2000"])
         refused = client.post(WAYS[0].path, json=WAYS[0].body)
@@ -495,9 +495,9 @@ def test_a_guess_is_one_for_all_scopes_and_given_back(
 
 
 def test_a_guess_alone_keeps_no_request_out_of_a_share(gateway: RunningGateway) -> None:
-    limits = gateway.rooms.limits
+    limits = gateway.components.limits
     limits._means["m"], limits.share = 4093, Share(0, 4)
-    scopes = (Scope("k", -1, 3000, -1, -1, -1), Scope("k|m", -1, -1, -1, 4000, 2800))
+    scopes = (CounterSet("k", -1, 3000, -1, -1, -1), CounterSet("k|m", -1, -1, -1, 4000, 2800))
     ticket = admission.Ticket("1", scopes, "m", Need(10, None), b"x")
 
     async def alone() -> object:
@@ -514,5 +514,5 @@ def test_a_call_of_nobody_is_left_out(gateway: RunningGateway, stores: TestStore
     with stores.client() as redis:
         redis.hset(shared.calls, "x", b'0 {"scopes":[[1,2,3,4,5,6,7]],"model":"m","prompt":1,"row":{}}')
         redis.zadd(shared.leases, {"x": 1})
-        assert gateway.call(gateway.rooms.limits.overdue(0, 10)) == []
+        assert gateway.call(gateway.components.limits.expired(0, 10)) == []
         until(lambda: not redis.exists(shared.calls))

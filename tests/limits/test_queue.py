@@ -47,7 +47,7 @@ def in_background(gateway: RunningGateway, key: str, done: list[tuple[str, int]]
 
 
 def queued(gateway: RunningGateway, many: int) -> None:
-    until(lambda: gateway.rooms.limits.waiting == many)
+    until(lambda: gateway.components.limits.waiting == many)
 
 
 def test_waiters_get_their_turn_in_the_order_of_arrival(
@@ -147,7 +147,7 @@ def test_who_waits_for_one_model_keeps_no_other_model_waiting(
 ) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="3")
     alpha.healthy.models = [*alpha.healthy.models, "other:latest"]
-    gateway.call(gateway.rooms.discovery.refresh())
+    gateway.call(gateway.components.discovery.refresh())
     key = gateway.key(name="mine", concurrent=2)
     gateway.call(gateway.ring().limit("mine", "llama3.2", {"concurrent": 1}))
     done: list[tuple[str, int]] = []

@@ -211,9 +211,9 @@ def test_refresh_reaches_a_running_gateway_at_once(
     gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="600")
     operator.with_backends(alpha)
     alpha.models.append("new:latest")
-    assert "new:latest" not in gateway.rooms.discovery.catalog.models
+    assert "new:latest" not in gateway.components.discovery.catalog.models
     assert operator.gets_json("refresh").rows == [{"backend": "alpha", "models": 2, "state": "up"}]
-    until(lambda: "new:latest" in gateway.rooms.discovery.catalog.models, 1)
+    until(lambda: "new:latest" in gateway.components.discovery.catalog.models, 1)
 
 
 def test_refresh_without_redis_says_so(operator: Operator, alpha: PlayedBackend) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from argon2 import PasswordHasher
 
-from gateway.auth.key_store import KeyRing
+from gateway.auth.key_store import KeyStore
 from gateway.ops.drill.environment import LIMITS
 from gateway.ops.drill.faults import BY_NAME
 from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
@@ -34,20 +34,20 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
     "other bytes": (
         "bytes",
         """
-        from gateway import front
-        send = front.Reply.send
+        from gateway.edge import application
+        send = application.Response.send
         async def send_others(self, message):
             if b"tide" in message.get("body", b""):
                 message["body"] = message["body"].replace(b"tide", b"TIDE")
             await send(self, message)
-        front.Reply.send = send_others
+        application.Response.send = send_others
         """,
     ),
     "pieces are collected": (
         "pieces",
         """
-        from gateway import front
-        send, kept = front.Reply.send, {}
+        from gateway.edge import application
+        send, kept = application.Response.send, {}
         async def send_at_the_end(self, message):
             if message["type"] == "http.response.body":
                 kept[self] = kept.get(self, b"") + message.get("body", b"")
@@ -55,15 +55,15 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
                     return
                 message["body"] = kept.pop(self)
             await send(self, message)
-        front.Reply.send = send_at_the_end
+        application.Response.send = send_at_the_end
         """,
     ),
     "the first backend is the only one": (
         "refused frozen failing garbage",
         """
-        from gateway import routing
-        choose = routing.choose
-        routing.choose = lambda *of: choose(*of)[:1]
+        from gateway.fleet import failover
+        choose = failover.choose
+        failover.choose = lambda *of: choose(*of)[:1]
         """,
     ),
     "a first frame is not looked at": (
@@ -91,44 +91,46 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
     "nobody looks whether the caller is there": (
         "left",
         """
-        from gateway import http_cycle
-        http_cycle.Cycle.watch = lambda self, gone: None
+        from gateway.edge import cycle
+        cycle.Cycle.watch = lambda self, gone: None
         """,
     ),
     "errors of the other dialect": (
         "dialect",
         """
-        from gateway.dialects import ollama, openai
+        from gateway.dialects import ollama
+        from gateway.dialects import openai
         openai.OpenAI.error = ollama.Ollama.error
         """,
     ),
     "no Retry-After": (
         "down requests",
         """
-        from gateway import front
-        headers_of = front.error_headers
-        front.error_headers = lambda *of, **how: [h for h in headers_of(*of, **how) if not h[0].startswith(b"retry")]
+        from gateway.edge import application
+        headers_of = application.error_headers
+        application.error_headers = lambda *of, **how: [h for h in headers_of(*of, **how) if not h[0].startswith(b"retry")]
         """,
     ),
     "a wrong key is let in as forbidden": (
         "key",
         """
-        from gateway import errors
+        from gateway.core import errors
         errors.WrongKey.status = 403
         """,
     ),
     "nobody hears of a revocation": (
         "revoke",
         """
-        from gateway import authentication
-        authentication.Authenticator.forget = lambda self, key_id: None
-        authentication.Authenticator.forget_all = lambda self: None
+        from gateway.auth import authenticator
+        authenticator.Authenticator.forget = lambda self, key_id: None
+        authenticator.Authenticator.forget_all = lambda self: None
         """,
     ),
     "an unknown model is told apart": (
         "unknown",
         """
-        from gateway import catalog, errors
+        from gateway.fleet import catalog
+        from gateway.core import errors
         find = catalog.Catalog.find
         def find_or_tell(self, name, patterns):
             if name.canonical not in self.models:
@@ -140,14 +142,14 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
     "any key may change models": (
         "verbs",
         """
-        from gateway import admin_verbs
-        admin_verbs.AdminVerb._backend_for = lambda self, key, scope: self._backends["drill-sound"]
+        from gateway.proxy import passthrough
+        passthrough.AdminVerb._backend_for = lambda self, key, scope: self._backends["drill-sound"]
         """,
     ),
     "keys are passed on": (
         "secrets",
         """
-        from gateway import exchange
+        from gateway.proxy import exchange
         passed_on = exchange._passed_on
         def with_key(headers, request_id):
             return passed_on(headers, request_id) + b"X-Caller: " + dict(headers)[b"authorization"] + b"\\r\\n"
@@ -165,61 +167,65 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
     "tokens are not counted": (
         "tokens",
         """
-        from gateway.dialects import base, ollama
-        ollama.Ollama.usage_of = lambda self, answer: base.Usage(0, 0)
+        from gateway.dialects import dialect
+        from gateway.dialects import ollama
+        ollama.Ollama.usage_of = lambda self, answer: dialect.Usage(0, 0)
         """,
     ),
     "a refusal costs a request": (
         "none",
         """
         import os
-        from gateway import errors, limits, tokens
-        admit = limits.Limits.admit
+        from gateway.core import errors
+        from gateway.limits import limiter
+        from gateway.dialects import tokens
+        admit = limiter.Limiter.admit
         async def admit_twice(self, ticket):
             try:
                 await admit(self, ticket._replace(id=os.urandom(16).hex(), need=tokens.NO_TOKENS, info=b""))
             except errors.LimitReached:
                 pass
             return await admit(self, ticket)
-        limits.Limits.admit = admit_twice
+        limiter.Limiter.admit = admit_twice
         """,
     ),
     "Redis is waited for": (
         "redis",
         """
-        from gateway import redis_line, store
-        redis_line.CALL_DEADLINE_S = store.CALL_DEADLINE_S = 5.0
+        from gateway.stores import redis_connection
+        from gateway.stores import redis_client
+        redis_connection.CALL_DEADLINE_S = redis_client.CALL_DEADLINE_S = 5.0
         """,
     ),
     "leases last": (
         "killed",
         """
-        from gateway import limits
-        from gateway.drill import sheet
-        limits.LEASE_MS, limits.PROCESS_LIFE_MS = 600_000, 600_000
-        sheet.LEASE_S = 4.0
+        from gateway.limits import limiter
+        from gateway.ops.drill import faults
+        limiter.LEASE_MS, limiter.PROCESS_LIFE_MS = 600_000, 600_000
+        faults.LEASE_S = 4.0
         """,
     ),
     "SIGTERM ends what runs": (
         "drain",
         """
-        from gateway import server
+        from gateway.edge import server
         begin = server.Server.__init__
-        def begin_without_patience(self, rooms, *, drain_s, **more):
-            begin(self, rooms, drain_s=0.0, **more)
+        def begin_without_patience(self, components, *, drain_s, **more):
+            begin(self, components, drain_s=0.0, **more)
         server.Server.__init__ = begin_without_patience
         """,
     ),
     "rows are lost": (
         "books",
         """
-        from gateway import audit_table
-        from gateway.drill import sheet
-        write = audit_table.write
+        from gateway.audit import table
+        from gateway.ops.drill import faults
+        write = table.write
         async def write_less(database, rows, *more):
             return await write(database, rows[1:], *more)
-        audit_table.write = write_less
-        sheet.BOOKS_S = 3.0
+        table.write = write_less
+        faults.BOOKS_S = 3.0
         """,
     ),
 }
@@ -261,7 +267,7 @@ async def nothing_of_it_is_taken_for_traffic(database: Database) -> None:
     assert await database.rows("series", long_ago, timedelta(minutes=1)) == []
     sums = await database.row("recent_sums", long_ago)
     assert sums is not None and sums["requests"] == 0
-    ring = KeyRing(database, PasswordHasher(), None)
+    ring = KeyStore(database, PasswordHasher(), None)
     await ring.drop_drills(timedelta(hours=1))
     assert len(await ring.all()) == len(LIMITS)
     await ring.drop_drills(timedelta(0))

@@ -212,7 +212,7 @@ def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: s
         alpha.get_by_role("button", name="Drain").click()
         confirm(page)
         expect(alpha).to_contain_text("drained")
-        until(lambda: gateway.rooms.backends["alpha"].is_drained, 5)
+        until(lambda: gateway.components.backends["alpha"].is_drained, 5)
         alpha.get_by_role("button", name="Undrain").click()
         confirm(page)
         expect(alpha).not_to_contain_text("drained")

@@ -79,7 +79,11 @@ def test_it_is_right_by_the_specification(gateway: RunningGateway) -> None:
 def test_every_route_is_in_it_and_no_other(gateway: RunningGateway) -> None:
     found = operations(document_of(gateway))
     assert found.keys() == strict_json.read_loosely((FOLDER / "routes.json").read_bytes()).keys()
-    admin = app.admin_api_of(gateway.settings, gateway.rooms).routes(None, gateway.rooms.watch, gateway.rooms.bodies)  # type: ignore[arg-type]
+    admin = app.admin_api_of(gateway.settings, gateway.components).routes(
+        None,  # type: ignore[arg-type]
+        gateway.components.watch,
+        gateway.components.bodies,
+    )
     calls = {f"POST {operation.path}" for dialect in app.dialects().values() for operation in dialect.operations}
     verbs = {f"{method} {path}" for method, path in passthrough.ROUTES}
     assert found.keys() >= {f"{method} {path}" for method, path in admin} | calls | verbs
@@ -99,7 +103,11 @@ def test_only_what_is_there_is_in_it(start_gateway: StartGateway, alpha: PlayedB
 def test_bodies_have_the_names_that_the_gateway_takes(gateway: RunningGateway) -> None:
     document = document_of(gateway)
     schemas, found = document["components"]["schemas"], operations(document)
-    admin = app.admin_api_of(gateway.settings, gateway.rooms).routes(None, gateway.rooms.watch, gateway.rooms.bodies)  # type: ignore[arg-type]
+    admin = app.admin_api_of(gateway.settings, gateway.components).routes(
+        None,  # type: ignore[arg-type]
+        gateway.components.watch,
+        gateway.components.bodies,
+    )
     for (method, path), route in admin.items():
         if isinstance(route, AdminRoute) and route.has_body:
             body = schemas[name_of_body(found[f"{method} {path}"])]

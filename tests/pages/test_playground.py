@@ -129,7 +129,7 @@ def test_stop_edit_and_retry(gateway: RunningGateway, alpha: PlayedBackend, brow
         expect(page.locator(".said")).to_contain_text("3")
         page.click("#stop")
         expect(page.locator(".facts")).to_contain_text("stopped")
-        until(lambda: gateway.rooms.backends["alpha"].in_flight == 0, 5)
+        until(lambda: gateway.components.backends["alpha"].in_flight == 0, 5)
         page.get_by_role("button", name="Retry").click()
         expect(page.locator(".facts")).not_to_contain_text("stopped")
         expect(page.locator("#send")).to_be_enabled()

@@ -93,7 +93,7 @@ def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha
         expect(page.locator("#prompt")).to_have_value("too early")
         page.click("#stop")
         is_done(page)
-        until(lambda: gateway.rooms.backends["alpha"].in_flight == 0, 5)
+        until(lambda: gateway.components.backends["alpha"].in_flight == 0, 5)
         assert len(alpha.calls(CHAT)) == 1
         expect(page.get_by_role("button", name="Retry")).to_be_visible()
 
@@ -107,7 +107,7 @@ def test_start_anew_ends_what_runs(gateway: RunningGateway, alpha: PlayedBackend
         page.click("#clear")
         expect(page.locator(".turn")).to_have_count(0)
         expect(page.locator("#send")).to_be_enabled()
-        until(lambda: gateway.rooms.backends["alpha"].in_flight == 0, 5)
+        until(lambda: gateway.components.backends["alpha"].in_flight == 0, 5)
         ask(page, "Hello")
         is_done(page)
         expect(page.locator(".turn")).to_have_count(1)
@@ -197,7 +197,7 @@ def test_a_picture_goes_to_models_that_see_and_can_be_taken_back(
     alpha.play("/api/show", lambda asked: see if asked.json["model"] == MODEL else blind)
     alpha.healthy.models.append("qwen3:8b")
     with page_of(browser, expecting=["box: words.txt is no picture"]) as page:
-        gateway.call(gateway.rooms.discovery.refresh())
+        gateway.call(gateway.components.discovery.refresh())
         enter(page, gateway, gateway.key())
         page.select_option("#model", MODEL)
         page.select_option("#second", "qwen3:8b")

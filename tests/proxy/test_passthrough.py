@@ -44,8 +44,8 @@ def test_a_pull_streams_from_the_first_backend_and_the_model_is_there_at_once(
     assert [progress.status for progress in client.pull("new-model", stream=True)][-1] == "success"
     assert alpha.calls("/api/pull") and not beta.calls("/api/pull")
     gateway.wait_idle()
-    gateway.call(gateway.rooms.discovery.refresh())
-    assert "new-model:latest" in gateway.rooms.discovery.catalog.models
+    gateway.call(gateway.components.discovery.refresh())
+    assert "new-model:latest" in gateway.components.discovery.catalog.models
 
 
 def test_a_header_names_another_backend(gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gateway.core.cancel_scope import Guard
+from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import Overloaded
 from gateway.proxy.body import LARGEST_WITHOUT_TURN
 from gateway.proxy.turns import Turns
@@ -30,7 +30,7 @@ async def pieces(turns: Turns, *callers: str) -> list[str]:
         time.sleep(0.001)
 
     async def one(caller: str) -> None:
-        with Guard() as guard:
+        with CancelScope() as guard:
             await turns.run(caller, lambda: work(caller), guard)
 
     await asyncio.gather(*map(one, callers))
@@ -71,7 +71,7 @@ def test_who_leaves_while_waiting_leaves_nothing(leaves: str, monkeypatch: pytes
         await turns._everybody.acquire()
 
         async def one(caller: str) -> None:
-            with Guard() as guard:
+            with CancelScope() as guard:
                 await turns.run(caller, lambda: None, guard)
 
         waiting = [asyncio.create_task(one(caller)) for caller in "aab"]
@@ -139,7 +139,7 @@ def test_a_burst_of_fragmented_bodies_stops_nobody(gateway: RunningGateway) -> N
     # One caller has a fifth of the time: those whose turn does not come are told to come again.
     assert set(heads) <= {b"HTTP/1.1 429", b"HTTP/1.1 503"} and b"HTTP/1.1 429" in heads
     assert max(waits) < took / 5, (max(waits), took)
-    assert gateway.rooms.front.in_flight == 0
+    assert gateway.components.application.in_flight == 0
 
 
 def test_small_and_large_bodies_mean_the_same(gateway: RunningGateway) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from gateway.audit.record import Record
 from gateway.auth.key_store import ADMIN, ADMIN_MODELS
-from gateway.core.cancel_scope import Guard
+from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
 from gateway.proxy.body import Bodies, check_head
 from tests.conftest import StartGateway
@@ -37,7 +37,7 @@ def gateway(start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pyte
 
 
 def used(gateway: RunningGateway) -> int:
-    return gateway.rooms.bodies.unfinished.used
+    return gateway.components.bodies.unfinished.used
 
 
 def test_blanks_behind_a_length_are_none_of_it() -> None:
@@ -112,7 +112,7 @@ def test_one_key_holds_so_much_and_others_have_room(gateway: RunningGateway) -> 
         until(lambda: used(gateway) == 3 * BEGUN, 10)
         begin(key)
     until(lambda: used(gateway) == 0, 10)
-    assert gateway.rooms.bodies.unfinished._of == {}
+    assert gateway.components.bodies.unfinished._of == {}
     assert "refused:bodies_unfinished" in {row["outcome"] for row in gateway.audit_rows()}
 
 
@@ -157,7 +157,7 @@ def test_it_is_given_back_however_a_body_ends(gateway: RunningGateway, route: st
         sender.close()
         until(lambda: used(gateway) == 0, 10)
     gateway.wait_idle()
-    assert gateway.rooms.bodies.unfinished._of == {}
+    assert gateway.components.bodies.unfinished._of == {}
 
 
 def test_it_is_given_back_when_a_body_is_too_slow_its_client_leaves_or_the_process_ends(
@@ -172,7 +172,7 @@ def test_it_is_given_back_when_a_body_is_too_slow_its_client_leaves_or_the_proce
         until(lambda: used(gateway) == 0, 10)
 
     async def end_all() -> None:
-        gateway.rooms.watch.end_all(ShuttingDown)
+        gateway.components.watch.end_all(ShuttingDown)
 
     sender = Sender(gateway, key)
     sender.send(BODY[:BEGUN])
@@ -220,7 +220,7 @@ def test_nothing_is_left_of_a_refused_body(most: int, most_of_a_key: int, kind: 
         return {"type": "http.request", "body": b" " * (BEGUN // 3), "more_body": True}
 
     async def run() -> None:
-        with Guard() as guard:
+        with CancelScope() as guard:
             await bodies.read({"headers": []}, receive, Record("id", "id", "POST"), guard)
 
     with pytest.raises(kind) as refused:
@@ -234,7 +234,7 @@ def test_what_a_guard_ended_does_not_wait_for_the_collector() -> None:
 
     async def block() -> None:
         held = asyncio.Event()
-        with Guard() as guard:
+        with CancelScope() as guard:
             ended.append(weakref.ref(held))
             guard.interrupt(ShuttingDown())
             await asyncio.sleep(60)
@@ -260,7 +260,7 @@ def test_a_body_in_one_piece_is_never_unfinished() -> None:
         return {"type": "http.request", "body": BODY, "more_body": False}
 
     async def run() -> bytes:
-        with Guard() as guard:
+        with CancelScope() as guard:
             return await bodies.read({"headers": []}, receive, record, guard)
 
     # Not even for a moment: there is nothing that could count it.

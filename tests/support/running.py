@@ -15,15 +15,15 @@ from ollama import Client as OllamaClient
 from openai import OpenAI
 
 from gateway import app
-from gateway.app import Rooms
+from gateway.app import Components
 from gateway.auth import key_store
-from gateway.auth.key_store import KeyRing, NewKey
+from gateway.auth.key_store import KeyStore, NewKey
 from gateway.edge import server
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import Quota
 from gateway.settings import Settings
 from gateway.stores import redis_keys
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 Result = TypeVar("Result")
 START_S = 20.0
@@ -31,7 +31,7 @@ LISTS_S = 2.0
 _names = itertools.count()
 
 
-async def waiting_rows(store: Store) -> int:
+async def waiting_rows(store: RedisClient) -> int:
     """Rows of the audit that have not been taken from Redis yet."""
 
     def fill(pipe: Any) -> None:
@@ -53,7 +53,7 @@ class Lines(logging.Handler):
 
 
 class RunningGateway:
-    rooms: Rooms
+    components: Components
     loop: asyncio.AbstractEventLoop
 
     def __init__(self, settings: Settings) -> None:
@@ -76,7 +76,7 @@ class RunningGateway:
             raise self._failure
         with suppress(TimeoutError):
             # On a busy machine the first lists come a little later than the start waits for them.
-            self.call(asyncio.wait_for(self.rooms.discovery.has_asked_all.wait(), LISTS_S))
+            self.call(asyncio.wait_for(self.components.discovery.has_asked_all.wait(), LISTS_S))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -101,17 +101,17 @@ class RunningGateway:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        async with app.build(self.settings) as rooms:
-            self.rooms = rooms
-            self.server = server.Server(rooms, drain_s=self.settings.gateway_drain_s, on_ready=self._ready.set)
+        async with app.build(self.settings) as components:
+            self.components = components
+            self.server = server.Server(components, drain_s=self.settings.gateway_drain_s, on_ready=self._ready.set)
             await self.server.serve([self._listener])
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run something in the gateway's own loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
-    def ring(self) -> KeyRing:
-        return KeyRing(self.rooms.database, app.hasher_of(self.settings), self.rooms.store)
+    def ring(self) -> KeyStore:
+        return KeyStore(self.components.database, app.hasher_of(self.settings), self.components.store)
 
     def key(self, *models: str, name: str = "", flags: tuple[str, ...] = (), **more: Any) -> str:
         """A new key that may use these models, or all; limits are said by their names."""
@@ -135,14 +135,14 @@ class RunningGateway:
 
     def wait_idle(self, seconds: float = 5.0) -> None:
         deadline = time.monotonic() + seconds
-        while self.rooms.front.in_flight and time.monotonic() < deadline:
+        while self.components.application.in_flight and time.monotonic() < deadline:
             time.sleep(0.002)
-        assert not self.rooms.front.in_flight, "requests are still in flight"
+        assert not self.components.application.in_flight, "requests are still in flight"
 
     def wait_for_redis(self, seconds: float = 5.0) -> None:
         """On a busy machine it may not have answered the first look in time."""
         deadline = time.monotonic() + seconds
-        while not self.rooms.store.up and time.monotonic() < deadline:
+        while not self.components.store.up and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def audit_rows(self) -> list[dict[str, Any]]:
@@ -151,11 +151,11 @@ class RunningGateway:
 
         async def settled() -> list[dict[str, Any]]:
             for _ in range(500):
-                with suppress(StoreAway):
-                    if not self.rooms.books.backlog and not await waiting_rows(self.rooms.store):
+                with suppress(RedisUnavailable):
+                    if not self.components.settler.backlog and not await waiting_rows(self.components.store):
                         break
                 await asyncio.sleep(0.02)
-            async with self.rooms.database.connection() as connection:
+            async with self.components.database.connection() as connection:
                 return [dict(row) for row in await connection.fetch("SELECT * FROM audit ORDER BY at, id")]
 
         return self.call(settled())

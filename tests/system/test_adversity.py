@@ -97,7 +97,7 @@ def authenticator_of(gateway: RunningGateway) -> Authenticator:
     import gc
 
     mine = [found for found in gc.get_objects() if isinstance(found, Authenticator)]
-    return next(found for found in mine if found._database is gateway.rooms.database)
+    return next(found for found in mine if found._database is gateway.components.database)
 
 
 def test_a_revocation_is_not_written_over(
@@ -133,7 +133,7 @@ def test_caches_do_not_add_up(start_gateway: StartGateway, alpha: PlayedBackend,
     first, second = (start_gateway(alpha, REDIS_KEY_CACHE_TTL_S="2") for _ in range(2))
     key = first.key()
     WAYS[0].ask(first, key)
-    first.call(first.rooms.database.run("revoke_key", key.split("_")[1]))
+    first.call(first.components.database.run("revoke_key", key.split("_")[1]))
     time.sleep(1.5)
     with second.http(key) as client:
         assert client.get("/api/tags").status_code == 200, "within the cache time"
@@ -321,4 +321,4 @@ def test_blob_uploads_may_take_their_time_and_their_client_may_leave(start_gatew
         gateway.wait_idle(1.0)
         line = gateway.request_lines()[-1]
         assert line["outcome"] == "client_gone", line
-    assert gateway.rooms.backends["alpha"].in_flight == 0
+    assert gateway.components.backends["alpha"].in_flight == 0

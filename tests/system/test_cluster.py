@@ -65,7 +65,7 @@ def key_on(gateway: RunningGateway, node: int, **limits: Any) -> str:
         key = gateway.key(**limits)
         parsed = parse(key)
         assert parsed is not None
-        row = gateway.call(gateway.rooms.database.row("find_secret", parsed.secret_id))
+        row = gateway.call(gateway.components.database.row("find_secret", parsed.secret_id))
         if row is not None and node_of(redis_keys.shard_of(row["id"])) == node:
             return key
     raise AssertionError("no key of this node")
@@ -128,7 +128,7 @@ def test_the_books_balance_while_slots_move(gateway: RunningGateway, nodes: list
     mover.join(30)
     rows = gateway.audit_rows()
     assert len(rows) == crowd.sent == len({row["id"] for row in rows})
-    until(lambda: gateway.rooms.limits.is_usable, 10)
+    until(lambda: gateway.components.limits.is_usable, 10)
     assert ask(gateway, gateway.key()) == 200
 
 
@@ -142,5 +142,5 @@ def test_a_frozen_node_concerns_its_own_keys_alone(gateway: RunningGateway, node
         assert [ask(gateway, theirs) for _ in range(21)].count(200) in (19, 20)
     finally:
         os.kill(process, signal.SIGCONT)
-    until(lambda: gateway.rooms.limits.is_usable and gateway.rooms.store.up, 15)
+    until(lambda: gateway.components.limits.is_usable and gateway.components.store.up, 15)
     assert len(gateway.audit_rows()) == 44

@@ -72,7 +72,7 @@ def test_random_hang_ups_and_deaths_leave_the_books_in_balance(gateway: RunningG
     lines = gateway.request_lines()
     assert crowd.sent == REQUESTS == len(rows) == len(lines)
     assert len({row["id"] for row in rows}) == len(rows)
-    assert still_taken(stores) == [] and gateway.rooms.limits.running == 0
+    assert still_taken(stores) == [] and gateway.components.limits.running == 0
     assert sum(map(billed, rows)) == settled_today(stores) > 0
     discounted = {(row["dialect"], row["stream"]) for row in rows if row["billed_tokens"] is not None}
     assert discounted == {(dialect, stream) for dialect in ("ollama", "openai") for stream in (True, False)}

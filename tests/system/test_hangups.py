@@ -57,7 +57,7 @@ def test_the_backend_is_let_go_within_a_second(gateway: RunningGateway, alpha: P
     assert alpha.calls(way.path)[-1].outcome == "client_left"
     line = gateway.request_lines()[-1]
     assert line["outcome"] == "client_gone"
-    assert gateway.rooms.backends["alpha"].in_flight == 0
+    assert gateway.components.backends["alpha"].in_flight == 0
 
 
 def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGateway, alpha: PlayedBackend) -> None:
@@ -77,7 +77,7 @@ def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGa
         thread.join()
     # The last to leave may not have been heard of yet.
     wait_until(lambda: len(gateway.request_lines()) == many)
-    assert gateway.rooms.backends["alpha"].in_flight == 0
+    assert gateway.components.backends["alpha"].in_flight == 0
     assert alpha.wait_idle(1.0)
     assert {line["outcome"] for line in gateway.request_lines()} <= {"client_gone", "answered"}
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
@@ -105,7 +105,7 @@ def test_a_client_that_stops_reading_holds_up_only_its_own_answer(start_gateway:
     connection = send(gateway, key, WAYS[1])
     wait_until(lambda: alpha.in_flight == 1)
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
-    wait_until(lambda: gateway.rooms.front.in_flight == 0)
+    wait_until(lambda: gateway.components.application.in_flight == 0)
     assert gateway.request_lines()[-1]["detail"] == "stalled"
     connection.close()
 

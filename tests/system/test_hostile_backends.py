@@ -118,9 +118,9 @@ def test_whatever_a_backend_does_others_are_answered(
     assert len(cut) <= sum(line["detail"] == "stalled" for line in gateway.request_lines())
     assert {what: end for what, end in ends.items() if end not in ("answered", "failed") and what not in cut} == {}
     assert len(ends) == 2 * len(hostile.BEHAVIOURS) >= 2 * 42
-    assert gateway.rooms.backends["alpha"].breaker.state == "closed"
-    backend = gateway.rooms.backends["hostile"]
-    assert (backend.in_flight, backend.unframed.used, gateway.rooms.held_answers.used) == (0, 0, 0)
+    assert gateway.components.backends["alpha"].breaker.state == "closed"
+    backend = gateway.components.backends["hostile"]
+    assert (backend.in_flight, backend.unframed.used, gateway.components.held_answers.used) == (0, 0, 0)
 
 
 def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
@@ -184,7 +184,7 @@ def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
-    backend = gateway.rooms.backends["alpha"]
+    backend = gateway.components.backends["alpha"]
     until(lambda: backend.unframed.used == 300_000)
     assert not statuses
     ask()
@@ -230,7 +230,7 @@ def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGatewa
         for odd, entry in ODD_ENTRIES.items():
             fine = f"beside-{odd.replace(' ', '-')}:latest"
             alpha.play("/api/tags", answer(200, {"models": [entry, {"name": fine, "model": fine}]}))
-            gateway.call(gateway.rooms.discovery.refresh())
+            gateway.call(gateway.components.discovery.refresh())
             shown[fine] = [model["name"] for model in client.get("/api/tags").json()["models"]]
     assert shown == {fine: [fine] for fine in shown} and len(shown) == len(ODD_ENTRIES)
 
@@ -238,6 +238,6 @@ def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGatewa
 def test_a_list_of_too_many_values_is_no_list(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.play("/api/tags", answer(200, b'{"models":[' + b"[]," * 200_000 + b"{}]}"))
-    gateway.call(gateway.rooms.discovery.refresh())
-    [snapshot] = gateway.rooms.discovery.catalog.snapshots
+    gateway.call(gateway.components.discovery.refresh())
+    [snapshot] = gateway.components.discovery.catalog.snapshots
     assert snapshot.error.startswith("bad_list") and len(snapshot.models) == 1

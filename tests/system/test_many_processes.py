@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from gateway import app
-from gateway.auth.key_store import KeyRing, NewKey
+from gateway.auth.key_store import KeyStore, NewKey
 from gateway.limits.quota import Quota
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from tests.conftest import TestStores
 from tests.support.asking import WAYS
 from tests.support.played.backend import PlayedBackend
@@ -78,7 +78,7 @@ class Operator:
     def key(self, name: str, **limits: int) -> str:
         async def make() -> str:
             async with app.database_of(self.settings) as database:
-                ring = KeyRing(database, app.hasher_of(self.settings), None)
+                ring = KeyStore(database, app.hasher_of(self.settings), None)
                 return (await ring.make(NewKey(name + self._suffix, quota=Quota(**limits))))[1]
 
         found = asyncio.run(make())
@@ -87,8 +87,8 @@ class Operator:
 
     def limit(self, name: str, pattern: str, **limits: int) -> None:
         async def say() -> None:
-            async with app.database_of(self.settings) as database, Store(self.settings.redis_url) as store:
-                await KeyRing(database, app.hasher_of(self.settings), store).limit(name + self._suffix, pattern, limits)
+            async with app.database_of(self.settings) as database, RedisClient(self.settings.redis_url) as store:
+                await KeyStore(database, app.hasher_of(self.settings), store).limit(name + self._suffix, pattern, limits)
 
         asyncio.run(say())
 
@@ -218,9 +218,9 @@ async def _rows(operator: Operator, query: str) -> list[Any]:
 
 def settled(operator: Operator) -> None:
     async def wait() -> None:
-        async with Store(operator.settings.redis_url) as store:
+        async with RedisClient(operator.settings.redis_url) as store:
             for _ in range(300):
-                with suppress(StoreAway):
+                with suppress(RedisUnavailable):
                     if not await waiting_rows(store):
                         return
                 await asyncio.sleep(0.05)

@@ -19,7 +19,7 @@ import redis
 
 from gateway import app
 from gateway.auth import key_format
-from gateway.auth.key_store import KeyRing, NewKey
+from gateway.auth.key_store import KeyStore, NewKey
 from gateway.limits.fallback import Share
 from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
@@ -68,7 +68,7 @@ def new_key(stores: OwnStores, **limits: int) -> str:
 
     async def make() -> str:
         async with app.database_of(settings) as database:
-            ring = KeyRing(database, app.hasher_of(settings), None)
+            ring = KeyStore(database, app.hasher_of(settings), None)
             return (await ring.make(NewKey(f"key {time.time()}", quota=Quota(**limits))))[1]
 
     return asyncio.run(make())
@@ -163,7 +163,7 @@ def test_a_frozen_redis_slows_nobody_and_limits_hold_to_the_share(stores: OwnSto
                 statuses = asked(gateway, limited)
                 per_second(crowd, FREEZE_S)
             meanwhile = crowd.took_s[len(before) :]
-            until(lambda: gateway.rooms.limits.is_usable and gateway.rooms.store.up, 10)
+            until(lambda: gateway.components.limits.is_usable and gateway.components.store.up, 10)
         assert statuses == {200: 30, 429: 30}
         # Other work on the machine slows both.
         assert nearly_slowest(meanwhile) < max(nearly_slowest(before) + 0.1, 2 * nearly_slowest(before))
@@ -209,12 +209,12 @@ def test_who_was_refused_alone_holds_nothing_when_redis_lets_in_late(stores: Own
         assert ask(gateway, key) == 200
         large = {**WAYS[0].body, "options": {"num_predict": 1500}}
         with gateway.http(key) as client:
-            gateway.rooms.limits.share = Share(0, 4)
+            gateway.components.limits.share = Share(0, 4)
             with stores.frozen(stores.redis):
                 refused = client.post(WAYS[0].path, json=large)
             # However short its calls are: who asks again at once meets the same process with the same share.
             assert refused.status_code == 429 and float(refused.headers["retry-after-ms"]) >= 1000
-            until(lambda: gateway.rooms.limits.is_usable and not gateway.rooms.books.backlog, 10)
+            until(lambda: gateway.components.limits.is_usable and not gateway.components.settler.backlog, 10)
             until(lambda: not held(stores), 5)
             assert client.post(WAYS[0].path, json=large).status_code == 200
         assert [row["outcome"] for row in gateway.audit_rows()] == ["answered", "refused:rate_limit_exceeded", "answered"]
@@ -240,7 +240,7 @@ def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: OwnStores
             until(lambda: not any(client.xlen(shared.rows) for shared in redis_keys.ALL), 15)
         finally:
             client.config_set("maxmemory", 0)
-        until(lambda: gateway.rooms.limits.is_usable and not gateway.rooms.books.backlog, 10)
+        until(lambda: gateway.components.limits.is_usable and not gateway.components.settler.backlog, 10)
         assert len(gateway.audit_rows()) == 12
         told = [record.getMessage() for record in gateway.logged.records if record.getMessage().startswith("Redis refuses")]
         assert len(told) <= 2
@@ -287,12 +287,12 @@ def test_both_away_keeps_the_newest_and_says_so(stores: OwnStores, backend: Play
             with stores.frozen(stores.redis):
                 assert [ask(gateway, key) for _ in range(12)] == [200] * 12
                 gateway.wait_idle()
-                until(lambda: gateway.rooms.books.dropped >= 7, 5)
+                until(lambda: gateway.components.settler.dropped >= 7, 5)
         finally:
             stores.start(stores.postgres)
-        until(lambda: gateway.rooms.limits.is_usable, 10)
+        until(lambda: gateway.components.limits.is_usable, 10)
         rows = gateway.audit_rows()
-        assert 4 <= len(rows) <= 7 and gateway.rooms.books.dropped in (7, 8)
+        assert 4 <= len(rows) <= 7 and gateway.components.settler.dropped in (7, 8)
         told = [record.getMessage() for record in gateway.logged.records if record.name == "gateway.audit"]
         assert sum("the oldest audit rows are dropped" in words for words in told) == 1
 

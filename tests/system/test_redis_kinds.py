@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import redis
 
-from gateway.stores.redis_client import CALL_DEADLINE_S, Store, StoreAway
+from gateway.stores.redis_client import CALL_DEADLINE_S, RedisClient, RedisUnavailable
 from tests.conftest import TestStores
 from tests.support.redis_server import server
 
 
 async def set_and_get(url: str) -> bytes:
-    async with Store(url) as store:
+    async with RedisClient(url) as store:
         async with asyncio.timeout(20):
             while not store.up:  # noqa: ASYNC110 # looks by itself
                 await asyncio.sleep(0.05)
@@ -43,12 +43,12 @@ def test_through_sentinels(tmp_path: Path) -> None:
 
 
 async def freeze_and_thaw(url: str, process: subprocess.Popen[bytes]) -> tuple[list[float], bool]:
-    async with Store(url) as store:
+    async with RedisClient(url) as store:
         os.kill(process.pid, signal.SIGSTOP)
         waits = []
         for _ in range(20):
             began = time.perf_counter()
-            with pytest.raises(StoreAway):
+            with pytest.raises(RedisUnavailable):
                 await store.call(lambda client: client.get("name"))
             waits.append(time.perf_counter() - began)
         os.kill(process.pid, signal.SIGCONT)
@@ -81,7 +81,7 @@ def test_messages_arrive_again_after_a_restart(tmp_path: Path) -> None:
                 await asyncio.sleep(0.01)
 
         with server(tmp_path) as (_, port):
-            async with Store(f"redis://127.0.0.1:{port}/0") as store:
+            async with RedisClient(f"redis://127.0.0.1:{port}/0") as store:
                 store.subscribe({"news": heard.append}, after_gap=lambda: gaps.append(1))
                 await have(1, gaps)
                 await store.call(lambda client: client.publish("news", "one"))

@@ -128,7 +128,7 @@ def test_a_key_goes_to_no_backend_and_into_no_log(start_gateway: StartGateway, b
 
 def test_a_wrong_token_is_told_to_the_operator_alone(start_gateway: StartGateway, backends: list[PlayedBackend]) -> None:
     gateway = start_gateway(entry_of(backends[0], auth_token="stale-token-of-before"))
-    assert gateway.rooms.discovery.catalog.snapshots[0].error.startswith("token_refused")
+    assert gateway.components.discovery.catalog.snapshots[0].error.startswith("token_refused")
     with gateway.http(gateway.key()) as client:
         assert client.post("/api/chat", json={"model": "a", "messages": []}).status_code == 403
     assert "token_refused" in all_logged(gateway)

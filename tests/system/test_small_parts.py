@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.core.cancel_scope import Guard
+from gateway.core.cancel_scope import CancelScope
 from gateway.dialects.model_names import AllowList, canonical
 from gateway.dialects.ollama import Ndjson
 from gateway.dialects.openai import ServerSentEvents
 from gateway.edge.client_address import TrustedProxies
-from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
+from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, FIRST_PAUSE_S, LONGEST_PAUSE_S, CircuitBreaker
 from gateway.fleet.backends.frame_buffer import Budget, FrameBuffer
 
 ONE_MODEL = (
@@ -72,7 +72,7 @@ def test_canonical_is_stable(name: str) -> None:
 
 def test_the_breaker_opens_probes_and_closes() -> None:
     now = [0.0]
-    breaker = Breaker(lambda: now[0])
+    breaker = CircuitBreaker(lambda: now[0])
     for _ in range(FAILURES_UNTIL_OPEN):
         assert breaker.lets_pass
         breaker.attempt()
@@ -104,29 +104,29 @@ class Other(Exception):
 
 
 async def _deadlines() -> None:
-    with pytest.raises(Reason), Guard() as guard:
+    with pytest.raises(Reason), CancelScope() as guard:
         guard.within(0.01, Reason)
         await asyncio.sleep(5)
-    with Guard() as guard:
+    with CancelScope() as guard:
         guard.within(0.01, Reason)
         guard.within(5, Reason)
         await asyncio.sleep(0.05)
         guard.without_deadline()
-    with pytest.raises(Reason), Guard() as guard:
+    with pytest.raises(Reason), CancelScope() as guard:
         guard.within(5, Other)
         guard.within(0.01, Reason)
         await asyncio.sleep(5)
 
 
 async def _nesting() -> None:
-    with pytest.raises(Other), Guard() as outer:
+    with pytest.raises(Other), CancelScope() as outer:
         outer.within(0.01, Other)
-        with Guard() as inner:
+        with CancelScope() as inner:
             inner.within(5, Reason)
             await asyncio.sleep(5)
-    with Guard() as outer:
+    with CancelScope() as outer:
         outer.within(5, Other)
-        with pytest.raises(Reason), Guard() as inner:
+        with pytest.raises(Reason), CancelScope() as inner:
             inner.within(0.01, Reason)
             await asyncio.sleep(5)
         await asyncio.sleep(0)
@@ -134,7 +134,7 @@ async def _nesting() -> None:
 
 async def _cancelled_from_outside() -> None:
     async def work() -> None:
-        with Guard() as guard:
+        with CancelScope() as guard:
             guard.within(5, Reason)
             await asyncio.sleep(5)
 

@@ -8,11 +8,11 @@ from typing import Self
 import aiohttp
 from yarl import URL
 
-from gateway.core.cancel_scope import Guard, Watched
-from gateway.fleet.backends.circuit_breaker import Breaker
+from gateway.core.cancel_scope import CallScope, CancelScope
+from gateway.fleet.backends.circuit_breaker import CircuitBreaker
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import Budget
-from gateway.fleet.backends.http_client import LONGEST_LINE, BackendFault, Caller, ConnectionLost, Pool, Upstream
+from gateway.fleet.backends.http_client import LONGEST_LINE, BackendFault, BackendResponse, ConnectionLost, HttpClient, Pool
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
 # Of all calls together: frames without end.
@@ -26,7 +26,7 @@ class Backend:
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
         self.name, self.kind = config.name, config.kind
-        self.breaker = Breaker()
+        self.breaker = CircuitBreaker()
         self.in_flight = 0
         self.is_drained = False
         self.unframed = Budget(MOST_UNFRAMED, "endless_frames")
@@ -36,8 +36,8 @@ class Backend:
         self._session = self._new_session(force_close=False)
         self._fresh_session = self._new_session(force_close=True)
         fixed = {**FIXED, **self._auth}
-        self._caller = Caller(self._session, self.config, fixed)
-        self._fresh_caller = Caller(self._fresh_session, self.config, fixed)
+        self._caller = HttpClient(self._session, self.config, fixed)
+        self._fresh_caller = HttpClient(self._fresh_session, self.config, fixed)
         return self
 
     async def __aexit__(
@@ -82,7 +82,7 @@ class Backend:
         finally:
             self.give_back()
 
-    async def post(self, path: bytes, headers: bytes, body: bytes, guard: Watched) -> Upstream:
+    async def post(self, path: bytes, headers: bytes, body: bytes, guard: CallScope) -> BackendResponse:
         """The way of calls to models: ends with the answer's head, `close` is owed to it; `headers` are whole lines.
 
         A connection that was lost before any byte is replaced by a fresh one, once.
@@ -104,7 +104,7 @@ class Backend:
         body: bytes | AsyncIterator[bytes] | None = None,
         *,
         wait_s: float | None = None,
-    ) -> AsyncIterator[Upstream]:
+    ) -> AsyncIterator[BackendResponse]:
         """The way of everything else, as `post` in all but the method."""
         try:
             upstream = await self._head(self._session, method, path, headers, body, wait_s)
@@ -125,9 +125,9 @@ class Backend:
         headers: Mapping[str, str],
         body: bytes | AsyncIterator[bytes] | None,
         wait_s: float | None,
-    ) -> Upstream:
+    ) -> BackendResponse:
         try:
-            with Guard() as guard:
+            with CancelScope() as guard:
                 guard.within(wait_s or self.config.read_timeout_s, lambda: BackendFault("head_timeout"))
                 response = await session.request(
                     method, self.url(path), data=body, headers={**headers, **self._auth}, allow_redirects=False
@@ -140,4 +140,4 @@ class Backend:
             raise ConnectionLost("disconnected", type(wrong).__name__) from wrong
         except (aiohttp.ClientError, ValueError) as wrong:
             raise BackendFault("not_http", type(wrong).__name__) from wrong
-        return Upstream(response.status, response.headers, response.content, response.release, response.close)
+        return BackendResponse(response.status, response.headers, response.content, response.release, response.close)

@@ -7,7 +7,7 @@ FAILURES_UNTIL_OPEN = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
 
 
-class Breaker:
+class CircuitBreaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._failures = 0

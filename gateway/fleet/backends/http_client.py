@@ -17,7 +17,7 @@ from aiohttp.http import HttpProcessingError
 from aiohttp.streams import EofStream
 from yarl import URL
 
-from gateway.core.cancel_scope import Watched
+from gateway.core.cancel_scope import CallScope
 from gateway.fleet.backends.config import BackendConfig
 
 LONGEST_WHOLE_ANSWER = 64 * 2**20
@@ -141,7 +141,7 @@ class Pool(aiohttp.TCPConnector):
         super()._release(key, protocol, should_close=should_close)
 
 
-class Flow(aiohttp.StreamReader):
+class DirectReader(aiohttp.StreamReader):
     """A body whose pieces are taken as they arrive, without waking a task: what a StreamReader becomes for a while.
 
     The first piece that is not taken, the end or a failure makes it again what it was, and all that follows waits in it.
@@ -162,7 +162,7 @@ class Flow(aiohttp.StreamReader):
 
     @staticmethod
     def end(body: aiohttp.StreamReader) -> None:
-        if isinstance(body, Flow):
+        if isinstance(body, DirectReader):
             changed: Any = body
             changed.__class__, changed._waiter = aiohttp.StreamReader, None  # noqa: SLF001
 
@@ -173,7 +173,7 @@ class Flow(aiohttp.StreamReader):
         wire: Any = self._protocol
         wire.has_yielded = True
         if data and not (more and take(data)):
-            Flow.end(self)
+            DirectReader.end(self)
             if not left.done():
                 left.set_result(data)
         return False
@@ -183,20 +183,20 @@ class Flow(aiohttp.StreamReader):
 
     def feed_eof(self) -> None:
         _, left, _ = self._waiter
-        Flow.end(self)
+        DirectReader.end(self)
         self.feed_eof()
         if not left.done():
             left.set_result(b"")
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
         _, left, _ = self._waiter
-        Flow.end(self)
+        DirectReader.end(self)
         self.set_exception(exc, *cause)
         if not left.done():
             left.set_exception(exc)
 
 
-class Upstream:
+class BackendResponse:
     """An answer whose head has come; `close` gives its connection back, or ends it unless the answer was read to its end."""
 
     def __init__(
@@ -251,11 +251,11 @@ class Upstream:
         if piece := body.read_nowait():
             return piece
         try:
-            return await Flow.begin(body, take)
+            return await DirectReader.begin(body, take)
         except (aiohttp.ClientError, OSError) as wrong:
             raise BackendFault("broken_off", type(wrong).__name__) from wrong
         finally:
-            Flow.end(body)
+            DirectReader.end(body)
 
     async def read_whole(self, limit: int | None = None, hold: Callable[[int], None] | None = None) -> bytes:
         """Raises TooLarge above `limit` bytes, by default LONGEST_WHOLE_ANSWER; `hold` is told of each size above SMALL."""
@@ -284,7 +284,7 @@ class Upstream:
             self._abort()
 
 
-class Caller:
+class HttpClient:
     """POSTs to one backend over the connections of one session; `fixed` are the headers that each call carries."""
 
     def __init__(self, session: aiohttp.ClientSession, config: BackendConfig, fixed: Mapping[str, str]) -> None:
@@ -298,7 +298,7 @@ class Caller:
         lines = {"Host": url.host_port_subcomponent, **fixed}
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode("latin-1")
 
-    async def post(self, path: bytes, headers: bytes, body: bytes, guard: Watched) -> Upstream:
+    async def post(self, path: bytes, headers: bytes, body: bytes, guard: CallScope) -> BackendResponse:
         """Ends with the answer's head. Raises BackendFault; `headers` are whole lines."""
         connection = await self._connect()
         protocol = connection.protocol
@@ -318,7 +318,7 @@ class Caller:
             raise
         finally:
             guard.without_deadline()
-        return Upstream(message.code, message.headers, payload, connection.release, connection.close)
+        return BackendResponse(message.code, message.headers, payload, connection.release, connection.close)
 
     async def _connect(self) -> Connection:
         try:

@@ -16,12 +16,12 @@ from gateway.dialects.dialect import Operation
 from gateway.fleet import drains, presence
 from gateway.limits.admission import duration
 from gateway.limits.budgets import Budgets
-from gateway.limits.limiter import Limits
+from gateway.limits.limiter import Limiter
 from gateway.ops.cli import audit, console, keys
 from gateway.settings import Settings
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import Store, StoreAway
-from gateway.stores.redis_shards import Lines
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
+from gateway.stores.redis_shards import ShardConnections
 
 ROUTES = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
 OPERATOR = "operator"
@@ -33,13 +33,13 @@ async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
     async with (
         keys.discovering(settings) as (discovery, store, configs),
         audit.current_database(settings) as database,
-        Lines(settings.redis_url, lambda _: None) as lines,
+        ShardConnections(settings.redis_url, lambda _: None) as lines,
     ):
         question = Question(await key_named(database, said.key), said.model, operation)
         states, told = await _states(store)
         drained = frozenset(row["backend"] for row in await database.rows("drained_backends"))
         fleet = Fleet(configs, states, drained, discovery.catalog)
-        limits = Limits(lines, Budgets(database, store).seed, most_output=settings.max_num_predict)
+        limits = Limiter(lines, Budgets(database, store).seed, most_output=settings.max_num_predict)
         defaults, most = app.default_quota(settings), settings.max_num_predict
         found = {**await explain(question, fleet, limits, defaults, most), "processes": told}
     if said.json:
@@ -66,13 +66,13 @@ async def key_named(database: Database, id_or_name: str) -> key_store.Key:
     return key_store.unpack(dict(row))
 
 
-async def _states(store: Store) -> tuple[dict[str, presence.BackendState], int | None]:
+async def _states(store: RedisClient) -> tuple[dict[str, presence.BackendState], int | None]:
     """How the running gateways see the backends, and how many processes say so."""
     try:
         states = await presence.read(store)
-    except StoreAway:
+    except RedisUnavailable:
         return {}, None
-    return presence.together(states), len(states)
+    return presence.merged_view(states), len(states)
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, unquote
 
 from gateway import app
 from gateway.auth import key_store, key_view
-from gateway.auth.key_store import KeyRing, NewKey
+from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.dialects import model_names
 from gateway.fleet import control
@@ -28,7 +28,7 @@ from gateway.limits.quota import Quota
 from gateway.ops.cli import console
 from gateway.settings import Settings
 from gateway.stores.postgres import Database, in_words
-from gateway.stores.redis_client import Store
+from gateway.stores.redis_client import RedisClient
 from gateway.stores.urls import split as address_parts
 
 KEY_VARIABLE = "ADMIN_KEY"
@@ -47,18 +47,18 @@ LIBPQ = {
 
 
 @asynccontextmanager
-async def key_ring(settings: Settings) -> AsyncIterator[KeyRing]:
-    async with app.database_of(settings) as database, Store(settings.redis_url) as store:
+async def key_ring(settings: Settings) -> AsyncIterator[KeyStore]:
+    async with app.database_of(settings) as database, RedisClient(settings.redis_url) as store:
         if settings.has_private_database:
             await database.migrate(console.say)
         await require_schema(database)
-        yield KeyRing(database, app.hasher_of(settings), store)
+        yield KeyStore(database, app.hasher_of(settings), store)
 
 
 @asynccontextmanager
-async def running_fleet(settings: Settings) -> AsyncIterator[tuple[Store, FleetFacts | None]]:
+async def running_fleet(settings: Settings) -> AsyncIterator[tuple[RedisClient, FleetFacts | None]]:
     """The store, and the backends of the running gateways where these settings have others: then the operator is told so."""
-    async with Store(settings.redis_url) as store:
+    async with RedisClient(settings.redis_url) as store:
         fleet = await control.other_fleet(store, settings.backends)
         if fleet is not None:
             console.say("these are the running gateway's backends; this command's own settings have others")
@@ -66,7 +66,7 @@ async def running_fleet(settings: Settings) -> AsyncIterator[tuple[Store, FleetF
 
 
 @asynccontextmanager
-async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Store, Sequence[BackendConfig]]]:
+async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, RedisClient, Sequence[BackendConfig]]]:
     """The models of the backends, and which backends these are: those of the running gateways, else those of these settings."""
     async with running_fleet(settings) as (store, fleet):
         if fleet is not None:

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gateway import app
-from gateway.app import Rooms
-from gateway.auth.key_store import KeyRing, NewKey
+from gateway.app import Components
+from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core import background
 from gateway.core.errors import CommandFailed
 from gateway.edge import memory, server
@@ -65,7 +65,7 @@ def serve(settings: Settings) -> None:
         _serve_on(listener, settings, lambda _: None)
 
 
-def _serve_on(listener: socket.socket, settings: Settings, on_ready: Callable[[Rooms | None], None]) -> None:
+def _serve_on(listener: socket.socket, settings: Settings, on_ready: Callable[[Components | None], None]) -> None:
     check_accelerators()
     LOG.info("listening on %s:%d, %d workers", *listener.getsockname()[:2], settings.gateway_workers)
     if settings.gateway_workers == 1:
@@ -74,7 +74,7 @@ def _serve_on(listener: socket.socket, settings: Settings, on_ready: Callable[[R
         _serve_many(settings, listener, on_ready)
 
 
-def _serve_many(settings: Settings, listener: socket.socket, on_ready: Callable[[Rooms | None], None]) -> None:
+def _serve_many(settings: Settings, listener: socket.socket, on_ready: Callable[[Components | None], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="nz-metrics-") as folder:
         os.environ[metrics.FOLDER_VARIABLE] = folder
         workers = Workers(
@@ -90,20 +90,20 @@ def _serve_many(settings: Settings, listener: socket.socket, on_ready: Callable[
 async def _serve_one(
     settings: Settings,
     listener: socket.socket,
-    on_ready: Callable[[Rooms | None], None],
+    on_ready: Callable[[Components | None], None],
     metrics_folder: Path | None = None,
 ) -> None:
     serves = asyncio.Event()
 
-    async def tell(rooms: Rooms) -> None:
+    async def tell(components: Components) -> None:
         await serves.wait()
-        await _until_lists_are_there(rooms)
-        on_ready(rooms)
+        await _until_lists_are_there(components)
+        on_ready(components)
 
     tidying = memory.keeper()
-    async with app.build(settings, metrics_folder, [tidying]) as rooms:
-        one = server.Server(rooms, drain_s=settings.gateway_drain_s, on_ready=serves.set)
-        telling = asyncio.create_task(tell(rooms), name="banner")
+    async with app.build(settings, metrics_folder, [tidying]) as components:
+        one = server.Server(components, drain_s=settings.gateway_drain_s, on_ready=serves.set)
+        telling = asyncio.create_task(tell(components), name="banner")
         try:
             async with memory.kept_small(tidying):
                 await one.serve([listener])
@@ -111,10 +111,10 @@ async def _serve_one(
             await background.end([telling])
 
 
-async def _until_lists_are_there(rooms: Rooms) -> None:
+async def _until_lists_are_there(components: Components) -> None:
     """A backend that has just been started with us is not asked in time for the first list."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(rooms.discovery.has_asked_all.wait(), FIRST_LISTS_WITHIN_S)
+        await asyncio.wait_for(components.discovery.has_asked_all.wait(), FIRST_LISTS_WITHIN_S)
 
 
 def worker(settings: Settings, descriptor: int, parent: int) -> None:
@@ -136,7 +136,11 @@ def run() -> None:
         with bind(settings) as listener:
             first_key = asyncio.run(_prepare(settings))
             logs.configure(settings.gateway_log_level, settings.gateway_log_format)
-            _serve_on(listener, settings, lambda rooms: print(banner(settings, rooms, first_key, is_demonstration), flush=True))
+            _serve_on(
+                listener,
+                settings,
+                lambda components: print(banner(settings, components, first_key, is_demonstration), flush=True),
+            )
     console.say("stopped; data and keys are kept for the next `make run`")
 
 
@@ -158,18 +162,18 @@ async def _prepare(settings: Settings) -> str | None:
     async with app.database_of(settings) as database:
         await database.migrate(console.say)
         await require_schema(database)
-        ring = KeyRing(database, app.hasher_of(settings), None)
+        ring = KeyStore(database, app.hasher_of(settings), None)
         if await ring.count():
             return None
         _, key = await ring.make(NewKey(FIRST_KEY))
         return key
 
 
-def banner(settings: Settings, rooms: Rooms | None, first_key: str | None, is_demonstration: bool = False) -> str:
+def banner(settings: Settings, components: Components | None, first_key: str | None, is_demonstration: bool = False) -> str:
     address = f"http://{settings.gateway_bind_host}:{settings.gateway_bind_port}"
     key = first_key or "YOUR_KEY"
     lines = ["", f"  neuronetz-gateway listens on {address}", ""]
-    lines += _seen(rooms) if rooms else ["  backends: see `make models`"]
+    lines += _seen(components) if components else ["  backends: see `make models`"]
     lines += DEMONSTRATION if is_demonstration else []
     lines += [
         "",
@@ -178,11 +182,11 @@ def banner(settings: Settings, rooms: Rooms | None, first_key: str | None, is_de
         else "  key       yours of before; `make key NAME=…` makes another",
     ]
     lines += _room(settings)
-    model = _chat_model(rooms)
+    model = _chat_model(components)
     body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Say hello"}}]}}'
     lines += [
         "",
-        f"  try it{_advice(rooms)}:",
+        f"  try it{_advice(components)}:",
         f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'",
         f"export OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}",
         "",
@@ -201,9 +205,9 @@ def _room(settings: Settings) -> list[str]:
     return [words, *(f"            {' '.join(wider[at : at + 3])}" for at in range(0, len(wider), 3))] if wider else []
 
 
-def _seen(rooms: Rooms) -> list[str]:
+def _seen(components: Components) -> list[str]:
     lines = []
-    for snapshot in rooms.discovery.catalog.snapshots:
+    for snapshot in components.discovery.catalog.snapshots:
         names = ", ".join(entry["name"] for entry in snapshot.models[:8]) + (", …" if len(snapshot.models) > 8 else "")
         state = names or ("no model yet" if snapshot.answered_at else "has not answered yet")
         state = f"AWAY ({snapshot.error})" if snapshot.error else state
@@ -211,17 +215,17 @@ def _seen(rooms: Rooms) -> list[str]:
     return lines
 
 
-def _advice(rooms: Rooms | None) -> str:
+def _advice(components: Components | None) -> str:
     """What to do before the first call, where no model is there for it."""
-    if rooms is None:
+    if components is None:
         return ", with a name of `make models` for MODEL"
-    if rooms.discovery.catalog.models:
+    if components.discovery.catalog.models:
         return ""
     return ", once there is a model (`make probe` says what is wrong, `make refresh` looks again), with its name for MODEL"
 
 
-def _chat_model(rooms: Rooms | None) -> str:
-    models = list(rooms.discovery.catalog.models.values()) if rooms else []
+def _chat_model(components: Components | None) -> str:
+    models = list(components.discovery.catalog.models.values()) if components else []
     able = [model for model in models if "completion" in model.native.get("capabilities", ["completion"])]
     return str((able or models)[0].native["name"]) if models else "MODEL"
 

@@ -18,7 +18,7 @@ from gateway.ops.doctor import postgres, redis
 from gateway.ops.doctor import settings as doctor_settings
 from gateway.ops.doctor.finding import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.settings import Settings
-from gateway.stores.redis_client import Store
+from gateway.stores.redis_client import RedisClient
 
 OLDEST_PYTHON = (3, 11)
 OF_BACKENDS = "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"
@@ -109,7 +109,7 @@ async def _backends(settings: Settings) -> list[Finding]:
 
 async def _running(settings: Settings) -> list[Finding]:
     """Whether these settings have the backends of the gateways that run."""
-    async with Store(settings.redis_url) as store:
+    async with RedisClient(settings.redis_url) as store:
         try:
             fleet = await control.other_fleet(store, settings.backends)
         except CommandFailed as differ:

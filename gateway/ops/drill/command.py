@@ -19,7 +19,7 @@ from gateway.ops.drill.environment import Installation, Scene
 from gateway.ops.drill.faults import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.settings import Settings
 from gateway.stores import redis_names
-from gateway.stores.redis_client import Store, StoreAway
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 90.0
 TRIED_MS = 3000
@@ -74,7 +74,7 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def require_redis(settings: Settings) -> None:
-    async with Store(settings.redis_url) as store:
+    async with RedisClient(settings.redis_url) as store:
         if store.refusal:
             raise _not_taken(store.refusal)
         if not store.up:
@@ -82,7 +82,7 @@ async def require_redis(settings: Settings) -> None:
         try:
             await store.slow_call(lambda redis: redis.set(redis_names.named("begun"), b"", px=TRIED_MS), TRIED_MS / 1000)
             await store.slow_call(lambda redis: redis.publish(redis_names.FREED, b""), TRIED_MS / 1000)
-        except StoreAway as refused:
+        except RedisUnavailable as refused:
             raise _not_taken(f"{type(refused.__cause__).__name__}: {refused.__cause__}".rstrip(": ")) from None
 
 

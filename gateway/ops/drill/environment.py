@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from gateway.auth.key_store import DRILL, SHOW_BACKEND, KeyRing, NewKey
+from gateway.auth.key_store import DRILL, SHOW_BACKEND, KeyStore, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.edge import server
 from gateway.limits.quota import Quota
@@ -30,7 +30,7 @@ from gateway.ops.drill.fake_backend import HOST, Played
 from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
 from gateway.stores import redis_names
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import StoreAway, drop_names
+from gateway.stores.redis_client import RedisUnavailable, drop_names
 from gateway.telemetry import metrics
 
 # Each has its fault and a model of its own name; the last has all models, and is sound.
@@ -122,7 +122,7 @@ class Process:
 class Scene:
     """`async with Scene(...) as scene:`; `first` and `second` are gateways that share one Redis."""
 
-    def __init__(self, of: Installation, database: Database, ring: KeyRing, *, with_third: bool) -> None:
+    def __init__(self, of: Installation, database: Database, ring: KeyStore, *, with_third: bool) -> None:
         self._of, self._database, self.ring = of, database, ring
         self._with_third = with_third
         self.client = Client(of.id_header)
@@ -213,7 +213,7 @@ class Scene:
 
     async def _forget_names(self) -> None:
         """Those that this drill has given, and those of drills that were killed long ago."""
-        with suppress(StoreAway):
+        with suppress(RedisUnavailable):
             await drop_names(self._of.redis_url, redis_names.TRIAL, _is_over, CLEAN_S)
 
     async def _ready(self, process: Process) -> None:
