@@ -39,7 +39,7 @@ ONCE = {
 
 
 def functions_that_begin_tasks() -> Iterator[tuple[str, str]]:
-    for path in Path("gateway").rglob("*.py"):
+    for path in {*Path("gateway").rglob("*.py")} - {*Path("gateway/ops/drill").glob("*.py")}:
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
@@ -49,7 +49,7 @@ def functions_that_begin_tasks() -> Iterator[tuple[str, str]]:
 
 def test_every_task_that_never_ends_is_kept() -> None:
     found = set(functions_that_begin_tasks())
-    assert found - ONCE == set(), "a task of its own dies of the first error: use gateway.core.background.Kept"
+    assert found - ONCE == set(), "a task of its own dies of the first error: use gateway.core.background.KeptTask"
     assert ("core/background.py", "start") in found
 
 

@@ -29,7 +29,7 @@ PACKAGES = Path(asyncpg.__file__).parents[1]
 HOLD = """
 import sys
 from pathlib import Path
-from gateway.local import stores
+from gateway.ops.local.stores import stores
 with stores(Path(sys.argv[1]), durable=False) as found:
     print(found.database_url, flush=True)
     sys.stdin.read()
@@ -39,7 +39,7 @@ AS_ANOTHER_USER = """
 import asyncio, json, os, signal, socket, sys
 from pathlib import Path
 import asyncpg
-from gateway.local import stores
+from gateway.ops.local.stores import stores
 
 def sql(found, text):
     async def fetch():
@@ -450,7 +450,7 @@ def readable_python(user: pwd.struct_passwd) -> str:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     for python in (sys.executable, f"/usr/bin/python{version}", f"/usr/local/bin/python{version}"):
         with suppress(OSError):
-            if run_as(user, [python, "-c", "import asyncpg, gateway.local"]).returncode == 0:
+            if run_as(user, [python, "-c", "import asyncpg, gateway.ops.local.stores"]).returncode == 0:
                 return python
     pytest.skip(f"{user.pw_name} can run no Python {version} with the packages of this one")
 
