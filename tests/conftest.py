@@ -22,7 +22,7 @@ from gateway.ops.local import stores as local_stores
 from tests.support import in_memory, redis_server
 from tests.support.browser import chromium_for_all
 from tests.support.databases import Databases
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.settings_of import settings_for
 
@@ -164,16 +164,16 @@ def _starting(stores: TestStores) -> Iterator[StartGateway]:
 
 
 @pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
+def alpha() -> Iterator[FakeBackend]:
     """The first backend of most stories."""
-    with PlayedBackend(models=["llama3.2:latest"], name="alpha") as backend:
+    with FakeBackend(models=["llama3.2:latest"], name="alpha") as backend:
         yield backend
 
 
 @pytest.fixture
-def beta() -> Iterator[PlayedBackend]:
+def beta() -> Iterator[FakeBackend]:
     """The second, with the same model."""
-    with PlayedBackend(models=["llama3.2:latest"], name="beta") as backend:
+    with FakeBackend(models=["llama3.2:latest"], name="beta") as backend:
         yield backend
 
 

@@ -12,7 +12,7 @@ from gateway import app
 from gateway.auth import key_store
 from gateway.core.errors import CommandFailed, NotThere
 from tests.conftest import StartGateway
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.project import PROJECT
 from tests.support.running import RunningGateway
@@ -22,7 +22,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "str
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, beta)
 
 
@@ -116,7 +116,7 @@ async def rename(gateway: RunningGateway, key_id: str, name: str) -> None:
 
 
 def test_backends_are_taken_out_and_tried(
-    gateway: RunningGateway, admin: httpx.Client, alpha: PlayedBackend, beta: PlayedBackend
+    gateway: RunningGateway, admin: httpx.Client, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     with gateway.http(gateway.key()) as client:
         assert admin.post("/backends/alpha/drain").json() == {"backend": "alpha", "drained": True, "everywhere_at_once": True}
@@ -134,7 +134,7 @@ def test_backends_are_taken_out_and_tried(
     assert admin.post("/backends/omega/drain").status_code == 404
 
 
-def test_at_a_glance(gateway: RunningGateway, admin: httpx.Client, beta: PlayedBackend) -> None:
+def test_at_a_glance(gateway: RunningGateway, admin: httpx.Client, beta: FakeBackend) -> None:
     tight = gateway.key(name="tight", rpm=1)
     with gateway.http(gateway.key(name="busy")) as busy, gateway.http(tight) as limited:
         for _ in range(5):

@@ -24,7 +24,7 @@ from gateway.ops.cli import explain as cli_explain
 from gateway.stores.redis_client import RedisUnavailable
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import sql
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import operate, serving, until
 from tests.support.running import RunningGateway
 from tests.support.scripts import answer
@@ -53,11 +53,11 @@ RIGHTS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.fixture
-def fleet() -> Iterator[list[PlayedBackend]]:
+def fleet() -> Iterator[list[FakeBackend]]:
     with (
-        PlayedBackend(models=["llama3.2:latest", "qwen3:8b"], name="alpha") as alpha,
-        PlayedBackend(models=["llama3.2:latest"], name="beta") as beta,
-        PlayedBackend(models=["llama3.2:latest", "only-openai"], name="gamma", kind="openai") as gamma,
+        FakeBackend(models=["llama3.2:latest", "qwen3:8b"], name="alpha") as alpha,
+        FakeBackend(models=["llama3.2:latest"], name="beta") as beta,
+        FakeBackend(models=["llama3.2:latest", "only-openai"], name="gamma", kind="openai") as gamma,
     ):
         yield [alpha, beta, gamma]
 
@@ -103,7 +103,7 @@ def in_some_state(gateway: RunningGateway, chance: random.Random) -> Iterator[No
             backend.is_drained = False
 
 
-def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[PlayedBackend]) -> None:
+def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
     gateway = start_gateway(*(entry_of(backend, max_connections=FEW) for backend in fleet))
     chance = random.Random(20)
     known = []
@@ -137,7 +137,7 @@ def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[P
     assert {backend for _, backend in met} == {"", "alpha", "beta", "gamma"}
 
 
-def test_looking_takes_nothing(start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+def test_looking_takes_nothing(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
     gateway = start_gateway(alpha)
     whole = gateway.key(rpm=3, concurrent=1, day=1000)
     question = Question(rights_of(gateway, whole), "llama3.2", operation_of("/api/chat"), 10, 10)
@@ -161,7 +161,7 @@ def test_looking_takes_nothing(start_gateway: StartGateway, alpha: PlayedBackend
 
 
 def test_limits_are_told_without_redis(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = start_gateway(alpha)
 
@@ -177,7 +177,7 @@ def test_limits_are_told_without_redis(
 
 
 @pytest.fixture
-def installation(tmp_path: Path, stores: TestStores, fleet: list[PlayedBackend]) -> Iterator[tuple[dict[str, str], str, str]]:
+def installation(tmp_path: Path, stores: TestStores, fleet: list[FakeBackend]) -> Iterator[tuple[dict[str, str], str, str]]:
     """A running gateway as operators have it: its settings, its address and a key named alice."""
     names = environment_for(*fleet, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     key = operate(tmp_path, names, "key", "--name", "alice", "--rpm", "50").split()[-1]
@@ -191,7 +191,7 @@ def chat(url: str, key: str, **headers: str) -> Any:
 
 
 def test_the_verbs_of_an_operator(
-    tmp_path: Path, installation: tuple[dict[str, str], str, str], fleet: list[PlayedBackend], stores: TestStores
+    tmp_path: Path, installation: tuple[dict[str, str], str, str], fleet: list[FakeBackend], stores: TestStores
 ) -> None:
     names, url, key = installation
     time.sleep(1.2)  # until the process has said how it is
@@ -239,7 +239,7 @@ def test_the_verbs_of_an_operator(
     ],
 )
 def test_what_is_wrong_is_named(
-    tmp_path: Path, stores: TestStores, alpha: PlayedBackend, words: tuple[str, ...], told: str
+    tmp_path: Path, stores: TestStores, alpha: FakeBackend, words: tuple[str, ...], told: str
 ) -> None:
     names = environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     operate(tmp_path, names, "key", "--name", "alice")
@@ -248,7 +248,7 @@ def test_what_is_wrong_is_named(
     assert told in str(failed.value)
 
 
-def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[PlayedBackend]) -> None:
+def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
     """Expired it is refused as any wrong key; revoked it is not there."""
     gateway = start_gateway(*fleet)
     gateway.key(name="over", lifetime=timedelta(seconds=-1))

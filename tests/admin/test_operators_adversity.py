@@ -16,7 +16,7 @@ from gateway.auth import key_store
 from gateway.core.errors import StoreUnavailable
 from tests.conftest import StartGateway, TestStores
 from tests.support import redis_server
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 from tests.support.settings_of import settings_for
@@ -26,7 +26,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "str
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, GATEWAY_DRAIN_S="20")
 
 
@@ -49,7 +49,7 @@ def fetch(url: str, query: str) -> list[Any]:
 
 
 def test_a_redis_that_takes_nothing_is_none(
-    stores: TestStores, alpha: PlayedBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stores: TestStores, alpha: FakeBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a replica that nobody made primary: it answers PING and refuses to write."""
     with redis_server.server(tmp_path) as (_, port), redis.Redis(port=port) as other:
@@ -76,7 +76,7 @@ def test_a_redis_that_takes_nothing_is_none(
 
 
 def test_a_slow_report_stops_nobody(
-    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an operator sums over takes as long as it takes; whose key must be looked up does not wait for it."""
 

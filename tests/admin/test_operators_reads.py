@@ -16,7 +16,7 @@ from tests.conftest import StartGateway, TestStores
 from tests.pages.test_dashboard import enter
 from tests.support import audit_rows
 from tests.support.browser import page_of
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 from tests.telemetry.test_metrics import TOKEN, fresh, total
@@ -28,7 +28,7 @@ LOOKS = (
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, METRICS_TOKEN=TOKEN, DASHBOARD_ENABLED="true", DEFAULT_RPM="3")
 
 

@@ -25,8 +25,8 @@ from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import MODEL, WAYS, Way
 from tests.support.audit_rows import add_key, ago, billed, row, sql, write
-from tests.support.played.backend import PlayedBackend
-from tests.support.played.words import Asked, prompt_tokens
+from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.words import Asked, prompt_tokens
 from tests.support.running import RunningGateway
 from tests.support.scripts import answer, recording, stream
 from tests.system.test_conservation import settled_today
@@ -117,12 +117,12 @@ def test_a_prompt_beyond_belief_has_no_more_cached_than_is_billed_of_it() -> Non
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores, way: Way) -> None:
+def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores, way: Way) -> None:
     alpha.healthy.cached = lambda _: 30
     with gateway.http(gateway.key(tpm=1000, day=10**6)) as client:
         told = client.post(way.path, json={**CHAT, "stream": way.streamed})
@@ -138,7 +138,7 @@ def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: PlayedB
 
 @pytest.mark.parametrize(("weight", "counted"), [("0", 14), ("1", None), ("0.5", 29), ("0.333333", 24)])
 def test_the_operator_says_how_much_they_count(
-    start_gateway: StartGateway, alpha: PlayedBackend, weight: str, counted: int | None
+    start_gateway: StartGateway, alpha: FakeBackend, weight: str, counted: int | None
 ) -> None:
     gateway = start_gateway(alpha, CACHED_TOKENS_WEIGHT=weight)
     alpha.healthy.cached = lambda _: 30
@@ -150,7 +150,7 @@ def test_the_operator_says_how_much_they_count(
     assert said == [f"prompt tokens that a backend had cached count {weight} of one"]
 
 
-def test_the_recorded_stream_of_llama_cpp(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+def test_the_recorded_stream_of_llama_cpp(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores) -> None:
     data = recording("openai_chat_stream_llamacpp.sse")
     alpha.play("/v1/chat/completions", stream([data]))
     with gateway.http(gateway.key(day=10**6)) as client:
@@ -160,7 +160,7 @@ def test_the_recorded_stream_of_llama_cpp(gateway: RunningGateway, alpha: Played
     assert found["billed_tokens"] == 30 + 1 + 12 == settled_today(stores)
 
 
-def test_a_backend_that_does_not_say_is_told_from_one_that_had_none(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_a_backend_that_does_not_say_is_told_from_one_that_had_none(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.key()) as client:
         for cached in (None, lambda _: None, lambda _: 0):
             alpha.healthy.cached = cached
@@ -201,7 +201,7 @@ def turns_of_an_agent(gateway: RunningGateway, way: Way, most: int) -> int:
 
 
 @pytest.mark.parametrize("way", [Way("openai", True), Way("ollama", False)], ids=str)
-def test_an_agent_gets_further_where_its_history_is_cached(gateway: RunningGateway, alpha: PlayedBackend, way: Way) -> None:
+def test_an_agent_gets_further_where_its_history_is_cached(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
     without = turns_of_an_agent(gateway, way, 60)
     alpha.healthy.cached = PrefixCache()
     assert without < 12
@@ -211,7 +211,7 @@ def test_an_agent_gets_further_where_its_history_is_cached(gateway: RunningGatew
 # ── what the audit remembers ──
 
 
-def test_budgets_are_seeded_with_what_was_billed(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+def test_budgets_are_seeded_with_what_was_billed(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores) -> None:
     alpha.healthy.cached = lambda _: 30
     with gateway.http(gateway.key(month=10**6)) as client:
         for _ in range(3):
@@ -273,7 +273,7 @@ async def told_directly(gateway: RunningGateway, told: bytes) -> None:
     await gateway.components.writer.write([told], [])
 
 
-def test_what_was_billed_is_in_the_chain(gateway: RunningGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+def test_what_was_billed_is_in_the_chain(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores) -> None:
     alpha.healthy.cached = lambda _: 30
     with gateway.http(gateway.key()) as client:
         client.post("/api/chat", json=CHAT)
@@ -282,7 +282,7 @@ def test_what_was_billed_is_in_the_chain(gateway: RunningGateway, alpha: PlayedB
     assert sql(stores.database_url, "UPDATE audit SET billed_tokens = 1", "SELECT audit_hash(a) FROM audit a") != hashes
 
 
-def test_nonsense_makes_nothing_cheaper(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_nonsense_makes_nothing_cheaper(gateway: RunningGateway, alpha: FakeBackend) -> None:
     done = {"model": MODEL, "message": {"role": "assistant", "content": "x"}, "done": True, "done_reason": "stop"}
     with gateway.http(gateway.key()) as client:
         for nonsense in NONSENSE:

@@ -9,7 +9,7 @@ from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limits import until
 from tests.support.asking import MODEL, WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 CANARY = "canary-prompt-77c1"
@@ -26,7 +26,7 @@ def prompts(gateway: RunningGateway) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha)
 
 

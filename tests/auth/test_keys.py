@@ -24,7 +24,7 @@ from gateway.auth.key_store import NewKey
 from gateway.core.errors import CommandFailed, ConflictingKeys, MissingKey, Overloaded
 from gateway.ops.local import stores as local_stores
 from tests.conftest import StartGateway, TestStores
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 from tests.support.settings_of import settings_for
@@ -170,7 +170,7 @@ def test_alone_it_is_the_wrong_key_and_of_several_the_first_counts() -> None:
     assert key_format.find([(b"x-api-key", b"second"), (b"authorization", b"Bearer third")], "first") == "first"
 
 
-def test_all_places_over_http(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_all_places_over_http(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     key, other = gateway.key(), gateway.key()
     with gateway.http() as client:
@@ -186,7 +186,7 @@ def test_all_places_over_http(start_gateway: StartGateway, alpha: PlayedBackend)
         assert client.get("/api/tags", headers=twice).json() == {"error": "The request carries two different keys; send one."}
 
 
-def test_a_dummy_beside_a_key_is_no_failure_and_alone_it_is_one(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_dummy_beside_a_key_is_no_failure_and_alone_it_is_one(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="3")
     key = gateway.key()
     with gateway.http("ollama") as client:
@@ -200,7 +200,7 @@ def test_a_dummy_beside_a_key_is_no_failure_and_alone_it_is_one(start_gateway: S
 # ── the life of a key ──
 
 
-def test_rotation_with_overlap_keeps_both_for_its_time(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_rotation_with_overlap_keeps_both_for_its_time(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     old = gateway.key(name="mine")
     key_id, new = gateway.call(gateway.ring().rotate("mine", timedelta(seconds=1.2)))
@@ -213,7 +213,7 @@ def test_rotation_with_overlap_keeps_both_for_its_time(start_gateway: StartGatew
     assert (row["id"], row["secrets"]) == (key_id, 1)
 
 
-def test_rotation_without_overlap_ends_the_old_one_everywhere(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_rotation_without_overlap_ends_the_old_one_everywhere(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     one, two = start_gateway(alpha), start_gateway(alpha)
     old = one.key(name="mine")
     assert (status(one, old), status(two, old)) == (200, 200)
@@ -222,7 +222,7 @@ def test_rotation_without_overlap_ends_the_old_one_everywhere(start_gateway: Sta
     assert (status(one, new), status(two, new)) == (200, 200)
 
 
-def test_a_second_rotation_never_prolongs_the_first(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_second_rotation_never_prolongs_the_first(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     first = gateway.key(name="mine")
     gateway.call(gateway.ring().rotate("mine", timedelta()))
@@ -230,7 +230,7 @@ def test_a_second_rotation_never_prolongs_the_first(start_gateway: StartGateway,
     assert (status(gateway, first), status(gateway, third)) == (401, 200)
 
 
-def test_a_revoked_key_stops_on_every_gateway_within_a_second(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_revoked_key_stops_on_every_gateway_within_a_second(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     one, two = start_gateway(alpha), start_gateway(alpha)
     key, other = one.key(name="mine"), one.key(name="others")
     assert {status(gateway, each) for gateway in (one, two) for each in (key, other)} == {200}
@@ -240,7 +240,7 @@ def test_a_revoked_key_stops_on_every_gateway_within_a_second(start_gateway: Sta
     assert (status(one, other), status(two, other)) == (200, 200)
 
 
-def test_all_secrets_of_a_revoked_key_stop(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_all_secrets_of_a_revoked_key_stop(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     old = gateway.key(name="mine")
     _, new = gateway.call(gateway.ring().rotate("mine", timedelta(hours=1)))
@@ -250,7 +250,7 @@ def test_all_secrets_of_a_revoked_key_stop(start_gateway: StartGateway, alpha: P
     until(lambda: (status(gateway, old), status(gateway, new)) == (401, 401), 1)
 
 
-def test_an_expired_key_stops_though_it_is_remembered(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_an_expired_key_stops_though_it_is_remembered(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     key = gateway.key(name="short", lifetime=timedelta(seconds=1))
     assert status(gateway, key) == 200
@@ -260,12 +260,12 @@ def test_an_expired_key_stops_though_it_is_remembered(start_gateway: StartGatewa
     gateway.call(gateway.ring().revoke("short"))
 
 
-def test_no_time_at_all_is_not_forever(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_no_time_at_all_is_not_forever(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     assert status(gateway, gateway.key(lifetime=timedelta())) == 401
 
 
-def test_a_name_means_one_living_key(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_name_means_one_living_key(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     first = gateway.key(name="mine")
     with pytest.raises(CommandFailed, match="a key named 'mine' exists"):
@@ -278,7 +278,7 @@ def test_a_name_means_one_living_key(start_gateway: StartGateway, alpha: PlayedB
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\nb", "a\0b", "a\udcffb"])
-def test_names_nobody_can_read_are_refused(start_gateway: StartGateway, alpha: PlayedBackend, name: str) -> None:
+def test_names_nobody_can_read_are_refused(start_gateway: StartGateway, alpha: FakeBackend, name: str) -> None:
     gateway = start_gateway(alpha)
     with pytest.raises(CommandFailed, match="1 to 200 printable characters"):
         gateway.call(gateway.ring().make(NewKey(name)))
@@ -286,7 +286,7 @@ def test_names_nobody_can_read_are_refused(start_gateway: StartGateway, alpha: P
         gateway.call(gateway.ring().revoke(name))
 
 
-def test_keys_that_are_not_there(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_keys_that_are_not_there(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     gateway.key(name="mine")
     gateway.call(gateway.ring().revoke("mine"))
@@ -297,7 +297,7 @@ def test_keys_that_are_not_there(start_gateway: StartGateway, alpha: PlayedBacke
             gateway.call(gateway.ring().rotate(name, timedelta()))
 
 
-def test_a_key_is_stored_as_a_hash_alone(start_gateway: StartGateway, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_a_key_is_stored_as_a_hash_alone(start_gateway: StartGateway, stores: TestStores, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     old = gateway.key("llama*", name="mine", rpm=5, flags=("show_backend",))
     _, new = gateway.call(gateway.ring().rotate("mine", timedelta(hours=1)))
@@ -334,7 +334,7 @@ def counted(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def test_a_wrong_key_asks_the_database_once_and_garbage_never(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = start_gateway(alpha), start_gateway(alpha)
     unknown, wrong = forged("abcdefgh"), forged(one.key().split("_")[1])
@@ -347,7 +347,7 @@ def test_a_wrong_key_asks_the_database_once_and_garbage_never(
 
 
 def test_a_right_key_asks_the_database_once(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = start_gateway(alpha), start_gateway(alpha)
     key = one.key()
@@ -358,7 +358,7 @@ def test_a_right_key_asks_the_database_once(
 
 @pytest.mark.parametrize("key_of", [lambda _: "garbage", forged], ids=["garbage", "of a right form"])
 def test_failures_are_limited_before_any_work(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch, key_of: Callable[[str], str]
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch, key_of: Callable[[str], str]
 ) -> None:
     gateway = start_gateway(alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="3", GATEWAY_TRUSTED_PROXIES="127.0.0.1")
     good, new = gateway.key(), gateway.key()
@@ -374,18 +374,18 @@ def test_failures_are_limited_before_any_work(
     assert httpx.get(f"{gateway.url}/api/tags", headers=elsewhere).status_code == 200
 
 
-def test_failures_count_together_on_all_gateways(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_failures_count_together_on_all_gateways(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     one, two = (start_gateway(alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="3") for _ in range(2))
     assert [status(gateway, "garbage") for gateway in (one, two, one)] == [401] * 3
     assert [status(gateway, "garbage") for gateway in (two, two)] == [401, 429]
 
 
-def test_requests_without_a_key_are_no_wrong_keys(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_requests_without_a_key_are_no_wrong_keys(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="2")
     assert [status(gateway, "") for _ in range(6)] == [401] * 6
 
 
-def test_an_unknown_id_takes_as_long_as_a_wrong_secret(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_an_unknown_id_takes_as_long_as_a_wrong_secret(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, ARGON2_MEMORY_COST_KIB="16384", ARGON2_TIME_COST="2")
     known = gateway.key().split("_")[1]
     took: dict[str, list[float]] = {known: [], "unknown": []}
@@ -402,7 +402,7 @@ def test_an_unknown_id_takes_as_long_as_a_wrong_secret(start_gateway: StartGatew
     assert 0.6 < unknown / wrong < 1.7
 
 
-def test_both_wrong_keys_get_the_same_answer(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_both_wrong_keys_get_the_same_answer(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     revoked, expired = gateway.key(name="gone"), gateway.key(lifetime=timedelta())
     gateway.call(gateway.ring().revoke("gone"))
@@ -428,7 +428,7 @@ def closed(stores: TestStores, servers: local_stores.Stores) -> Iterator[None]:
 
 
 def test_postgresql_away(
-    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: PlayedBackend
+    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: FakeBackend
 ) -> None:
     gateway = start_gateway(alpha, REDIS_KEY_CACHE_TTL_S="1")
     known, unknown = gateway.key(), gateway.key()
@@ -447,7 +447,7 @@ def test_postgresql_away(
 
 
 def test_postgresql_away_and_when_to_come_back(
-    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: PlayedBackend
+    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: FakeBackend
 ) -> None:
     gateway = start_gateway(alpha)
     with closed(stores, servers):
@@ -455,7 +455,7 @@ def test_postgresql_away_and_when_to_come_back(
 
 
 @pytest.fixture
-def without_redis(stores: TestStores, alpha: PlayedBackend) -> Iterator[RunningGateway]:
+def without_redis(stores: TestStores, alpha: FakeBackend) -> Iterator[RunningGateway]:
     names = {"REDIS_URL": "unix:///nowhere/redis.sock", "REDIS_KEY_CACHE_TTL_S": "1"}
     with RunningGateway(settings_for(alpha, DATABASE_URL=stores.database_url, **names)) as gateway:
         yield gateway
@@ -480,7 +480,7 @@ def test_redis_away_and_rotation(without_redis: RunningGateway) -> None:
     until(lambda: status(without_redis, old) == 401, 2)
 
 
-def test_failures_are_limited_without_redis(stores: TestStores, alpha: PlayedBackend) -> None:
+def test_failures_are_limited_without_redis(stores: TestStores, alpha: FakeBackend) -> None:
     names = {"REDIS_URL": "unix:///nowhere/redis.sock", "AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "2"}
     with RunningGateway(settings_for(alpha, DATABASE_URL=stores.database_url, **names)) as gateway:
         assert [status(gateway, "garbage") for _ in range(3)] == [401, 401, 429]
@@ -497,7 +497,7 @@ def authenticator_of(gateway: RunningGateway) -> Authenticator:
 
 @pytest.mark.parametrize("forge", ["unknown ids", "one id that exists"])
 def test_wrong_keys_from_many_addresses_keep_no_good_one_waiting(
-    start_gateway: StartGateway, alpha: PlayedBackend, forge: str
+    start_gateway: StartGateway, alpha: FakeBackend, forge: str
 ) -> None:
     """A good key that this process does not know yet has its turn among the next, however many wrong ones came before."""
     gateway = start_gateway(alpha)
@@ -551,7 +551,7 @@ async def until_there(done: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("exists", [True, False], ids=["an id that exists", "an unknown id"])
 def test_one_address_does_not_lock_out_the_holder_of_a_key(
-    start_gateway: StartGateway, alpha: PlayedBackend, exists: bool
+    start_gateway: StartGateway, alpha: FakeBackend, exists: bool
 ) -> None:
     """Its attempts with one id are one at a time, whether there is the id or not; all of them count as wrong."""
     gateway = start_gateway(alpha)
@@ -578,7 +578,7 @@ def test_one_address_does_not_lock_out_the_holder_of_a_key(
 
 @pytest.mark.parametrize("flooded", [2, 12])
 def test_floods_of_some_ids_keep_nobody_out_who_has_another(
-    start_gateway: StartGateway, alpha: PlayedBackend, flooded: int
+    start_gateway: StartGateway, alpha: FakeBackend, flooded: int
 ) -> None:
     """Wrong keys with ids that exist, each from an address of its own: others wait for one of each of these ids at most."""
     gateway = start_gateway(alpha)
@@ -606,7 +606,7 @@ def test_floods_of_some_ids_keep_nobody_out_who_has_another(
     assert max(hasher.runs.index(key) for key in holders) < flooded + len(holders)
 
 
-def test_a_right_key_on_many_connections_at_once_is_one_attempt(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_right_key_on_many_connections_at_once_is_one_attempt(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     key, authenticator = gateway.key(), authenticator_of(gateway)
     hasher = gated(authenticator)
@@ -623,7 +623,7 @@ def test_a_right_key_on_many_connections_at_once_is_one_attempt(start_gateway: S
 
 
 def test_a_changed_key_needs_no_argon2_and_without_the_database_it_is_good_no_longer(
-    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: PlayedBackend
+    start_gateway: StartGateway, stores: TestStores, servers: local_stores.Stores, alpha: FakeBackend
 ) -> None:
     gateway = start_gateway(alpha)
     key, authenticator = gateway.key(name="mine"), authenticator_of(gateway)

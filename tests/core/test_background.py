@@ -18,7 +18,7 @@ from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
 from gateway.stores.redis_connection import Replies
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import WAYS
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.scripts import Forever
 from tests.support.settings_of import settings_for
@@ -108,7 +108,7 @@ def test_what_ends_by_itself_is_ended_with_its_owner_and_heard_of_when_it_fails(
     assert [record.getMessage() for record in caplog.records] == ["the task 'once' failed"]
 
 
-def test_a_gateway_that_ends_leaves_no_task(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_gateway_that_ends_leaves_no_task(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     """Also of what it asks of a backend that does not answer: here while it ends its polls and its look at what runs."""
     gateway = start_gateway(alpha)
     for path in ("/api/tags", "/api/ps"):
@@ -168,7 +168,7 @@ def states_of(client: Any) -> tuple[int, str, str]:
 def test_a_database_that_only_reads(
     start_gateway: StartGateway,
     stores: TestStores,
-    alpha: PlayedBackend,
+    alpha: FakeBackend,
     monkeypatch: pytest.MonkeyPatch,
     servers_in_the_address: int,
 ) -> None:
@@ -234,7 +234,7 @@ def test_what_is_not_the_askers_fault_is_the_stores(stores: TestStores) -> None:
     assert asyncio.run(run()) == expected
 
 
-def test_health_knows_all_tasks_of_a_gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_health_knows_all_tasks_of_a_gateway(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
 
     async def running() -> set[str]:

@@ -7,7 +7,7 @@ import pytest
 from gateway.auth.key_store import ADMIN_MODELS
 from tests.conftest import StartGateway
 from tests.support.asking import MODEL, WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import HTML, PLAIN, End, Head, Piece, Raw, answer, recording
 
@@ -16,7 +16,7 @@ OURS = {"ollama-stream": "application/x-ndjson", "openai-stream": "text/event-st
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, METRICS_ALLOW="127.0.0.1")
 
 
@@ -30,7 +30,7 @@ def recorded(way: Way) -> bytes:
 )
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_another_type_of_a_backend_becomes_the_dialects_own(
-    gateway: RunningGateway, alpha: PlayedBackend, way: Way, told: str
+    gateway: RunningGateway, alpha: FakeBackend, way: Way, told: str
 ) -> None:
     typed = [("Content-Type", told)] if told else []
     alpha.play(way.path, [Head(200, typed, chunked=True), Piece(recorded(way)), End()])
@@ -40,7 +40,7 @@ def test_another_type_of_a_backend_becomes_the_dialects_own(
     assert got.headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_dialects_types_stay_as_they_were_told(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_the_dialects_types_stay_as_they_were_told(gateway: RunningGateway, alpha: FakeBackend) -> None:
     """Ollama answers a call that only loads a model with one JSON object, also where a stream was asked for."""
     with gateway.http(gateway.key()) as client:
         for way, told in [(WAYS[1], "application/json; charset=utf-8"), (WAYS[3], "text/event-stream;charset=UTF-8")]:
@@ -50,7 +50,7 @@ def test_the_dialects_types_stay_as_they_were_told(gateway: RunningGateway, alph
 
 @pytest.mark.parametrize(("status", "told"), [(200, 502), (502, 502), (302, 502), (404, 404), (403, 403)])
 def test_a_page_in_place_of_an_answer_is_passed_on_nowhere(
-    gateway: RunningGateway, alpha: PlayedBackend, status: int, told: int
+    gateway: RunningGateway, alpha: FakeBackend, status: int, told: int
 ) -> None:
     with gateway.http(gateway.key(flags=(ADMIN_MODELS,))) as client:
         for kind in (HTML, PLAIN):
@@ -77,7 +77,7 @@ def test_every_answer_says_that_it_is_not_to_be_guessed_at(gateway: RunningGatew
     assert answers[3].status_code == 200 and answers[9].status_code == 200
 
 
-def test_a_head_that_splits_into_two_is_none(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_a_head_that_splits_into_two_is_none(gateway: RunningGateway, alpha: FakeBackend) -> None:
     """A backend's header never ends a line of ours."""
     alpha.play(
         "/api/chat", [Raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\rX-Evil: 1\r\nContent-Length: 2\r\n\r\n{}")]

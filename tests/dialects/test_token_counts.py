@@ -21,7 +21,7 @@ from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limits import until
 from tests.support.asking import MODEL, SAY_HI, WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.scripts import Forever, Received, Step, answer, compact, ndjson, sse, stream
 from tests.system.test_hangups import send
 
@@ -31,15 +31,15 @@ VOLATILE = re.compile(rb'"created":\d+')
 
 
 @pytest.fixture(params=["ollama", "openai"])
-def backend(request: pytest.FixtureRequest) -> Iterator[PlayedBackend]:
-    with PlayedBackend(kind=request.param, models=["llama3.2:latest"], name="alpha") as played:
+def backend(request: pytest.FixtureRequest) -> Iterator[FakeBackend]:
+    with FakeBackend(kind=request.param, models=["llama3.2:latest"], name="alpha") as played:
         yield played
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("options", [None, {"include_usage": False}, {}], ids=str)
 def test_counts_are_asked_for_and_left_out_again(
-    start_gateway: StartGateway, backend: PlayedBackend, route: str, options: dict[str, bool] | None
+    start_gateway: StartGateway, backend: FakeBackend, route: str, options: dict[str, bool] | None
 ) -> None:
     gateway = start_gateway(backend)
     asked = {**STREAMED, **({} if options is None else {"stream_options": options})}
@@ -55,7 +55,7 @@ def test_counts_are_asked_for_and_left_out_again(
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_counts_that_were_asked_for_stay(start_gateway: StartGateway, backend: PlayedBackend, route: str) -> None:
+def test_counts_that_were_asked_for_stay(start_gateway: StartGateway, backend: FakeBackend, route: str) -> None:
     gateway = start_gateway(backend)
     asked = {**STREAMED, "model": "llama3.2:latest", "stream_options": {"include_usage": True}}
     with gateway.http() as direct, gateway.http(gateway.key()) as client:
@@ -63,7 +63,7 @@ def test_counts_that_were_asked_for_stay(start_gateway: StartGateway, backend: P
     assert VOLATILE.sub(b"", got.content) == VOLATILE.sub(b"", plain.content) and b'"usage"' in got.content
 
 
-def test_words_that_look_like_counts_stay(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_words_that_look_like_counts_stay(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     said = ',"usage":null {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}'
     choice = {"index": 0, "delta": {"content": said}}
@@ -76,7 +76,7 @@ def test_words_that_look_like_counts_stay(start_gateway: StartGateway, alpha: Pl
     assert gateway.audit_rows()[0]["completion_tokens"] == 9
 
 
-def test_a_whole_answer_is_not_asked_for_counts(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_whole_answer_is_not_asked_for_counts(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         assert client.post("/v1/chat/completions", json={**STREAMED, "stream": False}).status_code == 200
@@ -84,7 +84,7 @@ def test_a_whole_answer_is_not_asked_for_counts(start_gateway: StartGateway, alp
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_without_counts_they_are_guessed(start_gateway: StartGateway, alpha: PlayedBackend, streamed: bool) -> None:
+def test_without_counts_they_are_guessed(start_gateway: StartGateway, alpha: FakeBackend, streamed: bool) -> None:
     gateway = start_gateway(alpha)
     records = [{"model": MODEL, "message": {"role": "assistant", "content": f"word {n}"}, "done": False} for n in range(9)]
     last = {"model": MODEL, "message": {"role": "assistant", "content": "one two three four"}, "done": True}
@@ -96,7 +96,7 @@ def test_without_counts_they_are_guessed(start_gateway: StartGateway, alpha: Pla
     assert row["completion_tokens"] == (10 if streamed else 5)
 
 
-def test_legacy_embeddings_are_guessed(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_legacy_embeddings_are_guessed(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         client.post("/api/embeddings", json={"model": MODEL, "prompt": "x" * 400})
@@ -106,7 +106,7 @@ def test_legacy_embeddings_are_guessed(start_gateway: StartGateway, alpha: Playe
     assert (second["prompt_tokens"], second["completion_tokens"], second["tokens_from"]) == (3, 0, "reported")
 
 
-def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces, alpha.healthy.pause_s = 200, 0.02
     with gateway.http(gateway.key()) as client, client.stream("POST", "/api/chat", json=WAYS[1].body) as got:
@@ -131,7 +131,7 @@ def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, 
 )
 def test_who_does_not_wait_for_a_whole_answer_pays_for_what_was_made(
     start_gateway: StartGateway,
-    alpha: PlayedBackend,
+    alpha: FakeBackend,
     monkeypatch: pytest.MonkeyPatch,
     way: Way,
     body: dict[str, Any],
@@ -160,7 +160,7 @@ def test_what_was_made_of_an_answer_is_a_matter_of_the_time_at_the_last_backend(
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/completions"])
-def test_a_long_frame_counts_for_what_it_says(start_gateway: StartGateway, alpha: PlayedBackend, path: str) -> None:
+def test_a_long_frame_counts_for_what_it_says(start_gateway: StartGateway, alpha: FakeBackend, path: str) -> None:
     gateway = start_gateway(alpha, MAX_NUM_PREDICT="10000")
     text, padding = "word " * 4000, {"logprobs": ["x" * 3000]}
     kind = "application/x-ndjson" if path == "/api/chat" else "text/event-stream"
@@ -178,7 +178,7 @@ def test_a_long_frame_counts_for_what_it_says(start_gateway: StartGateway, alpha
     assert long["completion_tokens"] >= len(text) // 4 and short["completion_tokens"] <= 3
 
 
-def test_no_word_of_a_backend_costs_more_than_it_was_asked_for(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_no_word_of_a_backend_costs_more_than_it_was_asked_for(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MAX_NUM_PREDICT="100")
     record = {"model": MODEL, "message": {"role": "assistant", "content": "hi"}, "done": False}
     counts = {"done": True, "done_reason": "stop", "prompt_eval_count": 2**53, "eval_count": 2**53}
@@ -201,7 +201,7 @@ def test_guesses_are_of_the_right_size(text: str, least: int, most: int) -> None
     assert least <= tokens.of_text(text) <= most
 
 
-def test_the_overshoot_is_bounded_by_what_was_in_flight(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_the_overshoot_is_bounded_by_what_was_in_flight(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     """A backend that says much more than it did until now: each call in flight may exceed its reserve, no other gets in."""
     most, tpm, at_once = 300, 2000, 6
     gateway = start_gateway(alpha, MAX_NUM_PREDICT=str(most))
@@ -230,7 +230,7 @@ def test_the_overshoot_is_bounded_by_what_was_in_flight(start_gateway: StartGate
     assert tpm - most - 6 < spent <= tpm + at_once * most
 
 
-def test_a_named_bound_is_never_overshot(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_named_bound_is_never_overshot(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces = 50
     with gateway.http(gateway.key(tpm=500)) as client:
@@ -241,7 +241,7 @@ def test_a_named_bound_is_never_overshot(start_gateway: StartGateway, alpha: Pla
 
 
 def test_budgets_are_known_after_redis_has_lost_everything(
-    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores
 ) -> None:
     gateway = start_gateway(alpha)
     few: dict[str, Any] = {"options": {"num_predict": 20}}
@@ -255,9 +255,7 @@ def test_budgets_are_known_after_redis_has_lost_everything(
     assert len(gateway.audit_rows()) == before + 1
 
 
-def test_scripts_that_redis_forgot_are_told_again(
-    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores
-) -> None:
+def test_scripts_that_redis_forgot_are_told_again(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key(rpm=3)) as client, stores.client() as redis:
         statuses = []
@@ -408,7 +406,7 @@ def test_honest_requests_cost_what_they_are(path: str, body: dict[str, Any], tok
     assert tokens_at_least <= need_of(path, body) <= tokens_at_most
 
 
-def test_who_leaves_first_pays_for_what_was_sent(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_who_leaves_first_pays_for_what_was_sent(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces, alpha.healthy.pause_s = 200, 0.02
     message: dict[str, Any] = SAY_HI[0]

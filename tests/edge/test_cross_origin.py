@@ -6,7 +6,7 @@ from gateway.auth import key_store
 from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.asking import SAY_HI
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 PAGE = {"Origin": "http://elsewhere.example"}
@@ -19,7 +19,7 @@ TO_ALL = ("/v1/models", "/v1/models/llama3.2", "/v1/nowhere", "/v1/", "//v1/mode
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(
         alpha,
         DASHBOARD_ENABLED="true",

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import StartGateway
 from tests.support.asking import WAYS, Way
 from tests.support.echoing import EchoServer
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 from tests.support.scripts import FAULTS
@@ -324,7 +324,7 @@ def test_a_client_of_http_1_0_that_leaves_is_noticed(echo: EchoServer) -> None:
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha)
 
 
@@ -355,7 +355,7 @@ def test_refusals_are_told_in_the_callers_dialect(gateway: RunningGateway) -> No
     ]
 
 
-def test_a_key_or_an_address_in_a_trailer_counts_for_nothing(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_key_or_an_address_in_a_trailer_counts_for_nothing(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, GATEWAY_TRUSTED_PROXIES="127.0.0.1")
     key = gateway.key()
     body = json.dumps(WAYS[0].body).encode()
@@ -370,9 +370,7 @@ def test_a_key_or_an_address_in_a_trailer_counts_for_nothing(start_gateway: Star
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_call_is_let_go_when_its_client_leaves_with_a_pipeline(
-    gateway: RunningGateway, alpha: PlayedBackend, way: Way
-) -> None:
+def test_a_call_is_let_go_when_its_client_leaves_with_a_pipeline(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
     alpha.play(way.path, FAULTS["head_timeout"](way.dialect, way.streamed))
     body = json.dumps(way.body).encode()
     head = (
@@ -389,7 +387,7 @@ def test_a_call_is_let_go_when_its_client_leaves_with_a_pipeline(
     assert gateway.components.backends["alpha"].in_flight == 0
 
 
-def test_an_upload_that_is_no_http_is_the_clients_fault(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_an_upload_that_is_no_http_is_the_clients_fault(gateway: RunningGateway, alpha: FakeBackend) -> None:
     path, key = f"/api/blobs/sha256:{'0' * 64}", f"Authorization: Bearer {gateway.admin_key()}"
     got = ask(gateway, "Host: x", key, "Transfer-Encoding: chunked", body=b"3\r\nabc\r\nxx\r\n", path=path)
     assert got.status == 400 and "not valid HTTP" in json.loads(got.data)["error"]  # type: ignore[attr-defined]

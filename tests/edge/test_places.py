@@ -11,7 +11,7 @@ import pytest
 from gateway.edge.places import EXTRA
 from tests.conftest import TestStores
 from tests.support.echoing import EchoServer
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import operate, serving, until
 from tests.support.settings_of import environment_for
 
@@ -118,7 +118,7 @@ def test_where_none_is_idle_the_gateway_is_still_alive(echo: EchoServer, held: E
 
 
 def test_a_crowd_of_idle_clients_leaves_descriptors_for_the_rest(tmp_path: Path, stores: TestStores, held: ExitStack) -> None:
-    alpha = held.enter_context(PlayedBackend(models=["llama3.2:latest"], name="alpha"))
+    alpha = held.enter_context(FakeBackend(models=["llama3.2:latest"], name="alpha"))
     names = environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     key = operate(tmp_path, names, "key", "--name", "mine").split()[-1]
     _, url, _ = held.enter_context(serving(tmp_path, names, entry=("-c", FEW_DESCRIPTORS)))

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import StartGateway
 from tests.limits.test_limits import until
 from tests.support.asking import MODEL, SAY_HI
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import answer, stream
 
@@ -19,12 +19,12 @@ WHOLE = {"model": MODEL, "messages": SAY_HI, "stream": False}
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
     monkeypatch.setattr("gateway.fleet.held_answers.MOST_HELD", 5 * LARGE // 2)
     return start_gateway(alpha)
 
 
-def play(alpha: PlayedBackend, size: int) -> None:
+def play(alpha: FakeBackend, size: int) -> None:
     alpha.play("/api/chat", answer(200, {"model": "m", "message": {"role": "assistant", "content": "x" * size}, "done": True}))
 
 
@@ -45,7 +45,7 @@ def status(gateway: RunningGateway, key: str) -> int:
         return client.post("/api/chat", json=WHOLE).status_code
 
 
-def test_an_answer_keeps_its_slot_until_it_is_read(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_an_answer_keeps_its_slot_until_it_is_read(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key, held = gateway.key(concurrent=1), gateway.components.held_answers
     play(alpha, LARGE)
     with ask_and_read_little(gateway, key) as connection:
@@ -62,7 +62,7 @@ def test_an_answer_keeps_its_slot_until_it_is_read(gateway: RunningGateway, alph
     assert [row["outcome"] for row in gateway.audit_rows()] == ["answered", "refused:rate_limit_exceeded", "answered"]
 
 
-def test_a_large_last_frame_keeps_its_slot(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_a_large_last_frame_keeps_its_slot(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key = gateway.key(concurrent=1)
     last = b'{"model":"m","message":{"role":"assistant","content":"%b"},"done":true}\n' % (b"x" * 7 * 2**20)
     alpha.play("/api/chat", stream([last]))
@@ -77,7 +77,7 @@ def test_a_large_last_frame_keeps_its_slot(gateway: RunningGateway, alpha: Playe
 
 @pytest.mark.parametrize("is_last", [True, False])
 def test_a_reader_that_stalls_in_a_large_frame_is_not_told_that_it_had_it(
-    start_gateway: StartGateway, alpha: PlayedBackend, is_last: bool
+    start_gateway: StartGateway, alpha: FakeBackend, is_last: bool
 ) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.3")
     frame = b'{"model":"m","message":{"role":"assistant","content":"%b"},"done":%b}\n'
@@ -93,7 +93,7 @@ def test_a_reader_that_stalls_in_a_large_frame_is_not_told_that_it_had_it(
     assert (line["outcome"], line["detail"]) == ("client_gone", "stalled")
 
 
-def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key = gateway.key(concurrent=1)
     play(alpha, LARGE)
     ask_and_read_little(gateway, key).close()
@@ -104,7 +104,7 @@ def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, 
 
 
 def test_a_reader_that_trickles_meets_a_deadline(
-    gateway: RunningGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    gateway: RunningGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.proxy.exchange.READ_WITHIN_S", 0.3)
     monkeypatch.setattr("gateway.proxy.exchange.SLOWEST_READER", LARGE * 10)
@@ -119,7 +119,7 @@ def test_a_reader_that_trickles_meets_a_deadline(
     assert gateway.request_lines()[-1]["detail"] == "stalled" and gateway.components.held_answers.used == 0
 
 
-def test_who_holds_much_pays_and_no_other_key(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_who_holds_much_pays_and_no_other_key(gateway: RunningGateway, alpha: FakeBackend) -> None:
     greedy, modest = gateway.key(name="greedy"), gateway.key(name="modest")
     play(alpha, LARGE)
     with ask_and_read_little(gateway, greedy):
@@ -137,7 +137,7 @@ def test_who_holds_much_pays_and_no_other_key(gateway: RunningGateway, alpha: Pl
 
 
 def test_no_second_backend_makes_an_answer_that_has_no_room(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.fleet.held_answers.MOST_HELD", 200_000)
     gateway = start_gateway(alpha, beta)

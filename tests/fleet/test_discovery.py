@@ -13,14 +13,14 @@ from gateway.dialects.model_names import AllowList
 from gateway.fleet import discovery
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import WAYS
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import LISTS_S, RunningGateway
 from tests.support.scripts import Forever, Steps, answer
 
 
 @pytest.fixture
-def beta() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["llama3.2:latest", "only-beta:7b"], name="beta") as backend:
+def beta() -> Iterator[FakeBackend]:
+    with FakeBackend(models=["llama3.2:latest", "only-beta:7b"], name="beta") as backend:
         yield backend
 
 
@@ -35,7 +35,7 @@ def names(gateway: RunningGateway) -> set[str]:
     return set(gateway.components.discovery.catalog.models)
 
 
-def test_a_new_model_is_usable_after_one_refresh(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_new_model_is_usable_after_one_refresh(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.3")
     alpha.models.append("new:latest")
     until(lambda: "new:latest" in names(gateway), 2.0)
@@ -43,7 +43,7 @@ def test_a_new_model_is_usable_after_one_refresh(start_gateway: StartGateway, al
     until(lambda: "new:latest" not in names(gateway), 2.0)
 
 
-def test_one_process_polls_and_the_others_take_its_map(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_one_process_polls_and_the_others_take_its_map(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateways = [start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.5") for _ in range(3)]
     time.sleep(0.6)
     before = len(alpha.calls("/api/tags"))
@@ -55,10 +55,10 @@ def test_one_process_polls_and_the_others_take_its_map(start_gateway: StartGatew
 
 
 def test_each_gateway_asks_its_own_backends_whoever_else_shares_its_redis(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     """While OLLAMA_BACKENDS changes gateway by gateway, both lists are in use; one name may then have two addresses."""
-    with PlayedBackend(models=["moved:latest"], name="alpha") as moved:
+    with FakeBackend(models=["moved:latest"], name="alpha") as moved:
         before = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.4")
         after = start_gateway(moved, beta, MODEL_DISCOVERY_REFRESH_S="0.4")
         slower = start_gateway(alpha, beta, MODEL_DISCOVERY_REFRESH_S="3600")
@@ -73,7 +73,7 @@ def test_each_gateway_asks_its_own_backends_whoever_else_shares_its_redis(
 
 
 def test_the_map_stands_in_redis_in_priority_order(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, stores: TestStores
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, stores: TestStores
 ) -> None:
     gateway = start_gateway(alpha, beta)
     with stores.client() as redis:
@@ -82,7 +82,7 @@ def test_the_map_stands_in_redis_in_priority_order(
         assert b"models" in redis.get(discovery.snapshot_name(gateway.settings.backends[0]))
 
 
-def test_a_slow_backend_delays_nobody(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_a_slow_backend_delays_nobody(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.play("/api/tags", [Forever()])
     began = time.monotonic()
     gateway = start_gateway(beta, alpha)
@@ -91,7 +91,7 @@ def test_a_slow_backend_delays_nobody(start_gateway: StartGateway, alpha: Played
     assert WAYS[0].ask(gateway, gateway.key()) == "alpha heard: Say hi"
 
 
-def test_lists_do_not_wait_for_a_frozen_backend(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_lists_do_not_wait_for_a_frozen_backend(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.3")
     with gateway.http(gateway.key()) as client:
         client.get("/api/tags")
@@ -104,7 +104,7 @@ def test_lists_do_not_wait_for_a_frozen_backend(start_gateway: StartGateway, alp
     alpha.thaw()
 
 
-def test_a_backend_that_fails_a_poll_keeps_its_models_for_a_while(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_backend_that_fails_a_poll_keeps_its_models_for_a_while(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.2", MODEL_DISCOVERY_CACHE_TTL_S="1.5")
     with gateway.http(gateway.key()) as client:
         alpha.stop()
@@ -120,7 +120,7 @@ def test_a_backend_that_fails_a_poll_keeps_its_models_for_a_while(start_gateway:
 
 
 def test_without_redis_each_process_polls_for_itself(
-    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores
 ) -> None:
     dead = type(stores)(stores.database_url, "redis://127.0.0.1:1/0")
     object.__setattr__(stores, "redis_url", dead.redis_url)
@@ -133,7 +133,7 @@ def test_without_redis_each_process_polls_for_itself(
         assert ready.status_code == 200 and ready.json()["redis"] == "degraded"
 
 
-def test_a_backend_that_answers_nonsense_has_no_models(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_backend_that_answers_nonsense_has_no_models(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     for body in (b"<html>", b"[]", b'{"models":null}', b'{"models":[{"name":5},{"model":""},"x",{"name":"good"}]}'):
         alpha.play("/api/tags", answer(200, body))
         gateway = start_gateway(alpha)
@@ -146,13 +146,13 @@ def test_a_backend_that_answers_nonsense_has_no_models(start_gateway: StartGatew
     assert gateway.components.discovery.catalog.snapshots[0].error.startswith("bad_list")
 
 
-def test_health_checks_never_generate(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_health_checks_never_generate(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.2")
     time.sleep(0.8)
     assert {request.path for request in alpha.requests} <= {"/api/tags", "/api/ps", "/api/version"}
 
 
-def test_versions_and_running_models(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_versions_and_running_models(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     alpha.play("/api/version", answer(200, {"version": "0.12.3-rc1+gw"}))
     beta.play("/api/version", answer(200, {"version": "v0.9.1"}))
     entry = {
@@ -174,7 +174,7 @@ def test_versions_and_running_models(start_gateway: StartGateway, alpha: PlayedB
         assert client.get("/api/ps").json() == {"models": []}
 
 
-def test_a_remote_stub_is_a_cloud_model(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_remote_stub_is_a_cloud_model(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     stub = {"name": "stub:latest", "digest": "a" * 64, "remote_host": "https://ollama.com", "remote_model": "stub"}
     alpha.models.append("stub:latest")
     alpha.play("/api/tags", answer(200, {"models": [stub]}))
@@ -186,7 +186,7 @@ def test_a_remote_stub_is_a_cloud_model(start_gateway: StartGateway, alpha: Play
         assert client.post("/api/chat", json={"model": "stub", "messages": []}).status_code == 200
 
 
-def test_the_map_is_replaced_whole_while_it_is_read(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_the_map_is_replaced_whole_while_it_is_read(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway, stop = start_gateway(alpha), threading.Event()
     seen: set[int] = set()
 
@@ -203,7 +203,7 @@ def test_the_map_is_replaced_whole_while_it_is_read(start_gateway: StartGateway,
     assert seen <= {1, 501}
 
 
-def test_what_runs_is_asked_when_somebody_asks_and_once_for_all(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_what_runs_is_asked_when_somebody_asks_and_once_for_all(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="60")
     with gateway.http(gateway.key()) as client:
         assert [entry["name"] for entry in client.get("/api/ps").json()["models"]] == ["llama3.2:latest"]
@@ -216,7 +216,7 @@ def test_what_runs_is_asked_when_somebody_asks_and_once_for_all(start_gateway: S
 
 
 def test_who_asks_what_runs_does_not_wait_for_a_dead_backend(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     beta.play("/api/ps", [Forever()])
     gateway = start_gateway(alpha, beta, MODEL_DISCOVERY_REFRESH_S="60")
@@ -247,7 +247,7 @@ def test_clients_see_by_what_they_size_their_context(start_gateway: StartGateway
         "permission": [{}],
     }
     odd = {"id": "odd", "created": 7, "root": "/srv/models/odd", "max_model_len": "many", "context_length": 10**30, "meta": [1]}
-    with PlayedBackend("openai", ["qwen3"], name="beta") as beta:
+    with FakeBackend("openai", ["qwen3"], name="beta") as beta:
         beta.play("/v1/models", listed(llama, vllm, odd))
         gateway = start_gateway(beta)
         with gateway.http(gateway.key()) as client:
@@ -266,7 +266,7 @@ def test_clients_see_by_what_they_size_their_context(start_gateway: StartGateway
 def test_a_model_keeps_the_time_at_which_it_was_first_seen(start_gateway: StartGateway) -> None:
     clock = itertools.count(1_800_000_000)
 
-    with PlayedBackend("openai", ["old"], name="beta") as beta:
+    with FakeBackend("openai", ["old"], name="beta") as beta:
         beta.play("/v1/models", lambda _: listed(*({"id": name, "created": next(clock)} for name in beta.models)))
         gateway = start_gateway(beta)
         [first] = created(gateway)

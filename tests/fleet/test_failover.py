@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.support.asking import WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.scripts import FAULTS, Close, End, Forever, Head, Piece, Raw, Step, answer, kind_of, recording
 
 MODELS = ["llama3.2:latest"]
@@ -19,7 +19,7 @@ SILENT = ("head_timeout", "connect_timeout", "frozen")
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("fault", [*FAULTS, "refused", "connect_timeout", "frozen"])
 def test_the_second_backend_answers(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, way: Way, fault: str
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, way: Way, fault: str
 ) -> None:
     waits = {"OLLAMA_READ_TIMEOUT_S": "1.5", "OLLAMA_CONNECT_TIMEOUT_S": "1"} if fault in SILENT else {}
     gateway = start_gateway(alpha, beta, **waits)
@@ -36,7 +36,7 @@ def test_the_second_backend_answers(
     assert len(line["attempts"]) == 1 and line["attempts"][0]["backend"] == "alpha"
 
 
-def break_backend(backend: PlayedBackend, fault: str, way: Way) -> None:
+def break_backend(backend: FakeBackend, fault: str, way: Way) -> None:
     if fault == "refused":
         backend.stop()
     elif fault == "frozen":
@@ -49,7 +49,7 @@ def break_backend(backend: PlayedBackend, fault: str, way: Way) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_model_that_is_gone_is_asked_elsewhere(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, way: Way
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, way: Way
 ) -> None:
     gateway = start_gateway(alpha, beta)
     alpha.play(way.path, answer(404, {"error": "model 'llama3.2' not found"}))
@@ -64,7 +64,7 @@ TWO_LENGTHS = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 20\r\n\r
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("fault", ["cut_short", "not_http"])
 def test_what_frames_a_body_without_end_or_in_two_ways_is_no_answer(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, way: Way, fault: str
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, way: Way, fault: str
 ) -> None:
     """Long before any timeout: the bytes of a chunk's extension are no sign of life."""
     gateway = start_gateway(alpha, beta)
@@ -77,7 +77,7 @@ def test_what_frames_a_body_without_end_or_in_two_ways_is_no_answer(
 
 
 @pytest.mark.parametrize("way", WAYS[1::2], ids=str)
-def test_framing_without_end_ends_an_answer_that_has_begun(start_gateway: StartGateway, alpha: PlayedBackend, way: Way) -> None:
+def test_framing_without_end_ends_an_answer_that_has_begun(start_gateway: StartGateway, alpha: FakeBackend, way: Way) -> None:
     gateway = start_gateway(alpha)
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     whole = recording(name)
@@ -96,7 +96,7 @@ def test_framing_without_end_ends_an_answer_that_has_begun(start_gateway: StartG
 
 
 def test_the_callers_own_mistake_is_not_tried_elsewhere(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     gateway = start_gateway(alpha, beta)
     alpha.play("/api/chat", answer(400, {"error": '"llama3.2" does not support thinking'}))
@@ -106,7 +106,7 @@ def test_the_callers_own_mistake_is_not_tried_elsewhere(
     assert not beta.calls("/api/chat")
 
 
-def test_the_callers_mistake_is_told_in_the_callers_dialect(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_the_callers_mistake_is_told_in_the_callers_dialect(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     for body, told in [
         (b'{"detail":"too many images"}', "too many images"),
@@ -119,7 +119,7 @@ def test_the_callers_mistake_is_told_in_the_callers_dialect(start_gateway: Start
         assert got.status_code == 422 and got.json()["error"]["message"] == told
 
 
-def test_all_backends_down_is_503_with_a_time_to_come_back(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_all_backends_down_is_503_with_a_time_to_come_back(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     key = gateway.key()
     alpha.stop()
@@ -133,7 +133,7 @@ def test_all_backends_down_is_503_with_a_time_to_come_back(start_gateway: StartG
     ("fault", "status"), [("500", 502), ("429", 503), ("503", 503), ("garbage", 502), ("head_timeout", 504), ("reset", 503)]
 )
 def test_what_is_told_when_the_only_backend_fails(
-    start_gateway: StartGateway, alpha: PlayedBackend, fault: str, status: int
+    start_gateway: StartGateway, alpha: FakeBackend, fault: str, status: int
 ) -> None:
     gateway = start_gateway(alpha, **({"OLLAMA_READ_TIMEOUT_S": "0.5"} if fault in SILENT else {}))
     alpha.play("/api/chat", FAULTS[fault]("ollama", True))
@@ -144,7 +144,7 @@ def test_what_is_told_when_the_only_backend_fails(
 
 
 def test_a_broken_backend_is_passed_over_and_tried_again_by_one_probe(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     gateway = start_gateway(alpha, beta)
     key = gateway.key()
@@ -160,7 +160,7 @@ def test_a_broken_backend_is_passed_over_and_tried_again_by_one_probe(
     assert breaker.state == "closed"
 
 
-def test_the_last_backend_of_a_model_is_never_ejected(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_the_last_backend_of_a_model_is_never_ejected(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     key = gateway.key()
     alpha.play("/api/chat", answer(500, {"error": "broken"}))
@@ -171,7 +171,7 @@ def test_the_last_backend_of_a_model_is_never_ejected(start_gateway: StartGatewa
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
 
 
-def test_a_full_backend_passes_work_on(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_a_full_backend_passes_work_on(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     gateway = start_gateway(alpha, beta, OLLAMA_MAX_CONNECTIONS="1")
     key = gateway.key()
     alpha.healthy.pieces, alpha.healthy.pause_s = 30, 0.1
@@ -182,9 +182,7 @@ def test_a_full_backend_passes_work_on(start_gateway: StartGateway, alpha: Playe
         assert alpha.in_flight == 1
 
 
-def test_never_two_backends_at_work_on_one_request(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend
-) -> None:
+def test_never_two_backends_at_work_on_one_request(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     gateway = start_gateway(alpha, beta, OLLAMA_READ_TIMEOUT_S="0.7")
     alpha.play("/api/chat", FAULTS["head_timeout"]("ollama", True))
     assert WAYS[1].ask(gateway, gateway.key()) == "beta heard: Say hi"
@@ -195,7 +193,7 @@ def test_never_two_backends_at_work_on_one_request(
 
 
 def test_a_stale_connection_is_simply_tried_again(start_gateway: StartGateway) -> None:
-    with PlayedBackend(models=MODELS, name="alpha", close_idle_as_request_arrives=True) as alpha:
+    with FakeBackend(models=MODELS, name="alpha", close_idle_as_request_arrives=True) as alpha:
         gateway = start_gateway(alpha)
         limits = httpx.Limits(max_connections=4)
         with gateway.http(gateway.key(), limits=limits) as client:

@@ -16,7 +16,7 @@ from gateway.fleet.backends.config import BackendConfig
 from tests.conftest import StartGateway
 from tests.limits.test_limits import until
 from tests.support.asking import MODEL, SAY_HI, WAYS
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import HTML, Forever, Head, Piece, Step, answer, ndjson, sse, stream
 
@@ -36,18 +36,18 @@ OUT_OF_MEMORY = {"error": {"message": f"{CANARY}: CUDA error: out of memory", "t
 
 
 @pytest.fixture
-def gamma() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["llama3.2:latest"], name="gamma") as backend:
+def gamma() -> Iterator[FakeBackend]:
+    with FakeBackend(models=["llama3.2:latest"], name="gamma") as backend:
         yield backend
 
 
 @pytest.fixture
-def three(alpha: PlayedBackend, beta: PlayedBackend, gamma: PlayedBackend) -> list[PlayedBackend]:
+def three(alpha: FakeBackend, beta: FakeBackend, gamma: FakeBackend) -> list[FakeBackend]:
     return [alpha, beta, gamma]
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, three: list[PlayedBackend]) -> RunningGateway:
+def gateway(start_gateway: StartGateway, three: list[FakeBackend]) -> RunningGateway:
     return start_gateway(*three)
 
 
@@ -59,12 +59,12 @@ def failures(gateway: RunningGateway) -> set[int]:
     return {backend.breaker._failures for backend in gateway.components.backends.values()}
 
 
-def play(backends: list[PlayedBackend], path: str, steps: list[Step]) -> None:
+def play(backends: list[FakeBackend], path: str, steps: list[Step]) -> None:
     for backend in backends:
         backend.play(path, steps)
 
 
-def asked(backends: list[PlayedBackend], path: str) -> list[int]:
+def asked(backends: list[FakeBackend], path: str) -> list[int]:
     return [len(backend.calls(path)) for backend in backends]
 
 
@@ -85,7 +85,7 @@ UNABLE: list[tuple[str, int, int, dict[str, Any]]] = [
 ]
 
 
-def test_what_a_backend_cannot_do_is_told_and_asked_of_one_other(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+def test_what_a_backend_cannot_do_is_told_and_asked_of_one_other(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     """What asking again will not change is 400: not all clients know that a 5xx may be final."""
     with gateway.openai(gateway.key(), max_retries=2) as client:
         for number, (path, status, told_status, error) in enumerate(UNABLE):
@@ -106,7 +106,7 @@ def test_what_a_backend_cannot_do_is_told_and_asked_of_one_other(gateway: Runnin
     assert [(attempt["backend"], attempt["fault"]) for attempt in line["attempts"]] == [("alpha", "cannot")]
 
 
-def test_another_build_may_be_able(gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_another_build_may_be_able(gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     alpha.play(CHAT, answer(500, llamacpp(500, MMPROJ)))
     with gateway.openai(gateway.key()) as client:
         assert client.chat.completions.create(model=MODEL, messages=SAY_HI).choices[0].message.content == "beta heard: Say hi"
@@ -115,7 +115,7 @@ def test_another_build_may_be_able(gateway: RunningGateway, alpha: PlayedBackend
 
 
 def test_one_that_cannot_before_one_that_fails(
-    gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend, gamma: PlayedBackend
+    gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend, gamma: FakeBackend
 ) -> None:
     """One that could not be reached was not asked; a failure of the other leaves the words of the first."""
     play([alpha, gamma], CHAT, answer(500, llamacpp(500, MMPROJ)))
@@ -130,7 +130,7 @@ def test_one_that_cannot_before_one_that_fails(
     assert asked([alpha, gamma], CHAT) == [2, 1]
 
 
-def test_other_failures_are_failures(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+def test_other_failures_are_failures(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     play(three, CHAT, answer(500, llamacpp(500, "CUDA error: operation not supported on this device")))
     with gateway.http(gateway.key()) as client:
         got = client.post(CHAT, json=WAYS[2].body)
@@ -156,7 +156,7 @@ def test_of_a_failures_words_the_log_gets_the_known_ones() -> None:
 
 @pytest.mark.parametrize("steps", [answer(500, OUT_OF_MEMORY), stream(sse([OUT_OF_MEMORY], done=False))])
 def test_why_a_backend_failed_is_in_the_log_and_not_in_the_answer(
-    gateway: RunningGateway, three: list[PlayedBackend], steps: list[Step]
+    gateway: RunningGateway, three: list[FakeBackend], steps: list[Step]
 ) -> None:
     play(three, CHAT, steps)
     with gateway.http(gateway.key()) as client:
@@ -168,7 +168,7 @@ def test_why_a_backend_failed_is_in_the_log_and_not_in_the_answer(
     assert CANARY not in json.dumps(gateway.request_lines())
 
 
-def test_who_meets_busy_backends_is_told_so(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+def test_who_meets_busy_backends_is_told_so(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     play(three, CHAT, answer(503, {"error": "server busy, please try again.  maximum pending requests exceeded"}))
     with gateway.http(gateway.key()) as client:
         got = client.post(CHAT, json=WAYS[2].body)
@@ -285,7 +285,7 @@ def test_what_a_backend_cannot_do_is_known_by_its_words() -> None:
     assert [words for words in NOT_POSSIBLE if not isinstance(meaning(500, words), BackendCannot)] == []
 
 
-def test_the_words_in_ollamas_language(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+def test_the_words_in_ollamas_language(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     play(three, "/api/embed", answer(501, {"error": NO_EMBEDDINGS}))
     play(three, "/api/chat", stream(ndjson([{"error": "this model is missing data required for image input"}])))
     client = gateway.ollama(gateway.key())
@@ -311,7 +311,7 @@ OVERFLOWS: list[list[Step]] = [
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_overflow_of_the_context_keeps_what_agents_read(
-    gateway: RunningGateway, three: list[PlayedBackend], streamed: bool
+    gateway: RunningGateway, three: list[FakeBackend], streamed: bool
 ) -> None:
     with gateway.openai(gateway.key(), max_retries=2) as client:
         for steps in OVERFLOWS if streamed else OVERFLOWS[:-1]:
@@ -324,7 +324,7 @@ def test_an_overflow_of_the_context_keeps_what_agents_read(
     assert failures(gateway) == {0}
 
 
-def test_an_overflow_in_ollamas_language(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+def test_an_overflow_in_ollamas_language(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     play(three, "/api/chat", answer(400, {"error": json.dumps({"error": OVERFLOW})}))
     with pytest.raises(ollama.ResponseError) as told:
         gateway.ollama(gateway.key()).chat(MODEL, SAY_HI)
@@ -332,7 +332,7 @@ def test_an_overflow_in_ollamas_language(gateway: RunningGateway, three: list[Pl
 
 
 def test_an_error_without_end_or_too_long_is_known_by_its_status(
-    gateway: RunningGateway, three: list[PlayedBackend], monkeypatch: pytest.MonkeyPatch
+    gateway: RunningGateway, three: list[FakeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FastAPI's errors repeat the input; a failure's words may never come."""
     monkeypatch.setattr("gateway.fleet.failover.ERROR_BODY_WAITS_S", 0.2)
@@ -348,7 +348,7 @@ def test_an_error_without_end_or_too_long_is_known_by_its_status(
 
 
 def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
-    gateway: RunningGateway, three: list[PlayedBackend], monkeypatch: pytest.MonkeyPatch
+    gateway: RunningGateway, three: list[FakeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.fleet.backends.http_client.LONGEST_WHOLE_ANSWER", 50_000)
     monkeypatch.setattr("gateway.fleet.failover.LONGEST_FRAME", 50_000)
@@ -364,7 +364,7 @@ def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
     assert failures(gateway) == {0}
 
 
-def test_a_timeout_beside_answers_counts_against_nobody(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_timeout_beside_answers_counts_against_nobody(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     """Who asks for much waits long; a backend that answers others meanwhile is well."""
     gateway = start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="0.5")
     key, body, chat = gateway.key(), {"model": MODEL, "prompt": "x"}, WAYS[0]
@@ -391,7 +391,7 @@ WRONG = [
 ]
 
 
-def test_what_llamacpp_calls_its_own_failure_is_a_wrong_request(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+def test_what_llamacpp_calls_its_own_failure_is_a_wrong_request(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     with gateway.http(gateway.key()) as client:
         for words in WRONG:
             play(three, CHAT, answer(500, llamacpp(500, words)))
@@ -412,7 +412,7 @@ MALFORMED: list[dict[str, Any]] = [
 ]
 
 
-def test_malformed_messages_reach_no_backend(gateway: RunningGateway, three: list[PlayedBackend]) -> None:
+def test_malformed_messages_reach_no_backend(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     with gateway.http(gateway.key()) as client:
         for path in (CHAT, "/api/chat"):
             for message in MALFORMED:
@@ -431,7 +431,7 @@ UNKNOWN: list[tuple[str, list[Step]]] = [
 
 @pytest.mark.parametrize(("form", "failing"), UNKNOWN, ids=[form for form, _ in UNKNOWN])
 def test_one_key_opens_no_breaker_with_requests_that_fail_everywhere(
-    gateway: RunningGateway, three: list[PlayedBackend], form: str, failing: list[Step]
+    gateway: RunningGateway, three: list[FakeBackend], form: str, failing: list[Step]
 ) -> None:
     play(three, CHAT, failing)
     asking = {**WAYS[2].body, "stream": form == "streamed"}
@@ -447,7 +447,7 @@ def test_one_key_opens_no_breaker_with_requests_that_fail_everywhere(
 
 
 def test_one_key_opens_the_breaker_of_one_that_fails_beside_one_that_is_well(
-    gateway: RunningGateway, alpha: PlayedBackend
+    gateway: RunningGateway, alpha: FakeBackend
 ) -> None:
     for failing in (answer(500, llamacpp(500, "words that nobody knows")), answer(500, b"<html>no</html>", HTML)):
         alpha.play(CHAT, failing)

@@ -14,7 +14,7 @@ from gateway.ops import main
 from gateway.ops.doctor import report
 from tests.conftest import StartGateway, TestStores
 from tests.ops.test_serving import home
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import serving, until
 from tests.support.running import RunningGateway
 from tests.support.settings_of import entry_of, settings_for
@@ -24,8 +24,8 @@ TOKEN = "a-token-of-a-backend"
 
 
 @pytest.fixture
-def guarded() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["qwen3:8b"], name="guarded", token=TOKEN) as backend:
+def guarded() -> Iterator[FakeBackend]:
+    with FakeBackend(models=["qwen3:8b"], name="guarded", token=TOKEN) as backend:
         yield backend
 
 
@@ -42,7 +42,7 @@ def tell(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return tell
 
 
-def test_beside_a_local_run(home: Path, tell: Callable[..., Any], guarded: PlayedBackend, alpha: PlayedBackend) -> None:
+def test_beside_a_local_run(home: Path, tell: Callable[..., Any], guarded: FakeBackend, alpha: FakeBackend) -> None:
     entries = json.dumps([entry_of(guarded, auth_token=TOKEN), entry_of(alpha)])
     with serving(home, {"OLLAMA_BACKENDS": entries}, "run") as (_, _, log):
         until(lambda: "Ctrl-C" in log.read_text(), 20)
@@ -72,7 +72,7 @@ def until_known(gateway: RunningGateway, processes: int) -> None:
     until(lambda: len(gateway.call(presence.read(gateway.components.store))) == processes, 10)
 
 
-def test_no_token_is_published(start_gateway: StartGateway, guarded: PlayedBackend, stores: TestStores) -> None:
+def test_no_token_is_published(start_gateway: StartGateway, guarded: FakeBackend, stores: TestStores) -> None:
     gateway = start_gateway(entry_of(guarded, auth_token=TOKEN))
     until_known(gateway, 1)
     own = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url).backends
@@ -86,9 +86,7 @@ def test_no_token_is_published(start_gateway: StartGateway, guarded: PlayedBacke
             assert TOKEN not in str(held), name
 
 
-def test_gateways_that_differ(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, stores: TestStores
-) -> None:
+def test_gateways_that_differ(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, stores: TestStores) -> None:
     """As in a change of OLLAMA_BACKENDS, one after the other: whose settings these are is asked; nobody's, it is said."""
     gateway = start_gateway(alpha)
     other = settings_for(beta, REDIS_URL=stores.redis_url)
@@ -107,7 +105,7 @@ def test_gateways_that_differ(
 
 
 def test_a_gateway_that_does_not_answer(
-    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is no question of ours is passed over, too."""
     gateway = start_gateway(alpha)

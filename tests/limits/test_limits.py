@@ -21,7 +21,7 @@ from gateway.limits.quota import UNLIMITED, CounterSet
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import MODEL, SAY_HI, WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import Hold, Step, answer
 
@@ -29,12 +29,12 @@ FEW_TOKENS = {"options": {"num_predict": 20}, "max_tokens": 20}
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha)
 
 
 @pytest.fixture
-def held(alpha: PlayedBackend) -> Iterator[threading.Event]:
+def held(alpha: FakeBackend) -> Iterator[threading.Event]:
     """Every chat waits for this event."""
     event = threading.Event()
 
@@ -159,7 +159,7 @@ def until(done: Any, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_a_limit_that_is_changed_holds_within_a_second(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_limit_that_is_changed_holds_within_a_second(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     one, other = start_gateway(alpha, DEFAULT_RPM="1"), start_gateway(alpha, DEFAULT_RPM="1")
     key = one.key(name="mine")
     with one.http(key) as first, other.http(key) as second:
@@ -318,7 +318,7 @@ def test_more_than_the_whole_limit_says_so(gateway: RunningGateway) -> None:
     assert refused.json()["error"]["type"] == "tokens"
 
 
-def test_a_sequence_of_one_at_a_time_is_never_refused(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_sequence_of_one_at_a_time_is_never_refused(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     """The slot is free before the client can know that its answer has ended, in whichever process it asks next."""
     one, other = start_gateway(alpha), start_gateway(alpha)
     key = one.key(concurrent=1)
@@ -383,7 +383,7 @@ def test_ollama_is_told_and_succeeds_later(gateway: RunningGateway, held: thread
         assert gateway.ollama(key).chat(MODEL, SAY_HI).message.content
 
 
-def test_a_backend_that_failed_costs_no_tokens(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_a_backend_that_failed_costs_no_tokens(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.key(tpm=2000)) as client:
         for way in WAYS:
             alpha.play(way.path, answer(500, {"error": "no"}))

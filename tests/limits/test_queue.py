@@ -9,14 +9,14 @@ import pytest
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limits import ask, until
 from tests.support.asking import WAYS
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import Hold, Received, Step
 from tests.system.test_hangups import send
 
 
 @pytest.fixture
-def hold(alpha: PlayedBackend) -> Iterator[list[threading.Event]]:
+def hold(alpha: FakeBackend) -> Iterator[list[threading.Event]]:
     """One event a call, in the order in which calls reach the backend."""
     events: list[threading.Event] = []
 
@@ -51,7 +51,7 @@ def queued(gateway: RunningGateway, many: int) -> None:
 
 
 def test_waiters_get_their_turn_in_the_order_of_arrival(
-    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event]
+    start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event]
 ) -> None:
     one, other = (start_gateway(alpha, MAX_QUEUE_WAIT_S="10") for _ in range(2))
     key = one.key(concurrent=1)
@@ -74,7 +74,7 @@ def test_waiters_get_their_turn_in_the_order_of_arrival(
     assert waited["first"] < 50 < waited["waiter-5"]
 
 
-def test_a_wait_ends_with_a_refusal(start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event]) -> None:
+def test_a_wait_ends_with_a_refusal(start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event]) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="0.5")
     key = gateway.key(concurrent=1)
     done: list[tuple[str, int]] = []
@@ -91,7 +91,7 @@ def test_a_wait_ends_with_a_refusal(start_gateway: StartGateway, alpha: PlayedBa
         assert ask(client, WAYS[0]).status_code == 200
 
 
-def test_other_limits_do_not_wait(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_other_limits_do_not_wait(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
     with gateway.http(gateway.key(rpm=1)) as client:
         began = time.monotonic()
@@ -100,7 +100,7 @@ def test_other_limits_do_not_wait(start_gateway: StartGateway, alpha: PlayedBack
 
 
 def test_who_leaves_is_out_of_the_queue(
-    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event], stores: TestStores
+    start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event], stores: TestStores
 ) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
     key = gateway.key(concurrent=1)
@@ -125,7 +125,7 @@ def test_who_leaves_is_out_of_the_queue(
 
 
 def test_one_key_cannot_fill_the_queue(
-    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event], monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.limits.limiter.WAITING_PER_KEY", 3)
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="20")
@@ -143,7 +143,7 @@ def test_one_key_cannot_fill_the_queue(
 
 
 def test_who_waits_for_one_model_keeps_no_other_model_waiting(
-    start_gateway: StartGateway, alpha: PlayedBackend, hold: list[threading.Event]
+    start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event]
 ) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="3")
     alpha.healthy.models = [*alpha.healthy.models, "other:latest"]

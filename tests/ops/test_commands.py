@@ -17,7 +17,7 @@ from gateway.auth import key_format
 from tests.conftest import StartGateway, TestStores
 from tests.core.test_background import become_standby, run_sql
 from tests.support import preloaded
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import environment, free_port, until
 from tests.support.project import PROJECT
 from tests.support.running import RunningGateway
@@ -53,7 +53,7 @@ class Operator:
         assert (done.returncode, done.stdout) == (code, "")
         return done.stderr
 
-    def with_backends(self, *backends: PlayedBackend, **more: str) -> None:
+    def with_backends(self, *backends: FakeBackend, **more: str) -> None:
         self.names["OLLAMA_BACKENDS"] = json.dumps([entry_of(backend, **more) for backend in backends])
 
 
@@ -85,7 +85,7 @@ def opens(gateway: RunningGateway, key: str) -> bool:
 # ── keys ──
 
 
-def test_a_key_stands_alone_on_the_last_line(operator: Operator, start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_key_stands_alone_on_the_last_line(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     done = operator.types("key", "--name", "first")
     assert done.returncode == 0
     assert key_format.parse(done.stdout.removesuffix("\n")) is not None, "nothing else is on standard output"
@@ -114,7 +114,7 @@ def test_keys_are_listed_for_people(operator: Operator) -> None:
     assert "first" in first and "(all)" in first and "revoked" in first
 
 
-def test_rotation(operator: Operator, start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_rotation(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     first = operator.gets("key", "--name", "mine").strip()
     second = operator.gets("rotate", "--key", "mine").splitlines()[-1]
@@ -124,7 +124,7 @@ def test_rotation(operator: Operator, start_gateway: StartGateway, alpha: Played
     assert opens(gateway, str(third["key"])) and third["id"] == first.split("_")[1]
 
 
-def test_revocation_by_name_and_by_id(operator: Operator, start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_revocation_by_name_and_by_id(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     by_name, by_id = (operator.gets("key", "--name", name).strip() for name in ("one", "two"))
     assert opens(gateway, by_name) and opens(gateway, by_id)
@@ -175,12 +175,12 @@ def test_names_that_cannot_be_read(operator: Operator, name: str) -> None:
 
 
 @pytest.fixture
-def gamma() -> Iterator[PlayedBackend]:
-    with PlayedBackend("openai", ["gamma-7b"], name="gamma", token=CANARY) as backend:
+def gamma() -> Iterator[FakeBackend]:
+    with FakeBackend("openai", ["gamma-7b"], name="gamma", token=CANARY) as backend:
         yield backend
 
 
-def test_models_by_backend(operator: Operator, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_models_by_backend(operator: Operator, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.models.append("only-beta:7b")
     operator.with_backends(alpha, beta)
     told = operator.gets("models")
@@ -191,7 +191,7 @@ def test_models_by_backend(operator: Operator, alpha: PlayedBackend, beta: Playe
     assert facts["models"] == 2
 
 
-def test_models_say_how_old_the_map_is(operator: Operator, start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_models_say_how_old_the_map_is(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     start_gateway(alpha)
     operator.with_backends(alpha)
     facts = operator.gets_json("models")
@@ -199,15 +199,13 @@ def test_models_say_how_old_the_map_is(operator: Operator, start_gateway: StartG
     assert isinstance(age, float) and 0 <= age < 20 and isinstance(size, int) and size > 20
 
 
-def test_no_models(operator: Operator, alpha: PlayedBackend) -> None:
+def test_no_models(operator: Operator, alpha: FakeBackend) -> None:
     alpha.stop()
     operator.with_backends(alpha)
     assert "no backend has a model (see `make probe`)" in operator.gets("models")
 
 
-def test_refresh_reaches_a_running_gateway_at_once(
-    operator: Operator, start_gateway: StartGateway, alpha: PlayedBackend
-) -> None:
+def test_refresh_reaches_a_running_gateway_at_once(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="600")
     operator.with_backends(alpha)
     alpha.models.append("new:latest")
@@ -216,13 +214,13 @@ def test_refresh_reaches_a_running_gateway_at_once(
     until(lambda: "new:latest" in gateway.components.discovery.catalog.models, 1)
 
 
-def test_refresh_without_redis_says_so(operator: Operator, alpha: PlayedBackend) -> None:
+def test_refresh_without_redis_says_so(operator: Operator, alpha: FakeBackend) -> None:
     operator.with_backends(alpha)
     done = operator.types("refresh", REDIS_URL="unix:///nowhere/redis.sock")
     assert done.returncode == 0 and "running gateways refresh by themselves" in done.stderr
 
 
-def test_probe_of_backends_that_are_well(operator: Operator, alpha: PlayedBackend, gamma: PlayedBackend) -> None:
+def test_probe_of_backends_that_are_well(operator: Operator, alpha: FakeBackend, gamma: FakeBackend) -> None:
     operator.names["OLLAMA_BACKENDS"] = json.dumps([entry_of(alpha), entry_of(gamma, auth_token=CANARY)])
     first, second = operator.gets_json("probe").rows
     assert first | {"latency_ms": 0} == {
@@ -243,7 +241,7 @@ def test_probe_of_backends_that_are_well(operator: Operator, alpha: PlayedBacken
 
 
 @pytest.mark.parametrize("token", ["", "stale-token"])
-def test_probe_of_a_token_that_is_refused(operator: Operator, gamma: PlayedBackend, token: str) -> None:
+def test_probe_of_a_token_that_is_refused(operator: Operator, gamma: FakeBackend, token: str) -> None:
     operator.with_backends(gamma, auth_token=token)
     done = operator.types("probe", "--json")
     (row,) = json.loads(done.stdout)
@@ -251,7 +249,7 @@ def test_probe_of_a_token_that_is_refused(operator: Operator, gamma: PlayedBacke
     assert row["reachable"] is True and row["token"] == ("REFUSED" if token else "MISSING") and row["problem"]
 
 
-def test_probe_of_a_list_that_anybody_may_see_but_calls_that_need_a_token(operator: Operator, alpha: PlayedBackend) -> None:
+def test_probe_of_a_list_that_anybody_may_see_but_calls_that_need_a_token(operator: Operator, alpha: FakeBackend) -> None:
     alpha.play("/api/chat", answer(401, {"error": "unauthorized"}))
     operator.with_backends(alpha, auth_token="stale-token")
     done = operator.types("probe", "--json")
@@ -259,7 +257,7 @@ def test_probe_of_a_list_that_anybody_may_see_but_calls_that_need_a_token(operat
     assert (done.returncode, row["reachable"], row["token"]) == (1, True, "REFUSED")
 
 
-def test_probe_of_a_backend_that_is_away(operator: Operator, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_probe_of_a_backend_that_is_away(operator: Operator, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.stop()
     operator.with_backends(alpha, beta)
     done = operator.types("probe")
@@ -356,7 +354,7 @@ def test_config_says_what_and_whence(operator: Operator) -> None:
 
 
 def test_health_of_one_that_is_alive_whatever_proxy_is_named(
-    operator: Operator, start_gateway: StartGateway, alpha: PlayedBackend
+    operator: Operator, start_gateway: StartGateway, alpha: FakeBackend
 ) -> None:
     port = start_gateway(alpha).url.rpartition(":")[2]
     for host in ("127.0.0.1", "0.0.0.0", "::"):

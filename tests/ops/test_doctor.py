@@ -26,7 +26,7 @@ from gateway.settings import LOCAL_RUN, Settings
 from gateway.stores.redis_keys import ALL
 from tests.conftest import TestStores
 from tests.support import preloaded
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import environment
 from tests.support.scripts import answer
 from tests.support.settings_of import entry_of, environment_for, settings_for
@@ -89,7 +89,7 @@ def types(folder: Path, *words: str, **names: str) -> subprocess.CompletedProces
 # ── the whole ──
 
 
-def test_a_healthy_installation_has_no_problem(folder: Path, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_a_healthy_installation_has_no_problem(folder: Path, stores: TestStores, alpha: FakeBackend) -> None:
     names = environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     done = types(folder, "--json", **names)
     rows = json.loads(done.stdout)
@@ -103,7 +103,7 @@ def test_a_healthy_installation_has_no_problem(folder: Path, stores: TestStores,
     assert not [call for call in alpha.requests if call.body and b"messages" in call.body]
 
 
-def test_nothing_is_left_to_warn_of(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_nothing_is_left_to_warn_of(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
     sql(stores.database_url, "INSERT INTO keys (id, name) VALUES ('a', 'a')")
     sql(stores.database_url, "SELECT audit_make_partition(now()), audit_make_partition(now() + interval '1 month')")
     found = look_at(alpha)
@@ -111,7 +111,7 @@ def test_nothing_is_left_to_warn_of(look_at: Looks, stores: TestStores, alpha: P
     assert is_told(found["keys"], "ok", "1 living")
 
 
-def test_all_that_is_away_is_found_and_the_table_shows_it(folder: Path, alpha: PlayedBackend) -> None:
+def test_all_that_is_away_is_found_and_the_table_shows_it(folder: Path, alpha: FakeBackend) -> None:
     alpha.stop()
     done = types(folder, **environment_for(alpha, DATABASE_URL=AWAY, REDIS_URL=NO_REDIS))
     head, *lines = done.stdout.splitlines()
@@ -153,7 +153,7 @@ def test_whatever_hangs_ends(no_name_server: None) -> None:
     assert found["listening"].state == "warning"
 
 
-def test_a_check_that_breaks_is_a_finding(look_at: Looks, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_breaks_is_a_finding(look_at: Looks, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> Finding:
         raise RuntimeError("first line\nsecond")
 
@@ -162,7 +162,7 @@ def test_a_check_that_breaks_is_a_finding(look_at: Looks, alpha: PlayedBackend, 
     assert is_told(found["settings"], "problem", "RuntimeError: first line") and found["PostgreSQL"].state == "ok"
 
 
-def test_private_stores_that_do_not_start(look_at: Looks, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_stores_that_do_not_start(look_at: Looks, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> Iterator[Settings]:
         raise CommandFailed("no PostgreSQL here")
 
@@ -215,7 +215,7 @@ def test_an_env_file_that_others_can_read(folder: Path, line: str, mode: int, st
     assert GOOD_PASSWORD not in found.found
 
 
-def test_the_env_file_of_the_folder_is_the_one(look_at: Looks, folder: Path, alpha: PlayedBackend) -> None:
+def test_the_env_file_of_the_folder_is_the_one(look_at: Looks, folder: Path, alpha: FakeBackend) -> None:
     assert is_told(look_at(alpha)[".env"], "ok", "none")
     (folder / ".env").write_text("OLLAMA_AUTH_TOKEN=t\n")
     (folder / ".env").chmod(0o644)
@@ -285,7 +285,7 @@ def test_tokens_in_clear_text(address: str, token: str, state: str) -> None:
 # ── PostgreSQL ──
 
 
-def test_a_schema_that_is_not_current(look_at: Looks, empty_database: str, alpha: PlayedBackend) -> None:
+def test_a_schema_that_is_not_current(look_at: Looks, empty_database: str, alpha: FakeBackend) -> None:
     found = look_at(alpha, DATABASE_URL=empty_database)
     assert is_told(found["PostgreSQL schema"], "problem", "not current", "`make migrate`")
     assert is_told(found["PostgreSQL"], "ok", "answers in") and "keys" not in found
@@ -293,28 +293,28 @@ def test_a_schema_that_is_not_current(look_at: Looks, empty_database: str, alpha
     assert is_told(private[-1], "warning", "not current", "migrate the private database")
 
 
-def test_a_database_that_refuses_us_says_why(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_a_database_that_refuses_us_says_why(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
     found = look_at(alpha, DATABASE_URL=stores.database_url.replace("/test_", "/there_is_no_"))
     assert is_told(found["PostgreSQL"], "problem", 'InvalidCatalogNameError: database "there_is_no_')
 
 
-def test_connections_that_are_too_many(look_at: Looks, alpha: PlayedBackend) -> None:
+def test_connections_that_are_too_many(look_at: Looks, alpha: FakeBackend) -> None:
     found = look_at(alpha, DATABASE_POOL_SIZE="300", GATEWAY_WORKERS="2")
     assert is_told(found["PostgreSQL connections"], "warning", "takes up to 600", "max_connections")
 
 
-def test_a_limit_of_connections_that_is_the_databases_own(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_a_limit_of_connections_that_is_the_databases_own(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
     sql(stores.database_url, f"ALTER DATABASE {stores.database_url.split('/')[3].split('?')[0]} CONNECTION LIMIT 3")
     assert is_told(look_at(alpha)["PostgreSQL connections"], "warning", "3 for us, one replica takes up to 4")
 
 
-def test_audit_months_that_are_missing_or_there(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_audit_months_that_are_missing_or_there(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
     assert is_told(look_at(alpha)["audit months"], "warning", "not made yet: ", "make purge")
     sql(stores.database_url, "SELECT audit_make_partition(now() + make_interval(months => m)) FROM generate_series(0, 2) AS m")
     assert look_at(alpha)["audit months"].state == "ok"
 
 
-def test_a_user_that_may_not_make_tables(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_a_user_that_may_not_make_tables(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
     user = f"reader_{stores.database_url.split('/')[3].split('?')[0]}"
     sql(stores.database_url, f"CREATE ROLE {user} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {user}")
     url = stores.database_url.replace("gateway@", f"{user}@")
@@ -345,7 +345,7 @@ def test_clocks_that_differ(ahead_s: float, state: str, told: str) -> None:
 # ── Redis ──
 
 
-def test_redis_that_was_not_asked_for(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_redis_that_was_not_asked_for(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
     assert is_told(look_at(alpha, REDIS_URL=NO_REDIS)["Redis"], "problem", "does not answer", "check REDIS_URL")
     for is_needed, state in ((True, "problem"), (False, "warning")):
         (found,) = asyncio.run(redis.examine(NO_REDIS, is_needed=is_needed))
@@ -353,7 +353,7 @@ def test_redis_that_was_not_asked_for(look_at: Looks, stores: TestStores, alpha:
 
 
 def test_an_audit_that_piles_up_or_was_lost(
-    look_at: Looks, stores: TestStores, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    look_at: Looks, stores: TestStores, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis, "LONGEST_BACKLOG", 2)
     with stores.client() as client:
@@ -367,7 +367,7 @@ def test_an_audit_that_piles_up_or_was_lost(
     assert is_told(found["audit losses"], "warning", "5 rows were dropped", "DEL nz:{3}:dropped")
 
 
-def test_redis_that_forgets_or_refuses(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_redis_that_forgets_or_refuses(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
     with stores.client() as client:
         usual: dict[str, Any] = client.config_get("maxmemory*")
         try:
@@ -383,7 +383,7 @@ def test_redis_that_forgets_or_refuses(look_at: Looks, stores: TestStores, alpha
             client.config_set("maxmemory-policy", usual["maxmemory-policy"])
 
 
-def test_a_user_of_redis_who_may_do_little(look_at: Looks, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_a_user_of_redis_who_may_do_little(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
     with stores.client() as client:
         client.acl_setuser("little", enabled=True, nopass=True, keys=["*"], commands=["+ping", "+set", "+client", "+hello"])
         try:
@@ -415,7 +415,7 @@ def test_redis_that_keeps_nothing_over_a_restart() -> None:
 # ── backends and the rest ──
 
 
-def test_backends_that_cannot_be_used(look_at: Looks, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_backends_that_cannot_be_used(look_at: Looks, alpha: FakeBackend, beta: FakeBackend) -> None:
     alpha.stop()
     beta.play("/api/chat", answer(401, {"error": "unauthorized"}))
     found = look_at(alpha, entry_of(beta, auth_token="stale-token"))
@@ -424,8 +424,8 @@ def test_backends_that_cannot_be_used(look_at: Looks, alpha: PlayedBackend, beta
     assert is_told(look_at(beta)["backend beta"], "problem", "its token is missing")
 
 
-def test_entries_that_mean_another_kind_or_path(look_at: Looks, alpha: PlayedBackend) -> None:
-    untold, silent, talkative = (PlayedBackend("openai", name=name) for name in ("untold", "silent", "talkative"))
+def test_entries_that_mean_another_kind_or_path(look_at: Looks, alpha: FakeBackend) -> None:
+    untold, silent, talkative = (FakeBackend("openai", name=name) for name in ("untold", "silent", "talkative"))
     with untold, silent, talkative:
         silent.play("/v1/models", answer(404, {"error": "not found"}))
         talkative.play("/api/tags", answer(200, {"error": "Unexpected endpoint or method. (GET /api/tags)"}))
@@ -443,7 +443,7 @@ def test_entries_that_mean_another_kind_or_path(look_at: Looks, alpha: PlayedBac
     assert is_told(found["backend talkative"], "problem", "/api/tags is not a list of models; it is", 'add "kind":"openai"')
 
 
-def test_a_backend_that_refuses_may_listen_on_its_own_machine_alone(look_at: Looks, alpha: PlayedBackend) -> None:
+def test_a_backend_that_refuses_may_listen_on_its_own_machine_alone(look_at: Looks, alpha: FakeBackend) -> None:
     alpha.stop()
     found = look_at(alpha, {"name": "nowhere", "base_url": "http://nowhere.invalid:11434"})
     for name in ("alpha", "nowhere"):
@@ -451,7 +451,7 @@ def test_a_backend_that_refuses_may_listen_on_its_own_machine_alone(look_at: Loo
 
 
 def test_a_backend_without_models_and_a_slow_one(
-    look_at: Looks, alpha: PlayedBackend, beta: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    look_at: Looks, alpha: FakeBackend, beta: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alpha.models.clear()
     monkeypatch.setattr(report, "SLOW_MS", 0)

@@ -19,13 +19,13 @@ import pytest
 from gateway.ops.cli import installation
 from tests.conftest import TestStores
 from tests.support.asking import SAY_HI, WAYS
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import answers, descendants, environment, free_port, is_alive, operate, serving, until
 from tests.support.scripts import Hold
 from tests.support.settings_of import environment_for
 
 
-def names_for(stores: TestStores, alpha: PlayedBackend, **more: str) -> dict[str, str]:
+def names_for(stores: TestStores, alpha: FakeBackend, **more: str) -> dict[str, str]:
     return environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **more)
 
 
@@ -34,7 +34,7 @@ def make_key(folder: Path, names: dict[str, str]) -> str:
 
 
 @pytest.mark.long(seconds=10)
-def test_it_drains_on_sigterm(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+def test_it_drains_on_sigterm(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     names = names_for(stores, alpha)
     key = make_key(tmp_path, names)
     alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.15
@@ -62,7 +62,7 @@ def test_it_drains_on_sigterm(stores: TestStores, alpha: PlayedBackend, tmp_path
     [("ollama", signal.SIGTERM, 1), ("openai", signal.SIGTERM, 1), ("openai", signal.SIGHUP, 1), ("openai", signal.SIGHUP, 2)],
 )
 def test_the_drain_limit_ends_streams_with_an_error_frame(
-    stores: TestStores, alpha: PlayedBackend, tmp_path: Path, dialect: str, number: signal.Signals, workers: int
+    stores: TestStores, alpha: FakeBackend, tmp_path: Path, dialect: str, number: signal.Signals, workers: int
 ) -> None:
     names = names_for(stores, alpha, GATEWAY_DRAIN_S="0.3", GATEWAY_WORKERS=str(workers))
     key = make_key(tmp_path, names)
@@ -82,7 +82,7 @@ def test_the_drain_limit_ends_streams_with_an_error_frame(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nohup_keeps_it_running_without_its_terminal(
-    stores: TestStores, alpha: PlayedBackend, tmp_path: Path, workers: int
+    stores: TestStores, alpha: FakeBackend, tmp_path: Path, workers: int
 ) -> None:
     """Whoever starts it so has said that a hang-up means nothing."""
     names = names_for(stores, alpha, GATEWAY_WORKERS=str(workers))
@@ -99,7 +99,7 @@ def test_nohup_keeps_it_running_without_its_terminal(
 
 
 @pytest.mark.long(seconds=10)
-def test_many_workers_share_one_port_and_are_replaced(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+def test_many_workers_share_one_port_and_are_replaced(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     names = names_for(stores, alpha, GATEWAY_WORKERS="3")
     key = make_key(tmp_path, names)
     with serving(tmp_path, names) as (process, url, log):
@@ -118,7 +118,7 @@ def test_many_workers_share_one_port_and_are_replaced(stores: TestStores, alpha:
     assert not any(map(is_alive, workers))
 
 
-def test_ctrl_c_lets_the_workers_finish(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+def test_ctrl_c_lets_the_workers_finish(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     """A terminal sends its signal to the whole process group."""
     names = names_for(stores, alpha, GATEWAY_WORKERS="2")
     key = make_key(tmp_path, names)
@@ -133,7 +133,7 @@ def test_ctrl_c_lets_the_workers_finish(stores: TestStores, alpha: PlayedBackend
         assert process.wait(10) == 0
 
 
-def test_killing_the_supervisor_ends_its_workers(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+def test_killing_the_supervisor_ends_its_workers(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     with serving(tmp_path, names_for(stores, alpha, GATEWAY_WORKERS="2")) as (process, _, log):
         until(lambda: log.read_text().count("keys: argon2id") == 2, 20)
         workers = descendants(process.pid)
@@ -142,7 +142,7 @@ def test_killing_the_supervisor_ends_its_workers(stores: TestStores, alpha: Play
         until(lambda: not any(map(is_alive, workers)), 10)
 
 
-def test_it_starts_and_stops_cleanly_with_postgres_away(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+def test_it_starts_and_stops_cleanly_with_postgres_away(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     names = names_for(stores, alpha) | {"DATABASE_URL": "postgresql://gateway:long-enough-secret@127.0.0.1:1/gateway"}
     with serving(tmp_path, names) as (process, url, _):
         assert httpx.get(f"{url}/readyz").json()["database"] == "away"
@@ -225,7 +225,7 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
 
 
 @pytest.mark.long(seconds=10)
-def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: PlayedBackend) -> None:
+def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: FakeBackend) -> None:
     key = make_key(home, {})
     with serving(home, {"OLLAMA_BASE_URL": alpha.url}, "run") as (_, url, log):
         until(lambda: "Ctrl-C" in log.read_text(), 30)
@@ -251,7 +251,7 @@ def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: PlayedBackend
         }
 
 
-def test_the_local_run_uses_an_ollama_that_is_configured(home: Path, alpha: PlayedBackend) -> None:
+def test_the_local_run_uses_an_ollama_that_is_configured(home: Path, alpha: FakeBackend) -> None:
     names = {"OLLAMA_BASE_URL": alpha.url, "GATEWAY_WORKERS": "2", "DEFAULT_RPM": "7"}
     with serving(home, names, "run") as (_, url, log):
         until(lambda: "Ctrl-C" in log.read_text(), 30)
@@ -273,7 +273,7 @@ def told_at_the_start(folder: Path, names: dict[str, str], when_it_serves: Calla
         return log.read_text()
 
 
-def test_the_banner_waits_for_the_first_models(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+def test_the_banner_waits_for_the_first_models(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     """A backend that starts beside the gateway answers later than the gateway listens."""
     is_there = threading.Event()
     alpha.play("/api/tags", lambda request: [Hold(is_there), *alpha.healthy(request)])
@@ -283,7 +283,7 @@ def test_the_banner_waits_for_the_first_models(stores: TestStores, alpha: Played
 
 
 def test_a_run_that_cannot_listen_makes_no_key_that_nobody_is_told(
-    stores: TestStores, alpha: PlayedBackend, tmp_path: Path
+    stores: TestStores, alpha: FakeBackend, tmp_path: Path
 ) -> None:
     names, command = names_for(stores, alpha), [sys.executable, "-m", "gateway", "run"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -295,7 +295,7 @@ def test_a_run_that_cannot_listen_makes_no_key_that_nobody_is_told(
     assert re.search(r"key +nz_\w+  \(shown this once\)", told_at_the_start(tmp_path, names))
 
 
-def test_the_banner_says_what_to_do_without_a_model(stores: TestStores, alpha: PlayedBackend, tmp_path: Path) -> None:
+def test_the_banner_says_what_to_do_without_a_model(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     alpha.models.clear()
     told = told_at_the_start(tmp_path, names_for(stores, alpha))
     assert f"backend   alpha at {alpha.url}: no model yet\n" in told and "`make refresh` looks again" in told
@@ -307,7 +307,7 @@ def test_the_banner_says_what_to_do_without_a_model(stores: TestStores, alpha: P
 
 
 @pytest.mark.long(seconds=10)
-def test_two_local_runs_in_two_folders_live_side_by_side(home: Path, alpha: PlayedBackend) -> None:
+def test_two_local_runs_in_two_folders_live_side_by_side(home: Path, alpha: FakeBackend) -> None:
     (home / "one").mkdir()
     (home / "two").mkdir()
     names = {"OLLAMA_BASE_URL": alpha.url}

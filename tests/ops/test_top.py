@@ -11,7 +11,7 @@ from gateway.auth import key_store
 from gateway.core.errors import CommandFailed
 from gateway.ops.cli import top
 from tests.conftest import StartGateway, TestStores
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import operate, until
 from tests.support.settings_of import environment_for
 
@@ -69,9 +69,7 @@ def test_without_postgresql_and_with_odd_names() -> None:
     assert "unknown while PostgreSQL is away" in "\n".join(lines) and all(line.isprintable() for line in lines)
 
 
-def test_against_a_running_gateway(
-    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores, tmp_path: Path
-) -> None:
+def test_against_a_running_gateway(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, tmp_path: Path) -> None:
     gateway = start_gateway(alpha)
     admin = gateway.key(name="ops", flags=(key_store.ADMIN,))
     with gateway.http(gateway.key(name="alice")) as client:

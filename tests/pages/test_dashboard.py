@@ -13,7 +13,7 @@ from gateway.auth import key_store
 from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 
@@ -24,7 +24,7 @@ LARGEST_PAGE = 100_000
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, beta, DASHBOARD_ENABLED="true")
 
 
@@ -44,7 +44,7 @@ def confirm(page: Page) -> None:
     expect(page.locator("dialog")).not_to_be_visible()
 
 
-def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http() as client:
         for path in static.DASHBOARD:
@@ -108,7 +108,7 @@ def test_no_label_of_a_plot_is_cut(gateway: RunningGateway, admin: str, browser:
 
 
 def test_numbers_are_live_and_lead_to_their_rows(
-    gateway: RunningGateway, admin: str, alpha: PlayedBackend, browser: Browser
+    gateway: RunningGateway, admin: str, alpha: FakeBackend, browser: Browser
 ) -> None:
     tight = gateway.key(name="tight", rpm=1)
     alpha.healthy.cached = lambda _: 1
@@ -223,8 +223,8 @@ def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: s
         expect(page.locator("dialog pre")).to_contain_text('"models": 1')
 
 
-def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: PlayedBackend, browser: Browser) -> None:
-    with PlayedBackend(models=[MODEL, XSS], name="alpha") as evil:
+def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: FakeBackend, browser: Browser) -> None:
+    with FakeBackend(models=[MODEL, XSS], name="alpha") as evil:
         gateway = start_gateway(evil, beta, DASHBOARD_ENABLED="true")
         admin = gateway.key(name="ops", flags=(key_store.ADMIN,))
         with gateway.http(gateway.key(name=XSS), headers={"User-Agent": XSS, "X-Request-ID": "x"}) as client:
@@ -264,7 +264,7 @@ def test_nothing_is_cut(gateway: RunningGateway, admin: str, width: str, scheme:
         assert page.evaluate("getComputedStyle(document.body).colorScheme") == "light dark"
 
 
-def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: FakeBackend, browser: Browser) -> None:
     others = [{"name": f"backend-{n}", "base_url": f"http://127.0.0.1:{n + 1}", "kind": "ollama"} for n in range(49)]
     gateway = start_gateway(alpha, *others, DASHBOARD_ENABLED="true")
     for number in range(1000):

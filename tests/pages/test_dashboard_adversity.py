@@ -10,12 +10,12 @@ from gateway.auth import key_store
 from tests.conftest import StartGateway
 from tests.pages.test_dashboard import CHAT, enter
 from tests.support.browser import page_of
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, beta, DASHBOARD_ENABLED="true", DOCS_ENABLED="true")
 
 

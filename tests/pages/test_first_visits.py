@@ -6,7 +6,7 @@ from playwright.sync_api import Browser, Page, expect
 from gateway.auth import key_store
 from tests.conftest import StartGateway
 from tests.support.browser import page_of
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 FRAGMENTS = ("", "#", "#%", "#1", "#<img src=x onerror=alert(1)>", "#problem", "#get_v1_models")
@@ -17,7 +17,7 @@ INSIDE = {"/dashboard": "#backends tbody tr", "/playground": "#model option"}
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, DASHBOARD_ENABLED="true", PLAYGROUND_ENABLED="true", DOCS_ENABLED="true")
 
 

@@ -23,7 +23,7 @@ from gateway.pages.openapi import FOLDER
 from gateway.proxy import passthrough
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.preloaded import Preloaded
 from tests.support.processes import environment
 from tests.support.running import RunningGateway
@@ -53,7 +53,7 @@ LAST = ["DELETE /api/delete", "DELETE /admin/v1/keys/{id}"]
 
 @pytest.fixture
 def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
-    with PlayedBackend(models=[MODEL, "alice/llama3.2:latest"], name="ollama") as backend:
+    with FakeBackend(models=[MODEL, "alice/llama3.2:latest"], name="ollama") as backend:
         yield start_gateway(backend, **EVERYTHING)
 
 
@@ -95,7 +95,7 @@ def test_every_route_is_in_it_and_no_other(gateway: RunningGateway) -> None:
             assert known != 405 and (known != 404 or path == "/metrics"), line
 
 
-def test_only_what_is_there_is_in_it(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_only_what_is_there_is_in_it(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     found = operations(document_of(start_gateway(alpha, DOCS_ENABLED="true"))).keys()
     assert "GET /docs" in found and not {"GET /dashboard", "GET /playground", "GET /metrics"} & found
 
@@ -206,7 +206,7 @@ def begin(language: str, sample: str, known: dict[str, str]) -> tuple[int, str]:
         return (0 if said.startswith("data: {") else 1), said
 
 
-def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     with start_gateway(alpha).http() as client:
         nowhere = client.get("/nowhere")
         for path in [*static.DOCS, "/openapi.json"]:

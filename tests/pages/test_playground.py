@@ -12,7 +12,7 @@ from gateway.auth import key_store
 from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 from tests.support.scripts import Step, answer, sse, stream
@@ -29,7 +29,7 @@ LLAMA = os.environ.get("LLAMA_SERVER_URL", "")
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
     alpha.healthy.models.append("qwen3:8b")
     return start_gateway(alpha, beta, PLAYGROUND_ENABLED="true")
 
@@ -58,7 +58,7 @@ def ask(page: Page, words: str) -> None:
     page.press("#prompt", "Enter")
 
 
-def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http() as client:
         nowhere = client.get("/nowhere")
@@ -66,7 +66,7 @@ def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: PlayedBac
             assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
 
 
-def test_an_operators_own_page(start_gateway: StartGateway, alpha: PlayedBackend, tmp_path: Path) -> None:
+def test_an_operators_own_page(start_gateway: StartGateway, alpha: FakeBackend, tmp_path: Path) -> None:
     own = tmp_path / "own.html"
     own.write_text("<title>Ours</title>")
     gateway = start_gateway(alpha, PLAYGROUND_ENABLED="true", PLAYGROUND_FILE=str(own))
@@ -86,7 +86,7 @@ def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
     assert total < LARGEST_PAGE
 
 
-def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     key = gateway.key(rpm=50, flags=(key_store.SHOW_BACKEND,))
     words = "# Yes\n\n- **one**\n- `two`\n\n```\ncode <b>\n```\n[a](https://example.org/x)"
     alpha.play_once(CHAT, saying({"reasoning": "Hmm."}, {"content": words}, pause_s=0.05))
@@ -121,7 +121,7 @@ def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: PlayedBacken
     assert [message["role"] for message in second["messages"]] == ["system", "user", "assistant", "user"]
 
 
-def test_stop_edit_and_retry(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_stop_edit_and_retry(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     alpha.play_once(CHAT, saying(*({"content": f"{n} "} for n in range(200)), pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -153,7 +153,7 @@ def test_two_models_side_by_side(gateway: RunningGateway, browser: Browser) -> N
 
 
 def test_pictures_where_the_model_can_see(
-    gateway: RunningGateway, alpha: PlayedBackend, tmp_path: Path, browser: Browser
+    gateway: RunningGateway, alpha: FakeBackend, tmp_path: Path, browser: Browser
 ) -> None:
     picture = tmp_path / "pixel.png"
     picture.write_bytes(PIXEL)
@@ -173,7 +173,7 @@ def test_pictures_where_the_model_can_see(
     assert part["image_url"]["url"].startswith("data:image/png;base64,")
 
 
-def test_errors_as_the_api_gave_them_and_a_countdown(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_errors_as_the_api_gave_them_and_a_countdown(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     with page_of(browser, expecting=["status of 401", "box: 401", "status of 429", "box: 429: Limit of"]) as page:
         enter(page, gateway, "nz_wrong")
         expect(page.locator("#problem")).to_contain_text("401: The API key is wrong, expired or revoked.")
@@ -192,7 +192,7 @@ def test_errors_as_the_api_gave_them_and_a_countdown(gateway: RunningGateway, al
 
 
 def test_embeddings(start_gateway: StartGateway, browser: Browser) -> None:
-    with PlayedBackend(models=["bge:latest"], name="alpha") as alpha:
+    with FakeBackend(models=["bge:latest"], name="alpha") as alpha:
         gateway = start_gateway(alpha, PLAYGROUND_ENABLED="true")
         with page_of(browser) as page:
             enter(page, gateway, gateway.key())
@@ -211,7 +211,7 @@ def test_only_the_models_of_the_key(gateway: RunningGateway, browser: Browser) -
 
 def test_what_servers_say_does_nothing(start_gateway: StartGateway, browser: Browser) -> None:
     link = '[x](javascript:alert(3)) [y](https://example.org/"onmouseover=alert(4))'
-    with PlayedBackend(models=[XSS], name="alpha") as evil:
+    with FakeBackend(models=[XSS], name="alpha") as evil:
         gateway = start_gateway(evil, PLAYGROUND_ENABLED="true")
         words = f"{XSS}\n\n# {XSS}\n\n- {XSS}\n\n`{XSS}`\n\n|{XSS}|b|\n|-|-|\n|{XSS}|c|\n\n{link}"
         evil.play_once(CHAT, saying({"reasoning": XSS}, {"content": words}))
@@ -234,7 +234,7 @@ def test_what_servers_say_does_nothing(start_gateway: StartGateway, browser: Bro
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_cut(gateway: RunningGateway, alpha: PlayedBackend, width: str, scheme: str, browser: Browser) -> None:
+def test_nothing_is_cut(gateway: RunningGateway, alpha: FakeBackend, width: str, scheme: str, browser: Browser) -> None:
     long = "a" * 400
     table = "|one|two|three|\n|-|-|-|\n|" + "|".join(["words and words and words"] * 3) + "|"
     alpha.play_once(CHAT, saying({"reasoning": long}, {"content": f"{long}\n\n```\n{long}\n```\n\n{table}"}))

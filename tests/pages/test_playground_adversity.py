@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.conftest import StartGateway
 from tests.pages.test_playground import CHAT, MODEL, PIXEL, ask, chunks, enter, saying
 from tests.support.browser import page_of
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 from tests.support.scripts import Step, answer, sse, stream
@@ -32,7 +32,7 @@ BEAT = (
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, beta, PLAYGROUND_ENABLED="true")
 
 
@@ -45,7 +45,7 @@ def is_done(page: Page) -> None:
     expect(page.locator(".answer").last).not_to_have_attribute("aria-busy", "true")
 
 
-def test_no_text_of_a_model_freezes_the_page(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_no_text_of_a_model_freezes_the_page(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     """Measured against plain words of the same length in the same page: the machine's speed cancels out."""
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -63,7 +63,7 @@ def test_no_text_of_a_model_freezes_the_page(gateway: RunningGateway, alpha: Pla
         assert {name: ms for name, ms in worst.items() if ms > 40 * floor} == {}, (floor, worst)
 
 
-def test_nothing_of_a_text_is_lost_in_its_nesting(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_nothing_of_a_text_is_lost_in_its_nesting(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         alpha.play_once(CHAT, in_pieces(">" * 10_000 + " the end", 5_000))
@@ -72,7 +72,7 @@ def test_nothing_of_a_text_is_lost_in_its_nesting(gateway: RunningGateway, alpha
         expect(page.locator(".said")).to_contain_text("the end")
 
 
-def test_a_done_inside_the_text_is_text(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_a_done_inside_the_text_is_text(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     alpha.play_once(CHAT, saying({"content": "data: [DONE]\n\n"}, {"content": "[DONE]"}, {"content": " and more"}))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -81,7 +81,7 @@ def test_a_done_inside_the_text_is_text(gateway: RunningGateway, alpha: PlayedBa
         expect(page.locator(".said")).to_contain_text("[DONE] and more")
 
 
-def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     alpha.play_once(CHAT, in_pieces("x" * 400, 1, pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -98,7 +98,7 @@ def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha
         expect(page.get_by_role("button", name="Retry")).to_be_visible()
 
 
-def test_start_anew_ends_what_runs(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_start_anew_ends_what_runs(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     alpha.play_once(CHAT, in_pieces("x" * 400, 1, pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -114,7 +114,7 @@ def test_start_anew_ends_what_runs(gateway: RunningGateway, alpha: PlayedBackend
 
 
 def test_what_is_selected_and_scrolled_stays_while_it_grows(
-    gateway: RunningGateway, alpha: PlayedBackend, browser: Browser
+    gateway: RunningGateway, alpha: FakeBackend, browser: Browser
 ) -> None:
     code = "```\n" + "\n".join(f"line {n}" for n in range(200)) + "\n```\n\nfirst words here\n\n"
     alpha.play_once(CHAT, saying({"content": code}, *({"content": f"more {n} "} for n in range(60)), pause_s=0.05))
@@ -130,7 +130,7 @@ def test_what_is_selected_and_scrolled_stays_while_it_grows(
         page.click("#stop")
 
 
-def test_the_focus_stays_with_who_types(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_the_focus_stays_with_who_types(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     alpha.play_once(CHAT, in_pieces("x" * 30, 1, pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -149,7 +149,7 @@ def test_the_focus_stays_with_who_types(gateway: RunningGateway, alpha: PlayedBa
         expect(page.locator("#prompt")).to_be_focused()
 
 
-def test_a_countdown_ends_when_the_gateway_said(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_a_countdown_ends_when_the_gateway_said(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     """It is the time of the answer that counts, not when it was last drawn."""
     told = {"error": {"message": "Slow down.", "type": "rate_limit_error"}}
     with page_of(browser, expecting=["status of 429", "box: 429: Slow down.$"]) as page:
@@ -170,7 +170,7 @@ def test_a_countdown_ends_when_the_gateway_said(gateway: RunningGateway, alpha: 
         expect(page.locator(".answer .bad")).to_have_count(0)
 
 
-def test_forget_the_key_forgets_all(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_forget_the_key_forgets_all(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         page.locator("summary").first.click()
@@ -187,7 +187,7 @@ def test_forget_the_key_forgets_all(gateway: RunningGateway, alpha: PlayedBacken
 
 
 def test_a_picture_goes_to_models_that_see_and_can_be_taken_back(
-    gateway: RunningGateway, alpha: PlayedBackend, tmp_path: Path, browser: Browser
+    gateway: RunningGateway, alpha: FakeBackend, tmp_path: Path, browser: Browser
 ) -> None:
     picture, words = tmp_path / "pixel.png", tmp_path / "words.txt"
     picture.write_bytes(PIXEL)
@@ -214,7 +214,7 @@ def test_a_picture_goes_to_models_that_see_and_can_be_taken_back(
     assert isinstance(sent[MODEL], list) and sent["qwen3:8b"] == "What is it?"
 
 
-def test_what_an_error_says_can_be_traced(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_what_an_error_says_can_be_traced(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     with page_of(browser, expecting=["status of 400", "box: 400: Too warm."]) as page:
         enter(page, gateway, gateway.key())
         alpha.play_once(CHAT, answer(400, {"error": {"message": "Too warm.", "type": "invalid_request_error"}}))
@@ -225,7 +225,7 @@ def test_what_an_error_says_can_be_traced(gateway: RunningGateway, alpha: Played
         expect(page.locator(".facts")).to_contain_text(f"request {told.value.headers['x-request-id']}")
 
 
-def test_facts_say_only_what_is_known(gateway: RunningGateway, alpha: PlayedBackend, browser: Browser) -> None:
+def test_facts_say_only_what_is_known(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     frames = [*chunks({"content": "one"})[:-1], {"choices": [], "usage": {"prompt_tokens": 3}}]
     alpha.play_once(CHAT, stream(sse(frames)))
     with page_of(browser) as page:
@@ -242,7 +242,7 @@ def test_facts_say_only_what_is_known(gateway: RunningGateway, alpha: PlayedBack
 
 
 def test_the_copied_curl_runs_with_a_large_picture(
-    gateway: RunningGateway, alpha: PlayedBackend, tmp_path: Path, browser: Browser
+    gateway: RunningGateway, alpha: FakeBackend, tmp_path: Path, browser: Browser
 ) -> None:
     """A shell takes 128 KiB in one word: the body must not be one."""
     picture = tmp_path / "large.png"

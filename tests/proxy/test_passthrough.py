@@ -10,7 +10,7 @@ from gateway.auth.key_store import ADMIN_MODELS, SHOW_BACKEND
 from gateway.proxy.passthrough import ROUTES
 from tests.conftest import StartGateway
 from tests.support.asking import WAYS
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import Head, Piece, Reset
 
@@ -20,13 +20,13 @@ DIGEST = f"sha256:{hashlib.sha256(BLOB).hexdigest()}"
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, beta)
 
 
 @pytest.mark.parametrize(("method", "route"), ROUTES)
 def test_every_verb_is_refused_without_the_flag_and_without_a_key(
-    gateway: RunningGateway, alpha: PlayedBackend, method: str, route: str
+    gateway: RunningGateway, alpha: FakeBackend, method: str, route: str
 ) -> None:
     path = route.replace("{digest}", DIGEST)
     before = len(alpha.requests)
@@ -38,7 +38,7 @@ def test_every_verb_is_refused_without_the_flag_and_without_a_key(
 
 
 def test_a_pull_streams_from_the_first_backend_and_the_model_is_there_at_once(
-    gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend
+    gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     client = gateway.ollama(gateway.admin_key())
     assert [progress.status for progress in client.pull("new-model", stream=True)][-1] == "success"
@@ -48,7 +48,7 @@ def test_a_pull_streams_from_the_first_backend_and_the_model_is_there_at_once(
     assert "new-model:latest" in gateway.components.discovery.catalog.models
 
 
-def test_a_header_names_another_backend(gateway: RunningGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_a_header_names_another_backend(gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     with gateway.http(gateway.admin_key(), headers={"X-Gateway-Backend": "beta"}) as client:
         assert client.post("/api/copy", json={"source": MODEL, "destination": "copy"}).status_code == 200
         assert client.request("DELETE", "/api/delete", json={"model": "copy"}).status_code == 200
@@ -63,9 +63,7 @@ def test_a_backends_own_error_comes_through(gateway: RunningGateway) -> None:
         assert client.request("DELETE", "/api/delete", json={"model": "absent"}).status_code == 404
 
 
-def test_only_what_may_have_changed_a_model_makes_the_list_be_asked_again(
-    gateway: RunningGateway, alpha: PlayedBackend
-) -> None:
+def test_only_what_may_have_changed_a_model_makes_the_list_be_asked_again(gateway: RunningGateway, alpha: FakeBackend) -> None:
     """A list that hangs holds up nobody whose change was refused."""
     with gateway.http(gateway.admin_key()) as client:
         asked = len(alpha.calls("/api/tags"))
@@ -79,7 +77,7 @@ def test_only_what_may_have_changed_a_model_makes_the_list_be_asked_again(
         assert len(alpha.calls("/api/tags")) == asked + 1
 
 
-def test_a_blob_larger_than_any_body_limit_is_streamed(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_a_blob_larger_than_any_body_limit_is_streamed(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.admin_key()) as client:
         assert client.head(f"/api/blobs/{DIGEST}").status_code == 404
         assert client.post(f"/api/blobs/{DIGEST}", content=BLOB).status_code in (200, 201)
@@ -90,14 +88,14 @@ def test_a_blob_larger_than_any_body_limit_is_streamed(gateway: RunningGateway, 
     assert posted.body == BLOB
 
 
-def test_strict_reading_holds_for_admins_too(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_strict_reading_holds_for_admins_too(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.admin_key()) as client:
         for body in (b'{"model":"a","Model":"b"}', b'{"model":"a","model":"b"}', b'{"model":"a"} x'):
             assert client.post("/api/pull", content=body).status_code == 400
     assert not alpha.calls("/api/pull")
 
 
-def test_a_pull_that_breaks_off_says_so(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_a_pull_that_breaks_off_says_so(gateway: RunningGateway, alpha: FakeBackend) -> None:
     line = b'{"status":"pulling manifest"}\n'
     alpha.play("/api/pull", [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), Piece(line), Reset()])
     with gateway.http(gateway.admin_key()) as client:
@@ -106,7 +104,7 @@ def test_a_pull_that_breaks_off_says_so(gateway: RunningGateway, alpha: PlayedBa
 
 
 def test_no_backend_for_admin_verbs(start_gateway: StartGateway) -> None:
-    with PlayedBackend("openai", ["x"], name="beta") as beta:
+    with FakeBackend("openai", ["x"], name="beta") as beta:
         gateway = start_gateway(beta)
         with gateway.http(gateway.admin_key()) as client:
             assert client.post("/api/pull", json={"model": "x"}).status_code == 400
@@ -120,7 +118,7 @@ def test_flagged_keys_see_which_backend_answered(gateway: RunningGateway) -> Non
         assert "x-gateway-backend" not in got.headers
 
 
-def test_what_is_refused_was_tried_nowhere(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_what_is_refused_was_tried_nowhere(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.key(flags=(ADMIN_MODELS,), rpm=0)) as client:
         assert client.post("/api/pull", json={"model": "new"}).status_code == 429
     [row] = gateway.audit_rows()

@@ -15,7 +15,7 @@ from gateway.core.errors import Overloaded
 from gateway.proxy.body import LARGEST_WITHOUT_TURN
 from gateway.proxy.turns import Turns
 from tests.conftest import StartGateway
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 AT_ONCE = 40
@@ -97,7 +97,7 @@ def fragments(size: int) -> bytes:
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha)
 
 

@@ -19,7 +19,7 @@ from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Ov
 from gateway.proxy.body import Bodies, check_head
 from tests.conftest import StartGateway
 from tests.support.asking import MODEL, SAY_HI
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 
@@ -30,7 +30,7 @@ BEGUN = LARGEST - 1000
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
     for name in ("MOST_OF_A_KEY", "MOST"):
         monkeypatch.setattr(f"gateway.proxy.body.{name}", 0)
     return start_gateway(alpha, MAX_REQUEST_BODY_BYTES=str(LARGEST))

@@ -16,7 +16,7 @@ from gateway.auth.key_store import cache_key
 from gateway.fleet import discovery
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import SAY_HI, WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 from tests.support.scripts import End, Forever, Head, Pause, Piece, Raw, Step, answer, recording, sse, stream
@@ -57,7 +57,7 @@ def is_closed(connection: socket.socket) -> bool:
     ],
 )
 def test_odd_list_entries_take_nothing_else_away(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, entry: dict[str, object]
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, entry: dict[str, object]
 ) -> None:
     alpha.play("/api/tags", answer(200, {"models": [entry]}))
     for _ in range(2):
@@ -71,9 +71,7 @@ def test_odd_list_entries_take_nothing_else_away(
 @pytest.mark.parametrize(
     "text", ["not json", "[1]", '{"models":[1,2]}', '{"models":[{"name":"x"}],"answered_at":"soon"}', '{"models":[{"name":5}]}']
 )
-def test_garbage_in_redis_stops_nothing(
-    start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores, text: str
-) -> None:
+def test_garbage_in_redis_stops_nothing(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, text: str) -> None:
     with stores.client() as redis:
         redis.set(discovery.snapshot_name(settings_for(alpha).backends[0]), text)
         gateway = start_gateway(alpha)
@@ -101,7 +99,7 @@ def authenticator_of(gateway: RunningGateway) -> Authenticator:
 
 
 def test_a_revocation_is_not_written_over(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = start_gateway(alpha), start_gateway(alpha)
     key = first.key(name="mine")
@@ -128,7 +126,7 @@ def test_a_revocation_is_not_written_over(
             assert client.get("/api/tags").status_code == 401
 
 
-def test_caches_do_not_add_up(start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+def test_caches_do_not_add_up(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
     """A revocation that nobody hears of (here: straight in the database) holds after one cache time, not two."""
     first, second = (start_gateway(alpha, REDIS_KEY_CACHE_TTL_S="2") for _ in range(2))
     key = first.key()
@@ -142,7 +140,7 @@ def test_caches_do_not_add_up(start_gateway: StartGateway, alpha: PlayedBackend,
 
 
 def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_holds_up_no_known_key(
-    start_gateway: StartGateway, alpha: PlayedBackend
+    start_gateway: StartGateway, alpha: FakeBackend
 ) -> None:
     gateway = start_gateway(
         alpha, AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN="10", ARGON2_TIME_COST="10", ARGON2_MEMORY_COST_KIB="16384"
@@ -168,7 +166,7 @@ def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_holds_up_no_known
 
 
 def test_a_reader_that_stops_is_cut_off(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.edge.deadlines.READER_DEADLINE_S", 0.5)
     gateway = start_gateway(alpha)
@@ -192,7 +190,7 @@ def test_a_reader_that_stops_is_cut_off(
 
 
 def test_the_rest_of_a_refused_body_has_a_deadline(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.edge.deadlines.HEAD_DEADLINE_S", 0.4)
     gateway = start_gateway(alpha)
@@ -204,7 +202,7 @@ def test_the_rest_of_a_refused_body_has_a_deadline(
 
 
 def test_a_stray_line_end_behind_a_body_cuts_no_stream(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.edge.deadlines.HEAD_DEADLINE_S", 0.3)
     gateway = start_gateway(alpha)
@@ -228,7 +226,7 @@ def test_a_stray_line_end_behind_a_body_cuts_no_stream(
     ],
 )
 def test_a_whole_answer_without_an_answer_is_none(
-    start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend, path: str, content: bytes
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, path: str, content: bytes
 ) -> None:
     gateway = start_gateway(alpha, beta)
     alpha.play(path, answer(200, content))
@@ -237,7 +235,7 @@ def test_a_whole_answer_without_an_answer_is_none(
     assert got.status_code == 200 and gateway.request_lines()[-1]["backend"] == "beta"
 
 
-def test_one_of_two_choices_that_ended_is_not_the_end(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_one_of_two_choices_that_ended_is_not_the_end(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     chunks = [
         {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]},
@@ -253,7 +251,7 @@ def test_one_of_two_choices_that_ended_is_not_the_end(start_gateway: StartGatewa
 
 @pytest.mark.parametrize("content_type", ["text/event-stream; x=\u20ac", "text/event-stream\xe9", "a\x0bb\x01"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_odd_content_types_of_backends(start_gateway: StartGateway, alpha: PlayedBackend, way: Way, content_type: str) -> None:
+def test_odd_content_types_of_backends(start_gateway: StartGateway, alpha: FakeBackend, way: Way, content_type: str) -> None:
     gateway = start_gateway(alpha)
     ending = "whole.json" if not way.streamed else "stream.ndjson" if way.dialect == "ollama" else "stream.sse"
     data = recording(f"{way.dialect}_chat_{ending}")
@@ -263,7 +261,7 @@ def test_odd_content_types_of_backends(start_gateway: StartGateway, alpha: Playe
         assert client.post(way.path, json=way.body).status_code in (200, 502)
 
 
-def test_an_upgrade_that_nobody_needs_is_ignored(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_an_upgrade_that_nobody_needs_is_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     body = json.dumps(WAYS[0].body).encode()
     wish = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA")
@@ -273,7 +271,7 @@ def test_an_upgrade_that_nobody_needs_is_ignored(start_gateway: StartGateway, al
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 
 
-def test_fields_that_reach_past_the_allow_list_are_refused(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_fields_that_reach_past_the_allow_list_are_refused(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         for field in ({"draft_model": "secret"}, {"kv_transfer_params": {"remote_host": "x"}}, {"tools": [{"x": 1}]}):
@@ -285,7 +283,7 @@ def test_fields_that_reach_past_the_allow_list_are_refused(start_gateway: StartG
     assert not alpha.calls("/v1/chat/completions")
 
 
-def test_endless_comments_before_the_first_frame_cost_little(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_endless_comments_before_the_first_frame_cost_little(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     comments: list[Step] = [Piece(b": ping\n\n" * 30) for _ in range(1000)]
     data = recording("openai_chat_stream.sse")
@@ -301,7 +299,7 @@ def test_endless_comments_before_the_first_frame_cost_little(start_gateway: Star
     assert spent < 20, "quadratic reading took minutes"
 
 
-def test_blob_uploads_may_take_their_time_and_their_client_may_leave(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_blob_uploads_may_take_their_time_and_their_client_may_leave(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="1")
     key, digest = gateway.admin_key(), f"sha256:{hashlib.sha256(b'x' * 8).hexdigest()}"
 

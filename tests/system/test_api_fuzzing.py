@@ -16,7 +16,7 @@ from schemathesis.specs.openapi import checks
 
 from gateway.auth import key_store
 from tests.conftest import StartGateway
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 MODEL = "llama3.2:latest"
@@ -39,7 +39,7 @@ UNENDING = "/admin/v1/events"
 
 @pytest.fixture
 def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
-    with PlayedBackend(models=[MODEL], name="ollama") as first, PlayedBackend(models=[], name="spare") as second:
+    with FakeBackend(models=[MODEL], name="ollama") as first, FakeBackend(models=[], name="spare") as second:
         yield start_gateway(first, second, **EVERYTHING)
 
 

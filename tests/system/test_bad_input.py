@@ -16,7 +16,7 @@ from gateway.dialects.dialect import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from tests.conftest import StartGateway
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import answer
 
@@ -25,13 +25,13 @@ GOOD = '"messages":[{"role":"user","content":"hi"}]'
 
 
 @pytest.fixture(scope="module")
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["a:latest"], name="alpha") as backend:
+def alpha() -> Iterator[FakeBackend]:
+    with FakeBackend(models=["a:latest"], name="alpha") as backend:
         yield backend
 
 
 @pytest.fixture(scope="module")
-def gateway(start_shared_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_shared_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_shared_gateway(alpha)
 
 
@@ -154,7 +154,7 @@ def test_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
     [("POST", "/api/pull"), ("POST", "/api%2Fpull"), ("POST", "/api/%70ull"), ("DELETE", "/api/delete"), ("POST", "/api/me")],
 )
 def test_admin_verbs_are_refused_however_they_are_spelled(
-    gateway: RunningGateway, alpha: PlayedBackend, method: str, path: str
+    gateway: RunningGateway, alpha: FakeBackend, method: str, path: str
 ) -> None:
     with gateway.http(gateway.key()) as client:
         assert client.request(method, path, content=b'{"model":"a"}').status_code == 403
@@ -164,7 +164,7 @@ def test_admin_verbs_are_refused_however_they_are_spelled(
 @pytest.mark.parametrize(
     "line", [b"POST http://evil.example/api/pull HTTP/1.1", b"POST //api/pull HTTP/1.1", b"POST /api/./pull HTTP/1.1"]
 )
-def test_odd_request_targets_reach_no_backend(gateway: RunningGateway, alpha: PlayedBackend, line: bytes) -> None:
+def test_odd_request_targets_reach_no_backend(gateway: RunningGateway, alpha: FakeBackend, line: bytes) -> None:
     request = line + b"\r\nHost: a\r\nAuthorization: Bearer %s\r\nContent-Length: 2\r\n\r\n{}" % gateway.key().encode()
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
         connection.settimeout(5)
@@ -219,7 +219,7 @@ TYPES = st.sampled_from(["application/json", "text/event-stream", "application/x
     stream=st.booleans(),
 )
 def test_nothing_a_backend_says_makes_a_500(
-    gateway: RunningGateway, alpha: PlayedBackend, content: bytes, status: int, content_type: str, path: str, stream: bool
+    gateway: RunningGateway, alpha: FakeBackend, content: bytes, status: int, content_type: str, path: str, stream: bool
 ) -> None:
     key = getattr(gateway, "fuzz_key", None) or gateway.key()
     gateway.fuzz_key = key  # type: ignore[attr-defined]

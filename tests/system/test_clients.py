@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 SAY_HI: Any = [{"role": "user", "content": "Say hi"}]
@@ -26,8 +26,8 @@ TOOL: Any = {
 @pytest.fixture
 def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
     with (
-        PlayedBackend(kind="ollama", models=["llama3.2:latest", "bge:latest"], name="alpha") as alpha,
-        PlayedBackend(kind="openai", models=["qwen/qwen3-8b", "bge:latest"], name="beta") as beta,
+        FakeBackend(kind="ollama", models=["llama3.2:latest", "bge:latest"], name="alpha") as alpha,
+        FakeBackend(kind="openai", models=["qwen/qwen3-8b", "bge:latest"], name="beta") as beta,
     ):
         yield start_gateway(alpha, beta)
 

@@ -19,7 +19,7 @@ from gateway.stores import redis_keys
 from tests.conftest import TestStores
 from tests.support.asking import WAYS
 from tests.support.crowd import Crowd, gather_crowd
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.redis_cluster import NODES, SLOTS, move_slot, redis_cluster, url_of
 from tests.support.running import RunningGateway
@@ -45,7 +45,7 @@ def nodes(ports: list[int]) -> Iterator[list[Any]]:
 
 
 @pytest.fixture
-def gateway(nodes: list[Any], ports: list[int], stores: TestStores, alpha: PlayedBackend) -> Iterator[RunningGateway]:
+def gateway(nodes: list[Any], ports: list[int], stores: TestStores, alpha: FakeBackend) -> Iterator[RunningGateway]:
     alpha.healthy.pieces, alpha.healthy.pause_s = 4, 0.002
     settings = settings_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=url_of(ports))
     with RunningGateway(settings) as running:

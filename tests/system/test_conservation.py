@@ -13,14 +13,14 @@ from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import billed
 from tests.support.crowd import Crowd, gather_crowd
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import FAULTS, How, Received, Script, Step, cut_at, recording
 
 REQUESTS = int(os.environ.get("CONSERVATION_REQUESTS", "1500"))
 
 
-def unreliable(backend: PlayedBackend, chance: random.Random) -> Script:
+def unreliable(backend: FakeBackend, chance: random.Random) -> Script:
     """Healthy most of the time; else it dies in some way, before, in or after its first frame."""
     faults = [name for name in FAULTS if "timeout" not in name and "silent" not in name]
 
@@ -54,7 +54,7 @@ def still_taken(stores: TestStores) -> list[bytes]:
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
     chance = random.Random(11)
     for backend in (alpha, beta):
         backend.healthy.pieces, backend.healthy.pause_s = 5, 0.002
@@ -86,7 +86,7 @@ def test_random_hang_ups_and_deaths_leave_the_books_in_balance(gateway: RunningG
     assert by_log == outcomes
 
 
-def test_a_row_says_what_happened(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_a_row_says_what_happened(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     gateway = start_gateway(alpha, beta)
     alpha.play("/api/chat", FAULTS["500"]("ollama", True))
     with gateway.http(gateway.key(name="mine"), headers={"User-Agent": "trial/1", "X-Request-ID": "my-own"}) as client:

@@ -13,7 +13,7 @@ from tests.bench import rooms
 from tests.bench.profile import counted
 from tests.bench.profiled import CALLS, COSTS
 from tests.conftest import TestStores
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import operate, serving
 from tests.support.settings_of import environment_for
 
@@ -70,7 +70,7 @@ class Counting:
 @pytest.fixture
 def counting(tmp_path: Path, stores: TestStores, request: pytest.FixtureRequest) -> Iterator[Counting]:
     pieces, pause_s = getattr(request, "param", (3, 0.0))
-    with PlayedBackend(models=[MODEL], name="alpha", pieces=3) as backend:
+    with FakeBackend(models=[MODEL], name="alpha", pieces=3) as backend:
         names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
         key = operate(tmp_path, names, "key", "--name", "counted").split()[-1]
         entry = ("-m", "tests.bench.profiled", str(tmp_path))

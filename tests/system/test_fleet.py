@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.support.asking import WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running import RunningGateway
 from tests.support.scripts import answer
@@ -20,21 +20,21 @@ PATHS = ("/api/chat", "/v1/chat/completions")
 
 
 @contextmanager
-def killed(alpha: PlayedBackend) -> Iterator[None]:
+def killed(alpha: FakeBackend) -> Iterator[None]:
     alpha.stop()
     yield
     alpha.start()
 
 
 @contextmanager
-def frozen(alpha: PlayedBackend) -> Iterator[None]:
+def frozen(alpha: FakeBackend) -> Iterator[None]:
     alpha.freeze()
     yield
     alpha.thaw()
 
 
 @contextmanager
-def failing(alpha: PlayedBackend) -> Iterator[None]:
+def failing(alpha: FakeBackend) -> Iterator[None]:
     for path in PATHS:
         alpha.play(path, answer(500, {"error": "broken"}))
     yield
@@ -66,8 +66,8 @@ def ask_llama(gateway: RunningGateway, key: str) -> str:
 @pytest.mark.parametrize("trouble", [killed, frozen, failing])
 def test_answers_go_on_while_the_first_backend_is(start_gateway: StartGateway, trouble: Callable[..., object]) -> None:
     with ExitStack() as stack:
-        alpha = stack.enter_context(PlayedBackend(models=["llama3.2:latest", "only-alpha:latest"], name="alpha"))
-        beta = stack.enter_context(PlayedBackend(models=["llama3.2:latest"], name="beta"))
+        alpha = stack.enter_context(FakeBackend(models=["llama3.2:latest", "only-alpha:latest"], name="alpha"))
+        beta = stack.enter_context(FakeBackend(models=["llama3.2:latest"], name="beta"))
         more = [{"name": "llama", "base_url": LLAMA, "kind": "openai"}] if LLAMA else []
         gateway = start_gateway(alpha, beta, *more, OLLAMA_READ_TIMEOUT_S="1", OLLAMA_CONNECT_TIMEOUT_S="0.5")
         key = gateway.key()

@@ -11,7 +11,7 @@ import pytest
 from gateway.core import strict_json
 from tests.conftest import StartGateway
 from tests.support.asking import WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import FAULTS, Forever, Head, Piece, Step, recording
 
@@ -19,7 +19,7 @@ NOTICED_WITHIN_S = 1.0
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="20", OLLAMA_IDLE_TIMEOUT_S="20")
 
 
@@ -42,7 +42,7 @@ def wait_until(done: Callable[[], object], seconds: float = 5.0) -> float:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("phase", ["before the head", "in the answer"])
-def test_the_backend_is_let_go_within_a_second(gateway: RunningGateway, alpha: PlayedBackend, way: Way, phase: str) -> None:
+def test_the_backend_is_let_go_within_a_second(gateway: RunningGateway, alpha: FakeBackend, way: Way, phase: str) -> None:
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     first = recording(name)[: len(recording(name)) // 2]
     kind = "application/x-ndjson" if way.dialect == "ollama" else "text/event-stream"
@@ -60,7 +60,7 @@ def test_the_backend_is_let_go_within_a_second(gateway: RunningGateway, alpha: P
     assert gateway.components.backends["alpha"].in_flight == 0
 
 
-def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGateway, alpha: FakeBackend) -> None:
     alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.005
     key, chance, many = gateway.key(), random.Random(7), 400
 
@@ -83,7 +83,7 @@ def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGa
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
 
 
-def test_a_client_that_leaves_at_the_last_frame_has_had_its_answer(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_a_client_that_leaves_at_the_last_frame_has_had_its_answer(gateway: RunningGateway, alpha: FakeBackend) -> None:
     """openai-python closes at [DONE], while the backend's body may not have ended yet."""
     kind = [("Content-Type", "text/event-stream")]
     alpha.play("/v1/chat/completions", [Head(200, kind, chunked=True), Piece(recording("openai_chat_stream.sse")), Forever()])
@@ -97,7 +97,7 @@ def test_a_client_that_leaves_at_the_last_frame_has_had_its_answer(gateway: Runn
     assert alpha.wait_idle(NOTICED_WITHIN_S)
 
 
-def test_a_client_that_stops_reading_holds_up_only_its_own_answer(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_client_that_stops_reading_holds_up_only_its_own_answer(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.5")
     key = gateway.key()
     line = recording("ollama_chat_stream.ndjson").splitlines(keepends=True)[0] * 500

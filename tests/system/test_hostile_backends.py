@@ -18,7 +18,7 @@ from tests.conftest import StartGateway
 from tests.limits.test_limits import until
 from tests.support import hostile
 from tests.support.asking import MODEL, SAY_HI
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.project import PROJECT
 from tests.support.running import RunningGateway
 from tests.support.scripts import Forever, Head, Piece, Step, answer, stream
@@ -94,9 +94,7 @@ def in_groups(gateway: RunningGateway, key: str, ends: dict[str, str]) -> Iterat
         yield ", ".join(group), calls
 
 
-def test_whatever_a_backend_does_others_are_answered(
-    start_gateway: StartGateway, alpha: PlayedBackend, hostile_url: str
-) -> None:
+def test_whatever_a_backend_does_others_are_answered(start_gateway: StartGateway, alpha: FakeBackend, hostile_url: str) -> None:
     waits = {"read_timeout_s": 0.6, "idle_timeout_s": 0.4, "total_timeout_s": 0.8}
     gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
     key = gateway.key()
@@ -124,7 +122,7 @@ def test_whatever_a_backend_does_others_are_answered(
 
 
 def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
-    start_gateway: StartGateway, alpha: PlayedBackend, hostile_url: str, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, hostile_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, sizes = OpenAI.without_usage, []
 
@@ -149,7 +147,7 @@ def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
 
 
 def test_an_end_that_comes_again_and_again_is_looked_for_once(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, sizes = ServerSentEvents.payloads, []
 
@@ -169,7 +167,7 @@ def test_an_end_that_comes_again_and_again_is_looked_for_once(
 
 
 def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
-    start_gateway: StartGateway, alpha: PlayedBackend, monkeypatch: pytest.MonkeyPatch
+    start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.fleet.backends.backend.MOST_UNFRAMED", 400_000)
     gateway = start_gateway(alpha)
@@ -196,7 +194,7 @@ def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
     assert backend.unframed.used == 0 and gateway.request_lines()[0]["attempts"][0]["fault"] == "endless_frames"
 
 
-def test_large_embeddings_are_passed_on_and_counted(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_large_embeddings_are_passed_on_and_counted(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     vectors = [[0.0123456 + n / 1000 for n in range(1000)]] * 30
     data = [{"object": "embedding", "embedding": vector, "index": n} for n, vector in enumerate(vectors)]
@@ -224,7 +222,7 @@ ODD_ENTRIES: dict[str, object] = {
 }
 
 
-def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway, shown = start_gateway(alpha), {}
     with gateway.http(gateway.key()) as client:
         for odd, entry in ODD_ENTRIES.items():
@@ -235,7 +233,7 @@ def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGatewa
     assert shown == {fine: [fine] for fine in shown} and len(shown) == len(ODD_ENTRIES)
 
 
-def test_a_list_of_too_many_values_is_no_list(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_list_of_too_many_values_is_no_list(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.play("/api/tags", answer(200, b'{"models":[' + b"[]," * 200_000 + b"{}]}"))
     gateway.call(gateway.components.discovery.refresh())

@@ -28,7 +28,7 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Snapshot
 from gateway.fleet.refusals import scrub
 from tests.conftest import StartGateway
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 LONG = 60_000
@@ -199,7 +199,7 @@ def long_one(client: httpx.Client, method: str, path: str, body: dict[str, Any] 
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, TRUSTED_PROXIES="127.0.0.1")
 
 

@@ -20,7 +20,7 @@ from gateway.limits.quota import Quota
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from tests.conftest import TestStores
 from tests.support.asking import WAYS
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import descendants, serving
 from tests.support.redis_cluster import redis_cluster, url_of
 from tests.support.running import waiting_rows
@@ -34,8 +34,8 @@ GUESS_S = 2.0
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["llama3.2:latest"], name="alpha", pieces=3, pause_s=0.01) as played:
+def backend() -> Iterator[FakeBackend]:
+    with FakeBackend(models=["llama3.2:latest"], name="alpha", pieces=3, pause_s=0.01) as played:
         yield played
 
 
@@ -53,7 +53,7 @@ def redis_url(request: pytest.FixtureRequest, shared_stores: TestStores) -> str:
 
 @pytest.fixture(scope="module")
 def addresses(
-    tmp_path_factory: pytest.TempPathFactory, shared_stores: TestStores, redis_url: str, backend: PlayedBackend
+    tmp_path_factory: pytest.TempPathFactory, shared_stores: TestStores, redis_url: str, backend: FakeBackend
 ) -> Iterator[list[str]]:
     names = environment_for(backend, DATABASE_URL=shared_stores.database_url, REDIS_URL=redis_url, GATEWAY_WORKERS="2")
     # A machine so busy that Redis seems to be away for a moment must not make each process go by its share.
@@ -116,7 +116,7 @@ async def burst(addresses: list[str], key: str, each: int = 4) -> Counter[int]:
     return statuses
 
 
-def most_at_once(backend: PlayedBackend, since: float) -> int:
+def most_at_once(backend: FakeBackend, since: float) -> int:
     calls = [call for call in backend.requests if call.method == "POST" and call.started >= since]
     edges = [(call.started, 1) for call in calls] + [(call.last_step, -1) for call in calls]
     running = most = 0
@@ -129,7 +129,7 @@ def most_at_once(backend: PlayedBackend, since: float) -> int:
 @pytest.mark.parametrize("redis_url", ["server", "cluster"], indirect=True)
 @pytest.mark.parametrize("kind", ["of the key", "of a model"])
 def test_requests_per_minute_and_at_once_are_exact(
-    addresses: list[str], operator: Operator, backend: PlayedBackend, kind: str
+    addresses: list[str], operator: Operator, backend: FakeBackend, kind: str
 ) -> None:
     answered = 0
     for number in range(ROUNDS):
@@ -151,7 +151,7 @@ def test_requests_per_minute_and_at_once_are_exact(
 
 
 @pytest.mark.parametrize("redis_url", ["server", "cluster"], indirect=True)
-def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backend: PlayedBackend) -> None:
+def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backend: FakeBackend) -> None:
     for number in range(ROUNDS):
         name = f"budget {number}"
         key = operator.key(name, day=300)
@@ -163,7 +163,7 @@ def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backe
 
 @pytest.mark.long(seconds=75)
 def test_no_minute_holds_more_and_retry_after_is_the_time_until_it_passes(
-    addresses: list[str], operator: Operator, backend: PlayedBackend
+    addresses: list[str], operator: Operator, backend: FakeBackend
 ) -> None:
     """Asking on for more than a minute: whatever 60 seconds one looks at, the limit holds. Another key waits as it is told."""
     key, since, lost = operator.key("steady", rpm=50), time.monotonic(), 0
@@ -181,7 +181,7 @@ def test_no_minute_holds_more_and_retry_after_is_the_time_until_it_passes(
     assert all(later - earlier > 60 for earlier, later in zip(began, began[50:], strict=False))
 
 
-def starts(backend: PlayedBackend, since: float) -> list[float]:
+def starts(backend: FakeBackend, since: float) -> list[float]:
     calls = backend.calls(WAYS[0].path) + backend.calls(WAYS[2].path)
     return sorted(call.started for call in calls if call.started >= since)
 

@@ -11,7 +11,7 @@ import pytest
 from gateway.auth.key_store import ADMIN_MODELS, SHOW_BACKEND
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 HIDDEN, UNKNOWN = "secret-model", "no-such-model"
@@ -41,7 +41,7 @@ SPELLINGS = [
 
 @pytest.fixture
 def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
-    with PlayedBackend(models=["llama3.2:latest", f"{HIDDEN}:latest", "gpt-oss:120b-cloud"], name="alpha") as alpha:
+    with FakeBackend(models=["llama3.2:latest", f"{HIDDEN}:latest", "gpt-oss:120b-cloud"], name="alpha") as alpha:
         yield start_gateway(alpha)
 
 

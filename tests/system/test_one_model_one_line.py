@@ -17,7 +17,7 @@ from gateway.ops import main
 from gateway.stores.postgres import Database
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import PLAIN, ago, in_database, row, sql, write
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.settings_of import settings_for
 from tests.system.test_small_parts import ONE_MODEL
 from tests.telemetry.test_metrics import TOKEN, fresh
@@ -137,7 +137,7 @@ def test_what_is_looked_for_first_loses_nothing(stores: TestStores, wanted: str)
     assert sorted(each["model"] for each in found) == sorted(in_database(stores.database_url, all_of_it))
 
 
-def test_everywhere_else(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_everywhere_else(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, METRICS_TOKEN=TOKEN)
     strangers = [f"invented-{number}" for number in range(3)]
     with gateway.http(gateway.key()) as client:

@@ -25,8 +25,8 @@ from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
 from tests.support.asking import WAYS
 from tests.support.crowd import Crowd
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.own_stores import OwnStores, own_stores
-from tests.support.played.backend import PlayedBackend
 from tests.support.processes import descendants, serving, until
 from tests.support.running import RunningGateway
 from tests.support.settings_of import environment_for, settings_for
@@ -54,12 +54,12 @@ def stores(shared: OwnStores) -> OwnStores:
 
 
 @pytest.fixture
-def backend() -> Iterator[PlayedBackend]:
-    with PlayedBackend(models=["llama3.2:latest"], name="alpha", pieces=4, pause_s=0.01) as played:
+def backend() -> Iterator[FakeBackend]:
+    with FakeBackend(models=["llama3.2:latest"], name="alpha", pieces=4, pause_s=0.01) as played:
         yield played
 
 
-def names_for(stores: OwnStores, backend: PlayedBackend, **names: str) -> dict[str, str]:
+def names_for(stores: OwnStores, backend: FakeBackend, **names: str) -> dict[str, str]:
     return environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **names)
 
 
@@ -117,7 +117,7 @@ def backlog(stores: OwnStores) -> int:
 
 
 @pytest.mark.long(seconds=40)
-def test_kills_and_restarts_lose_no_row_and_write_none_twice(stores: OwnStores, backend: PlayedBackend, tmp_path: Path) -> None:
+def test_kills_and_restarts_lose_no_row_and_write_none_twice(stores: OwnStores, backend: FakeBackend, tmp_path: Path) -> None:
     names = names_for(stores, backend, GATEWAY_WORKERS="3")
     with serving(tmp_path, names) as (process, url, _):
         with Load(new_key(stores), [url]) as crowd:
@@ -151,7 +151,7 @@ def per_second(crowd: Crowd, seconds: float, watch: Callable[[], None] = lambda:
 
 
 @pytest.mark.long(seconds=15)
-def test_a_frozen_redis_slows_nobody_and_limits_hold_to_the_share(stores: OwnStores, backend: PlayedBackend) -> None:
+def test_a_frozen_redis_slows_nobody_and_limits_hold_to_the_share(stores: OwnStores, backend: FakeBackend) -> None:
     settings = settings_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     with RunningGateway(settings) as gateway:
         limited, free = gateway.key(rpm=30), gateway.key()
@@ -190,7 +190,7 @@ def ask(gateway: RunningGateway, key: str) -> int:
         return client.post(WAYS[0].path, json=WAYS[0].body).status_code
 
 
-def test_closed_without_redis(stores: OwnStores, backend: PlayedBackend) -> None:
+def test_closed_without_redis(stores: OwnStores, backend: FakeBackend) -> None:
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "LIMITS_WITHOUT_REDIS": "closed"}
     with RunningGateway(settings_for(backend, **names)) as gateway:
         key = gateway.key()
@@ -201,7 +201,7 @@ def test_closed_without_redis(stores: OwnStores, backend: PlayedBackend) -> None
         until(lambda: ask(gateway, key) == 200, 10)
 
 
-def test_who_was_refused_alone_holds_nothing_when_redis_lets_in_late(stores: OwnStores, backend: PlayedBackend) -> None:
+def test_who_was_refused_alone_holds_nothing_when_redis_lets_in_late(stores: OwnStores, backend: FakeBackend) -> None:
     """What Redis has read before it froze it does afterwards, though nobody waits for it any more."""
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
     with RunningGateway(settings_for(backend, **names)) as gateway:
@@ -225,7 +225,7 @@ def held(stores: OwnStores) -> list[bytes]:
         return [name for kind in ("c", "v") for name in client.scan_iter(f"nz:*:{kind}:*")]
 
 
-def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: OwnStores, backend: PlayedBackend) -> None:
+def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: OwnStores, backend: FakeBackend) -> None:
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
     with RunningGateway(settings_for(backend, **names)) as gateway, redis.Redis.from_url(stores.redis_url) as client:
         key = gateway.key()
@@ -246,7 +246,7 @@ def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: OwnStores
         assert len(told) <= 2
 
 
-def test_wrong_keys_are_counted_while_redis_is_away(stores: OwnStores, backend: PlayedBackend) -> None:
+def test_wrong_keys_are_counted_while_redis_is_away(stores: OwnStores, backend: FakeBackend) -> None:
     names = {"AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "10", "REDIS_URL": stores.redis_url}
     with RunningGateway(settings_for(backend, DATABASE_URL=stores.database_url, **names)) as gateway:
         with stores.frozen(stores.redis):
@@ -264,7 +264,7 @@ def wrong_at_once(gateway: RunningGateway, key: str) -> Counter[bytes]:
         return Counter(client.recv(12)[-3:] for client in clients)
 
 
-def test_rows_go_to_the_database_while_redis_is_away(stores: OwnStores, backend: PlayedBackend) -> None:
+def test_rows_go_to_the_database_while_redis_is_away(stores: OwnStores, backend: FakeBackend) -> None:
     settings = settings_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     with RunningGateway(settings) as gateway:
         key = gateway.key()
@@ -276,7 +276,7 @@ def test_rows_go_to_the_database_while_redis_is_away(stores: OwnStores, backend:
         assert len(gateway.audit_rows()) == 21
 
 
-def test_both_away_keeps_the_newest_and_says_so(stores: OwnStores, backend: PlayedBackend) -> None:
+def test_both_away_keeps_the_newest_and_says_so(stores: OwnStores, backend: FakeBackend) -> None:
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "AUDIT_BUFFER_SIZE": "5"}
     with RunningGateway(settings_for(backend, **names)) as gateway:
         key = gateway.key()
@@ -298,7 +298,7 @@ def test_both_away_keeps_the_newest_and_says_so(stores: OwnStores, backend: Play
 
 
 @pytest.mark.long(seconds=20)
-def test_sigterm_under_load_writes_a_row_for_every_answer(stores: OwnStores, backend: PlayedBackend, tmp_path: Path) -> None:
+def test_sigterm_under_load_writes_a_row_for_every_answer(stores: OwnStores, backend: FakeBackend, tmp_path: Path) -> None:
     key = new_key(stores)
     whole: set[str] = set()
     cut = 0

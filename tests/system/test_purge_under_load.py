@@ -17,7 +17,7 @@ from gateway.stores.postgres import Database
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import WAYS
 from tests.support.audit_rows import DAY
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 
 # The whole by hand: PURGED_ROWS=1000000.
@@ -104,7 +104,7 @@ def p99(times: list[float]) -> float:
 
 @pytest.mark.long(seconds=12)
 @pytest.mark.timeout(900)
-def test_a_purge_slows_requests_little(start_gateway: StartGateway, alpha: PlayedBackend, stores: TestStores) -> None:
+def test_a_purge_slows_requests_little(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
     asyncio.run(fill(stores.database_url))
     gateway = start_gateway(alpha)
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.support.asking import SAY_HI
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import FAULTS
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(not URL, reason="LLAMA_SERVER_URL names no llama
 
 
 @pytest.fixture
-def alpha() -> Iterator[PlayedBackend]:
-    with PlayedBackend("openai", [MODEL], name="alpha") as backend:
+def alpha() -> Iterator[FakeBackend]:
+    with FakeBackend("openai", [MODEL], name="alpha") as backend:
         yield backend
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, {"name": "llama", "base_url": URL, "kind": "openai"}, OLLAMA_READ_TIMEOUT_S="20")
 
 
@@ -74,7 +74,7 @@ def test_the_output_is_clamped_whatever_is_asked(start_gateway: StartGateway) ->
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("fault", ["500", "reset", "garbage", "error_first_frame", "refused", "frozen"])
 def test_it_takes_over_from_a_broken_backend(
-    start_gateway: StartGateway, alpha: PlayedBackend, fault: str, streamed: bool
+    start_gateway: StartGateway, alpha: FakeBackend, fault: str, streamed: bool
 ) -> None:
     real = {"name": "llama", "base_url": URL, "kind": "openai"}
     gateway = start_gateway(alpha, real, OLLAMA_READ_TIMEOUT_S="2")

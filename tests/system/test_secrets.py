@@ -14,7 +14,7 @@ from gateway.auth import key_format
 from gateway.telemetry.logs import ConsoleLines, JsonLines
 from tests.bench import tools
 from tests.conftest import StartGateway, TestStores
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import FAULTS, NDJSON, answer, ndjson, sse, stream
 from tests.support.settings_of import entry_of
@@ -25,16 +25,16 @@ PROMPT = "canary prompt text"
 
 
 @pytest.fixture
-def backends() -> Iterator[list[PlayedBackend]]:
+def backends() -> Iterator[list[FakeBackend]]:
     with ExitStack() as stack:
         yield [
-            stack.enter_context(PlayedBackend(models=["a:latest"], name="alpha", token=TOKEN)),
-            stack.enter_context(PlayedBackend("openai", ["b"], name="beta", token=TOKEN)),
-            stack.enter_context(PlayedBackend(models=["c:latest"], name="gamma", token=TOKEN, token_header="X-Api-Key")),
+            stack.enter_context(FakeBackend(models=["a:latest"], name="alpha", token=TOKEN)),
+            stack.enter_context(FakeBackend("openai", ["b"], name="beta", token=TOKEN)),
+            stack.enter_context(FakeBackend(models=["c:latest"], name="gamma", token=TOKEN, token_header="X-Api-Key")),
         ]
 
 
-def start(start_gateway: StartGateway, backends: list[PlayedBackend]) -> RunningGateway:
+def start(start_gateway: StartGateway, backends: list[FakeBackend]) -> RunningGateway:
     headers = [{}, {}, {"auth_header": "X-Api-Key"}]
     entries = [entry_of(backend, auth_token=TOKEN, **more) for backend, more in zip(backends, headers, strict=True)]
     return start_gateway(*entries)
@@ -47,7 +47,7 @@ def all_logged(gateway: RunningGateway) -> str:
 
 
 def test_tokens_open_the_backends_and_appear_nowhere(
-    start_gateway: StartGateway, backends: list[PlayedBackend], stores: TestStores
+    start_gateway: StartGateway, backends: list[FakeBackend], stores: TestStores
 ) -> None:
     gateway = start(start_gateway, backends)
     key = gateway.key()
@@ -80,7 +80,7 @@ def test_tokens_open_the_backends_and_appear_nowhere(
 @pytest.mark.parametrize("together", [False, True], ids=["frame by frame", "in one piece"])
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
 def test_an_error_within_a_stream_tells_no_secret(
-    start_gateway: StartGateway, backends: list[PlayedBackend], path: str, together: bool
+    start_gateway: StartGateway, backends: list[FakeBackend], path: str, together: bool
 ) -> None:
     gateway, backend = start(start_gateway, backends), backends[0]
     place = backend.url.removeprefix("http://")
@@ -105,7 +105,7 @@ def test_an_error_within_a_stream_tells_no_secret(
     assert got.text.count("\r\n") == (0 if path == "/api/chat" else 4), "the framing stays"
 
 
-def test_a_key_goes_to_no_backend_and_into_no_log(start_gateway: StartGateway, backends: list[PlayedBackend]) -> None:
+def test_a_key_goes_to_no_backend_and_into_no_log(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
     gateway = start(start_gateway, backends)
     key, body = gateway.key(), {"model": "a", "stream": False, "messages": []}
     secret = key.rpartition("_")[2]
@@ -126,7 +126,7 @@ def test_a_key_goes_to_no_backend_and_into_no_log(start_gateway: StartGateway, b
     assert secret not in all_logged(gateway)
 
 
-def test_a_wrong_token_is_told_to_the_operator_alone(start_gateway: StartGateway, backends: list[PlayedBackend]) -> None:
+def test_a_wrong_token_is_told_to_the_operator_alone(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
     gateway = start_gateway(entry_of(backends[0], auth_token="stale-token-of-before"))
     assert gateway.components.discovery.catalog.snapshots[0].error.startswith("token_refused")
     with gateway.http(gateway.key()) as client:
@@ -134,7 +134,7 @@ def test_a_wrong_token_is_told_to_the_operator_alone(start_gateway: StartGateway
     assert "token_refused" in all_logged(gateway)
 
 
-def test_the_request_line_has_what_an_operator_needs(start_gateway: StartGateway, backends: list[PlayedBackend]) -> None:
+def test_the_request_line_has_what_an_operator_needs(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
     gateway = start(start_gateway, backends)
     with gateway.http(gateway.key()) as client:
         client.post("/api/chat", json={"model": "a", "messages": []}, headers={"X-Request-ID": "mine-1"})

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.support.asking import WAYS, Way
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
 from tests.support.scripts import End, Forever, Head, Pause, Piece, Step, cut_at, recording
 
@@ -34,7 +34,7 @@ WHOLE = [
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: PlayedBackend) -> RunningGateway:
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha)
 
 
@@ -60,7 +60,7 @@ def in_pieces(data: bytes, cuts: list[int], content_type: str, pause_s: float = 
 
 @pytest.mark.parametrize(("path", "name"), [*STREAMS, *WHOLE])
 def test_every_recording_passes_byte_for_byte_however_it_is_cut(
-    gateway: RunningGateway, alpha: PlayedBackend, path: str, name: str
+    gateway: RunningGateway, alpha: FakeBackend, path: str, name: str
 ) -> None:
     data, content_type = recording(name), media_of(name)
     chance = random.Random(name)
@@ -80,7 +80,7 @@ def test_every_recording_passes_byte_for_byte_however_it_is_cut(
 @pytest.mark.parametrize("how", ["reset", "close"])
 @pytest.mark.parametrize(("path", "name"), [STREAMS[0], STREAMS[3]])
 def test_a_stream_cut_at_any_byte_ends_in_the_dialects_error(
-    gateway: RunningGateway, alpha: PlayedBackend, path: str, name: str, how: str, framing: str
+    gateway: RunningGateway, alpha: FakeBackend, path: str, name: str, how: str, framing: str
 ) -> None:
     data = recording(name)
     end_of_first = data.index(b"\n\n" if name.endswith("sse") else b"\n") + 2
@@ -103,7 +103,7 @@ def last_frame(content: bytes) -> dict[str, object]:
 @pytest.mark.parametrize("framing", ["chunked", "mid_chunk", "length"])
 @pytest.mark.parametrize(("path", "name"), WHOLE)
 def test_a_whole_answer_cut_short_is_502(
-    gateway: RunningGateway, alpha: PlayedBackend, path: str, name: str, framing: str
+    gateway: RunningGateway, alpha: FakeBackend, path: str, name: str, framing: str
 ) -> None:
     data = recording(name)
     offsets = random.Random(framing + name).sample(range(len(data) - 1), 25)
@@ -114,7 +114,7 @@ def test_a_whole_answer_cut_short_is_502(
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_the_official_clients_raise_where_a_stream_was_cut(gateway: RunningGateway, alpha: PlayedBackend, way: Way) -> None:
+def test_the_official_clients_raise_where_a_stream_was_cut(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     data = recording(name)
     alpha.play(way.path, cut_at(data, len(data) // 2, "close", media_of(name)))
@@ -126,7 +126,7 @@ def test_the_official_clients_raise_where_a_stream_was_cut(gateway: RunningGatew
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_a_clean_end_without_the_last_frame_is_no_success(gateway: RunningGateway, alpha: PlayedBackend, way: Way) -> None:
+def test_a_clean_end_without_the_last_frame_is_no_success(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
     """Ollama ends so when it aborts a run that repeats itself, and when its runner dies."""
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     frames = recording(name).splitlines(keepends=True)
@@ -136,9 +136,7 @@ def test_a_clean_end_without_the_last_frame_is_no_success(gateway: RunningGatewa
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_a_stall_ends_in_an_error_but_a_slow_start_does_not(
-    start_gateway: StartGateway, alpha: PlayedBackend, way: Way
-) -> None:
+def test_a_stall_ends_in_an_error_but_a_slow_start_does_not(start_gateway: StartGateway, alpha: FakeBackend, way: Way) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.4", OLLAMA_READ_TIMEOUT_S="3")
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     data, key = recording(name), gateway.key()
@@ -152,7 +150,7 @@ def test_a_stall_ends_in_an_error_but_a_slow_start_does_not(
     assert "in time" in str(raised.value)
 
 
-def test_a_total_limit_ends_an_endless_stream(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_total_limit_ends_an_endless_stream(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, OLLAMA_TOTAL_TIMEOUT_S="0.5")
     line = recording("ollama_chat_stream.ndjson").splitlines(keepends=True)[0]
     steps: list[Step] = [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True)]
@@ -164,7 +162,7 @@ def test_a_total_limit_ends_an_endless_stream(start_gateway: StartGateway, alpha
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
 def test_an_answer_ends_at_its_last_frame_whatever_the_backend_says_behind_it(
-    gateway: RunningGateway, alpha: PlayedBackend, way: Way
+    gateway: RunningGateway, alpha: FakeBackend, way: Way
 ) -> None:
     """Its call has been counted by then, and has given back its slot."""
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
@@ -181,7 +179,7 @@ def test_an_answer_ends_at_its_last_frame_whatever_the_backend_says_behind_it(
     assert [row["bytes_out"] for row in gateway.audit_rows()] == [len(got.content)] * 2
 
 
-def test_what_begins_with_nothing_but_blanks_or_comments_is_no_answer(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_what_begins_with_nothing_but_blanks_or_comments_is_no_answer(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key = gateway.key()
     for way in (way for way in WAYS if way.streamed):
         media = media_of("a.ndjson" if way.dialect == "ollama" else "a.sse")
@@ -192,7 +190,7 @@ def test_what_begins_with_nothing_but_blanks_or_comments_is_no_answer(gateway: R
         assert [attempt["fault"] for attempt in gateway.request_lines()[-1]["attempts"]] == ["bad_first_frame"]
 
 
-def test_each_piece_is_passed_on_as_it_comes(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_each_piece_is_passed_on_as_it_comes(gateway: RunningGateway, alpha: FakeBackend) -> None:
     """The client holds each frame while the backend is still silent before the next."""
     import threading
 
@@ -212,7 +210,7 @@ def test_each_piece_is_passed_on_as_it_comes(gateway: RunningGateway, alpha: Pla
         assert b"".join(arriving) == b"".join(lines[3:])
 
 
-def test_usage_is_read_from_the_end_of_each_kind_of_answer(gateway: RunningGateway, alpha: PlayedBackend) -> None:
+def test_usage_is_read_from_the_end_of_each_kind_of_answer(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key = gateway.key()
     with gateway.http(key) as client:
         for path, name in [*STREAMS, *WHOLE]:

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import sql
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import descendants, operate, serving, until
 from tests.support.project import PROJECT
 from tests.support.running import RunningGateway
@@ -65,7 +65,7 @@ def fresh(gateway: RunningGateway) -> Samples:
     return scraped(gateway.url)
 
 
-def test_what_became_of_requests(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_what_became_of_requests(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     gateway = start_gateway(alpha, beta, METRICS_TOKEN=TOKEN)
     key, tight = gateway.key(), gateway.key(rpm=1)
     alpha.healthy.cached = lambda _: 1
@@ -100,7 +100,7 @@ def test_what_became_of_requests(start_gateway: StartGateway, alpha: PlayedBacke
     assert total(found, "gateway_cached_tokens_total", model=MODEL) == sum(row["cached_tokens"] or 0 for row in rows) == 4
 
 
-def test_what_is_up(start_gateway: StartGateway, alpha: PlayedBackend, beta: PlayedBackend) -> None:
+def test_what_is_up(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.stop()
     gateway = start_gateway(alpha, beta, METRICS_TOKEN=TOKEN)
     with gateway.http(gateway.key()) as client:
@@ -119,7 +119,7 @@ def test_what_is_up(start_gateway: StartGateway, alpha: PlayedBackend, beta: Pla
 
 
 @pytest.mark.parametrize("header", ["", "Bearer wrong", f"Bearer {TOKEN}x"])
-def test_for_all_others_there_is_no_such_path(start_gateway: StartGateway, alpha: PlayedBackend, header: str) -> None:
+def test_for_all_others_there_is_no_such_path(start_gateway: StartGateway, alpha: FakeBackend, header: str) -> None:
     gateway = start_gateway(alpha, METRICS_TOKEN=TOKEN)
     headers = {"Authorization": header} if header else {}
     with gateway.http() as client:
@@ -133,20 +133,20 @@ def test_for_all_others_there_is_no_such_path(start_gateway: StartGateway, alpha
     assert routes == ["unmatched"] * 10, "a scrape says nothing in the log, an attempt does"
 
 
-def test_off_unless_asked_for(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_off_unless_asked_for(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         assert client.get("/metrics").status_code == 404
 
 
-def test_addresses_that_may_come(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_addresses_that_may_come(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, METRICS_ALLOW="127.0.0.0/8, ::1", GATEWAY_TRUSTED_PROXIES="127.0.0.1")
     with gateway.http() as client:
         assert client.get("/metrics").status_code == 200
         assert client.get("/metrics", headers={"X-Forwarded-For": "192.0.2.7"}).status_code == 404
 
 
-def test_a_key_may_be_shown_what_the_gateway_adds(start_gateway: StartGateway, alpha: PlayedBackend) -> None:
+def test_a_key_may_be_shown_what_the_gateway_adds(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key(flags=("show_overhead",))) as told, gateway.http(gateway.key()) as untold:
         shown = told.post("/api/chat", json=CHAT)
@@ -184,7 +184,7 @@ async def ask_many(url: str, key: str, requests: int) -> int:
 
 
 @pytest.mark.long(seconds=14)
-def test_workers_are_added_up_and_the_dead_are_not_forgotten(tmp_path: Path, stores: TestStores, alpha: PlayedBackend) -> None:
+def test_workers_are_added_up_and_the_dead_are_not_forgotten(tmp_path: Path, stores: TestStores, alpha: FakeBackend) -> None:
     names = environment_for(
         alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, GATEWAY_WORKERS="4", METRICS_TOKEN=TOKEN
     )

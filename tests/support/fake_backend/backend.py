@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Coroutine, Iterable
 from typing import Any, Self
 
-from tests.support.played.answers import Healthy, Kind
-from tests.support.played.connection import Connection
+from tests.support.fake_backend.answers import Healthy, Kind
+from tests.support.fake_backend.connection import Connection
 from tests.support.scripts import Outcome, Received, Script, Steps
 
 BACKLOG = 1024
@@ -19,7 +19,7 @@ PORTS = range(15_000, 32_000)
 LONGEST_WAIT_S = 5.0
 
 
-class PlayedBackend:
+class FakeBackend:
     """Every method may be called from any thread; `stop` and `start` keep the port."""
 
     def __init__(

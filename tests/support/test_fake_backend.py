@@ -15,7 +15,7 @@ import ollama
 import openai
 import pytest
 
-from tests.support.played.backend import PlayedBackend
+from tests.support.fake_backend.backend import FakeBackend
 from tests.support.scripts import (
     FAULTS,
     NDJSON,
@@ -45,18 +45,18 @@ TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "de
 
 
 @pytest.fixture
-def native() -> Iterator[PlayedBackend]:
-    with PlayedBackend(kind="ollama", models=["llama3.2:latest", "bge:latest"], name="alpha") as backend:
+def native() -> Iterator[FakeBackend]:
+    with FakeBackend(kind="ollama", models=["llama3.2:latest", "bge:latest"], name="alpha") as backend:
         yield backend
 
 
 @pytest.fixture
-def compatible() -> Iterator[PlayedBackend]:
-    with PlayedBackend(kind="openai", models=["meta/Llama"], name="alpha") as backend:
+def compatible() -> Iterator[FakeBackend]:
+    with FakeBackend(kind="openai", models=["meta/Llama"], name="alpha") as backend:
         yield backend
 
 
-def dial(backend: PlayedBackend, timeout_s: float = 2.0) -> socket.socket:
+def dial(backend: FakeBackend, timeout_s: float = 2.0) -> socket.socket:
     return socket.create_connection(("127.0.0.1", backend.port), timeout_s)
 
 
@@ -84,7 +84,7 @@ def read_all(sock: socket.socket) -> bytes:
     return received
 
 
-def test_the_ollama_client_talks_to_it(native: PlayedBackend) -> None:
+def test_the_ollama_client_talks_to_it(native: FakeBackend) -> None:
     with ollama.Client(native.url) as client:
         assert client.chat("llama3.2", SAY_HI).message.content == HEARD
         parts = list(client.chat("llama3.2", SAY_HI, stream=True))
@@ -102,7 +102,7 @@ def test_the_ollama_client_talks_to_it(native: PlayedBackend) -> None:
         assert client.show("bge").capabilities == ["completion", "tools"]
 
 
-def test_the_ollama_client_administers_it(native: PlayedBackend) -> None:
+def test_the_ollama_client_administers_it(native: FakeBackend) -> None:
     with ollama.Client(native.url) as client:
         assert [each.status for each in client.pull("new", stream=True)][-1] == "success"
         client.copy("new", "newer")
@@ -126,7 +126,7 @@ def test_the_ollama_client_administers_it(native: PlayedBackend) -> None:
 def test_the_openai_client_talks_to_it(kind: Dialect) -> None:
     model = "m:latest"
     with (
-        PlayedBackend(kind, [model], name="alpha", token="s3cret") as backend,
+        FakeBackend(kind, [model], name="alpha", token="s3cret") as backend,
         openai.OpenAI(base_url=backend.url + "/v1", api_key="s3cret", max_retries=0) as client,
     ):
         messages: Any = SAY_HI
@@ -154,12 +154,12 @@ def test_the_openai_client_talks_to_it(kind: Dialect) -> None:
             client.with_options(api_key="wrong").models.list()
 
 
-def test_an_openai_server_knows_nothing_of_ollama(compatible: PlayedBackend) -> None:
+def test_an_openai_server_knows_nothing_of_ollama(compatible: FakeBackend) -> None:
     assert httpx.get(compatible.url + "/health").status_code == 200
     assert httpx.get(compatible.url + "/api/tags").json() == {"detail": "Not Found"}
 
 
-def test_it_remembers_what_it_received(native: PlayedBackend) -> None:
+def test_it_remembers_what_it_received(native: FakeBackend) -> None:
     with httpx.Client(base_url=native.url) as http:
         http.post("/api/show?x=1", json={"model": "bge"}, headers={"X-Two": "a"})
         http.post("/api/show", content=iter([b'{"model":', b'"bge"}']))
@@ -172,7 +172,7 @@ def test_it_remembers_what_it_received(native: PlayedBackend) -> None:
     assert whole.started <= whole.finished <= chunked.started
 
 
-def test_scripts_are_played_in_their_order(native: PlayedBackend) -> None:
+def test_scripts_are_played_in_their_order(native: FakeBackend) -> None:
     native.play("/api/tags", answer(500, b"always"))
     native.play_once("/api/tags", answer(200, b"one"), lambda request: answer(200, request.method.encode()))
     with httpx.Client(base_url=native.url) as http:
@@ -184,7 +184,7 @@ def test_scripts_are_played_in_their_order(native: PlayedBackend) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECORDINGS.iterdir()))
-def test_recordings_arrive_byte_for_byte(native: PlayedBackend, name: str) -> None:
+def test_recordings_arrive_byte_for_byte(native: FakeBackend, name: str) -> None:
     data = recording(name)
     frames = frames_of(data)
     assert b"".join(frames) == data
@@ -192,7 +192,7 @@ def test_recordings_arrive_byte_for_byte(native: PlayedBackend, name: str) -> No
     assert httpx.post(native.url + "/v1/x").content == data
 
 
-def test_a_body_may_end_with_the_connection_or_be_framed_by_hand(native: PlayedBackend) -> None:
+def test_a_body_may_end_with_the_connection_or_be_framed_by_hand(native: FakeBackend) -> None:
     native.play_once(
         "/x", [Head(200), Piece(b"till the end")], [Head(200, chunked=True), Raw(b"4\r\nby "), Raw(b"h\r\n"), End()]
     )
@@ -203,7 +203,7 @@ def test_a_body_may_end_with_the_connection_or_be_framed_by_hand(native: PlayedB
 
 
 @pytest.mark.parametrize(("how", "framing"), list(product(["reset", "close"], ["chunked", "mid_chunk", "length"])))
-def test_an_answer_is_cut_where_it_was_asked(native: PlayedBackend, how: How, framing: Any) -> None:
+def test_an_answer_is_cut_where_it_was_asked(native: FakeBackend, how: How, framing: Any) -> None:
     data = recording("ollama_generate_stream.ndjson")
     native.play("/api/generate", cut_at(data, 100_000, how, NDJSON, framing))
     received = b""
@@ -218,7 +218,7 @@ def test_an_answer_is_cut_where_it_was_asked(native: PlayedBackend, how: How, fr
 
 
 @pytest.mark.parametrize(("name", "dialect", "streamed"), list(product(FAULTS, ["ollama", "openai"], [True, False])))
-def test_every_fault_happens(native: PlayedBackend, name: str, dialect: Dialect, streamed: bool) -> None:
+def test_every_fault_happens(native: FakeBackend, name: str, dialect: Dialect, streamed: bool) -> None:
     native.play("/x", FAULTS[name](dialect, streamed))
     expected: dict[str, type[httpx.TransportError]] = {
         "head_timeout": httpx.ReadTimeout,
@@ -235,7 +235,7 @@ def test_every_fault_happens(native: PlayedBackend, name: str, dialect: Dialect,
     assert (b"error" in response.content) == (name in ("429", "500", "503", "error_first_frame"))
 
 
-def test_a_reset_is_a_reset(native: PlayedBackend) -> None:
+def test_a_reset_is_a_reset(native: FakeBackend) -> None:
     native.play("/x", FAULTS["reset"]("ollama", True))
     with dial(native) as sock:
         ask(sock, "/x")
@@ -243,14 +243,14 @@ def test_a_reset_is_a_reset(native: PlayedBackend) -> None:
             sock.recv(1)
 
 
-def test_pieces_and_pauses_can_be_set(native: PlayedBackend) -> None:
+def test_pieces_and_pauses_can_be_set(native: FakeBackend) -> None:
     native.healthy.pieces, native.healthy.pause_s = 10, 0.02
     started = time.monotonic()
     lines = httpx.post(native.url + "/api/chat", json={"model": "bge", "messages": SAY_HI}).text.splitlines()
     assert (len(lines), time.monotonic() - started >= 0.2) == (11, True)
 
 
-def test_it_freezes_and_thaws(native: PlayedBackend) -> None:
+def test_it_freezes_and_thaws(native: FakeBackend) -> None:
     with dial(native) as known, dial(native, 0.2) as waiting:
         ask(known)
         assert version_of(known)
@@ -266,7 +266,7 @@ def test_it_freezes_and_thaws(native: PlayedBackend) -> None:
                 assert version_of(sock)
 
 
-def test_it_freezes_in_the_middle_of_a_stream(native: PlayedBackend) -> None:
+def test_it_freezes_in_the_middle_of_a_stream(native: FakeBackend) -> None:
     native.play("/x", [Head(200), Piece(b"a"), Pause(0.1), Piece(b"b")])
     with dial(native, 0.3) as sock:
         ask(sock, "/x")
@@ -280,7 +280,7 @@ def test_it_freezes_in_the_middle_of_a_stream(native: PlayedBackend) -> None:
         assert read_all(sock) == b"b"
 
 
-def test_frozen_with_a_full_queue_nobody_connects(native: PlayedBackend) -> None:
+def test_frozen_with_a_full_queue_nobody_connects(native: FakeBackend) -> None:
     native.freeze(accepting=False)
     with pytest.raises(TimeoutError):
         dial(native, 0.2)
@@ -288,7 +288,7 @@ def test_frozen_with_a_full_queue_nobody_connects(native: PlayedBackend) -> None
     assert httpx.get(native.url + "/api/version").status_code == 200
 
 
-def test_it_stops_and_starts_on_its_port(native: PlayedBackend) -> None:
+def test_it_stops_and_starts_on_its_port(native: FakeBackend) -> None:
     native.play("/x", [Head(200, chunked=True), Forever()])
     with dial(native) as sock:
         ask(sock, "/x")
@@ -310,7 +310,7 @@ PREFIX: list[Step] = [Head(200, [("Content-Type", SSE)], chunked=True), Piece(b"
 @pytest.mark.parametrize(
     "silence", [[Forever()], [*PREFIX, Pause(60)], [*PREFIX, Hold(threading.Event())], [Head(200), Piece(bytes(10**8))]]
 )
-def test_a_peer_that_leaves_is_noticed(native: PlayedBackend, silence: list[Step]) -> None:
+def test_a_peer_that_leaves_is_noticed(native: FakeBackend, silence: list[Step]) -> None:
     native.play("/x", silence)
     with dial(native) as sock:
         ask(sock, "/x")
@@ -327,7 +327,7 @@ def test_a_peer_that_leaves_is_noticed(native: PlayedBackend, silence: list[Step
     assert request.finished - left < 0.5
 
 
-def test_a_test_holds_a_stream_as_long_as_it_likes(native: PlayedBackend) -> None:
+def test_a_test_holds_a_stream_as_long_as_it_likes(native: FakeBackend) -> None:
     go_on = threading.Event()
     native.play("/x", [*PREFIX, Hold(go_on), Piece(b"data: [DONE]\n\n"), End()])
     with httpx.stream("GET", native.url + "/x") as response:
@@ -338,7 +338,7 @@ def test_a_test_holds_a_stream_as_long_as_it_likes(native: PlayedBackend) -> Non
 
 
 def test_an_idle_connection_goes_stale() -> None:
-    with PlayedBackend(close_idle_as_request_arrives=True) as backend, dial(backend) as sock:
+    with FakeBackend(close_idle_as_request_arrives=True) as backend, dial(backend) as sock:
         ask(sock)
         assert version_of(sock)
         sock.sendall(b"P")
@@ -354,7 +354,7 @@ def test_an_idle_connection_goes_stale() -> None:
     ("sent", "status"),
     [(b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000, b"431"), (b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/1.0\r\n\r\n", b"200")],
 )
-def test_heads_are_bounded_and_checked(native: PlayedBackend, sent: bytes, status: bytes) -> None:
+def test_heads_are_bounded_and_checked(native: FakeBackend, sent: bytes, status: bytes) -> None:
     with dial(native) as sock:
         sock.sendall(sent)
         assert read_all(sock).startswith(b"HTTP/1.1 " + status)
@@ -362,7 +362,7 @@ def test_heads_are_bounded_and_checked(native: PlayedBackend, sent: bytes, statu
 
 def test_nothing_is_left_behind() -> None:
     before = threading.active_count()
-    with PlayedBackend() as backend, dial(backend) as sock:
+    with FakeBackend() as backend, dial(backend) as sock:
         ask(sock)
         assert version_of(sock)
         assert threading.active_count() == before + 1

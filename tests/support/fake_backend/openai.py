@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from tests.support.played.words import (
+from tests.support.fake_backend.words import (
     Asked,
     Refused,
     canonical,
@@ -23,7 +23,7 @@ from tests.support.played.words import (
 from tests.support.scripts import PLAIN, Received, Step, answer, compact, sse, stream
 
 if TYPE_CHECKING:
-    from tests.support.played.answers import Healthy
+    from tests.support.fake_backend.answers import Healthy
 
 JSON = "application/json"
 CREATED = 1787335200

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tests.support.played import openai
-from tests.support.played.words import Asked, Refused, canonical, cut, paused, prompt_tokens, said, tool_arguments, vector
+from tests.support.fake_backend import openai
+from tests.support.fake_backend.words import Asked, Refused, canonical, cut, paused, prompt_tokens, said, tool_arguments, vector
 from tests.support.scripts import NDJSON, PLAIN, Received, Step, Steps, answer, ndjson, stream
 
 Kind = Literal["ollama", "openai"]
