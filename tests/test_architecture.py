@@ -27,7 +27,6 @@ SETTINGS_KNOW = {"fleet.backends.config", "stores.urls", "core.errors", "core.se
 UPWARD = {
     ("edge.server", "app"),
     ("fleet.failover", "audit.record"),
-    ("limits.limiter", "audit.record"),
     ("telemetry.gauges", "edge.application"),
 }
 # A home is a module or a whole package.

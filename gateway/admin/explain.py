@@ -13,8 +13,8 @@ from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Model, Offer
 from gateway.fleet.presence import BackendState
-from gateway.limits.admission import Admission, Ticket
-from gateway.limits.limiter import CounterUsage, Limiter
+from gateway.limits.admission import Admission, CounterUsage, Ticket
+from gateway.limits.limiter import Limiter
 from gateway.limits.quota import NAMES, CounterSet, Quota
 from gateway.proxy.visibility import missing
 from gateway.stores.redis_client import RedisUnavailable

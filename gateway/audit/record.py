@@ -14,21 +14,6 @@ from gateway.limits.admission import Admission
 NOTHING_COUNTED = Usage()
 # What stands for a fault where a backend is well, but will not do what was asked.
 CANNOT = "cannot"
-# The rest of a row whose request nobody has ended.
-NEVER_ENDED = {
-    "answered_as": "",
-    "backend": "",
-    "attempts": [],
-    "status": 0,
-    "detail": "",
-    "completion_tokens": 0,
-    "cached_tokens": None,
-    "billed_tokens": None,
-    "bytes_out": 0,
-    "queue_ms": 0.0,
-    "ttfb_ms": None,
-    "total_ms": None,
-}
 
 
 @dataclass(slots=True)

@@ -15,7 +15,8 @@ from gateway.core import strict_json
 from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
 from gateway.dialects.dialect import Dialect
-from gateway.limits.limiter import Limiter, Settlement
+from gateway.limits.admission import Settlement
+from gateway.limits.limiter import Limiter
 from gateway.stores.redis_client import RedisUnavailable
 
 LOG = logging.getLogger("gateway.audit")

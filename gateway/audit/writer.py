@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Self
 
-from gateway.audit import table
+from gateway.audit import abandoned, table
 from gateway.core import strict_json
 from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
@@ -169,10 +169,8 @@ class AuditWriter:
         return taken
 
     async def _reap(self) -> None:
-        if not self._limits.is_settled(SETTLING_S):
-            return
-        for settlement in await self._limits.expired(OVERDUE_MS, REAPED_AT_ONCE):
-            await self._limits.resend(settlement, "reaped")
+        if self._limits.is_settled(SETTLING_S):
+            await abandoned.settle_expired(self._limits, OVERDUE_MS, REAPED_AT_ONCE)
 
 
 def _behind(entry: bytes) -> bytes:

@@ -61,6 +61,29 @@ class WindowUsage(NamedTuple):
     tokens_reset: int
 
 
+@dataclass
+class Settlement:
+    """What a finished request leaves behind: tokens to bill, and its row and prompt for the audit, b"" for none."""
+
+    admission: Admission | None
+    used: int
+    completion: int
+    row: bytes
+    prompt: bytes = b""
+    id: str = ""
+    key_id: str = ""
+
+
+class CounterUsage(NamedTuple):
+    """Of one scope: in the last minute, at the moment, today and this month; named as the limits are."""
+
+    rpm: int
+    tpm: int
+    concurrent: int
+    day: int
+    month: int
+
+
 def refusal(
     limit: str, scope: CounterSet, retry_after: float | None, told: list[Header], asked: int = 0, *, may_wait: bool = False
 ) -> LimitReached:

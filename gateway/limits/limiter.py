@@ -1,20 +1,17 @@
 """May a request pass, now, and what did it really cost: decided in Redis for all processes, without it by shares."""
 
 import asyncio
-import logging
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from gateway.audit.record import NEVER_ENDED
-from gateway.core import background, strict_json
+from gateway.core import background
 from gateway.core.background import KeptTask
 from gateway.core.errors import LimitReached, LimitsUnavailable, StoreUnavailable
-from gateway.limits.admission import Admission, Ticket, WindowUsage, headers, refusal
+from gateway.limits.admission import Admission, CounterUsage, Settlement, Ticket, WindowUsage, headers, refusal
 from gateway.limits.fallback import WHOLE, FallbackLimiter, Share
 from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
@@ -23,7 +20,6 @@ from gateway.stores.redis_connection import RedisConnection
 from gateway.stores.redis_keys import HOME, PROCESSES
 from gateway.stores.redis_shards import ShardConnections
 
-LOG = logging.getLogger("gateway.limits")
 LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
 TICK_S, RENEW_EVERY_S, RENEWED_AT_ONCE = 1.0, 8.0, 500
 MEAN_OF_UNKNOWN_MODEL = 256
@@ -36,27 +32,12 @@ LONGEST_LIKELY_S, SHORTEST_LIKELY_S = 60.0, 1.0
 REMEMBERED = 10_000
 
 
-@dataclass
-class Settlement:
-    """What a finished request leaves behind: tokens to bill, and its row and prompt for the audit, b"" for none."""
+class ExpiredCall(NamedTuple):
+    """A call whose lease has ended; `info` is what its process left of it in Redis."""
 
-    admission: Admission | None
-    used: int
-    completion: int
-    row: bytes
-    prompt: bytes = b""
-    id: str = ""
-    key_id: str = ""
-
-
-class CounterUsage(NamedTuple):
-    """Of one scope: in the last minute, at the moment, today and this month; named as the limits are."""
-
-    rpm: int
-    tpm: int
-    concurrent: int
-    day: int
-    month: int
+    shard: int
+    id: str
+    info: bytes
 
 
 class Limiter:
@@ -349,45 +330,23 @@ class Limiter:
             keys = [redis_keys.ALL[shard].leases, *(slot for _, slot in some)]
             await self._line(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
 
-    async def expired(self, since_ms: int, most: int) -> list[Settlement]:
-        """Calls whose process is gone, each to be told as "reaped". Raises StoreAway."""
-        settlements = []
+    async def expired(self, since_ms: int, most: int) -> list[ExpiredCall]:
+        """Calls whose lease ended `since_ms` ago, at most `most` of each shard. Raises RedisUnavailable."""
+        calls = []
         for shard, shared in enumerate(redis_keys.ALL):
             found = await self._line(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
-            for call, info in zip(found[::2], found[1::2], strict=True):
-                try:
-                    settlements.append(_abandoned(call.decode(), info))
-                except (ValueError, KeyError, TypeError):
-                    LOG.error("a running call in Redis is none of ours and is left out")
-                    await self._line(shard).send("HDEL", shared.calls, call)
-        return settlements
+            calls += [ExpiredCall(shard, call.decode(), info) for call, info in zip(found[::2], found[1::2], strict=True)]
+        return calls
+
+    async def forget(self, call: ExpiredCall) -> None:
+        """Removes what nobody can settle. Raises RedisUnavailable."""
+        await self._line(call.shard).send("HDEL", redis_keys.ALL[call.shard].calls, call.id)
 
     def _line(self, shard: int) -> RedisConnection:
         line = self._lines.for_shard(shard)
         if line is None:
             raise RedisUnavailable
         return line
-
-
-def remembered(scopes: Sequence[CounterSet], model: str, prompt: int, row: dict[str, Any]) -> bytes:
-    """What Redis keeps of a running call."""
-    return strict_json.write({"scopes": [list(scope) for scope in scopes], "model": model, "prompt": prompt, "row": row})
-
-
-def _abandoned(call: str, info: bytes) -> Settlement:
-    reserved, _, text = info.partition(b" ")
-    told = strict_json.read_loosely(text)
-    scopes = tuple(CounterSet(*scope) for scope in told["scopes"])
-    used = max(0, told["prompt"])
-    row = {
-        **NEVER_ENDED,
-        **told["row"],
-        "outcome": "abandoned",
-        "prompt_tokens": used,
-        "tokens_from": "partial" if used else "none",
-    }
-    admission = Admission(call, scopes, told["model"], True, "reaped", int(reserved))
-    return Settlement(admission, used, -1, strict_json.write(row), id=call, key_id=scopes[0].name)
 
 
 def _move(means: dict[str, float], name: str, value: float, weight: float) -> None:

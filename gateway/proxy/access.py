@@ -4,6 +4,7 @@ import asyncio
 
 from starlette.types import Scope
 
+from gateway.audit import abandoned
 from gateway.audit.record import Record
 from gateway.auth import key_format
 from gateway.auth.authenticator import Authenticator
@@ -11,7 +12,7 @@ from gateway.auth.key_store import ADMIN, Key
 from gateway.core.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.limits.admission import Admission, Ticket
-from gateway.limits.limiter import Limiter, remembered
+from gateway.limits.limiter import Limiter
 from gateway.limits.quota import Quota
 
 LOOK_UP_RESERVE = -1
@@ -43,7 +44,7 @@ class Access:
         assert record.key is not None
         record.need = need
         scopes = record.key.scopes(model, NO_DEFAULTS if record.is_look else self._defaults)
-        info = remembered(scopes, model, need.prompt, record.opening_fields()) if takes_slot else b""
+        info = abandoned.call_info(scopes, model, need.prompt, record.opening_fields()) if takes_slot else b""
         ticket = Ticket(record.id, scopes, model, need, info)
         try:
             record.admission = await self._limits.admit(ticket)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.audit import token_usage
+from gateway.audit import abandoned, token_usage
 from gateway.audit.record import Record
 from gateway.audit.token_usage import MILLION
 from gateway.core import strict_json
@@ -19,7 +19,6 @@ from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.dialects.tokens import Need
 from gateway.limits.budgets import Budgets
-from gateway.limits.limiter import _abandoned, remembered
 from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
@@ -262,7 +261,7 @@ def test_a_call_that_nobody_ended_is_billed_as_it_is_written(gateway: RunningGat
     scope, began = CounterSet("k1", -1, 100, -1, -1, -1), row(datetime.now(UTC), key_id="k1")
     for name in ("outcome", "prompt_tokens", "completion_tokens", "tokens_from", "status", "total_ms"):
         del began[name]
-    settlement = _abandoned("x", b"25 " + remembered([scope], MODEL, 21, began))
+    settlement = abandoned.settlement_of("x", b"25 " + abandoned.call_info([scope], MODEL, 21, began))
     gateway.call(told_directly(gateway, settlement.row))
     (found,) = gateway.audit_rows()
     assert (found["outcome"], found["prompt_tokens"], found["cached_tokens"]) == ("abandoned", 21, None)

@@ -507,12 +507,3 @@ def test_a_guess_alone_keeps_no_request_out_of_a_share(gateway: RunningGateway) 
     assert isinstance(let_in, admission.Admission) and let_in.reserved == 700
     limits.local.settle(scopes, let_in.reserved, 0)
     assert [limits.local._of(scope).reserved for scope in scopes] == [0, 0]
-
-
-def test_a_call_of_nobody_is_left_out(gateway: RunningGateway, stores: TestStores) -> None:
-    shared = redis_keys.ALL[4]
-    with stores.client() as redis:
-        redis.hset(shared.calls, "x", b'0 {"scopes":[[1,2,3,4,5,6,7]],"model":"m","prompt":1,"row":{}}')
-        redis.zadd(shared.leases, {"x": 1})
-        assert gateway.call(gateway.components.limits.expired(0, 10)) == []
-        until(lambda: not redis.exists(shared.calls))

@@ -1,0 +1,67 @@
+"""Calls whose process is gone: what Redis keeps of a running call, and the settlement made of it."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from gateway.core import strict_json
+from gateway.limits.admission import Admission, Settlement
+from gateway.limits.limiter import Limiter
+from gateway.limits.quota import CounterSet
+
+LOG = logging.getLogger("gateway.audit")
+# The fields of a row that are known only when a request ends.
+UNFINISHED_FIELDS = {
+    "answered_as": "",
+    "backend": "",
+    "attempts": [],
+    "status": 0,
+    "detail": "",
+    "completion_tokens": 0,
+    "cached_tokens": None,
+    "billed_tokens": None,
+    "bytes_out": 0,
+    "queue_ms": 0.0,
+    "ttfb_ms": None,
+    "total_ms": None,
+}
+
+
+def call_info(scopes: Sequence[CounterSet], model: str, prompt: int, row: dict[str, Any]) -> bytes:
+    """What Redis keeps of a running call."""
+    return strict_json.write({"scopes": [list(scope) for scope in scopes], "model": model, "prompt": prompt, "row": row})
+
+
+def settlement_of(call_id: str, info: bytes) -> Settlement:
+    """`info` is preceded by the tokens that were reserved. Raises ValueError, KeyError or TypeError."""
+    reserved, _, text = info.partition(b" ")
+    fields = strict_json.read_loosely(text)
+    scopes = tuple(CounterSet(*scope) for scope in fields["scopes"])
+    used = max(0, fields["prompt"])
+    row = {
+        **UNFINISHED_FIELDS,
+        **fields["row"],
+        "outcome": "abandoned",
+        "prompt_tokens": used,
+        "tokens_from": "partial" if used else "none",
+    }
+    admission = Admission(call_id, scopes, fields["model"], True, "reaped", int(reserved))
+    return Settlement(admission, used, -1, strict_json.write(row), id=call_id, key_id=scopes[0].name)
+
+
+async def settle_expired(limits: Limiter, since_ms: int, most: int) -> int:
+    """Settles calls whose lease ended `since_ms` ago, and removes what is no call. Returns how many were settled.
+
+    Raises RedisUnavailable.
+    """
+    settled = 0
+    for call in await limits.expired(since_ms, most):
+        try:
+            settlement = settlement_of(call.id, call.info)
+        except (ValueError, KeyError, TypeError):
+            LOG.error("an entry among the running calls in Redis is not a call of this gateway and is removed")
+            await limits.forget(call)
+        else:
+            await limits.resend(settlement, "reaped")
+            settled += 1
+    return settled
