@@ -42,6 +42,7 @@ from gateway.fleet.failover import Failover
 from gateway.fleet.held_answers import HeldAnswers
 from gateway.fleet.presence import Presence, ProcessState
 from gateway.fleet.running_models import RunningModels
+from gateway.limits import limiter
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limiter
 from gateway.limits.quota import Quota
@@ -56,6 +57,7 @@ from gateway.proxy.show import described
 from gateway.settings import Settings
 from gateway.stores.postgres import Database, Reports
 from gateway.stores.redis_client import RedisClient
+from gateway.stores.redis_connection import read_scripts
 from gateway.stores.redis_names import FREED
 from gateway.stores.redis_shards import ShardConnections
 from gateway.telemetry.gauges import Gauges
@@ -134,7 +136,8 @@ async def build(
         running = await stack.enter_async_context(RunningModels(backends.values()))
         drains = await stack.enter_async_context(Drains(database, store, backends))
         proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
-        lines = await stack.enter_async_context(ShardConnections(settings.redis_url, store.count_failure))
+        scripts = read_scripts(limiter.LUA)
+        lines = await stack.enter_async_context(ShardConnections(settings.redis_url, scripts, store.count_failure))
         limits = await stack.enter_async_context(limits_of(settings, database, store, lines))
         spoken = dialects()
         writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))

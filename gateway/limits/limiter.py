@@ -6,6 +6,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from gateway.core import background
@@ -20,6 +21,7 @@ from gateway.stores.redis_connection import RedisConnection
 from gateway.stores.redis_keys import HOME, PROCESSES
 from gateway.stores.redis_shards import ShardConnections
 
+LUA = Path(__file__).parent / "lua"
 LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
 TICK_S, RENEW_EVERY_S, RENEWED_AT_ONCE = 1.0, 8.0, 500
 MEAN_OF_UNKNOWN_MODEL = 256

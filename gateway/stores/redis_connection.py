@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from gateway.stores.redis_client import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_
 from gateway.stores.redis_names import FREED, named
 
 LOG = logging.getLogger("gateway.store")
-LUA = Path(__file__).parents[1] / "limits" / "lua"
 MOST_PENDING = 20_000
 # A busy loop of our own must not pass for a frozen Redis: answers that have arrived get this long to be read.
 LOOKS, LOOK_AGAIN_S = 4, 0.003
@@ -56,15 +55,21 @@ class Script(NamedTuple):
     text: str
 
 
-def scripts(folder: Path = LUA) -> dict[str, Script]:
+def read_scripts(*folders: Path) -> dict[str, Script]:
+    """All Lua scripts of the folders by name; each begins with the `common.lua` of its folder."""
+    return {name: script for folder in folders for name, script in _scripts_in(folder)}
+
+
+def _scripts_in(folder: Path) -> Iterator[tuple[str, Script]]:
     texts = {path.stem: path.read_text(encoding="utf-8").replace("nz:slots", FREED) for path in sorted(folder.glob("*.lua"))}
-    common = texts.pop("common")
-    texts = {name: common + text for name, text in texts.items()}
-    return {name: Script(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), text) for name, text in texts.items()}
+    common = texts.pop("common", "")
+    for name, text in texts.items():
+        whole = common + text
+        yield name, Script(hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest(), whole)
 
 
 class RedisConnection:
-    """`async with Line(url, on_failure) as line:` — `await line.run("admit", keys, values)` runs a script.
+    """`async with RedisConnection(…) as connection:` — `await connection.run("admit", keys, values)` runs a script.
 
     A command is written at once while Redis has nothing to do for us, else together with the others of the same turn of the
     loop; `flush` writes at once. An answer that is not there after 50 ms fails with StoreAway, and until Redis has caught up
@@ -74,6 +79,7 @@ class RedisConnection:
     def __init__(
         self,
         url: str,
+        scripts: Mapping[str, Script],
         on_failure: Callable[[Exception], None],
         on_moved: Callable[[], None] = lambda: None,
         tally: Tally | None = None,
@@ -81,7 +87,7 @@ class RedisConnection:
         self._tally = tally or Tally()
         self._client: Redis = connect(url, deadline_s=CONNECT_DEADLINE_S)
         self._on_failure, self._on_moved = on_failure, on_moved
-        self._scripts = scripts()
+        self._scripts = scripts
         self._transport: asyncio.WriteTransport | None = None
         self._unwritten: list[bytes] = []
         self._pending: deque[Sent] = deque()

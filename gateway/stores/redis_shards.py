@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from redis.exceptions import RedisClusterException
 from gateway.core.background import KeptTask
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import CONNECT_DEADLINE_S, FAILURES, connect, is_cluster, of_node
-from gateway.stores.redis_connection import RedisConnection, Tally
+from gateway.stores.redis_connection import RedisConnection, Script, Tally
 
 LOG = logging.getLogger("gateway.store")
 LOOK_EVERY_S, LOOK_AGAIN_S = 30.0, 0.5
@@ -20,10 +20,10 @@ Address = tuple[str, int]
 
 
 class ShardConnections:
-    """`async with Lines(url, on_failure) as lines:` — `lines.for_shard(shard)` is the line to whoever holds that shard."""
+    """`async with ShardConnections(…) as connections:` — `connections.for_shard(shard)` is that to the node with the shard."""
 
-    def __init__(self, url: str, on_failure: Callable[[Exception], None]) -> None:
-        self._url, self._on_failure = url, on_failure
+    def __init__(self, url: str, scripts: Mapping[str, Script], on_failure: Callable[[Exception], None]) -> None:
+        self._url, self._scripts, self._on_failure = url, scripts, on_failure
         self.tally = Tally()
         self._open: dict[Address | None, RedisConnection] = {}
         self._of_shard: list[RedisConnection] = []
@@ -59,7 +59,8 @@ class ShardConnections:
     async def _line_to(self, address: Address | None) -> RedisConnection:
         if address not in self._open:
             url = self._url if address is None else of_node(self._url, *address)
-            self._open[address] = await RedisConnection(url, self._on_failure, self._moved.set, self.tally).__aenter__()
+            connection = RedisConnection(url, self._scripts, self._on_failure, self._moved.set, self.tally)
+            self._open[address] = await connection.__aenter__()
         return self._open[address]
 
     async def _look(self) -> None:

@@ -14,6 +14,7 @@ from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
 from gateway.dialects.dialect import Operation
 from gateway.fleet import drains, presence
+from gateway.limits import limiter
 from gateway.limits.admission import duration
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limiter
@@ -21,6 +22,7 @@ from gateway.ops.cli import audit, console, keys
 from gateway.settings import Settings
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
+from gateway.stores.redis_connection import read_scripts
 from gateway.stores.redis_shards import ShardConnections
 
 ROUTES = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
@@ -33,7 +35,7 @@ async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
     async with (
         keys.discovering(settings) as (discovery, store, configs),
         audit.current_database(settings) as database,
-        ShardConnections(settings.redis_url, lambda _: None) as lines,
+        ShardConnections(settings.redis_url, read_scripts(limiter.LUA), lambda _: None) as lines,
     ):
         question = Question(await key_named(database, said.key), said.model, operation)
         states, told = await _states(store)
