@@ -134,7 +134,7 @@ class AdminApi:
 
     def __init__(
         self,
-        ring: KeyStore,
+        key_store: KeyStore,
         overview: Overview,
         database: Database,
         reports: Database,
@@ -145,7 +145,13 @@ class AdminApi:
         explain: Explain,
         is_draining: Callable[[], bool],
     ) -> None:
-        self._ring, self.at_a_glance, self._database, self._reports, self._store = ring, overview, database, reports, store
+        self._key_store, self.at_a_glance, self._database, self._reports, self._store = (
+            key_store,
+            overview,
+            database,
+            reports,
+            store,
+        )
         self._discovery, self._backends, self._operations, self._explain = discovery, backends, operations, explain
         self._is_draining = is_draining
 
@@ -217,12 +223,12 @@ class AdminApi:
         return {"models": len(catalog.models), "backends": rows}
 
     async def keys(self, asked: Asked) -> list[dict[str, Any]]:
-        return [key_view.of_row(row) for row in await self._ring.all()]
+        return [key_view.of_row(row) for row in await self._key_store.all()]
 
     async def make_key(self, asked: Asked) -> dict[str, Any]:
         wanted = new_key(asked.body)
         asked.did(f"make key {wanted.name}")
-        key_id, whole = await self._ring.make(wanted)
+        key_id, whole = await self._key_store.make(wanted)
         return {"id": key_id, "name": wanted.name, "key": whole}
 
     async def limit_key(self, asked: Asked) -> dict[str, Any]:
@@ -231,23 +237,23 @@ class AdminApi:
         if not wished:
             raise BadRequest(f'say at least one of {", ".join(LIMITS)}: a number, "unlimited", or null for the default')
         asked.did(f"limit key {asked.path['id']} {pattern}".rstrip())
-        key_id, found, at_once = await self._ring.limit(await self._key_id(asked), pattern, wished)
+        key_id, found, at_once = await self._key_store.limit(await self._key_id(asked), pattern, wished)
         return {"id": key_id, "model": pattern, **key_view.shown_limits(found.packed()), "everywhere_at_once": at_once}
 
     async def rotate_key(self, asked: Asked) -> dict[str, Any]:
         overlap = values.duration(text_of(asked.body, "overlap") or "24h")
         asked.did(f"rotate key {asked.path['id']}")
-        key_id, whole = await self._ring.rotate(await self._key_id(asked), overlap)
+        key_id, whole = await self._key_store.rotate(await self._key_id(asked), overlap)
         return {"id": key_id, "key": whole, "old_secrets_end": datetime.now(UTC) + overlap}
 
     async def revoke_key(self, asked: Asked) -> dict[str, Any]:
         asked.did(f"revoke key {asked.path['id']}")
-        key_id, at_once = await self._ring.revoke(await self._key_id(asked))
+        key_id, at_once = await self._key_store.revoke(await self._key_id(asked))
         return {"id": key_id, "revoked": True, "everywhere_at_once": at_once}
 
     async def _key_id(self, asked: Asked) -> str:
         """Paths name keys by their ids alone: a request that is sent twice must not mean another key the second time."""
-        return await self._ring.living_by_id(asked.path["id"])
+        return await self._key_store.living_by_id(asked.path["id"])
 
     async def audit(self, asked: Asked) -> list[dict[str, Any]]:
         said = asked.query
@@ -284,7 +290,7 @@ class AdminApi:
             routes = ", ".join(sorted(self._operations))
             raise BadRequest(f"say key= (id or name), model=, and client= as ollama, openai, or one of {routes}")
         values.model_name(model)
-        row = await self._database.row("key_with_rights", await self._ring.active_id(asked.query["key"]))
+        row = await self._database.row("key_with_rights", await self._key_store.active_id(asked.query["key"]))
         assert row is not None
         return await self._explain(Question(key_store.unpack(dict(row)), model, self._operations[path]))
 

@@ -107,7 +107,7 @@ def test_an_id_is_no_name_and_a_name_is_no_id(gateway: RunningGateway, admin: ht
         assert client.post("/api/chat", json=CHAT).status_code == 200
     assert admin.delete(f"/keys/{other['id']}").status_code == 200
     with pytest.raises(NotThere):
-        gateway.call(gateway.ring().revoke(first))
+        gateway.call(gateway.key_store().revoke(first))
 
 
 async def rename(gateway: RunningGateway, key_id: str, name: str) -> None:
@@ -221,7 +221,7 @@ def test_the_rules_of_a_key_are_bounded(gateway: RunningGateway, admin: httpx.Cl
     assert [limit(number) for number in (1, 2, 3, 4, 3)] == [200, 200, 200, 400, 200]
     assert told in admin.patch(where, json={"rpm": 5, "model": "m4*"}).json()["error"]
     with pytest.raises(CommandFailed, match=told):
-        gateway.call(gateway.ring().limit("alice", "m5*", {"rpm": 5}))
+        gateway.call(gateway.key_store().limit("alice", "m5*", {"rpm": 5}))
     assert [limit(1, None), limit(4)] == [200, 200]
 
 

@@ -203,13 +203,13 @@ def test_a_dummy_beside_a_key_is_no_failure_and_alone_it_is_one(start_gateway: S
 def test_rotation_with_overlap_keeps_both_for_its_time(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     old = gateway.key(name="mine")
-    key_id, new = gateway.call(gateway.ring().rotate("mine", timedelta(seconds=1.2)))
+    key_id, new = gateway.call(gateway.key_store().rotate("mine", timedelta(seconds=1.2)))
     rotated = time.monotonic()
     assert (status(gateway, old), status(gateway, new)) == (200, 200)
     until(lambda: status(gateway, old) == 401, 4)
     assert time.monotonic() - rotated > 1.0
     assert status(gateway, new) == 200
-    (row,) = gateway.call(gateway.ring().all())
+    (row,) = gateway.call(gateway.key_store().all())
     assert (row["id"], row["secrets"]) == (key_id, 1)
 
 
@@ -217,7 +217,7 @@ def test_rotation_without_overlap_ends_the_old_one_everywhere(start_gateway: Sta
     one, two = start_gateway(alpha), start_gateway(alpha)
     old = one.key(name="mine")
     assert (status(one, old), status(two, old)) == (200, 200)
-    _, new = one.call(one.ring().rotate("mine", timedelta()))
+    _, new = one.call(one.key_store().rotate("mine", timedelta()))
     until(lambda: (status(one, old), status(two, old)) == (401, 401), 1)
     assert (status(one, new), status(two, new)) == (200, 200)
 
@@ -225,8 +225,8 @@ def test_rotation_without_overlap_ends_the_old_one_everywhere(start_gateway: Sta
 def test_a_second_rotation_never_prolongs_the_first(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     first = gateway.key(name="mine")
-    gateway.call(gateway.ring().rotate("mine", timedelta()))
-    _, third = gateway.call(gateway.ring().rotate("mine", timedelta(hours=1)))
+    gateway.call(gateway.key_store().rotate("mine", timedelta()))
+    _, third = gateway.call(gateway.key_store().rotate("mine", timedelta(hours=1)))
     assert (status(gateway, first), status(gateway, third)) == (401, 200)
 
 
@@ -234,7 +234,7 @@ def test_a_revoked_key_stops_on_every_gateway_within_a_second(start_gateway: Sta
     one, two = start_gateway(alpha), start_gateway(alpha)
     key, other = one.key(name="mine"), one.key(name="others")
     assert {status(gateway, each) for gateway in (one, two) for each in (key, other)} == {200}
-    key_id, at_once = one.call(one.ring().revoke("mine"))
+    key_id, at_once = one.call(one.key_store().revoke("mine"))
     assert at_once and key_id in key
     until(lambda: (status(one, key), status(two, key)) == (401, 401), 1)
     assert (status(one, other), status(two, other)) == (200, 200)
@@ -243,10 +243,10 @@ def test_a_revoked_key_stops_on_every_gateway_within_a_second(start_gateway: Sta
 def test_all_secrets_of_a_revoked_key_stop(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     old = gateway.key(name="mine")
-    _, new = gateway.call(gateway.ring().rotate("mine", timedelta(hours=1)))
+    _, new = gateway.call(gateway.key_store().rotate("mine", timedelta(hours=1)))
     assert (status(gateway, old), status(gateway, new)) == (200, 200)
     # By the id of its newest secret.
-    gateway.call(gateway.ring().revoke(new.split("_")[1]))
+    gateway.call(gateway.key_store().revoke(new.split("_")[1]))
     until(lambda: (status(gateway, old), status(gateway, new)) == (401, 401), 1)
 
 
@@ -256,8 +256,8 @@ def test_an_expired_key_stops_though_it_is_remembered(start_gateway: StartGatewa
     assert status(gateway, key) == 200
     until(lambda: status(gateway, key) == 401, 3)
     with pytest.raises(CommandFailed, match="'short' has expired: revoke it"):
-        gateway.call(gateway.ring().rotate("short", timedelta()))
-    gateway.call(gateway.ring().revoke("short"))
+        gateway.call(gateway.key_store().rotate("short", timedelta()))
+    gateway.call(gateway.key_store().revoke("short"))
 
 
 def test_no_time_at_all_is_not_forever(start_gateway: StartGateway, alpha: FakeBackend) -> None:
@@ -270,10 +270,10 @@ def test_a_name_means_one_living_key(start_gateway: StartGateway, alpha: FakeBac
     first = gateway.key(name="mine")
     with pytest.raises(CommandFailed, match="a key named 'mine' exists"):
         gateway.key(name="mine")
-    gateway.call(gateway.ring().revoke("mine"))
+    gateway.call(gateway.key_store().revoke("mine"))
     second = gateway.key(name="mine")
     until(lambda: (status(gateway, first), status(gateway, second)) == (401, 200), 1)
-    states = [(row["name"], row["revoked_at"] is None) for row in gateway.call(gateway.ring().all())]
+    states = [(row["name"], row["revoked_at"] is None) for row in gateway.call(gateway.key_store().all())]
     assert states == [("mine", True), ("mine", False)]
 
 
@@ -281,26 +281,26 @@ def test_a_name_means_one_living_key(start_gateway: StartGateway, alpha: FakeBac
 def test_names_nobody_can_read_are_refused(start_gateway: StartGateway, alpha: FakeBackend, name: str) -> None:
     gateway = start_gateway(alpha)
     with pytest.raises(CommandFailed, match="1 to 200 printable characters"):
-        gateway.call(gateway.ring().make(NewKey(name)))
+        gateway.call(gateway.key_store().make(NewKey(name)))
     with pytest.raises(CommandFailed, match="no living key"):
-        gateway.call(gateway.ring().revoke(name))
+        gateway.call(gateway.key_store().revoke(name))
 
 
 def test_keys_that_are_not_there(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     gateway.key(name="mine")
-    gateway.call(gateway.ring().revoke("mine"))
+    gateway.call(gateway.key_store().revoke("mine"))
     for name in ("mine", "never", "%", "mine' OR '1'='1"):
         with pytest.raises(CommandFailed, match="there is no living key"):
-            gateway.call(gateway.ring().revoke(name))
+            gateway.call(gateway.key_store().revoke(name))
         with pytest.raises(CommandFailed, match="see `make keys`"):
-            gateway.call(gateway.ring().rotate(name, timedelta()))
+            gateway.call(gateway.key_store().rotate(name, timedelta()))
 
 
 def test_a_key_is_stored_as_a_hash_alone(start_gateway: StartGateway, stores: TestStores, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     old = gateway.key("llama*", name="mine", rpm=5, flags=("show_backend",))
-    _, new = gateway.call(gateway.ring().rotate("mine", timedelta(hours=1)))
+    _, new = gateway.call(gateway.key_store().rotate("mine", timedelta(hours=1)))
     wrong = forged(old.split("_")[1])
     assert [status(gateway, key) for key in (old, new, wrong)] == [200, 200, 401]
     hashes = [row["hash"] for row in sql(stores.database_url, "SELECT hash FROM secrets")]
@@ -405,7 +405,7 @@ def test_an_unknown_id_takes_as_long_as_a_wrong_secret(start_gateway: StartGatew
 def test_both_wrong_keys_get_the_same_answer(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     revoked, expired = gateway.key(name="gone"), gateway.key(lifetime=timedelta())
-    gateway.call(gateway.ring().revoke("gone"))
+    gateway.call(gateway.key_store().revoke("gone"))
     keys = [forged(revoked.split("_")[1]), forged("abcdefgh"), "garbage", revoked, expired]
     answers = [ask(gateway, key) for key in keys]
     assert {answer.status_code for answer in answers} == {401} and len({answer.content for answer in answers}) == 1
@@ -464,7 +464,7 @@ def without_redis(stores: TestStores, alpha: FakeBackend) -> Iterator[RunningGat
 def test_redis_away(without_redis: RunningGateway) -> None:
     key, other = without_redis.key(name="mine"), without_redis.key()
     assert [status(without_redis, each) for each in (key, other, key, "garbage")] == [200, 200, 200, 401]
-    _, at_once = without_redis.call(without_redis.ring().revoke("mine"))
+    _, at_once = without_redis.call(without_redis.key_store().revoke("mine"))
     revoked = time.monotonic()
     assert not at_once
     until(lambda: status(without_redis, key) == 401, 2)
@@ -475,7 +475,7 @@ def test_redis_away(without_redis: RunningGateway) -> None:
 def test_redis_away_and_rotation(without_redis: RunningGateway) -> None:
     old = without_redis.key(name="mine")
     assert status(without_redis, old) == 200
-    _, new = without_redis.call(without_redis.ring().rotate("mine", timedelta()))
+    _, new = without_redis.call(without_redis.key_store().rotate("mine", timedelta()))
     assert status(without_redis, new) == 200
     until(lambda: status(without_redis, old) == 401, 2)
 
@@ -633,7 +633,7 @@ def test_a_changed_key_needs_no_argon2_and_without_the_database_it_is_good_no_lo
 
     def change(rpm: int) -> None:
         before = authenticator._generation
-        gateway.call(gateway.ring().limit("mine", "", {"rpm": rpm}))
+        gateway.call(gateway.key_store().limit("mine", "", {"rpm": rpm}))
         until(lambda: authenticator._generation > before, 5)
 
     change(7)

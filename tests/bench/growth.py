@@ -89,11 +89,11 @@ async def made(wanted: int, names: dict[str, str]) -> list[str]:
     told = settings.load(names, None)
     gate = asyncio.Semaphore(MADE_AT_ONCE)
     async with app.database_of(told) as database:
-        ring = KeyStore(database, app.hasher_of(told), None)
+        key_store = KeyStore(database, app.hasher_of(told), None)
 
         async def one(number: int) -> str:
             async with gate:
-                return (await ring.make(NewKey(f"grown {number}")))[1]
+                return (await key_store.make(NewKey(f"grown {number}")))[1]
 
         return await asyncio.gather(*(one(number) for number in range(wanted)))
 

@@ -61,7 +61,7 @@ def limits(name: str, most: int) -> dict[str, Any]:
 
 
 def limit(gateway: RunningGateway, name: str, pattern: str = "", **said: int | None) -> None:
-    gateway.call(gateway.ring().limit(name, pattern, said))
+    gateway.call(gateway.key_store().limit(name, pattern, said))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

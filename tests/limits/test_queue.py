@@ -149,7 +149,7 @@ def test_who_waits_for_one_model_keeps_no_other_model_waiting(
     alpha.healthy.models = [*alpha.healthy.models, "other:latest"]
     gateway.call(gateway.components.discovery.refresh())
     key = gateway.key(name="mine", concurrent=2)
-    gateway.call(gateway.ring().limit("mine", "llama3.2", {"concurrent": 1}))
+    gateway.call(gateway.key_store().limit("mine", "llama3.2", {"concurrent": 1}))
     done: list[tuple[str, int]] = []
     threads = [in_background(gateway, key, done, "runs")]
     until(lambda: len(hold) == 1)

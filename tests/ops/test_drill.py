@@ -267,11 +267,11 @@ async def nothing_of_it_is_taken_for_traffic(database: Database) -> None:
     assert await database.rows("series", long_ago, timedelta(minutes=1)) == []
     sums = await database.row("recent_sums", long_ago)
     assert sums is not None and sums["requests"] == 0
-    ring = KeyStore(database, PasswordHasher(), None)
-    await ring.drop_drills(timedelta(hours=1))
-    assert len(await ring.all()) == len(LIMITS)
-    await ring.drop_drills(timedelta(0))
-    assert await ring.all() == []
+    key_store = KeyStore(database, PasswordHasher(), None)
+    await key_store.drop_drills(timedelta(hours=1))
+    assert len(await key_store.all()) == len(LIMITS)
+    await key_store.drop_drills(timedelta(0))
+    assert await key_store.all() == []
 
 
 def states_of_keys(stores: TestStores, folder: Path) -> set[str]:

@@ -282,6 +282,6 @@ def test_a_revoked_admin_sees_no_more(gateway: RunningGateway, admin: str, brows
     with page_of(browser, expecting=["status of 401", "box: 401"]) as page:
         enter(page, gateway, admin)
         expect(page.locator("#live")).to_contain_text("live")
-        gateway.call(gateway.ring().revoke("ops"))
+        gateway.call(gateway.key_store().revoke("ops"))
         expect(page.locator("#problem")).to_contain_text("401", timeout=15_000)
         expect(page.locator("#enter")).to_be_visible()

@@ -110,13 +110,13 @@ class RunningGateway:
         """Run something in the gateway's own loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
-    def ring(self) -> KeyStore:
+    def key_store(self) -> KeyStore:
         return KeyStore(self.components.database, app.hasher_of(self.settings), self.components.store)
 
     def key(self, *models: str, name: str = "", flags: tuple[str, ...] = (), **more: Any) -> str:
         """A new key that may use these models, or all; limits are said by their names."""
         quota = Quota(**{limit: more.pop(limit) for limit in LIMITS if limit in more})
-        return self.call(self.ring().make(NewKey(name or f"key {next(_names)}", models, quota, flags=flags, **more)))[1]
+        return self.call(self.key_store().make(NewKey(name or f"key {next(_names)}", models, quota, flags=flags, **more)))[1]
 
     def admin_key(self) -> str:
         return self.key(flags=(key_store.ADMIN_MODELS,))

@@ -81,7 +81,7 @@ def test_garbage_in_redis_stops_nothing(start_gateway: StartGateway, alpha: Fake
             gateway.call(_forget_everything(gateway))
             assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
         redis.publish("nz:keys:changed", b"\xff\xfe")
-        gateway.call(gateway.ring().revoke("mine"))
+        gateway.call(gateway.key_store().revoke("mine"))
         with gateway.http(key) as client:
             until(lambda: client.get("/api/tags").status_code == 401, 10)
 
@@ -116,7 +116,7 @@ def test_a_revocation_is_not_written_over(
     asking = threading.Thread(target=lambda: WAYS[0].ask(first, key))
     asking.start()
     assert is_about_to_tell.wait(20)
-    first.call(first.ring().revoke("mine"))
+    first.call(first.key_store().revoke("mine"))
     is_revoked.set()
     asking.join()
     assert has_told.wait(20)

@@ -107,7 +107,7 @@ def test_the_books_balance(gateway: RunningGateway, nodes: list[Any]) -> None:
 def test_a_limit_is_said_everywhere_within_a_second(gateway: RunningGateway) -> None:
     key = gateway.key(name="mine", rpm=1000)
     assert ask(gateway, key) == 200
-    gateway.call(gateway.ring().limit("mine", "", {"rpm": 1}))
+    gateway.call(gateway.key_store().limit("mine", "", {"rpm": 1}))
     until(lambda: ask(gateway, key) == 429, 1.5)
 
 

@@ -78,8 +78,8 @@ class Operator:
     def key(self, name: str, **limits: int) -> str:
         async def make() -> str:
             async with app.database_of(self.settings) as database:
-                ring = KeyStore(database, app.hasher_of(self.settings), None)
-                return (await ring.make(NewKey(name + self._suffix, quota=Quota(**limits))))[1]
+                key_store = KeyStore(database, app.hasher_of(self.settings), None)
+                return (await key_store.make(NewKey(name + self._suffix, quota=Quota(**limits))))[1]
 
         found = asyncio.run(make())
         self.key_ids.append(found.split("_")[1])

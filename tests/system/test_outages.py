@@ -68,8 +68,8 @@ def new_key(stores: OwnStores, **limits: int) -> str:
 
     async def make() -> str:
         async with app.database_of(settings) as database:
-            ring = KeyStore(database, app.hasher_of(settings), None)
-            return (await ring.make(NewKey(f"key {time.time()}", quota=Quota(**limits))))[1]
+            key_store = KeyStore(database, app.hasher_of(settings), None)
+            return (await key_store.make(NewKey(f"key {time.time()}", quota=Quota(**limits))))[1]
 
     return asyncio.run(make())
 

@@ -47,7 +47,7 @@ LIBPQ = {
 
 
 @asynccontextmanager
-async def key_ring(settings: Settings) -> AsyncIterator[KeyStore]:
+async def open_key_store(settings: Settings) -> AsyncIterator[KeyStore]:
     async with app.database_of(settings) as database, RedisClient(settings.redis_url) as store:
         if settings.has_private_database:
             await database.migrate(console.say)
@@ -120,8 +120,8 @@ async def make_key(settings: Settings, said: argparse.Namespace) -> None:
         raise CommandFailed(
             "RETENTION= is for the prompts that PROMPT_LOG=1 keeps: say both, or AUDIT_RETENTION= for audit rows"
         )
-    async with key_ring(settings) as ring:
-        key_id, whole = await ring.make(wanted)
+    async with open_key_store(settings) as key_store:
+        key_id, whole = await key_store.make(wanted)
     show_new_key(key_id, said.name, whole, as_json=said.json)
 
 
@@ -134,8 +134,8 @@ def show_new_key(key_id: str, name: str, whole: str, *, as_json: bool) -> None:
 
 
 async def list_keys(settings: Settings, said: argparse.Namespace) -> None:
-    async with key_ring(settings) as ring:
-        rows = await ring.all()
+    async with open_key_store(settings) as key_store:
+        rows = await key_store.all()
     console.show([key_view.of_row(row) for row in rows], as_json=said.json, empty="no keys yet: `make key NAME=…` makes one")
 
 
@@ -145,22 +145,22 @@ async def limit_key(settings: Settings, said: argparse.Namespace) -> None:
         raise CommandFailed(
             "say at least one of RPM= TPM= CONCURRENT= DAY= MONTH=: a number, unlimited, or unset for the default"
         )
-    async with key_ring(settings) as ring:
-        key_id, found, at_once = await ring.limit(said.key, said.model, wished)
+    async with open_key_store(settings) as key_store:
+        key_id, found, at_once = await key_store.limit(said.key, said.model, wished)
     effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
     whose = {"key": key_id, **({"model": said.model} if said.model else {})}
     console.show_facts({**whose, **key_view.shown_limits(found.packed()), "everywhere": effect}, as_json=said.json)
 
 
 async def rotate_key(settings: Settings, said: argparse.Namespace) -> None:
-    async with key_ring(settings) as ring:
-        key_id, whole = await ring.rotate(said.key, said.overlap)
+    async with open_key_store(settings) as key_store:
+        key_id, whole = await key_store.rotate(said.key, said.overlap)
     show_new_key(key_id, said.key, whole, as_json=said.json)
 
 
 async def revoke_key(settings: Settings, said: argparse.Namespace) -> None:
-    async with key_ring(settings) as ring:
-        key_id, at_once = await ring.revoke(said.key)
+    async with open_key_store(settings) as key_store:
+        key_id, at_once = await key_store.revoke(said.key)
     effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
     console.show_facts({"revoked": key_id, "everywhere": effect}, as_json=said.json)
 

@@ -162,10 +162,10 @@ async def _prepare(settings: Settings) -> str | None:
     async with app.database_of(settings) as database:
         await database.migrate(console.say)
         await require_schema(database)
-        ring = KeyStore(database, app.hasher_of(settings), None)
-        if await ring.count():
+        key_store = KeyStore(database, app.hasher_of(settings), None)
+        if await key_store.count():
             return None
-        _, key = await ring.make(NewKey(FIRST_KEY))
+        _, key = await key_store.make(NewKey(FIRST_KEY))
         return key
 
 

@@ -13,7 +13,7 @@ from gateway import app
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.edge.stop_signals import stop_signals
 from gateway.ops.cli import console
-from gateway.ops.cli.keys import key_ring
+from gateway.ops.cli.keys import open_key_store
 from gateway.ops.drill import fake_backend
 from gateway.ops.drill.environment import Installation, Scene
 from gateway.ops.drill.faults import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
@@ -53,10 +53,14 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
     for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        async with asyncio.timeout(LONGEST_DRILL_S), app.database_of(settings) as database, key_ring(settings) as ring:
+        async with (
+            asyncio.timeout(LONGEST_DRILL_S),
+            app.database_of(settings) as database,
+            open_key_store(settings) as key_store,
+        ):
             await require_redis(settings)
             console.say("starting played backends and gateways of the drill's own")
-            async with Scene(installation_of(settings), database, ring, with_third=BY_NAME["killed"] in lines) as scene:
+            async with Scene(installation_of(settings), database, key_store, with_third=BY_NAME["killed"] in lines) as scene:
                 await play(scene, lines, results, as_json=said.json)
     except asyncio.CancelledError:
         raise CommandFailed("the drill was stopped; what it had started is ended") from None

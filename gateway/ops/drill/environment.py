@@ -122,8 +122,8 @@ class Process:
 class Scene:
     """`async with Scene(...) as scene:`; `first` and `second` are gateways that share one Redis."""
 
-    def __init__(self, of: Installation, database: Database, ring: KeyStore, *, with_third: bool) -> None:
-        self._of, self._database, self.ring = of, database, ring
+    def __init__(self, of: Installation, database: Database, key_store: KeyStore, *, with_third: bool) -> None:
+        self._of, self._database, self.key_store = of, database, key_store
         self._with_third = with_third
         self.client = Client(of.id_header)
         self.backends = {name: Played(name, name) for name in (*FAULTY, ALONE)}
@@ -200,16 +200,16 @@ class Scene:
                 lifetime=KEYS_LIVE,
                 audit_retention=ROWS_LIVE,
             )
-            self.key_ids[name], self.keys[name] = await self.ring.make(wanted)
+            self.key_ids[name], self.keys[name] = await self.key_store.make(wanted)
 
         await asyncio.gather(*(make(name, quota, models) for name, (quota, models) in LIMITS.items()))
 
     async def _end_keys(self) -> None:
         for key_id in self.key_ids.values():
             with suppress(CommandFailed, StoreUnavailable):
-                await self.ring.revoke(key_id)
+                await self.key_store.revoke(key_id)
         with suppress(StoreUnavailable):
-            await self.ring.drop_drills(2 * ROWS_LIVE)
+            await self.key_store.drop_drills(2 * ROWS_LIVE)
 
     async def _forget_names(self) -> None:
         """Those that this drill has given, and those of drills that were killed long ago."""

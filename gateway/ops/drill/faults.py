@@ -182,7 +182,7 @@ async def revoked(scene: Scene) -> None:
     processes = (scene.first, scene.second)
     for process in processes:
         answered(await scene.ask(OLLAMA, PLAIN, "doomed", stream=False, at=process))
-    await scene.ring.revoke(scene.key_ids["doomed"])
+    await scene.key_store.revoke(scene.key_ids["doomed"])
     began = time.monotonic()
     for process in processes:
         while (await _doomed(scene, process)).status == 200:
