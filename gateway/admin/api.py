@@ -19,8 +19,9 @@ from gateway.admin.events import AdminEvents
 from gateway.admin.explain import Question
 from gateway.admin.overview import WINDOWS, Overview
 from gateway.audit.record import Record
-from gateway.auth import key_format, key_store, key_view
-from gateway.auth.key_store import ADMIN, Key, KeyStore, NewKey
+from gateway.auth import key_format, key_view
+from gateway.auth.key import ADMIN, ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD, Key, unpack
+from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core import strict_json
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import ScopeTimer
@@ -43,9 +44,9 @@ LONGEST_VALUE, MOST_VALUES = 1000, 50
 MOST_ROWS, USUAL_ROWS = 1000, 100
 CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
 FLAGS = {
-    "admin_models": key_store.ADMIN_MODELS,
-    "show_backend": key_store.SHOW_BACKEND,
-    "show_overhead": key_store.SHOW_OVERHEAD,
+    "admin_models": ADMIN_MODELS,
+    "show_backend": SHOW_BACKEND,
+    "show_overhead": SHOW_OVERHEAD,
 }
 NEW_KEY = frozenset({"name", "models", "role", "expires", "prompt_log", "retention", "audit_retention", *FLAGS, *LIMITS})
 
@@ -292,7 +293,7 @@ class AdminApi:
         values.model_name(model)
         row = await self._database.row("key_with_rights", await self._key_store.active_id(asked.query["key"]))
         assert row is not None
-        return await self._explain(Question(key_store.unpack(dict(row)), model, self._operations[path]))
+        return await self._explain(Question(unpack(dict(row)), model, self._operations[path]))
 
     async def _key_row(self, id_or_name: str) -> Mapping[str, Any]:
         row = await self._database.row("find_any_key", id_or_name) if id_or_name.isprintable() else None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.auth.key_store import Key
+from gateway.auth.key import Key
 from gateway.core.errors import LimitReached
 from gateway.dialects.dialect import Operation
 from gateway.dialects.model_names import ModelName, canonical

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.audit.prompt_log import PromptLog
-from gateway.auth.key_store import Key
+from gateway.auth.key import Key
 from gateway.core import strict_json
 from gateway.dialects.dialect import Usage
 from gateway.dialects.tokens import NO_TOKENS, Need

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 from gateway.auth import key_format
 from gateway.auth.auth_failures import AuthFailures, counted_as
+from gateway.auth.key import Key, unpack
 from gateway.auth.key_format import PresentedKey
-from gateway.auth.key_store import CHANGED, Key, cache_key, unpack, version_key
+from gateway.auth.key_store import CHANGED, cache_key, version_key
 from gateway.auth.verifier import Verifier
 from gateway.core import strict_json
 from gateway.core.background import KeptTask

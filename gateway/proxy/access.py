@@ -8,7 +8,7 @@ from gateway.audit import abandoned
 from gateway.audit.record import Record
 from gateway.auth import key_format
 from gateway.auth.authenticator import Authenticator
-from gateway.auth.key_store import ADMIN, Key
+from gateway.auth.key import ADMIN, Key
 from gateway.core.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.limits.admission import Admission, Ticket

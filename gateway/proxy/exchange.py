@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.audit.prompt_log import PromptLog
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
-from gateway.auth.key_store import SHOW_BACKEND, SHOW_OVERHEAD
+from gateway.auth.key import SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import CallScope, ScopeTimer
 from gateway.core.connection import Connection

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from gateway.audit.record import Record
-from gateway.auth.key_store import Key
+from gateway.auth.key import Key
 from gateway.core.asgi import send_json
 from gateway.core.errors import BadRequest, UnknownRoute
 from gateway.dialects.model_names import NAME_RULE, canonical, is_name

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.audit.record import Record
-from gateway.auth.key_store import ADMIN_MODELS, Key
+from gateway.auth.key import ADMIN_MODELS, Key
 from gateway.core import strict_json
 from gateway.core.cancel_scope import CancelScope, ScopeTimer
 from gateway.core.errors import (

@@ -1,6 +1,6 @@
 """What a caller is told of a model that it cannot have."""
 
-from gateway.auth.key_store import ADMIN_MODELS, Key
+from gateway.auth.key import ADMIN_MODELS, Key
 from gateway.core.errors import GatewayError, ModelNotAvailable, ModelNotFound
 from gateway.dialects.model_names import canonical
 from gateway.fleet.catalog import Catalog

@@ -10,6 +10,7 @@ import pytest
 
 from gateway import app
 from gateway.auth import key_store
+from gateway.auth.key import ADMIN, ADMIN_MODELS, SHOW_BACKEND
 from gateway.core.errors import CommandFailed, NotThere
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
@@ -28,7 +29,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
 
 @pytest.fixture
 def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
-    with gateway.http(gateway.key(name="ops", flags=(key_store.ADMIN,))) as client:
+    with gateway.http(gateway.key(name="ops", flags=(ADMIN,))) as client:
         client.base_url = httpx.URL(f"{gateway.url}/admin/v1")
         yield client
 
@@ -44,7 +45,7 @@ def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
 
 
 def test_only_the_role_opens_it(gateway: RunningGateway) -> None:
-    user = gateway.key(flags=(key_store.ADMIN_MODELS, key_store.SHOW_BACKEND))
+    user = gateway.key(flags=(ADMIN_MODELS, SHOW_BACKEND))
     routes = routes_of(gateway)
     assert len(routes) == 17
     with gateway.http() as nobody, gateway.http(user) as somebody:
@@ -226,7 +227,7 @@ def test_the_rules_of_a_key_are_bounded(gateway: RunningGateway, admin: httpx.Cl
 
 
 def test_an_admin_has_limits_too(gateway: RunningGateway) -> None:
-    with gateway.http(gateway.key(flags=(key_store.ADMIN,), rpm=1)) as admin:
+    with gateway.http(gateway.key(flags=(ADMIN,), rpm=1)) as admin:
         assert [admin.get("/admin/v1/keys").status_code for _ in range(2)] == [200, 429]
 
 

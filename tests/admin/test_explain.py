@@ -16,8 +16,7 @@ import pytest
 from gateway import app
 from gateway.admin import explain
 from gateway.admin.explain import Question
-from gateway.auth import key_store
-from gateway.auth.key_store import Key
+from gateway.auth.key import ADMIN, Key, unpack
 from gateway.dialects.dialect import Operation
 from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, CircuitBreaker
 from gateway.ops.cli import explain as cli_explain
@@ -71,7 +70,7 @@ def rights_of(gateway: RunningGateway, whole: str) -> Key:
     row = gateway.call(gateway.components.database.row("key_with_rights", whole.split("_")[1]))
     assert row is not None
 
-    return key_store.unpack(dict(row))
+    return unpack(dict(row))
 
 
 def breaker_in(state: str) -> CircuitBreaker:
@@ -253,7 +252,7 @@ def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[Fa
     gateway = start_gateway(*fleet)
     gateway.key(name="over", lifetime=timedelta(seconds=-1))
     revoked = gateway.key(name="revoked").split("_")[1]
-    with gateway.http(gateway.key(flags=(key_store.ADMIN,))) as admin:
+    with gateway.http(gateway.key(flags=(ADMIN,))) as admin:
         asked = {"key": "over", "model": "llama3.2"}
         told = admin.get("/admin/v1/explain", params=asked).json()
         assert (told["status"], told["outcome"]) == (401, "invalid_api_key")

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from gateway import app
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN, Key
 from gateway.core.errors import StoreUnavailable
 from tests.conftest import StartGateway, TestStores
 from tests.support import redis_server
@@ -32,7 +32,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 
 @pytest.fixture
 def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
-    with gateway.http(gateway.key(name="ops", flags=(key_store.ADMIN,))) as client:
+    with gateway.http(gateway.key(name="ops", flags=(ADMIN,))) as client:
         client.base_url = httpx.URL(f"{gateway.url}/admin/v1")
         yield client
 
@@ -93,7 +93,7 @@ def test_a_slow_report_stops_nobody(
 
     monkeypatch.setattr(app, "REPORT_DEADLINE_S", 0.5)
     gateway = start_gateway(alpha)
-    stranger, ops = gateway.key(), gateway.key(flags=(key_store.ADMIN,))
+    stranger, ops = gateway.key(), gateway.key(flags=(ADMIN,))
     with gateway.http(ops) as admin:
         slow, answer = asyncio.run(meanwhile())
         assert (slow.status_code, slow.json()["error"].startswith("PostgreSQL takes too long for this")) == (503, True)
@@ -119,7 +119,7 @@ def test_the_head_of_the_events_ends(admin: httpx.Client) -> None:
 def test_events_end_when_the_key_cannot_be_checked(
     gateway: RunningGateway, admin: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def away(*_: object) -> key_store.Key:
+    async def away(*_: object) -> Key:
         raise StoreUnavailable
 
     with admin.stream("GET", "/events") as events:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN
 from tests.admin.test_api import CHAT, MODEL
 from tests.conftest import StartGateway, TestStores
 from tests.pages.test_dashboard import enter
@@ -34,7 +34,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 
 @pytest.fixture
 def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
-    with gateway.http(gateway.key(name="ops", flags=(key_store.ADMIN,))) as client:
+    with gateway.http(gateway.key(name="ops", flags=(ADMIN,))) as client:
         client.base_url = httpx.URL(f"{gateway.url}/admin/v1")
         yield client
 
@@ -92,7 +92,7 @@ def test_rows_of_looks_before_are_in_no_figure(gateway: RunningGateway, admin: h
 
 def test_a_dashboard_that_watches_is_not_under_way(gateway: RunningGateway, admin: httpx.Client, browser: Browser) -> None:
     with page_of(browser) as page:
-        enter(page, gateway, gateway.key(flags=(key_store.ADMIN,)))
+        enter(page, gateway, gateway.key(flags=(ADMIN,)))
         expect(page.locator("#live")).to_have_text("● live")
         until(lambda: gateway.components.application.in_flight == 1, 10)
         time.sleep(1.2)  # until the process has said how it is

@@ -12,7 +12,8 @@ import hiredis
 import pytest
 
 from gateway import app
-from gateway.auth import authenticator, key_store
+from gateway.auth import authenticator
+from gateway.auth.key import ADMIN
 from gateway.core.background import KeptTask, TaskGroup
 from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
 from gateway.stores.redis_connection import Replies
@@ -178,7 +179,7 @@ def test_a_database_that_only_reads(
         host = url.partition("host=")[2].partition("&")[0]
         object.__setattr__(stores, "database_url", url.replace(f"host={host}", f"host={host},{host}"))
     gateway = start_gateway(alpha)
-    known, unknown, ops = gateway.key(), gateway.key(), gateway.key(name="ops", flags=(key_store.ADMIN,))
+    known, unknown, ops = gateway.key(), gateway.key(), gateway.key(name="ops", flags=(ADMIN,))
     assert WAYS[0].ask(gateway, known) == "alpha heard: Say hi"
     with gateway.http(ops) as admin:
         assert states_of(admin) == (200, "ok", "ok")

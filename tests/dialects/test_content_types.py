@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from gateway.auth.key_store import ADMIN_MODELS
+from gateway.auth.key import ADMIN_MODELS
 from tests.conftest import StartGateway
 from tests.support.asking import MODEL, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend

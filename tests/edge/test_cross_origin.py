@@ -2,7 +2,7 @@
 
 import pytest
 
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN
 from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.asking import SAY_HI
@@ -31,7 +31,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 
 
 def test_what_needs_no_key_or_is_for_operators_is_for_no_other_page(gateway: RunningGateway) -> None:
-    key = gateway.key(flags=(key_store.ADMIN,))
+    key = gateway.key(flags=(ADMIN,))
     with gateway.http(key) as client:
         for path in [*OURS_ALONE, *(f"/k/{key}{path}" for path in ("/metrics", "/readyz", "/admin/v1/keys", "/"))]:
             for answer in (client.get(gateway.url + path, headers=PAGE), client.options(gateway.url + path, headers=PREFLIGHT)):

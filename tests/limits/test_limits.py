@@ -12,7 +12,7 @@ import pytest
 from ollama import ResponseError
 from openai import RateLimitError
 
-from gateway.auth.key_store import ADMIN, ADMIN_MODELS
+from gateway.auth.key import ADMIN, ADMIN_MODELS
 from gateway.dialects.tokens import Need
 from gateway.limits import admission
 from gateway.limits.admission import WindowUsage

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN
 from gateway.core.errors import CommandFailed
 from gateway.ops.cli import top
 from tests.conftest import StartGateway, TestStores
@@ -71,7 +71,7 @@ def test_without_postgresql_and_with_odd_names() -> None:
 
 def test_against_a_running_gateway(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, tmp_path: Path) -> None:
     gateway = start_gateway(alpha)
-    admin = gateway.key(name="ops", flags=(key_store.ADMIN,))
+    admin = gateway.key(name="ops", flags=(ADMIN,))
     with gateway.http(gateway.key(name="alice")) as client:
         client.post("/api/chat", json=CHAT)
     until(lambda: top.overview(gateway.url, admin)["lately"]["requests"] >= 1, 15)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN
 from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
@@ -30,7 +30,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
 
 @pytest.fixture
 def admin(gateway: RunningGateway) -> str:
-    return gateway.key(name="ops", flags=(key_store.ADMIN,))
+    return gateway.key(name="ops", flags=(ADMIN,))
 
 
 def enter(page: Page, gateway: RunningGateway, key: str) -> None:
@@ -226,7 +226,7 @@ def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: s
 def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: FakeBackend, browser: Browser) -> None:
     with FakeBackend(models=[MODEL, XSS], name="alpha") as evil:
         gateway = start_gateway(evil, beta, DASHBOARD_ENABLED="true")
-        admin = gateway.key(name="ops", flags=(key_store.ADMIN,))
+        admin = gateway.key(name="ops", flags=(ADMIN,))
         with gateway.http(gateway.key(name=XSS), headers={"User-Agent": XSS, "X-Request-ID": "x"}) as client:
             for model in (XSS, f"unknown {XSS}"):
                 client.post("/api/chat", json={**CHAT, "model": model})
@@ -270,7 +270,7 @@ def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: 
     for number in range(1000):
         gateway.key(name=f"key number {number}")
     with page_of(browser) as page:
-        enter(page, gateway, gateway.key(name="ops", flags=(key_store.ADMIN,)))
+        enter(page, gateway, gateway.key(name="ops", flags=(ADMIN,)))
         expect(page.locator("#backends tbody tr")).to_have_count(50)
         page.click("[data-tab=keys]")
         expect(page.locator("#keys-shown")).to_contain_text("200 of 1,001 keys")

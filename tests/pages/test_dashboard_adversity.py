@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN
 from tests.conftest import StartGateway
 from tests.pages.test_dashboard import CHAT, enter
 from tests.support.browser import page_of
@@ -21,7 +21,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
 
 @pytest.fixture
 def admin(gateway: RunningGateway) -> str:
-    return gateway.key(name="ops", flags=(key_store.ADMIN,))
+    return gateway.key(name="ops", flags=(ADMIN,))
 
 
 def holding(routes: list[Route]) -> Callable[[Route], None]:

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN
 from tests.conftest import StartGateway
 from tests.support.browser import page_of
 from tests.support.fake_backend.backend import FakeBackend
@@ -38,7 +38,7 @@ def test_whatever_stands_behind_the_address(gateway: RunningGateway, path: str, 
 
 
 def test_with_a_key_of_before(gateway: RunningGateway, browser: Browser) -> None:
-    good, user = gateway.key(flags=(key_store.ADMIN,)), gateway.key()
+    good, user = gateway.key(flags=(ADMIN,)), gateway.key()
     for path in KEPT:
         with page_of(browser) as page:
             keep(page, path, good)
@@ -60,7 +60,7 @@ def test_with_a_key_of_before(gateway: RunningGateway, browser: Browser) -> None
 @pytest.mark.parametrize("path", FIRST)
 def test_while_the_gateway_is_away(gateway: RunningGateway, path: str, browser: Browser) -> None:
     """The page has come, what it asks for does not: it says so in words."""
-    key = gateway.key(flags=(key_store.ADMIN,))
+    key = gateway.key(flags=(ADMIN,))
     with page_of(browser, expecting=["net::ERR_CONNECTION_REFUSED", "error box: .*the gateway does not answer"]) as page:
         for asked in ("**/openapi.json", "**/v1/**"):
             page.route(asked, lambda route: route.abort("connectionrefused"))

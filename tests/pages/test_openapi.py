@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from gateway import app
 from gateway.admin.api import AdminRoute
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN, ADMIN_MODELS
 from gateway.core import strict_json
 from gateway.pages import samples, static
 from gateway.pages.openapi import FOLDER
@@ -130,7 +130,7 @@ def name_of_body(operation: dict[str, Any]) -> str:
 def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> None:
     if shutil.which(RUNS[language][0]) is None or (language == "curl" and shutil.which("curl") is None):
         pytest.skip(f"{language} is not on this machine")
-    flags = (key_store.ADMIN, key_store.ADMIN_MODELS)
+    flags = (ADMIN, ADMIN_MODELS)
     known = {"GATEWAY_KEY": gateway.key(name="ops", flags=flags), "METRICS_TOKEN": TOKEN, **environment({})}
     alice = gateway.key(name="alice")
     with gateway.http(alice) as client:

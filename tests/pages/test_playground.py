@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from gateway.auth import key_store
+from gateway.auth.key import SHOW_BACKEND
 from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
@@ -87,7 +87,7 @@ def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
 
 
 def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
-    key = gateway.key(rpm=50, flags=(key_store.SHOW_BACKEND,))
+    key = gateway.key(rpm=50, flags=(SHOW_BACKEND,))
     words = "# Yes\n\n- **one**\n- `two`\n\n```\ncode <b>\n```\n[a](https://example.org/x)"
     alpha.play_once(CHAT, saying({"reasoning": "Hmm."}, {"content": words}, pause_s=0.05))
     with page_of(browser) as page:
@@ -255,7 +255,7 @@ def test_against_a_real_llama_cpp_server(start_gateway: StartGateway, browser: B
     entry = {"name": "llama", "base_url": LLAMA, "kind": "openai"}
     gateway = start_gateway(entry, PLAYGROUND_ENABLED="true", OLLAMA_READ_TIMEOUT_S="20")
     with page_of(browser) as page:
-        enter(page, gateway, gateway.key(flags=(key_store.SHOW_BACKEND,)))
+        enter(page, gateway, gateway.key(flags=(SHOW_BACKEND,)))
         page.fill("#most", "12")
         ask(page, "Hello")
         expect(page.locator(".facts")).to_contain_text("12 tokens", timeout=30_000)

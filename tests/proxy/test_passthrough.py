@@ -6,7 +6,7 @@ import json
 import httpx
 import pytest
 
-from gateway.auth.key_store import ADMIN_MODELS, SHOW_BACKEND
+from gateway.auth.key import ADMIN_MODELS, SHOW_BACKEND
 from gateway.proxy.passthrough import ROUTES
 from tests.conftest import StartGateway
 from tests.support.asking import WAYS

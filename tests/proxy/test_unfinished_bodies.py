@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gateway.audit.record import Record
-from gateway.auth.key_store import ADMIN, ADMIN_MODELS
+from gateway.auth.key import ADMIN, ADMIN_MODELS
 from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
 from gateway.proxy.body import Bodies, check_head

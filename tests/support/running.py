@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from gateway import app
 from gateway.app import Components
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN_MODELS
 from gateway.auth.key_store import KeyStore, NewKey
 from gateway.edge import server
 from gateway.limits.quota import NAMES as LIMITS
@@ -119,7 +119,7 @@ class RunningGateway:
         return self.call(self.key_store().make(NewKey(name or f"key {next(_names)}", models, quota, flags=flags, **more)))[1]
 
     def admin_key(self) -> str:
-        return self.key(flags=(key_store.ADMIN_MODELS,))
+        return self.key(flags=(ADMIN_MODELS,))
 
     def http(self, key: str = "", **options: Any) -> httpx.Client:
         headers = ({"Authorization": f"Bearer {key}"} if key else {}) | options.pop("headers", {})

@@ -14,7 +14,7 @@ from schemathesis import APIOperation, Case, GenerationMode
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
 
-from gateway.auth import key_store
+from gateway.auth.key import ADMIN, ADMIN_MODELS
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running import RunningGateway
@@ -89,7 +89,7 @@ class Asking:
 
     def __init__(self, gateway: RunningGateway) -> None:
         self.gateway = gateway
-        self.key = gateway.key(name="ops", flags=(key_store.ADMIN, key_store.ADMIN_MODELS))
+        self.key = gateway.key(name="ops", flags=(ADMIN, ADMIN_MODELS))
         self.alice = gateway.key(name="alice")
         self.statuses: dict[str, set[int]] = defaultdict(set)
 
@@ -164,7 +164,7 @@ def test_without_a_key_and_with_a_wrong_one(gateway: RunningGateway) -> None:
 def test_the_route_that_does_not_end(gateway: RunningGateway) -> None:
     document = strict_document(gateway)
     seen = set()
-    for key in ("", "wrong", gateway.key(), gateway.key(flags=(key_store.ADMIN,))):
+    for key in ("", "wrong", gateway.key(), gateway.key(flags=(ADMIN,))):
         with gateway.http(key) as client, client.stream("GET", UNENDING) as answer:
             seen.add(answer.status_code)
             if answer.status_code == httpx.codes.OK:

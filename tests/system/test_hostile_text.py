@@ -14,7 +14,7 @@ import pytest
 from gateway.admin import values
 from gateway.audit import prompt_log
 from gateway.auth import key_format
-from gateway.auth.key_store import ADMIN
+from gateway.auth.key import ADMIN
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects.dialect import read_call

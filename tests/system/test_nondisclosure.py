@@ -8,7 +8,7 @@ import httpx
 import ollama
 import pytest
 
-from gateway.auth.key_store import ADMIN_MODELS, SHOW_BACKEND
+from gateway.auth.key import ADMIN_MODELS, SHOW_BACKEND
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend

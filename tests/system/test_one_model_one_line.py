@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from gateway.admin import values as admin_values
-from gateway.auth.key_store import ADMIN
+from gateway.auth.key import ADMIN
 from gateway.dialects.model_names import canonical
 from gateway.ops import main
 from gateway.stores.postgres import Database

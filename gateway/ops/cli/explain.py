@@ -9,7 +9,8 @@ from typing import Any
 from gateway import app
 from gateway.admin import values
 from gateway.admin.explain import Fleet, Question, explain
-from gateway.auth import key_format, key_store
+from gateway.auth import key_format
+from gateway.auth.key import Key, unpack
 from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
 from gateway.dialects.dialect import Operation
@@ -59,13 +60,13 @@ def operation_of(client: str) -> Operation:
     return operations[path]
 
 
-async def key_named(database: Database, id_or_name: str) -> key_store.Key:
+async def key_named(database: Database, id_or_name: str) -> Key:
     found = await database.row("find_living_key", id_or_name) if id_or_name.isprintable() else None
     if found is None:
         raise CommandFailed(f"there is no living key {key_format.redacted(id_or_name)!r}: see `make keys`")
     row = await database.row("key_with_rights", found["id"])
     assert row is not None
-    return key_store.unpack(dict(row))
+    return unpack(dict(row))
 
 
 async def _states(store: RedisClient) -> tuple[dict[str, presence.BackendState], int | None]:

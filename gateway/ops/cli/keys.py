@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, unquote
 
 from gateway import app
-from gateway.auth import key_store, key_view
+from gateway.auth import key_view
+from gateway.auth.key import ADMIN, ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD
 from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.dialects import model_names
@@ -104,8 +105,8 @@ async def migrate(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def make_key(settings: Settings, said: argparse.Namespace) -> None:
-    flags = [name for name in (key_store.ADMIN_MODELS, key_store.SHOW_BACKEND, key_store.SHOW_OVERHEAD) if getattr(said, name)]
-    flags += [key_store.ADMIN] if said.role == key_store.ADMIN else []
+    flags = [name for name in (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD) if getattr(said, name)]
+    flags += [ADMIN] if said.role == ADMIN else []
     wanted = NewKey(
         name=said.name,
         models=model_names.split_patterns(said.models),

@@ -21,7 +21,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from gateway.auth.key_store import DRILL, SHOW_BACKEND, KeyStore, NewKey
+from gateway.auth.key import DRILL, SHOW_BACKEND
+from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.edge import server
 from gateway.limits.quota import Quota

@@ -1,0 +1,81 @@
+"""A key as a request finds it: who it belongs to, its rights and limits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from gateway.core import strict_json
+from gateway.dialects.model_names import AllowList
+from gateway.limits import quota
+from gateway.limits.quota import CounterSet, Quota, Rule
+
+# The role: what it opens is the operator's, not a caller's.
+ADMIN = "admin"
+ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "show_overhead"
+# A key of a drill: what it asks is no traffic of the installation, and nobody misses it later.
+DRILL = "drill"
+REMEMBERED_SCOPES = 1000
+
+
+@dataclass(frozen=True)
+class Key:
+    """An identity and its rights; `expires_at` is in seconds since the epoch."""
+
+    id: str
+    name: str
+    models: AllowList = field(default_factory=AllowList)
+    quota: Quota = field(default_factory=Quota)
+    rules: tuple[Rule, ...] = ()
+    flags: frozenset[str] = frozenset()
+    prompt_log: bool = False
+    expires_at: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_scopes", {})
+
+    def has_expired(self, now: float) -> bool:
+        return self.expires_at is not None and now >= self.expires_at
+
+    def scopes(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
+        """The counters that a request counts in: the key's own, and one for each rule that the model matches."""
+        known = self._scopes  # type: ignore[attr-defined]
+        asked = (model if self.rules else "", defaults)
+        if asked not in known:
+            if len(known) >= REMEMBERED_SCOPES:
+                known.clear()
+            known[asked] = self._find_scopes(model, defaults)
+        found: tuple[CounterSet, ...] = known[asked]
+        return found
+
+    def _find_scopes(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
+        own = quota.counter_set(self.id, self.quota, defaults)
+        matching = (rule for rule in self.rules if model and rule.matches(model))
+        return (own, *(quota.counter_set(f"{self.id}|{rule.pattern}", rule.quota, Quota()) for rule in matching))
+
+    def packed(self) -> dict[str, object]:
+        return {
+            "id": self.id,
+            "name": self.name,
+            "models": self.models.patterns,
+            **self.quota.packed(),
+            "rules": [rule.packed() for rule in self.rules],
+            "flags": sorted(self.flags),
+            "prompt_log": self.prompt_log,
+            "expires_at": self.expires_at,
+        }
+
+
+def unpack(packed: Mapping[str, Any]) -> Key:
+    """A key from `Key.packed` or from a row of the database, which gives the rules as JSON."""
+    expires, rules = packed["expires_at"], packed["rules"]
+    return Key(
+        id=packed["id"],
+        name=packed["name"],
+        models=AllowList(tuple(packed["models"])),
+        quota=quota.unpack(packed),
+        rules=quota.unpack_rules(strict_json.read_loosely(rules.encode()) if isinstance(rules, str) else rules),
+        flags=frozenset(packed["flags"]),
+        prompt_log=packed["prompt_log"],
+        expires_at=expires.timestamp() if isinstance(expires, datetime) else expires,
+    )
