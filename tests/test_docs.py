@@ -15,10 +15,13 @@ from gateway.core import errors
 from gateway.core.errors import GatewayError, SettingsError
 from gateway.ops import main
 from gateway.proxy import passthrough
+from tests.support import documents
+from tests.support.documents import code, links, page, section
 from tests.support.project import PROJECT
 
 ROOT = PROJECT
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = page("README.md")
+PAGES = documents.pages()
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 CARD = {
@@ -113,18 +116,17 @@ def targets() -> list[str]:
 
 
 @pytest.mark.parametrize("target", targets())
-def test_readme_has_every_target(target: str) -> None:
-    assert f"| `make {target}" in README
+def test_the_page_of_commands_has_every_target(target: str) -> None:
+    assert f"| `make {target}" in page("docs/reference/commands.md")
 
 
-def test_readme_has_no_target_that_is_not_there() -> None:
-    assert set(re.findall(r"`?make ([a-z-]+)", re.sub(r"[Ww]ithout make", "", "\n".join(code_of(README))))) <= set(targets())
+def all_code() -> Iterator[tuple[str, str]]:
+    return ((name, text) for name, content in PAGES.items() for text in code(content))
 
 
-def code_of(text: str) -> Iterator[str]:
-    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    yield from fenced
-    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+def test_no_page_has_a_target_that_is_not_there() -> None:
+    named = {(name, target) for name, text in all_code() for target in re.findall(r"\bmake ([a-z-]+)", text)}
+    assert {(name, target) for name, target in named if target not in targets()} == set()
 
 
 def verbs() -> dict[str, argparse.ArgumentParser]:
@@ -133,8 +135,8 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.mark.parametrize("verb", verbs())
-def test_readme_has_every_verb(verb: str) -> None:
-    paragraph = README.partition("Without make the verbs are the same")[2].partition("\n\n")[0]
+def test_the_page_of_commands_has_every_verb(verb: str) -> None:
+    paragraph = page("docs/reference/commands.md").partition("Without make the verbs are the same")[2].partition("\n\n")[0]
     assert f"`{verb}`" in paragraph
 
 
@@ -163,7 +165,7 @@ def test_make_key_passes_on_every_option_of_the_verb() -> None:
 
 def test_no_command_takes_a_secret_where_ps_shows_it() -> None:
     secret = re.compile(r"nz_|(TOKEN|PASSWORD|SECRET|ADMIN_KEY)=")
-    lines = [line for code in code_of(README) for line in code.splitlines()]
+    lines = [line for _, text in all_code() for line in text.splitlines()]
     lines += [f"make {words}" for words in re.findall(r"^[a-z-]+:.*## (.*)$", MAKEFILE, re.MULTILINE)]
     shown = [line for line in lines if re.search(r"\bmake \S|python -m gateway ", line)]
     assert len(shown) > 40 and [line for line in shown if secret.search(line.partition("make ")[2])] == []
@@ -172,19 +174,32 @@ def test_no_command_takes_a_secret_where_ps_shows_it() -> None:
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    section = README.partition("\n## Tests and checks\n")[2]
-    commands = section.partition("```sh\n")[2].partition("```")[0].splitlines()
+    commands = documents.blocks(section("README.md", "Development"), "sh")[0].splitlines()
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-len(commands) :] == commands
 
 
-def slug(heading: str) -> str:
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    anchors = {slug(heading) for heading in re.findall(r"^#+ (.+)$", README, re.MULTILINE)}
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert link[1:] in anchors if link.startswith("#") else (ROOT / link).exists(), link
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    for link in links(PAGES[name]):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        file = documents.relative(name, target) if target else ROOT / name
+        assert file.exists(), f"{name} links to {link}: there is no such file"
+        if anchor:
+            assert anchor in documents.anchors(file.read_text(encoding="utf-8")), f"{name} links to {link}: no such heading"
+
+
+def test_every_page_is_linked_from_another() -> None:
+    linked = {
+        documents.relative(name, link.partition("#")[0]).resolve() for name, text in PAGES.items() for link in links(text)
+    }
+    alone = [name for name in PAGES if name.startswith("docs/") and (ROOT / name).resolve() not in linked]
+    assert alone == [], "link it from README.md or another page"
 
 
 def test_contents_of_the_readme_has_every_section() -> None:
@@ -192,10 +207,11 @@ def test_contents_of_the_readme_has_every_section() -> None:
     assert re.findall(r"\[([^]]+)\]\(#", README.partition("\n## ")[0]) == sections
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    named = [name for name in code_of(README) if re.fullmatch(r"[\w./-]+\.(py|yaml|cfg)|(gateway|tests|sql)/[\w/]*", name)]
+def test_files_that_the_pages_name_exist() -> None:
+    file = re.compile(r"[\w./-]+\.(py|yaml|cfg|lua|sql|toml)|(gateway|tests|sql|docs)/[\w/.-]*")
+    named = [(name, text) for name, text in all_code() if file.fullmatch(text)]
     assert len(named) > 20
-    assert [name for name in named if not (ROOT / name).exists() and not (ROOT / "gateway" / name).exists()] == []
+    assert [(name, text) for name, text in named if not documents.exists(text)] == []
 
 
 def error_classes(of: type[GatewayError] = GatewayError) -> Iterator[type[GatewayError]]:
@@ -204,9 +220,8 @@ def error_classes(of: type[GatewayError] = GatewayError) -> Iterator[type[Gatewa
         yield from error_classes(kind)
 
 
-def test_readme_has_every_error_with_its_status() -> None:
-    section = README.partition("\n## Errors\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (\d\d\d|[45]xx) \| (.+?) \|", section, re.MULTILINE)
+def test_the_page_of_errors_has_every_error_with_its_status() -> None:
+    rows = re.findall(r"^\| (\d\d\d|[45]xx) \| (.+?) \|", page("docs/reference/errors.md"), re.MULTILINE)
     told = {(code, status) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
     ours = [kind for kind in error_classes() if kind.__module__ == errors.__name__]
     # The status of a refusal is the backend's, where it is not the caller's to be told so.
@@ -218,14 +233,14 @@ def test_readme_has_every_error_with_its_status() -> None:
     assert told == real
 
 
-def test_readme_has_every_field_of_the_log() -> None:
-    section = README.partition("\n## Logs\n")[2].partition("\n## ")[0]
-    assert [field for field in Record("id", "id", "GET").row() if f"`{field}`" not in section] == []
+def test_the_page_of_logs_has_every_field() -> None:
+    text = page("docs/reference/logs.md")
+    assert [field for field in Record("id", "id", "GET").row() if f"`{field}`" not in text] == []
 
 
-def test_readme_has_every_admin_route() -> None:
-    section = README.partition("\n## Admin routes\n")[2].partition("\n## ")[0]
-    assert [path for _, path in passthrough.ROUTES if path not in section] == []
+def test_the_page_of_models_has_every_admin_route() -> None:
+    text = section("docs/models.md", "Admin routes")
+    assert [path for _, path in passthrough.ROUTES if path not in text] == []
 
 
 def test_nothing_stands_in_the_top_folder_but_the_card() -> None:
