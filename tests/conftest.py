@@ -155,10 +155,7 @@ def _starting(stores: TestStores) -> Iterator[StartGateway]:
 
         def start(*backends: object, **names: str) -> RunningGateway:
             settings = settings_for(*backends, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **names)
-            gateway = stack.enter_context(RunningGateway(settings))
-            if "REDIS_URL" not in names:
-                gateway.wait_for_redis()
-            return gateway
+            return stack.enter_context(RunningGateway(settings))
 
         yield start
 

@@ -22,12 +22,13 @@ from gateway.edge import server
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import Quota
 from gateway.settings import Settings
-from gateway.stores import redis_keys
+from gateway.stores import redis_client, redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 Result = TypeVar("Result")
 START_S = 20.0
 LISTS_S = 2.0
+REDIS_S = 5.0
 _names = itertools.count()
 
 
@@ -39,6 +40,15 @@ async def waiting_rows(store: RedisClient) -> int:
             pipe.xlen(shared.rows)
 
     return sum(await store.pipeline(fill))
+
+
+async def _is_reachable(redis_url: str) -> bool:
+    client = redis_client.connect(redis_url, deadline_s=redis_client.CONNECT_DEADLINE_S)
+    try:
+        async with client:
+            return bool(await client.ping())
+    except redis_client.FAILURES:
+        return False
 
 
 class Lines(logging.Handler):
@@ -74,9 +84,7 @@ class RunningGateway:
         assert self._ready.wait(START_S), "the gateway did not start"
         if self._failure is not None:
             raise self._failure
-        with suppress(TimeoutError):
-            # On a busy machine the first lists come a little later than the start waits for them.
-            self.call(asyncio.wait_for(self.components.discovery.has_asked_all.wait(), LISTS_S))
+        self.call(self._wait_for_first_answers())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -105,6 +113,17 @@ class RunningGateway:
             self.components = components
             self.server = server.Server(components, drain_s=self.settings.gateway_drain_s, on_ready=self._ready.set)
             await self.server.serve([self._listener])
+
+    async def _wait_for_first_answers(self) -> None:
+        """On a busy machine backends and Redis can answer later than the gateway's start waits for them."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.components.discovery.has_asked_all.wait(), LISTS_S)
+        store = self.components.store
+        if not store.up and await _is_reachable(self.settings.redis_url):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REDIS_S):
+                    while not store.up and not store.refusal:  # noqa: ASYNC110 the store announces neither
+                        await asyncio.sleep(0.01)
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run something in the gateway's own loop."""
@@ -138,12 +157,6 @@ class RunningGateway:
         while self.components.application.in_flight and time.monotonic() < deadline:
             time.sleep(0.002)
         assert not self.components.application.in_flight, "requests are still in flight"
-
-    def wait_for_redis(self, seconds: float = 5.0) -> None:
-        """On a busy machine it may not have answered the first look in time."""
-        deadline = time.monotonic() + seconds
-        while not self.components.store.up and time.monotonic() < deadline:
-            time.sleep(0.01)
 
     def audit_rows(self) -> list[dict[str, Any]]:
         """All rows, oldest first, once they have arrived in PostgreSQL."""
