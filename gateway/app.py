@@ -26,6 +26,7 @@ from gateway.core import strict_json
 from gateway.core.background import KeptTask
 from gateway.core.cancel_scope import ScopeTimer
 from gateway.core.errors import StoreUnavailable
+from gateway.core.in_flight import InFlight
 from gateway.dialects.dialect import Dialect
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
@@ -83,7 +84,7 @@ class Components:
     discovery: Discovery
     running: RunningModels
     backends: dict[str, Backend]
-    application: Application
+    in_flight: InFlight
     watch: ScopeTimer
     limits: Limiter
     settler: Settler
@@ -120,7 +121,7 @@ async def fleet(settings: Settings) -> AsyncIterator[dict[str, Backend]]:
 @asynccontextmanager
 async def build(
     settings: Settings, metrics_folder: Path | None = None, beside: Sequence[KeptTask] = ()
-) -> AsyncIterator[Components]:
+) -> AsyncIterator[tuple[Application, Components]]:
     """`metrics_folder` is where the workers of one gateway share what they have counted; `beside` is what their process keeps
     going outside of this."""
     async with AsyncExitStack() as stack:
@@ -146,9 +147,7 @@ async def build(
         weight = int(settings.cached_tokens_weight)
         settler = await stack.enter_async_context(Settler(limits, spoken, writer.write, cached_weight=weight, **bounds))
         watch = await stack.enter_async_context(ScopeTimer())
-        id_header = settings.gateway_request_id_header
-        metrics = Metrics(metrics_folder)
-        application = Application(_not_yet, proxies.client_of, by_prefix(spoken), settler, metrics, request_id_header=id_header)
+        metrics, in_flight = Metrics(metrics_folder), InFlight()
         keeping: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, watch]
 
         def background() -> list[KeptTask]:
@@ -160,17 +159,20 @@ async def build(
                 *lines.background,
             ]
 
-        parts = database, reports, store, discovery, running, backends, application, watch, limits, settler, metrics, writer
+        parts = database, reports, store, discovery, running, backends, in_flight, watch, limits, settler, metrics, writer
         components = Components(*parts, background, Bodies(settings.max_request_body_bytes))
         catalog = lambda: discovery.catalog  # noqa: E731
-        sampler = Gauges(metrics, application, limits, lines, settler, writer, backends, catalog, store, database)
+        sampler = Gauges(metrics, in_flight, limits, lines, settler, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
         told = await stack.enter_async_context(Presence(lines, lambda: state_of(components)))
         await stack.enter_async_context(control_of(components))
-        application.routes = _table(settings, components, Access(authenticator, limits, default_quota(settings)), spoken)
+        routes = _table(settings, components, Access(authenticator, limits, default_quota(settings)), spoken)
+        id_header = settings.gateway_request_id_header
+        rest = by_prefix(spoken), settler, metrics, in_flight
+        application = Application(routes, proxies.client_of, *rest, request_id_header=id_header)
         LOG.info("PostgreSQL: %s", await _state_of(database))
         tell_what_is_in_force(settings, components)
-        yield components
+        yield application, components
 
 
 def admin_api_of(settings: Settings, components: Components) -> AdminApi:
@@ -186,7 +188,7 @@ def admin_api_of(settings: Settings, components: Components) -> AdminApi:
         components.backends,
         operations,
         lambda question: explain(question, fleet_as_seen(settings, components), components.limits, defaults, most),
-        lambda: components.application.draining,
+        components.in_flight,
     )
 
 
@@ -198,11 +200,11 @@ def fleet_as_seen(settings: Settings, components: Components) -> Fleet:
 
 def state_of(components: Components) -> ProcessState:
     """This process, for the bulletin."""
-    application, limits = components.application, components.limits
+    in_flight, limits = components.in_flight, components.limits
     backends = presence.local_view(components.backends)
     waiting, fleet = components.writer.waiting, presence.described(backend.config for backend in components.backends.values())
     return ProcessState(
-        limits.process, time.time(), application.under_way, limits.waiting, application.draining, waiting, backends, fleet
+        limits.process, time.time(), in_flight.of_callers, limits.waiting, in_flight.draining, waiting, backends, fleet
     )
 
 
@@ -321,8 +323,8 @@ def _calls(
 
 def _lists(components: Components, access: Access) -> dict[tuple[str, str], ASGIApp]:
     lists = ModelLists(access, lambda: components.discovery.catalog, components.running.now)
-    catalog, is_draining = lambda: components.discovery.catalog, lambda: components.application.draining
-    health = Health(components.database, components.store, catalog, components.background, is_draining)
+    catalog = lambda: components.discovery.catalog  # noqa: E731
+    health = Health(components.database, components.store, catalog, components.background, components.in_flight)
     return {
         ("GET", "/api/tags"): lists.tags,
         ("GET", "/api/ps"): lists.running,
@@ -355,7 +357,3 @@ async def _state_of(database: Database) -> str:
         return "schema current" if await database.is_current() else "schema NOT current, run `make migrate`"
     except StoreUnavailable:
         return "away, keys cannot be checked until it answers"
-
-
-def _not_yet(scope: Scope) -> ASGIApp:
-    raise RuntimeError("the routes are not in place yet")

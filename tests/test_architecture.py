@@ -25,9 +25,7 @@ KNOW_THE_SETTINGS = {"ops", "app", "endpoints", "components"}
 SETTINGS_KNOW = {"fleet.backends.config", "stores.urls", "core.errors", "core.setting_names"}
 # To be cut.
 UPWARD = {
-    ("edge.server", "app"),
     ("fleet.failover", "audit.record"),
-    ("telemetry.gauges", "edge.application"),
 }
 # A home is a module or a whole package.
 HOMES = {

@@ -26,6 +26,7 @@ from gateway.core import strict_json
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import ScopeTimer
 from gateway.core.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
+from gateway.core.in_flight import InFlight
 from gateway.dialects import model_names
 from gateway.dialects.dialect import Operation
 from gateway.fleet import drains
@@ -144,7 +145,7 @@ class AdminApi:
         backends: Mapping[str, Backend],
         operations: Mapping[str, Operation],
         explain: Explain,
-        is_draining: Callable[[], bool],
+        in_flight: InFlight,
     ) -> None:
         self._key_store, self.at_a_glance, self._database, self._reports, self._store = (
             key_store,
@@ -154,7 +155,7 @@ class AdminApi:
             store,
         )
         self._discovery, self._backends, self._operations, self._explain = discovery, backends, operations, explain
-        self._is_draining = is_draining
+        self._in_flight = in_flight
 
     def routes(self, access: Access, watch: ScopeTimer, bodies: Bodies) -> dict[tuple[str, str], ASGIApp]:
         def route(handler: Handler, *takes: str, **how: Any) -> AdminRoute:
@@ -162,7 +163,7 @@ class AdminApi:
 
         return {
             ("GET", "/admin/v1/overview"): route(self.overview),
-            ("GET", "/admin/v1/events"): AdminEvents(access, watch, self.at_a_glance, self._is_draining),
+            ("GET", "/admin/v1/events"): AdminEvents(access, watch, self.at_a_glance, self._in_flight),
             ("GET", "/admin/v1/series"): route(self.series, "window"),
             ("GET", "/admin/v1/backends"): route(self.backends),
             ("POST", "/admin/v1/backends/{name}/drain"): route(self.drain),

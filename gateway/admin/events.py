@@ -1,7 +1,6 @@
 """`/admin/v1/events`: the overview every two seconds, as server-sent events; whoever watches, the stores are asked once."""
 
 import asyncio
-from collections.abc import Callable
 from functools import partial
 
 from starlette.types import Receive, Scope, Send
@@ -12,6 +11,7 @@ from gateway.core import strict_json
 from gateway.core.cancel_scope import CallScope, ScopeTimer
 from gateway.core.connection import Connection
 from gateway.core.errors import ClientGone, ClientStalled, GatewayError
+from gateway.core.in_flight import InFlight
 from gateway.proxy.access import Access
 
 EVERY_S = 2.0
@@ -21,8 +21,8 @@ HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cach
 
 
 class AdminEvents:
-    def __init__(self, access: Access, watch: ScopeTimer, overview: Overview, is_draining: Callable[[], bool]) -> None:
-        self._access, self._watch, self._overview, self._is_draining = access, watch, overview, is_draining
+    def __init__(self, access: Access, watch: ScopeTimer, overview: Overview, in_flight: InFlight) -> None:
+        self._access, self._watch, self._overview, self._in_flight = access, watch, overview, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -44,7 +44,7 @@ class AdminEvents:
         await send({"type": "http.response.body", "body": b""})
 
     async def _tell(self, scope: Scope, send: Send, record: Record, guard: CallScope) -> None:
-        while not self._is_draining():
+        while not self._in_flight.draining:
             event = b"data: " + strict_json.write(await self._overview.now()) + b"\n\n"
             guard.within(READER_S, ClientStalled)
             await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -56,6 +56,6 @@ class AdminEvents:
     async def _pause(self) -> None:
         """Who only watches must not hold up the end of the process."""
         for _ in range(round(EVERY_S / LOOK_EVERY_S)):
-            if self._is_draining():
+            if self._in_flight.draining:
                 return
             await asyncio.sleep(LOOK_EVERY_S)

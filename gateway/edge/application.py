@@ -1,6 +1,5 @@
 """The ASGI application around all routes: request id, key in the path, errors in the caller's dialect, the log line."""
 
-import asyncio
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from gateway.core.errors import (
     ShuttingDown,
     UnknownRoute,
 )
+from gateway.core.in_flight import InFlight
 from gateway.dialects.dialect import Dialect
 from gateway.telemetry import logs
 from gateway.telemetry.metrics import Metrics
@@ -51,7 +51,7 @@ PREFLIGHT_HEADERS = (
 
 
 class Application:
-    """Counts what is in flight, and how much of it is of operators; `draining` makes it refuse new work."""
+    """Answers each request by its route; refuses new requests while the process is draining."""
 
     def __init__(
         self,
@@ -60,31 +60,21 @@ class Application:
         dialect_of: Callable[[str], Dialect],
         settler: Settler,
         metrics: Metrics,
+        in_flight: InFlight,
         *,
         request_id_header: str,
     ) -> None:
-        self.routes, self._client_of, self._dialect_of, self._settler = routes, client_of, dialect_of, settler
-        self._metrics = metrics
+        self._routes, self._client_of, self._dialect_of, self._settler = routes, client_of, dialect_of, settler
+        self._metrics, self._in_flight = metrics, in_flight
         self._id_header = request_id_header.lower().encode()
-        self.in_flight = self.of_operators = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self.draining = False
-
-    @property
-    def under_way(self) -> int:
-        """Requests of the API in flight: who watches them is none of them."""
-        return self.in_flight - self.of_operators
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         record = self._begin(scope)
         reply = Response(record, send, self._settler, self._id_header, with_cors=record.with_cors)
-        of_operators = scope["path"][: len(ADMIN)] == ADMIN
-        self.in_flight += 1
-        self.of_operators += of_operators
-        self.idle.clear()
+        by_operator = scope["path"].startswith(ADMIN)
+        self._in_flight.begin(by_operator)
         try:
             await self._handle(scope, receive, reply, record)
         finally:
@@ -97,10 +87,7 @@ class Application:
                     self._metrics.ended(record)
             # The connection knows the scope: without this its memory would wait for the collector.
             scope["state"].clear()
-            self.in_flight -= 1
-            self.of_operators -= of_operators
-            if not self.in_flight:
-                self.idle.set()
+            self._in_flight.end(by_operator)
 
     def _begin(self, scope: Scope) -> Record:
         presented = agent = b""
@@ -132,9 +119,9 @@ class Application:
             if reply.with_cors and scope["method"] == "OPTIONS":
                 await reply.preflight()
                 return
-            if self.draining and scope["path"] not in HEALTH:
+            if self._in_flight.draining and scope["path"] not in HEALTH:
                 raise ShuttingDown(retry_after=1)
-            await self.routes(scope)(scope, receive, reply.send)
+            await self._routes(scope)(scope, receive, reply.send)
             record.outcome = record.outcome or _plain_outcome(record)
         except ClientGone as gone:
             record.outcome, record.status = record.outcome or "client_gone", record.status or STATUS_OF_A_CLIENT_GONE

@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.core.asgi import SAME_ORIGIN, send_json
 from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
+from gateway.core.in_flight import InFlight
 from gateway.fleet.catalog import Catalog
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient
@@ -28,9 +29,9 @@ class Health:
         store: RedisClient,
         catalog: Callable[[], Catalog],
         background: Callable[[], Iterable[KeptTask]],
-        is_draining: Callable[[], bool],
+        in_flight: InFlight,
     ) -> None:
-        self._database, self._store, self._catalog, self._is_draining = database, store, catalog, is_draining
+        self._database, self._store, self._catalog, self._in_flight = database, store, catalog, in_flight
         self._background = background
         self._schema, self._schema_checked_at = "unknown", 0.0
 
@@ -39,7 +40,7 @@ class Health:
 
     async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         checks = {
-            "draining": "yes" if self._is_draining() else "no",
+            "draining": "yes" if self._in_flight.draining else "no",
             "database": await self._schema_state(),
             "redis": "ok" if self._store.up else "degraded",
             "backends": "ok" if self._catalog().fresh_snapshots() else "none",

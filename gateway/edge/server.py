@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from gateway.app import Components
+from gateway.core.cancel_scope import ScopeTimer
 from gateway.core.errors import ShuttingDown
+from gateway.core.in_flight import InFlight
 from gateway.edge.places import Places, most_connections
 from gateway.edge.protocol import Protocol
 from gateway.edge.stop_signals import stop_signals
@@ -24,9 +26,17 @@ LAST_FRAMES_S = 5.0
 class Server(uvicorn.Server):
     """Serves until told to stop; then refuses new work, lets what runs finish within `drain_s`, and ends the rest truly."""
 
-    def __init__(self, components: Components, *, drain_s: float, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        application: ASGIApp,
+        in_flight: InFlight,
+        scopes: ScopeTimer,
+        *,
+        drain_s: float,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
         config = uvicorn.Config(
-            components.application,
+            application,
             http=partial(Protocol, places=Places(most_connections())),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
@@ -39,7 +49,7 @@ class Server(uvicorn.Server):
             backlog=2048,
         )
         super().__init__(config)
-        self._rooms, self._drain_s, self._on_ready = components, drain_s, on_ready
+        self._in_flight, self._scopes, self._drain_s, self._on_ready = in_flight, scopes, drain_s, on_ready
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -56,25 +66,18 @@ class Server(uvicorn.Server):
 
     def begin_drain(self) -> None:
         if self._draining is not None:
-            self._rooms.watch.end_all(ShuttingDown)
+            self._scopes.end_all(ShuttingDown)
             return
         self._draining = asyncio.get_running_loop().create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:
-        application, running = self._rooms.application, self._rooms.watch
-        application.draining = True
-        LOG.info("draining: %d requests in flight, at most %g s", application.in_flight, self._drain_s)
-        await self._until_idle(self._drain_s)
-        if application.in_flight:
-            LOG.warning("the drain limit has come: ending %d requests", application.in_flight)
-        running.end_all(ShuttingDown)
-        await self._until_idle(LAST_FRAMES_S)
+        self._in_flight.draining = True
+        LOG.info("draining: %d requests in flight, at most %g s", self._in_flight.total, self._drain_s)
+        if not await self._in_flight.wait_idle(self._drain_s):
+            LOG.warning("the time to drain is over: ending %d requests", self._in_flight.total)
+        self._scopes.end_all(ShuttingDown)
+        await self._in_flight.wait_idle(LAST_FRAMES_S)
         self.should_exit = True
-
-    async def _until_idle(self, limit_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
-                await self._rooms.application.idle.wait()
 
 
 def listen(host: str, port: int) -> socket.socket:

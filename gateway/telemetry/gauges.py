@@ -8,7 +8,7 @@ from typing import Self
 from gateway.audit.settlement import Settler
 from gateway.audit.writer import AuditWriter
 from gateway.core.background import KeptTask
-from gateway.edge.application import Application
+from gateway.core.in_flight import InFlight
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
 from gateway.limits.limiter import Limiter
@@ -22,12 +22,12 @@ BREAKER = {"closed": 0, "half-open": 1, "open": 2}
 
 
 class Gauges:
-    """`async with Sampler(...)`: until the block ends."""
+    """`async with Gauges(...)`: until the block ends."""
 
     def __init__(
         self,
         metrics: Metrics,
-        application: Application,
+        in_flight: InFlight,
         limits: Limiter,
         lines: ShardConnections,
         settler: Settler,
@@ -37,7 +37,7 @@ class Gauges:
         store: RedisClient,
         database: Database,
     ) -> None:
-        self._metrics, self._application, self._limits, self._lines = metrics, application, limits, lines
+        self._metrics, self._in_flight, self._limits, self._lines = metrics, in_flight, limits, lines
         self._settler, self._writer, self._backends, self._catalog = settler, writer, backends, catalog
         self._store, self._database = store, database
         self._counted: dict[str, int] = {}
@@ -59,9 +59,9 @@ class Gauges:
             self.look()
 
     def look(self) -> None:
-        metrics, application = self._metrics, self._application
-        metrics.in_flight.set(application.under_way)
-        metrics.draining.set(int(application.draining))
+        metrics = self._metrics
+        metrics.in_flight.set(self._in_flight.of_callers)
+        metrics.draining.set(int(self._in_flight.draining))
         metrics.waiting.set(self._limits.waiting)
         metrics.alone.set(int(not self._limits.is_usable))
         metrics.held.set(self._settler.backlog)

@@ -94,7 +94,7 @@ def test_a_dashboard_that_watches_is_not_under_way(gateway: RunningGateway, admi
     with page_of(browser) as page:
         enter(page, gateway, gateway.key(flags=(ADMIN,)))
         expect(page.locator("#live")).to_have_text("● live")
-        until(lambda: gateway.components.application.in_flight == 1, 10)
+        until(lambda: gateway.components.in_flight.total == 1, 10)
         time.sleep(1.2)  # until the process has said how it is
         seen = page.locator("#tiles")
         until(lambda: admin.get("/overview").json()["processes"] == 1, 5)

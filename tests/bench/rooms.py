@@ -12,7 +12,7 @@ BUILT_IN = "~"
 GATEWAY = {
     "server": "edge/server edge/protocol edge/cycle edge/deadlines edge/request_head edge/places edge/departure edge/workers "
     "edge/memory core/connection ops",
-    "front": "edge core/asgi core/errors",
+    "front": "edge core/asgi core/errors core/in_flight",
     "keys": "auth proxy/access",
     "limits": "limits",
     "Redis": "stores/redis_connection stores/redis_shards stores/redis_client stores/redis_keys",

@@ -51,7 +51,7 @@ def test_an_answer_keeps_its_slot_until_it_is_read(gateway: RunningGateway, alph
     with ask_and_read_little(gateway, key) as connection:
         assert status(gateway, key) == 429
         assert gateway.components.backends["alpha"].in_flight == 0 and alpha.wait_idle(1.0)
-        assert held.used > LARGE and gateway.components.application.in_flight == 1
+        assert held.used > LARGE and gateway.components.in_flight.total == 1
         end = b""
         while not end.endswith(b"}"):
             end = connection.recv(2**20)
@@ -97,7 +97,7 @@ def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, 
     key = gateway.key(concurrent=1)
     play(alpha, LARGE)
     ask_and_read_little(gateway, key).close()
-    until(lambda: gateway.components.application.in_flight == 0)
+    until(lambda: gateway.components.in_flight.total == 0)
     assert gateway.components.held_answers.used == 0 and status(gateway, key) == 200
     lines = gateway.request_lines()
     assert [line["outcome"] for line in lines] == ["client_gone", "answered"] and lines[0]["bytes_out"] < LARGE
@@ -113,7 +113,7 @@ def test_a_reader_that_trickles_meets_a_deadline(
 
         def has_ended() -> bool:
             connection.recv(10)
-            return gateway.components.application.in_flight == 0
+            return gateway.components.in_flight.total == 0
 
         until(has_ended)
     assert gateway.request_lines()[-1]["detail"] == "stalled" and gateway.components.held_answers.used == 0

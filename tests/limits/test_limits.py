@@ -268,7 +268,7 @@ def test_a_body_that_never_ends_counts_as_a_request(gateway: RunningGateway, mon
     monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 30)
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(head)
-        until(lambda: gateway.components.application.in_flight == 1)
+        until(lambda: gateway.components.in_flight.total == 1)
     until(lambda: gateway.request_lines()[-1]["outcome"] == "client_gone")
     monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.05)
     begin(b"HTTP/1.1 429")

@@ -109,9 +109,10 @@ class RunningGateway:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        async with app.build(self.settings) as components:
+        async with app.build(self.settings) as (application, components):
             self.components = components
-            self.server = server.Server(components, drain_s=self.settings.gateway_drain_s, on_ready=self._ready.set)
+            parts = application, components.in_flight, components.watch
+            self.server = server.Server(*parts, drain_s=self.settings.gateway_drain_s, on_ready=self._ready.set)
             await self.server.serve([self._listener])
 
     async def _wait_for_first_answers(self) -> None:
@@ -154,9 +155,9 @@ class RunningGateway:
 
     def wait_idle(self, seconds: float = 5.0) -> None:
         deadline = time.monotonic() + seconds
-        while self.components.application.in_flight and time.monotonic() < deadline:
+        while self.components.in_flight.total and time.monotonic() < deadline:
             time.sleep(0.002)
-        assert not self.components.application.in_flight, "requests are still in flight"
+        assert not self.components.in_flight.total, "requests are still in flight"
 
     def audit_rows(self) -> list[dict[str, Any]]:
         """All rows, oldest first, once they have arrived in PostgreSQL."""

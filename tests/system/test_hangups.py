@@ -105,7 +105,7 @@ def test_a_client_that_stops_reading_holds_up_only_its_own_answer(start_gateway:
     connection = send(gateway, key, WAYS[1])
     wait_until(lambda: alpha.in_flight == 1)
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
-    wait_until(lambda: gateway.components.application.in_flight == 0)
+    wait_until(lambda: gateway.components.in_flight.total == 0)
     assert gateway.request_lines()[-1]["detail"] == "stalled"
     connection.close()
 

@@ -101,8 +101,9 @@ async def _serve_one(
         on_ready(components)
 
     tidying = memory.keeper()
-    async with app.build(settings, metrics_folder, [tidying]) as components:
-        one = server.Server(components, drain_s=settings.gateway_drain_s, on_ready=serves.set)
+    async with app.build(settings, metrics_folder, [tidying]) as (application, components):
+        parts = application, components.in_flight, components.watch
+        one = server.Server(*parts, drain_s=settings.gateway_drain_s, on_ready=serves.set)
         telling = asyncio.create_task(tell(components), name="banner")
         try:
             async with memory.kept_small(tidying):
