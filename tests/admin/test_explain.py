@@ -167,7 +167,7 @@ def test_limits_are_told_without_redis(
     async def away(_: object) -> None:
         raise RedisUnavailable
 
-    monkeypatch.setattr(gateway.components.limits, "look", away)
+    monkeypatch.setattr(gateway.components.limits, "preview", away)
     question = Question(rights_of(gateway, gateway.key(rpm=3)), "llama3.2", operation_of("/api/chat"), 10, 10)
     fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.components), app.default_quota(gateway.settings)
     said = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
