@@ -5,7 +5,6 @@ the audit, `detail` has what it did to what; so is whatever was refused for want
 audit, no figure and no metric.
 """
 
-import argparse
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,7 +17,10 @@ from gateway.admin import values
 from gateway.admin.events import AdminEvents
 from gateway.admin.explain import Question
 from gateway.admin.overview import WINDOWS, Overview
+from gateway.admin.values import BadValue
+from gateway.audit import reports
 from gateway.audit.record import Record
+from gateway.audit.reports import AuditFilter
 from gateway.auth import key_format, key_view
 from gateway.auth.key import ADMIN, ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD, Key, unpack
 from gateway.auth.key_store import KeyStore, NewKey
@@ -37,7 +39,7 @@ from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import UNLIMITED, Quota
 from gateway.proxy.access import Access
 from gateway.proxy.body import Bodies
-from gateway.stores.postgres import Database, Row
+from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient
 
 LONGEST_BODY = 65_536
@@ -113,7 +115,7 @@ class AdminRoute:
             raise NoSuchThing(str(wrong)) from wrong
         except NameTaken as wrong:
             raise AlreadyThere(str(wrong)) from wrong
-        except (CommandFailed, argparse.ArgumentTypeError) as wrong:
+        except (CommandFailed, BadValue) as wrong:
             raise BadRequest(str(wrong)) from wrong
 
 
@@ -258,32 +260,24 @@ class AdminApi:
         return await self._key_store.living_by_id(asked.path["id"])
 
     async def audit(self, asked: Asked) -> list[dict[str, Any]]:
-        said = asked.query
-        key_id = (await self._key_row(said["key"]))["id"] if "key" in said else None
-        models, spelled = values.model_filter(said["model"]) if "model" in said else (None, None)
-        since = values.since(said["since"]) if "since" in said else None
-        low, high = values.status(said["status"]) if "status" in said else (None, None)
-        outcome = values.words(said["outcome"]) if "outcome" in said else None
-        most = min(MOST_ROWS, values.count(said["limit"])) if "limit" in said else USUAL_ROWS
-        rows = await self._reports.rows("list_audit", key_id, models, since, low, high, outcome, most, spelled)
-        return [audit_row(row) for row in rows]
+        query = asked.query
+        wanted = AuditFilter(
+            key_id=(await reports.key_named(self._database, query["key"]))["id"] if "key" in query else None,
+            models=values.model_filter(query["model"]) if "model" in query else None,
+            since=values.since(query["since"]) if "since" in query else None,
+            status=values.status(query["status"]) if "status" in query else None,
+            outcome=values.words(query["outcome"]) if "outcome" in query else None,
+            limit=min(MOST_ROWS, values.count(query["limit"])) if "limit" in query else USUAL_ROWS,
+        )
+        return await reports.requests(self._reports, wanted)
 
     async def trace(self, asked: Asked) -> list[dict[str, Any]]:
-        since = values.since(asked.query["since"]) if "since" in asked.query else values.FIRST_MOMENT
-        text = asked.path["id"]
-        rows = (
-            await self._reports.rows("trace_request", values.our_id(text), text, since, MOST_ROWS) if text.isprintable() else []
-        )
-        if not rows:
-            raise NoSuchThing("the audit has no request of this id: it keeps those with a valid key, until their time is over")
-        return [audit_row(row) for row in rows]
+        since = values.since(asked.query["since"]) if "since" in asked.query else reports.EPOCH
+        return await reports.trace(self._reports, asked.path["id"], since, MOST_ROWS)
 
     async def usage(self, asked: Asked) -> list[dict[str, Any]]:
         by = values.groups(asked.query.get("by", "key"))
-        since = values.since(asked.query.get("since", "30d"))
-        rows = await self._reports.rows("sum_audit", by, since)
-        left_out = {"day", "key_id", "key", "model", "backend"} - {*by, *(("key_id",) if "key" in by else ())}
-        return [{name: value for name, value in row.items() if name not in left_out} for row in rows]
+        return await reports.usage(self._reports, by, values.since(asked.query.get("since", "30d")))
 
     async def explain(self, asked: Asked) -> dict[str, Any]:
         client, model = asked.query.get("client", "openai"), asked.query.get("model", "")
@@ -295,16 +289,6 @@ class AdminApi:
         row = await self._database.row("key_with_rights", await self._key_store.active_id(asked.query["key"]))
         assert row is not None
         return await self._explain(Question(unpack(dict(row)), model, self._operations[path]))
-
-    async def _key_row(self, id_or_name: str) -> Mapping[str, Any]:
-        row = await self._database.row("find_any_key", id_or_name) if id_or_name.isprintable() else None
-        if row is None:
-            raise NoSuchThing(f"there is no key {key_format.redacted(id_or_name)[:64]!a}")
-        return dict(row)
-
-
-def audit_row(row: Row) -> dict[str, Any]:
-    return {**row, "attempts": strict_json.read_loosely(row["attempts"])}
 
 
 def text_of(body: Mapping[str, Any], name: str) -> str:

@@ -1,38 +1,40 @@
-"""What operators write, on the command line and in addresses, as values: durations, times, limits, statuses, groups.
+"""Text that operators type, read as values: durations, times, limits, statuses, groups.
 
-Each raises argparse.ArgumentTypeError, whose words say what was wrong and what would be right.
+Used for command-line options and for query parameters alike.
 """
 
-import argparse
 import re
-import uuid
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
 
-from gateway.dialects.model_names import NAME_RULE, canonical, is_name
+from gateway.audit import reports
+from gateway.audit.reports import ModelFilter
+from gateway.dialects.model_names import NAME_RULE, is_name
 from gateway.limits.quota import UNLIMITED
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 LONGEST = timedelta(days=36_500)
 GROUPS = ("key", "model", "backend", "day")
-FIRST_MOMENT = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class BadValue(ValueError):
+    """A text cannot be read as the value it should be; the message says what is wrong and what would be right."""
 
 
 def duration(text: str) -> timedelta:
     """`90s`, `15m`, `24h`, `30d`, `2w` or `0`."""
     found = re.fullmatch(r"(\d{1,6})([smhdw])|0", text.strip())
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 15m, 24h, 30d or 2w")
+        raise BadValue(f"{text!r} is not a duration: write 90s, 15m, 24h, 30d or 2w")
     length = timedelta(**{UNITS[found[2]]: int(found[1])}) if found[2] else timedelta()
     if length > LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is too long: write at most {LONGEST.days}d")
+        raise BadValue(f"{text!r} is too long: write at most {LONGEST.days}d")
     return length
 
 
 def lifetime(text: str) -> timedelta:
     length = duration(text)
     if not length:
-        raise argparse.ArgumentTypeError("a key needs time to be used: write 15m, 24h, 30d, or leave it out for no end")
+        raise BadValue("a key must be valid for some time: write 15m, 24h, 30d, or leave it out for a key that does not expire")
     return length
 
 
@@ -41,16 +43,14 @@ def limit(text: str) -> int | None:
     if text in ("unset", "unlimited"):
         return UNLIMITED if text == "unlimited" else None
     if not re.fullmatch(r"\d{1,15}", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no limit: write a whole number from 0, unlimited, or unset for the default"
-        )
+        raise BadValue(f"{text!r} is not a limit: write a whole number from 0, unlimited, or unset for the default")
     return int(text)
 
 
 def retention(text: str) -> timedelta:
     length = duration(text)
     if not length:
-        raise argparse.ArgumentTypeError("nothing can be kept for no time: write 12h, 7d, 8w")
+        raise BadValue("a retention of no time keeps nothing: write 12h, 7d, 8w")
     return length
 
 
@@ -58,13 +58,12 @@ def since(text: str) -> datetime:
     """`24h` ago, or a day or a moment as ISO 8601, in UTC unless it says otherwise."""
     try:
         return datetime.now(UTC) - duration(text)
-    except argparse.ArgumentTypeError:
+    except BadValue:
         try:
             moment = datetime.fromisoformat(text.strip())
-            return max(FIRST_MOMENT, moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC))
+            return max(reports.EPOCH, moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC))
         except (ValueError, OverflowError):
-            told = f"{text!r} is no time: write 24h, 7d, 2026-01-31 or 2026-01-31T12:00"
-            raise argparse.ArgumentTypeError(told) from None
+            raise BadValue(f"{text!r} is not a time: write 24h, 7d, 2026-01-31 or 2026-01-31T12:00") from None
 
 
 def status(text: str) -> tuple[int, int]:
@@ -73,68 +72,35 @@ def status(text: str) -> tuple[int, int]:
         first = int(text[0]) * 100
         return first, first + 99
     if not re.fullmatch(r"[1-5]\d\d", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no status: write a number such as 429, or a class such as 4xx")
+        raise BadValue(f"{text!r} is not a status: write a number such as 429, or a class such as 4xx")
     return int(text), int(text)
 
 
 def count(text: str) -> int:
     if not re.fullmatch(r"\d{1,12}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: write a whole number from 1")
+        raise BadValue(f"{text!r} is not a number of rows: write a whole number from 1")
     return int(text)
 
 
 def words(text: str) -> str:
     if not text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is in no row: write printable characters")
+        raise BadValue(f"{text!r} cannot be in the audit: write printable characters")
     return text
 
 
 def model_name(text: str) -> str:
     if not is_name(text):
-        raise argparse.ArgumentTypeError(f"the model {NAME_RULE}")
+        raise BadValue(f"the model {NAME_RULE}")
     return text
 
 
 def groups(text: str) -> list[str]:
     found = list(dict.fromkeys(text.replace(",", " ").split()))
     if not found or set(found) - set(GROUPS):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be summed by: write one or more of {','.join(GROUPS)}")
+        raise BadValue(f"{text!r} is not something to group by: write one or more of {','.join(GROUPS)}")
     return found
 
 
-class ModelFilter(NamedTuple):
-    """Patterns of PostgreSQL's LIKE: of canonical names, and, for ILIKE, what every spelling of such a name has in it."""
-
-    canonical: list[str]
-    spelled: list[str]
-
-
-def model_filter(model: str) -> ModelFilter:
-    """Of a name or a glob; a glob without a tag means every tag."""
-    plain = model_name(words(model)).strip().lower()
-    if not set(plain) & {"*", "?"}:
-        plain = canonical(plain).canonical
-    pattern = _like(plain)
-    return ModelFilter(
-        [pattern] if ":" in pattern else [pattern, f"{pattern}:latest"], [f"%{_like(_in_every_spelling(plain))}%"]
-    )
-
-
-def _like(glob: str) -> str:
-    return re.sub(r"([\\%_])", r"\\\1", glob).replace("*", "%").replace("?", "_")
-
-
-def _in_every_spelling(glob: str) -> str:
-    """What is left of a glob where the tag `latest` may have been added to what was asked for."""
-    name, colon, tag = glob.rpartition(":")
-    if not colon:
-        return re.split(r"[*?]", glob)[0]
-    return name if tag == "latest" or set(tag) & {"*", "?"} else glob
-
-
-def our_id(text: str) -> uuid.UUID | None:
-    """A request's id as we give it, None where it is some caller's own."""
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        return None
+def model_filter(text: str) -> ModelFilter:
+    """A model's name, or a glob."""
+    return reports.model_filter(model_name(words(text)))

@@ -13,6 +13,7 @@ from http.client import HTTPException
 from typing import Any, NoReturn
 
 from gateway.admin import values
+from gateway.admin.values import BadValue
 from gateway.core.errors import CommandFailed, SettingsError, StoreUnavailable
 from gateway.ops.cli import audit, console, explain, installation, keys, serve, top
 from gateway.ops.doctor import report
@@ -66,6 +67,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {told}; see `{self.prog} --help`\n")
 
 
+def read_by(reader: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type for argparse, whose error has the words of BadValue."""
+
+    def read(text: str) -> Any:
+        try:
+            return reader(text)
+        except BadValue as wrong:
+            raise argparse.ArgumentTypeError(str(wrong)) from None
+
+    return read
+
+
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO)
 
 
@@ -93,11 +106,11 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "key":
         verb.add_argument("--name", required=True, help="what the key is called; unique among living keys")
         verb.add_argument("--models", default="", help="allowed models, globs separated by blanks; none means all")
-        verb.add_argument("--expires", type=values.lifetime, help="lifetime: 12h, 30d, 8w")
+        verb.add_argument("--expires", type=read_by(values.lifetime), help="lifetime: 12h, 30d, 8w")
         _add_limits(verb, None)
         verb.add_argument("--prompt-log", action="store_true", help="keep this key's prompts and answers in the database")
-        verb.add_argument("--retention", type=values.retention, help="how long they are kept: 12h, 7d")
-        verb.add_argument("--audit-retention", type=values.retention, help="how long the key's audit rows are kept: 90d")
+        verb.add_argument("--retention", type=read_by(values.retention), help="how long they are kept: 12h, 7d")
+        verb.add_argument("--audit-retention", type=read_by(values.retention), help="how long its audit rows are kept: 90d")
         verb.add_argument("--admin-models", action="store_true", help="may pull, create and delete models on a backend")
         verb.add_argument("--show-backend", action="store_true", help="answers name the backend in X-Gateway-Backend")
         verb.add_argument("--role", choices=("user", "admin"), default="user", help="admin: may use /admin/v1")
@@ -109,7 +122,10 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--key", required=True, help="the key's id or name")
     if name == "explain":
         verb.add_argument(
-            "--model", required=True, type=values.model_name, help="the model that is asked for, as a client would write it"
+            "--model",
+            required=True,
+            type=read_by(values.model_name),
+            help="the model, as a client would write it",
         )
         verb.add_argument("--client", default="openai", help="ollama, openai, or a route such as /v1/embeddings")
     if name == "top":
@@ -117,14 +133,17 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--once", action="store_true", help="print it once and end")
     if name == "trace":
         verb.add_argument("--id", required=True, help="the request's id: X-Request-ID of its answer, or the id in the log")
-        verb.add_argument("--since", type=values.since, help="look no further back: 24h, 7d, 2026-01-31")
+        verb.add_argument("--since", type=read_by(values.since), help="look no further back: 24h, 7d, 2026-01-31")
     if name == "drill":
         verb.add_argument("--only", type=str.split, default=[], help="only these lines, by their names, separated by blanks")
     if name in ("drain", "undrain"):
         verb.add_argument("--backend", required=True, help="the backend's name")
     if name == "rotate":
         verb.add_argument(
-            "--overlap", type=values.duration, default=timedelta(hours=24), help="how long the old secret works: 24h, 0"
+            "--overlap",
+            type=read_by(values.duration),
+            default=timedelta(hours=24),
+            help="how long the old key works: 24h, 0",
         )
 
 
@@ -133,20 +152,20 @@ def _add_audit_options(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--csv", action="store_true", help="print CSV for machines")
     if name == "audit":
         verb.add_argument("--key", help="only of this key: its id or name, also of one that was revoked")
-        verb.add_argument("--model", type=values.model_filter, help="only of this model, or of those that match a glob")
-        verb.add_argument("--since", type=values.since, help="only since then: 24h, 7d, 2026-01-31")
-        verb.add_argument("--status", type=values.status, help="only with this status, or of its class: 429, 4xx")
-        verb.add_argument("--outcome", type=values.words, help="only with this outcome, or a beginning of it: refused")
-        verb.add_argument("--limit", type=values.count, help="at most this many")
+        verb.add_argument("--model", type=read_by(values.model_filter), help="only of this model, or of those matching a glob")
+        verb.add_argument("--since", type=read_by(values.since), help="only since then: 24h, 7d, 2026-01-31")
+        verb.add_argument("--status", type=read_by(values.status), help="only with this status, or of its class: 429, 4xx")
+        verb.add_argument("--outcome", type=read_by(values.words), help="only with this outcome, or a beginning of it: refused")
+        verb.add_argument("--limit", type=read_by(values.count), help="at most this many")
     if name == "usage":
-        verb.add_argument("--by", type=values.groups, default=["key"], help="what to sum by: key,model,backend,day")
-        verb.add_argument("--since", type=values.since, default="30d", help="since when: 24h, 30d, 2026-01-31")
+        verb.add_argument("--by", type=read_by(values.groups), default=["key"], help="what to sum by: key,model,backend,day")
+        verb.add_argument("--since", type=read_by(values.since), default="30d", help="since when: 24h, 30d, 2026-01-31")
 
 
 def _add_limits(verb: argparse.ArgumentParser, unsaid: str | None) -> None:
     for name, words in LIMITS.items():
         told = f"{words}: a number, unlimited, or unset for the default"
-        verb.add_argument(f"--{name}", type=values.limit, default=unsaid, help=told)
+        verb.add_argument(f"--{name}", type=read_by(values.limit), default=unsaid, help=told)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -162,15 +162,18 @@ def test_a_key_that_never_was(url: str, say: Say, verb: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["audit", "--since", "yesterday"], "'yesterday' is no time: write 24h, 7d, 2026-01-31"),
-        (["audit", "--since", "2026-13-01"], "is no time"),
-        (["audit", "--status", "6xx"], "'6xx' is no status: write a number such as 429"),
+        (["audit", "--since", "yesterday"], "'yesterday' is not a time: write 24h, 7d, 2026-01-31"),
+        (["audit", "--since", "2026-13-01"], "is not a time"),
+        (["audit", "--status", "6xx"], "'6xx' is not a status: write a number such as 429"),
         (["audit", "--status", "-1"], "STATUS= (--status)"),
-        (["audit", "--limit", "0"], "'0' is no number of rows: write a whole number from 1"),
-        (["audit", "--model", "\udcff"], "is in no row"),
-        (["audit", "--outcome", "a\nb"], "is in no row"),
-        (["usage", "--by", "key,colour"], "'key,colour' cannot be summed by: write one or more of key,model,backend,day"),
-        (["usage", "--by", ""], "cannot be summed by"),
+        (["audit", "--limit", "0"], "'0' is not a number of rows: write a whole number from 1"),
+        (["audit", "--model", "\udcff"], "cannot be in the audit"),
+        (["audit", "--outcome", "a\nb"], "cannot be in the audit"),
+        (
+            ["usage", "--by", "key,colour"],
+            "'key,colour' is not something to group by: write one or more of key,model,",
+        ),
+        (["usage", "--by", ""], "is not something to group by"),
         (["forget"], "KEY= (--key)"),
     ],
 )

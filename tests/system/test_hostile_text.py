@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from gateway.admin import values
-from gateway.audit import prompt_log
+from gateway.audit import prompt_log, reports
 from gateway.auth import key_format
 from gateway.auth.key import ADMIN
 from gateway.core import strict_json
@@ -73,7 +73,7 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("a moment", values.since, "2026-01-01T00:00:00.1"),
     ("a status", values.status, "4x"),
     ("groups", values.groups, "key,"),
-    ("a request's id", values.our_id, "urn:uuid:"),
+    ("a request's id", reports.uuid_of, "urn:uuid:"),
     ("a key", key_format.parse, "_"),
     ("keys in words", key_format.redacted, "nz_aaaaaaaa_"),
     ("one key in words", key_format.redacted, "nz_aaaaaaaa_a"),

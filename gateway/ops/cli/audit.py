@@ -1,18 +1,18 @@
 """The operator's verbs for the audit: list it, sum it, verify it, take away what has expired, forget a key's prompts."""
 
 import argparse
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, timedelta
 from typing import Any
 
 from gateway import app
-from gateway.audit import hash_chain, retention
-from gateway.core import strict_json
+from gateway.audit import hash_chain, reports, retention
+from gateway.audit.reports import AuditFilter
 from gateway.core.errors import CommandFailed
 from gateway.ops.cli import console, keys
 from gateway.settings import Settings
-from gateway.stores.postgres import Database, Row
+from gateway.stores.postgres import Database
 
 STATEMENT_S = 600.0
 
@@ -26,23 +26,15 @@ async def current_database(settings: Settings) -> AsyncIterator[Database]:
         yield database
 
 
-async def _key_of(database: Database, id_or_name: str) -> Row:
-    row = await database.row("find_any_key", id_or_name) if id_or_name.isprintable() else None
-    if row is None:
-        raise CommandFailed(f"there is no key {id_or_name!r}: see `make keys`")
-    return row
-
-
 async def list_audit(settings: Settings, said: argparse.Namespace) -> None:
     printer = _printer(said)
     async with current_database(settings) as database:
-        key_id = (await _key_of(database, said.key))["id"] if said.key else None
-        models, spelled = said.model or (None, None)
-        filters = (key_id, models, said.since, *(said.status or (None, None)), said.outcome or None, said.limit, spelled)
-        async with aclosing(database.stream("list_audit", *filters, timeout_s=STATEMENT_S)) as rows:
+        key_id = (await reports.key_named(database, said.key))["id"] if said.key else None
+        wanted = AuditFilter(key_id, said.model, said.since, said.status, said.outcome, said.limit)
+        async with aclosing(reports.stream_requests(database, wanted, timeout_s=STATEMENT_S)) as rows:
             is_empty = True
             async for row in rows:
-                printer.add(_whole(row) if said.json or said.csv else _line(row))
+                printer.add(row if said.json or said.csv else _line(row))
                 is_empty = False
     printer.end()
     if is_empty:
@@ -55,11 +47,7 @@ def _printer(said: argparse.Namespace) -> console.Table | console.Lines | consol
     return console.printer(as_json=said.json, as_csv=said.csv)
 
 
-def _whole(row: Row) -> dict[str, Any]:
-    return {**row, "attempts": strict_json.read_loosely(row["attempts"])}
-
-
-def _line(row: Row) -> dict[str, Any]:
+def _line(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "time": row["at"].astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"),
         "key": row["key"] or row["key_id"],
@@ -78,8 +66,8 @@ def _rounded(milliseconds: float | None) -> float | None:
 
 async def sum_audit(settings: Settings, said: argparse.Namespace) -> None:
     printer = _printer(said)
-    async with current_database(settings) as database, database.connection() as connection:
-        rows = await connection.fetch(database.sql("sum_audit"), said.by, said.since, timeout=STATEMENT_S)
+    async with current_database(settings) as database:
+        rows = await reports.usage(database, said.by, said.since, timeout_s=STATEMENT_S)
     for row in rows:
         printer.add(_sums(row, said))
     printer.end()
@@ -87,7 +75,7 @@ async def sum_audit(settings: Settings, said: argparse.Namespace) -> None:
         console.say(f"no requests since {said.since:%Y-%m-%d %H:%M} UTC")
 
 
-def _sums(row: Row, said: argparse.Namespace) -> dict[str, Any]:
+def _sums(row: Mapping[str, Any], said: argparse.Namespace) -> dict[str, Any]:
     """Of the columns to sum by those that were asked for, in that order; the key's id only for machines."""
     facts = {name: (row["key"] or row["key_id"]) if name == "key" else row[name] for name in said.by}
     if "key" in said.by and (said.json or said.csv):
@@ -133,6 +121,6 @@ async def purge(settings: Settings, said: argparse.Namespace) -> None:
 
 async def forget(settings: Settings, said: argparse.Namespace) -> None:
     async with current_database(settings) as database:
-        key = await _key_of(database, said.key)
+        key = await reports.key_named(database, said.key)
         deleted = await retention.forget(database, key["id"], console.say)
     console.show_facts({"key": key["id"], "name": key["name"], "prompts_deleted": deleted}, as_json=said.json)

@@ -7,11 +7,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway import app
-from gateway.admin import values
 from gateway.admin.explain import Fleet, Question, explain
+from gateway.audit import reports
 from gateway.auth import key_format
 from gateway.auth.key import Key, unpack
-from gateway.core import strict_json
 from gateway.core.errors import CommandFailed
 from gateway.dialects.dialect import Operation
 from gateway.fleet import drains, presence
@@ -119,20 +118,11 @@ def _verdict(found: Mapping[str, Any]) -> str:
 async def trace(settings: Settings, said: argparse.Namespace) -> None:
     since = said.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
     async with audit.current_database(settings) as database:
-        rows = (
-            await database.rows("trace_request", values.our_id(said.id), said.id, since, MOST_ROWS)
-            if said.id.isprintable()
-            else []
-        )
-    if not rows:
-        raise CommandFailed(
-            f"no request {said.id!r} in the audit: it keeps those with a valid key, for as long as it is told to"
-        )
-    told = [{**row, "attempts": strict_json.read_loosely(row["attempts"])} for row in rows]
+        rows = await reports.trace(database, said.id, since, MOST_ROWS)
     if said.json:
-        console.show(told, as_json=True, empty="")
+        console.show(rows, as_json=True, empty="")
         return
-    for number, row in enumerate(told):
+    for number, row in enumerate(rows):
         print(("\n" if number else "") + "\n".join(_story(row)))
 
 

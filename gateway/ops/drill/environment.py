@@ -21,6 +21,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
+from gateway.audit import reports
+from gateway.audit.reports import AuditFilter
 from gateway.auth.key import DRILL, SHOW_BACKEND
 from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
@@ -245,8 +247,8 @@ class Scene:
         """The audit's rows of the drill's keys, by request id."""
         found: dict[str, list[dict[str, Any]]] = {}
         for key_id in self.key_ids.values():
-            for row in await self._database.rows("list_audit", key_id, None, None, None, None, None, 1000, None):
-                found.setdefault(row["request_id"], []).append(dict(row))
+            for row in await reports.requests(self._database, AuditFilter(key_id=key_id, limit=1000)):
+                found.setdefault(row["request_id"], []).append(row)
         return found
 
     async def until_rows_are_there(self, seconds: float) -> dict[str, list[dict[str, Any]]]:
