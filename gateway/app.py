@@ -59,7 +59,7 @@ from gateway.settings import Settings
 from gateway.stores.postgres import Database, Reports
 from gateway.stores.redis_client import RedisClient
 from gateway.stores.redis_connection import read_scripts
-from gateway.stores.redis_names import FREED
+from gateway.stores.redis_keys import SLOT_FREED
 from gateway.stores.redis_shards import ShardConnections
 from gateway.telemetry.gauges import Gauges
 from gateway.telemetry.metrics import Metrics
@@ -225,7 +225,7 @@ async def limits_of(
         closed_without_redis=settings.limits_without_redis == "closed",
     )
     async with limits:
-        store.subscribe({FREED: lambda queue: limits.slot_freed(queue.encode())}, after_gap=lambda: None)
+        store.subscribe({SLOT_FREED: lambda queue: limits.slot_freed(queue.encode())}, after_gap=lambda: None)
         yield limits
 
 

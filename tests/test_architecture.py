@@ -158,7 +158,7 @@ def test_the_environment_is_read_in_few_places() -> None:
             "ops.cli.serve",
             "ops.local.stores",
             "ops.local.servers",
-            "stores.redis_names",
+            "stores.redis_keys",
             "ops.drill.environment",
             "ops.drill.command",
         }

@@ -16,10 +16,9 @@ from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_keys import HOME
-from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.audit")
-LEASE, LEASE_MS = named("audit:writer"), 5000
+LEASE_MS = 5000
 MOST_ROWS, MOST_PROMPTS = 1000, 50
 IDLE_S, AWAY_S = 0.25, 1.0
 READ_DEADLINE_S = 2.0
@@ -27,8 +26,8 @@ REAP_EVERY_S, REAPED_AT_ONCE = 2.0, 100
 # After Redis was away, those who live renew their leases before anybody is given up.
 OVERDUE_MS, SETTLING_S = 4000, 6.0
 
-ROWS = frozenset(shared.rows for shared in redis_keys.ALL)
-STREAMS = [*(shared.rows for shared in redis_keys.ALL), *(shared.prompts for shared in redis_keys.ALL)]
+ROWS = frozenset(shared.rows for shared in redis_keys.BY_SHARD)
+STREAMS = [*(shared.rows for shared in redis_keys.BY_SHARD), *(shared.prompts for shared in redis_keys.BY_SHARD)]
 LENGTHS = """
 local found = {}
 for number, stream in ipairs(KEYS) do
@@ -86,14 +85,16 @@ class AuditWriter:
     async def _is_my_turn(self) -> bool:
         mine = self._limits.process.encode()
         try:
-            _, holder = await self._store.pipeline(lambda pipe: pipe.set(LEASE, mine, nx=True, px=LEASE_MS).get(LEASE))
+            _, holder = await self._store.pipeline(
+                lambda pipe: pipe.set(redis_keys.AUDIT_WRITER, mine, nx=True, px=LEASE_MS).get(redis_keys.AUDIT_WRITER)
+            )
         except RedisUnavailable as away:
             if away.is_full:
                 # Moving rows makes room again, and two who move them write none twice.
                 return True
             raise
         if holder == mine:
-            await self._store.call(lambda redis: redis.pexpire(LEASE, LEASE_MS))
+            await self._store.call(lambda redis: redis.pexpire(redis_keys.AUDIT_WRITER, LEASE_MS))
         return bool(holder == mine)
 
     async def _move(self) -> int:
@@ -165,7 +166,7 @@ class AuditWriter:
                 refused.append(type(wrong).__name__)
         if taken and refused:
             LOG.error("%d audit rows are refused by the database and lost: %s", len(refused), ", ".join(sorted(set(refused))))
-            await self._store.call(lambda redis: redis.incrby(redis_keys.ALL[HOME].dropped, len(refused)))
+            await self._store.call(lambda redis: redis.incrby(redis_keys.BY_SHARD[HOME].dropped, len(refused)))
         return taken
 
     async def _reap(self) -> None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 
 from gateway.core.errors import GatewayError, TooManyFailures, WrongKey
+from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
-from gateway.stores.redis_names import named
 
 WINDOW_S = 60.0
 REMEMBERED_ADDRESSES = 10_000
@@ -64,7 +64,7 @@ class AuthFailures:
         return (count, ends) if ends > now else (0, now + WINDOW_S)
 
     async def _count_shared(self, counted: str) -> tuple[int, float]:
-        name = named(f"authfail:{counted}")
+        name = redis_keys.wrong_keys(counted)
         try:
             count, _, left_ms = await self._store.pipeline(
                 lambda pipe: pipe.incr(name).expire(name, int(WINDOW_S), nx=True).pttl(name)

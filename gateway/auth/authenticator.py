@@ -14,14 +14,13 @@ from gateway.auth import key_format
 from gateway.auth.auth_failures import AuthFailures, counted_as
 from gateway.auth.key import Key, unpack
 from gateway.auth.key_format import PresentedKey
-from gateway.auth.key_store import CHANGED, cache_key, version_key
 from gateway.auth.verifier import Verifier
 from gateway.core import strict_json
 from gateway.core.background import KeptTask
 from gateway.core.errors import Overloaded, StoreUnavailable, WrongKey
+from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
-from gateway.stores.redis_names import named
 
 REMEMBERED = 10_000
 # Who is not known yet: being looked up, or waiting for argon2, whose bounds together are less.
@@ -68,7 +67,7 @@ class Authenticator:
         self.background = KeptTask(self._note_uses, "last use of keys")
 
     async def __aenter__(self) -> Self:
-        self._store.subscribe({CHANGED: self.forget}, after_gap=self.forget_all)
+        self._store.subscribe({redis_keys.KEYS_CHANGED: self.forget}, after_gap=self.forget_all)
         self.background.start()
         return self
 
@@ -177,9 +176,9 @@ class Authenticator:
         try:
             packed, refused, version = await self._store.pipeline(
                 lambda pipe: (
-                    pipe.get(cache_key(presented.secret_id))
-                    .get(_refused_key(presented.digest))
-                    .get(version_key(presented.secret_id))
+                    pipe.get(redis_keys.verified_key(presented.secret_id))
+                    .get(redis_keys.refused_key(presented.digest))
+                    .get(redis_keys.key_version(presented.secret_id))
                 )
             )
         except RedisUnavailable:
@@ -203,7 +202,7 @@ class Authenticator:
         """Unless the key's rights have changed since they were read: a revocation must not be written over."""
         age = time.monotonic() - verified.checked_at
         packed = {**verified.key.packed(), "hash": verified.hash, "digest": presented.digest, "checked_at": time.time() - age}
-        names = (cache_key(presented.secret_id), version_key(presented.secret_id))
+        names = (redis_keys.verified_key(presented.secret_id), redis_keys.key_version(presented.secret_id))
         values = (version, strict_json.write(packed), int(self._cache_s * 1000))
         with suppress(RedisUnavailable):
             await self._store.call(lambda redis: redis.eval(SET_IF_UNCHANGED, 2, *names, *values))
@@ -217,7 +216,7 @@ class Authenticator:
         if row is None or stored is None or not is_right or row["revoked_at"] is not None:
             with suppress(RedisUnavailable):
                 await self._store.call(
-                    lambda redis: redis.set(_refused_key(presented.digest), b"", px=int(self._cache_s * 1000))
+                    lambda redis: redis.set(redis_keys.refused_key(presented.digest), b"", px=int(self._cache_s * 1000))
                 )
             raise WrongKey
         now = time.monotonic()
@@ -261,7 +260,3 @@ def _remember(memory: OrderedDict[str, Any], digest: str, value: object) -> None
     memory.move_to_end(digest)
     if len(memory) > REMEMBERED:
         memory.popitem(last=False)
-
-
-def _refused_key(digest: str) -> str:
-    return named(f"nokey:{digest}")

@@ -20,9 +20,7 @@ from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
 from gateway.stores.postgres import AlreadyThere, Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
-from gateway.stores.redis_names import named
 
-CHANGED = named("keys:changed")
 VERSION_KEPT_S = 86_400
 LONGEST_NAME = 200
 # Each request of a key counts in all that match.
@@ -160,7 +158,7 @@ class KeyStore:
         secret_ids = [row["id"] for row in await self._database.rows("secret_ids", key_id)]
         try:
             await self._store.pipeline(lambda pipe: _forget(pipe, secret_ids))
-            await self._store.call(lambda redis: redis.publish(CHANGED, key_id))
+            await self._store.call(lambda redis: redis.publish(redis_keys.KEYS_CHANGED, key_id))
         except RedisUnavailable:
             return False
         return True
@@ -168,18 +166,13 @@ class KeyStore:
 
 def _forget(pipe: Any, secret_ids: Sequence[str]) -> Any:
     for secret_id in secret_ids:
-        pipe.incr(version_key(secret_id)).expire(version_key(secret_id), VERSION_KEPT_S)
-        pipe.delete(cache_key(secret_id))
+        pipe.incr(redis_keys.key_version(secret_id)).expire(redis_keys.key_version(secret_id), VERSION_KEPT_S)
+        pipe.delete(redis_keys.verified_key(secret_id))
     return pipe
 
 
 def _has_budget(row: Any) -> bool:
     return row is not None and any(row[name] not in (None, quota.UNLIMITED) for name in ("day", "month"))
-
-
-def version_key(secret_id: str) -> str:
-    """Counts the changes of a key, so that what was read before a change is not remembered after it."""
-    return named(f"keyversion:{{{secret_id}}}")
 
 
 def _refuse_unreadable(wanted: NewKey) -> None:
@@ -197,7 +190,3 @@ def _refuse_unreadable(wanted: NewKey) -> None:
 def _refuse_unreadable_pattern(pattern: str) -> None:
     if not pattern.isprintable() or len(pattern) > LONGEST_MODEL_NAME or len(pattern.split()) > 1:
         raise CommandFailed("MODEL must be one model's name or one glob, such as llama3*: write it without blanks")
-
-
-def cache_key(secret_id: str) -> str:
-    return named(f"key:{{{secret_id}}}")

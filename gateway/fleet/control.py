@@ -13,11 +13,10 @@ from gateway.core.background import TaskGroup
 from gateway.core.errors import CommandFailed
 from gateway.fleet import presence
 from gateway.fleet.backends.config import BackendConfig
+from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
-from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.control")
-CHANNEL = named("control")
 ID = re.compile(r"[0-9a-f]{32}")
 # A gateway asks a backend for at most ten seconds, twice for a probe.
 WAIT_S, AGAIN_S, LOOK_EVERY_S, KEPT_S, DEADLINE_S = 30.0, 1.0, 0.1, 60, 2.0
@@ -37,7 +36,7 @@ class Control:
 
     async def __aenter__(self) -> Self:
         # What was asked while nobody heard it is asked again, by who asked.
-        self._store.subscribe({CHANNEL: self._hear}, after_gap=lambda: None)
+        self._store.subscribe({redis_keys.CONTROL: self._hear}, after_gap=lambda: None)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -68,7 +67,7 @@ class Control:
 
 
 def _name(number: str, what: str) -> str:
-    return named(f"control:{number}:{what}")
+    return redis_keys.control(number, what)
 
 
 async def ask(store: RedisClient, fleet: FleetFacts, act: str) -> Any:
@@ -80,7 +79,7 @@ async def ask(store: RedisClient, fleet: FleetFacts, act: str) -> Any:
         while (now := time.monotonic()) < until:
             if now - asked_at > AGAIN_S:
                 asked_at = now
-                await store.slow_call(lambda redis: redis.publish(CHANNEL, question), DEADLINE_S)
+                await store.slow_call(lambda redis: redis.publish(redis_keys.CONTROL, question), DEADLINE_S)
             answer = await store.slow_call(lambda redis: redis.get(_name(number, "answer")), DEADLINE_S)
             if answer is not None:
                 return strict_json.read_loosely(answer)["answer"]

@@ -17,12 +17,10 @@ from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.catalog import Catalog, Snapshot
+from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
-from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.discovery")
-CHANGED = named("map:changed")
-MAP = named("map")
 POLL_DEADLINE_S = 10.0
 FAST_ANSWERS_S = 1.0
 # Some thirty values a model; more of them would keep everybody waiting while they are read.
@@ -54,7 +52,7 @@ class Discovery:
         oldest = time.time() - self._refresh_s
         if stale := [backend for backend in self._backends if self._snapshots[backend.name].answered_at < oldest]:
             await self.refresh(stale, enough_s=FAST_ANSWERS_S)
-        self._store.subscribe({CHANGED: self._load_soon}, after_gap=lambda: self._load_soon(""))
+        self._store.subscribe({redis_keys.MODELS_CHANGED: self._load_soon}, after_gap=lambda: self._load_soon(""))
         self.background.start()
         return self
 
@@ -74,7 +72,7 @@ class Discovery:
 
         def claim(pipe: Any) -> None:
             for backend in self._backends:
-                name = named(f"{{models}}:turn:{_place(backend.config)}:{self._refresh_s:g}")
+                name = redis_keys.poll_turn(_place(backend.config), self._refresh_s)
                 pipe.set(name, b"", nx=True, px=int(self._refresh_s * 800))
 
         try:
@@ -142,11 +140,11 @@ class Discovery:
         def fill(pipe: Any) -> None:
             for name, value in packed.items():
                 pipe.set(name, value, ex=KEPT_IN_REDIS_S)
-            pipe.set(MAP, whole, ex=KEPT_IN_REDIS_S)
+            pipe.set(redis_keys.MODELS, whole, ex=KEPT_IN_REDIS_S)
 
         with suppress(RedisUnavailable):
             await self._store.pipeline(fill)
-            await self._store.call(lambda redis: redis.publish(CHANGED, ""))
+            await self._store.call(lambda redis: redis.publish(redis_keys.MODELS_CHANGED, ""))
 
     def _load_soon(self, _: str) -> None:
         # One is under way and one waits: that will see what has just changed, too.
@@ -179,7 +177,7 @@ class Discovery:
     async def stored_map(self) -> tuple[float, int] | None:
         """When the map in Redis was written and its size in bytes."""
         try:
-            text = await self._store.call(lambda redis: redis.get(MAP))
+            text = await self._store.call(lambda redis: redis.get(redis_keys.MODELS))
         except RedisUnavailable:
             return None
         return (strict_json.read_loosely(text)["at"], len(text)) if text else None
@@ -191,8 +189,7 @@ def _unknown(backend: Backend) -> Snapshot:
 
 def snapshot_name(config: BackendConfig) -> str:
     """Where in Redis it is; what has one name in two lists of backends may be two."""
-    # One hash tag for all: a cluster can then give them at once.
-    return named(f"{{models}}:{config.name}:{_place(config)}")
+    return redis_keys.model_list(config.name, _place(config))
 
 
 def _place(config: BackendConfig) -> str:

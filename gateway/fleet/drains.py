@@ -9,12 +9,11 @@ from typing import Self
 from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
 from gateway.fleet.backends.backend import Backend
+from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
-from gateway.stores.redis_names import named
 
 LOG = logging.getLogger("gateway.drains")
-CHANGED = named("drains:changed")
 LOOK_EVERY_S = 15.0
 
 
@@ -25,7 +24,7 @@ async def mark(database: Database, store: RedisClient, backend: str, *, drained:
     else:
         await database.run("undrain_backend", backend)
     try:
-        await store.call(lambda redis: redis.publish(CHANGED, backend))
+        await store.call(lambda redis: redis.publish(redis_keys.DRAINS_CHANGED, backend))
     except RedisUnavailable:
         return False
     return True
@@ -41,7 +40,7 @@ class Drains:
 
     async def __aenter__(self) -> Self:
         await self._look()
-        self._store.subscribe({CHANGED: lambda _: self._changed.set()}, after_gap=self._changed.set)
+        self._store.subscribe({redis_keys.DRAINS_CHANGED: lambda _: self._changed.set()}, after_gap=self._changed.set)
         self.background.start()
         return self
 

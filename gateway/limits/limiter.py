@@ -179,7 +179,7 @@ class Limiter:
         raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
 
     def _question(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> tuple[list[Any], list[Any]]:
-        keys: list[Any] = [*redis_keys.ALL[redis_keys.shard_of(ticket.scopes[0].name)][:3]]
+        keys: list[Any] = [*redis_keys.BY_SHARD[redis_keys.shard_of(ticket.scopes[0].name)][:3]]
         wait_ms = int(self._queue_wait_s * 1000) if may_wait else 0
         prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
         values: list[Any] = [ticket.id, ticket.info, lease_ms, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
@@ -267,7 +267,7 @@ class Limiter:
         admission = settlement.admission
         scopes: Sequence[CounterSet] = admission.scopes if admission else ()
         shard = redis_keys.shard_of(settlement.key_id)
-        keys: list[Any] = [*redis_keys.ALL[shard], redis_keys.once(shard, settlement.id)]
+        keys: list[Any] = [*redis_keys.BY_SHARD[shard], redis_keys.once(shard, settlement.id)]
         model = admission.model if admission else ""
         how = how or (admission.how if admission else "admitted")
         # Redis may have let in, unheard, what this process then let in alone.
@@ -329,20 +329,20 @@ class Limiter:
         for start in range(0, len(slots), RENEWED_AT_ONCE):
             # Those that have ended since are not to be found there again.
             some = [(call, slot) for call, slot in slots[start : start + RENEWED_AT_ONCE] if call in self._running]
-            keys = [redis_keys.ALL[shard].leases, *(slot for _, slot in some)]
+            keys = [redis_keys.BY_SHARD[shard].leases, *(slot for _, slot in some)]
             await self._line(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
 
     async def expired(self, since_ms: int, most: int) -> list[ExpiredCall]:
         """Calls whose lease ended `since_ms` ago, at most `most` of each shard. Raises RedisUnavailable."""
         calls = []
-        for shard, shared in enumerate(redis_keys.ALL):
+        for shard, shared in enumerate(redis_keys.BY_SHARD):
             found = await self._line(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
             calls += [ExpiredCall(shard, call.decode(), info) for call, info in zip(found[::2], found[1::2], strict=True)]
         return calls
 
     async def forget(self, call: ExpiredCall) -> None:
         """Removes what nobody can settle. Raises RedisUnavailable."""
-        await self._line(call.shard).send("HDEL", redis_keys.ALL[call.shard].calls, call.id)
+        await self._line(call.shard).send("HDEL", redis_keys.BY_SHARD[call.shard].calls, call.id)
 
     def _line(self, shard: int) -> RedisConnection:
         line = self._lines.for_shard(shard)

@@ -17,8 +17,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError, ResponseError
 
 from gateway.core.background import KeptTask
-from gateway.stores import urls
-from gateway.stores.redis_names import named
+from gateway.stores import redis_keys, urls
 
 LOG = logging.getLogger("gateway.store")
 CALL_DEADLINE_S = 0.05
@@ -222,7 +221,7 @@ class RedisClient:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 await self._redis.ping()
                 with contextlib.suppress(OutOfMemoryError):  # without room it still counts, and says so where it matters
-                    await self._redis.set(named("check"), b"1", px=CHECK_KEPT_MS)
+                    await self._redis.set(redis_keys.CHECK, b"1", px=CHECK_KEPT_MS)
         except FAILURES as wrong:
             self.refusal = f"{type(wrong).__name__}: {wrong}" if isinstance(wrong, ResponseError) else ""
             self._set_up(up=False, reason=type(wrong).__name__)

@@ -14,8 +14,8 @@ import hiredis
 from redis.asyncio import Redis
 
 from gateway.core.background import KeptTask
+from gateway.stores import redis_keys
 from gateway.stores.redis_client import CALL_DEADLINE_S, CHECK_KEPT_MS, CONNECT_DEADLINE_S, FAILURES, RedisUnavailable, connect
-from gateway.stores.redis_names import FREED, named
 
 LOG = logging.getLogger("gateway.store")
 MOST_PENDING = 20_000
@@ -61,7 +61,10 @@ def read_scripts(*folders: Path) -> dict[str, Script]:
 
 
 def _scripts_in(folder: Path) -> Iterator[tuple[str, Script]]:
-    texts = {path.stem: path.read_text(encoding="utf-8").replace("nz:slots", FREED) for path in sorted(folder.glob("*.lua"))}
+    texts = {
+        path.stem: path.read_text(encoding="utf-8").replace("nz:slots", redis_keys.SLOT_FREED)
+        for path in sorted(folder.glob("*.lua"))
+    }
     common = texts.pop("common", "")
     for name, text in texts.items():
         whole = common + text
@@ -192,7 +195,7 @@ class RedisConnection:
         """What takes nothing is of no use, however well it answers."""
         answer: asyncio.Future[Any] = self._loop.create_future()
         answer.add_done_callback(self._tried)
-        self._enqueue(Sent(answer, pack("EVAL", WRITES, 1, named("check"), CHECK_KEPT_MS), due, True))
+        self._enqueue(Sent(answer, pack("EVAL", WRITES, 1, redis_keys.CHECK, CHECK_KEPT_MS), due, True))
 
     def _tried(self, answer: "asyncio.Future[Any]") -> None:
         # Other errors are of the moment (no room, not this node's), and answered as such by each command.

@@ -1,22 +1,95 @@
-"""Where in Redis the state of a key is: its counters, running calls and rows have names of one hash tag.
+"""The names of all that the gateway keeps in Redis, and the channels on which its processes notify each other.
 
-So a script finds all that it touches on one node of a cluster, where the tags are spread over the nodes (Redis cluster
-specification, "Hash tags"). A server of its own holds the same names, all of them.
+The counters, calls in progress and audit rows of a key have one hash tag, its shard. So a script finds all that it touches
+on one node of a cluster, and the shards are spread over the nodes (Redis cluster specification, "Hash tags"). A single
+server holds the same names, all of them.
 """
 
+import os
+import re
+import secrets
+import time
 import zlib
 from functools import lru_cache
 from typing import NamedTuple
 
-from gateway.stores.redis_names import named
+# A trial that runs beside a gateway, on the same Redis, has a prefix of its own.
+PREFIX_VARIABLE = "NEURONETZ_NAMES_IN_REDIS"
+PREFIX = os.environ.get(PREFIX_VARIABLE) or "nz"
+# The start time, in seconds since 1970, follows. A Redis user who may use `nz:*` may use these names.
+TRIAL_PREFIX = "nz:drill-"
+
+
+def new_trial_prefix() -> str:
+    return f"{TRIAL_PREFIX}{time.time():.0f}-{secrets.token_hex(4)}"
+
+
+def trial_age_s(name: str) -> float:
+    """Seconds since the start of the trial that this name belongs to; 0 if it belongs to none."""
+    found = re.match(rf"{TRIAL_PREFIX}(\d+)-", name)
+    return time.time() - int(found[1]) if found else 0.0
+
+
+def prefixed(name: str) -> str:
+    return f"{PREFIX}:{name}"
+
+
+# Channels. A message on SLOT_FREED is the name of the queue in which a call may now start.
+SLOT_FREED = prefixed("slots")
+KEYS_CHANGED = prefixed("keys:changed")
+DRAINS_CHANGED = prefixed("drains:changed")
+MODELS_CHANGED = prefixed("map:changed")
+CONTROL = prefixed("control")
+
+# What has no shard.
+AUDIT_WRITER = prefixed("audit:writer")
+MODELS = prefixed("map")
+# Written to learn whether Redis takes writes.
+CHECK, DOCTOR_CHECK, DRILL_CHECK = prefixed("check"), prefixed("doctor"), prefixed("begun")
+
+
+def verified_key(secret_id: str) -> str:
+    """What a process has found out about a key, for the others."""
+    return prefixed(f"key:{{{secret_id}}}")
+
+
+def key_version(secret_id: str) -> str:
+    """Counts the changes of a key, so that what was read before a change is not cached after it."""
+    return prefixed(f"keyversion:{{{secret_id}}}")
+
+
+def refused_key(digest: str) -> str:
+    return prefixed(f"nokey:{digest}")
+
+
+def wrong_keys(address: str) -> str:
+    return prefixed(f"authfail:{address}")
+
+
+def control(call: str, part: str) -> str:
+    return prefixed(f"control:{call}:{part}")
+
+
+# One hash tag for all: a cluster returns the lists of all backends in one call.
+def model_list(backend: str, place: str) -> str:
+    return prefixed(f"{{models}}:{backend}:{place}")
+
+
+def poll_turn(place: str, every_s: float) -> str:
+    return prefixed(f"{{models}}:turn:{place}:{every_s:g}")
+
 
 SHARDS = 16
-# What all share lies with the first of them.
+# The shard of what belongs to no key.
 HOME = 0
 
 
-class Shared(NamedTuple):
-    """What the keys of one shard share."""
+class ShardKeys(NamedTuple):
+    """The names in a shard that do not depend on a caller's key.
+
+    Hashes: calls in progress, mean answer length by model. Sorted set: leases. Streams: audit rows, prompts. Counter: rows
+    dropped because the stream was full.
+    """
 
     calls: bytes
     leases: bytes
@@ -27,23 +100,23 @@ class Shared(NamedTuple):
 
 
 def _tagged(shard: int, name: str) -> bytes:
-    return named(f"{{{shard}}}:{name}").encode()
+    return prefixed(f"{{{shard}}}:{name}").encode()
 
 
 PROCESSES = _tagged(HOME, "processes")
 BULLETIN = _tagged(HOME, "bulletin")
-ALL = tuple(Shared(*(_tagged(shard, name) for name in Shared._fields)) for shard in range(SHARDS))
+BY_SHARD = tuple(ShardKeys(*(_tagged(shard, name) for name in ShardKeys._fields)) for shard in range(SHARDS))
 
 
 @lru_cache(maxsize=20_000)
 def shard_of(name: str) -> int:
-    """Of a key's id or of one of its scopes."""
+    """`name` is the id of a key, or one of its scopes."""
     return zlib.crc32(name.partition("|")[0].encode()) % SHARDS
 
 
 @lru_cache(maxsize=20_000)
 def counters(scope: str) -> tuple[bytes, ...]:
-    """A scope's requests, tokens, reserve, slots, queue and budget."""
+    """The names of a scope's requests, tokens, reserve, slots, queue and budget."""
     shard = shard_of(scope)
     return tuple(_tagged(shard, f"{kind}:{scope}") for kind in "wtvcqb")
 
@@ -61,4 +134,5 @@ def budget(scope: str) -> bytes:
 
 
 def once(shard: int, call: str) -> bytes:
+    """Set when a call that Redis did not admit has been counted."""
     return _tagged(shard, f"once:{call}")

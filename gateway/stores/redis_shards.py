@@ -67,7 +67,7 @@ class ShardConnections:
         """Who holds which shard, as the cluster says it now."""
         client: Any = connect(self._url, deadline_s=CONNECT_DEADLINE_S)
         async with asyncio.timeout(CONNECT_DEADLINE_S * 2), client as cluster:
-            nodes = [cluster.get_node_from_key(shared.calls) for shared in redis_keys.ALL]
+            nodes = [cluster.get_node_from_key(shared.calls) for shared in redis_keys.BY_SHARD]
         if None in nodes:
             raise RedisClusterException("a part of the names is held by nobody")
         found: list[Address] = [(node.host, int(node.port)) for node in nodes]

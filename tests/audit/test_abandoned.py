@@ -9,7 +9,7 @@ from tests.support.processes import until
 
 def test_an_entry_that_is_not_a_call_is_removed(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
     gateway = start_gateway(alpha)
-    shared = redis_keys.ALL[4]
+    shared = redis_keys.BY_SHARD[4]
     with stores.client() as redis:
         redis.hset(shared.calls, "x", b'0 {"scopes":[[1,2,3,4,5,6,7]],"model":"m","prompt":1,"row":{}}')
         redis.zadd(shared.leases, {"x": 1})

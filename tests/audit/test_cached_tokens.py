@@ -246,7 +246,7 @@ def old_rows(gateway: RunningGateway, stores: TestStores) -> Iterator[list[dict[
     assert not rows[0].keys() & {"cached_tokens", "billed_tokens"}
     with stores.client() as redis:
         for each in rows:
-            redis.xadd(redis_keys.ALL[3].rows, {"row": strict_json.write(each)})
+            redis.xadd(redis_keys.BY_SHARD[3].rows, {"row": strict_json.write(each)})
     yield rows
 
 

@@ -74,14 +74,14 @@ def test_forgotten_prompts_do_not_come_back(gateway: RunningGateway, stores: Tes
     with gateway.http(gateway.key(prompt_log=True)) as client, stores.client() as redis:
         redis.set("nz:audit:writer", "somebody else", px=2000)
         client.post("/api/chat", json=WAYS[0].body)
-        assert sum(redis.xlen(shared.prompts) for shared in redis_keys.ALL) == 1
+        assert sum(redis.xlen(shared.prompts) for shared in redis_keys.BY_SHARD) == 1
 
         async def forget() -> None:
             async with gateway.components.database.connection() as connection:
                 await connection.execute("UPDATE keys SET prompts_forgotten_at = now()")
 
         gateway.call(forget())
-        until(lambda: not any(redis.xlen(shared.prompts) for shared in redis_keys.ALL))
+        until(lambda: not any(redis.xlen(shared.prompts) for shared in redis_keys.BY_SHARD))
     assert prompts(gateway) == []
 
 

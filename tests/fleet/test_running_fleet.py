@@ -12,6 +12,7 @@ from gateway.core.errors import CommandFailed
 from gateway.fleet import control, presence
 from gateway.ops import main
 from gateway.ops.doctor import report
+from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.ops.test_serving import home
 from tests.support.fake_backend.backend import FakeBackend
@@ -115,7 +116,7 @@ def test_a_gateway_that_does_not_answer(
     assert fleet is not None
     for nonsense in ("", "[]", '{"id":1}', json.dumps({"id": "a" * 32, "act": ["x"], "fleet": fleet})):
         with stores.client() as client:
-            client.publish(control.CHANNEL, nonsense)
+            client.publish(redis_keys.CONTROL, nonsense)
     monkeypatch.setattr(control, "WAIT_S", 0.3)
     with pytest.raises(CommandFailed, match="did not answer within"):
         gateway.call(control.ask(store, fleet, "unheard-of"))

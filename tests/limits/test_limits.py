@@ -184,7 +184,7 @@ def test_all_limits_or_none(gateway: RunningGateway, stores: TestStores) -> None
         passed = ask(client, WAYS[1])
     assert int(passed.headers["x-ratelimit-remaining-requests"]) == 98
     with stores.client() as redis:
-        assert not any(redis.exists(shared.leases, shared.calls) for shared in redis_keys.ALL)
+        assert not any(redis.exists(shared.leases, shared.calls) for shared in redis_keys.BY_SHARD)
 
 
 def test_headers_of_every_answer(gateway: RunningGateway) -> None:
@@ -457,7 +457,7 @@ def set_mean(gateway: RunningGateway, stores: TestStores, tokens: int) -> None:
     canonical = "llama3.2:latest"
     gateway.components.limits._means[canonical] = tokens
     with stores.client() as redis:
-        for shared in redis_keys.ALL:
+        for shared in redis_keys.BY_SHARD:
             redis.hset(shared.means, canonical, tokens)
 
 

@@ -23,7 +23,7 @@ from gateway.ops.doctor import postgres, redis, report
 from gateway.ops.doctor import settings as doctor_settings
 from gateway.ops.doctor.finding import Finding
 from gateway.settings import LOCAL_RUN, Settings
-from gateway.stores.redis_keys import ALL
+from gateway.stores.redis_keys import BY_SHARD
 from tests.conftest import TestStores
 from tests.support import preloaded
 from tests.support.fake_backend.backend import FakeBackend
@@ -358,10 +358,10 @@ def test_an_audit_that_piles_up_or_was_lost(
     monkeypatch.setattr(redis, "LONGEST_BACKLOG", 2)
     with stores.client() as client:
         for _ in range(2):
-            client.xadd(ALL[1].rows, {"row": "{}"})
+            client.xadd(BY_SHARD[1].rows, {"row": "{}"})
         assert is_told(look_at(alpha)["audit backlog"], "ok", "2 rows wait")
-        client.xadd(ALL[7].rows, {"row": "{}"})
-        client.set(ALL[3].dropped, 5)
+        client.xadd(BY_SHARD[7].rows, {"row": "{}"})
+        client.set(BY_SHARD[3].dropped, 5)
     found = look_at(alpha)
     assert is_told(found["audit backlog"], "warning", "3 rows wait", "whether a gateway runs")
     assert is_told(found["audit losses"], "warning", "5 rows were dropped", "DEL nz:{3}:dropped")

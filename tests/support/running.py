@@ -36,7 +36,7 @@ async def waiting_rows(store: RedisClient) -> int:
     """Rows of the audit that have not been taken from Redis yet."""
 
     def fill(pipe: Any) -> None:
-        for shared in redis_keys.ALL:
+        for shared in redis_keys.BY_SHARD:
             pipe.xlen(shared.rows)
 
     return sum(await store.pipeline(fill))

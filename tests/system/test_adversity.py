@@ -12,8 +12,8 @@ import pytest
 
 from gateway.auth import key_format
 from gateway.auth.authenticator import Authenticator, Verified
-from gateway.auth.key_store import cache_key
 from gateway.fleet import discovery
+from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.asking import SAY_HI, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
@@ -77,7 +77,7 @@ def test_garbage_in_redis_stops_nothing(start_gateway: StartGateway, alpha: Fake
         gateway = start_gateway(alpha)
         key = gateway.key(name="mine")
         for garbage in (text, "{}", '{"digest":5}', json.dumps({"digest": hashlib.sha256(key.encode()).hexdigest()})):
-            redis.set(cache_key(key.split("_")[1]), garbage)
+            redis.set(redis_keys.verified_key(key.split("_")[1]), garbage)
             gateway.call(_forget_everything(gateway))
             assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
         redis.publish("nz:keys:changed", b"\xff\xfe")

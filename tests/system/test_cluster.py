@@ -57,7 +57,7 @@ def names(nodes: list[Any]) -> list[list[str]]:
 
 
 def node_of(shard: int) -> int:
-    return int(key_slot(redis_keys.ALL[shard].calls) * NODES // SLOTS)
+    return int(key_slot(redis_keys.BY_SHARD[shard].calls) * NODES // SLOTS)
 
 
 def key_on(gateway: RunningGateway, node: int, **limits: Any) -> str:
@@ -113,7 +113,7 @@ def test_a_limit_is_said_everywhere_within_a_second(gateway: RunningGateway) -> 
 
 def test_the_books_balance_while_slots_move(gateway: RunningGateway, nodes: list[Any]) -> None:
     stopping = threading.Event()
-    slots = sorted({key_slot(shared.calls) for shared in redis_keys.ALL})
+    slots = sorted({key_slot(shared.calls) for shared in redis_keys.BY_SHARD})
 
     def move() -> None:
         for turn, slot in enumerate(slots):

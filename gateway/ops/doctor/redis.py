@@ -9,13 +9,12 @@ from typing import Any
 
 from gateway.ops.doctor.finding import Finding, State, clock, guarded, ok, problem, warning, words
 from gateway.stores import redis_client, redis_keys
-from gateway.stores.redis_names import FREED, named
 
 NAME = "Redis"
 OLDEST_VERSION = (6, 2)
 CALL_S, CLOSE_S = 2.0, 1.0
 LONGEST_BACKLOG = 10_000
-MARK, MARK_MS = named("doctor"), 1000
+MARK, MARK_MS = redis_keys.DOCTOR_CHECK, 1000
 ADVICE = "check REDIS_URL and that the server runs"
 ADVICE_RIGHTS = "see whether the user of REDIS_URL may use this command"
 
@@ -70,7 +69,7 @@ async def _clock(client: Any) -> list[Finding]:
 
 async def _writes(client: Any) -> list[Finding]:
     await client.set(MARK, "", px=MARK_MS)
-    await client.publish(FREED, b"")
+    await client.publish(redis_keys.SLOT_FREED, b"")
     return [ok(f"{NAME} writes", "taken")]
 
 
@@ -105,7 +104,7 @@ def persistence(info: Mapping[str, Any]) -> Finding:
 
 
 async def _backlog(client: Any) -> list[Finding]:
-    count = sum([await client.xlen(shared.rows) for shared in redis_keys.ALL])
+    count = sum([await client.xlen(shared.rows) for shared in redis_keys.BY_SHARD])
     found = f"{count} rows wait for PostgreSQL"
     if count > LONGEST_BACKLOG:
         return [warning("audit backlog", found, "see whether a gateway runs and PostgreSQL answers: they take the rows away")]
@@ -113,7 +112,7 @@ async def _backlog(client: Any) -> list[Finding]:
 
 
 async def _losses(client: Any) -> list[Finding]:
-    counts = {shared.dropped.decode(): int(await client.get(shared.dropped) or 0) for shared in redis_keys.ALL}
+    counts = {shared.dropped.decode(): int(await client.get(shared.dropped) or 0) for shared in redis_keys.BY_SHARD}
     count = sum(counts.values())
     if count:
         names = " ".join(name for name, lost in counts.items() if lost)

@@ -18,7 +18,7 @@ from gateway.ops.drill import fake_backend
 from gateway.ops.drill.environment import Installation, Scene
 from gateway.ops.drill.faults import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
 from gateway.settings import Settings
-from gateway.stores import redis_names
+from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 90.0
@@ -84,15 +84,15 @@ async def require_redis(settings: Settings) -> None:
         if not store.up:
             raise CommandFailed("Redis does not answer, which the drill's two gateways count in together: see `make doctor`")
         try:
-            await store.slow_call(lambda redis: redis.set(redis_names.named("begun"), b"", px=TRIED_MS), TRIED_MS / 1000)
-            await store.slow_call(lambda redis: redis.publish(redis_names.FREED, b""), TRIED_MS / 1000)
+            await store.slow_call(lambda redis: redis.set(redis_keys.DRILL_CHECK, b"", px=TRIED_MS), TRIED_MS / 1000)
+            await store.slow_call(lambda redis: redis.publish(redis_keys.SLOT_FREED, b""), TRIED_MS / 1000)
         except RedisUnavailable as refused:
             raise _not_taken(f"{type(refused.__cause__).__name__}: {refused.__cause__}".rstrip(": ")) from None
 
 
 def _not_taken(why: str) -> CommandFailed:
     return CommandFailed(
-        f"Redis does not take what begins with {redis_names.PREFIX} ({why}): let the user of REDIS_URL use all names "
+        f"Redis does not take what begins with {redis_keys.PREFIX} ({why}): let the user of REDIS_URL use all names "
         "and channels that begin with nz: (its ACL then says `~nz:* &nz:*`), and see `make doctor`"
     )
 
@@ -140,7 +140,7 @@ async def one(scene: Scene, line: Line) -> Result:
 
 def with_names_of_its_own() -> None:
     """Starts this command anew where its names in Redis are still those of the installation; returns when they are not."""
-    if redis_names.PREFIX != "nz":
+    if redis_keys.PREFIX != "nz":
         return
-    os.environ[redis_names.VARIABLE] = redis_names.of_a_new_trial()
+    os.environ[redis_keys.PREFIX_VARIABLE] = redis_keys.new_trial_prefix()
     os.execv(sys.executable, [sys.executable, "-m", "gateway", *sys.argv[1:]])  # noqa: S606 # our own command, once more  # nosec B606

@@ -31,7 +31,7 @@ from gateway.limits.quota import Quota
 from gateway.ops.drill.client import Client, Heard, chat, look
 from gateway.ops.drill.fake_backend import HOST, Played
 from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
-from gateway.stores import redis_names
+from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisUnavailable, drop_names
 from gateway.telemetry import metrics
@@ -65,7 +65,7 @@ class Installation:
 
 
 def _is_over(name: str) -> bool:
-    return name.startswith(f"{redis_names.PREFIX}:") or redis_names.age_of_trial(name) > KEYS_LIVE.total_seconds()
+    return name.startswith(f"{redis_keys.PREFIX}:") or redis_keys.trial_age_s(name) > KEYS_LIVE.total_seconds()
 
 
 def _sweep_folders() -> None:
@@ -217,7 +217,7 @@ class Scene:
     async def _forget_names(self) -> None:
         """Those that this drill has given, and those of drills that were killed long ago."""
         with suppress(RedisUnavailable):
-            await drop_names(self._of.redis_url, redis_names.TRIAL, _is_over, CLEAN_S)
+            await drop_names(self._of.redis_url, redis_keys.TRIAL_PREFIX, _is_over, CLEAN_S)
 
     async def _ready(self, process: Process) -> None:
         """Raises CommandFailed with the end of its log."""
