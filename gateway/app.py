@@ -2,6 +2,7 @@
 
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ from gateway.fleet.presence import Presence, ProcessState
 from gateway.fleet.running_models import RunningModels
 from gateway.limits import limiter
 from gateway.limits.budgets import Budgets
+from gateway.limits.fallback import Share
 from gateway.limits.limiter import Limiter
 from gateway.limits.quota import Quota
 from gateway.pages import static
@@ -137,11 +139,16 @@ async def build(
         running = await stack.enter_async_context(RunningModels(backends.values()))
         drains = await stack.enter_async_context(Drains(database, store, backends))
         proxies = await stack.enter_async_context(TrustedProxies(settings.gateway_trusted_proxies))
-        scripts = read_scripts(limiter.LUA)
+        scripts = read_scripts(limiter.LUA, presence.LUA)
         lines = await stack.enter_async_context(ShardConnections(settings.redis_url, scripts, store.count_failure))
-        limits = await stack.enter_async_context(limits_of(settings, database, store, lines))
+        active = Presence(lines, uuid.uuid4().hex, lambda: state_of(components, active.process_id))
+        limits = await stack.enter_async_context(
+            limits_of(settings, database, store, lines, lambda: Share(active.rank, active.count))
+        )
         spoken = dialects()
-        writer = await stack.enter_async_context(AuditWriter(store, limits, database, keep_prompts=kept_prompts(settings)))
+        writer = await stack.enter_async_context(
+            AuditWriter(store, limits, database, active.process_id, keep_prompts=kept_prompts(settings))
+        )
         purging = await stack.enter_async_context(retaining(settings))
         bounds = {"size": settings.audit_buffer_size, "most_output": settings.max_num_predict}
         weight = int(settings.cached_tokens_weight)
@@ -154,7 +161,7 @@ async def build(
             return [
                 *beside,
                 purging,
-                *(one.background for one in (*keeping, sampler, told)),
+                *(one.background for one in (*keeping, sampler, active)),
                 *store.background,
                 *lines.background,
             ]
@@ -164,7 +171,7 @@ async def build(
         catalog = lambda: discovery.catalog  # noqa: E731
         sampler = Gauges(metrics, in_flight, limits, lines, settler, writer, backends, catalog, store, database)
         await stack.enter_async_context(sampler)
-        told = await stack.enter_async_context(Presence(lines, lambda: state_of(components)))
+        await stack.enter_async_context(active)
         await stack.enter_async_context(control_of(components))
         routes = _table(settings, components, Access(authenticator, limits, default_quota(settings)), spoken)
         id_header = settings.gateway_request_id_header
@@ -198,13 +205,13 @@ def fleet_as_seen(settings: Settings, components: Components) -> Fleet:
     return Fleet(settings.backends, presence.local_view(components.backends), drained, components.discovery.catalog)
 
 
-def state_of(components: Components) -> ProcessState:
-    """This process, for the bulletin."""
+def state_of(components: Components, process_id: str) -> ProcessState:
+    """What this process publishes of itself."""
     in_flight, limits = components.in_flight, components.limits
     backends = presence.local_view(components.backends)
     waiting, fleet = components.writer.waiting, presence.described(backend.config for backend in components.backends.values())
     return ProcessState(
-        limits.process, time.time(), in_flight.of_callers, limits.waiting, in_flight.draining, waiting, backends, fleet
+        process_id, time.time(), in_flight.of_callers, limits.waiting, in_flight.draining, waiting, backends, fleet
     )
 
 
@@ -215,11 +222,12 @@ def control_of(components: Components) -> Control:
 
 @asynccontextmanager
 async def limits_of(
-    settings: Settings, database: Database, store: RedisClient, lines: ShardConnections
+    settings: Settings, database: Database, store: RedisClient, lines: ShardConnections, share: Callable[[], Share]
 ) -> AsyncIterator[Limiter]:
     limits = Limiter(
         lines,
         Budgets(database, store).seed,
+        share=share,
         most_output=settings.max_num_predict,
         queue_wait_s=settings.max_queue_wait_s,
         closed_without_redis=settings.limits_without_redis == "closed",

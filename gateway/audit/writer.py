@@ -42,8 +42,11 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 class AuditWriter:
     """`async with AuditWriter(...)`: runs until the block ends; `write` is the direct way, past Redis."""
 
-    def __init__(self, store: RedisClient, limits: Limiter, database: Database, *, keep_prompts: timedelta) -> None:
+    def __init__(
+        self, store: RedisClient, limits: Limiter, database: Database, process_id: str, *, keep_prompts: timedelta
+    ) -> None:
         self._store, self._limits, self._database, self._keep_prompts = store, limits, database, keep_prompts
+        self._process_id = process_id.encode()
         self.background = KeptTask(self._run, "audit writer")
         self._reaped_at = 0.0
         self.written = 0
@@ -83,7 +86,7 @@ class AuditWriter:
         return await self._move()
 
     async def _is_my_turn(self) -> bool:
-        mine = self._limits.process.encode()
+        mine = self._process_id
         try:
             _, holder = await self._store.pipeline(
                 lambda pipe: pipe.set(redis_keys.AUDIT_WRITER, mine, nx=True, px=LEASE_MS).get(redis_keys.AUDIT_WRITER)

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
-from gateway.core import background, strict_json
+from gateway.core import strict_json
 from gateway.core.background import KeptTask
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
@@ -15,7 +16,10 @@ from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
 
+LUA = Path(__file__).parent / "lua"
 EVERY_S = 1.0
+# A process that was killed counts for the limits' shares for so long.
+ACTIVE_MS = 15_000
 # Nobody who lives is silent for so long; what is older is of a process that was killed.
 FRESH_S, FORGOTTEN_S = 5.0, 60.0
 LOOK_DEADLINE_S = 2.0
@@ -71,11 +75,15 @@ def described(configs: Iterable[BackendConfig]) -> list[dict[str, Any]]:
 
 
 class Presence:
-    """`async with Bulletin(lines, look)`: `look` says how this process is."""
+    """`async with Presence(connections, process_id, describe)`: publishes this process until the block ends.
 
-    def __init__(self, lines: ShardConnections, look: Callable[[], ProcessState]) -> None:
-        self._lines, self._look = lines, look
-        self.background = KeptTask(self._keep_telling, "bulletin")
+    Of `count` active processes, among them those of other versions, this one is the `rank`-th, from 0.
+    """
+
+    def __init__(self, connections: ShardConnections, process_id: str, describe: Callable[[], ProcessState]) -> None:
+        self._connections, self.process_id, self._describe = connections, process_id, describe
+        self.rank, self.count = 0, 1
+        self.background = KeptTask(self._keep_publishing, "presence")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -83,19 +91,25 @@ class Presence:
 
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
-        self._send("HDEL", redis_keys.BULLETIN, self._look().process)
+        with suppress(RedisUnavailable):
+            connection = self._connections.for_shard(redis_keys.HOME)
+            await asyncio.gather(
+                connection.send("ZREM", redis_keys.PROCESSES, self.process_id),
+                connection.send("HDEL", redis_keys.BULLETIN, self.process_id),
+            )
 
-    async def _keep_telling(self) -> None:
+    async def _keep_publishing(self) -> None:
         while True:
-            state = self._look()
-            self._send("HSET", redis_keys.BULLETIN, state.process, strict_json.write(asdict(state)))
+            with suppress(RedisUnavailable):
+                await self._publish()
             await asyncio.sleep(EVERY_S)
 
-    def _send(self, *command: Any) -> None:
-        line = self._lines.for_shard(redis_keys.HOME)
-        if line is not None:
-            with suppress(RedisUnavailable):
-                line.send(*command).add_done_callback(background.retrieve)
+    async def _publish(self) -> None:
+        connection = self._connections.for_shard(redis_keys.HOME)
+        state = strict_json.write(asdict(self._describe()))
+        names = [redis_keys.PROCESSES, redis_keys.BULLETIN]
+        active = sorted(await connection.run("publish_process", names, [self.process_id, ACTIVE_MS, state]))
+        self.rank, self.count = active.index(self.process_id.encode()), len(active)
 
 
 async def read(store: RedisClient) -> list[ProcessState]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -17,12 +16,10 @@ from gateway.limits.fallback import WHOLE, FallbackLimiter, Share
 from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisUnavailable
-from gateway.stores.redis_connection import RedisConnection
-from gateway.stores.redis_keys import HOME, PROCESSES
 from gateway.stores.redis_shards import ShardConnections
 
 LUA = Path(__file__).parent / "lua"
-LEASE_MS, PROCESS_LIFE_MS = 25_000, 15_000
+LEASE_MS = 25_000
 TICK_S, RENEW_EVERY_S, RENEWED_AT_ONCE = 1.0, 8.0, 500
 MEAN_OF_UNKNOWN_MODEL = 256
 # Of one shard.
@@ -50,15 +47,14 @@ class Limiter:
         lines: ShardConnections,
         seed: Callable[[CounterSet], Awaitable[None]],
         *,
+        share: Callable[[], Share] = lambda: WHOLE,
         most_output: int,
         queue_wait_s: float = 0.0,
         closed_without_redis: bool = False,
     ) -> None:
-        self._lines, self._seed = lines, seed
+        self._lines, self._seed, self.share = lines, seed, share
         self._most_output, self._queue_wait_s, self._closed = most_output, queue_wait_s, closed_without_redis
-        self.process = uuid.uuid4().hex
         self.local = FallbackLimiter()
-        self.share = WHOLE
         self._running: dict[str, Admission] = {}
         self._means: dict[str, float] = {}
         self._lengths: dict[str, float] = {}
@@ -75,8 +71,6 @@ class Limiter:
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
         await background.end(self._seeding.values())
-        with suppress(RedisUnavailable):
-            await self._line(HOME).send("ZREM", PROCESSES, self.process)
 
     @property
     def is_usable(self) -> bool:
@@ -144,7 +138,7 @@ class Limiter:
     def _leave_queue(self, ticket: Ticket) -> None:
         with suppress(RedisUnavailable):
             for scope in ticket.scopes:
-                line = self._line(redis_keys.shard_of(scope.name))
+                line = self._lines.for_shard(redis_keys.shard_of(scope.name))
                 line.send("ZREM", redis_keys.queue(scope.name), ticket.id).add_done_callback(background.retrieve)
 
     def slot_freed(self, queue: bytes) -> None:
@@ -169,7 +163,7 @@ class Limiter:
         return self._read(ticket, reply), used
 
     async def _reply(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> list[Any]:
-        line = self._line(redis_keys.shard_of(ticket.scopes[0].name))
+        line = self._lines.for_shard(redis_keys.shard_of(ticket.scopes[0].name))
         # The key and each of its rules has a budget of its own, that may have to be read first.
         for _ in range(len(ticket.scopes) + 1):
             reply: list[Any] = await line.run("admit", *self._question(ticket, may_wait, lease_ms))
@@ -218,9 +212,10 @@ class Limiter:
     def _ask_ourselves(self, ticket: Ticket, may_wait: bool) -> "Admission | LimitReached":
         if self._closed:
             raise LimitsUnavailable(retry_after=2.0)
-        tokens = self._asked(ticket, self.share) if ticket.need.prompt >= 0 else -1
+        share = self.share()
+        tokens = self._asked(ticket, share) if ticket.need.prompt >= 0 else -1
         takes_slot = bool(ticket.info)
-        refused = self.local.admit(ticket.scopes, tokens, self.share, takes_slot=takes_slot)
+        refused = self.local.admit(ticket.scopes, tokens, share, takes_slot=takes_slot)
         told = headers(ticket.scopes, self.local.usages(ticket.scopes))
         if refused is None:
             return Admission(ticket.id, ticket.scopes, ticket.model, takes_slot, "alone", max(0, tokens), headers=told)
@@ -260,8 +255,7 @@ class Limiter:
 
     def is_flushed(self, key_id: str) -> bool:
         """Whether all that was said of this key is on its way to Redis."""
-        line = self._lines.for_shard(redis_keys.shard_of(key_id))
-        return line is None or line.has_written
+        return self._lines.for_shard(redis_keys.shard_of(key_id)).has_written
 
     def resend(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
         admission = settlement.admission
@@ -277,7 +271,7 @@ class Limiter:
         for scope in scopes:
             keys += redis_keys.counters(scope.name)[1:]
             values += [int(scope.tpm >= 0), int(scope.has_budget)]
-        return self._line(shard).run("settle", keys, values)
+        return self._lines.for_shard(shard).run("settle", keys, values)
 
     def _note_end(self, admission: Admission, settlement: Settlement) -> None:
         self.local.leave(admission.scopes)
@@ -311,7 +305,7 @@ class Limiter:
             await asyncio.sleep(TICK_S)
 
     async def _renew(self) -> None:
-        """The leases of long calls, shard by shard, and this process's own."""
+        """The leases of long calls, shard by shard."""
         of_shards: dict[int, list[tuple[str, bytes]]] = {}
         for admission in list(self._running.values()):
             shard = redis_keys.shard_of(admission.scopes[0].name)
@@ -320,35 +314,25 @@ class Limiter:
         for shard, slots in of_shards.items():
             with suppress(RedisUnavailable):
                 await self._renew_in(shard, slots)
-        with suppress(RedisUnavailable):
-            living = await self._line(HOME).run("beat", [PROCESSES], [self.process, PROCESS_LIFE_MS])
-            ids = sorted(process.decode() for process in living)
-            self.share = Share(ids.index(self.process), len(ids))
 
     async def _renew_in(self, shard: int, slots: Sequence[tuple[str, bytes]]) -> None:
         for start in range(0, len(slots), RENEWED_AT_ONCE):
             # Those that have ended since are not to be found there again.
             some = [(call, slot) for call, slot in slots[start : start + RENEWED_AT_ONCE] if call in self._running]
             keys = [redis_keys.BY_SHARD[shard].leases, *(slot for _, slot in some)]
-            await self._line(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
+            await self._lines.for_shard(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
 
     async def expired(self, since_ms: int, most: int) -> list[ExpiredCall]:
         """Calls whose lease ended `since_ms` ago, at most `most` of each shard. Raises RedisUnavailable."""
         calls = []
         for shard, shared in enumerate(redis_keys.BY_SHARD):
-            found = await self._line(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
+            found = await self._lines.for_shard(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
             calls += [ExpiredCall(shard, call.decode(), info) for call, info in zip(found[::2], found[1::2], strict=True)]
         return calls
 
     async def forget(self, call: ExpiredCall) -> None:
         """Removes what nobody can settle. Raises RedisUnavailable."""
-        await self._line(call.shard).send("HDEL", redis_keys.BY_SHARD[call.shard].calls, call.id)
-
-    def _line(self, shard: int) -> RedisConnection:
-        line = self._lines.for_shard(shard)
-        if line is None:
-            raise RedisUnavailable
-        return line
+        await self._lines.for_shard(call.shard).send("HDEL", redis_keys.BY_SHARD[call.shard].calls, call.id)
 
 
 def _move(means: dict[str, float], name: str, value: float, weight: float) -> None:

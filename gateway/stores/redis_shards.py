@@ -10,7 +10,7 @@ from redis.exceptions import RedisClusterException
 
 from gateway.core.background import KeptTask
 from gateway.stores import redis_keys
-from gateway.stores.redis_client import CONNECT_DEADLINE_S, FAILURES, connect, is_cluster, of_node
+from gateway.stores.redis_client import CONNECT_DEADLINE_S, FAILURES, RedisUnavailable, connect, is_cluster, of_node
 from gateway.stores.redis_connection import RedisConnection, Script, Tally
 
 LOG = logging.getLogger("gateway.store")
@@ -52,9 +52,11 @@ class ShardConnections:
     def is_usable(self) -> bool:
         return bool(self._of_shard) and all(line.is_usable for line in self._open.values())
 
-    def for_shard(self, shard: int) -> RedisConnection | None:
-        """None where it is not known yet who holds it."""
-        return self._of_shard[shard] if self._of_shard else None
+    def for_shard(self, shard: int) -> RedisConnection:
+        """Raises RedisUnavailable while it is not known which node has the shard."""
+        if not self._of_shard:
+            raise RedisUnavailable
+        return self._of_shard[shard]
 
     async def _line_to(self, address: Address | None) -> RedisConnection:
         if address not in self._open:

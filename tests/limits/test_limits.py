@@ -496,7 +496,7 @@ def test_a_guess_is_one_for_all_scopes_and_given_back(
 
 def test_a_guess_alone_keeps_no_request_out_of_a_share(gateway: RunningGateway) -> None:
     limits = gateway.components.limits
-    limits._means["m"], limits.share = 4093, Share(0, 4)
+    limits._means["m"], limits.share = 4093, lambda: Share(0, 4)
     scopes = (CounterSet("k", -1, 3000, -1, -1, -1), CounterSet("k|m", -1, -1, -1, 4000, 2800))
     ticket = admission.Ticket("1", scopes, "m", Need(10, None), b"x")
 

@@ -200,9 +200,10 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
     "leases last": (
         "killed",
         """
+        from gateway.fleet import presence
         from gateway.limits import limiter
         from gateway.ops.drill import faults
-        limiter.LEASE_MS, limiter.PROCESS_LIFE_MS = 600_000, 600_000
+        limiter.LEASE_MS, presence.ACTIVE_MS = 600_000, 600_000
         faults.LEASE_S = 4.0
         """,
     ),

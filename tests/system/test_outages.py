@@ -209,7 +209,7 @@ def test_who_was_refused_alone_holds_nothing_when_redis_lets_in_late(stores: Own
         assert ask(gateway, key) == 200
         large = {**WAYS[0].body, "options": {"num_predict": 1500}}
         with gateway.http(key) as client:
-            gateway.components.limits.share = Share(0, 4)
+            gateway.components.limits.share = lambda: Share(0, 4)
             with stores.frozen(stores.redis):
                 refused = client.post(WAYS[0].path, json=large)
             # However short its calls are: who asks again at once meets the same process with the same share.
