@@ -95,7 +95,7 @@ class Presence:
             connection = self._connections.for_shard(redis_keys.HOME)
             await asyncio.gather(
                 connection.send("ZREM", redis_keys.PROCESSES, self.process_id),
-                connection.send("HDEL", redis_keys.BULLETIN, self.process_id),
+                connection.send("HDEL", redis_keys.PROCESS_STATES, self.process_id),
             )
 
     async def _keep_publishing(self) -> None:
@@ -107,19 +107,19 @@ class Presence:
     async def _publish(self) -> None:
         connection = self._connections.for_shard(redis_keys.HOME)
         state = strict_json.write(asdict(self._describe()))
-        names = [redis_keys.PROCESSES, redis_keys.BULLETIN]
+        names = [redis_keys.PROCESSES, redis_keys.PROCESS_STATES]
         active = sorted(await connection.run("publish_process", names, [self.process_id, ACTIVE_MS, state]))
         self.rank, self.count = active.index(self.process_id.encode()), len(active)
 
 
 async def read(store: RedisClient) -> list[ProcessState]:
     """Of all processes that live; raises StoreAway."""
-    told = await store.slow_call(lambda redis: redis.hgetall(redis_keys.BULLETIN), LOOK_DEADLINE_S)
+    told = await store.slow_call(lambda redis: redis.hgetall(redis_keys.PROCESS_STATES), LOOK_DEADLINE_S)
     states = {process: _unpacked(text) for process, text in told.items()}
     now = time.time()
     gone = [process for process, state in states.items() if state is None or now - state.at > FORGOTTEN_S]
     if gone:
-        await store.call(lambda redis: redis.hdel(redis_keys.BULLETIN, *gone))
+        await store.call(lambda redis: redis.hdel(redis_keys.PROCESS_STATES, *gone))
     return [state for state in states.values() if state is not None and now - state.at <= FRESH_S]
 
 

@@ -104,7 +104,7 @@ def _tagged(shard: int, name: str) -> bytes:
 
 
 PROCESSES = _tagged(HOME, "processes")
-BULLETIN = _tagged(HOME, "bulletin")
+PROCESS_STATES = _tagged(HOME, "bulletin")
 BY_SHARD = tuple(ShardKeys(*(_tagged(shard, name) for name in ShardKeys._fields)) for shard in range(SHARDS))
 
 

@@ -21,7 +21,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 
 
 def published(redis: Any) -> tuple[set[bytes], set[bytes]]:
-    return set(redis.zrange(redis_keys.PROCESSES, 0, -1)), set(redis.hkeys(redis_keys.BULLETIN))
+    return set(redis.zrange(redis_keys.PROCESSES, 0, -1)), set(redis.hkeys(redis_keys.PROCESS_STATES))
 
 
 def test_a_process_publishes_itself_under_both_names(gateway: RunningGateway, stores: TestStores) -> None:
