@@ -9,23 +9,10 @@ from gateway.auth.key import Key
 from gateway.core import strict_json
 from gateway.dialects.dialect import Usage
 from gateway.dialects.tokens import NO_TOKENS, Need
+from gateway.fleet.attempt import Attempt
 from gateway.limits.admission import Admission
 
 NOTHING_COUNTED = Usage()
-# What stands for a fault where a backend is well, but will not do what was asked.
-CANNOT = "cannot"
-
-
-@dataclass(slots=True)
-class Attempt:
-    backend: str
-    fault: str
-    ms: float
-    detail: str = ""
-
-    def row(self) -> dict[str, Any]:
-        row = {"backend": self.backend, "fault": self.fault, "ms": round(self.ms, 3)}
-        return {**row, "detail": self.detail} if self.detail else row
 
 
 @dataclass(slots=True)

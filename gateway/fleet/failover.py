@@ -1,13 +1,12 @@
-"""Which backend answers a call: choose, claim, send, look at the first frame, and go on to the next up to that wall."""
+"""Finds a backend that answers a call: claims one, sends, reads the first frame; where that fails, goes on to the next."""
 
 import asyncio
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from gateway.audit.record import CANNOT, Attempt, Record
 from gateway.core.cancel_scope import CallScope
 from gateway.core.errors import (
     AnswerTooLarge,
@@ -21,11 +20,13 @@ from gateway.core.errors import (
 )
 from gateway.dialects.dialect import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
 from gateway.fleet import refusals
+from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse, TooLarge
 from gateway.fleet.catalog import Model
 from gateway.fleet.held_answers import HeldAnswer, HeldAnswers
+from gateway.fleet.scheduler import Candidate, choose, is_served
 
 RETRY_AFTER_S = 5.0
 LONGEST_RETRY_AFTER_S = 60.0
@@ -37,13 +38,8 @@ MOST_BEFORE_FIRST_FRAME = 262_144
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
 NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full"})
-# What a backend says of a request that is wrong, too, in words that we do not know.
-TOLD = frozenset({"bad_status", "bad_first_frame"})
-
-
-class Candidate(NamedTuple):
-    backend: Backend
-    spelling: str
+# Faults that a wrong request may cause, too, where the backend's words for it are unknown.
+DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 
 
 @dataclass(slots=True)
@@ -79,127 +75,112 @@ class Busy(BackendFault):
         self.retry_after = retry_after
 
 
-def choose(model: Model, backends: Mapping[str, Backend], call: Call, now: float) -> list[Candidate]:
-    """The backends to try, in order: those whose breaker lets pass, then the others as the last resort."""
-    able = [
-        Candidate(backend, offer.spelling)
-        for offer in model.offers
-        if offer.good_until > now
-        and (backend := backends.get(offer.backend)) is not None
-        and not backend.is_drained
-        and offer.kind in call.operation.kinds
-    ]
-    return [c for c in able if c.backend.breaker.lets_pass] + [c for c in able if not c.backend.breaker.lets_pass]
-
-
-def is_served(model: Model, call: Call) -> bool:
-    """Whether any backend with this model, up or not, has the route that was called."""
-    return any(offer.kind in call.operation.kinds for offer in model.offers)
-
-
-class Tried:
-    """What the backends asked so far have said of one call."""
-
-    def __init__(self, record: Record) -> None:
-        self._record = record
-        self._faults: list[BackendFault] = []
-        self._cannot: BackendCannot | None = None
-        self._doubtful: list[Backend] = []
-
-    @property
-    def is_enough(self) -> bool:
-        """Of those that cannot do what is asked, one other is asked: it may be of another build."""
-        others = [fault for fault in self._faults if fault.reason not in NOT_ASKED]
-        return self._cannot is not None and bool(others)
-
-    def failed(self, backend: Backend, fault: BackendFault, took_s: float) -> None:
-        self._faults.append(fault)
-        self._record.was_sent = False
-        self._record.attempts.append(Attempt(backend.name, fault.reason, took_s * 1000, fault.detail))
-        self._record.detail = str(fault)
-        if fault.reason in TOLD:
-            self._doubtful.append(backend)
-
-    def cannot(self, backend: Backend, refused: BackendCannot, took_s: float) -> None:
-        """Raises it where that makes two."""
-        if self._cannot is not None:
-            self._record.backend = backend.name
-            self.answered_by_none()
-            raise refused
-        self._cannot = refused
-        self._faults.clear()
-        self._record.was_sent = False
-        self._record.attempts.append(Attempt(backend.name, CANNOT, took_s * 1000))
-
-    def answered_well(self) -> None:
-        """Then the request was right, and those before have failed."""
-        for backend in self._doubtful:
-            backend.breaker.failed()
-
-    def answered_by_none(self) -> None:
-        for backend in self._doubtful:
-            backend.breaker.doubted(self._record.key_id)
-
-    def failure(self) -> GatewayError:
-        self.answered_by_none()
-        return self._cannot or failure_of(self._faults)
-
-
 class Failover:
     def __init__(self, backends: Mapping[str, Backend], held: HeldAnswers, *, most_tokens: int) -> None:
-        self._backends, self._held, self._most_tokens = backends, held, most_tokens
+        self._backends, self.held, self.most_tokens = backends, held, most_tokens
 
-    async def open(
-        self, call: Call, dialect: Dialect, model: Model, headers: bytes, record: Record, guard: CallScope
-    ) -> Opening:
-        """The first good answer's beginning; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
+    def route(self, call: Call, dialect: Dialect, model: Model, headers: bytes, caller: str) -> "Routing":
+        """Decides which backends are tried; `Routing.open` then asks them. `headers` are whole lines."""
         candidates = choose(model, self._backends, call, time.time())
         if not candidates and not is_served(model, call):
             raise BadRequest("this model is served by the OpenAI-compatible routes alone: use /v1/chat/completions")
-        tried = Tried(record)
-        for candidate in candidates:
+        return Routing(self, candidates, call, dialect, headers, caller)
+
+
+class Routing:
+    """One call on its way to a backend. What was done for it can be read at any time, also after `open` was cancelled."""
+
+    def __init__(
+        self, failover: Failover, candidates: list[Candidate], call: Call, dialect: Dialect, headers: bytes, caller: str
+    ) -> None:
+        self._failover, self._candidates = failover, candidates
+        self._call, self._dialect, self._headers, self._caller = call, dialect, headers, caller
+        # The backends that did not answer; the fault of the last of them; the time that all of them took.
+        self.attempts: list[Attempt] = []
+        self.detail = ""
+        self.upstream_s = 0.0
+        # Whether a backend may be at work on it, or was to the end.
+        self.was_sent = False
+        # The backend that answered or refused, and the name under which it has the model.
+        self.backend = self.answered_as = ""
+        self._faults: list[BackendFault] = []
+        self._refused: BackendCannot | None = None
+        self._doubtful: list[Backend] = []
+
+    async def open(self, guard: CallScope) -> Opening:
+        """The beginning of the first good answer; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
+        for candidate in self._candidates:
             backend, spelling = candidate
             began = time.monotonic()
-            record.was_sent = True
+            self.was_sent = True
             try:
-                opening = await self._try(candidate, call, dialect, headers, record.key_id, guard)
+                opening = await self._try(candidate, guard)
             except BackendFault as fault:
-                tried.failed(backend, fault, time.monotonic() - began)
-                if tried.is_enough:
+                self._add_fault(backend, fault, time.monotonic() - began)
+                if self._has_enough:
                     break
-                continue
             except BackendCannot as refused:
-                tried.cannot(backend, refused, time.monotonic() - began)
-                continue
+                self._add_inability(backend, refused, time.monotonic() - began)
             except BackendRefused:
-                record.backend = backend.name
-                tried.answered_by_none()
+                self.backend = backend.name
+                self._doubt()
                 raise
+            else:
+                self.backend, self.answered_as = backend.name, spelling
+                # The request was right, so those that may have failed because of it have failed.
+                for doubtful in self._doubtful:
+                    doubtful.breaker.failed()
+                return opening
             finally:
-                record.upstream_s += time.monotonic() - began
-            record.backend, record.answered_as = backend.name, spelling
-            if record.attempts:
-                tried.answered_well()
-            return opening
-        raise tried.failure()
+                self.upstream_s += time.monotonic() - began
+        self._doubt()
+        raise self._refused or failure_of(self._faults)
 
-    async def _try(
-        self, candidate: Candidate, call: Call, dialect: Dialect, headers: bytes, caller: str, guard: CallScope
-    ) -> Opening:
+    @property
+    def _has_enough(self) -> bool:
+        """Of those that cannot do what is asked, one other is asked: it may be of another build."""
+        others = [fault for fault in self._faults if fault.reason not in NOT_ASKED]
+        return self._refused is not None and bool(others)
+
+    def _add_fault(self, backend: Backend, fault: BackendFault, took_s: float) -> None:
+        self._faults.append(fault)
+        self.was_sent = False
+        self.attempts.append(Attempt(backend.name, fault.reason, took_s * 1000, fault.detail))
+        self.detail = str(fault)
+        if fault.reason in DOUBTFUL:
+            self._doubtful.append(backend)
+
+    def _add_inability(self, backend: Backend, refused: BackendCannot, took_s: float) -> None:
+        """Raises the second."""
+        if self._refused is not None:
+            self.backend = backend.name
+            self._doubt()
+            raise refused
+        self._refused = refused
+        self._faults.clear()
+        self.was_sent = False
+        self.attempts.append(Attempt(backend.name, CANNOT, took_s * 1000))
+
+    def _doubt(self) -> None:
+        """No backend answered: those that may have failed because of the request count it once for each caller."""
+        for backend in self._doubtful:
+            backend.breaker.doubted(self._caller)
+
+    async def _try(self, candidate: Candidate, guard: CallScope) -> Opening:
         backend, spelling = candidate
         if backend.is_full:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
-        body = call.body_for(backend.kind, spelling, self._most_tokens)
+        body = self._call.body_for(backend.kind, spelling, self._failover.most_tokens)
         backend.take()
         began = time.monotonic()
         upstream = None
         try:
-            upstream = await backend.post(call.operation.path.encode(), headers, body, guard)
+            upstream = await backend.post(self._call.operation.path.encode(), self._headers, body, guard)
             guard.within(backend.config.read_timeout_s, _no_first_byte, upstream.fail)
-            opening = await self._look(backend, upstream, call, dialect, caller)
+            opening = await self._read_beginning(backend, upstream)
             backend.breaker.succeeded()
         except BaseException as wrong:
-            if isinstance(wrong, BackendFault) and not _says_nothing_of_it(wrong, backend, began):
+            if isinstance(wrong, BackendFault) and not _is_inconclusive(wrong, backend, began):
                 backend.breaker.failed()
             if upstream is not None:
                 upstream.close()
@@ -209,21 +190,21 @@ class Failover:
             guard.without_deadline()
         return opening
 
-    async def _look(self, backend: Backend, upstream: BackendResponse, call: Call, dialect: Dialect, caller: str) -> Opening:
-        """Reads on until the first frame, or the whole answer, has shown itself to be good."""
+    async def _read_beginning(self, backend: Backend, upstream: BackendResponse) -> Opening:
+        """Reads until the first frame, or the whole answer, has proved to be good."""
         try:
             if upstream.status != 200:
                 raise await refusal(upstream, backend)
-            if call.stream:
-                return await _first_frames(backend, upstream, dialect)
-            return await _whole(backend, upstream, call, HeldAnswer(self._held, caller))
+            if self._call.stream:
+                return await _first_frames(backend, upstream, self._dialect)
+            return await _whole(backend, upstream, self._call, HeldAnswer(self._failover.held, self._caller))
         except (LongFrame, TooLarge) as large:
             # As many tokens were asked for; the next backend would make them all again.
             raise AnswerTooLarge from large
         except BadFrame as bad:
-            told = refusals.read(bad.error)
-            refused = refusals.meaning(200, told, backend.config) if bad.error else None
-            raise refused or _failed("bad_first_frame", refusals.scrub(str(bad), backend.config), told) from bad
+            reported = refusals.read(bad.error)
+            refused = refusals.meaning(200, reported, backend.config) if bad.error else None
+            raise refused or _failed("bad_first_frame", refusals.scrub(str(bad), backend.config), reported) from bad
         except BackendFault as fault:
             raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
 
@@ -232,14 +213,14 @@ def _no_first_byte() -> BackendFault:
     return BackendFault("first_byte_timeout")
 
 
-def _says_nothing_of_it(fault: BackendFault, backend: Backend, began: float) -> bool:
-    """Whether a backend may be well in spite of this: one that has answered others meanwhile was only asked for much.
+def _is_inconclusive(fault: BackendFault, backend: Backend, began: float) -> bool:
+    """Whether a backend may work in spite of this: one that has answered others meanwhile was only asked for much.
 
-    What another says to the same request decides on what it told itself.
+    A doubtful fault is decided on when other backends have answered the same request, or failed as well.
     """
     if fault.reason in TIMEOUTS:
         return backend.breaker.has_succeeded_since(began)
-    return fault.reason in ("model_gone", "full", *TOLD) or (isinstance(fault, Busy) and fault.detail == "status 429")
+    return fault.reason in ("model_gone", "full", *DOUBTFUL) or (isinstance(fault, Busy) and fault.detail == "status 429")
 
 
 async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: HeldAnswer) -> Opening:
@@ -287,8 +268,8 @@ async def _until_first(buffer: FrameBuffer, upstream: BackendResponse, dialect: 
 
 
 def _error_in(data: bytes) -> dict[str, Any]:
-    told = try_read(data)
-    return told if told.get("error") else {}
+    reported = try_read(data)
+    return reported if reported.get("error") else {}
 
 
 async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault | GatewayError:
@@ -302,12 +283,12 @@ async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault |
         return BackendFault("token_refused", f"status {status}")
     if status < 400:
         return BackendFault("bad_status", f"status {status}")
-    told = refusals.read(try_read(await _error_body(upstream)))
-    return refusals.meaning(status, told, backend.config) or _failed("bad_status", f"status {status}", told)
+    reported = refusals.read(try_read(await _error_body(upstream)))
+    return refusals.meaning(status, reported, backend.config) or _failed("bad_status", f"status {status}", reported)
 
 
-def _failed(reason: str, detail: str, told: refusals.Told) -> BackendFault:
-    why = refusals.why(told)
+def _failed(reason: str, detail: str, reported: refusals.Told) -> BackendFault:
+    why = refusals.why(reported)
     return BackendFault(reason, f"{detail}: {why}" if why else detail)
 
 

@@ -26,8 +26,9 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import UNSAFE, BackendFault
 from gateway.fleet.catalog import Catalog, Model
-from gateway.fleet.failover import Failover, Opening, is_served
+from gateway.fleet.failover import Failover, Opening, Routing
 from gateway.fleet.refusals import IN_ERRORS
+from gateway.fleet.scheduler import is_served
 from gateway.proxy.access import Access
 from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.proxy.visibility import missing
@@ -123,7 +124,11 @@ class Exchange:
         connection.watch(partial(guard.interrupt, ClientGone()))
         try:
             await self._access.admit(answer.record, model.name.canonical, call.needs)
-            opening = await self._router.open(call, self.dialect, model, headers, answer.record, guard)
+            routing = self._router.route(call, self.dialect, model, headers, answer.record.key_id)
+            try:
+                opening = await routing.open(guard)
+            finally:
+                _note(answer.record, routing)
             if call.stream:
                 try:
                     guard.end_within(opening.backend.config.total_timeout_s, BackendTimeout)
@@ -141,6 +146,13 @@ class Exchange:
         finally:
             # The rest is quick, and a client that leaves now has had its answer.
             connection.watch(None)
+
+
+def _note(record: Record, routing: Routing) -> None:
+    """What the search for a backend came to, however it ended."""
+    record.attempts, record.detail = routing.attempts, routing.detail
+    record.backend, record.answered_as = routing.backend, routing.answered_as
+    record.upstream_s, record.was_sent = routing.upstream_s, routing.was_sent
 
 
 def _turns(frames: bytes, framing: Framing) -> Iterator[bytes]:

@@ -26,8 +26,9 @@ from prometheus_client import (
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from gateway.audit.record import CANNOT, Record
+from gateway.audit.record import Record
 from gateway.core.errors import BudgetSpent, ConflictingKeys, LimitReached, MissingKey, TooManyFailures, WrongKey
+from gateway.fleet.attempt import CANNOT
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Read by prometheus-client when it is imported.

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from gateway.audit import token_usage
-from gateway.audit.record import CANNOT, Attempt, Record
+from gateway.audit.record import Record
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects import tokens
 from gateway.dialects.dialect import read_call
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
+from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limits import until

@@ -1,0 +1,19 @@
+"""A call to a backend that did not lead to an answer: one row in the `attempts` of the audit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+# Stands for the fault where a backend works, but cannot do what was asked.
+CANNOT = "cannot"
+
+
+@dataclass(slots=True)
+class Attempt:
+    backend: str
+    fault: str
+    ms: float
+    detail: str = ""
+
+    def row(self) -> dict[str, Any]:
+        row = {"backend": self.backend, "fault": self.fault, "ms": round(self.ms, 3)}
+        return {**row, "detail": self.detail} if self.detail else row
