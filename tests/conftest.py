@@ -19,12 +19,12 @@ from playwright.sync_api import Browser
 
 from gateway import app
 from gateway.ops.local import stores as local_stores
-from tests.support import in_memory, redis_server
+from tests.support import memory_folder, redis_server
 from tests.support.browser import chromium_for_all
 from tests.support.databases import Databases
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.settings_of import settings_for
+from tests.support.gateway_settings import settings_for
+from tests.support.running_gateway import RunningGateway
 
 _numbers = itertools.count()
 MOST_WORKERS = 16
@@ -74,7 +74,7 @@ class TestStores:
 
 @pytest.fixture(scope="session")
 def servers() -> Iterator[local_stores.Stores]:
-    folder = in_memory.new_folder()
+    folder = memory_folder.new_folder()
     try:
         with local_stores.stores(folder, durable=False) as stores:
             yield stores

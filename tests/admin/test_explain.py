@@ -24,10 +24,10 @@ from gateway.stores.redis_client import RedisUnavailable
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import sql
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import answer
+from tests.support.gateway_settings import entry_of, environment_for
 from tests.support.processes import operate, serving, until
-from tests.support.running import RunningGateway
-from tests.support.scripts import answer
-from tests.support.settings_of import entry_of, environment_for
+from tests.support.running_gateway import RunningGateway
 
 STATES = 200
 FEW = 4

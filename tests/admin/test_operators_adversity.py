@@ -17,9 +17,9 @@ from gateway.core.errors import StoreUnavailable
 from tests.conftest import StartGateway, TestStores
 from tests.support import redis_server
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
-from tests.support.running import RunningGateway
-from tests.support.settings_of import settings_for
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}

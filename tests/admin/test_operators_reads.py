@@ -18,7 +18,7 @@ from tests.support import audit_rows
 from tests.support.browser import page_of
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 from tests.telemetry.test_metrics import TOKEN, fresh, total
 
 LOOKS = (

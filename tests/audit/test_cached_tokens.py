@@ -22,12 +22,12 @@ from gateway.limits.budgets import Budgets
 from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.support.asking import MODEL, WAYS, Way
 from tests.support.audit_rows import add_key, ago, billed, row, sql, write
+from tests.support.chat_requests import MODEL, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.words import Asked, prompt_tokens
-from tests.support.running import RunningGateway
-from tests.support.scripts import answer, recording, stream
+from tests.support.fake_backend.content import Asked, prompt_tokens
+from tests.support.fake_backend.scripts import answer, recording, stream
+from tests.support.running_gateway import RunningGateway
 from tests.system.test_conservation import settled_today
 
 NO_DETAILS: list[Any] = [None, [], "x", 5, True]

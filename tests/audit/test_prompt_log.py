@@ -8,9 +8,9 @@ import pytest
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limits import until
-from tests.support.asking import MODEL, WAYS, Way
+from tests.support.chat_requests import MODEL, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 CANARY = "canary-prompt-77c1"
 

@@ -25,10 +25,10 @@ from gateway.core.errors import CommandFailed, ConflictingKeys, MissingKey, Over
 from gateway.ops.local import stores as local_stores
 from tests.conftest import StartGateway, TestStores
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
-from tests.support.running import RunningGateway
-from tests.support.settings_of import settings_for
-from tests.support.stored import all_of_postgresql, all_of_redis
+from tests.support.running_gateway import RunningGateway
+from tests.support.store_dump import all_of_postgresql, all_of_redis
 
 CHARACTERS = st.characters(codec="utf-8")
 IN_ANY_KEY = st.sampled_from(sorted(key_format.ALPHABET | {"_"}))

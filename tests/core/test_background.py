@@ -18,11 +18,11 @@ from gateway.core.background import KeptTask, TaskGroup
 from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
 from gateway.stores.redis_connection import Replies
 from tests.conftest import StartGateway, TestStores
-from tests.support.asking import WAYS
+from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import Forever
+from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
-from tests.support.scripts import Forever
-from tests.support.settings_of import settings_for
 
 # Those that end with what they were begun for; all others run for ever, and are Kept.
 ONCE = {

@@ -6,10 +6,10 @@ import pytest
 
 from gateway.auth.key import ADMIN_MODELS
 from tests.conftest import StartGateway
-from tests.support.asking import MODEL, WAYS, Way
+from tests.support.chat_requests import MODEL, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import HTML, PLAIN, End, Head, Piece, Raw, answer, recording
+from tests.support.fake_backend.scripts import HTML, PLAIN, End, Head, Piece, Raw, answer, recording
+from tests.support.running_gateway import RunningGateway
 
 PAGE = b"<html><script>alert(1)</script></html>"
 OURS = {"ollama-stream": "application/x-ndjson", "openai-stream": "text/event-stream"}

@@ -5,9 +5,9 @@ import pytest
 from gateway.auth.key import ADMIN
 from gateway.pages import static
 from tests.conftest import StartGateway
-from tests.support.asking import SAY_HI
+from tests.support.chat_requests import SAY_HI
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 PAGE = {"Origin": "http://elsewhere.example"}
 PREFLIGHT = {**PAGE, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization"}

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.asking import WAYS, Way
-from tests.support.echoing import EchoServer
+from tests.support.chat_requests import WAYS, Way
+from tests.support.echo_server import EchoServer
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import FAULTS
 from tests.support.processes import until
-from tests.support.running import RunningGateway
-from tests.support.scripts import FAULTS
+from tests.support.running_gateway import RunningGateway
 
 WISH = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
 NEXT = b"GET /next HTTP/1.1\r\nHost: x\r\n\r\n"

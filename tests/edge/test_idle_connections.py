@@ -11,7 +11,7 @@ import pytest
 
 from gateway.fleet.backends.http_client import Pool
 from tests.conftest import StartGateway
-from tests.support.asking import MODEL
+from tests.support.chat_requests import MODEL
 
 LIST = b'{"object":"list","data":[{"id":"llama3.2:latest","object":"model","created":1,"owned_by":"me"}]}'
 

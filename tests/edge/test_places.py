@@ -10,10 +10,10 @@ import pytest
 
 from gateway.edge.places import EXTRA
 from tests.conftest import TestStores
-from tests.support.echoing import EchoServer
+from tests.support.echo_server import EchoServer
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.gateway_settings import environment_for
 from tests.support.processes import operate, serving, until
-from tests.support.settings_of import environment_for
 
 MOST = 8
 GET = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n"

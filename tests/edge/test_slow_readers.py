@@ -8,10 +8,10 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.limits.test_limits import until
-from tests.support.asking import MODEL, SAY_HI
+from tests.support.chat_requests import MODEL, SAY_HI
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import answer, stream
+from tests.support.fake_backend.scripts import answer, stream
+from tests.support.running_gateway import RunningGateway
 
 # More than two sockets' buffers hold between them.
 LARGE = 16 * 2**20

@@ -12,10 +12,10 @@ import pytest
 from gateway.dialects.model_names import AllowList
 from gateway.fleet import discovery
 from tests.conftest import StartGateway, TestStores
-from tests.support.asking import WAYS
+from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import LISTS_S, RunningGateway
-from tests.support.scripts import Forever, Steps, answer
+from tests.support.fake_backend.scripts import Forever, Steps, answer
+from tests.support.running_gateway import LISTS_S, RunningGateway
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import httpx
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.asking import WAYS, Way
+from tests.support.chat_requests import WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.scripts import FAULTS, Close, End, Forever, Head, Piece, Raw, Step, answer, kind_of, recording
+from tests.support.fake_backend.scripts import FAULTS, Close, End, Forever, Head, Piece, Raw, Step, answer, kind_of, recording
 
 MODELS = ["llama3.2:latest"]
 

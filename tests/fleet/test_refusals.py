@@ -15,10 +15,10 @@ from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
 from tests.conftest import StartGateway
 from tests.limits.test_limits import until
-from tests.support.asking import MODEL, SAY_HI, WAYS
+from tests.support.chat_requests import MODEL, SAY_HI, WAYS
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import HTML, Forever, Head, Piece, Step, answer, ndjson, sse, stream
+from tests.support.fake_backend.scripts import HTML, Forever, Head, Piece, Step, answer, ndjson, sse, stream
+from tests.support.running_gateway import RunningGateway
 
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 MMPROJ = "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"

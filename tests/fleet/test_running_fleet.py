@@ -16,9 +16,9 @@ from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.ops.test_serving import home
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.gateway_settings import entry_of, settings_for
 from tests.support.processes import serving, until
-from tests.support.running import RunningGateway
-from tests.support.settings_of import entry_of, settings_for
+from tests.support.running_gateway import RunningGateway
 
 __all__ = ["home"]
 TOKEN = "a-token-of-a-backend"

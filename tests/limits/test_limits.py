@@ -20,10 +20,10 @@ from gateway.limits.fallback import FallbackLimiter, Share
 from gateway.limits.quota import UNLIMITED, CounterSet
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.support.asking import MODEL, SAY_HI, WAYS, Way
+from tests.support.chat_requests import MODEL, SAY_HI, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import Hold, Step, answer
+from tests.support.fake_backend.scripts import Hold, Step, answer
+from tests.support.running_gateway import RunningGateway
 
 FEW_TOKENS = {"options": {"num_predict": 20}, "max_tokens": 20}
 

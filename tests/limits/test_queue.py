@@ -8,10 +8,10 @@ import pytest
 
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limits import ask, until
-from tests.support.asking import WAYS
+from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import Hold, Received, Step
+from tests.support.fake_backend.scripts import Hold, Received, Step
+from tests.support.running_gateway import RunningGateway
 from tests.system.test_hangups import send
 
 

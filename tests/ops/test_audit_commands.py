@@ -19,7 +19,7 @@ from gateway.ops.cli import console
 from gateway.stores.postgres import Database
 from tests.conftest import TestStores
 from tests.support.audit_rows import add_key, ago, in_database, prompt, row, sql, write, write_prompts
-from tests.support.settings_of import settings_for
+from tests.support.gateway_settings import settings_for
 
 Say = Callable[..., str]
 

@@ -16,13 +16,13 @@ import pytest
 from gateway.auth import key_format
 from tests.conftest import StartGateway, TestStores
 from tests.core.test_background import become_standby, run_sql
-from tests.support import preloaded
+from tests.support import fork_server
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import answer
+from tests.support.gateway_settings import entry_of, environment_for
 from tests.support.processes import environment, free_port, until
 from tests.support.project import PROJECT
-from tests.support.running import RunningGateway
-from tests.support.scripts import answer
-from tests.support.settings_of import entry_of, environment_for
+from tests.support.running_gateway import RunningGateway
 
 Done = subprocess.CompletedProcess[str]
 CANARY = "canary-5e1b22"
@@ -36,7 +36,7 @@ class Operator:
         self.names = environment_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
 
     def types(self, *words: str, **names: str) -> Done:
-        done = preloaded.gateway().run("gateway", words, self.folder, environment({**self.names, **names}))
+        done = fork_server.gateway().run("gateway", words, self.folder, environment({**self.names, **names}))
         assert "Traceback" not in done.stderr + done.stdout
         return done
 

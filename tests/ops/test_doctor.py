@@ -25,11 +25,11 @@ from gateway.ops.doctor.finding import Finding
 from gateway.settings import LOCAL_RUN, Settings
 from gateway.stores.redis_keys import BY_SHARD
 from tests.conftest import TestStores
-from tests.support import preloaded
+from tests.support import fork_server
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import answer
+from tests.support.gateway_settings import entry_of, environment_for, settings_for
 from tests.support.processes import environment
-from tests.support.scripts import answer
-from tests.support.settings_of import entry_of, environment_for, settings_for
 
 AWAY = "postgresql://u:canary-6f21@127.0.0.1:1/d"
 NO_REDIS = "unix:///nowhere/redis.sock"
@@ -81,7 +81,7 @@ def is_told(found: Finding, state: str, what: str, advice: str = "") -> bool:
 
 
 def types(folder: Path, *words: str, **names: str) -> subprocess.CompletedProcess[str]:
-    done = preloaded.gateway().run("gateway", ("doctor", *words), folder, environment(names), timeout_s=60)
+    done = fork_server.gateway().run("gateway", ("doctor", *words), folder, environment(names), timeout_s=60)
     assert "Traceback" not in done.stdout + done.stderr
     return done
 

@@ -23,10 +23,10 @@ from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
 from gateway.stores.postgres import Database
 from tests.conftest import TestStores
 from tests.support.audit_rows import in_database
+from tests.support.gateway_settings import QUICK
 from tests.support.processes import environment, operate, until
 from tests.support.redis_server import server
-from tests.support.settings_of import QUICK
-from tests.support.stored import all_of_postgresql
+from tests.support.store_dump import all_of_postgresql
 
 LONGEST_S = 120
 # What stands in the way of a promise, run in each process of the drill before the gateway's own code; and whose lines see it.

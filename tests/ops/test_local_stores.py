@@ -22,7 +22,7 @@ import redis
 
 from gateway.ops.local import servers as local_servers
 from gateway.ops.local.stores import LocalStoresFailed, Stores, data_folder, is_running, stores
-from tests.support import in_memory
+from tests.support import memory_folder
 from tests.support.project import PROJECT
 
 PACKAGES = Path(asyncpg.__file__).parents[1]
@@ -71,7 +71,7 @@ print("kept")
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A short folder the servers' user may pass: a socket's path has few bytes, and root's servers run as another."""
-    folder = in_memory.new_folder()
+    folder = memory_folder.new_folder()
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)

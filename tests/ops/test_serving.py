@@ -18,11 +18,11 @@ import pytest
 
 from gateway.ops.cli import installation
 from tests.conftest import TestStores
-from tests.support.asking import SAY_HI, WAYS
+from tests.support.chat_requests import SAY_HI, WAYS
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import Hold
+from tests.support.gateway_settings import environment_for
 from tests.support.processes import answers, descendants, environment, free_port, is_alive, operate, serving, until
-from tests.support.scripts import Hold
-from tests.support.settings_of import environment_for
 
 
 def names_for(stores: TestStores, alpha: FakeBackend, **more: str) -> dict[str, str]:

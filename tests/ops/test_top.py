@@ -12,8 +12,8 @@ from gateway.core.errors import CommandFailed
 from gateway.ops.cli import top
 from tests.conftest import StartGateway, TestStores
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.gateway_settings import environment_for
 from tests.support.processes import operate, until
-from tests.support.settings_of import environment_for
 
 MODEL = "llama3.2:latest"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}

@@ -15,7 +15,7 @@ from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}

@@ -11,7 +11,7 @@ from tests.conftest import StartGateway
 from tests.pages.test_dashboard import CHAT, enter
 from tests.support.browser import page_of
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from gateway.auth.key import ADMIN
 from tests.conftest import StartGateway
 from tests.support.browser import page_of
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 FRAGMENTS = ("", "#", "#%", "#1", "#<img src=x onerror=alert(1)>", "#problem", "#get_v1_models")
 # Of each page: what a visitor sees first.

@@ -24,9 +24,9 @@ from gateway.proxy import passthrough
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.preloaded import Preloaded
+from tests.support.fork_server import Preloaded
 from tests.support.processes import environment
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 TOKEN = "a-token-of-metrics"

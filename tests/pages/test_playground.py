@@ -13,9 +13,9 @@ from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import Step, answer, sse, stream
 from tests.support.processes import until
-from tests.support.running import RunningGateway
-from tests.support.scripts import Step, answer, sse, stream
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 XSS = "<img src=x onerror=alert(1)><script>alert(2)</script>"

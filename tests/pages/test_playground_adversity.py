@@ -11,9 +11,9 @@ from tests.conftest import StartGateway
 from tests.pages.test_playground import CHAT, MODEL, PIXEL, ask, chunks, enter, saying
 from tests.support.browser import page_of
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import Step, answer, sse, stream
 from tests.support.processes import until
-from tests.support.running import RunningGateway
-from tests.support.scripts import Step, answer, sse, stream
+from tests.support.running_gateway import RunningGateway
 
 STORMS = {
     "quotes": ">" * 10_000,

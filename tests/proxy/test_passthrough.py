@@ -9,10 +9,10 @@ import pytest
 from gateway.auth.key import ADMIN_MODELS, SHOW_BACKEND
 from gateway.proxy.passthrough import ROUTES
 from tests.conftest import StartGateway
-from tests.support.asking import WAYS
+from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import Head, Piece, Reset
+from tests.support.fake_backend.scripts import Head, Piece, Reset
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 BLOB = b"weights" * 100_000

@@ -16,7 +16,7 @@ from gateway.proxy.body import LARGEST_WITHOUT_TURN
 from gateway.proxy.turns import Turns
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 AT_ONCE = 40
 

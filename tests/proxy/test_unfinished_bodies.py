@@ -18,10 +18,10 @@ from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
 from gateway.proxy.body import Bodies, check_head
 from tests.conftest import StartGateway
-from tests.support.asking import MODEL, SAY_HI
+from tests.support.chat_requests import MODEL, SAY_HI
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 LARGEST = 50_000
 # One key may hold four of the largest, all keys sixteen.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support import preloaded
+from tests.support import fork_server
 from tests.support.project import PROJECT
 
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPYCACHEPREFIX")
@@ -63,7 +63,7 @@ def serving(
 
 def operate(folder: Path, names: dict[str, str], *words: str) -> str:
     """What a verb of the command line prints."""
-    done = preloaded.gateway().run("gateway", words, folder, environment(names))
+    done = fork_server.gateway().run("gateway", words, folder, environment(names))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

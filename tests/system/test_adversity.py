@@ -15,12 +15,12 @@ from gateway.auth.authenticator import Authenticator, Verified
 from gateway.fleet import discovery
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.support.asking import SAY_HI, WAYS, Way
+from tests.support.chat_requests import SAY_HI, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import End, Forever, Head, Pause, Piece, Raw, Step, answer, recording, sse, stream
+from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
-from tests.support.running import RunningGateway
-from tests.support.scripts import End, Forever, Head, Pause, Piece, Raw, Step, answer, recording, sse, stream
-from tests.support.settings_of import settings_for
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi import checks
 from gateway.auth.key import ADMIN, ADMIN_MODELS
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 TOKEN = "a-token-of-metrics"

@@ -17,8 +17,8 @@ from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import answer
+from tests.support.fake_backend.scripts import answer
+from tests.support.running_gateway import RunningGateway
 
 NATIVE, SPOKEN = "/api/chat", "/v1/chat/completions"
 GOOD = '"messages":[{"role":"user","content":"hi"}]'

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 SAY_HI: Any = [{"role": "user", "content": "Say hi"}]
 TOOL: Any = {

@@ -17,13 +17,13 @@ from redis.crc import key_slot
 from gateway.auth.key_format import parse
 from gateway.stores import redis_keys
 from tests.conftest import TestStores
-from tests.support.asking import WAYS
-from tests.support.crowd import Crowd, gather_crowd
+from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
+from tests.support.random_clients import Crowd, gather_crowd
 from tests.support.redis_cluster import NODES, SLOTS, move_slot, redis_cluster, url_of
-from tests.support.running import RunningGateway
-from tests.support.settings_of import settings_for
+from tests.support.running_gateway import RunningGateway
 
 TAKEN = re.compile(r"nz:\{\d+\}:(c|v|q|calls|leases)(:|$)")
 

@@ -12,10 +12,10 @@ import pytest
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import billed
-from tests.support.crowd import Crowd, gather_crowd
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import FAULTS, How, Received, Script, Step, cut_at, recording
+from tests.support.fake_backend.scripts import FAULTS, How, Received, Script, Step, cut_at, recording
+from tests.support.random_clients import Crowd, gather_crowd
+from tests.support.running_gateway import RunningGateway
 
 REQUESTS = int(os.environ.get("CONSERVATION_REQUESTS", "1500"))
 

@@ -14,8 +14,8 @@ from tests.bench.profile import counted
 from tests.bench.profiled import CALLS, COSTS
 from tests.conftest import TestStores
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.gateway_settings import environment_for
 from tests.support.processes import operate, serving
-from tests.support.settings_of import environment_for
 
 MODEL = "llama3.2:latest"
 REQUESTS, STREAMS, PIECES = 300, 10, 150

@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.asking import WAYS, Way
+from tests.support.chat_requests import WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import answer
 from tests.support.processes import until
-from tests.support.running import RunningGateway
-from tests.support.scripts import answer
+from tests.support.running_gateway import RunningGateway
 
 LLAMA = os.environ.get("LLAMA_SERVER_URL", "")
 PATHS = ("/api/chat", "/v1/chat/completions")

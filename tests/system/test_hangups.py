@@ -10,10 +10,10 @@ import pytest
 
 from gateway.core import strict_json
 from tests.conftest import StartGateway
-from tests.support.asking import WAYS, Way
+from tests.support.chat_requests import WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import FAULTS, Forever, Head, Piece, Step, recording
+from tests.support.fake_backend.scripts import FAULTS, Forever, Head, Piece, Step, recording
+from tests.support.running_gateway import RunningGateway
 
 NOTICED_WITHIN_S = 1.0
 

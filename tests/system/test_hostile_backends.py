@@ -16,12 +16,12 @@ from gateway.dialects.openai import OpenAI, ServerSentEvents
 from gateway.proxy.exchange import READ_IN_A_TURN
 from tests.conftest import StartGateway
 from tests.limits.test_limits import until
-from tests.support import hostile
-from tests.support.asking import MODEL, SAY_HI
+from tests.support import hostile_backend
+from tests.support.chat_requests import MODEL, SAY_HI
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import Forever, Head, Piece, Step, answer, stream
 from tests.support.project import PROJECT
-from tests.support.running import RunningGateway
-from tests.support.scripts import Forever, Head, Piece, Step, answer, stream
+from tests.support.running_gateway import RunningGateway
 
 ROOT = PROJECT
 # What others may wait for at most, while many calls are under way: a tenth of what it was.
@@ -32,7 +32,7 @@ AT_ONCE = 20
 
 @pytest.fixture(scope="module")
 def hostile_url() -> Iterator[str]:
-    command = [sys.executable, "-m", "tests.support.hostile"]
+    command = [sys.executable, "-m", "tests.support.hostile_backend"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
@@ -65,7 +65,7 @@ class Turns:
 
 def call(gateway: RunningGateway, key: str, name: str, native: bool, streamed: bool, ends: dict[str, str]) -> None:
     """Ends as an answer, as an error, or as an error in an answer that has begun; anything else is told."""
-    body = {"model": hostile.MODEL, "messages": [{"role": "user", "content": name}], "stream": streamed}
+    body = {"model": hostile_backend.MODEL, "messages": [{"role": "user", "content": name}], "stream": streamed}
     what = f"{name}, {'native' if native else 'openai'}, {'stream' if streamed else 'whole'}"
     ends[what] = "nothing"
     try:
@@ -83,7 +83,7 @@ def call(gateway: RunningGateway, key: str, name: str, native: bool, streamed: b
 
 def in_groups(gateway: RunningGateway, key: str, ends: dict[str, str]) -> Iterator[tuple[str, list[threading.Thread]]]:
     """Each behaviour whole and streamed, in both languages by turns; some at once, as most of their time is waiting."""
-    names = list(hostile.BEHAVIOURS)
+    names = list(hostile_backend.BEHAVIOURS)
     for start in range(0, len(names), AT_ONCE):
         group = names[start : start + AT_ONCE]
         ways = [(name, (start + number) % 2 == 0, streamed) for number, name in enumerate(group) for streamed in (False, True)]
@@ -115,7 +115,7 @@ def test_whatever_a_backend_does_others_are_answered(start_gateway: StartGateway
     cut = {what for what, end in ends.items() if end == "RemoteProtocolError"}
     assert len(cut) <= sum(line["detail"] == "stalled" for line in gateway.request_lines())
     assert {what: end for what, end in ends.items() if end not in ("answered", "failed") and what not in cut} == {}
-    assert len(ends) == 2 * len(hostile.BEHAVIOURS) >= 2 * 42
+    assert len(ends) == 2 * len(hostile_backend.BEHAVIOURS) >= 2 * 42
     assert gateway.components.backends["alpha"].breaker.state == "closed"
     backend = gateway.components.backends["hostile"]
     assert (backend.in_flight, backend.unframed.used, gateway.components.held_answers.used) == (0, 0, 0)
@@ -135,7 +135,7 @@ def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
     waits = {"idle_timeout_s": 5, "total_timeout_s": 1.0}
     gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
     key, ends = gateway.key(), dict[str, str]()
-    calls = [threading.Thread(target=call, args=(gateway, key, name, False, True, ends)) for name in hostile.COUNTS]
+    calls = [threading.Thread(target=call, args=(gateway, key, name, False, True, ends)) for name in hostile_backend.COUNTS]
     with Turns(gateway) as turns:
         for thread in calls:
             thread.start()
@@ -157,11 +157,11 @@ def test_an_end_that_comes_again_and_again_is_looked_for_once(
 
     monkeypatch.setattr(ServerSentEvents, "payloads", read_and_note)
     gateway = start_gateway(alpha)
-    frames = [hostile.FRAME[False], *[hostile.END[False] * 2000] * 80]
+    frames = [hostile_backend.FRAME[False], *[hostile_backend.END[False] * 2000] * 80]
     alpha.play("/v1/chat/completions", stream(frames))
     with gateway.http(gateway.key()) as client:
         got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": SAY_HI, "stream": True})
-    assert b"".join(frames).startswith(got.content) and hostile.END[False] in got.content
+    assert b"".join(frames).startswith(got.content) and hostile_backend.END[False] in got.content
     assert gateway.request_lines()[0]["outcome"] == "answered"
     assert sum(sizes) < len(b"".join(frames)) / 4
 

@@ -29,7 +29,7 @@ from gateway.fleet.catalog import Snapshot
 from gateway.fleet.refusals import scrub
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 LONG = 60_000
 PROXIES = TrustedProxies(["10.0.0.0/8"])

@@ -19,12 +19,12 @@ from gateway.auth.key_store import KeyStore, NewKey
 from gateway.limits.quota import Quota
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from tests.conftest import TestStores
-from tests.support.asking import WAYS
+from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.gateway_settings import environment_for, settings_for
 from tests.support.processes import descendants, serving
 from tests.support.redis_cluster import redis_cluster, url_of
-from tests.support.running import waiting_rows
-from tests.support.settings_of import environment_for, settings_for
+from tests.support.running_gateway import waiting_rows
 
 ROUNDS = int(os.environ.get("BURST_ROUNDS", "3"))
 CLIENTS = 100

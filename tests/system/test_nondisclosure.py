@@ -12,7 +12,7 @@ from gateway.auth.key import ADMIN_MODELS, SHOW_BACKEND
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 HIDDEN, UNKNOWN = "secret-model", "no-such-model"
 BODIES: dict[str, dict[str, object]] = {

@@ -18,7 +18,7 @@ from gateway.stores.postgres import Database
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import PLAIN, ago, in_database, row, sql, write
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.settings_of import settings_for
+from tests.support.gateway_settings import settings_for
 from tests.system.test_small_parts import ONE_MODEL
 from tests.telemetry.test_metrics import TOKEN, fresh
 

@@ -23,13 +23,13 @@ from gateway.auth.key_store import KeyStore, NewKey
 from gateway.limits.fallback import Share
 from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
-from tests.support.asking import WAYS
-from tests.support.crowd import Crowd
+from tests.support.chat_requests import WAYS
+from tests.support.durable_stores import OwnStores, own_stores
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.own_stores import OwnStores, own_stores
+from tests.support.gateway_settings import environment_for, settings_for
 from tests.support.processes import descendants, serving, until
-from tests.support.running import RunningGateway
-from tests.support.settings_of import environment_for, settings_for
+from tests.support.random_clients import Crowd
+from tests.support.running_gateway import RunningGateway
 
 # Longer by hand: OUTAGE_S=60 FREEZE_S=30 DRAINS=20.
 OUTAGE_S = float(os.environ.get("OUTAGE_S", "5"))

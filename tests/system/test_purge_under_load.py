@@ -15,10 +15,10 @@ import pytest
 from gateway.audit import hash_chain, retention
 from gateway.stores.postgres import Database
 from tests.conftest import StartGateway, TestStores
-from tests.support.asking import WAYS
 from tests.support.audit_rows import DAY
+from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 # The whole by hand: PURGED_ROWS=1000000.
 ROWS = int(os.environ.get("PURGED_ROWS", "36000"))

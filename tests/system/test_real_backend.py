@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.asking import SAY_HI
+from tests.support.chat_requests import SAY_HI
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import FAULTS
+from tests.support.fake_backend.scripts import FAULTS
+from tests.support.running_gateway import RunningGateway
 
 URL = os.environ.get("LLAMA_SERVER_URL", "")
 MODEL = "tiny-random"

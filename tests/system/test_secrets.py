@@ -15,10 +15,10 @@ from gateway.telemetry.logs import ConsoleLines, JsonLines
 from tests.bench import tools
 from tests.conftest import StartGateway, TestStores
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import FAULTS, NDJSON, answer, ndjson, sse, stream
-from tests.support.settings_of import entry_of
-from tests.support.stored import all_of_postgresql, all_of_redis
+from tests.support.fake_backend.scripts import FAULTS, NDJSON, answer, ndjson, sse, stream
+from tests.support.gateway_settings import entry_of
+from tests.support.running_gateway import RunningGateway
+from tests.support.store_dump import all_of_postgresql, all_of_redis
 
 TOKEN = "canary-backend-token-4f7a1c"
 PROMPT = "canary prompt text"

@@ -9,10 +9,10 @@ import openai
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.asking import WAYS, Way
+from tests.support.chat_requests import WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.running import RunningGateway
-from tests.support.scripts import End, Forever, Head, Pause, Piece, Step, cut_at, recording
+from tests.support.fake_backend.scripts import End, Forever, Head, Pause, Piece, Step, cut_at, recording
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 STREAMS = [
@@ -194,7 +194,7 @@ def test_each_piece_is_passed_on_as_it_comes(gateway: RunningGateway, alpha: Fak
     """The client holds each frame while the backend is still silent before the next."""
     import threading
 
-    from tests.support.scripts import Hold
+    from tests.support.fake_backend.scripts import Hold
 
     gates = [threading.Event() for _ in range(3)]
     lines = recording("ollama_chat_stream.ndjson").splitlines(keepends=True)

@@ -22,11 +22,11 @@ from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import sql
 from tests.support.documents import page
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import answer
+from tests.support.gateway_settings import environment_for
 from tests.support.processes import descendants, operate, serving, until
 from tests.support.project import PROJECT
-from tests.support.running import RunningGateway
-from tests.support.scripts import answer
-from tests.support.settings_of import environment_for
+from tests.support.running_gateway import RunningGateway
 
 TOKEN = "nobody-guesses-this"
 MODEL = "llama3.2:latest"

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tests.support.fake_backend import openai
-from tests.support.fake_backend.words import Asked, Refused, canonical, cut, paused, prompt_tokens, said, tool_arguments, vector
-from tests.support.scripts import NDJSON, PLAIN, Received, Step, Steps, answer, ndjson, stream
+from tests.support.fake_backend import openai_routes
+from tests.support.fake_backend.content import (
+    Asked,
+    Refused,
+    canonical,
+    cut,
+    paused,
+    prompt_tokens,
+    said,
+    tool_arguments,
+    vector,
+)
+from tests.support.fake_backend.scripts import NDJSON, PLAIN, Received, Step, Steps, answer, ndjson, stream
 
 Kind = Literal["ollama", "openai"]
 Route = Callable[["Healthy", Asked], list[Step]]
@@ -46,7 +56,7 @@ class Healthy:
         if not self._admits(request):
             return answer(401, {"error": "Unauthorized"})
         if self.kind == "openai":
-            return openai.respond(self, request)
+            return openai_routes.respond(self, request)
         return _respond(self, request)
 
     def has(self, model: str) -> bool:
@@ -65,7 +75,7 @@ class Healthy:
 
 def _respond(healthy: Healthy, request: Received) -> list[Step]:
     if request.path.startswith("/v1/"):
-        return openai.respond(healthy, request)
+        return openai_routes.respond(healthy, request)
     if request.path.startswith("/api/blobs/sha256:"):
         return _blob(healthy, request)
     methods = _ROUTES.get(request.path)

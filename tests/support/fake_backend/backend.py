@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tests.support.fake_backend.answers import Healthy, Kind
 from tests.support.fake_backend.connection import Connection
-from tests.support.scripts import Outcome, Received, Script, Steps
+from tests.support.fake_backend.scripts import Outcome, Received, Script, Steps
 
 BACKLOG = 1024
 # Below the range from which the kernel takes ports for clients: nobody takes ours while we are stopped.

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Protocol, cast
 
-from tests.support.scripts import (
+from tests.support.fake_backend.scripts import (
     Close,
     End,
     Forever,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2"
 SAY_HI: Any = [{"role": "user", "content": "Say hi"}]

@@ -28,7 +28,7 @@ class Preloaded:
         self._lock = threading.Lock()
         with served:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.forking", str(served.fileno()), *modules],
+                [sys.executable, "-m", "tests.support.fork_server_process", str(served.fileno()), *modules],
                 cwd=PROJECT,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[served.fileno()],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tests.support.asking import WAYS, Way
+from tests.support.chat_requests import WAYS, Way
 
 Manner = Literal["reads", "leaves at once", "leaves while waiting", "leaves in the middle", "sends half"]
 MANNERS: list[Manner] = [

@@ -19,9 +19,9 @@ from gateway.ops.local.servers import (
     redis_server,
     server_account,
 )
-from tests.support import in_memory
+from tests.support import memory_folder
+from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
-from tests.support.settings_of import settings_for
 
 
 class OwnStores:
@@ -66,7 +66,7 @@ class OwnStores:
 
 @contextmanager
 def own_stores() -> Iterator[OwnStores]:
-    folder = in_memory.new_folder()
+    folder = memory_folder.new_folder()
     stores: OwnStores | None = None
     try:
         stores = OwnStores(folder)

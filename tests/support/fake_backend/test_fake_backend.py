@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.scripts import (
+from tests.support.fake_backend.scripts import (
     FAULTS,
     NDJSON,
     RECORDINGS,

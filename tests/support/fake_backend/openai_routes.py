@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from tests.support.fake_backend.words import (
+from tests.support.fake_backend.content import (
     Asked,
     Refused,
     canonical,
@@ -20,7 +20,7 @@ from tests.support.fake_backend.words import (
     tool_arguments,
     vector,
 )
-from tests.support.scripts import PLAIN, Received, Step, answer, compact, sse, stream
+from tests.support.fake_backend.scripts import PLAIN, Received, Step, answer, compact, sse, stream
 
 if TYPE_CHECKING:
     from tests.support.fake_backend.answers import Healthy

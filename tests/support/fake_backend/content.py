@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.support.scripts import Pause, Step
+from tests.support.fake_backend.scripts import Pause, Step
 
 Asked = dict[str, Any]
 
