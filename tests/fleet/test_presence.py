@@ -10,7 +10,7 @@ from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
-from tests.support.running import RunningGateway
+from tests.support.running_gateway import RunningGateway
 
 FIRST_ID = "0" * 32
 
