@@ -58,7 +58,8 @@ from gateway.proxy.exchange import Exchange
 from gateway.proxy.model_lists import ModelLists
 from gateway.proxy.show import described
 from gateway.settings import Settings
-from gateway.stores.postgres import Database, Reports
+from gateway.stores.migrations import is_current
+from gateway.stores.postgres import Database, ReportDatabase
 from gateway.stores.redis_client import RedisClient
 from gateway.stores.redis_connection import read_scripts
 from gateway.stores.redis_keys import SLOT_FREED
@@ -81,7 +82,7 @@ class Components:
     """What the operator's commands and the tests need of a gateway that is up."""
 
     database: Database
-    reports: Reports
+    reports: ReportDatabase
     store: RedisClient
     discovery: Discovery
     running: RunningModels
@@ -128,7 +129,7 @@ async def build(
     going outside of this."""
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(database_of(settings))
-        reports = await stack.enter_async_context(Reports(settings.database_url, timeout_s=REPORT_DEADLINE_S))
+        reports = await stack.enter_async_context(ReportDatabase(settings.database_url, timeout_s=REPORT_DEADLINE_S))
         store = await stack.enter_async_context(RedisClient(settings.redis_url))
         failures = AuthFailures(store, settings.auth_failure_rate_limit_per_ip_per_min)
         authenticator = await stack.enter_async_context(
@@ -362,6 +363,6 @@ def tell_what_is_in_force(settings: Settings, components: Components) -> None:
 
 async def _state_of(database: Database) -> str:
     try:
-        return "schema current" if await database.is_current() else "schema NOT current, run `make migrate`"
+        return "schema current" if await is_current(database) else "schema NOT current, run `make migrate`"
     except StoreUnavailable:
         return "away, keys cannot be checked until it answers"

@@ -19,6 +19,7 @@ from playwright.sync_api import Browser
 
 from gateway import app
 from gateway.ops.local import stores as local_stores
+from gateway.stores import migrations
 from tests.support import memory_folder, redis_server
 from tests.support.browser import chromium_for_all
 from tests.support.databases import Databases
@@ -95,7 +96,7 @@ def template(databases: Databases) -> str:
 
     async def migrate() -> None:
         async with app.database_of(settings_for(DATABASE_URL=url)) as database:
-            await database.migrate(lambda _: None)
+            await migrations.migrate(database, lambda _: None)
 
     asyncio.run(migrate())
     return "migrated"

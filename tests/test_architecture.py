@@ -26,7 +26,7 @@ SETTINGS_KNOW = {"fleet.backends.config", "stores.urls", "core.errors", "core.se
 # A home is a module or a whole package.
 HOMES = {
     "orjson": {"core.strict_json"},
-    "asyncpg": {"stores.postgres"},
+    "asyncpg": {"stores"},
     "redis": {"stores"},
     "hiredis": {"stores.redis_connection"},
     "argon2": {"app", "auth"},

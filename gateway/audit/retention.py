@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway.core.errors import StoreUnavailable
-from gateway.stores.postgres import Connection, Database, Row, in_words
+from gateway.stores.postgres import Connection, Database, Row, advice_for
 
 LOG = logging.getLogger("gateway.retention")
 MONTHS_AHEAD = 2
@@ -85,7 +85,7 @@ async def run_regularly(
             was_away = False
         except StoreUnavailable as unavailable:
             if not was_away:
-                LOG.warning("retention waits: %s", in_words(unavailable))
+                LOG.warning("retention waits: %s", advice_for(unavailable))
             was_away = True
         except Exception:
             LOG.exception("retention failed, it is tried again later")

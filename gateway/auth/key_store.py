@@ -18,7 +18,7 @@ from gateway.dialects.model_names import MOST_PATTERNS
 from gateway.limits import quota
 from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
-from gateway.stores.postgres import AlreadyThere, Database
+from gateway.stores.postgres import Database, DuplicateRow
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 VERSION_KEPT_S = 86_400
@@ -64,7 +64,7 @@ class KeyStore:
                     ("add_secret", (minted.secret_id, minted.secret_id, hashed)),
                 ]
             )
-        except AlreadyThere:
+        except DuplicateRow:
             raise NameTaken(f"a key named {wanted.name!r} exists: choose another name, or rotate or revoke it") from None
         return minted.secret_id, minted.whole
 

@@ -10,6 +10,7 @@ from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
 from gateway.core.in_flight import InFlight
 from gateway.fleet.catalog import Catalog
+from gateway.stores.migrations import is_current
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient
 
@@ -61,6 +62,6 @@ class Health:
         return self._schema
 
     async def _state_of_schema(self) -> str:
-        if not await self._database.is_current():
+        if not await is_current(self._database):
             return "schema not current"
         return "ok" if self._database.takes_writes else READ_ONLY

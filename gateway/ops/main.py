@@ -20,7 +20,7 @@ from gateway.ops.doctor import report
 from gateway.ops.drill import command
 from gateway.ops.local import demo_backend
 from gateway.settings import Settings
-from gateway.stores.postgres import in_words
+from gateway.stores.postgres import advice_for
 
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, None]]
 
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     except CommandFailed as failed:
         console.say(f"error: {failed}")
     except StoreUnavailable as unavailable:
-        console.say(f"error: {in_words(unavailable)}")
+        console.say(f"error: {advice_for(unavailable)}")
     except KeyboardInterrupt:
         return 130
     except OSError as wrong:

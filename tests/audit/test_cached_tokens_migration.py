@@ -9,13 +9,13 @@ import asyncpg
 import pytest
 
 from gateway.audit import hash_chain
-from gateway.stores import postgres
-from gateway.stores.postgres import Migration
+from gateway.stores import migrations
+from gateway.stores.migrations import Migration
 from tests.limits.test_limits import until
 from tests.support.audit_rows import ago, in_database, row, sql, write
 
 LAST_BEFORE = 6
-REAL: Callable[..., list[Migration]] = postgres.migrations
+REAL: Callable[..., list[Migration]] = migrations.read_migrations
 HASHES = "SELECT audit_hash(a) FROM audit a WHERE batch <= 2 ORDER BY id"
 COUNTS = [{}, {"cached_tokens": 0}, {"cached_tokens": 3, "billed_tokens": 5}, {"billed_tokens": 5}, {"cached_tokens": 5}]
 
@@ -25,14 +25,14 @@ def quiet(_: str) -> None:
 
 
 def migrate(url: str) -> None:
-    in_database(url, lambda found: found.migrate(quiet))
+    in_database(url, lambda found: migrations.migrate(found, quiet))
 
 
 @pytest.fixture
 def url(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A database as the version before has it, with two batches of rows that its function has written."""
     with monkeypatch.context() as before:
-        before.setattr(postgres, "migrations", lambda folder=Path(): REAL()[:LAST_BEFORE])
+        before.setattr(migrations, "read_migrations", lambda folder=Path(): REAL()[:LAST_BEFORE])
         migrate(empty_database)
     write(empty_database, *([row(ago(days)) for days in (0, 1, 40)] for _ in range(2)))
     assert sql(empty_database, "SELECT max(version) FROM schema_migrations") == [LAST_BEFORE]

@@ -12,7 +12,7 @@ import pytest
 from gateway.audit import hash_chain, retention, table
 from gateway.audit.retention import Went
 from gateway.core.errors import StoreUnavailable
-from gateway.stores.postgres import Database, in_words
+from gateway.stores.postgres import Database, advice_for
 from tests.conftest import TestStores
 from tests.support.audit_rows import DAY, add_key, ago, in_database, packed, prompt, row, sql, write, write_prompts
 from tests.support.processes import until
@@ -312,7 +312,7 @@ def test_a_database_that_is_away_is_told_once(
 
     monkeypatch.setattr(retention, "apply", away)
     run_until(url, lambda: len(tried) > 9)
-    assert [record.getMessage() for record in caplog.records] == [f"retention waits: {in_words(StoreUnavailable())}"] * 2
+    assert [record.getMessage() for record in caplog.records] == [f"retention waits: {advice_for(StoreUnavailable())}"] * 2
 
 
 def test_a_schema_that_is_not_there_ends_nothing(

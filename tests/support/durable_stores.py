@@ -19,6 +19,7 @@ from gateway.ops.local.servers import (
     redis_server,
     server_account,
 )
+from gateway.stores import migrations
 from tests.support import memory_folder
 from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
@@ -85,7 +86,7 @@ def migrate(url: str) -> None:
 
     async def run() -> None:
         async with app.database_of(settings_for(DATABASE_URL=url)) as database:
-            await database.migrate(lambda _: None)
+            await migrations.migrate(database, lambda _: None)
 
     asyncio.run(run())
 

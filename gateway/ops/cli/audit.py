@@ -12,6 +12,7 @@ from gateway.audit.reports import AuditFilter
 from gateway.core.errors import CommandFailed
 from gateway.ops.cli import console, keys
 from gateway.settings import Settings
+from gateway.stores import migrations
 from gateway.stores.postgres import Database
 
 STATEMENT_S = 600.0
@@ -21,7 +22,7 @@ STATEMENT_S = 600.0
 async def current_database(settings: Settings) -> AsyncIterator[Database]:
     async with app.database_of(settings) as database:
         if settings.has_private_database:
-            await database.migrate(console.say)
+            await migrations.migrate(database, console.say)
         await keys.require_schema(database)
         yield database
 

@@ -28,7 +28,8 @@ from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import Quota
 from gateway.ops.cli import console
 from gateway.settings import Settings
-from gateway.stores.postgres import Database, in_words
+from gateway.stores import migrations
+from gateway.stores.postgres import Database, advice_for
 from gateway.stores.redis_client import RedisClient
 from gateway.stores.urls import split as address_parts
 
@@ -51,7 +52,7 @@ LIBPQ = {
 async def open_key_store(settings: Settings) -> AsyncIterator[KeyStore]:
     async with app.database_of(settings) as database, RedisClient(settings.redis_url) as store:
         if settings.has_private_database:
-            await database.migrate(console.say)
+            await migrations.migrate(database, console.say)
         await require_schema(database)
         yield KeyStore(database, app.hasher_of(settings), store)
 
@@ -89,18 +90,18 @@ def admin_key() -> str:
 
 async def require_schema(database: Database) -> None:
     try:
-        if not await database.is_current():
+        if not await migrations.is_current(database):
             raise CommandFailed("the database's schema is not current: run `make migrate`")
     except StoreUnavailable as unavailable:
-        raise CommandFailed(in_words(unavailable)) from None
+        raise CommandFailed(advice_for(unavailable)) from None
 
 
 async def migrate(settings: Settings, said: argparse.Namespace) -> None:
     async with app.database_of(settings) as database:
         try:
-            applied = await database.migrate(console.say)
+            applied = await migrations.migrate(database, console.say)
         except StoreUnavailable as unavailable:
-            raise CommandFailed(in_words(unavailable)) from None
+            raise CommandFailed(advice_for(unavailable)) from None
     console.show_facts({"applied": applied, "schema": "current"}, as_json=said.json)
 
 

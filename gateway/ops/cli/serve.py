@@ -27,6 +27,7 @@ from gateway.fleet import discovery
 from gateway.ops.cli import console, installation
 from gateway.ops.cli.keys import require_schema
 from gateway.settings import Settings
+from gateway.stores import migrations
 from gateway.telemetry import logs, metrics
 
 LOG = logging.getLogger("gateway")
@@ -161,7 +162,7 @@ def _hand_on(settings: Settings) -> None:
 async def _prepare(settings: Settings) -> str | None:
     """The schema made current; returns a key where there was none yet."""
     async with app.database_of(settings) as database:
-        await database.migrate(console.say)
+        await migrations.migrate(database, console.say)
         await require_schema(database)
         key_store = KeyStore(database, app.hasher_of(settings), None)
         if await key_store.count():

@@ -7,6 +7,7 @@ from typing import Any
 
 from gateway.core.errors import StoreUnavailable
 from gateway.ops.doctor.finding import Finding, clock, guarded, ok, problem, warning, words
+from gateway.stores import migrations
 from gateway.stores.postgres import Database
 
 NAME = "PostgreSQL"
@@ -75,7 +76,7 @@ async def _contents(database: Database, facts: Mapping[str, Any], *, migrates_it
 
 async def _schema(database: Database, *, migrates_itself: bool) -> list[Finding]:
     check = f"{NAME} schema"
-    if await database.is_current():
+    if await migrations.is_current(database):
         return [ok(check, "current")]
     if migrates_itself:
         return [warning(check, "not current", "nothing: `make run` and `make key` migrate the private database")]
