@@ -1,4 +1,4 @@
-"""Real stores for every test: one private PostgreSQL and Redis a run, a fresh database and an empty Redis for each test."""
+"""Real stores for the tests: one private PostgreSQL and Redis per worker, a new database and an empty Redis for each test."""
 
 import asyncio
 import functools
@@ -21,7 +21,7 @@ from gateway import app
 from gateway.ops.local import stores as local_stores
 from gateway.stores import migrations
 from tests.support import memory_folder, redis_server
-from tests.support.browser import chromium_for_all
+from tests.support.browser import shared_chromium
 from tests.support.databases import Databases
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import settings_for
@@ -29,21 +29,21 @@ from tests.support.running_gateway import RunningGateway
 
 _numbers = itertools.count()
 MOST_WORKERS = 16
-# Each HTTP client of the tests would read the system's certificates anew, 60 ms each, and none of them speaks TLS.
+# Otherwise each HTTP client of the tests would read the system's certificates again: 60 ms each, and none uses TLS.
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
-# Each connection to Redis would read its library's version from the files of the installation.
+# Otherwise each connection to Redis would read the version of its library from the installed files.
 importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more for each two processors: the tests wait often, and more of them at once would be late for each other."""
+    """Three workers for two processors: tests often wait, but with more workers they would delay each other."""
     processors = os.cpu_count() or 1
     return min(processors + (processors + 1) // 2, MOST_WORKERS)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What the modules of all tests are made of stays: the collector of garbage need not look at it time and again."""
+    """The garbage collector ignores the objects made at collection, which all stay."""
     gc.disable()
     try:
         return (yield)
@@ -53,7 +53,7 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: at the end no worker is left alone with one of them."""
+    """The longest first, so that at the end no worker runs one while the others are idle."""
     items.sort(key=_seconds_of, reverse=True)
 
 
@@ -91,7 +91,7 @@ def databases(servers: local_stores.Stores) -> Iterator[Databases]:
 
 @pytest.fixture(scope="session")
 def template(databases: Databases) -> str:
-    """A migrated database that the tests' own are copied from."""
+    """The name of the migrated database that the tests' databases are copied from."""
     url = databases.create("migrated")
 
     async def migrate() -> None:
@@ -129,7 +129,7 @@ def stores(servers: local_stores.Stores, databases: Databases, template: str) ->
 
 @pytest.fixture(scope="module")
 def shared_stores(databases: Databases, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestStores]:
-    """For those tests of a module which leave nothing that another of them could see."""
+    """For tests of one module that leave nothing which others of them could see."""
     with _migrated(databases, template) as url, redis_server.server(tmp_path_factory.mktemp("redis")) as (_, port):
         yield TestStores(url, f"redis://127.0.0.1:{port}")
 
@@ -139,7 +139,7 @@ StartGateway = Callable[..., RunningGateway]
 
 @pytest.fixture
 def start_gateway(stores: TestStores) -> Iterator[StartGateway]:
-    """`start_gateway(backend, …, NAME="value")`: a gateway in this process before these played backends, in this order."""
+    """`start_gateway(backend, …, NAME="value")`: a gateway in this process in front of these backends, in this order."""
     with _starting(stores) as start:
         yield start
 
@@ -163,7 +163,7 @@ def _starting(stores: TestStores) -> Iterator[StartGateway]:
 
 @pytest.fixture
 def alpha() -> Iterator[FakeBackend]:
-    """The first backend of most stories."""
+    """The first backend of most tests."""
     with FakeBackend(models=["llama3.2:latest"], name="alpha") as backend:
         yield backend
 
@@ -177,12 +177,12 @@ def beta() -> Iterator[FakeBackend]:
 
 @pytest.fixture(scope="session")
 def take_browser() -> Iterator[Callable[[], AbstractContextManager[Browser]]]:
-    with chromium_for_all() as found:
+    with shared_chromium() as found:
         yield found
 
 
 @pytest.fixture
 def browser(take_browser: Callable[[], AbstractContextManager[Browser]]) -> Iterator[Browser]:
-    """Named last by the tests: its own loop is in the way of fixtures that run one."""
+    """Must be the last fixture of a test: its event loop prevents later fixtures from running their own."""
     with take_browser() as found:
         yield found

@@ -25,7 +25,7 @@ from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import add_key, ago, billed, row, sql, write
 from tests.support.chat_requests import MODEL, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.content import Asked, prompt_tokens
+from tests.support.fake_backend.content import Json, prompt_tokens
 from tests.support.fake_backend.scripts import answer, recording, stream
 from tests.support.running_gateway import RunningGateway
 from tests.system.test_conservation import settled_today
@@ -177,7 +177,7 @@ class PrefixCache:
     def __init__(self) -> None:
         self._last: list[Any] = []
 
-    def __call__(self, asked: Asked) -> int:
+    def __call__(self, asked: Json) -> int:
         messages = asked["messages"]
         same = next((n for n, pair in enumerate(zip(messages, self._last, strict=False)) if pair[0] != pair[1]), None)
         again = messages[: len(self._last) if same is None else same]

@@ -28,7 +28,7 @@ from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
-from tests.support.store_dump import all_of_postgresql, all_of_redis
+from tests.support.store_dump import dump_postgres, dump_redis
 
 CHARACTERS = st.characters(codec="utf-8")
 IN_ANY_KEY = st.sampled_from(sorted(key_format.ALPHABET | {"_"}))
@@ -306,9 +306,9 @@ def test_a_key_is_stored_as_a_hash_alone(start_gateway: StartGateway, stores: Te
     hashes = [row["hash"] for row in sql(stores.database_url, "SELECT hash FROM secrets")]
     assert len(hashes) == 2 and all(stored.startswith("$argon2id$v=19$m=64,t=1,p=1$") for stored in hashes)
     gateway.audit_rows()
-    stored = all_of_postgresql(stores)
+    stored = dump_postgres(stores)
     assert "mine" in stored
-    kept = all_of_redis(stores)
+    kept = dump_redis(stores)
     assert "mine" in kept
     for key in (old, new, wrong):
         for part in (key, key.split("_")[2], key.split("_")[2][: -key_format.CHECKSUM_CHARACTERS]):

@@ -8,7 +8,19 @@ import pytest
 from tests.conftest import StartGateway
 from tests.support.chat_requests import WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.scripts import FAULTS, Close, End, Forever, Head, Piece, Raw, Step, answer, kind_of, recording
+from tests.support.fake_backend.scripts import (
+    FAULTS,
+    Close,
+    End,
+    Forever,
+    Head,
+    Piece,
+    Raw,
+    Step,
+    answer,
+    content_type_of,
+    recording,
+)
 
 MODELS = ["llama3.2:latest"]
 
@@ -68,7 +80,7 @@ def test_what_frames_a_body_without_end_or_in_two_ways_is_no_answer(
 ) -> None:
     """Long before any timeout: the bytes of a chunk's extension are no sign of life."""
     gateway = start_gateway(alpha, beta)
-    kind = [("Content-Type", kind_of(way.dialect, way.streamed))]
+    kind = [("Content-Type", content_type_of(way.dialect, way.streamed))]
     framing: list[Step] = [Head(200, kind, chunked=True), Raw(EXTENSION), Forever()]
     alpha.play(way.path, framing if fault == "cut_short" else [Raw(TWO_LENGTHS), Close()])
     assert way.ask(gateway, gateway.key()) == "beta heard: Say hi"
@@ -83,7 +95,7 @@ def test_framing_without_end_ends_an_answer_that_has_begun(start_gateway: StartG
     whole = recording(name)
     first, rest = whole[: len(whole) // 2], whole[len(whole) // 2 :]
     within = [Raw(b"%x;%b\r\n%b\r\n" % (len(part), b"x" * 200_000, part)) for part in (first, rest)]
-    begun: list[Step] = [Head(200, [("Content-Type", kind_of(way.dialect, True))], chunked=True), Piece(first)]
+    begun: list[Step] = [Head(200, [("Content-Type", content_type_of(way.dialect, True))], chunked=True), Piece(first)]
     with gateway.http(gateway.key()) as client:
         alpha.play(way.path, [begun[0], *within, End()])
         assert client.post(way.path, json=way.body).content.count(b"error") == 0

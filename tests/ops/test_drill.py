@@ -26,7 +26,7 @@ from tests.support.audit_rows import in_database
 from tests.support.gateway_settings import QUICK
 from tests.support.processes import environment, operate, until
 from tests.support.redis_server import server
-from tests.support.store_dump import all_of_postgresql
+from tests.support.store_dump import dump_postgres
 
 LONGEST_S = 120
 # What stands in the way of a promise, run in each process of the drill before the gateway's own code; and whose lines see it.
@@ -256,7 +256,7 @@ def test_this_gateway_keeps_its_promises_and_nothing_stays(stores: TestStores, t
     with stores.client() as redis:
         assert [name for name in redis.scan_iter("nz*") if b"drill" in name] == []
     assert states_of_keys(stores, tmp_path) == {"revoked"}
-    assert all_of_postgresql(stores).count("drill-sound") > 100
+    assert dump_postgres(stores).count("drill-sound") > 100
     in_database(stores.database_url, nothing_of_it_is_taken_for_traffic)
 
 

@@ -24,7 +24,7 @@ from gateway.proxy import passthrough
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fork_server import Preloaded
+from tests.support.fork_server import ForkServer
 from tests.support.processes import environment
 from tests.support.running_gateway import RunningGateway
 
@@ -162,10 +162,10 @@ def shell(known: dict[str, str]) -> Iterator[Run]:
 
 @contextmanager
 def python(known: dict[str, str]) -> Iterator[Run]:
-    with Preloaded("requests", "openai", "ollama") as preloaded:
+    with ForkServer("requests", "openai", "ollama") as preloaded:
 
         def run(sample: str) -> tuple[int, str]:
-            done = preloaded.run("", (), Path(), known, said=sample)
+            done = preloaded.run("", (), Path(), known, stdin=sample)
             return done.returncode, done.stdout + (done.stderr if done.returncode else "")
 
         yield run

@@ -1,4 +1,4 @@
-"""Known vulnerabilities of the pinned runtime dependencies; says so and goes on where the service can't be reached."""
+"""Checks the pinned runtime dependencies for known vulnerabilities; passes with a message if the service is unreachable."""
 
 import subprocess
 import sys
@@ -13,14 +13,14 @@ def main() -> int:
     except subprocess.TimeoutExpired:
         print("pip-audit: the advisory service did not answer in two minutes; going on without it")
         return 0
-    told = done.stdout + done.stderr
-    if done.returncode and any(word in told for word in UNREACHABLE):
+    output = done.stdout + done.stderr
+    if done.returncode and any(word in output for word in UNREACHABLE):
         print("pip-audit: the advisory service can't be reached; going on without it")
         return 0
-    if not done.returncode and "could not be audited" in told:
-        print(f"pip-audit: the advisory service knows nothing of {told.count('could not be audited')} packages; going on")
+    if not done.returncode and "could not be audited" in output:
+        print(f"pip-audit: the advisory service knows nothing of {output.count('could not be audited')} packages; going on")
         return 0
-    print(told.strip())
+    print(output.strip())
     return done.returncode
 
 

@@ -1,4 +1,4 @@
-"""Rows of the audit for tests, written as the gateway writes them, and a database to write them to."""
+"""Audit rows for tests, written as the gateway writes them, and a database to write them to."""
 
 import asyncio
 import uuid
@@ -54,9 +54,9 @@ def row(at: datetime, **changes: Any) -> dict[str, Any]:
 
 
 def billed(row: dict[str, Any]) -> int:
-    """What a row was counted for."""
-    told = row["billed_tokens"]
-    return int(row["prompt_tokens"] + row["completion_tokens"] if told is None else told)
+    """The tokens that a row is billed for."""
+    billed_tokens = row["billed_tokens"]
+    return int(row["prompt_tokens"] + row["completion_tokens"] if billed_tokens is None else billed_tokens)
 
 
 def packed(rows: list[dict[str, Any]]) -> list[bytes]:
@@ -88,7 +88,7 @@ def write_prompts(url: str, prompts: list[dict[str, Any]], keep: timedelta) -> N
 
 
 def sql(url: str, *statements: str) -> list[Any]:
-    """Carried out one after the other, past the gateway; the first column of what the last one found."""
+    """Runs the statements one after the other, without the gateway; returns the first column of the last one's rows."""
 
     async def run() -> list[Any]:
         connection = await asyncpg.connect(url)
@@ -101,7 +101,7 @@ def sql(url: str, *statements: str) -> list[Any]:
 
 
 def add_key(url: str, key_id: str, name: str = "", *, more: str = "") -> None:
-    """As they are made, each with a secret of the same id; `more` are assignments of other columns."""
+    """A key with a secret of the same id; `more` assigns other columns."""
     sql(url, f"INSERT INTO keys (id, name) VALUES ('{key_id}', '{name or key_id}')")
     sql(url, f"INSERT INTO secrets (id, key_id, hash) VALUES ('{key_id}', '{key_id}', '')")
     if more:

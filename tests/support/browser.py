@@ -1,4 +1,4 @@
-"""A real Chromium for the pages, where the machine has one; what goes wrong in a page fails the test that did not expect it."""
+"""A real Chromium for the pages, where the machine has one; an unexpected error in a page fails its test."""
 
 import asyncio
 import re
@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
-# An error box that a visitor sees is as bad as one in the console: there it is told.
+# A visible error box counts as an error: it is written to the console.
 BOXES = """
 const shown = new WeakMap();
 new MutationObserver(() => {
@@ -25,16 +25,17 @@ new MutationObserver(() => {
 
 
 @contextmanager
-def chromium_for_all() -> Iterator[Callable[[], AbstractContextManager[Browser]]]:
-    """One for many tests, which take it in hand one after the other and leave no page in it.
+def shared_chromium() -> Iterator[Callable[[], AbstractContextManager[Browser]]]:
+    """One browser for many tests. Each takes it for a while; its pages are closed afterwards.
 
-    Playwright's loop counts as running in this thread from its start on; while no test has the browser, others may run theirs.
+    Playwright's event loop counts as running in this thread from its start; it is hidden while no test has the browser,
+    so that other tests can run their own.
     """
     with _chromium() as browser:
         loop = asyncio.get_running_loop()
 
         @contextmanager
-        def in_hand() -> Iterator[Browser]:
+        def take() -> Iterator[Browser]:
             asyncio._set_running_loop(loop)
             try:
                 yield browser
@@ -46,7 +47,7 @@ def chromium_for_all() -> Iterator[Callable[[], AbstractContextManager[Browser]]
 
         asyncio._set_running_loop(None)
         try:
-            yield in_hand
+            yield take
         finally:
             asyncio._set_running_loop(loop)
 
@@ -70,28 +71,31 @@ def page_of(
 ) -> Iterator[Page]:
     """A page of a fresh visitor.
 
-    Errors, warnings, dialogs and error boxes fail the test, except those in which one of the regular expressions `expecting` is
-    found; each of these must be met.
+    Errors, warnings, dialogs and error boxes fail the test unless one of the regular expressions in `expecting` matches; each
+    of these must match at least once.
     """
     wide, high = WIDTHS[width]
     context = browser.new_context(viewport={"width": wide, "height": high}, color_scheme=scheme, locale="en-US")  # type: ignore[arg-type]
     page = context.new_page()
     page.set_default_timeout(10_000)
     page.add_init_script(BOXES)
-    wrong: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-    page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}") if said.type in ("error", "warning") else None)
-    page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+    page.on(
+        "console",
+        lambda message: problems.append(f"{message.type}: {message.text}") if message.type in ("error", "warning") else None,
+    )
+    page.on("dialog", lambda dialog: problems.append(f"dialog: {dialog.message}"))
     try:
         yield page
-        # What has happened in the page is heard before an answer of it.
+        # Events of the page arrive before the answer to this.
         page.evaluate("0")
     except BaseException as failed:
-        failed.add_note(f"said by the page: {wrong}")
+        failed.add_note(f"reported by the page: {problems}")
         raise
     finally:
         context.close()
-    unexpected = [line for line in wrong if not any(re.search(pattern, line) for pattern in expecting)]
-    assert unexpected == [], f"the page said what nobody expected: {unexpected}"
-    missed = [pattern for pattern in expecting if not any(re.search(pattern, line) for line in wrong)]
-    assert missed == [], f"the page did not say {missed}; it said {wrong}"
+    unexpected = [line for line in problems if not any(re.search(pattern, line) for pattern in expecting)]
+    assert unexpected == [], f"unexpected reports of the page: {unexpected}"
+    missed = [pattern for pattern in expecting if not any(re.search(pattern, line) for line in problems)]
+    assert missed == [], f"the page did not report {missed}; it reported {problems}"

@@ -1,4 +1,4 @@
-"""One question in every dialect and form, asked through the official clients."""
+"""One chat request in both dialects, streamed and whole, sent through the official clients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SAY_HI: Any = [{"role": "user", "content": "Say hi"}]
 
 @dataclass(frozen=True)
 class Way:
-    """How a question travels: dialect, streamed or whole."""
+    """Its dialect, and whether the answer is streamed."""
 
     dialect: Literal["ollama", "openai"]
     streamed: bool

@@ -1,4 +1,4 @@
-"""Databases for the tests of a run."""
+"""Databases for the tests."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ LONGEST_S = 30.0
 
 
 class Databases:
-    """Makes and drops them, on one connection in a thread of its own: a test may have a loop."""
+    """Creates and drops them, on one connection in its own thread, as a test may run an event loop."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -30,8 +30,8 @@ class Databases:
         self._loop.close()
 
     def create(self, name: str, *, template: str = "") -> str:
-        """The new database's address."""
-        # Whole files are copied in half the time that their pages take through the log.
+        """The URL of the new database."""
+        # Copying files takes half the time of copying pages through the write-ahead log.
         copied = f" TEMPLATE {template} STRATEGY file_copy" if template else ""
         self._do(self._connection.execute(f"CREATE DATABASE {name}{copied}"))
         return self._url.replace("/gateway?", f"/{name}?")

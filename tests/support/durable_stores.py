@@ -1,4 +1,4 @@
-"""Stores of a test's own, which it may stop, freeze and start again."""
+"""A PostgreSQL and a Redis for one test, which may stop, freeze and restart them."""
 
 import os
 import shutil
@@ -22,11 +22,10 @@ from gateway.ops.local.servers import (
 from gateway.stores import migrations
 from tests.support import memory_folder
 from tests.support.gateway_settings import settings_for
-from tests.support.processes import until
 
 
-class OwnStores:
-    """Durable ones, as in a deployment: PostgreSQL with fsync, Redis with an append-only file."""
+class DurableStores:
+    """Durable as in a deployment: PostgreSQL with fsync, Redis with an append-only file."""
 
     __test__ = False
 
@@ -66,11 +65,11 @@ class OwnStores:
 
 
 @contextmanager
-def own_stores() -> Iterator[OwnStores]:
+def durable_stores() -> Iterator[DurableStores]:
     folder = memory_folder.new_folder()
-    stores: OwnStores | None = None
+    stores: DurableStores | None = None
     try:
-        stores = OwnStores(folder)
+        stores = DurableStores(folder)
         for server in (stores.redis, stores.postgres):
             stores.start(server)
         migrate(stores.database_url)
@@ -89,6 +88,3 @@ def migrate(url: str) -> None:
             await migrations.migrate(database, lambda _: None)
 
     asyncio.run(run())
-
-
-__all__ = ["OwnStores", "own_stores", "until"]

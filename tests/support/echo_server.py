@@ -1,4 +1,4 @@
-"""A small application behind the gateway's own HTTP protocol, on a real port: it says what it was asked."""
+"""A small application behind the gateway's HTTP protocol, on a real port: it answers with what it received."""
 
 import asyncio
 import json
@@ -16,10 +16,10 @@ from gateway.edge.protocol import Protocol
 
 
 class EchoServer:
-    """`with EchoServer() as echo:` — answers each request with JSON of its method, path, header names and body.
+    """`with EchoServer() as echo:` — answers each request with its method, path, header names and body as JSON.
 
-    `/wait/S` does so after S seconds, or leaves its target in `gone` where the client left before; `/stream` answers in three
-    pieces without a length, `/stream/S` with S seconds between them; `/ignore` does not read the body.
+    `/wait/S` waits S seconds first; if the client leaves meanwhile, the target is added to `gone`. `/stream` answers in three
+    pieces without a length, `/stream/S` with S seconds between them. `/ignore` does not read the body.
     """
 
     def __init__(self, most_connections: int | None = None) -> None:
@@ -47,12 +47,12 @@ class EchoServer:
         return connection
 
     def send_little_at_once(self) -> None:
-        """The system holds little of what clients that come from now on do not read."""
+        """New connections get a small send buffer, so that a client that does not read soon blocks the server."""
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     @property
     def held_bytes(self) -> int:
-        """Of requests that wait behind answers."""
+        """The size of the requests that wait for earlier answers."""
         return self._places.held
 
     @property
@@ -103,8 +103,8 @@ class EchoServer:
             await send({"type": "http.response.body", "body": b""})
             return
         names = [name.decode() for name, _ in scope["headers"]]
-        heard = {"method": scope["method"], "path": scope["path"], "headers": names, "body": body.decode("latin-1")}
-        await _send(send, 200, heard)
+        echo = {"method": scope["method"], "path": scope["path"], "headers": names, "body": body.decode("latin-1")}
+        await _send(send, 200, echo)
 
     async def _client_leaves(self, scope: Any) -> bool:
         left = asyncio.Event()

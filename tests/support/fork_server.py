@@ -1,6 +1,6 @@
-"""Python processes that need not import the world anew: forked off one that has, else they are as any other.
+"""Runs short Python processes by forking a process that has already imported their modules.
 
-A process of a second is one of a tenth; its interpreter's own start is what it does not show.
+This takes a tenth of a second instead of a whole one; only the start of the interpreter itself is not covered.
 """
 
 import atexit
@@ -22,9 +22,9 @@ from tests.support.project import PROJECT
 GATEWAY = ("gateway.ops.main",)
 
 
-class Preloaded:
+class ForkServer:
     def __init__(self, *modules: str) -> None:
-        self._asking, served = socket.socketpair()
+        self._requests, served = socket.socketpair()
         self._lock = threading.Lock()
         with served:
             self._process = subprocess.Popen(
@@ -43,51 +43,51 @@ class Preloaded:
 
     def end(self) -> None:
         atexit.unregister(self.end)
-        self._asking.close()
+        self._requests.close()
         self._process.wait(10)
 
     def run(
         self,
         module: str,
-        words: Sequence[str],
+        arguments: Sequence[str],
         folder: Path,
-        names: Mapping[str, str],
+        environment: Mapping[str, str],
         *,
-        said: str = "",
+        stdin: str = "",
         timeout_s: float = 30.0,
     ) -> "subprocess.CompletedProcess[str]":
-        """As subprocess.run does `python -m MODULE WORD…`; without a module what is `said` to it is its program."""
+        """Like subprocess.run of `python -m MODULE ARGUMENT…`; without a module, `stdin` is the program."""
         with (
-            tempfile.TemporaryFile("w+") as heard,
-            tempfile.TemporaryFile("w+", newline="") as out,
-            tempfile.TemporaryFile("w+", newline="") as wrong,
+            tempfile.TemporaryFile("w+") as input_file,
+            tempfile.TemporaryFile("w+", newline="") as output_file,
+            tempfile.TemporaryFile("w+", newline="") as error_file,
         ):
-            heard.write(said)
-            heard.seek(0)
-            asked = {"module": module, "words": list(words), "folder": str(folder), "names": dict(names)}
-            status = self._status(asked, [file.fileno() for file in (heard, out, wrong)], timeout_s)
-            out.seek(0)
-            wrong.seek(0)
-            return subprocess.CompletedProcess(list(words), status, out.read(), wrong.read())
+            input_file.write(stdin)
+            input_file.seek(0)
+            request = {"module": module, "arguments": list(arguments), "folder": str(folder), "environment": dict(environment)}
+            status = self._status(request, [file.fileno() for file in (input_file, output_file, error_file)], timeout_s)
+            output_file.seek(0)
+            error_file.seek(0)
+            return subprocess.CompletedProcess(list(arguments), status, output_file.read(), error_file.read())
 
-    def _status(self, asked: Mapping[str, object], standard: list[int], timeout_s: float) -> int:
-        told, telling = socket.socketpair()
-        with told:
-            with telling, self._lock:
-                line = json.dumps(asked).encode() + b"\n"
-                sent = socket.send_fds(self._asking, [line], [*standard, telling.fileno()])
-                self._asking.sendall(line[sent:])
-            told.settimeout(timeout_s)
-            with told.makefile("rb") as lines:
+    def _status(self, request: Mapping[str, object], standard: list[int], timeout_s: float) -> int:
+        reports, reporting = socket.socketpair()
+        with reports:
+            with reporting, self._lock:
+                line = json.dumps(request).encode() + b"\n"
+                sent = socket.send_fds(self._requests, [line], [*standard, reporting.fileno()])
+                self._requests.sendall(line[sent:])
+            reports.settimeout(timeout_s)
+            with reports.makefile("rb") as lines:
                 process = int(lines.readline())
                 try:
                     return int(lines.readline())
                 except TimeoutError as late:
                     os.kill(process, signal.SIGKILL)
-                    raise subprocess.TimeoutExpired(str(asked["words"]), timeout_s) from late
+                    raise subprocess.TimeoutExpired(str(request["arguments"]), timeout_s) from late
 
 
 @cache
-def gateway() -> Preloaded:
-    """For the command line."""
-    return Preloaded(*GATEWAY)
+def gateway() -> ForkServer:
+    """For the gateway's command line."""
+    return ForkServer(*GATEWAY)

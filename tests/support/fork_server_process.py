@@ -1,4 +1,4 @@
-"""A Python that has imported what many short processes need, and forks off each that is asked for (see preloaded.py)."""
+"""The process of a fork server: imports modules once, then forks a child for each request (see fork_server.py)."""
 
 import atexit
 import gc
@@ -15,16 +15,16 @@ from typing import Any, NoReturn
 FDS = 4
 
 
-def main(asking: socket.socket, modules: list[str]) -> None:
-    """Until who asks is gone."""
+def main(requests: socket.socket, modules: list[str]) -> None:
+    """Serves until the other side closes the connection."""
     for module in modules:
         import_module(module)
     gc.freeze()
-    while (received := receive(asking)) is not None:
-        asked, fds = received
+    while (received := receive(requests)) is not None:
+        request, fds = received
         if os.fork() == 0:
-            asking.close()
-            watch(asked, fds)
+            requests.close()
+            watch(request, fds)
         for fd in fds:
             os.close(fd)
         bury(os.WNOHANG)
@@ -37,45 +37,45 @@ def bury(how: int) -> None:
             pass
 
 
-def receive(asking: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    data, fds, _, _ = socket.recv_fds(asking, 1 << 16, FDS)
+def receive(requests: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    data, fds, _, _ = socket.recv_fds(requests, 1 << 16, FDS)
     while data and not data.endswith(b"\n"):
-        data += asking.recv(1 << 16)
+        data += requests.recv(1 << 16)
     return (json.loads(data), fds) if data else None
 
 
-def watch(asked: dict[str, Any], fds: list[int]) -> NoReturn:
-    """Tells who asked of one process: its number when it begins, its status when it has ended."""
-    *standard, told = fds
+def watch(request: dict[str, Any], fds: list[int]) -> NoReturn:
+    """Runs one child; reports its process id when it starts and its exit status when it has ended."""
+    *standard, reports = fds
     process = os.fork()
     if process == 0:
-        os.close(told)
-        become(asked, standard)
+        os.close(reports)
+        become(request, standard)
     for fd in standard:
         os.close(fd)
-    os.write(told, b"%d\n" % process)
+    os.write(reports, b"%d\n" % process)
     _, status = os.waitpid(process, 0)
-    os.write(told, b"%d\n" % os.waitstatus_to_exitcode(status))
+    os.write(reports, b"%d\n" % os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 
-def become(asked: dict[str, Any], standard: list[int]) -> NoReturn:
+def become(request: dict[str, Any], standard: list[int]) -> NoReturn:
     for number, fd in enumerate(standard):
         os.dup2(fd, number)
         os.close(fd)
-    os.chdir(asked["folder"])
+    os.chdir(request["folder"])
     os.environ.clear()
-    os.environ.update(asked["names"])
-    sys.argv = ["-", *asked["words"]]
+    os.environ.update(request["environment"])
+    sys.argv = ["-", *request["arguments"]]
     try:
-        run(asked["module"])
+        run(request["module"])
         status = 0
     except SystemExit as ended:
         status = status_of(ended)
-    except BaseException:  # noqa: BLE001 as an interpreter tells of it
+    except BaseException:  # noqa: BLE001 as the interpreter prints it
         traceback.print_exc()
         status = 1
-    # What was imported need not be taken apart.
+    # Skips the interpreter's finalisation, which takes time and changes nothing here.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

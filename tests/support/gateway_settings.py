@@ -1,4 +1,4 @@
-"""Settings for tests: cheap argon2, short times, the given backends in their order."""
+"""Settings for tests: cheap argon2, short timeouts, and the given backends in their order."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ QUICK = {
 
 
 def environment_for(*backends: Any, **names: str) -> dict[str, str]:
-    """A backend is a played one, or a dict as in OLLAMA_BACKENDS."""
+    """Each backend is a FakeBackend or a dict as in OLLAMA_BACKENDS."""
     entries = [backend if isinstance(backend, dict) else entry_of(backend) for backend in backends]
     listed = {"OLLAMA_BACKENDS": json.dumps(entries)} if entries else {}
     return {**QUICK, **listed, **names}

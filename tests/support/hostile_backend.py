@@ -1,6 +1,6 @@
-"""A backend that does whatever harms, at full speed, from a process of its own: it prints its port.
+"""A backend that sends harmful answers at full speed. It runs as its own process and prints its port.
 
-What it does stands in the prompt. Nothing that it sends is endless: some megabytes, then silence until the peer leaves.
+The prompt names the behaviour. No answer is endless: some megabytes, then silence until the client leaves.
 """
 
 import gzip
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 MODEL = "hostile:latest"
 BLOCK = 256 * 1024
 SILENCE_S = 20.0
-Doing = Callable[[bool, bool], Iterator[bytes]]
+Behaviour = Callable[[bool, bool], Iterator[bytes]]
 
 FRAME = {
     True: b'{"model":"m","message":{"role":"assistant","content":"x"},"done":false}\n',
@@ -35,7 +35,7 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def good(native: bool, streamed: bool) -> bytes:
+def good_answer(native: bool, streamed: bool) -> bytes:
     return FRAME[native] + LAST[native] if streamed else WHOLE[native]
 
 
@@ -45,38 +45,38 @@ def flood(piece: bytes, size: int = 3 * 2**19) -> Iterator[bytes]:
         yield block
 
 
-def sends(*pieces: bytes) -> Doing:
-    def doing(native: bool, streamed: bool) -> Iterator[bytes]:
+def sends(*pieces: bytes) -> Behaviour:
+    def behaviour(native: bool, streamed: bool) -> Iterator[bytes]:
         yield from pieces
 
-    return doing
+    return behaviour
 
 
-def floods(beginning: bytes, piece: bytes, size: int = 3 * 2**19) -> Doing:
-    def doing(native: bool, streamed: bool) -> Iterator[bytes]:
+def floods(beginning: bytes, piece: bytes, size: int = 3 * 2**19) -> Behaviour:
+    def behaviour(native: bool, streamed: bool) -> Iterator[bytes]:
         yield beginning
         yield from flood(piece, size)
 
-    return doing
+    return behaviour
 
 
-def with_good(form: Callable[[bytes], bytes]) -> Doing:
-    """A good answer in a bad form."""
+def with_good(form: Callable[[bytes], bytes]) -> Behaviour:
+    """A correct answer in a wrong form."""
 
-    def doing(native: bool, streamed: bool) -> Iterator[bytes]:
-        yield form(good(native, streamed))
+    def behaviour(native: bool, streamed: bool) -> Iterator[bytes]:
+        yield form(good_answer(native, streamed))
 
-    return doing
+    return behaviour
 
 
-def after_first(more: Callable[[bool], Iterator[bytes]]) -> Doing:
-    """A good first frame, then something else."""
+def after_first(more: Callable[[bool], Iterator[bytes]]) -> Behaviour:
+    """A correct first frame, then something else."""
 
-    def doing(native: bool, streamed: bool) -> Iterator[bytes]:
+    def behaviour(native: bool, streamed: bool) -> Iterator[bytes]:
         yield CHUNKED + chunk(FRAME[native] if streamed else b" ")
         yield from more(native)
 
-    return doing
+    return behaviour
 
 
 def sized(data: bytes, size: int | None = None, more: bytes = b"") -> bytes:
@@ -84,7 +84,7 @@ def sized(data: bytes, size: int | None = None, more: bytes = b"") -> bytes:
 
 
 def tiny_lists(native: bool, streamed: bool) -> Iterator[bytes]:
-    """Millions of lists, in a field that nobody reads: as a whole answer, or as one frame."""
+    """Millions of lists in a field that nobody reads, as a whole answer or as one frame."""
     size = 6 * 2**20 if streamed else 12 * 2**20
     end = b'[]],"done":true,"message":{"content":"x"},"choices":[{"message":{"content":"x"}}]}'
     yield CHUNKED + chunk(b'{"x":[' if native or not streamed else b'data: {"x":[')
@@ -104,12 +104,12 @@ def good_frames(native: bool) -> Iterator[bytes]:
 
 def trickled(native: bool, streamed: bool) -> Iterator[bytes]:
     yield CHUNKED
-    for byte in good(native, streamed) * 3:
+    for byte in good_answer(native, streamed) * 3:
         yield chunk(bytes([byte]))
         time.sleep(0.1)
 
 
-BEHAVIOURS: dict[str, Doing] = {
+BEHAVIOURS: dict[str, Behaviour] = {
     "silence": sends(),
     "half a status line": sends(b"HTTP/1.1 2"),
     "no HTTP": sends(b"220 mail.example ESMTP\r\n"),
@@ -167,11 +167,11 @@ BEHAVIOURS: dict[str, Doing] = {
     "two answers": with_good(lambda data: sized(data) * 2),
     "line ends of Macintosh": with_good(lambda data: sized(data).replace(b"\r\n", b"\r")),
 }
-ALONE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
+USAGE_ONLY = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
 LONG_CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"x%b"}}],"a":[%b],"usage":%b}\n\n'
-# Streams of the OpenAI dialect, for a caller who did not ask for the counts in them.
-COUNTS: dict[str, Doing] = {
-    "many counts": after_first(lambda native: iter([chunk(ALONE * 2000)] * 25)),
+# Streams of the OpenAI dialect with token counts that the caller did not ask for.
+COUNTS: dict[str, Behaviour] = {
+    "many counts": after_first(lambda native: iter([chunk(USAGE_ONLY * 2000)] * 25)),
     "counts in a row": after_first(lambda native: iter([chunk(b'data: {"usage":1}\n\r' * 400_000 + b"\n\n")] * 2)),
     "counts in words": after_first(
         lambda native: iter([chunk(LONG_CHUNK % (b',\\"usage\\": ' * 600_000, b"", b'{"a":1}'))] * 4)
@@ -208,9 +208,9 @@ class Handler(socketserver.StreamRequestHandler):
         if path in LISTS:
             self.wfile.write(sized(json.dumps(LISTS[path]).encode()))
             return True
-        asked = json.loads(body)
-        doing = {**BEHAVIOURS, **COUNTS}[asked["messages"][-1]["content"]]
-        for piece in doing(path.startswith("/api/"), asked.get("stream") is True):
+        fields = json.loads(body)
+        behaviour = {**BEHAVIOURS, **COUNTS}[fields["messages"][-1]["content"]]
+        for piece in behaviour(path.startswith("/api/"), fields.get("stream") is True):
             self.request.sendall(piece)
         return True
 

@@ -1,4 +1,4 @@
-"""A folder for servers that need not outlive a run: in memory where that has room, as a database is three hundred files."""
+"""A folder for the servers of a test run: in memory if there is enough, because a database has three hundred files."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ def new_folder() -> Path:
     if place:
         _remove_left_over(place)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
-    # The servers of root are another user's.
+    # Root's servers run as another user, who must be able to enter.
     folder.chmod(0o711)
     return folder
 
@@ -31,7 +31,7 @@ def _is_usable(place: Path) -> bool:
 
 
 def _remove_left_over(place: Path) -> None:
-    """What runs that were killed have left: memory, after all."""
+    """Removes what killed runs have left, as it takes up memory."""
     for folder in place.glob(f"{PREFIX}*"):
         with suppress(OSError):
             if folder.stat().st_mtime < time.time() - LEFT_OVER_S and not stores.is_running(folder):

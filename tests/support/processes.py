@@ -1,4 +1,4 @@
-"""Gateways as processes of their own, as operators start them."""
+"""Gateways in their own processes, as operators start them."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def serving(
     new_group: bool = False,
     entry: Sequence[str] = ("-m", "gateway"),
 ) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
-    """The process, its address, and the file with all it has said."""
+    """The process, its URL, and the file with its output."""
     port = free_port()
     log = folder / f"{verb}-{port}.log"
     named = {**names, "GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_BIND_PORT": str(port)}
@@ -62,7 +62,7 @@ def serving(
 
 
 def operate(folder: Path, names: dict[str, str], *words: str) -> str:
-    """What a verb of the command line prints."""
+    """The output of a command."""
     done = fork_server.gateway().run("gateway", words, folder, environment(names))
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,4 @@
-"""Many clients of every kind: some read all, some leave before the head, in the middle, or before they have asked."""
+"""Clients with random behaviour: some read the whole answer, others leave before it, within it, or within their request."""
 
 import asyncio
 import json
@@ -11,8 +11,8 @@ from typing import Literal
 
 from tests.support.chat_requests import WAYS, Way
 
-Manner = Literal["reads", "leaves at once", "leaves while waiting", "leaves in the middle", "sends half"]
-MANNERS: list[Manner] = [
+Behaviour = Literal["reads", "leaves at once", "leaves while waiting", "leaves in the middle", "sends half"]
+BEHAVIOURS: list[Behaviour] = [
     "reads",
     "reads",
     "reads",
@@ -25,20 +25,20 @@ PATIENCE_S = 60.0
 
 
 @dataclass
-class Crowd:
-    """`ends` counts what clients saw: a status, `complete` answers among the 200s, `cut` ones, `error` frames, `left`."""
+class RandomClients:
+    """`ends` counts what clients saw: each status; of the answers with 200 `complete`, `cut` and `error`; and `left`."""
 
     key: str
-    chance: random.Random
-    manners: Sequence[Manner] = tuple(MANNERS)
+    rng: random.Random
+    behaviours: Sequence[Behaviour] = tuple(BEHAVIOURS)
     sent: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     whole: set[str] = field(default_factory=set)
     took_s: list[float] = field(default_factory=list)
 
     async def ask(self, url: str) -> None:
-        chosen: Manner = self.chance.choice(self.manners)
-        way = self.chance.choice(WAYS)
+        chosen: Behaviour = self.rng.choice(self.behaviours)
+        way = self.rng.choice(WAYS)
         number = f"crowd-{uuid.uuid4().hex}"
         self.sent += 1
         host, port = url.removeprefix("http://").split(":")
@@ -60,20 +60,20 @@ class Crowd:
             writer.close()
 
     async def _converse(
-        self, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], manner: Manner, way: Way, number: str
+        self, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], behaviour: Behaviour, way: Way, number: str
     ) -> None:
         reader, writer = connection
         body = json.dumps({**way.body, "max_tokens": 20, "options": {"num_predict": 20}}).encode()
         head = f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.key}\r\nX-Request-ID: {number}\r\n"
         head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + (body[:10] if manner == "sends half" else body))
+        writer.write(head.encode() + (body[:10] if behaviour == "sends half" else body))
         await writer.drain()
-        if manner in ("leaves at once", "sends half"):
+        if behaviour in ("leaves at once", "sends half"):
             self.ends["left"] += 1
-        elif manner == "leaves while waiting":
-            await asyncio.sleep(self.chance.random() * 0.03)
+        elif behaviour == "leaves while waiting":
+            await asyncio.sleep(self.rng.random() * 0.03)
             self.ends["left"] += 1
-        elif manner == "leaves in the middle":
+        elif behaviour == "leaves in the middle":
             await reader.read(300)
             self.ends["left"] += 1
         else:
@@ -97,7 +97,7 @@ class Crowd:
             self.ends["cut"] += 1
 
 
-async def gather_crowd(crowd: Crowd, urls: list[str], requests: int, at_once: int) -> None:
+async def run_clients(crowd: RandomClients, urls: list[str], requests: int, at_once: int) -> None:
     gate = asyncio.Semaphore(at_once)
 
     async def one(number: int) -> None:

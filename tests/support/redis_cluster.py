@@ -1,4 +1,4 @@
-"""A Redis cluster of three primaries on loopback, of the same server that the stores of a test use."""
+"""A Redis cluster of three primaries on the loopback interface."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ NODES = 3
 
 @contextmanager
 def redis_cluster(folder: Path) -> Iterator[list[int]]:
-    """The ports of its nodes."""
+    """Yields the ports of its nodes."""
     with ExitStack() as stack:
         ports = []
         for number in range(NODES):
@@ -38,8 +38,8 @@ def redis_cluster(folder: Path) -> Iterator[list[int]]:
 
 
 def is_whole(client: Any) -> bool:
-    told = client.execute_command("CLUSTER INFO")
-    return bool(told["cluster_state"] == "ok" and int(told["cluster_known_nodes"]) == NODES)
+    state = client.execute_command("CLUSTER INFO")
+    return bool(state["cluster_state"] == "ok" and int(state["cluster_known_nodes"]) == NODES)
 
 
 def url_of(ports: list[int]) -> str:
@@ -52,7 +52,7 @@ def holds(client: Any, slot: int) -> bool:
 
 
 def move_slot(clients: Sequence[Any], slot: int, target: int) -> None:
-    """As `redis-cli --cluster reshard` does it: both ends told, keys carried over, all told."""
+    """Like `redis-cli --cluster reshard`: prepares both nodes, moves the keys, then informs all nodes."""
     ids = [client.execute_command("CLUSTER MYID") for client in clients]
     source = next(n for n, client in enumerate(clients) if holds(client, slot))
     if source == target:

@@ -1,4 +1,4 @@
-"""A Redis, or a Sentinel, of a test's own on a TCP port."""
+"""A Redis or a Sentinel for one test, on a TCP port."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""A gateway that serves on a real port from a thread of the test's own process."""
+"""A gateway that serves on a real port, in a thread of the test process."""
 
 import asyncio
 import itertools
@@ -33,7 +33,7 @@ _names = itertools.count()
 
 
 async def waiting_rows(store: RedisClient) -> int:
-    """Rows of the audit that have not been taken from Redis yet."""
+    """The number of audit rows in Redis that have not been moved to PostgreSQL yet."""
 
     def fill(pipe: Any) -> None:
         for shared in redis_keys.BY_SHARD:
@@ -51,8 +51,8 @@ async def _is_reachable(redis_url: str) -> bool:
         return False
 
 
-class Lines(logging.Handler):
-    """What was logged, as records."""
+class LogRecords(logging.Handler):
+    """Collects all log records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class RunningGateway:
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
-        self.logged = Lines()
+        self.logged = LogRecords()
         self._clients: list[OllamaClient] = []
 
     def __enter__(self) -> Self:
@@ -103,7 +103,7 @@ class RunningGateway:
     def _run(self) -> None:
         try:
             server.run(self._serve())
-        except BaseException as failure:  # noqa: BLE001 told to the test
+        except BaseException as failure:  # noqa: BLE001 raised in the test's thread
             self._failure = failure
             self._ready.set()
 
@@ -127,14 +127,14 @@ class RunningGateway:
                         await asyncio.sleep(0.01)
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run something in the gateway's own loop."""
+        """Runs a coroutine in the gateway's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
     def key_store(self) -> KeyStore:
         return KeyStore(self.components.database, app.hasher_of(self.settings), self.components.store)
 
     def key(self, *models: str, name: str = "", flags: tuple[str, ...] = (), **more: Any) -> str:
-        """A new key that may use these models, or all; limits are said by their names."""
+        """A new key for these models, or for all; limits are given by their names."""
         quota = Quota(**{limit: more.pop(limit) for limit in LIMITS if limit in more})
         return self.call(self.key_store().make(NewKey(name or f"key {next(_names)}", models, quota, flags=flags, **more)))[1]
 
@@ -160,7 +160,7 @@ class RunningGateway:
         assert not self.components.in_flight.total, "requests are still in flight"
 
     def audit_rows(self) -> list[dict[str, Any]]:
-        """All rows, oldest first, once they have arrived in PostgreSQL."""
+        """All audit rows, oldest first, once they have arrived in PostgreSQL."""
         self.wait_idle()
 
         async def settled() -> list[dict[str, Any]]:
@@ -175,6 +175,6 @@ class RunningGateway:
         return self.call(settled())
 
     def request_lines(self) -> list[dict[str, Any]]:
-        """One per finished request; a client may have its answer's end a moment before the line is written."""
+        """The logged fields of each finished request. A client can have its whole answer a moment before they are logged."""
         self.wait_idle()
         return [record.fields for record in self.logged.records if record.name == "gateway.request"]  # type: ignore[attr-defined]

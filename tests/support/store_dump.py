@@ -1,4 +1,4 @@
-"""Everything that the stores hold, as one text to search for what must not be there."""
+"""The whole content of a store as one text, to search it for what must not be there."""
 
 import asyncio
 from typing import Any
@@ -8,18 +8,18 @@ import asyncpg
 from tests.conftest import TestStores
 
 
-def all_of_redis(stores: TestStores) -> str:
+def dump_redis(stores: TestStores) -> str:
     with stores.client() as client:
-        look: dict[bytes, Any] = {
+        read: dict[bytes, Any] = {
             b"string": client.get,
             b"hash": client.hgetall,
             b"zset": lambda name: client.zrange(name, 0, -1),
             b"stream": client.xrange,
         }
-        return "\n".join(f"{name!r} {look[client.type(name)](name)}" for name in client.scan_iter("*"))
+        return "\n".join(f"{name!r} {read[client.type(name)](name)}" for name in client.scan_iter("*"))
 
 
-def all_of_postgresql(stores: TestStores) -> str:
+def dump_postgres(stores: TestStores) -> str:
     async def run() -> str:
         connection = await asyncpg.connect(stores.database_url)
         try:

@@ -21,7 +21,7 @@ from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
-from tests.support.random_clients import Crowd, gather_crowd
+from tests.support.random_clients import RandomClients, run_clients
 from tests.support.redis_cluster import NODES, SLOTS, move_slot, redis_cluster, url_of
 from tests.support.running_gateway import RunningGateway
 
@@ -76,9 +76,9 @@ def ask(gateway: RunningGateway, key: str) -> int:
         return client.post(WAYS[0].path, json=WAYS[0].body).status_code
 
 
-def crowd_of(gateway: RunningGateway, requests: int) -> Crowd:
-    crowd = Crowd(gateway.key(day=10**12), random.Random(5))
-    asyncio.run(gather_crowd(crowd, [gateway.url], requests, 30))
+def crowd_of(gateway: RunningGateway, requests: int) -> RandomClients:
+    crowd = RandomClients(gateway.key(day=10**12), random.Random(5))
+    asyncio.run(run_clients(crowd, [gateway.url], requests, 30))
     gateway.wait_idle(20)
     return crowd
 

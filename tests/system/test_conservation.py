@@ -14,7 +14,7 @@ from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import billed
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import FAULTS, How, Received, Script, Step, cut_at, recording
-from tests.support.random_clients import Crowd, gather_crowd
+from tests.support.random_clients import RandomClients, run_clients
 from tests.support.running_gateway import RunningGateway
 
 REQUESTS = int(os.environ.get("CONSERVATION_REQUESTS", "1500"))
@@ -65,8 +65,8 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
 
 
 def test_random_hang_ups_and_deaths_leave_the_books_in_balance(gateway: RunningGateway, stores: TestStores) -> None:
-    crowd = Crowd(gateway.key(day=10**12), random.Random(5))
-    asyncio.run(gather_crowd(crowd, [gateway.url], REQUESTS, 60))
+    crowd = RandomClients(gateway.key(day=10**12), random.Random(5))
+    asyncio.run(run_clients(crowd, [gateway.url], REQUESTS, 60))
     gateway.wait_idle(20)
     rows = gateway.audit_rows()
     lines = gateway.request_lines()

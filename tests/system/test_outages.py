@@ -24,11 +24,11 @@ from gateway.limits.fallback import Share
 from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
 from tests.support.chat_requests import WAYS
-from tests.support.durable_stores import OwnStores, own_stores
+from tests.support.durable_stores import DurableStores, durable_stores
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import environment_for, settings_for
 from tests.support.processes import descendants, serving, until
-from tests.support.random_clients import Crowd
+from tests.support.random_clients import RandomClients
 from tests.support.running_gateway import RunningGateway
 
 # Longer by hand: OUTAGE_S=60 FREEZE_S=30 DRAINS=20.
@@ -39,13 +39,13 @@ LEASE_ENDS_S = 45.0
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[OwnStores]:
-    with own_stores() as found:
+def shared() -> Iterator[DurableStores]:
+    with durable_stores() as found:
         yield found
 
 
 @pytest.fixture
-def stores(shared: OwnStores) -> OwnStores:
+def stores(shared: DurableStores) -> DurableStores:
     """The same servers for all tests of this file, emptied."""
     with redis.Redis.from_url(shared.redis_url) as client:
         client.flushall()
@@ -59,11 +59,11 @@ def backend() -> Iterator[FakeBackend]:
         yield played
 
 
-def names_for(stores: OwnStores, backend: FakeBackend, **names: str) -> dict[str, str]:
+def names_for(stores: DurableStores, backend: FakeBackend, **names: str) -> dict[str, str]:
     return environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **names)
 
 
-def new_key(stores: OwnStores, **limits: int) -> str:
+def new_key(stores: DurableStores, **limits: int) -> str:
     settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
 
     async def make() -> str:
@@ -74,7 +74,7 @@ def new_key(stores: OwnStores, **limits: int) -> str:
     return asyncio.run(make())
 
 
-def sql(stores: OwnStores, query: str) -> list[Any]:
+def sql(stores: DurableStores, query: str) -> list[Any]:
     async def run() -> list[Any]:
         connection = await asyncpg.connect(stores.database_url)
         try:
@@ -89,12 +89,12 @@ class Load:
     """Clients that read, in a thread, until told to stop."""
 
     def __init__(self, key: str, urls: list[str], at_once: int = 20) -> None:
-        self.crowd = Crowd(key, random.Random(3), ["reads"])
+        self.crowd = RandomClients(key, random.Random(3), ["reads"])
         self._urls, self._at_once = urls, at_once
         self._stopping = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
-    def __enter__(self) -> Crowd:
+    def __enter__(self) -> RandomClients:
         self._thread.start()
         return self.crowd
 
@@ -111,13 +111,15 @@ class Load:
             await asyncio.sleep(0.005)
 
 
-def backlog(stores: OwnStores) -> int:
+def backlog(stores: DurableStores) -> int:
     with redis.Redis.from_url(stores.redis_url) as client:
         return sum(int(client.xlen(shared.rows)) + int(client.hlen(shared.calls)) for shared in redis_keys.BY_SHARD)
 
 
 @pytest.mark.long(seconds=40)
-def test_kills_and_restarts_lose_no_row_and_write_none_twice(stores: OwnStores, backend: FakeBackend, tmp_path: Path) -> None:
+def test_kills_and_restarts_lose_no_row_and_write_none_twice(
+    stores: DurableStores, backend: FakeBackend, tmp_path: Path
+) -> None:
     names = names_for(stores, backend, GATEWAY_WORKERS="3")
     with serving(tmp_path, names) as (process, url, _):
         with Load(new_key(stores), [url]) as crowd:
@@ -142,7 +144,7 @@ def test_kills_and_restarts_lose_no_row_and_write_none_twice(stores: OwnStores, 
     assert abandoned and not abandoned & crowd.whole
 
 
-def per_second(crowd: Crowd, seconds: float, watch: Callable[[], None] = lambda: None) -> float:
+def per_second(crowd: RandomClients, seconds: float, watch: Callable[[], None] = lambda: None) -> float:
     before, began = crowd.sent, time.monotonic()
     while time.monotonic() - began < seconds:
         watch()
@@ -151,7 +153,7 @@ def per_second(crowd: Crowd, seconds: float, watch: Callable[[], None] = lambda:
 
 
 @pytest.mark.long(seconds=15)
-def test_a_frozen_redis_slows_nobody_and_limits_hold_to_the_share(stores: OwnStores, backend: FakeBackend) -> None:
+def test_a_frozen_redis_slows_nobody_and_limits_hold_to_the_share(stores: DurableStores, backend: FakeBackend) -> None:
     settings = settings_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     with RunningGateway(settings) as gateway:
         limited, free = gateway.key(rpm=30), gateway.key()
@@ -190,7 +192,7 @@ def ask(gateway: RunningGateway, key: str) -> int:
         return client.post(WAYS[0].path, json=WAYS[0].body).status_code
 
 
-def test_closed_without_redis(stores: OwnStores, backend: FakeBackend) -> None:
+def test_closed_without_redis(stores: DurableStores, backend: FakeBackend) -> None:
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "LIMITS_WITHOUT_REDIS": "closed"}
     with RunningGateway(settings_for(backend, **names)) as gateway:
         key = gateway.key()
@@ -201,7 +203,7 @@ def test_closed_without_redis(stores: OwnStores, backend: FakeBackend) -> None:
         until(lambda: ask(gateway, key) == 200, 10)
 
 
-def test_who_was_refused_alone_holds_nothing_when_redis_lets_in_late(stores: OwnStores, backend: FakeBackend) -> None:
+def test_who_was_refused_alone_holds_nothing_when_redis_lets_in_late(stores: DurableStores, backend: FakeBackend) -> None:
     """What Redis has read before it froze it does afterwards, though nobody waits for it any more."""
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
     with RunningGateway(settings_for(backend, **names)) as gateway:
@@ -220,12 +222,12 @@ def test_who_was_refused_alone_holds_nothing_when_redis_lets_in_late(stores: Own
         assert [row["outcome"] for row in gateway.audit_rows()] == ["answered", "refused:rate_limit_exceeded", "answered"]
 
 
-def held(stores: OwnStores) -> list[bytes]:
+def held(stores: DurableStores) -> list[bytes]:
     with redis.Redis.from_url(stores.redis_url) as client:
         return [name for kind in ("c", "v") for name in client.scan_iter(f"nz:*:{kind}:*")]
 
 
-def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: OwnStores, backend: FakeBackend) -> None:
+def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: DurableStores, backend: FakeBackend) -> None:
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
     with RunningGateway(settings_for(backend, **names)) as gateway, redis.Redis.from_url(stores.redis_url) as client:
         key = gateway.key()
@@ -246,7 +248,7 @@ def test_a_redis_without_room_gets_room_by_the_audit_moving_on(stores: OwnStores
         assert len(told) <= 2
 
 
-def test_wrong_keys_are_counted_while_redis_is_away(stores: OwnStores, backend: FakeBackend) -> None:
+def test_wrong_keys_are_counted_while_redis_is_away(stores: DurableStores, backend: FakeBackend) -> None:
     names = {"AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "10", "REDIS_URL": stores.redis_url}
     with RunningGateway(settings_for(backend, DATABASE_URL=stores.database_url, **names)) as gateway:
         with stores.frozen(stores.redis):
@@ -264,7 +266,7 @@ def wrong_at_once(gateway: RunningGateway, key: str) -> Counter[bytes]:
         return Counter(client.recv(12)[-3:] for client in clients)
 
 
-def test_rows_go_to_the_database_while_redis_is_away(stores: OwnStores, backend: FakeBackend) -> None:
+def test_rows_go_to_the_database_while_redis_is_away(stores: DurableStores, backend: FakeBackend) -> None:
     settings = settings_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     with RunningGateway(settings) as gateway:
         key = gateway.key()
@@ -276,7 +278,7 @@ def test_rows_go_to_the_database_while_redis_is_away(stores: OwnStores, backend:
         assert len(gateway.audit_rows()) == 21
 
 
-def test_both_away_keeps_the_newest_and_says_so(stores: OwnStores, backend: FakeBackend) -> None:
+def test_both_away_keeps_the_newest_and_says_so(stores: DurableStores, backend: FakeBackend) -> None:
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "AUDIT_BUFFER_SIZE": "5"}
     with RunningGateway(settings_for(backend, **names)) as gateway:
         key = gateway.key()
@@ -298,7 +300,7 @@ def test_both_away_keeps_the_newest_and_says_so(stores: OwnStores, backend: Fake
 
 
 @pytest.mark.long(seconds=20)
-def test_sigterm_under_load_writes_a_row_for_every_answer(stores: OwnStores, backend: FakeBackend, tmp_path: Path) -> None:
+def test_sigterm_under_load_writes_a_row_for_every_answer(stores: DurableStores, backend: FakeBackend, tmp_path: Path) -> None:
     key = new_key(stores)
     whole: set[str] = set()
     cut = 0

@@ -18,7 +18,7 @@ from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import FAULTS, NDJSON, answer, ndjson, sse, stream
 from tests.support.gateway_settings import entry_of
 from tests.support.running_gateway import RunningGateway
-from tests.support.store_dump import all_of_postgresql, all_of_redis
+from tests.support.store_dump import dump_postgres, dump_redis
 
 TOKEN = "canary-backend-token-4f7a1c"
 PROMPT = "canary prompt text"
@@ -70,9 +70,9 @@ def test_tokens_open_the_backends_and_appear_nowhere(
     logged = all_logged(gateway)
     assert TOKEN not in logged and key not in logged and PROMPT not in logged
     assert "request_id" in logged
-    during = all_of_redis(stores)
+    during = dump_redis(stores)
     gateway.audit_rows()
-    kept = during + all_of_redis(stores) + all_of_postgresql(stores)
+    kept = during + dump_redis(stores) + dump_postgres(stores)
     assert TOKEN not in kept and key not in kept and key.rpartition("_")[2] not in kept and PROMPT not in kept
     assert "/v1/chat/completions" in kept
 

@@ -1,4 +1,4 @@
-"""What a healthy server answers: Ollama's own routes, and those of the servers that speak OpenAI's language."""
+"""The answers of a healthy server: Ollama's own routes; those of the OpenAI dialect are in openai_routes."""
 
 import hashlib
 import json
@@ -9,20 +9,20 @@ from typing import Any, Literal
 
 from tests.support.fake_backend import openai_routes
 from tests.support.fake_backend.content import (
-    Asked,
-    Refused,
+    Json,
+    ServerError,
+    after_pause,
     canonical,
-    cut,
-    paused,
+    last_user_text,
     prompt_tokens,
-    said,
+    split_evenly,
     tool_arguments,
     vector,
 )
 from tests.support.fake_backend.scripts import NDJSON, PLAIN, Received, Step, Steps, answer, ndjson, stream
 
 Kind = Literal["ollama", "openai"]
-Route = Callable[["Healthy", Asked], list[Step]]
+Route = Callable[["HealthyServer", Json], list[Step]]
 
 VERSION = "0.12.6"
 MODIFIED = "2026-05-04T17:37:44.706015396-07:00"
@@ -38,8 +38,8 @@ DETAILS = {
 
 
 @dataclass
-class Healthy:
-    """Its fields may be changed at any time; the next answer follows them."""
+class HealthyServer:
+    """Its fields may be changed at any time, for the next answers."""
 
     kind: Kind
     models: list[str]
@@ -49,8 +49,8 @@ class Healthy:
     token: str | None
     token_header: str
     blobs: set[str] = field(default_factory=set)
-    # What it says it had cached of a prompt; without one it says nothing of the sort.
-    cached: Callable[[Asked], object] | None = None
+    # The number of cached prompt tokens that it reports; None reports nothing.
+    cached: Callable[[Json], object] | None = None
 
     def __call__(self, request: Received) -> Steps:
         if not self._admits(request):
@@ -62,8 +62,8 @@ class Healthy:
     def has(self, model: str) -> bool:
         return canonical(model) in map(canonical, self.models)
 
-    def text(self, heard: str) -> str:
-        return f"{self.name} heard: {heard}"
+    def text(self, prompt: str) -> str:
+        return f"{self.name} heard: {prompt}"
 
     def _admits(self, request: Received) -> bool:
         guarded = self.kind == "ollama" or request.path.startswith("/v1")
@@ -73,7 +73,7 @@ class Healthy:
         return request.header(self.token_header) == scheme + self.token
 
 
-def _respond(healthy: Healthy, request: Received) -> list[Step]:
+def _respond(healthy: HealthyServer, request: Received) -> list[Step]:
     if request.path.startswith("/v1/"):
         return openai_routes.respond(healthy, request)
     if request.path.startswith("/api/blobs/sha256:"):
@@ -84,31 +84,31 @@ def _respond(healthy: Healthy, request: Received) -> list[Step]:
     if request.method not in methods:
         return answer(405, b"405 method not allowed", PLAIN)
     try:
-        return methods[request.method](healthy, _asked(request))
-    except Refused as refused:
+        return methods[request.method](healthy, _fields_of(request))
+    except ServerError as refused:
         return answer(refused.status, {"error": str(refused)})
 
 
-def _asked(request: Received) -> Asked:
+def _fields_of(request: Received) -> Json:
     if request.method in ("GET", "HEAD"):
         return {}
     if not request.body:
-        raise Refused(400, "missing request body")
+        raise ServerError(400, "missing request body")
     try:
-        asked = json.loads(request.body)
+        fields = json.loads(request.body)
     except ValueError:
-        raise Refused(400, "invalid character 'x' looking for beginning of value") from None
-    if not isinstance(asked, dict):
-        raise Refused(400, "json: cannot unmarshal array into Go value of type api.ChatRequest")
-    return asked
+        raise ServerError(400, "invalid character 'x' looking for beginning of value") from None
+    if not isinstance(fields, dict):
+        raise ServerError(400, "json: cannot unmarshal array into Go value of type api.ChatRequest")
+    return fields
 
 
-def _known(healthy: Healthy, asked: Asked, unnamed: tuple[int, str], words: str) -> str:
-    model = asked.get("model") or asked.get("name") or ""
+def _known(healthy: HealthyServer, fields: Json, unnamed: tuple[int, str], words: str) -> str:
+    model = fields.get("model") or fields.get("name") or ""
     if not model:
-        raise Refused(*unnamed)
+        raise ServerError(*unnamed)
     if not healthy.has(model):
-        raise Refused(404, words.format(model))
+        raise ServerError(404, words.format(model))
     return str(model)
 
 
@@ -121,7 +121,7 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "789Z"
 
 
-def _listed(healthy: Healthy, asked: Asked) -> list[Step]:
+def _listed(healthy: HealthyServer, fields: Json) -> list[Step]:
     return answer(200, {"models": [_entry(model) for model in healthy.models]})
 
 
@@ -137,7 +137,7 @@ def _entry(model: str) -> dict[str, Any]:
     }
 
 
-def _running(healthy: Healthy, asked: Asked) -> list[Step]:
+def _running(healthy: HealthyServer, fields: Json) -> list[Step]:
     loaded = {"expires_at": "2318-08-21T18:05:00.0-07:00", "size_vram": SIZE, "context_length": 4096}
     keys = ("name", "model", "size", "digest")
     entries = [_entry(model) for model in healthy.models]
@@ -145,12 +145,12 @@ def _running(healthy: Healthy, asked: Asked) -> list[Step]:
     return answer(200, {"models": listed})
 
 
-def _show(healthy: Healthy, asked: Asked) -> list[Step]:
-    model = asked.get("model") or asked.get("name") or ""
+def _show(healthy: HealthyServer, fields: Json) -> list[Step]:
+    model = fields.get("model") or fields.get("name") or ""
     if not model:
-        raise Refused(*REQUIRED)
+        raise ServerError(*REQUIRED)
     if not healthy.has(model):
-        raise Refused(404, NOT_FOUND.format(canonical(model)))
+        raise ServerError(404, NOT_FOUND.format(canonical(model)))
     shown = {
         "license": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT",
         "modelfile": f"FROM /usr/share/ollama/.ollama/models/blobs/sha256-{_entry(model)['digest']}\n",
@@ -169,128 +169,128 @@ def _show(healthy: Healthy, asked: Asked) -> list[Step]:
     return answer(200, shown)
 
 
-def _chat(healthy: Healthy, asked: Asked) -> list[Step]:
-    model = _known(healthy, asked, REQUIRED, NOT_FOUND)
-    messages = asked.get("messages") or []
+def _chat(healthy: HealthyServer, fields: Json) -> list[Step]:
+    model = _known(healthy, fields, REQUIRED, NOT_FOUND)
+    messages = fields.get("messages") or []
     if not messages:
-        return _loaded(asked, {"message": {"role": "assistant", "content": ""}})
-    if asked.get("tools") and messages[-1].get("role") != "tool":
-        parts = [{"message": {"role": "assistant", "content": "", "tool_calls": [_tool_call(asked)]}}]
+        return _loaded(fields, {"message": {"role": "assistant", "content": ""}})
+    if fields.get("tools") and messages[-1].get("role") != "tool":
+        parts = [{"message": {"role": "assistant", "content": "", "tool_calls": [_tool_call(fields)]}}]
     else:
-        text = healthy.text(said(messages))
-        parts = [{"message": {"role": "assistant", "content": piece}} for piece in cut(text, healthy.pieces)]
-    return _generated(healthy, asked, model, parts, {"message": {"role": "assistant", "content": ""}})
+        text = healthy.text(last_user_text(messages))
+        parts = [{"message": {"role": "assistant", "content": piece}} for piece in split_evenly(text, healthy.pieces)]
+    return _generated(healthy, fields, model, parts, {"message": {"role": "assistant", "content": ""}})
 
 
-def _tool_call(asked: Asked) -> dict[str, Any]:
-    function = asked["tools"][0]["function"]
+def _tool_call(fields: Json) -> dict[str, Any]:
+    function = fields["tools"][0]["function"]
     return {"id": "call_k1ujbeiw", "function": {"index": 0, "name": function["name"], "arguments": tool_arguments(function)}}
 
 
-def _generate(healthy: Healthy, asked: Asked) -> list[Step]:
-    model = _known(healthy, asked, (404, "model '' not found"), NOT_FOUND)
-    if not asked.get("prompt"):
-        return _loaded(asked, {"response": ""})
-    parts = [{"response": piece} for piece in cut(healthy.text(asked["prompt"]), healthy.pieces)]
-    return _generated(healthy, asked, model, parts, {"response": "", "context": [128006, 882, 128007, 271]})
+def _generate(healthy: HealthyServer, fields: Json) -> list[Step]:
+    model = _known(healthy, fields, (404, "model '' not found"), NOT_FOUND)
+    if not fields.get("prompt"):
+        return _loaded(fields, {"response": ""})
+    parts = [{"response": piece} for piece in split_evenly(healthy.text(fields["prompt"]), healthy.pieces)]
+    return _generated(healthy, fields, model, parts, {"response": "", "context": [128006, 882, 128007, 271]})
 
 
-def _loaded(asked: Asked, nothing: dict[str, Any]) -> list[Step]:
-    reason = "unload" if asked.get("keep_alive") in (0, "0", "0s") else "load"
-    return answer(200, {"model": asked["model"], "created_at": _now(), **nothing, "done": True, "done_reason": reason})
+def _loaded(fields: Json, nothing: dict[str, Any]) -> list[Step]:
+    reason = "unload" if fields.get("keep_alive") in (0, "0", "0s") else "load"
+    return answer(200, {"model": fields["model"], "created_at": _now(), **nothing, "done": True, "done_reason": reason})
 
 
-def _generated(healthy: Healthy, asked: Asked, model: str, parts: list[Asked], nothing: Asked) -> list[Step]:
+def _generated(healthy: HealthyServer, fields: Json, model: str, parts: list[Json], nothing: Json) -> list[Step]:
     head = {"model": model, "created_at": _now()}
-    last: Asked = {
+    last: Json = {
         "done": True,
         "done_reason": "stop",
         "total_duration": 512345678,
         "load_duration": 41234567,
-        "prompt_eval_count": prompt_tokens(asked),
+        "prompt_eval_count": prompt_tokens(fields),
         "prompt_eval_duration": 120000000,
         "eval_count": len(parts),
         "eval_duration": 60000000,
     }
     if healthy.cached is not None:
-        last["prompt_eval_cached_count"] = healthy.cached(asked)
-    if asked.get("stream") is False:
-        return paused(answer(200, {**head, **nothing, **_joined(parts), **last}), healthy.pause_s * len(parts))
+        last["prompt_eval_cached_count"] = healthy.cached(fields)
+    if fields.get("stream") is False:
+        return after_pause(answer(200, {**head, **nothing, **_joined(parts), **last}), healthy.pause_s * len(parts))
     records = [{**head, **part, "done": False} for part in parts]
     return stream(ndjson([*records, {**head, **nothing, **last}]), NDJSON, healthy.pause_s)
 
 
-def _joined(parts: list[Asked]) -> Asked:
+def _joined(parts: list[Json]) -> Json:
     if "response" in parts[0]:
         return {"response": "".join(part["response"] for part in parts)}
     return {"message": {**parts[0]["message"], "content": "".join(part["message"]["content"] for part in parts)}}
 
 
-def _embed(healthy: Healthy, asked: Asked) -> list[Step]:
-    model = _known(healthy, asked, (404, "model '' not found"), TRY_PULLING)
-    given = asked.get("input") or []
+def _embed(healthy: HealthyServer, fields: Json) -> list[Step]:
+    model = _known(healthy, fields, (404, "model '' not found"), TRY_PULLING)
+    given = fields.get("input") or []
     inputs = [given] if isinstance(given, str) else given
     times = {"total_duration": 14143917, "load_duration": 1019500}
-    counted = {"prompt_eval_count": prompt_tokens(asked)} if inputs else {}
+    counted = {"prompt_eval_count": prompt_tokens(fields)} if inputs else {}
     return answer(200, {"model": model, "embeddings": [vector(each) for each in inputs], **times, **counted})
 
 
-def _embeddings(healthy: Healthy, asked: Asked) -> list[Step]:
-    _known(healthy, asked, REQUIRED, TRY_PULLING)
-    return answer(200, {"embedding": vector(asked["prompt"]) if asked.get("prompt") else []})
+def _embeddings(healthy: HealthyServer, fields: Json) -> list[Step]:
+    _known(healthy, fields, REQUIRED, TRY_PULLING)
+    return answer(200, {"embedding": vector(fields["prompt"]) if fields.get("prompt") else []})
 
 
-def _pull(healthy: Healthy, asked: Asked) -> list[Step]:
-    model = asked.get("model") or asked.get("name") or ""
+def _pull(healthy: HealthyServer, fields: Json) -> list[Step]:
+    model = fields.get("model") or fields.get("name") or ""
     digest = hashlib.sha256(model.encode()).hexdigest()
     layer = {"status": f"pulling {digest[:12]}", "digest": f"sha256:{digest}", "total": SIZE}
     if not healthy.has(model):
         healthy.models.append(canonical(model))
-    records: list[Asked] = [
+    records: list[Json] = [
         {"status": "pulling manifest"},
         layer,
         {**layer, "completed": SIZE // 2},
         {**layer, "completed": SIZE},
         *({"status": words} for words in ("verifying sha256 digest", "writing manifest", "success")),
     ]
-    return _progress(healthy, asked, records)
+    return _progress(healthy, fields, records)
 
 
-def _push(healthy: Healthy, asked: Asked) -> list[Step]:
-    _known(healthy, asked, REQUIRED, NOT_FOUND)
-    return _progress(healthy, asked, [{"status": words} for words in ("retrieving manifest", "pushing manifest", "success")])
+def _push(healthy: HealthyServer, fields: Json) -> list[Step]:
+    _known(healthy, fields, REQUIRED, NOT_FOUND)
+    return _progress(healthy, fields, [{"status": words} for words in ("retrieving manifest", "pushing manifest", "success")])
 
 
-def _create(healthy: Healthy, asked: Asked) -> list[Step]:
-    model = asked.get("model") or asked.get("name") or ""
+def _create(healthy: HealthyServer, fields: Json) -> list[Step]:
+    model = fields.get("model") or fields.get("name") or ""
     if not healthy.has(model):
         healthy.models.append(canonical(model))
-    return _progress(healthy, asked, [{"status": words} for words in ("parsing GGUF", "writing manifest", "success")])
+    return _progress(healthy, fields, [{"status": words} for words in ("parsing GGUF", "writing manifest", "success")])
 
 
-def _progress(healthy: Healthy, asked: Asked, records: list[dict[str, Any]]) -> list[Step]:
-    if asked.get("stream") is False:
+def _progress(healthy: HealthyServer, fields: Json, records: list[dict[str, Any]]) -> list[Step]:
+    if fields.get("stream") is False:
         return answer(200, records[-1])
     return stream(ndjson(records), NDJSON, healthy.pause_s)
 
 
-def _copy(healthy: Healthy, asked: Asked) -> list[Step]:
-    source = asked.get("source", "")
-    if not isinstance(source, str) or not isinstance(asked.get("destination"), str):
-        raise Refused(400, "source and destination are required")
+def _copy(healthy: HealthyServer, fields: Json) -> list[Step]:
+    source = fields.get("source", "")
+    if not isinstance(source, str) or not isinstance(fields.get("destination"), str):
+        raise ServerError(400, "source and destination are required")
     if not healthy.has(source):
-        raise Refused(404, f'model "{source}" not found')
-    healthy.models.append(canonical(asked["destination"]))
+        raise ServerError(404, f'model "{source}" not found')
+    healthy.models.append(canonical(fields["destination"]))
     return answer(200, b"", "")
 
 
-def _delete(healthy: Healthy, asked: Asked) -> list[Step]:
-    gone = canonical(_known(healthy, asked, REQUIRED, NOT_FOUND))
+def _delete(healthy: HealthyServer, fields: Json) -> list[Step]:
+    gone = canonical(_known(healthy, fields, REQUIRED, NOT_FOUND))
     healthy.models[:] = [model for model in healthy.models if canonical(model) != gone]
     return answer(200, b"", "")
 
 
-def _blob(healthy: Healthy, request: Received) -> list[Step]:
+def _blob(healthy: HealthyServer, request: Received) -> list[Step]:
     digest = request.path.removeprefix("/api/blobs/")
     if request.method == "HEAD":
         return answer(200 if digest in healthy.blobs else 404, b"", "")
@@ -304,11 +304,11 @@ def _blob(healthy: Healthy, request: Received) -> list[Step]:
     return answer(201, b"", "")
 
 
-def _alive(healthy: Healthy, asked: Asked) -> list[Step]:
+def _alive(healthy: HealthyServer, fields: Json) -> list[Step]:
     return answer(200, b"Ollama is running", "text/plain; charset=utf-8")
 
 
-def _version(healthy: Healthy, asked: Asked) -> list[Step]:
+def _version(healthy: HealthyServer, fields: Json) -> list[Step]:
     return answer(200, {"version": VERSION})
 
 

@@ -1,4 +1,4 @@
-"""A model server played for the tests: a real HTTP/1.1 server on 127.0.0.1, healthy until it is given a script."""
+"""A fake model server: a real HTTP/1.1 server on 127.0.0.1, healthy unless a test gives it a script."""
 
 import asyncio
 import random
@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Coroutine, Iterable
 from typing import Any, Self
 
-from tests.support.fake_backend.answers import Healthy, Kind
+from tests.support.fake_backend.answers import HealthyServer, Kind
 from tests.support.fake_backend.connection import Connection
 from tests.support.fake_backend.scripts import Outcome, Received, Script, Steps
 
 BACKLOG = 1024
-# Below the range from which the kernel takes ports for clients: nobody takes ours while we are stopped.
+# Below the kernel's range of client ports, so that nobody takes the port while the backend is stopped.
 PORTS = range(15_000, 32_000)
 LONGEST_WAIT_S = 5.0
 
@@ -35,7 +35,7 @@ class FakeBackend:
         token_header: str = "Authorization",
         close_idle_as_request_arrives: bool = False,
     ) -> None:
-        self.healthy = Healthy(kind, list(models), name, pieces, pause_s, token, token_header)
+        self.healthy = HealthyServer(kind, list(models), name, pieces, pause_s, token, token_header)
         self.port = port
         self.close_idle_as_request_arrives = close_idle_as_request_arrives
         self.stale_resets = 0
@@ -47,7 +47,7 @@ class FakeBackend:
         self._connections: set[Connection] = set()
         self._accepted = 0
         self._accepting: set[asyncio.Task[Any]] = set()
-        self._stuffing: list[socket.socket] = []
+        self._queue_fillers: list[socket.socket] = []
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -78,7 +78,7 @@ class FakeBackend:
         return [request for request in self.requests if request.path == path]
 
     def play(self, path: str, script: Script | None) -> None:
-        """From now on every call of the path gets the script; None: healthy again."""
+        """Every later request for the path gets the script; None restores the healthy answer."""
         with self._lock:
             self._queues.pop(path, None)
             if script is None:
@@ -87,12 +87,12 @@ class FakeBackend:
                 self._scripts[path] = script
 
     def play_once(self, path: str, *scripts: Script) -> None:
-        """The next calls of the path get these, one each, before anything else."""
+        """The next requests for the path get these scripts, one each."""
         with self._lock:
             self._queues.setdefault(path, deque()).extend(scripts)
 
     def wait_idle(self, timeout_s: float = LONGEST_WAIT_S) -> bool:
-        """True once nothing is being answered: only then every outcome is known."""
+        """Waits until no request is being answered, as only then every outcome is known; false if that takes too long."""
         deadline = time.monotonic() + timeout_s
         while self.in_flight:
             if time.monotonic() > deadline:
@@ -111,7 +111,7 @@ class FakeBackend:
         ready.wait()
 
     def stop(self) -> None:
-        """As if the process had been killed: connections are closed, new ones refused."""
+        """Like a killed process: connections are closed and new ones refused."""
         if self._thread is None:
             return
         self._loop.call_soon_threadsafe(self._stopping.set)
@@ -119,9 +119,9 @@ class FakeBackend:
         self._thread = None
 
     def freeze(self, *, accepting: bool = True) -> None:
-        """As if the process had been stopped by a signal: the kernel still accepts, nobody answers.
+        """Like a process stopped by SIGSTOP: the kernel still accepts connections, but nobody answers.
 
-        With accepting=False the kernel's queue is full as well: who connects now waits.
+        With accepting=False the kernel's queue is full as well, so that new connections wait.
         """
         self._call(self._freeze(accepting))
 
@@ -165,7 +165,7 @@ class FakeBackend:
     async def _hang_up(self) -> None:
         self._loop.remove_reader(self._listener)
         self._listener.close()
-        self._unstuff()
+        self._empty_queue()
         await asyncio.gather(*self._accepting, return_exceptions=True)
         connections = list(self._connections)
         for connection in connections:
@@ -180,18 +180,18 @@ class FakeBackend:
         self._loop.remove_reader(self._listener)
         if not accepting:
             self._listener.listen(0)
-            self._stuffing = [_knock(self.port) for _ in range(3)]
+            self._queue_fillers = [_open_connection(self.port) for _ in range(3)]
 
     async def _thaw(self) -> None:
-        self._unstuff()
+        self._empty_queue()
         self._listener.listen(BACKLOG)
         self._loop.add_reader(self._listener, self._accept)
         self.thawed.set()
 
-    def _unstuff(self) -> None:
-        for sock in self._stuffing:
+    def _empty_queue(self) -> None:
+        for sock in self._queue_fillers:
             sock.close()
-        self._stuffing = []
+        self._queue_fillers = []
 
     def _accept(self) -> None:
         try:
@@ -199,7 +199,7 @@ class FakeBackend:
         except (BlockingIOError, ConnectionAbortedError):
             return
         sock.setblocking(False)
-        # As Go's and every other real server does; else a body waits 40 ms for the acknowledgement of its head.
+        # As real servers do; otherwise a body waits 40 ms for the acknowledgement of its head.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._accepted += 1
         task = self._loop.create_task(self._connect(sock, self._accepted))
@@ -225,7 +225,7 @@ def _listen(port: int) -> socket.socket:
     raise OSError(f"no port to listen on (asked for {port})")
 
 
-def _knock(port: int) -> socket.socket:
+def _open_connection(port: int) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setblocking(False)
     sock.connect_ex(("127.0.0.1", port))

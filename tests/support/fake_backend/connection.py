@@ -1,4 +1,4 @@
-"""One connection to a played backend: HTTP/1.1 by hand, so that every bad manner is possible."""
+"""One connection of a fake backend: HTTP/1.1 by hand, so that every fault is possible."""
 
 import asyncio
 import fcntl
@@ -34,15 +34,15 @@ _REQUEST_LINE = re.compile(r"([A-Z]+) (\S+) HTTP/1\.([01])")
 
 
 class Unreadable(Exception):
-    """The request breaks HTTP or our bounds."""
+    """The request is not valid HTTP, or too large."""
 
     def __init__(self, status: int, words: str) -> None:
         super().__init__(words)
         self.status = status
 
 
-class House(Protocol):
-    """What a connection asks of the backend it belongs to."""
+class ConnectionOwner(Protocol):
+    """What a connection needs of its backend."""
 
     close_idle_as_request_arrives: bool
     stale_resets: int
@@ -55,8 +55,8 @@ class House(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    def __init__(self, house: House, number: int) -> None:
-        self._house = house
+    def __init__(self, owner: ConnectionOwner, number: int) -> None:
+        self._owner = owner
         self._number = number
         self._served = 0
         self._buffer = bytearray()
@@ -70,7 +70,7 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(0)
         self.task = asyncio.get_running_loop().create_task(self._serve())
-        self._house.opened(self)
+        self._owner.opened(self)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -85,7 +85,7 @@ class Connection(asyncio.Protocol):
         self.eof_received()
         self._writable.set()
         self.lost.set()
-        self._house.closed(self)
+        self._owner.closed(self)
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
                 self._served += 1
         except Unreadable as problem:
             with suppress(ConnectionError):
-                await _Telling(self, "GET").tell(answer(problem.status, str(problem).encode(), "text/plain"))
+                await _Response(self, "GET").send_steps(answer(problem.status, str(problem).encode(), "text/plain"))
         finally:
             self.transport.close()
 
@@ -109,37 +109,37 @@ class Connection(asyncio.Protocol):
         request = await self._read_request()
         if request is None:
             return False
-        telling = _Telling(self, request.method)
+        response = _Response(self, request.method)
         outcome: Outcome = "aborted"
         try:
-            outcome = await self._tell(telling, self._house.arrived(request))
+            outcome = await self._respond(response, self._owner.arrived(request))
         finally:
-            request.last_step = telling.last_step
-            self._house.finished(request, outcome)
-        return outcome == "answered" and telling.complete and _keeps_alive(request)
+            request.last_step = response.last_step
+            self._owner.finished(request, outcome)
+        return outcome == "answered" and response.complete and _keeps_alive(request)
 
     async def _is_stale(self) -> bool:
-        if not (self._house.close_idle_as_request_arrives and self._served):
+        if not (self._owner.close_idle_as_request_arrives and self._served):
             return False
         if self._buffer or await self._more():
-            self._house.stale_resets += 1
+            self._owner.stale_resets += 1
             self.reset()
         return True
 
-    async def _tell(self, telling: "_Telling", steps: Steps) -> Outcome:
-        """Plays the steps, but no longer than the peer is there."""
-        playing = asyncio.ensure_future(telling.tell(steps))
+    async def _respond(self, response: "_Response", steps: Steps) -> Outcome:
+        """Sends the steps until the client leaves."""
+        sending = asyncio.ensure_future(response.send_steps(steps))
         leaving = asyncio.ensure_future(self._gone.wait())
         try:
-            await asyncio.wait({playing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if playing.done():
-                return playing.result()
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                return sending.result()
         except ConnectionError:
             pass
         finally:
-            playing.cancel()
+            sending.cancel()
             leaving.cancel()
-            await asyncio.gather(playing, leaving, return_exceptions=True)
+            await asyncio.gather(sending, leaving, return_exceptions=True)
         self.transport.abort()
         return "client_left"
 
@@ -175,7 +175,7 @@ class Connection(asyncio.Protocol):
         head = await self._until(b"\r\n\r\n")
         if head is None:
             return None
-        await self._house.thawed.wait()
+        await self._owner.thawed.wait()
         line, *rest = head.decode("latin-1").split("\r\n")
         matched = _REQUEST_LINE.fullmatch(line)
         if matched is None:
@@ -221,7 +221,7 @@ class Connection(asyncio.Protocol):
         return line
 
     async def send(self, data: bytes) -> None:
-        """Returns when the kernel has it all."""
+        """Returns when the kernel has all of it."""
         if self.transport.is_closing():
             raise ConnectionResetError
         self.transport.write(data)
@@ -230,10 +230,10 @@ class Connection(asyncio.Protocol):
             raise ConnectionResetError
 
     async def thawed(self) -> None:
-        await self._house.thawed.wait()
+        await self._owner.thawed.wait()
 
     async def delivered(self) -> None:
-        """Waits until the peer's kernel has everything: a reset throws away what is still on our side."""
+        """Waits until the client's kernel has everything, as a reset discards what is still on our side."""
         sock = self.transport.get_extra_info("socket")
         while not self.transport.is_closing():
             waiting: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
@@ -247,8 +247,8 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
 
 
-class _Telling:
-    """One answer under way: knows its framing, and in the end whether the connection can serve again."""
+class _Response:
+    """One answer in progress; knows its framing, and at the end whether the connection can be reused."""
 
     def __init__(self, connection: Connection, method: str) -> None:
         self._connection = connection
@@ -264,7 +264,7 @@ class _Telling:
             return True
         return self._head is not None and not self._head.chunked and self._sent == self._head.content_length
 
-    async def tell(self, steps: Steps) -> Outcome:
+    async def send_steps(self, steps: Steps) -> Outcome:
         for step in steps:
             await self._connection.thawed()
             self.last_step = time.monotonic()

@@ -1,16 +1,16 @@
-"""What the played answers are made of: the words, the tokens, the tool calls and the vectors. All of it predictable."""
+"""The content of the fake answers: text, tokens, tool calls and vectors, all predictable."""
 
 from typing import Any
 
 from tests.support.fake_backend.scripts import Pause, Step
 
-Asked = dict[str, Any]
+Json = dict[str, Any]
 
 _SAMPLES: dict[str, object] = {"integer": 7, "number": 7.5, "boolean": True, "array": [], "object": {}}
 
 
-class Refused(Exception):
-    """The healthy server says no."""
+class ServerError(Exception):
+    """The healthy server answers with an error."""
 
     def __init__(self, status: int, words: str) -> None:
         super().__init__(words)
@@ -18,43 +18,43 @@ class Refused(Exception):
 
 
 def canonical(model: str) -> str:
-    """A model's name as Ollama lists it."""
+    """The name of a model as Ollama lists it."""
     name = model.strip().lower()
     for prefix in ("https://", "registry.ollama.ai/", "library/"):
         name = name.removeprefix(prefix)
     return name if ":" in name.rpartition("/")[2] else name + ":latest"
 
 
-def plain(content: object) -> str:
-    """The text of a message's content, or of a prompt, whichever form it has."""
+def text_of(content: object) -> str:
+    """The text of a message's content or of a prompt, in any of their forms."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return " ".join(plain(part.get("text", "") if isinstance(part, dict) else part) for part in content)
+        return " ".join(text_of(part.get("text", "") if isinstance(part, dict) else part) for part in content)
     return ""
 
 
-def said(messages: list[Asked]) -> str:
+def last_user_text(messages: list[Json]) -> str:
     users = [message for message in messages if message.get("role") == "user"]
-    return plain(users[-1].get("content")) if users else ""
+    return text_of(users[-1].get("content")) if users else ""
 
 
-def prompt_tokens(asked: Asked) -> int:
-    """A word is a token here."""
-    contents = [message.get("content") for message in asked.get("messages") or []]
-    texts = map(plain, [*contents, asked.get("prompt"), asked.get("input")])
+def prompt_tokens(fields: Json) -> int:
+    """Counts each word as one token."""
+    contents = [message.get("content") for message in fields.get("messages") or []]
+    texts = map(text_of, [*contents, fields.get("prompt"), fields.get("input")])
     return max(1, sum(len(text.split()) for text in texts))
 
 
-def cut(text: str, pieces: int) -> list[str]:
-    """Exactly so many pieces, the text first; each counts as a token."""
+def split_evenly(text: str, pieces: int) -> list[str]:
+    """Exactly `pieces` parts, padded if the text is shorter; each counts as one token."""
     whole = text + " …" * max(0, pieces - len(text))
     size = len(whole)
     return [whole[size * n // pieces : size * (n + 1) // pieces] for n in range(pieces)]
 
 
-def tool_arguments(function: Asked) -> Asked:
-    """An argument of the right type for everything the tool requires."""
+def tool_arguments(function: Json) -> Json:
+    """An argument of the right type for each required parameter."""
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties") or {}
     return {
@@ -64,9 +64,9 @@ def tool_arguments(function: Asked) -> Asked:
 
 
 def vector(text: object) -> list[float]:
-    """Exact in 32 bits, and different for texts of different length."""
+    """Exact in 32 bits; differs for texts of different length."""
     return [len(str(text)) / 64, 0.25, -0.5, 1.0]
 
 
-def paused(steps: list[Step], seconds: float) -> list[Step]:
+def after_pause(steps: list[Step], seconds: float) -> list[Step]:
     return [Pause(seconds), *steps] if seconds else steps

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible routes: with Ollama's accent on an Ollama server, with vLLM's elsewhere."""
+"""The OpenAI-compatible routes: as Ollama answers them on an Ollama server, as vLLM does elsewhere."""
 
 import base64
 import json
@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from tests.support.fake_backend.content import (
-    Asked,
-    Refused,
+    Json,
+    ServerError,
+    after_pause,
     canonical,
-    cut,
-    paused,
-    plain,
+    last_user_text,
     prompt_tokens,
-    said,
+    split_evenly,
+    text_of,
     tool_arguments,
     vector,
 )
 from tests.support.fake_backend.scripts import PLAIN, Received, Step, answer, compact, sse, stream
 
 if TYPE_CHECKING:
-    from tests.support.fake_backend.answers import Healthy
+    from tests.support.fake_backend.answers import HealthyServer
 
 JSON = "application/json"
 CREATED = 1787335200
@@ -31,7 +31,7 @@ _OLLAMA_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
 _VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError"}
 
 
-def respond(healthy: "Healthy", request: Received) -> list[Step]:
+def respond(healthy: "HealthyServer", request: Received) -> list[Step]:
     path, method = request.path, request.method
     if path == "/health" and healthy.kind == "openai":
         return answer(200, b"", "")
@@ -41,18 +41,18 @@ def respond(healthy: "Healthy", request: Received) -> list[Step]:
     if method != ("GET" if get else "POST"):
         return _lost(healthy, 405, "405 method not allowed", "Method Not Allowed")
     try:
-        return _models(healthy, path) if get else _POSTS[path](healthy, _asked(healthy, request))
-    except Refused as refused:
+        return _models(healthy, path) if get else _POSTS[path](healthy, _fields_of(healthy, request))
+    except ServerError as refused:
         return answer(refused.status, _error(healthy, refused), JSON)
 
 
-def _lost(healthy: "Healthy", status: int, native: str, words: str) -> list[Step]:
+def _lost(healthy: "HealthyServer", status: int, native: str, words: str) -> list[Step]:
     if healthy.kind == "ollama":
         return answer(status, native.encode(), PLAIN)
     return answer(status, {"detail": words}, JSON)
 
 
-def _error(healthy: "Healthy", refused: Refused) -> Asked:
+def _error(healthy: "HealthyServer", refused: ServerError) -> Json:
     if healthy.kind == "ollama":
         kind, code = _OLLAMA_TYPES.get(refused.status, "api_error"), None
     else:
@@ -60,28 +60,28 @@ def _error(healthy: "Healthy", refused: Refused) -> Asked:
     return {"error": {"message": str(refused), "type": kind, "param": None, "code": code}}
 
 
-def _asked(healthy: "Healthy", request: Received) -> Asked:
+def _fields_of(healthy: "HealthyServer", request: Received) -> Json:
     try:
-        asked = json.loads(request.body)
+        fields = json.loads(request.body)
     except ValueError:
-        raise Refused(400, "Invalid JSON") from None
-    if not isinstance(asked, dict):
-        raise Refused(400, "Input should be a valid dictionary")
+        raise ServerError(400, "Invalid JSON") from None
+    if not isinstance(fields, dict):
+        raise ServerError(400, "Input should be a valid dictionary")
     if healthy.kind == "openai":
-        asked.setdefault("model", healthy.models[0] if healthy.models else "")
-        if asked.get("stream_options") is not None and not asked.get("stream"):
-            raise Refused(400, "Stream options can only be defined when `stream=True`.")
-    if not _has(healthy, asked.get("model") or ""):
+        fields.setdefault("model", healthy.models[0] if healthy.models else "")
+        if fields.get("stream_options") is not None and not fields.get("stream"):
+            raise ServerError(400, "Stream options can only be defined when `stream=True`.")
+    if not _has(healthy, fields.get("model") or ""):
         words = "model '{}' not found" if healthy.kind == "ollama" else "The model `{}` does not exist."
-        raise Refused(404, words.format(asked.get("model")))
-    return asked
+        raise ServerError(404, words.format(fields.get("model")))
+    return fields
 
 
-def _has(healthy: "Healthy", model: str) -> bool:
+def _has(healthy: "HealthyServer", model: str) -> bool:
     return healthy.has(model) if healthy.kind == "ollama" else model in healthy.models
 
 
-def _models(healthy: "Healthy", path: str) -> list[Step]:
+def _models(healthy: "HealthyServer", path: str) -> list[Step]:
     if path == "/v1/models":
         listed = [_entry(healthy, model) for model in healthy.models]
         nulled = healthy.kind == "ollama" and not listed
@@ -89,100 +89,100 @@ def _models(healthy: "Healthy", path: str) -> list[Step]:
     model = unquote(path.removeprefix("/v1/models/"))
     if not _has(healthy, model):
         words = "model '{}' not found" if healthy.kind == "ollama" else "The model `{}` does not exist."
-        raise Refused(404, words.format(model))
+        raise ServerError(404, words.format(model))
     return answer(200, {**_entry(healthy, model), "id": model}, JSON)
 
 
-def _entry(healthy: "Healthy", model: str) -> Asked:
+def _entry(healthy: "HealthyServer", model: str) -> Json:
     if healthy.kind == "ollama":
         return {"id": canonical(model), "object": "model", "created": CREATED, "owned_by": "library"}
     named = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "vllm", "root": model}
     return {**named, "parent": None, "max_model_len": 4096, "permission": []}
 
 
-def _usage(prompt: int, completion: int) -> Asked:
+def _usage(prompt: int, completion: int) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _counted(healthy: "Healthy", asked: Asked, completion: int) -> Asked:
-    usage = _usage(prompt_tokens(asked), completion)
+def _counted(healthy: "HealthyServer", fields: Json, completion: int) -> Json:
+    usage = _usage(prompt_tokens(fields), completion)
     if healthy.cached is not None:
-        usage["prompt_tokens_details"] = {"cached_tokens": healthy.cached(asked)}
+        usage["prompt_tokens_details"] = {"cached_tokens": healthy.cached(fields)}
     return usage
 
 
-def _wants_usage(healthy: "Healthy", asked: Asked) -> bool:
-    """vLLM takes an empty stream_options for a yes."""
-    options = asked.get("stream_options")
+def _wants_usage(healthy: "HealthyServer", fields: Json) -> bool:
+    """vLLM includes the usage also for empty stream_options."""
+    options = fields.get("stream_options")
     return options is not None and bool(options.get("include_usage", healthy.kind == "openai"))
 
 
-def _common(healthy: "Healthy", asked: Asked, kind: str, prefix: str) -> Asked:
+def _common(healthy: "HealthyServer", fields: Json, kind: str, prefix: str) -> Json:
     ollama = healthy.kind == "ollama"
     named = {"id": f"{prefix}-{512 if ollama else '8f9c1e2d3b4a5968'}", "object": kind, "created": int(time.time())}
-    return {**named, "model": asked["model"], **({"system_fingerprint": "fp_ollama"} if ollama else {})}
+    return {**named, "model": fields["model"], **({"system_fingerprint": "fp_ollama"} if ollama else {})}
 
 
-def _chat(healthy: "Healthy", asked: Asked) -> list[Step]:
-    messages = asked.get("messages") or []
+def _chat(healthy: "HealthyServer", fields: Json) -> list[Step]:
+    messages = fields.get("messages") or []
     if not messages:
-        raise Refused(400, "[] is too short - 'messages'")
-    calls = messages[-1].get("role") != "tool" and bool(asked.get("tools"))
-    pieces = [""] if calls else cut(healthy.text(said(messages)), healthy.pieces)
-    usage = _counted(healthy, asked, len(pieces))
-    if asked.get("stream"):
-        deltas = _tool_deltas(asked) if calls else _text_deltas(healthy, pieces)
-        return _chat_stream(healthy, asked, deltas, "tool_calls" if calls else "stop", usage)
-    message: Asked = {"role": "assistant", "content": "".join(pieces)}
+        raise ServerError(400, "[] is too short - 'messages'")
+    calls = messages[-1].get("role") != "tool" and bool(fields.get("tools"))
+    pieces = [""] if calls else split_evenly(healthy.text(last_user_text(messages)), healthy.pieces)
+    usage = _counted(healthy, fields, len(pieces))
+    if fields.get("stream"):
+        deltas = _tool_deltas(fields) if calls else _text_deltas(healthy, pieces)
+        return _chat_stream(healthy, fields, deltas, "tool_calls" if calls else "stop", usage)
+    message: Json = {"role": "assistant", "content": "".join(pieces)}
     if calls:
-        message = {"role": "assistant", "content": None, "tool_calls": [_tool_call(asked)]}
+        message = {"role": "assistant", "content": None, "tool_calls": [_tool_call(fields)]}
     choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else "stop"}
-    whole = {**_common(healthy, asked, "chat.completion", "chatcmpl"), "choices": [choice], "usage": usage}
-    return paused(answer(200, compact(whole) + b"\n", JSON), healthy.pause_s * len(pieces))
+    whole = {**_common(healthy, fields, "chat.completion", "chatcmpl"), "choices": [choice], "usage": usage}
+    return after_pause(answer(200, compact(whole) + b"\n", JSON), healthy.pause_s * len(pieces))
 
 
-def _text_deltas(healthy: "Healthy", pieces: list[str]) -> list[Asked]:
-    deltas: list[Asked] = [{"content": piece} for piece in pieces]
+def _text_deltas(healthy: "HealthyServer", pieces: list[str]) -> list[Json]:
+    deltas: list[Json] = [{"content": piece} for piece in pieces]
     if healthy.kind == "ollama":
         return [{"role": "assistant", **deltas[0]}, *deltas[1:]]
     return [{"role": "assistant", "content": ""}, *deltas]
 
 
-def _tool_call(asked: Asked) -> Asked:
-    function = asked["tools"][0]["function"]
+def _tool_call(fields: Json) -> Json:
+    function = fields["tools"][0]["function"]
     arguments = json.dumps(tool_arguments(function), ensure_ascii=False)
     return {"id": "call_k1ujbeiw", "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _tool_deltas(asked: Asked) -> list[Asked]:
-    return [{"role": "assistant", "content": "", "tool_calls": [{"index": 0, **_tool_call(asked)}]}]
+def _tool_deltas(fields: Json) -> list[Json]:
+    return [{"role": "assistant", "content": "", "tool_calls": [{"index": 0, **_tool_call(fields)}]}]
 
 
-def _chat_stream(healthy: "Healthy", asked: Asked, deltas: list[Asked], reason: str, usage: Asked) -> list[Step]:
-    common = _common(healthy, asked, "chat.completion.chunk", "chatcmpl")
+def _chat_stream(healthy: "HealthyServer", fields: Json, deltas: list[Json], reason: str, usage: Json) -> list[Step]:
+    common = _common(healthy, fields, "chat.completion.chunk", "chatcmpl")
     chunks = [{**common, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     chunks.append({**common, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-    if _wants_usage(healthy, asked):
+    if _wants_usage(healthy, fields):
         chunks.append({**common, "choices": [], "usage": usage})
     return stream(sse(chunks), pause_s=healthy.pause_s)
 
 
-def _completion(healthy: "Healthy", asked: Asked) -> list[Step]:
-    prompt = asked.get("prompt")
+def _completion(healthy: "HealthyServer", fields: Json) -> list[Step]:
+    prompt = fields.get("prompt")
     if healthy.kind == "ollama" and not isinstance(prompt, str):
-        raise Refused(400, "json: cannot unmarshal array into Go struct field CompletionRequest.prompt of type string")
-    pieces = cut(healthy.text(plain(prompt)), healthy.pieces)
-    common = _common(healthy, asked, "text_completion", "cmpl")
-    usage = _counted(healthy, asked, len(pieces))
-    if asked.get("stream"):
-        return stream(sse(_completion_chunks(healthy, asked, common, pieces, usage)), pause_s=healthy.pause_s)
+        raise ServerError(400, "json: cannot unmarshal array into Go struct field CompletionRequest.prompt of type string")
+    pieces = split_evenly(healthy.text(text_of(prompt)), healthy.pieces)
+    common = _common(healthy, fields, "text_completion", "cmpl")
+    usage = _counted(healthy, fields, len(pieces))
+    if fields.get("stream"):
+        return stream(sse(_completion_chunks(healthy, fields, common, pieces, usage)), pause_s=healthy.pause_s)
     choice = {"index": 0, "text": "".join(pieces), "finish_reason": "stop"}
     whole = compact({**common, "choices": [choice], "usage": usage}) + b"\n"
-    return paused(answer(200, whole, JSON), healthy.pause_s * len(pieces))
+    return after_pause(answer(200, whole, JSON), healthy.pause_s * len(pieces))
 
 
-def _completion_chunks(healthy: "Healthy", asked: Asked, common: Asked, pieces: list[str], usage: Asked) -> list[Asked]:
-    counted = _wants_usage(healthy, asked)
+def _completion_chunks(healthy: "HealthyServer", fields: Json, common: Json, pieces: list[str], usage: Json) -> list[Json]:
+    counted = _wants_usage(healthy, fields)
     zeros = {"usage": _usage(0, 0)} if counted and healthy.kind == "ollama" else {}
     reasons = [None] * (len(pieces) - 1) + ["stop"]
     chunks = [
@@ -192,16 +192,16 @@ def _completion_chunks(healthy: "Healthy", asked: Asked, common: Asked, pieces: 
     return [*chunks, {**common, "choices": [], "usage": usage}] if counted else chunks
 
 
-def _embeddings(healthy: "Healthy", asked: Asked) -> list[Step]:
-    given = asked.get("input")
+def _embeddings(healthy: "HealthyServer", fields: Json) -> list[Step]:
+    given = fields.get("input")
     inputs = given if isinstance(given, list) else [given]
     if not inputs or inputs == [None]:
-        raise Refused(400, "invalid input")
-    form = str(asked.get("encoding_format", "float")).lower()
+        raise ServerError(400, "invalid input")
+    form = str(fields.get("encoding_format", "float")).lower()
     data = [{"object": "embedding", "embedding": _encoded(each, form), "index": n} for n, each in enumerate(inputs)]
-    tokens = prompt_tokens(asked)
+    tokens = prompt_tokens(fields)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return answer(200, {"object": "list", "data": data, "model": asked["model"], "usage": usage}, JSON)
+    return answer(200, {"object": "list", "data": data, "model": fields["model"], "usage": usage}, JSON)
 
 
 def _encoded(given: Any, form: str) -> list[float] | str:
@@ -209,7 +209,7 @@ def _encoded(given: Any, form: str) -> list[float] | str:
     return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode() if form == "base64" else numbers
 
 
-_POSTS: dict[str, Callable[["Healthy", Asked], list[Step]]] = {
+_POSTS: dict[str, Callable[["HealthyServer", Json], list[Step]]] = {
     "/v1/chat/completions": _chat,
     "/v1/completions": _completion,
     "/v1/embeddings": _embeddings,

@@ -1,4 +1,4 @@
-"""What a played backend may do on a connection: single steps, usual scripts built of them, and named faults."""
+"""What a fake backend can do on a connection: single steps, scripts built of them, and named faults."""
 
 import json
 import threading
@@ -21,9 +21,9 @@ RECORDINGS = Path(__file__).parent / "recordings"
 
 @dataclass
 class Received:
-    """A request as it came in. `outcome` and `finished` are None while it is being answered.
+    """A received request. `outcome` and `finished` are None while it is being answered.
 
-    `last_step` is the moment before the last byte went out: nobody can have had the whole answer before.
+    `last_step` is the time just before the last byte was sent: no client can have had the whole answer earlier.
     """
 
     method: str
@@ -50,7 +50,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Head:
-    """Status line and headers; neither chunked nor with a length: the body ends with the connection."""
+    """Status line and headers; without `chunked` and `content_length` the body ends with the connection."""
 
     status: int = 200
     headers: Pairs = ()
@@ -60,14 +60,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of the body: one chunk where the head said chunked."""
+    """Bytes of the body; one chunk if the head is chunked."""
 
     data: bytes
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Bytes as they are, without any framing."""
+    """Bytes without any framing."""
 
     data: bytes
 
@@ -88,7 +88,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Forever:
-    """Silence until the peer leaves."""
+    """Silence until the client leaves."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class End:
 
 @dataclass(frozen=True)
 class Reset:
-    """RST, once everything sent has reached the peer's kernel."""
+    """RST, once everything sent has reached the client's kernel."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +117,20 @@ def recording(name: str) -> bytes:
 
 
 def compact(value: object) -> bytes:
-    """JSON as the servers write it: no spaces, UTF-8, and U+2028/U+2029 escaped as Go does."""
+    """JSON as the servers write it: no spaces, UTF-8, U+2028 and U+2029 escaped as in Go."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").encode()
 
 
 def answer(status: int, body: bytes | object = b"", content_type: str = JSON, *headers: tuple[str, str]) -> list[Step]:
-    """A whole answer with its length; what is not bytes is written as JSON."""
+    """A whole answer with its length; a body that is not bytes is written as JSON."""
     data = body if isinstance(body, bytes) else compact(body)
     typed = [("Content-Type", content_type)] if content_type else []
     return [Head(status, [*typed, *headers], content_length=len(data)), Piece(data)]
 
 
 def stream(frames: Iterable[bytes], content_type: str = SSE, pause_s: float = 0.0) -> list[Step]:
-    """A chunked answer, each frame a chunk of its own."""
+    """A chunked answer, one chunk per frame."""
     steps: list[Step] = [Head(200, [("Content-Type", content_type)], chunked=True)]
     for number, frame in enumerate(frames):
         if number and pause_s:
@@ -140,7 +140,7 @@ def stream(frames: Iterable[bytes], content_type: str = SSE, pause_s: float = 0.
 
 
 def frames_of(data: bytes) -> list[bytes]:
-    """A recording cut after each record (NDJSON) or event (SSE), nothing lost."""
+    """Splits a recording after each record (NDJSON) or event (SSE)."""
     mark = next((mark for mark in (b"\r\n\r\n", b"\n\n") if mark in data), b"\n")
     pieces = data.split(mark)
     return [piece + mark for piece in pieces[:-1]] + ([pieces[-1]] if pieces[-1] else [])
@@ -162,7 +162,7 @@ def cut_at(
     content_type: str = SSE,
     framing: Literal["chunked", "mid_chunk", "length"] = "chunked",
 ) -> list[Step]:
-    """An answer of which only the first n bytes of the body come: between chunks, inside a chunk, or short of its length."""
+    """An answer cut after the first n bytes of its body: between chunks, inside a chunk, or short of its length."""
     typed = [("Content-Type", content_type)]
     last: Step = Reset() if how == "reset" else Close()
     if framing == "length":
@@ -193,14 +193,14 @@ _WORDS: dict[int, tuple[str, str, str]] = {
 
 
 def error_body(dialect: Dialect, status: int) -> dict[str, Any]:
-    """An error as Ollama or a server of the OpenAI kind words it."""
+    """An error in the words of Ollama or of an OpenAI-compatible server."""
     native, message, kind = _WORDS[status]
     if dialect == "ollama":
         return {"error": native}
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def kind_of(dialect: Dialect, streamed: bool) -> str:
+def content_type_of(dialect: Dialect, streamed: bool) -> str:
     if not streamed:
         return JSON
     return NDJSON if dialect == "ollama" else SSE
@@ -211,7 +211,7 @@ def _error_head(status: int) -> Fault:
 
 
 def _empty_body(dialect: Dialect, streamed: bool) -> list[Step]:
-    content_type = kind_of(dialect, streamed)
+    content_type = content_type_of(dialect, streamed)
     return stream([], content_type) if streamed else answer(200, b"", content_type)
 
 
@@ -219,12 +219,12 @@ def _error_first_frame(dialect: Dialect, streamed: bool) -> list[Step]:
     error = error_body(dialect, 500)
     if not streamed:
         return answer(200, error)
-    return stream(ndjson([error]) if dialect == "ollama" else sse([error]), kind_of(dialect, streamed))
+    return stream(ndjson([error]) if dialect == "ollama" else sse([error]), content_type_of(dialect, streamed))
 
 
 def _after_head(last: Step) -> Fault:
     return lambda dialect, streamed: [
-        Head(200, [("Content-Type", kind_of(dialect, streamed))], streamed, None if streamed else 300),
+        Head(200, [("Content-Type", content_type_of(dialect, streamed))], streamed, None if streamed else 300),
         last,
     ]
 
