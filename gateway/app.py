@@ -234,7 +234,7 @@ async def limits_of(
         closed_without_redis=settings.limits_without_redis == "closed",
     )
     async with limits:
-        store.subscribe({SLOT_FREED: lambda queue: limits.slot_freed(queue.encode())}, after_gap=lambda: None)
+        store.subscribe({SLOT_FREED: lambda queue: limits.queue.slot_freed(queue.encode())}, after_gap=lambda: None)
         yield limits
 
 

@@ -55,12 +55,12 @@ async def settle_expired(limits: Limiter, since_ms: int, most: int) -> int:
     Raises RedisUnavailable.
     """
     settled = 0
-    for call in await limits.expired(since_ms, most):
+    for call in await limits.leases.expired(since_ms, most):
         try:
             settlement = settlement_of(call.id, call.info)
         except (ValueError, KeyError, TypeError):
             LOG.error("an entry among the running calls in Redis is not a call of this gateway and is removed")
-            await limits.forget(call)
+            await limits.leases.forget(call)
         else:
             await limits.resend(settlement, "reaped")
             settled += 1

@@ -173,7 +173,7 @@ class AuditWriter:
         return taken
 
     async def _reap(self) -> None:
-        if self._limits.is_settled(SETTLING_S):
+        if self._limits.leases.is_settled(SETTLING_S):
             await abandoned.settle_expired(self._limits, OVERDUE_MS, REAPED_AT_ONCE)
 
 

@@ -84,6 +84,9 @@ class CounterUsage(NamedTuple):
     month: int
 
 
+Verdict = Admission | LimitReached
+
+
 def refusal(
     limit: str, scope: CounterSet, retry_after: float | None, told: list[Header], asked: int = 0, *, may_wait: bool = False
 ) -> LimitReached:

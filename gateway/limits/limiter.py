@@ -2,41 +2,29 @@
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from gateway.core import background
-from gateway.core.background import KeptTask
 from gateway.core.errors import LimitReached, LimitsUnavailable, StoreUnavailable
-from gateway.limits.admission import Admission, CounterUsage, Settlement, Ticket, WindowUsage, headers, refusal
+from gateway.limits import leases, queue
+from gateway.limits.admission import Admission, CounterUsage, Settlement, Ticket, Verdict, WindowUsage, headers, refusal
+from gateway.limits.estimates import MEAN_OF_UNKNOWN_MODEL, Estimates
 from gateway.limits.fallback import WHOLE, FallbackLimiter, Share
+from gateway.limits.leases import Leases
+from gateway.limits.queue import Queue
 from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
 
 LUA = Path(__file__).parent / "lua"
-LEASE_MS = 25_000
-TICK_S, RENEW_EVERY_S, RENEWED_AT_ONCE = 1.0, 8.0, 500
-MEAN_OF_UNKNOWN_MODEL = 256
 # Of one shard.
 MOST_ROWS, MOST_PROMPTS = 25_000, 500
-WAITING_PER_KEY, WAITING = 100, 1_000
-LOOK_AGAIN_S, SEED_WAIT_S = 0.25, 3.0
-# Client libraries ask two times more: told less than a second, they would have given up before anything could change.
-LONGEST_LIKELY_S, SHORTEST_LIKELY_S = 60.0, 1.0
-REMEMBERED = 10_000
-
-
-class ExpiredCall(NamedTuple):
-    """A call whose lease has ended; `info` is what its process left of it in Redis."""
-
-    shard: int
-    id: str
-    info: bytes
+SEED_WAIT_S = 3.0
 
 
 class Limiter:
@@ -55,14 +43,9 @@ class Limiter:
         self._lines, self._seed, self.share = lines, seed, share
         self._most_output, self._queue_wait_s, self._closed = most_output, queue_wait_s, closed_without_redis
         self.local = FallbackLimiter()
-        self._running: dict[str, Admission] = {}
-        self._means: dict[str, float] = {}
-        self._lengths: dict[str, float] = {}
+        self.estimates, self.leases, self.queue = Estimates(), Leases(lines), Queue(lines)
         self._seeding: dict[str, asyncio.Task[None]] = {}
-        self._waiting: OrderedDict[bytes, list[asyncio.Event]] = OrderedDict()
-        self._waiters = 0
-        self._usable_since: float | None = None
-        self.background = KeptTask(self._tick, "limits")
+        self.background = self.leases.background
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -77,17 +60,13 @@ class Limiter:
         """Whether Redis decides; else this process does."""
         return self._lines.is_usable
 
-    def is_settled(self, seconds: float) -> bool:
-        """Whether Redis has decided for so long that everybody has had the time to renew."""
-        return self._usable_since is not None and time.monotonic() - self._usable_since > seconds
-
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self.leases.running)
 
     @property
     def waiting(self) -> int:
-        return self._waiters
+        return self.queue.length
 
     async def admit(self, ticket: Ticket) -> Admission:
         """Raises LimitReached, LimitsUnavailable or StoreUnavailable; then nothing was taken."""
@@ -96,64 +75,27 @@ class Limiter:
         admission.began = time.monotonic()
         admission.queue_s = admission.began - began if self._queue_wait_s else 0.0
         if admission.takes_slot:
-            self._running[admission.id] = admission
+            self.leases.running[admission.id] = admission
             self.local.enter(admission.scopes)
         return admission
 
     async def _admit_or_wait(self, ticket: Ticket, began: float) -> Admission:
-        verdict = await self._ask(ticket, may_wait=bool(self._queue_wait_s) and self._waiters < WAITING)
+        verdict = await self._ask(ticket, bool(self._queue_wait_s) and self.queue.length < queue.WAITING)
         if isinstance(verdict, LimitReached) and verdict.may_wait:
-            verdict = await self._wait(ticket, began + self._queue_wait_s)
+            verdict = await self.queue.wait(ticket, began + self._queue_wait_s, partial(self._ask, ticket))
         if isinstance(verdict, LimitReached):
             verdict.waited_s = time.monotonic() - began if self._queue_wait_s else 0.0
             raise verdict
         return verdict
 
-    async def _wait(self, ticket: Ticket, until: float) -> "Admission | LimitReached":
-        """In the key's queue, which Redis keeps for all processes in the order of arrival."""
-        freed = asyncio.Event()
-        lines = [self._waiting.setdefault(redis_keys.queue(scope.name), []) for scope in ticket.scopes]
-        for line in lines:
-            line.append(freed)
-        self._waiters += 1
+    async def _ask(self, ticket: Ticket, may_wait: bool) -> Verdict:
         try:
-            while True:
-                left = until - time.monotonic()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(freed.wait(), max(0.0, min(left, LOOK_AGAIN_S)))
-                freed.clear()
-                verdict = await self._ask(ticket, may_wait=time.monotonic() < until)
-                if not (isinstance(verdict, LimitReached) and verdict.may_wait):
-                    return verdict
-        except BaseException:
-            self._leave_queue(ticket)
-            raise
-        finally:
-            self._waiters -= 1
-            for line, scope in zip(lines, ticket.scopes, strict=True):
-                line.remove(freed)
-                if not line:
-                    self._waiting.pop(redis_keys.queue(scope.name), None)
-
-    def _leave_queue(self, ticket: Ticket) -> None:
-        with suppress(RedisUnavailable):
-            for scope in ticket.scopes:
-                line = self._lines.for_shard(redis_keys.shard_of(scope.name))
-                line.send("ZREM", redis_keys.queue(scope.name), ticket.id).add_done_callback(background.retrieve)
-
-    def slot_freed(self, queue: bytes) -> None:
-        """A call has ended somewhere: the first who waits here asks again."""
-        for freed in self._waiting.get(queue, ())[:1]:
-            freed.set()
-
-    async def _ask(self, ticket: Ticket, *, may_wait: bool) -> "Admission | LimitReached":
-        try:
-            reply = await self._reply(ticket, may_wait, LEASE_MS)
+            reply = await self._reply(ticket, may_wait, leases.LEASE_MS)
         except RedisUnavailable:
             return self._ask_ourselves(ticket, may_wait)
         return self._read(ticket, reply)
 
-    async def preview(self, ticket: Ticket) -> "tuple[Admission | LimitReached, list[CounterUsage]]":
+    async def preview(self, ticket: Ticket) -> tuple[Verdict, list[CounterUsage]]:
         """As `admit` would decide now, and what is used of each scope; takes nothing. Raises StoreAway."""
         reply = await self._reply(ticket, may_wait=False, lease_ms=0)
         used = []
@@ -178,14 +120,14 @@ class Limiter:
         prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
         values: list[Any] = [ticket.id, ticket.info, lease_ms, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
         first = ticket.scopes[0]
-        values += [self._most_output, wait_ms, WAITING_PER_KEY, round(self._likely_s(first) * 1000)]
-        values.append(round(self._call_s(first) * 1000))
+        values += [self._most_output, wait_ms, queue.WAITING_PER_KEY, round(self.estimates.slot_s(first) * 1000)]
+        values.append(round(self.estimates.call_s(first) * 1000))
         for scope in ticket.scopes:
             keys += redis_keys.counters(scope.name)
             values += scope[1:]
         return keys, values
 
-    def _read(self, ticket: Ticket, reply: list[Any]) -> "Admission | LimitReached":
+    def _read(self, ticket: Ticket, reply: list[Any]) -> Verdict:
         usages = []
         for start, scope in enumerate(ticket.scopes):
             first = 5 + start * 7
@@ -203,13 +145,10 @@ class Limiter:
         prompt, output, _ = ticket.need
         if output is None:
             rooms = (share.out_of(limit) - prompt for scope in ticket.scopes for limit in scope.of_tokens if limit >= 0)
-            output = max(0, min((self._mean(ticket.model), *rooms)))
+            output = max(0, min((self._most_output, self.estimates.tokens_of(ticket.model), *rooms)))
         return prompt + output if prompt >= 0 else 0
 
-    def _mean(self, model: str) -> int:
-        return min(self._most_output, round(self._means.get(model, MEAN_OF_UNKNOWN_MODEL)))
-
-    def _ask_ourselves(self, ticket: Ticket, may_wait: bool) -> "Admission | LimitReached":
+    def _ask_ourselves(self, ticket: Ticket, may_wait: bool) -> Verdict:
         if self._closed:
             raise LimitsUnavailable(retry_after=2.0)
         share = self.share()
@@ -219,7 +158,9 @@ class Limiter:
         told = headers(ticket.scopes, self.local.usages(ticket.scopes))
         if refused is None:
             return Admission(ticket.id, ticket.scopes, ticket.model, takes_slot, "alone", max(0, tokens), headers=told)
-        likely_s = self._likely_s(refused.scope) if refused.limit == "concurrent" else self._call_s(refused.scope)
+        likely_s = (
+            self.estimates.slot_s(refused.scope) if refused.limit == "concurrent" else self.estimates.call_s(refused.scope)
+        )
         wait_s = refused.wait_s if refused.wait_s != 0.0 else likely_s
         waits = may_wait and refused.limit == "concurrent" and wait_s is not None
         error = refusal(refused.limit, refused.scope, wait_s, told, max(0, tokens), may_wait=waits)
@@ -245,7 +186,7 @@ class Limiter:
         Without an answer in the end it may be said again: it counts once.
         """
         admission = settlement.admission
-        if admission is not None and self._running.pop(admission.id, None) is not None:
+        if admission is not None and self.leases.running.pop(admission.id, None) is not None:
             self._note_end(admission, settlement)
         return self.resend(settlement)
 
@@ -278,65 +219,6 @@ class Limiter:
         if admission.how == "alone":
             self.local.settle(admission.scopes, admission.reserved, settlement.used)
             for scope in admission.scopes:
-                self.slot_freed(redis_keys.queue(scope.name))
-        _move(self._lengths, admission.scopes[0].name, time.monotonic() - admission.began, 0.2)
-        if settlement.completion >= 0:
-            _move(self._means, admission.model, settlement.completion, 0.05)
-
-    def _likely_s(self, scope: CounterSet) -> float:
-        """How long until one of the calls that hold a slot is likely to end."""
-        return max(SHORTEST_LIKELY_S, self._call_s(scope) / max(1, scope.concurrent))
-
-    def _call_s(self, scope: CounterSet) -> float:
-        """How long a call of this key is likely to take."""
-        return min(LONGEST_LIKELY_S, max(SHORTEST_LIKELY_S, self._lengths.get(scope.name, 1.0)))
-
-    async def _tick(self) -> None:
-        renewed_at = 0.0
-        while True:
-            now = time.monotonic()
-            if not self._lines.is_usable:
-                self._usable_since = None
-            elif self._usable_since is None:
-                self._usable_since, renewed_at = now, 0.0
-            if now - renewed_at > RENEW_EVERY_S:
-                renewed_at = now
-                await self._renew()
-            await asyncio.sleep(TICK_S)
-
-    async def _renew(self) -> None:
-        """The leases of long calls, shard by shard."""
-        of_shards: dict[int, list[tuple[str, bytes]]] = {}
-        for admission in list(self._running.values()):
-            shard = redis_keys.shard_of(admission.scopes[0].name)
-            slots = [(admission.id, redis_keys.slots(scope.name)) for scope in admission.scopes]
-            of_shards.setdefault(shard, []).extend(slots)
-        for shard, slots in of_shards.items():
-            with suppress(RedisUnavailable):
-                await self._renew_in(shard, slots)
-
-    async def _renew_in(self, shard: int, slots: Sequence[tuple[str, bytes]]) -> None:
-        for start in range(0, len(slots), RENEWED_AT_ONCE):
-            # Those that have ended since are not to be found there again.
-            some = [(call, slot) for call, slot in slots[start : start + RENEWED_AT_ONCE] if call in self._running]
-            keys = [redis_keys.BY_SHARD[shard].leases, *(slot for _, slot in some)]
-            await self._lines.for_shard(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
-
-    async def expired(self, since_ms: int, most: int) -> list[ExpiredCall]:
-        """Calls whose lease ended `since_ms` ago, at most `most` of each shard. Raises RedisUnavailable."""
-        calls = []
-        for shard, shared in enumerate(redis_keys.BY_SHARD):
-            found = await self._lines.for_shard(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
-            calls += [ExpiredCall(shard, call.decode(), info) for call, info in zip(found[::2], found[1::2], strict=True)]
-        return calls
-
-    async def forget(self, call: ExpiredCall) -> None:
-        """Removes what nobody can settle. Raises RedisUnavailable."""
-        await self._lines.for_shard(call.shard).send("HDEL", redis_keys.BY_SHARD[call.shard].calls, call.id)
-
-
-def _move(means: dict[str, float], name: str, value: float, weight: float) -> None:
-    known = means.get(name)
-    if known is None and len(means) >= REMEMBERED:
-        del means[next(iter(means))]
-    means[name] = value if known is None else known * (1 - weight) + value * weight
+                self.queue.slot_freed(redis_keys.queue(scope.name))
+        seconds = time.monotonic() - admission.began
+        self.estimates.add(admission.scopes[0], seconds, admission.model, settlement.completion)

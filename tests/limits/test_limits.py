@@ -436,7 +436,7 @@ def test_a_running_call_is_not_forgotten_with_redis_data(
         until(lambda: gateway.components.limits.running == 1)
         with stores.client() as redis:
             redis.flushall()
-        gateway.call(gateway.components.limits._renew())
+        gateway.call(gateway.components.limits.leases.renew())
         assert ask(client, WAYS[0]).status_code == 429
         held.set()
         first.join()
@@ -455,7 +455,7 @@ def test_the_wait_for_a_spent_budget_is_known_without_redis() -> None:
 
 def set_mean(gateway: RunningGateway, stores: TestStores, tokens: int) -> None:
     canonical = "llama3.2:latest"
-    gateway.components.limits._means[canonical] = tokens
+    gateway.components.limits.estimates.output_tokens[canonical] = tokens
     with stores.client() as redis:
         for shared in redis_keys.BY_SHARD:
             redis.hset(shared.means, canonical, tokens)
@@ -484,7 +484,7 @@ def test_a_guess_is_one_for_all_scopes_and_given_back(
         first = threading.Thread(target=client.post, args=(WAYS[0].path,), kwargs={"json": WAYS[0].body})
         first.start()
         until(lambda: gateway.components.limits.running == 1)
-        (let_in,) = gateway.components.limits._running.values()
+        (let_in,) = gateway.components.limits.leases.running.values()
         reserves = [redis_keys.counters(scope.name)[2] for scope in let_in.scopes]
         assert (let_in.reserved, redis.mget(reserves)) == (2000, [b"2000", b"2000"])
         refused = client.post(WAYS[0].path, json=WAYS[0].body)
@@ -496,7 +496,7 @@ def test_a_guess_is_one_for_all_scopes_and_given_back(
 
 def test_a_guess_alone_keeps_no_request_out_of_a_share(gateway: RunningGateway) -> None:
     limits = gateway.components.limits
-    limits._means["m"], limits.share = 4093, lambda: Share(0, 4)
+    limits.estimates.output_tokens["m"], limits.share = 4093, lambda: Share(0, 4)
     scopes = (CounterSet("k", -1, 3000, -1, -1, -1), CounterSet("k|m", -1, -1, -1, 4000, 2800))
     ticket = admission.Ticket("1", scopes, "m", Need(10, None), b"x")
 

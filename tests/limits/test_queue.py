@@ -127,7 +127,7 @@ def test_who_leaves_is_out_of_the_queue(
 def test_one_key_cannot_fill_the_queue(
     start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.limits.limiter.WAITING_PER_KEY", 3)
+    monkeypatch.setattr("gateway.limits.queue.WAITING_PER_KEY", 3)
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="20")
     key = gateway.key(concurrent=1)
     done: list[tuple[str, int]] = []

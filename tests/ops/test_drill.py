@@ -201,9 +201,9 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         "killed",
         """
         from gateway.fleet import presence
-        from gateway.limits import limiter
+        from gateway.limits import leases
         from gateway.ops.drill import faults
-        limiter.LEASE_MS, presence.ACTIVE_MS = 600_000, 600_000
+        leases.LEASE_MS, presence.ACTIVE_MS = 600_000, 600_000
         faults.LEASE_S = 4.0
         """,
     ),

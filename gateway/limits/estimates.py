@@ -1,0 +1,40 @@
+"""What a call will probably take, judged by earlier ones: seconds for a key's calls, output tokens for a model's answers."""
+
+from gateway.limits.quota import CounterSet
+
+MEAN_OF_UNKNOWN_MODEL = 256
+# Client libraries try twice more: with less than a second between, they would have given up before anything could change.
+LONGEST_S, SHORTEST_S = 60.0, 1.0
+REMEMBERED = 10_000
+
+
+class Estimates:
+    """Moving means of the calls of this process, for at most REMEMBERED keys and models."""
+
+    def __init__(self) -> None:
+        self.output_tokens: dict[str, float] = {}
+        self._call_seconds: dict[str, float] = {}
+
+    def add(self, scope: CounterSet, seconds: float, model: str, output_tokens: int) -> None:
+        """`output_tokens` is -1 where they are not typical of the model."""
+        _move(self._call_seconds, scope.name, seconds, 0.2)
+        if output_tokens >= 0:
+            _move(self.output_tokens, model, output_tokens, 0.05)
+
+    def tokens_of(self, model: str) -> int:
+        return round(self.output_tokens.get(model, MEAN_OF_UNKNOWN_MODEL))
+
+    def call_s(self, scope: CounterSet) -> float:
+        """How long a call takes."""
+        return min(LONGEST_S, max(SHORTEST_S, self._call_seconds.get(scope.name, 1.0)))
+
+    def slot_s(self, scope: CounterSet) -> float:
+        """How long until one of the calls that hold a slot ends."""
+        return max(SHORTEST_S, self.call_s(scope) / max(1, scope.concurrent))
+
+
+def _move(means: dict[str, float], name: str, value: float, weight: float) -> None:
+    known = means.get(name)
+    if known is None and len(means) >= REMEMBERED:
+        del means[next(iter(means))]
+    means[name] = value if known is None else known * (1 - weight) + value * weight

@@ -1,0 +1,66 @@
+"""Calls that wait for a slot of their key: Redis keeps the queue of each key, in the order of arrival at all processes."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from gateway.core import background
+from gateway.core.errors import LimitReached
+from gateway.limits.admission import Ticket, Verdict
+from gateway.stores import redis_keys
+from gateway.stores.redis_client import RedisUnavailable
+from gateway.stores.redis_shards import ShardConnections
+
+# At most so many wait for a key in all processes together, and for all keys in this one.
+WAITING_PER_KEY, WAITING = 100, 1_000
+ASK_AGAIN_S = 0.25
+
+
+class Queue:
+    """The calls of this process that wait; `length` of them."""
+
+    def __init__(self, connections: ShardConnections) -> None:
+        self._connections = connections
+        self._waiting: dict[bytes, list[asyncio.Event]] = {}
+        self.length = 0
+
+    async def wait(self, ticket: Ticket, until: float, ask: Callable[[bool], Awaitable[Verdict]]) -> Verdict:
+        """Asks whenever a slot may be free, until the ticket passes, is refused or its time is over.
+
+        `ask` is given whether the ticket may go on waiting.
+        """
+        freed = asyncio.Event()
+        queues = [self._waiting.setdefault(redis_keys.queue(scope.name), []) for scope in ticket.scopes]
+        for queue in queues:
+            queue.append(freed)
+        self.length += 1
+        try:
+            while True:
+                left = until - time.monotonic()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(freed.wait(), max(0.0, min(left, ASK_AGAIN_S)))
+                freed.clear()
+                verdict = await ask(time.monotonic() < until)
+                if not (isinstance(verdict, LimitReached) and verdict.may_wait):
+                    return verdict
+        except BaseException:
+            self._leave(ticket)
+            raise
+        finally:
+            self.length -= 1
+            for queue, scope in zip(queues, ticket.scopes, strict=True):
+                queue.remove(freed)
+                if not queue:
+                    self._waiting.pop(redis_keys.queue(scope.name), None)
+
+    def _leave(self, ticket: Ticket) -> None:
+        with suppress(RedisUnavailable):
+            for scope in ticket.scopes:
+                connection = self._connections.for_shard(redis_keys.shard_of(scope.name))
+                connection.send("ZREM", redis_keys.queue(scope.name), ticket.id).add_done_callback(background.retrieve)
+
+    def slot_freed(self, queue: bytes) -> None:
+        """A call has ended in some process: the first that waits here asks again."""
+        for freed in self._waiting.get(queue, ())[:1]:
+            freed.set()
