@@ -14,8 +14,11 @@ from argon2 import PasswordHasher
 from starlette.types import ASGIApp, Scope
 
 from gateway.admin.api import AdminApi
+from gateway.admin.backends import BackendHandlers
 from gateway.admin.explain import Fleet, explain
+from gateway.admin.keys import KeyHandlers
 from gateway.admin.overview import Overview
+from gateway.admin.reports import ReportHandlers
 from gateway.audit import retention
 from gateway.audit.settlement import Settler
 from gateway.audit.writer import AuditWriter
@@ -186,16 +189,15 @@ async def build(
 def admin_api_of(settings: Settings, components: Components) -> AdminApi:
     operations = {operation.path: operation for dialect in dialects().values() for operation in dialect.operations}
     defaults, most = default_quota(settings), settings.max_num_predict
+    database, reports, store, discovery = components.database, components.reports, components.store, components.discovery
+    key_store = KeyStore(database, hasher_of(settings), store)
+    overview = Overview(settings.backends, discovery, reports, store, database)
+    explain_now = lambda question: explain(question, fleet_as_seen(settings, components), components.limits, defaults, most)  # noqa: E731
     return AdminApi(
-        KeyStore(components.database, hasher_of(settings), components.store),
-        Overview(settings.backends, components.discovery, components.reports, components.store, components.database),
-        components.database,
-        components.reports,
-        components.store,
-        components.discovery,
-        components.backends,
-        operations,
-        lambda question: explain(question, fleet_as_seen(settings, components), components.limits, defaults, most),
+        KeyHandlers(key_store),
+        BackendHandlers(overview, components.backends, discovery, database, store),
+        ReportHandlers(overview, reports, key_store, operations, explain_now),
+        overview,
         components.in_flight,
     )
 

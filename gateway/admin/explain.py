@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.auth.key import Key
-from gateway.core.errors import LimitReached
+from gateway.core.errors import CommandFailed, LimitReached
 from gateway.dialects.dialect import Operation
 from gateway.dialects.model_names import ModelName, canonical
 from gateway.dialects.tokens import NO_TOKENS, Need
@@ -20,6 +20,7 @@ from gateway.proxy.visibility import missing
 from gateway.stores.redis_client import RedisUnavailable
 
 UNASKED = BackendState()
+CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ class Fleet:
     states: Mapping[str, BackendState]
     drained: frozenset[str]
     catalog: Catalog
+
+
+def operation_of(client: str, operations: Mapping[str, Operation]) -> Operation:
+    """A dialect's chat, or any route by its path. Raises CommandFailed."""
+    path = CHATS.get(client, client)
+    if path not in operations:
+        routes = ", ".join(sorted(operations))
+        raise CommandFailed(f"{client[:64]!r} is not a client or a route: write ollama, openai, or one of {routes}")
+    return operations[path]
 
 
 def backends(question: Question, fleet: Fleet) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from gateway.limits.quota import CounterSet, Quota, Rule
 # The role: what it opens is the operator's, not a caller's.
 ADMIN = "admin"
 ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "show_overhead"
+FLAGS = (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD)
 # A key of a drill: what it asks is no traffic of the installation, and nobody misses it later.
 DRILL = "drill"
 REMEMBERED_SCOPES = 1000

@@ -10,7 +10,7 @@ from typing import Any
 from argon2 import PasswordHasher
 
 from gateway.auth import key_format
-from gateway.auth.key import DRILL
+from gateway.auth.key import DRILL, Key, unpack
 from gateway.core.errors import CommandFailed, NameTaken, NotThere
 from gateway.dialects import model_names
 from gateway.dialects.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
@@ -72,9 +72,9 @@ class KeyStore:
         """In a thread: it takes a fifth of a second, in which a gateway has other things to do."""
         return await asyncio.to_thread(self._hasher.hash, whole)
 
-    async def rotate(self, name_or_id: str, overlap: timedelta) -> tuple[str, str]:
+    async def rotate(self, name_or_id: str, overlap: timedelta, *, by_id: bool = False) -> tuple[str, str]:
         """A new secret for the same key; the old ones work for the overlap. Returns the key's id and the new key."""
-        key_id = await self.active_id(name_or_id, usable=True)
+        key_id = await self.active_id(name_or_id, by_id=by_id, usable=True)
         minted = key_format.mint()
         await self._database.run_all(
             [
@@ -86,9 +86,9 @@ class KeyStore:
         await self._announce(key_id)
         return key_id, minted.whole
 
-    async def revoke(self, name_or_id: str) -> tuple[str, bool]:
+    async def revoke(self, name_or_id: str, *, by_id: bool = False) -> tuple[str, bool]:
         """Returns the key's id and whether every process was told at once (else they learn it with their cache time)."""
-        key_id = await self.active_id(name_or_id)
+        key_id = await self.active_id(name_or_id, by_id=by_id)
         await self._database.run_all([("lock_key", (key_id,)), ("revoke_key", (key_id,))])
         return key_id, await self._announce(key_id)
 
@@ -96,18 +96,20 @@ class KeyStore:
         """The keys of drills that ended so long ago, which nobody can use any more."""
         await self._database.run("drop_drill_keys", DRILL, ended_for)
 
-    async def limit(self, name_or_id: str, pattern: str, said: Mapping[str, int | None]) -> tuple[str, Quota, bool]:
-        """Set those limits that were said, of the key or of its models that match `pattern`; None means unset.
+    async def limit(
+        self, name_or_id: str, pattern: str, limits: Mapping[str, int | None], *, by_id: bool = False
+    ) -> tuple[str, Quota, bool]:
+        """Set these limits, of the key or of its models that match `pattern`; None resets one to its default.
 
         Returns the key's id, the whole quota as it is now, and whether every process was told at once.
         """
-        key_id = await self.active_id(name_or_id)
+        key_id = await self.active_id(name_or_id, by_id=by_id)
         _refuse_unreadable_pattern(pattern)
         pattern = model_names.rule_pattern(pattern)
         names = list(quota.NAMES)
         nothing_said = [None, False] * len(names)
         before = None if pattern else await self._database.row("limit_key", key_id, *nothing_said)
-        wishes = [said.get(name) for name in names], [name in said for name in names]
+        wishes = [limits.get(name) for name in names], [name in limits for name in names]
         values = [value for pair in zip(*wishes, strict=True) for value in pair]
         if pattern:
             row = await self._database.row("limit_models", key_id, pattern, *values, MOST_RULES)
@@ -136,21 +138,23 @@ class KeyStore:
     async def count(self) -> int:
         return int(await self._database.value("count_living_keys"))
 
-    async def living_by_id(self, key_id: str) -> str:
-        """The id of a key that was not revoked, by this id or that of one of its secrets, never by a name; raises NotThere."""
-        row = await self._database.row("find_key_by_id", key_id) if key_id.isprintable() else None
-        if row is None or row["revoked_at"] is not None:
-            raise NotThere(f"there is no living key with the id {key_format.redacted(key_id)!r}: see `make keys`")
-        return str(row["id"])
-
-    async def active_id(self, name_or_id: str, *, usable: bool = False) -> str:
-        """The id of a key that was not revoked; what is any key's id is no name. Raises NotThere."""
-        row = await self._database.row("find_living_key", name_or_id) if name_or_id.isprintable() else None
-        if row is None:
-            raise NotThere(f"there is no living key {key_format.redacted(name_or_id)!r}: see `make keys`")
+    async def active_id(self, name_or_id: str, *, by_id: bool = False, usable: bool = False) -> str:
+        """The id of a key that is not revoked, by its name, its id or the id of one of its secrets; an id is never taken for a
+        name, and `by_id` takes no name. `usable`: it has not expired either. Raises NotThere."""
+        query = "find_key_by_id" if by_id else "find_living_key"
+        row = await self._database.row(query, name_or_id) if name_or_id.isprintable() else None
+        if row is None or (by_id and row["revoked_at"] is not None):
+            shown = f"{'with the id ' if by_id else ''}{key_format.redacted(name_or_id)!r}"
+            raise NotThere(f"there is no active key {shown}: see `make keys`")
         if usable and row["expires_at"] is not None and row["expires_at"] <= datetime.now(UTC):
             raise CommandFailed(f"the key {name_or_id!r} has expired: revoke it and make another")
         return str(row["id"])
+
+    async def active_key(self, name_or_id: str) -> Key:
+        """A key that is not revoked, as its callers have it. Raises NotThere."""
+        row = await self._database.row("key_with_rights", await self.active_id(name_or_id))
+        assert row is not None
+        return unpack(dict(row))
 
     async def _announce(self, key_id: str) -> bool:
         if self._store is None:

@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "key":
-        verb.add_argument("--name", required=True, help="what the key is called; unique among living keys")
+        verb.add_argument("--name", required=True, help="what the key is called; unique among active keys")
         verb.add_argument("--models", default="", help="allowed models, globs separated by blanks; none means all")
         verb.add_argument("--expires", type=read_by(values.lifetime), help="lifetime: 12h, 30d, 8w")
         _add_limits(verb, None)

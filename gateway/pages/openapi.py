@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gateway.admin.api import AdminRoute
+from gateway.admin.endpoint import AdminRoute
 from gateway.core import errors, strict_json
 from gateway.core.errors import GatewayError
 from gateway.dialects.dialect import Dialect

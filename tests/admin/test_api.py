@@ -100,7 +100,7 @@ def test_an_id_is_no_name_and_a_name_is_no_id(gateway: RunningGateway, admin: ht
     for method, verb, body in ways:
         for word in (first, "ops"):
             answered = admin.request(method, f"/keys/{word}{verb}", json=body)
-            assert (answered.status_code, "no living key" in answered.json()["error"]) == (404, True), (method, word)
+            assert (answered.status_code, "no active key" in answered.json()["error"]) == (404, True), (method, word)
     for path in (f"/explain?key={first}&model={MODEL}", "/explain?key=nobody&model=x"):
         assert admin.get(path).status_code == 404
     assert admin.get(f"/audit?key={first}").json() == []
@@ -182,14 +182,20 @@ def test_the_audit_and_one_request(gateway: RunningGateway, admin: httpx.Client)
         ("GET", "/series?window=1y", None, 400, "window must be one of 15m, 24h, 30d"),
         ("GET", "/audit?status=teapot", None, 400, "'teapot' is not a status: write a number such as 429"),
         ("GET", "/audit?since=then", None, 400, "'then' is not a time: write 24h"),
-        ("GET", "/audit?colour=red", None, 400, "'colour' is not taken here: key, limit, model, outcome, since, status"),
+        (
+            "GET",
+            "/audit?colour=red",
+            None,
+            400,
+            "'colour' is not a parameter of this route: it takes key, limit,",
+        ),
         ("GET", "/audit?key=nobody", None, 404, "there is no key 'nobody'"),
         ("GET", "/requests/unheard-of", None, 404, "no request 'unheard-of' in the audit"),
         ("GET", "/usage?by=colour", None, 400, "'colour' is not something to group by: write one or more of key,model"),
-        ("GET", "/explain?model=x", None, 400, "say key= (id or name), model=, and client= as ollama, openai"),
+        ("GET", "/explain?model=x", None, 400, "set key= to a key's id or name, and model= to a model"),
         ("POST", "/keys", {}, 400, "a key's name must be 1 to 200 printable characters"),
         ("POST", "/keys", {"name": "ops"}, 409, "a key named 'ops' exists"),
-        ("POST", "/keys", {"name": "x", "colour": 1}, 400, "'colour' is not taken here"),
+        ("POST", "/keys", {"name": "x", "colour": 1}, 400, "'colour' is not a parameter of this route"),
         ("POST", "/keys", {"name": "x", "rpm": -1}, 400, "the field 'rpm' must be a whole number from 0"),
         ("POST", "/keys", {"name": "x", "rpm": True}, 400, "the field 'rpm' must be a whole number from 0"),
         ("POST", "/keys", {"name": "x", "role": "root"}, 400, "the field 'role' must be"),
@@ -197,8 +203,8 @@ def test_the_audit_and_one_request(gateway: RunningGateway, admin: httpx.Client)
         ("POST", "/keys", {"name": "x", "expires": "soon"}, 400, "'soon' is not a duration: write 90s"),
         ("POST", "/keys", {"name": "x", "retention": "7d"}, 400, "'retention' is for the prompts that 'prompt_log' keeps"),
         ("POST", "/keys", {"name": "x", "prompt_log": "yes"}, 400, "the field 'prompt_log' must be true or false"),
-        ("PATCH", "/keys/nobody", {"rpm": 1}, 404, "there is no living key with the id 'nobody'"),
-        ("PATCH", "/keys/ops", {}, 400, "say at least one of rpm, tpm, concurrent, day, month"),
+        ("PATCH", "/keys/nobody", {"rpm": 1}, 404, "there is no active key with the id 'nobody'"),
+        ("PATCH", "/keys/ops", {}, 400, "set at least one of rpm, tpm, concurrent, day, month"),
         ("POST", "/keys/ops/rotate", {"overlap": "a while"}, 400, "'a while' is not a duration"),
         ("POST", "/keys/ops/rotate", {"overlap": 5}, 400, "the field 'overlap' must be a string"),
     ],

@@ -228,10 +228,10 @@ def test_the_verbs_of_an_operator(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("explain", "--key", "nobody", "--model", "x"), "there is no living key 'nobody': see `make keys`"),
+        (("explain", "--key", "nobody", "--model", "x"), "there is no active key 'nobody': see `make keys`"),
         (
             ("explain", "--key", "alice", "--model", "x", "--client", "/v2"),
-            "'/v2' calls nothing: write ollama, openai, or one of",
+            "'/v2' is not a client or a route: write ollama, openai, or one of",
         ),
         (("trace", "--id", "unheard-of"), "no request 'unheard-of' in the audit"),
         (("drain", "--backend", "omega"), "there is no backend 'omega': write one of alpha"),

@@ -282,7 +282,7 @@ def test_names_nobody_can_read_are_refused(start_gateway: StartGateway, alpha: F
     gateway = start_gateway(alpha)
     with pytest.raises(CommandFailed, match="1 to 200 printable characters"):
         gateway.call(gateway.key_store().make(NewKey(name)))
-    with pytest.raises(CommandFailed, match="no living key"):
+    with pytest.raises(CommandFailed, match="no active key"):
         gateway.call(gateway.key_store().revoke(name))
 
 
@@ -291,7 +291,7 @@ def test_keys_that_are_not_there(start_gateway: StartGateway, alpha: FakeBackend
     gateway.key(name="mine")
     gateway.call(gateway.key_store().revoke("mine"))
     for name in ("mine", "never", "%", "mine' OR '1'='1"):
-        with pytest.raises(CommandFailed, match="there is no living key"):
+        with pytest.raises(CommandFailed, match="there is no active key"):
             gateway.call(gateway.key_store().revoke(name))
         with pytest.raises(CommandFailed, match="see `make keys`"):
             gateway.call(gateway.key_store().rotate(name, timedelta()))

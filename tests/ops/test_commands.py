@@ -142,7 +142,7 @@ def test_revocation_without_redis_says_when_it_holds(operator: Operator) -> None
 def test_a_name_twice_and_a_key_that_is_not_there(operator: Operator) -> None:
     operator.gets("key", "--name", "mine")
     assert "choose another name, or rotate or revoke it" in operator.is_refused("key", "--name", "mine")
-    assert operator.is_refused("revoke", "--key", "nobody") == "error: there is no living key 'nobody': see `make keys`\n"
+    assert operator.is_refused("revoke", "--key", "nobody") == "error: there is no active key 'nobody': see `make keys`\n"
     assert "see `make keys`" in operator.is_refused("rotate", "--key", "nobody")
 
 
@@ -151,7 +151,7 @@ def test_a_name_twice_and_a_key_that_is_not_there(operator: Operator) -> None:
     [
         (["key"], "--name"),
         (["key", "--name", "a", "--expires", "soon"], "write 90s, 15m, 24h, 30d or 2w"),
-        (["key", "--name", "a", "--expires", "0"], "a key needs time"),
+        (["key", "--name", "a", "--expires", "0"], "a key must be valid for some time"),
         (["key", "--name", "a", "--expires", "999999w"], "at most 36500d"),
         (["key", "--name", "a", "--rpm", "-1"], "rpm"),
         (["key", "--name", "a", "--tpm", "100k"], "write a whole number"),

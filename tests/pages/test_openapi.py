@@ -15,7 +15,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from playwright.sync_api import Browser, Page, expect
 
 from gateway import app
-from gateway.admin.api import AdminRoute
+from gateway.admin.endpoint import AdminRoute
 from gateway.auth.key import ADMIN, ADMIN_MODELS
 from gateway.core import strict_json
 from gateway.pages import samples, static

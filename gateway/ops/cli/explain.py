@@ -7,12 +7,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway import app
-from gateway.admin.explain import Fleet, Question, explain
+from gateway.admin.explain import Fleet, Question, explain, operation_of
 from gateway.audit import reports
-from gateway.auth import key_format
-from gateway.auth.key import Key, unpack
+from gateway.auth.key_store import KeyStore
 from gateway.core.errors import CommandFailed
-from gateway.dialects.dialect import Operation
 from gateway.fleet import drains, presence
 from gateway.limits import limiter
 from gateway.limits.admission import duration
@@ -20,24 +18,24 @@ from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limiter
 from gateway.ops.cli import audit, console, keys
 from gateway.settings import Settings
-from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_connection import read_scripts
 from gateway.stores.redis_shards import ShardConnections
 
-ROUTES = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
 OPERATOR = "operator"
 MOST_ROWS = 20
 
 
 async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
-    operation = operation_of(said.client)
+    operations = {operation.path: operation for dialect in app.dialects().values() for operation in dialect.operations}
+    operation = operation_of(said.client, operations)
     async with (
         keys.discovering(settings) as (discovery, store, configs),
         audit.current_database(settings) as database,
         ShardConnections(settings.redis_url, read_scripts(limiter.LUA), lambda _: None) as lines,
     ):
-        question = Question(await key_named(database, said.key), said.model, operation)
+        key_store = KeyStore(database, app.hasher_of(settings), store)
+        question = Question(await key_store.active_key(said.key), said.model, operation)
         states, told = await _states(store)
         drained = frozenset(row["backend"] for row in await database.rows("drained_backends"))
         fleet = Fleet(configs, states, drained, discovery.catalog)
@@ -48,24 +46,6 @@ async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
         console.show_facts(found, as_json=True)
     else:
         _show(found)
-
-
-def operation_of(client: str) -> Operation:
-    """A dialect's chat, or any route by its path. Raises CommandFailed."""
-    operations = {operation.path: operation for dialect in app.dialects().values() for operation in dialect.operations}
-    path = ROUTES.get(client, client)
-    if path not in operations:
-        raise CommandFailed(f"{client!r} calls nothing: write ollama, openai, or one of {', '.join(sorted(operations))}")
-    return operations[path]
-
-
-async def key_named(database: Database, id_or_name: str) -> Key:
-    found = await database.row("find_living_key", id_or_name) if id_or_name.isprintable() else None
-    if found is None:
-        raise CommandFailed(f"there is no living key {key_format.redacted(id_or_name)!r}: see `make keys`")
-    row = await database.row("key_with_rights", found["id"])
-    assert row is not None
-    return unpack(dict(row))
 
 
 async def _states(store: RedisClient) -> tuple[dict[str, presence.BackendState], int | None]:

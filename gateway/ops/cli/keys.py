@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, unquote
 
 from gateway import app
 from gateway.auth import key_view
-from gateway.auth.key import ADMIN, ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD
+from gateway.auth.key import ADMIN, FLAGS
 from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.dialects import model_names
@@ -106,7 +106,7 @@ async def migrate(settings: Settings, said: argparse.Namespace) -> None:
 
 
 async def make_key(settings: Settings, said: argparse.Namespace) -> None:
-    flags = [name for name in (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD) if getattr(said, name)]
+    flags = [name for name in FLAGS if getattr(said, name)]
     flags += [ADMIN] if said.role == ADMIN else []
     wanted = NewKey(
         name=said.name,
