@@ -17,7 +17,7 @@ import pytest
 import redis
 from playwright.sync_api import Browser
 
-from gateway import app
+from gateway.components import database_of
 from gateway.ops.local import stores as local_stores
 from gateway.stores import migrations
 from tests.support import memory_folder, redis_server
@@ -95,7 +95,7 @@ def template(databases: Databases) -> str:
     url = databases.create("migrated")
 
     async def migrate() -> None:
-        async with app.database_of(settings_for(DATABASE_URL=url)) as database:
+        async with database_of(settings_for(DATABASE_URL=url)) as database:
             await migrations.migrate(database, lambda _: None)
 
     asyncio.run(migrate())

@@ -29,7 +29,7 @@ HOMES = {
     "asyncpg": {"stores"},
     "redis": {"stores"},
     "hiredis": {"stores.redis_connection"},
-    "argon2": {"app", "auth"},
+    "argon2": {"components", "auth"},
     "aiohttp": {"fleet.backends", "ops.drill.client"},
     "yarl": {"fleet.backends"},
     "uvicorn": {"edge", "ops.local.demo_backend"},

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gateway import settings
+from gateway import endpoints, settings
 from gateway.audit.record import Record
 from gateway.core import errors
 from gateway.core.errors import GatewayError, SettingsError
 from gateway.ops import main
-from gateway.proxy import passthrough
 from tests.support import documents
 from tests.support.documents import code, links, page, section
 from tests.support.project import PROJECT
@@ -240,7 +239,7 @@ def test_the_page_of_logs_has_every_field() -> None:
 
 def test_the_page_of_models_has_every_admin_route() -> None:
     text = section("docs/models.md", "Admin routes")
-    assert [path for _, path in passthrough.ROUTES if path not in text] == []
+    assert [path for _, path in endpoints.PASSED_THROUGH if path not in text] == []
 
 
 def test_nothing_stands_in_the_top_folder_but_the_card() -> None:

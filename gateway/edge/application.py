@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -237,12 +237,3 @@ class Response:
         ]
         await self.send({"type": "http.response.start", "status": 204, "headers": headers})
         await self.send({"type": "http.response.body", "body": b""})
-
-
-def by_prefix(dialects: Mapping[str, Dialect]) -> Callable[[str], Dialect]:
-    """The dialect of a path: the path decides, never a header."""
-
-    def find(path: str) -> Dialect:
-        return dialects["openai"] if path == "/v1" or path.startswith("/v1/") else dialects["ollama"]
-
-    return find

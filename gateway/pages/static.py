@@ -22,20 +22,6 @@ HEADERS = [
     *SAME_ORIGIN,
     (b"cache-control", b"no-cache"),
 ]
-DASHBOARD = {
-    "/dashboard": "dashboard.html",
-    "/dashboard/dashboard.js": "dashboard.js",
-    "/dashboard/nodes.js": "nodes.js",
-    "/dashboard/style.css": "style.css",
-}
-PLAYGROUND = {
-    "/playground": "playground.html",
-    "/playground/playground.js": "playground.js",
-    "/playground/markdown.js": "markdown.js",
-    "/playground/nodes.js": "nodes.js",
-    "/playground/style.css": "style.css",
-}
-DOCS = {"/docs": "docs.html", "/docs/docs.js": "docs.js", "/docs/nodes.js": "nodes.js", "/docs/style.css": "style.css"}
 
 
 class Page:
@@ -57,14 +43,12 @@ def of_file(file: Path, policy: str = POLICY) -> Page:
 
 
 def routes(files: Mapping[str, str]) -> dict[tuple[str, str], ASGIApp]:
-    """By path, each to be got."""
+    """A GET route for each path, answered with that file of this package."""
     return {("GET", path): of_file(FOLDER / name) for path, name in files.items()}
 
 
-def playground(own: str) -> dict[tuple[str, str], ASGIApp]:
-    """Ours, or the operator's file in its place. Raises SettingsError."""
-    if not own:
-        return routes(PLAYGROUND)
+def own_playground(own: str) -> dict[tuple[str, str], ASGIApp]:
+    """The operator's file in place of the playground. Raises SettingsError."""
     try:
         return {("GET", "/playground"): of_file(Path(own), OWN_POLICY)}
     except OSError as wrong:

@@ -34,22 +34,6 @@ LARGEST_BLOB = 2**44
 LONGEST_UPLOAD_S = 86_400.0
 PIECE_DEADLINE_S = 60.0
 DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
-# Method, route; the backend's path is the route's, built from this table and never from what a client wrote.
-ROUTES = (
-    ("POST", "/api/pull"),
-    ("POST", "/api/push"),
-    ("POST", "/api/create"),
-    ("POST", "/api/copy"),
-    ("DELETE", "/api/delete"),
-    ("HEAD", "/api/blobs/{digest}"),
-    ("POST", "/api/blobs/{digest}"),
-    ("GET", "/api/status"),
-    ("POST", "/api/me"),
-    ("POST", "/api/signout"),
-    ("POST", "/api/experimental/web_search"),
-    ("POST", "/api/experimental/web_fetch"),
-    ("GET", "/api/experimental/model-recommendations"),
-)
 PASSED_ON = {b"user-agent": "User-Agent", b"accept": "Accept"}
 CHANGES_MODELS = frozenset({"/api/pull", "/api/create", "/api/copy", "/api/delete"})
 
@@ -76,7 +60,7 @@ def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> dict[
 
 
 class AdminVerb:
-    """The ASGI endpoint of one line of ROUTES."""
+    """The ASGI endpoint of one route; the backend's path is made from `route`, never from what a client wrote."""
 
     def __init__(
         self,

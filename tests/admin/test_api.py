@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import app
+from gateway import endpoints
 from gateway.auth import key_store
 from gateway.auth.key import ADMIN, ADMIN_MODELS, SHOW_BACKEND
 from gateway.core.errors import CommandFailed, NotThere
@@ -38,7 +38,7 @@ def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
 
     access: Any = None
     return list(
-        app.admin_api_of(gateway.settings, gateway.components).routes(
+        endpoints.admin_api_of(gateway.settings, gateway.components).routes(
             access, gateway.components.watch, gateway.components.bodies
         )
     )

@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import app
+from gateway import endpoints
 from gateway.admin import explain
 from gateway.admin.explain import Question
 from gateway.auth.key import ADMIN, Key, unpack
+from gateway.components import default_quota
+from gateway.dialects import registry
 from gateway.dialects.dialect import Operation
 from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, CircuitBreaker
 from gateway.ops.cli import explain as cli_explain
@@ -62,7 +64,7 @@ def fleet() -> Iterator[list[FakeBackend]]:
 
 
 def operation_of(path: str) -> Operation:
-    return next(found for dialect in app.dialects().values() for found in dialect.operations if found.path == path)
+    return next(found for dialect in registry.dialects().values() for found in dialect.operations if found.path == path)
 
 
 def rights_of(gateway: RunningGateway, whole: str) -> Key:
@@ -120,7 +122,7 @@ def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[F
         question = Question(rights_of(gateway, whole), model, operation, need.prompt, need.output)
         with in_some_state(gateway, chance):
             settings, components = gateway.settings, gateway.components
-            seen, defaults = app.fleet_as_seen(settings, components), app.default_quota(settings)
+            seen, defaults = endpoints.fleet_as_seen(settings, components), default_quota(settings)
             said = gateway.call(explain.explain(question, seen, components.limits, defaults, settings.max_num_predict))
             with gateway.http(whole) as client:
                 happened = client.post(path, json=body)
@@ -140,7 +142,7 @@ def test_looking_takes_nothing(start_gateway: StartGateway, alpha: FakeBackend, 
     gateway = start_gateway(alpha)
     whole = gateway.key(rpm=3, concurrent=1, day=1000)
     question = Question(rights_of(gateway, whole), "llama3.2", operation_of("/api/chat"), 10, 10)
-    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.components), app.default_quota(gateway.settings)
+    fleet, defaults = endpoints.fleet_as_seen(gateway.settings, gateway.components), default_quota(gateway.settings)
     for _ in range(10):
         said = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
         assert (said["status"], said["backend"]) == (200, "alpha")
@@ -169,7 +171,7 @@ def test_limits_are_told_without_redis(
 
     monkeypatch.setattr(gateway.components.limits, "preview", away)
     question = Question(rights_of(gateway, gateway.key(rpm=3)), "llama3.2", operation_of("/api/chat"), 10, 10)
-    fleet, defaults = app.fleet_as_seen(gateway.settings, gateway.components), app.default_quota(gateway.settings)
+    fleet, defaults = endpoints.fleet_as_seen(gateway.settings, gateway.components), default_quota(gateway.settings)
     said = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
     assert said["limits"][0] == {"models": "all", "limit": "rpm", "of": 3, "used": None} and said["status"] == 200
     assert "Redis is away" in said["limits_decided_by"]

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import redis
 
-from gateway import app
+from gateway import components
 from gateway.auth.key import ADMIN, Key
 from gateway.core.errors import StoreUnavailable
 from tests.conftest import StartGateway, TestStores
@@ -91,7 +91,7 @@ def test_a_slow_report_stops_nobody(
         finally:
             await connection.close()
 
-    monkeypatch.setattr(app, "REPORT_DEADLINE_S", 0.5)
+    monkeypatch.setattr(components, "REPORT_DEADLINE_S", 0.5)
     gateway = start_gateway(alpha)
     stranger, ops = gateway.key(), gateway.key(flags=(ADMIN,))
     with gateway.http(ops) as admin:

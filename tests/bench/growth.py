@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gateway import app, settings
+from gateway import settings
 from gateway.auth.key_store import KeyStore, NewKey
+from gateway.components import database_of, hasher_of
 from tests.bench import subjects
 from tests.bench.subjects import Subject
 from tests.bench.tools import Tools, load
@@ -88,8 +89,8 @@ def installation(size: Size, mock_port: int, folder: Path) -> Iterator[tuple[Sub
 async def made(wanted: int, names: dict[str, str]) -> list[str]:
     told = settings.load(names, None)
     gate = asyncio.Semaphore(MADE_AT_ONCE)
-    async with app.database_of(told) as database:
-        key_store = KeyStore(database, app.hasher_of(told), None)
+    async with database_of(told) as database:
+        key_store = KeyStore(database, hasher_of(told), None)
 
         async def one(number: int) -> str:
             async with gate:

@@ -11,9 +11,9 @@ import asyncpg
 import hiredis
 import pytest
 
-from gateway import app
 from gateway.auth import authenticator
 from gateway.auth.key import ADMIN
+from gateway.components import database_of
 from gateway.core.background import KeptTask, TaskGroup
 from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
 from gateway.stores.redis_connection import Replies
@@ -221,7 +221,7 @@ def test_what_is_not_the_askers_fault_is_the_stores(stores: TestStores) -> None:
     expected |= {"25006": ReadOnly, "22003": asyncpg.NumericValueOutOfRangeError, "P0001": asyncpg.RaiseError}
 
     async def raised(code: str) -> type[BaseException]:
-        async with app.database_of(settings_for(DATABASE_URL=stores.database_url)) as database:
+        async with database_of(settings_for(DATABASE_URL=stores.database_url)) as database:
             try:
                 async with database.connection() as connection:
                     await connection.execute(f"DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{code}'; END $$")

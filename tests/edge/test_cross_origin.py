@@ -2,8 +2,8 @@
 
 import pytest
 
+from gateway import endpoints
 from gateway.auth.key import ADMIN
-from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.chat_requests import SAY_HI
 from tests.support.fake_backend.backend import FakeBackend
@@ -12,7 +12,7 @@ from tests.support.running_gateway import RunningGateway
 PAGE = {"Origin": "http://elsewhere.example"}
 PREFLIGHT = {**PAGE, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization"}
 OURS_ALONE = (
-    *("/", "/healthz", "/readyz", "/metrics", "/openapi.json", *static.DOCS, *static.DASHBOARD, *static.PLAYGROUND),
+    *("/", "/healthz", "/readyz", "/metrics", "/openapi.json", *endpoints.DOCS, *endpoints.DASHBOARD, *endpoints.PLAYGROUND),
     *("/admin/v1/overview", "/admin/v1/keys", "/admin/v1/nowhere", "/nowhere", "/v1x", "/apix/tags", "//metrics"),
 )
 TO_ALL = ("/v1/models", "/v1/models/llama3.2", "/v1/nowhere", "/v1/", "//v1/models", "/api/tags", "/api/nowhere", "/api/pull")
@@ -43,7 +43,15 @@ def test_what_needs_no_key_or_is_for_operators_is_for_no_other_page(gateway: Run
 def test_what_needs_no_key_stands_in_no_other_page(gateway: RunningGateway) -> None:
     """Without asking for its bytes another page could still load it, as a script or a picture."""
     with gateway.http() as client:
-        for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", *static.DOCS, *static.DASHBOARD, *static.PLAYGROUND):
+        for path in (
+            "/healthz",
+            "/readyz",
+            "/metrics",
+            "/openapi.json",
+            *endpoints.DOCS,
+            *endpoints.DASHBOARD,
+            *endpoints.PLAYGROUND,
+        ):
             answer = client.get(path)
             assert answer.status_code == 200 and answer.headers["cross-origin-resource-policy"] == "same-origin", path
             assert answer.headers["x-content-type-options"] == "nosniff", path

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
+from gateway import endpoints
 from gateway.auth.key import ADMIN
-from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
 from tests.support.fake_backend.backend import FakeBackend
@@ -47,7 +47,7 @@ def confirm(page: Page) -> None:
 def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http() as client:
-        for path in static.DASHBOARD:
+        for path in endpoints.DASHBOARD:
             here, nowhere = client.get(path), client.get("/nowhere")
             assert (here.status_code, here.content) == (404, nowhere.content)
 
@@ -55,7 +55,7 @@ def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBacke
 def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
     total = 0
     with gateway.http() as client:
-        for path in static.DASHBOARD:
+        for path in endpoints.DASHBOARD:
             answer = client.get(path)
             policy = answer.headers["content-security-policy"]
             assert "unsafe" not in policy and "default-src 'none'" in policy and "http" not in policy

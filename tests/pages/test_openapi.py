@@ -14,13 +14,13 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from playwright.sync_api import Browser, Page, expect
 
-from gateway import app
+from gateway import endpoints
 from gateway.admin.endpoint import AdminRoute
 from gateway.auth.key import ADMIN, ADMIN_MODELS
 from gateway.core import strict_json
+from gateway.dialects import registry
 from gateway.pages import samples, static
 from gateway.pages.openapi import FOLDER
-from gateway.proxy import passthrough
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
 from tests.support.fake_backend.backend import FakeBackend
@@ -79,13 +79,13 @@ def test_it_is_right_by_the_specification(gateway: RunningGateway) -> None:
 def test_every_route_is_in_it_and_no_other(gateway: RunningGateway) -> None:
     found = operations(document_of(gateway))
     assert found.keys() == strict_json.read_loosely((FOLDER / "routes.json").read_bytes()).keys()
-    admin = app.admin_api_of(gateway.settings, gateway.components).routes(
+    admin = endpoints.admin_api_of(gateway.settings, gateway.components).routes(
         None,  # type: ignore[arg-type]
         gateway.components.watch,
         gateway.components.bodies,
     )
-    calls = {f"POST {operation.path}" for dialect in app.dialects().values() for operation in dialect.operations}
-    verbs = {f"{method} {path}" for method, path in passthrough.ROUTES}
+    calls = {f"POST {operation.path}" for dialect in registry.dialects().values() for operation in dialect.operations}
+    verbs = {f"{method} {path}" for method, path in endpoints.PASSED_THROUGH}
     assert found.keys() >= {f"{method} {path}" for method, path in admin} | calls | verbs
     for line in found:
         method, _, path = line.partition(" ")
@@ -103,7 +103,7 @@ def test_only_what_is_there_is_in_it(start_gateway: StartGateway, alpha: FakeBac
 def test_bodies_have_the_names_that_the_gateway_takes(gateway: RunningGateway) -> None:
     document = document_of(gateway)
     schemas, found = document["components"]["schemas"], operations(document)
-    admin = app.admin_api_of(gateway.settings, gateway.components).routes(
+    admin = endpoints.admin_api_of(gateway.settings, gateway.components).routes(
         None,  # type: ignore[arg-type]
         gateway.components.watch,
         gateway.components.bodies,
@@ -112,7 +112,7 @@ def test_bodies_have_the_names_that_the_gateway_takes(gateway: RunningGateway) -
         if isinstance(route, AdminRoute) and route.has_body:
             body = schemas[name_of_body(found[f"{method} {path}"])]
             assert (body["properties"].keys(), body["additionalProperties"]) == (set(route.takes), False)
-    for dialect in app.dialects().values():
+    for dialect in registry.dialects().values():
         for operation in dialect.operations:
             body = schemas[name_of_body(found[f"POST {operation.path}"])]
             assert body["properties"].keys() <= dialect.known_fields | {"verbose"}, operation.path
@@ -209,13 +209,13 @@ def begin(language: str, sample: str, known: dict[str, str]) -> tuple[int, str]:
 def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     with start_gateway(alpha).http() as client:
         nowhere = client.get("/nowhere")
-        for path in [*static.DOCS, "/openapi.json"]:
+        for path in [*endpoints.DOCS, "/openapi.json"]:
             assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
 
 
 def test_the_page_is_small_and_under_the_policy(gateway: RunningGateway) -> None:
     with gateway.http() as client:
-        answers = [client.get(path) for path in static.DOCS]
+        answers = [client.get(path) for path in endpoints.DOCS]
     assert sum(len(answer.content) for answer in answers) < LARGEST_PAGE
     assert {answer.headers["content-security-policy"] for answer in answers} == {static.POLICY}
 

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from gateway import endpoints
 from gateway.auth.key import SHOW_BACKEND
-from gateway.pages import static
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
 from tests.support.fake_backend.backend import FakeBackend
@@ -62,7 +62,7 @@ def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBacke
     gateway = start_gateway(alpha)
     with gateway.http() as client:
         nowhere = client.get("/nowhere")
-        for path in static.PLAYGROUND:
+        for path in endpoints.PLAYGROUND:
             assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
 
 
@@ -78,7 +78,7 @@ def test_an_operators_own_page(start_gateway: StartGateway, alpha: FakeBackend, 
 def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
     total = 0
     with gateway.http() as client:
-        for path in static.PLAYGROUND:
+        for path in endpoints.PLAYGROUND:
             told = client.get(path)
             assert "unsafe" not in told.headers["content-security-policy"]
             assert re.findall(r"(?:src|href)=\"(?:https?:)?//", told.text) == []

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from gateway.auth.key import ADMIN_MODELS, SHOW_BACKEND
-from gateway.proxy.passthrough import ROUTES
+from gateway.endpoints import PASSED_THROUGH
 from tests.conftest import StartGateway
 from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
@@ -24,7 +24,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
     return start_gateway(alpha, beta)
 
 
-@pytest.mark.parametrize(("method", "route"), ROUTES)
+@pytest.mark.parametrize(("method", "route"), PASSED_THROUGH)
 def test_every_verb_is_refused_without_the_flag_and_without_a_key(
     gateway: RunningGateway, alpha: FakeBackend, method: str, route: str
 ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gateway import app
+from gateway.components import database_of
 from gateway.ops.local import stores as local_stores
 from gateway.ops.local.servers import (
     Launcher,
@@ -84,7 +84,7 @@ def migrate(url: str) -> None:
     import asyncio
 
     async def run() -> None:
-        async with app.database_of(settings_for(DATABASE_URL=url)) as database:
+        async with database_of(settings_for(DATABASE_URL=url)) as database:
             await migrations.migrate(database, lambda _: None)
 
     asyncio.run(run())

@@ -15,9 +15,9 @@ from ollama import Client as OllamaClient
 from openai import OpenAI
 
 from gateway import app
-from gateway.app import Components
 from gateway.auth.key import ADMIN_MODELS
 from gateway.auth.key_store import KeyStore, NewKey
+from gateway.components import Components, hasher_of
 from gateway.edge import server
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import Quota
@@ -131,7 +131,7 @@ class RunningGateway:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
     def key_store(self) -> KeyStore:
-        return KeyStore(self.components.database, app.hasher_of(self.settings), self.components.store)
+        return KeyStore(self.components.database, hasher_of(self.settings), self.components.store)
 
     def key(self, *models: str, name: str = "", flags: tuple[str, ...] = (), **more: Any) -> str:
         """A new key for these models, or for all; limits are given by their names."""

@@ -14,8 +14,8 @@ import aiohttp
 import httpx
 import pytest
 
-from gateway import app
 from gateway.auth.key_store import KeyStore, NewKey
+from gateway.components import database_of, hasher_of
 from gateway.limits.quota import Quota
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from tests.conftest import TestStores
@@ -77,8 +77,8 @@ class Operator:
 
     def key(self, name: str, **limits: int) -> str:
         async def make() -> str:
-            async with app.database_of(self.settings) as database:
-                key_store = KeyStore(database, app.hasher_of(self.settings), None)
+            async with database_of(self.settings) as database:
+                key_store = KeyStore(database, hasher_of(self.settings), None)
                 return (await key_store.make(NewKey(name + self._suffix, quota=Quota(**limits))))[1]
 
         found = asyncio.run(make())
@@ -87,8 +87,8 @@ class Operator:
 
     def limit(self, name: str, pattern: str, **limits: int) -> None:
         async def say() -> None:
-            async with app.database_of(self.settings) as database, RedisClient(self.settings.redis_url) as store:
-                await KeyStore(database, app.hasher_of(self.settings), store).limit(name + self._suffix, pattern, limits)
+            async with database_of(self.settings) as database, RedisClient(self.settings.redis_url) as store:
+                await KeyStore(database, hasher_of(self.settings), store).limit(name + self._suffix, pattern, limits)
 
         asyncio.run(say())
 
@@ -212,7 +212,7 @@ def told_to_wait(client: httpx.Client) -> float:
 
 
 async def _rows(operator: Operator, query: str) -> list[Any]:
-    async with app.database_of(operator.settings) as database, database.connection() as connection:
+    async with database_of(operator.settings) as database, database.connection() as connection:
         return list(await connection.fetch(query, operator.key_ids))
 
 

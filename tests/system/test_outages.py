@@ -17,9 +17,9 @@ import asyncpg
 import pytest
 import redis
 
-from gateway import app
 from gateway.auth import key_format
 from gateway.auth.key_store import KeyStore, NewKey
+from gateway.components import database_of, hasher_of
 from gateway.limits.fallback import Share
 from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
@@ -67,8 +67,8 @@ def new_key(stores: DurableStores, **limits: int) -> str:
     settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
 
     async def make() -> str:
-        async with app.database_of(settings) as database:
-            key_store = KeyStore(database, app.hasher_of(settings), None)
+        async with database_of(settings) as database:
+            key_store = KeyStore(database, hasher_of(settings), None)
             return (await key_store.make(NewKey(f"key {time.time()}", quota=Quota(**limits))))[1]
 
     return asyncio.run(make())

@@ -6,9 +6,9 @@ from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, timedelta
 from typing import Any
 
-from gateway import app
 from gateway.audit import hash_chain, reports, retention
 from gateway.audit.reports import AuditFilter
+from gateway.components import database_of
 from gateway.core.errors import CommandFailed
 from gateway.ops.cli import console, keys
 from gateway.settings import Settings
@@ -20,7 +20,7 @@ STATEMENT_S = 600.0
 
 @asynccontextmanager
 async def current_database(settings: Settings) -> AsyncIterator[Database]:
-    async with app.database_of(settings) as database:
+    async with database_of(settings) as database:
         if settings.has_private_database:
             await migrations.migrate(database, console.say)
         await keys.require_schema(database)

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway import app
 from gateway.admin.explain import Fleet, Question, explain, operation_of
 from gateway.audit import reports
 from gateway.auth.key_store import KeyStore
+from gateway.components import default_quota, hasher_of
 from gateway.core.errors import CommandFailed
+from gateway.dialects import registry
 from gateway.fleet import drains, presence
 from gateway.limits import limiter
 from gateway.limits.admission import duration
@@ -27,20 +28,19 @@ MOST_ROWS = 20
 
 
 async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
-    operations = {operation.path: operation for dialect in app.dialects().values() for operation in dialect.operations}
-    operation = operation_of(said.client, operations)
+    operation = operation_of(said.client, registry.operations(registry.dialects()))
     async with (
         keys.discovering(settings) as (discovery, store, configs),
         audit.current_database(settings) as database,
         ShardConnections(settings.redis_url, read_scripts(limiter.LUA), lambda _: None) as lines,
     ):
-        key_store = KeyStore(database, app.hasher_of(settings), store)
+        key_store = KeyStore(database, hasher_of(settings), store)
         question = Question(await key_store.active_key(said.key), said.model, operation)
         states, told = await _states(store)
         drained = frozenset(row["backend"] for row in await database.rows("drained_backends"))
         fleet = Fleet(configs, states, drained, discovery.catalog)
         limits = Limiter(lines, Budgets(database, store).seed, most_output=settings.max_num_predict)
-        defaults, most = app.default_quota(settings), settings.max_num_predict
+        defaults, most = default_quota(settings), settings.max_num_predict
         found = {**await explain(question, fleet, limits, defaults, most), "processes": told}
     if said.json:
         console.show_facts(found, as_json=True)

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, unquote
 
-from gateway import app
 from gateway.auth import key_view
 from gateway.auth.key import ADMIN, FLAGS
 from gateway.auth.key_store import KeyStore, NewKey
+from gateway.components import backends_of, database_of, discovery_of, hasher_of
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.dialects import model_names
 from gateway.fleet import control
@@ -50,11 +50,11 @@ LIBPQ = {
 
 @asynccontextmanager
 async def open_key_store(settings: Settings) -> AsyncIterator[KeyStore]:
-    async with app.database_of(settings) as database, RedisClient(settings.redis_url) as store:
+    async with database_of(settings) as database, RedisClient(settings.redis_url) as store:
         if settings.has_private_database:
             await migrations.migrate(database, console.say)
         await require_schema(database)
-        yield KeyStore(database, app.hasher_of(settings), store)
+        yield KeyStore(database, hasher_of(settings), store)
 
 
 @asynccontextmanager
@@ -74,9 +74,12 @@ async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Redi
         if fleet is not None:
             configs = control.configs_of(fleet)
             unopened = {config.name: Backend(config) for config in configs}
-            yield await app.discovery_of(settings, unopened, store).only_stored(), store, configs
+            yield await discovery_of(settings, unopened, store).only_stored(), store, configs
             return
-        async with app.fleet(settings) as backends, app.discovery_of(settings, backends, store) as discovery:
+        async with (
+            backends_of(settings) as backends,
+            discovery_of(settings, backends, store) as discovery,
+        ):
             yield discovery, store, settings.backends
 
 
@@ -97,7 +100,7 @@ async def require_schema(database: Database) -> None:
 
 
 async def migrate(settings: Settings, said: argparse.Namespace) -> None:
-    async with app.database_of(settings) as database:
+    async with database_of(settings) as database:
         try:
             applied = await migrations.migrate(database, console.say)
         except StoreUnavailable as unavailable:
@@ -201,7 +204,10 @@ async def refresh(settings: Settings, said: argparse.Namespace) -> None:
         if fleet is not None:
             rows = await control.ask(store, fleet, "refresh")
         else:
-            async with app.fleet(settings) as backends, app.discovery_of(settings, backends, store) as discovery:
+            async with (
+                backends_of(settings) as backends,
+                discovery_of(settings, backends, store) as discovery,
+            ):
                 rows = await discovery.refreshed()
         told = store.up
     console.show(rows, as_json=said.json, empty="no backends")
@@ -214,7 +220,7 @@ async def probe(settings: Settings, said: argparse.Namespace) -> None:
         if fleet is not None:
             rows = await control.ask(store, fleet, "probe")
         else:
-            async with app.fleet(settings) as backends:
+            async with backends_of(settings) as backends:
                 rows = await fleet_probe.probe_all(backends)
     console.show(rows, as_json=said.json, empty="no backends")
     if any(row["problem"] for row in rows):

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gateway import app
-from gateway.app import Components
 from gateway.auth.key_store import KeyStore, NewKey
+from gateway.components import Components, database_of, hasher_of
 from gateway.core import background
 from gateway.core.errors import CommandFailed
 from gateway.edge import memory, server
@@ -161,10 +161,10 @@ def _hand_on(settings: Settings) -> None:
 
 async def _prepare(settings: Settings) -> str | None:
     """The schema made current; returns a key where there was none yet."""
-    async with app.database_of(settings) as database:
+    async with database_of(settings) as database:
         await migrations.migrate(database, console.say)
         await require_schema(database)
-        key_store = KeyStore(database, app.hasher_of(settings), None)
+        key_store = KeyStore(database, hasher_of(settings), None)
         if await key_store.count():
             return None
         _, key = await key_store.make(NewKey(FIRST_KEY))

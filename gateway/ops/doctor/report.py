@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from threading import Thread
 from typing import Any
 
-from gateway import app
+from gateway.components import backends_of
 from gateway.core.errors import CommandFailed
 from gateway.fleet import control, discovery, probe
 from gateway.fleet.backends.backend import Backend
@@ -102,7 +102,7 @@ async def _redis(settings: Settings) -> list[Finding]:
 
 
 async def _backends(settings: Settings) -> list[Finding]:
-    async with app.fleet(settings) as backends:
+    async with backends_of(settings) as backends:
         found = await asyncio.gather(*(_guarded_backend(backend) for backend in backends.values()))
     return [one for group in found for one in group]
 

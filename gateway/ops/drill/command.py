@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import app
+from gateway.components import database_of
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.edge.stop_signals import stop_signals
 from gateway.ops.cli import console
@@ -55,7 +55,7 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
     try:
         async with (
             asyncio.timeout(LONGEST_DRILL_S),
-            app.database_of(settings) as database,
+            database_of(settings) as database,
             open_key_store(settings) as key_store,
         ):
             await require_redis(settings)

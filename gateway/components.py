@@ -1,0 +1,240 @@
+"""Opens what one process needs, from the settings: stores, keys, backends, limits, audit. The order of opening is the reverse
+of the order of closing."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from argon2 import PasswordHasher
+
+from gateway.audit import retention
+from gateway.audit.settlement import Settler
+from gateway.audit.writer import AuditWriter
+from gateway.auth.auth_failures import AuthFailures
+from gateway.auth.authenticator import Authenticator
+from gateway.auth.verifier import Verifier
+from gateway.core.background import KeptTask
+from gateway.core.cancel_scope import ScopeTimer
+from gateway.core.in_flight import InFlight
+from gateway.dialects import registry
+from gateway.dialects.dialect import Dialect
+from gateway.edge.client_address import TrustedProxies
+from gateway.fleet import presence, probe
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.catalog import Catalog
+from gateway.fleet.control import Control
+from gateway.fleet.discovery import Discovery
+from gateway.fleet.drains import Drains
+from gateway.fleet.held_answers import HeldAnswers
+from gateway.fleet.presence import Presence, ProcessState
+from gateway.fleet.running_models import RunningModels
+from gateway.limits import limiter
+from gateway.limits.budgets import Budgets
+from gateway.limits.fallback import Share
+from gateway.limits.limiter import Limiter
+from gateway.limits.quota import Quota
+from gateway.proxy.body import Bodies
+from gateway.settings import Settings
+from gateway.stores.postgres import Database, ReportDatabase
+from gateway.stores.redis_client import RedisClient
+from gateway.stores.redis_connection import read_scripts
+from gateway.stores.redis_keys import SLOT_FREED
+from gateway.stores.redis_shards import ShardConnections
+from gateway.telemetry.gauges import Gauges
+from gateway.telemetry.metrics import Metrics
+
+# How long an operator waits for sums over many rows.
+REPORT_DEADLINE_S = 10.0
+
+
+@dataclass
+class Components:
+    """What one process has opened; `background` returns its tasks that never end."""
+
+    database: Database
+    reports: ReportDatabase
+    store: RedisClient
+    authenticator: Authenticator
+    backends: dict[str, Backend]
+    discovery: Discovery
+    running: RunningModels
+    proxies: TrustedProxies
+    limits: Limiter
+    dialects: dict[str, Dialect]
+    writer: AuditWriter
+    settler: Settler
+    watch: ScopeTimer
+    metrics: Metrics
+    in_flight: InFlight
+    bodies: Bodies
+    held_answers: HeldAnswers
+    background: Callable[[], list[KeptTask]]
+
+    def catalog(self) -> Catalog:
+        return self.discovery.catalog
+
+
+@asynccontextmanager
+async def opened(
+    settings: Settings, metrics_folder: Path | None = None, beside: Sequence[KeptTask] = ()
+) -> AsyncIterator[Components]:
+    """`metrics_folder` is where the workers of one gateway share their counts; `beside` are tasks that others own."""
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        database = await enter(database_of(settings))
+        reports = await enter(ReportDatabase(settings.database_url, timeout_s=REPORT_DEADLINE_S))
+        store = await enter(RedisClient(settings.redis_url))
+        authenticator = await enter(authenticator_of(settings, database, store))
+        backends = await enter(backends_of(settings))
+        discovery = await enter(discovery_of(settings, backends, store))
+        running = await enter(RunningModels(backends.values()))
+        drains = await enter(Drains(database, store, backends))
+        proxies = await enter(TrustedProxies(settings.gateway_trusted_proxies))
+        lines = await enter(ShardConnections(settings.redis_url, read_scripts(limiter.LUA, presence.LUA), store.count_failure))
+        active = Presence(lines, uuid.uuid4().hex, lambda: state_of(active.process_id, in_flight, limits, writer, backends))
+        share = lambda: Share(active.rank, active.count)  # noqa: E731
+        limits = await enter(limits_of(settings, database, store, lines, share))
+        dialects = registry.dialects()
+        writer = await enter(AuditWriter(store, limits, database, active.process_id, keep_prompts=kept_prompts(settings)))
+        purging = await enter(retaining(settings))
+        settler = await enter(settler_of(settings, limits, dialects, writer))
+        watch = await enter(ScopeTimer())
+        metrics, in_flight = Metrics(metrics_folder), InFlight()
+        catalog = lambda: discovery.catalog  # noqa: E731
+        gauges = await enter(Gauges(metrics, in_flight, limits, lines, settler, writer, backends, catalog, store, database))
+        await enter(active)
+        await enter(control_of(store, discovery, backends))
+        owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, watch, gauges, active]
+
+        def background() -> list[KeptTask]:
+            return [*beside, purging, *(one.background for one in owners), *store.background, *lines.background]
+
+        yield Components(
+            database=database,
+            reports=reports,
+            store=store,
+            authenticator=authenticator,
+            backends=backends,
+            discovery=discovery,
+            running=running,
+            proxies=proxies,
+            limits=limits,
+            dialects=dialects,
+            writer=writer,
+            settler=settler,
+            watch=watch,
+            metrics=metrics,
+            in_flight=in_flight,
+            bodies=Bodies(settings.max_request_body_bytes),
+            held_answers=HeldAnswers(),
+            background=background,
+        )
+
+
+def database_of(settings: Settings) -> Database:
+    return Database(settings.database_url, size=settings.database_pool_size, overflow=settings.database_pool_overflow)
+
+
+def hasher_of(settings: Settings) -> PasswordHasher:
+    return PasswordHasher(
+        time_cost=settings.argon2_time_cost,
+        memory_cost=settings.argon2_memory_cost_kib,
+        parallelism=settings.argon2_parallelism,
+    )
+
+
+def authenticator_of(settings: Settings, database: Database, store: RedisClient) -> Authenticator:
+    failures = AuthFailures(store, settings.auth_failure_rate_limit_per_ip_per_min)
+    verifier = Verifier(hasher_of(settings))
+    return Authenticator(database, store, verifier, failures, cache_s=settings.redis_key_cache_ttl_s)
+
+
+@asynccontextmanager
+async def backends_of(settings: Settings) -> AsyncIterator[dict[str, Backend]]:
+    async with AsyncExitStack() as stack:
+        backends = [await stack.enter_async_context(Backend(config)) for config in settings.backends]
+        yield {backend.name: backend for backend in backends}
+
+
+def discovery_of(settings: Settings, backends: dict[str, Backend], store: RedisClient) -> Discovery:
+    return Discovery(
+        list(backends.values()),
+        store,
+        refresh_s=settings.model_discovery_refresh_s,
+        cache_s=settings.model_discovery_cache_ttl_s,
+    )
+
+
+@asynccontextmanager
+async def limits_of(
+    settings: Settings, database: Database, store: RedisClient, lines: ShardConnections, share: Callable[[], Share]
+) -> AsyncIterator[Limiter]:
+    limits = Limiter(
+        lines,
+        Budgets(database, store).seed,
+        share=share,
+        most_output=settings.max_num_predict,
+        queue_wait_s=settings.max_queue_wait_s,
+        closed_without_redis=settings.limits_without_redis == "closed",
+    )
+    async with limits:
+        store.subscribe({SLOT_FREED: lambda queue: limits.queue.slot_freed(queue.encode())}, after_gap=lambda: None)
+        yield limits
+
+
+def default_quota(settings: Settings) -> Quota:
+    return Quota(settings.default_rpm, settings.default_tpm, settings.default_concurrent)
+
+
+def kept_prompts(settings: Settings) -> timedelta:
+    return timedelta(days=settings.prompt_log_default_retention_days)
+
+
+@asynccontextmanager
+async def retaining(settings: Settings) -> AsyncIterator[KeptTask]:
+    """On a connection of its own: what is slow here must not look like a database that is away."""
+    keep = timedelta(days=settings.audit_log_default_retention_days)
+    async with Database(settings.database_url, size=1) as database:
+        purging = KeptTask(lambda: retention.run_regularly(database, keep), "retention")
+        purging.start()
+        try:
+            yield purging
+        finally:
+            await purging.end()
+
+
+def settler_of(settings: Settings, limits: Limiter, dialects: dict[str, Dialect], writer: AuditWriter) -> Settler:
+    return Settler(
+        limits,
+        dialects,
+        writer.write,
+        size=settings.audit_buffer_size,
+        most_output=settings.max_num_predict,
+        cached_weight=int(settings.cached_tokens_weight),
+    )
+
+
+def state_of(
+    process_id: str, in_flight: InFlight, limits: Limiter, writer: AuditWriter, backends: dict[str, Backend]
+) -> ProcessState:
+    """What this process publishes of itself."""
+    return ProcessState(
+        process_id,
+        time.time(),
+        in_flight.of_callers,
+        limits.waiting,
+        in_flight.draining,
+        writer.waiting,
+        presence.local_view(backends),
+        presence.described(backend.config for backend in backends.values()),
+    )
+
+
+def control_of(store: RedisClient, discovery: Discovery, backends: dict[str, Backend]) -> Control:
+    acts = {"refresh": discovery.refreshed, "probe": lambda: probe.probe_all(backends)}
+    return Control(store, presence.described(backend.config for backend in backends.values()), acts)

@@ -1,0 +1,26 @@
+"""The dialects that clients speak, and which one a path belongs to."""
+
+from collections.abc import Callable, Mapping
+
+from gateway.dialects.dialect import Dialect, Operation
+from gateway.dialects.ollama import Ollama
+from gateway.dialects.openai import OpenAI
+
+
+def dialects() -> dict[str, Dialect]:
+    """By name."""
+    return {"ollama": Ollama(), "openai": OpenAI()}
+
+
+def by_prefix(dialects: Mapping[str, Dialect]) -> Callable[[str], Dialect]:
+    """A function that returns the dialect of a path: the path decides, never a header."""
+
+    def find(path: str) -> Dialect:
+        return dialects["openai"] if path == "/v1" or path.startswith("/v1/") else dialects["ollama"]
+
+    return find
+
+
+def operations(dialects: Mapping[str, Dialect]) -> dict[str, Operation]:
+    """Those of all dialects, by path."""
+    return {operation.path: operation for dialect in dialects.values() for operation in dialect.operations}

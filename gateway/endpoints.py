@@ -1,0 +1,165 @@
+"""Every path and what answers it: what stands here can be reached, nothing else can."""
+
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from gateway.admin.api import AdminApi
+from gateway.admin.backends import BackendHandlers
+from gateway.admin.explain import Fleet, Question, explain
+from gateway.admin.keys import KeyHandlers
+from gateway.admin.overview import Overview
+from gateway.admin.reports import ReportHandlers
+from gateway.auth.key_store import KeyStore
+from gateway.components import Components, default_quota, hasher_of
+from gateway.core import strict_json
+from gateway.dialects import registry
+from gateway.edge import router
+from gateway.edge.health import Health
+from gateway.fleet import presence
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.failover import Failover
+from gateway.pages import static
+from gateway.pages.openapi import ApiDocument
+from gateway.proxy.access import Access
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.model_lists import ModelLists
+from gateway.proxy.passthrough import AdminVerb
+from gateway.proxy.show import described
+from gateway.settings import Settings
+from gateway.telemetry.metrics_endpoint import MetricsEndpoint
+
+Endpoints = dict[tuple[str, str], ASGIApp]
+
+# Ollama's routes that change a backend or act for it: for keys with the flag admin_models, passed to one backend.
+PASSED_THROUGH = (
+    ("POST", "/api/pull"),
+    ("POST", "/api/push"),
+    ("POST", "/api/create"),
+    ("POST", "/api/copy"),
+    ("DELETE", "/api/delete"),
+    ("HEAD", "/api/blobs/{digest}"),
+    ("POST", "/api/blobs/{digest}"),
+    ("GET", "/api/status"),
+    ("POST", "/api/me"),
+    ("POST", "/api/signout"),
+    ("POST", "/api/experimental/web_search"),
+    ("POST", "/api/experimental/web_fetch"),
+    ("GET", "/api/experimental/model-recommendations"),
+)
+# Paths of pages, and their files in pages/static.
+DASHBOARD = {
+    "/dashboard": "dashboard.html",
+    "/dashboard/dashboard.js": "dashboard.js",
+    "/dashboard/nodes.js": "nodes.js",
+    "/dashboard/style.css": "style.css",
+}
+PLAYGROUND = {
+    "/playground": "playground.html",
+    "/playground/playground.js": "playground.js",
+    "/playground/markdown.js": "markdown.js",
+    "/playground/nodes.js": "nodes.js",
+    "/playground/style.css": "style.css",
+}
+DOCS = {"/docs": "docs.html", "/docs/docs.js": "docs.js", "/docs/nodes.js": "nodes.js", "/docs/style.css": "style.css"}
+# To callers that may not see the metrics no method shows that there is such a path.
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# How long the answer to a pull waits for the new list of models.
+MODELS_CHANGED_S = 2.0
+
+
+def table(settings: Settings, parts: Components) -> Endpoints:
+    access = Access(parts.authenticator, parts.limits, default_quota(settings))
+    calls = calls_of(settings, parts, access)
+    lists = ModelLists(access, parts.catalog, parts.running.now)
+    health = Health(parts.database, parts.store, parts.catalog, parts.background, parts.in_flight)
+    found: Endpoints = {
+        ("GET", "/"): router.running,
+        ("POST", "/api/chat"): calls["/api/chat"],
+        ("POST", "/api/generate"): calls["/api/generate"],
+        ("POST", "/api/embed"): calls["/api/embed"],
+        ("POST", "/api/embeddings"): calls["/api/embeddings"],
+        ("POST", "/api/show"): calls["/api/show"],
+        ("POST", "/v1/chat/completions"): calls["/v1/chat/completions"],
+        ("POST", "/v1/completions"): calls["/v1/completions"],
+        ("POST", "/v1/embeddings"): calls["/v1/embeddings"],
+        ("GET", "/api/tags"): lists.tags,
+        ("GET", "/api/ps"): lists.running,
+        ("GET", "/api/version"): lists.version,
+        ("GET", "/v1/models"): lists.models,
+        ("GET", "/v1/models/{id:path}"): lists.model,
+        ("GET", "/healthz"): health.alive,
+        ("GET", "/readyz"): health.ready,
+        **admin_api_of(settings, parts).routes(access, parts.watch, parts.bodies),
+    }
+    if settings.playground_enabled:
+        own = settings.playground_file
+        found |= static.own_playground(own) if own else static.routes(PLAYGROUND)
+    if settings.dashboard_enabled:
+        found |= static.routes(DASHBOARD)
+    if settings.metrics_token or settings.metrics_allow:
+        scrape = MetricsEndpoint(parts.metrics, settings.metrics_token, settings.metrics_allow)
+        found |= {(method, "/metrics"): scrape for method in METHODS}
+    found |= {(method, path): passed_through(method, path, parts, access) for method, path in PASSED_THROUGH}
+    if settings.docs_enabled:
+        found |= static.routes(DOCS)
+        found["GET", "/openapi.json"] = document_of(found, parts, settings.gateway_request_id_header)
+    return found
+
+
+def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str, Exchange]:
+    """An exchange for each operation of a model, by path."""
+    failover = Failover(parts.backends, parts.held_answers, most_tokens=settings.max_num_predict)
+    return {
+        operation.path: Exchange(
+            dialect,
+            operation,
+            access,
+            failover,
+            parts.watch,
+            parts.catalog,
+            parts.settler,
+            bodies=parts.bodies,
+            most_tokens=settings.max_num_predict,
+            stand_in=described if operation.path == "/api/show" else None,
+        )
+        for dialect in parts.dialects.values()
+        for operation in dialect.operations
+    }
+
+
+def passed_through(method: str, path: str, parts: Components, access: Access) -> AdminVerb:
+    async def list_models_again(backend: Backend) -> None:
+        await parts.discovery.refresh([backend], enough_s=MODELS_CHANGED_S)
+
+    ollama = parts.dialects["ollama"]
+    return AdminVerb(method, path, ollama, access, parts.backends, parts.watch, list_models_again, parts.bodies)
+
+
+def document_of(endpoints: Endpoints, parts: Components, id_header: str) -> static.Page:
+    """The OpenAPI document of all endpoints, itself included."""
+    document = ApiDocument(registry.by_prefix(parts.dialects), id_header).of({**endpoints, ("GET", "/openapi.json"): None})
+    return static.Page(strict_json.write(document), "application/json")
+
+
+def admin_api_of(settings: Settings, parts: Components) -> AdminApi:
+    key_store = KeyStore(parts.database, hasher_of(settings), parts.store)
+    overview = Overview(settings.backends, parts.discovery, parts.reports, parts.store, parts.database)
+    defaults, most = default_quota(settings), settings.max_num_predict
+
+    async def explain_now(question: Question) -> dict[str, Any]:
+        return await explain(question, fleet_as_seen(settings, parts), parts.limits, defaults, most)
+
+    return AdminApi(
+        KeyHandlers(key_store),
+        BackendHandlers(overview, parts.backends, parts.discovery, parts.database, parts.store),
+        ReportHandlers(overview, parts.reports, key_store, registry.operations(parts.dialects), explain_now),
+        overview,
+        parts.in_flight,
+    )
+
+
+def fleet_as_seen(settings: Settings, parts: Components) -> Fleet:
+    """The backends as this process sees them, for explanations."""
+    drained = frozenset(name for name, backend in parts.backends.items() if backend.is_drained)
+    return Fleet(settings.backends, presence.local_view(parts.backends), drained, parts.catalog())
