@@ -45,7 +45,7 @@ def settlement_of(call_id: str, info: bytes) -> Settlement:
         "prompt_tokens": used,
         "tokens_from": "partial" if used else "none",
     }
-    admission = Admission(call_id, scopes, fields["model"], True, "reaped", int(reserved))
+    admission = Admission(call_id, scopes, fields["model"], True, "abandoned", int(reserved))
     return Settlement(admission, used, -1, strict_json.write(row), id=call_id, key_id=scopes[0].name)
 
 
@@ -62,6 +62,6 @@ async def settle_expired(limits: Limiter, since_ms: int, most: int) -> int:
             LOG.error("an entry among the running calls in Redis is not a call of this gateway and is removed")
             await limits.leases.forget(call)
         else:
-            await limits.resend(settlement, "reaped")
+            await limits.resend(settlement, "abandoned")
             settled += 1
     return settled

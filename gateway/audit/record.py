@@ -60,7 +60,7 @@ class Record:
     reading_s: float = 0.0
     upstream_s: float = 0.0
     # An operator looks: that is no traffic, and neither counted nor kept.
-    is_look: bool = False
+    is_operator_read: bool = False
     is_closed: bool = False
     ended_row: dict[str, Any] | None = field(default=None, repr=False)
     row_json: bytes = field(default=b"", repr=False)

@@ -28,12 +28,12 @@ BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 NO_MONTH = (BEGINNING, BEGINNING)
 NO_BATCH = 2**63 - 1
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 Month = tuple[datetime, datetime]
 
 
 @dataclass
-class Went:
+class Removed:
     """What retention took away; nothing where another process is at it."""
 
     rows: int = 0
@@ -49,21 +49,21 @@ def quiet(_: str) -> None:
     pass
 
 
-async def apply(database: Database, keep_audit: timedelta, say: Say = quiet) -> Went:
+async def apply(database: Database, keep_audit: timedelta, say: Report = quiet) -> Removed:
     """Take away all that has expired; `keep_audit` is for keys without a retention of their own. Raises StoreUnavailable."""
     async with database.connection() as connection:
         steps = Steps(database, connection, say)
         if not await steps.value("try_retention"):
-            return Went(is_busy_elsewhere=True)
+            return Removed(is_busy_elsewhere=True)
         purge = AuditPurge(steps, keep_audit)
         await purge.make_months_ahead()
         await purge.run()
-        went = Went(purge.rows, purge.dropped)
+        went = Removed(purge.rows, purge.dropped)
         went.prompts = await steps.repeat("purge_prompts", "expired prompts")
         return went
 
 
-async def forget(database: Database, key_id: str, say: Say = quiet) -> int:
+async def forget(database: Database, key_id: str, say: Report = quiet) -> int:
     """Delete the prompts of a key, those still to be written too; returns how many were there. Raises StoreUnavailable."""
     async with database.connection() as connection:
         steps = Steps(database, connection, say)
@@ -96,7 +96,7 @@ def _about(seconds: float) -> float:
     return seconds * random.uniform(0.9, 1.1)  # noqa: S311 # jitter, not a secret  # nosec B311
 
 
-def _tell(went: Went) -> None:
+def _tell(went: Removed) -> None:
     if went:
         months = " ".join(went.partitions) or "none"
         LOG.info("retention: %d audit rows, whole months: %s, %d prompts", went.rows, months, went.prompts)
@@ -105,7 +105,7 @@ def _tell(went: Went) -> None:
 class Steps:
     """Short transactions on one connection, of as many rows as fit in the time; each is followed by a pause twice as long."""
 
-    def __init__(self, database: Database, connection: Connection, say: Say) -> None:
+    def __init__(self, database: Database, connection: Connection, say: Report) -> None:
         self._sql, self._connection, self._say = database.sql, connection, say
         self._said_at = time.monotonic()
         self.size = FEWEST_ROWS * 5

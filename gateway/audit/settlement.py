@@ -93,7 +93,7 @@ class Settler:
         if record.is_closed:
             return None
         record.is_closed = True
-        if record.key is None or record.is_look:
+        if record.key is None or record.is_operator_read:
             return None
         record.outcome = record.outcome or "answered"
         record.bytes_out += coming
@@ -108,7 +108,7 @@ class Settler:
         return told
 
     def _settlement(self, record: Record) -> Settlement:
-        spent = token_usage.of(record, self._most_output, self._cached_weight)
+        spent = token_usage.usage_of(record, self._most_output, self._cached_weight)
         record.spent_prompt, record.spent_completion, record.spent_cached = spent.prompt, spent.completion, spent.cached or 0
         row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0

@@ -32,7 +32,7 @@ class TokenUsage(NamedTuple):
         return self.prompt + self.completion if self.billed is None else self.billed
 
 
-def of(record: Record, most_output: int, cached_weight: int) -> TokenUsage:
+def usage_of(record: Record, most_output: int, cached_weight: int) -> TokenUsage:
     """`most_output`: what a backend was allowed to answer at most; what it says beyond that is not billed.
 
     `cached_weight`: what a prompt token counts that the backend had cached, in millionths.

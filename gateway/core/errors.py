@@ -175,7 +175,7 @@ class LimitReached(GatewayError):
     limit = ""
     may_wait = False
     # Decided by this process without Redis, which may yet decide otherwise.
-    is_alone = False
+    is_local = False
     waited_s = 0.0
 
 

@@ -80,7 +80,7 @@ class Application:
         finally:
             self._settler.finish(record)
             if scope["path"] not in HEALTH and record.route != METRICS:
-                if record.is_look:
+                if record.is_operator_read:
                     logs.request_line(record.status, record.row(), b"", logging.DEBUG)
                 else:
                     logs.request_line(record.status, record.row(), record.row_json)

@@ -1,4 +1,4 @@
-"""Being let in: what a request asks for, what it was given, and how a refusal is told."""
+"""Admission of a request: what it asks for, what it is given, and the error that refuses it."""
 
 import shlex
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ from gateway.limits.quota import CounterSet
 
 BUDGETS = ("day", "month")
 Header = tuple[bytes, bytes]
-# Client libraries wait a minute where they are told to, the AI SDK less than one; told a longer time, they try again at once.
+# Client libraries obey a retry-after of up to a minute, the AI SDK of less; after a longer one they try again at once.
 LONGEST_WAIT_OF_CLIENTS_S = 59.9
-# A minute's window is known by the second: what is used now is all there again in 61 seconds, and told with one to spare.
+# The window of a minute counts by seconds: what is used now is free after 61, and one is added for rounding.
 WINDOW_S = 62.0
 WORDS = {
     "rpm": ("requests", "requests per minute"),
@@ -28,7 +28,7 @@ REQUESTS, TOKENS = (
 
 
 class Ticket(NamedTuple):
-    """A request that wants in; `info` is what others must know of it should its process die, b"" for one without a slot."""
+    """A request for admission; `info` is what Redis keeps to settle the call if its process dies, b"" if it takes no slot."""
 
     id: str
     scopes: tuple[CounterSet, ...]
@@ -39,7 +39,7 @@ class Ticket(NamedTuple):
 
 @dataclass
 class Admission:
-    """What a request holds until it is settled; `how` is "admitted" by Redis or "alone", by this process without it."""
+    """What a request holds until it is settled; `how` is "admitted" (by Redis) or "local" (by this process without Redis)."""
 
     id: str
     scopes: tuple[CounterSet, ...]
@@ -53,7 +53,7 @@ class Admission:
 
 
 class WindowUsage(NamedTuple):
-    """One scope's counters as they are now; resets in milliseconds."""
+    """The usage of one scope in the last minute; the resets are in milliseconds."""
 
     requests: int
     tokens: int
@@ -63,7 +63,10 @@ class WindowUsage(NamedTuple):
 
 @dataclass
 class Settlement:
-    """What a finished request leaves behind: tokens to bill, and its row and prompt for the audit, b"" for none."""
+    """What a finished request leaves: tokens to bill, and its row and prompt for the audit, b"" for none.
+
+    `completion` are the tokens that count for the model's mean, -1 for none.
+    """
 
     admission: Admission | None
     used: int
@@ -75,7 +78,7 @@ class Settlement:
 
 
 class CounterUsage(NamedTuple):
-    """Of one scope: in the last minute, at the moment, today and this month; named as the limits are."""
+    """The usage of one scope, under the names of its limits."""
 
     rpm: int
     tpm: int
@@ -87,33 +90,33 @@ class CounterUsage(NamedTuple):
 Verdict = Admission | LimitReached
 
 
-def refusal(
-    limit: str, scope: CounterSet, retry_after: float | None, told: list[Header], asked: int = 0, *, may_wait: bool = False
+def limit_error(
+    limit: str, scope: CounterSet, retry_after: float | None, headers: list[Header], tokens: int = 0, *, may_wait: bool = False
 ) -> LimitReached:
-    """The error that names the limit, when it would pass and what changes it; `retry_after` in seconds, None: never."""
+    """Names the limit, when the request would pass and how to change the limit; `retry_after` None: never."""
     if retry_after is not None and LONGEST_WAIT_OF_CLIENTS_S < retry_after <= WINDOW_S:
         retry_after = LONGEST_WAIT_OF_CLIENTS_S
     kind, words = WORDS[limit]
     most = getattr(scope, limit)
     whose = "this model with this key" if scope.is_of_rule else "this key"
-    message = f"Limit of {most} {words} for {whose} reached{_advice(most, asked, retry_after)} {_remedy(limit, scope)}"
+    message = f"Limit of {most} {words} for {whose} reached{_advice(most, tokens, retry_after)} {_remedy(limit, scope)}"
     error = (BudgetSpent if limit in BUDGETS else LimitReached)(message, retry_after=retry_after)
     error.kind, error.limit, error.may_wait = kind, limit, may_wait
     is_long = retry_after is None or retry_after > LONGEST_WAIT_OF_CLIENTS_S
-    error.headers = [*told, *NO_RETRY] if is_long else told
+    error.headers = [*headers, *NO_RETRY] if is_long else headers
     return error
 
 
-def _advice(most: int, asked: int, retry_after: float | None) -> str:
+def _advice(most: int, tokens: int, retry_after: float | None) -> str:
     if retry_after is not None:
         return f"; try again in {duration(round(retry_after * 1000))}."
     if most == 0:
         return ": it allows none."
-    return f": this request alone may take {asked}; ask for fewer with max_tokens or num_predict, or shorten the prompt."
+    return f": this request alone may take {tokens}; ask for fewer with max_tokens or num_predict, or shorten the prompt."
 
 
 def _remedy(limit: str, scope: CounterSet) -> str:
-    """The operator's command; a key's id opens nothing."""
+    """The operator's command to change the limit; the id of a key in it is no secret."""
     key_id, _, pattern = scope.name.partition("|")
     rule = f" MODEL={shlex.quote(pattern)}" if pattern else ""
     command = f"`make limit KEY={key_id}{rule} {limit.upper()}=…` changes it"
@@ -121,8 +124,8 @@ def _remedy(limit: str, scope: CounterSet) -> str:
     return f"{command}; DEFAULT_{limit.upper()} is that of keys without their own." if has_default else f"{command}."
 
 
-def headers(scopes: tuple[CounterSet, ...], usages: list[WindowUsage]) -> list[Header]:
-    """The x-ratelimit headers as the OpenAI API has them, of the scope in which the least is left."""
+def rate_limit_headers(scopes: tuple[CounterSet, ...], usages: list[WindowUsage]) -> list[Header]:
+    """The x-ratelimit headers of the OpenAI API, for the scope with the least left."""
     requests = tokens = None
     for scope, usage in zip(scopes, usages, strict=True):
         if scope.rpm >= 0 and (requests is None or scope.rpm - usage.requests < requests[0]):
@@ -139,7 +142,7 @@ def headers(scopes: tuple[CounterSet, ...], usages: list[WindowUsage]) -> list[H
 
 
 def duration(milliseconds: int) -> str:
-    """As Go writes durations: 12ms, 1.5s, 6m0s, 1h0m0s."""
+    """In Go's format: 12ms, 1.5s, 6m0s, 1h0m0s."""
     if milliseconds < 1000:
         return f"{milliseconds}ms" if milliseconds > 0 else "0s"
     if milliseconds < 60_000:

@@ -1,4 +1,4 @@
-"""Tokens per day and month, when Redis does not know what was spent: the audit does."""
+"""Budgets of tokens per day and month: when Redis has lost what was spent, it is read from the audit."""
 
 from datetime import UTC, datetime
 
@@ -16,7 +16,7 @@ class Budgets:
         self._database, self._store = database, store
 
     async def seed(self, scope: CounterSet) -> None:
-        """Raises StoreAway or StoreUnavailable. Days and months are UTC's."""
+        """Raises RedisUnavailable or StoreUnavailable. Days and months are in UTC."""
         now = datetime.now(UTC)
         day = now.replace(hour=0, minute=0, second=0, microsecond=0)
         key_id, _, pattern = scope.name.partition("|")

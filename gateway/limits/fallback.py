@@ -1,4 +1,4 @@
-"""Limits without Redis: this process's share of each, counted in its own memory."""
+"""Limits without Redis: each process counts in its own memory and enforces its share."""
 
 import time
 from collections import Counter, OrderedDict, deque
@@ -14,7 +14,7 @@ REMEMBERED_SCOPES = 20_000
 
 
 class Share(NamedTuple):
-    """This process is the `rank`-th (from 0) of `of`; all shares of a limit add up to the limit."""
+    """This process is number `rank`, from 0, of `of`; the shares of all add up to the limit."""
 
     rank: int = 0
     of: int = 1
@@ -27,7 +27,7 @@ WHOLE = Share()
 
 
 class Refusal(NamedTuple):
-    """`wait_s` None: it will never pass; 0: unknown, it depends on calls that run or on Redis."""
+    """`wait_s` is None if the request can never pass, 0 if the wait is unknown: it depends on running calls or on Redis."""
 
     limit: str
     scope: CounterSet
@@ -35,7 +35,7 @@ class Refusal(NamedTuple):
 
 
 class Window:
-    """Counts of the last minute, by seconds."""
+    """Counts of the last minute, by second."""
 
     def __init__(self) -> None:
         self._counts: deque[list[float]] = deque()
@@ -54,7 +54,7 @@ class Window:
         return self.sum
 
     def until_gone(self, now: float, count: int) -> float:
-        """Seconds until so many have left; 0 where even all of them are not enough."""
+        """Seconds until so many have left the window; 0 if it does not hold so many."""
         for second, some in self._counts:
             count -= int(some)
             if count <= 0:
@@ -65,8 +65,8 @@ class Window:
         return self._counts[-1][0] + WINDOW_S + 1 - now if self._counts else 0.0
 
 
-class Known(NamedTuple):
-    """What Redis last said of a scope, and when: used of each limit in the minute before, and of the budgets."""
+class RedisUsage(NamedTuple):
+    """The usage of a scope by Redis's last reply, and when that came."""
 
     at: float = -1e9
     requests: int = 0
@@ -77,18 +77,18 @@ class Known(NamedTuple):
 
 
 class Counters:
-    """One scope's state in this process: what was let in here, alone, since Redis last spoke."""
+    """The state of one scope in this process: what it has admitted without Redis since Redis's last reply."""
 
     def __init__(self) -> None:
-        self.known = Known()
+        self.known = RedisUsage()
         self.requests, self.tokens = Window(), Window()
         self.reserved = 0
         self.spent_day = self.spent_month = 0
         self.day = 0
 
-    def left(self, limit: int, known: int, now: float) -> int:
-        """What Redis had not given away yet; a minute later it would have all of it again."""
-        return limit - known if now - self.known.at <= WINDOW_S else limit
+    def left(self, limit: int, used: int, now: float) -> int:
+        """What was left by Redis's last reply; after a minute all of the limit is left again."""
+        return limit - used if now - self.known.at <= WINDOW_S else limit
 
 
 class FallbackLimiter:
@@ -100,7 +100,7 @@ class FallbackLimiter:
         self._running: Counter[str] = Counter()
 
     def enter(self, scopes: Sequence[CounterSet]) -> None:
-        """A call takes a slot in this process, whoever let it in."""
+        """A call takes a slot in this process, whether Redis or this process admitted it."""
         for scope in scopes:
             self._running[scope.name] += 1
 
@@ -111,18 +111,18 @@ class FallbackLimiter:
                 del self._running[scope.name]
 
     def slots(self, scope: CounterSet) -> int:
-        """How many slots were taken when this process last asked Redis."""
+        """How many slots were taken by Redis's last reply, with the call that it admitted."""
         counters = self._counters.get(scope.name)
         return counters.known.slots + 1 if counters else 1
 
     def note(self, scope: CounterSet, usage: WindowUsage, day: int, month: int, slots: int) -> None:
-        """What Redis said last: the ground to stand on should it go away."""
+        """Keeps the usage that Redis replied, in case it becomes unavailable."""
         counters = self._counters.get(scope.name) or self._of(scope)
-        counters.known = Known(self._clock(), usage.requests, usage.tokens, day, month, slots)
+        counters.known = RedisUsage(self._clock(), usage.requests, usage.tokens, day, month, slots)
         counters.spent_day = counters.spent_month = 0
 
     def admit(self, scopes: Sequence[CounterSet], tokens: int, share: Share, *, takes_slot: bool) -> Refusal | None:
-        """Takes from all scopes, or from none; `tokens` -1: the request counts none."""
+        """Takes from all scopes or from none; `tokens` is -1 if the request counts none."""
         refusals = [found for scope in scopes if (found := self._refusal(scope, tokens, share, takes_slot))]
         if refusals:
             return max(refusals, key=lambda refusal: float("inf") if refusal.wait_s is None else refusal.wait_s)
@@ -193,7 +193,7 @@ class FallbackLimiter:
 
 
 def _until_next(span: str) -> float:
-    """Seconds until a day or month of UTC ends."""
+    """Seconds until the day or month ends, in UTC."""
     now = datetime.now(UTC)
     begun = now.replace(hour=0, minute=0, second=0, microsecond=0)
     if span == "month":

@@ -71,7 +71,7 @@ class Leases:
         """Calls whose lease ended `since_ms` ago, at most `most` of each shard. Raises RedisUnavailable."""
         calls = []
         for shard, shared in enumerate(redis_keys.BY_SHARD):
-            found = await self._connections.for_shard(shard).run("overdue", [shared.leases, shared.calls], [since_ms, most])
+            found = await self._connections.for_shard(shard).run("expired", [shared.leases, shared.calls], [since_ms, most])
             calls += [ExpiredCall(shard, call.decode(), info) for call, info in zip(found[::2], found[1::2], strict=True)]
         return calls
 

@@ -1,4 +1,4 @@
-"""May a request pass, now, and what did it really cost: decided in Redis for all processes, without it by shares."""
+"""Rate limits, decided in Redis for all processes; while Redis is unavailable each process enforces its share."""
 
 import asyncio
 import time
@@ -11,7 +11,16 @@ from typing import Any, Self
 from gateway.core import background
 from gateway.core.errors import LimitReached, LimitsUnavailable, StoreUnavailable
 from gateway.limits import leases, queue
-from gateway.limits.admission import Admission, CounterUsage, Settlement, Ticket, Verdict, WindowUsage, headers, refusal
+from gateway.limits.admission import (
+    Admission,
+    CounterUsage,
+    Settlement,
+    Ticket,
+    Verdict,
+    WindowUsage,
+    limit_error,
+    rate_limit_headers,
+)
 from gateway.limits.estimates import MEAN_OF_UNKNOWN_MODEL, Estimates
 from gateway.limits.fallback import WHOLE, FallbackLimiter, Share
 from gateway.limits.leases import Leases
@@ -22,17 +31,17 @@ from gateway.stores.redis_client import RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
 
 LUA = Path(__file__).parent / "lua"
-# Of one shard.
+# For each shard.
 MOST_ROWS, MOST_PROMPTS = 25_000, 500
 SEED_WAIT_S = 3.0
 
 
 class Limiter:
-    """`async with Limits(...) as limits:` — `admit` lets a request in or raises LimitReached; `settle` ends it."""
+    """`async with Limiter(...) as limits:` — `admit` lets a request in or raises LimitReached; `settle` ends it."""
 
     def __init__(
         self,
-        lines: ShardConnections,
+        connections: ShardConnections,
         seed: Callable[[CounterSet], Awaitable[None]],
         *,
         share: Callable[[], Share] = lambda: WHOLE,
@@ -40,10 +49,10 @@ class Limiter:
         queue_wait_s: float = 0.0,
         closed_without_redis: bool = False,
     ) -> None:
-        self._lines, self._seed, self.share = lines, seed, share
-        self._most_output, self._queue_wait_s, self._closed = most_output, queue_wait_s, closed_without_redis
+        self._connections, self._seed, self.share = connections, seed, share
+        self._most_output, self._queue_wait_s, self._is_closed = most_output, queue_wait_s, closed_without_redis
         self.local = FallbackLimiter()
-        self.estimates, self.leases, self.queue = Estimates(), Leases(lines), Queue(lines)
+        self.estimates, self.leases, self.queue = Estimates(), Leases(connections), Queue(connections)
         self._seeding: dict[str, asyncio.Task[None]] = {}
         self.background = self.leases.background
 
@@ -57,8 +66,8 @@ class Limiter:
 
     @property
     def is_usable(self) -> bool:
-        """Whether Redis decides; else this process does."""
-        return self._lines.is_usable
+        """Whether Redis decides, and not this process."""
+        return self._connections.is_usable
 
     @property
     def running(self) -> int:
@@ -69,7 +78,7 @@ class Limiter:
         return self.queue.length
 
     async def admit(self, ticket: Ticket) -> Admission:
-        """Raises LimitReached, LimitsUnavailable or StoreUnavailable; then nothing was taken."""
+        """Takes nothing if it raises: LimitReached, LimitsUnavailable or StoreUnavailable."""
         began = time.monotonic()
         admission = await self._admit_or_wait(ticket, began)
         admission.began = time.monotonic()
@@ -80,41 +89,41 @@ class Limiter:
         return admission
 
     async def _admit_or_wait(self, ticket: Ticket, began: float) -> Admission:
-        verdict = await self._ask(ticket, bool(self._queue_wait_s) and self.queue.length < queue.WAITING)
+        verdict = await self._decide(ticket, bool(self._queue_wait_s) and self.queue.length < queue.WAITING)
         if isinstance(verdict, LimitReached) and verdict.may_wait:
-            verdict = await self.queue.wait(ticket, began + self._queue_wait_s, partial(self._ask, ticket))
+            verdict = await self.queue.wait(ticket, began + self._queue_wait_s, partial(self._decide, ticket))
         if isinstance(verdict, LimitReached):
             verdict.waited_s = time.monotonic() - began if self._queue_wait_s else 0.0
             raise verdict
         return verdict
 
-    async def _ask(self, ticket: Ticket, may_wait: bool) -> Verdict:
+    async def _decide(self, ticket: Ticket, may_wait: bool) -> Verdict:
         try:
             reply = await self._reply(ticket, may_wait, leases.LEASE_MS)
         except RedisUnavailable:
-            return self._ask_ourselves(ticket, may_wait)
+            return self._decide_locally(ticket, may_wait)
         return self._read(ticket, reply)
 
     async def preview(self, ticket: Ticket) -> tuple[Verdict, list[CounterUsage]]:
-        """As `admit` would decide now, and what is used of each scope; takes nothing. Raises StoreAway."""
+        """What `admit` would decide now, and the usage of each scope; takes nothing. Raises RedisUnavailable."""
         reply = await self._reply(ticket, may_wait=False, lease_ms=0)
-        used = []
+        usages = []
         for start in range(5, 5 + 7 * len(ticket.scopes), 7):
             requests, tokens, _, _, day, month, slots = reply[start : start + 7]
-            used.append(CounterUsage(requests, tokens, slots, day, month))
-        return self._read(ticket, reply), used
+            usages.append(CounterUsage(requests, tokens, slots, day, month))
+        return self._read(ticket, reply), usages
 
     async def _reply(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> list[Any]:
-        line = self._lines.for_shard(redis_keys.shard_of(ticket.scopes[0].name))
-        # The key and each of its rules has a budget of its own, that may have to be read first.
+        connection = self._connections.for_shard(redis_keys.shard_of(ticket.scopes[0].name))
+        # The key and each of its rules has its own budget, which may first have to be read from the audit.
         for _ in range(len(ticket.scopes) + 1):
-            reply: list[Any] = await line.run("admit", *self._question(ticket, may_wait, lease_ms))
+            reply: list[Any] = await connection.run("admit", *self._arguments(ticket, may_wait, lease_ms))
             if reply[0] != b"seed":
                 return reply
-            await self._seeded(ticket.scopes[reply[4] - 1])
+            await self._seed_once(ticket.scopes[reply[4] - 1])
         raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
 
-    def _question(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> tuple[list[Any], list[Any]]:
+    def _arguments(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> tuple[list[Any], list[Any]]:
         keys: list[Any] = [*redis_keys.BY_SHARD[redis_keys.shard_of(ticket.scopes[0].name)][:3]]
         wait_ms = int(self._queue_wait_s * 1000) if may_wait else 0
         prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
@@ -134,41 +143,40 @@ class Limiter:
             usage = WindowUsage(*reply[first : first + 4])
             usages.append(usage)
             self.local.note(scope, usage, reply[first + 4], reply[first + 5], reply[first + 6])
-        told = headers(ticket.scopes, usages)
+        headers = rate_limit_headers(ticket.scopes, usages)
         if reply[0] == b"ok":
-            return Admission(ticket.id, ticket.scopes, ticket.model, bool(ticket.info), "admitted", reply[1], headers=told)
+            return Admission(ticket.id, ticket.scopes, ticket.model, bool(ticket.info), "admitted", reply[1], headers=headers)
         scope = ticket.scopes[reply[4] - 1]
         wait_s = None if reply[2] < 0 else max(0.001, reply[2] / 1000)
-        return refusal(reply[3].decode(), scope, wait_s, told, self._asked(ticket), may_wait=reply[0] == b"queued")
+        return limit_error(reply[3].decode(), scope, wait_s, headers, self._tokens_of(ticket), may_wait=reply[0] == b"queued")
 
-    def _asked(self, ticket: Ticket, share: Share = WHOLE) -> int:
+    def _tokens_of(self, ticket: Ticket, share: Share = WHOLE) -> int:
+        """The tokens to reserve for a request."""
         prompt, output, _ = ticket.need
         if output is None:
-            rooms = (share.out_of(limit) - prompt for scope in ticket.scopes for limit in scope.of_tokens if limit >= 0)
-            output = max(0, min((self._most_output, self.estimates.tokens_of(ticket.model), *rooms)))
+            bounds = (share.out_of(limit) - prompt for scope in ticket.scopes for limit in scope.of_tokens if limit >= 0)
+            output = max(0, min((self._most_output, self.estimates.tokens_of(ticket.model), *bounds)))
         return prompt + output if prompt >= 0 else 0
 
-    def _ask_ourselves(self, ticket: Ticket, may_wait: bool) -> Verdict:
-        if self._closed:
+    def _decide_locally(self, ticket: Ticket, may_wait: bool) -> Verdict:
+        if self._is_closed:
             raise LimitsUnavailable(retry_after=2.0)
         share = self.share()
-        tokens = self._asked(ticket, share) if ticket.need.prompt >= 0 else -1
+        tokens = self._tokens_of(ticket, share) if ticket.need.prompt >= 0 else -1
         takes_slot = bool(ticket.info)
         refused = self.local.admit(ticket.scopes, tokens, share, takes_slot=takes_slot)
-        told = headers(ticket.scopes, self.local.usages(ticket.scopes))
+        headers = rate_limit_headers(ticket.scopes, self.local.usages(ticket.scopes))
         if refused is None:
-            return Admission(ticket.id, ticket.scopes, ticket.model, takes_slot, "alone", max(0, tokens), headers=told)
-        likely_s = (
-            self.estimates.slot_s(refused.scope) if refused.limit == "concurrent" else self.estimates.call_s(refused.scope)
-        )
-        wait_s = refused.wait_s if refused.wait_s != 0.0 else likely_s
+            return Admission(ticket.id, ticket.scopes, ticket.model, takes_slot, "local", max(0, tokens), headers=headers)
+        estimate = self.estimates.slot_s if refused.limit == "concurrent" else self.estimates.call_s
+        wait_s = refused.wait_s if refused.wait_s != 0.0 else estimate(refused.scope)
         waits = may_wait and refused.limit == "concurrent" and wait_s is not None
-        error = refusal(refused.limit, refused.scope, wait_s, told, max(0, tokens), may_wait=waits)
-        error.is_alone = True
+        error = limit_error(refused.limit, refused.scope, wait_s, headers, max(0, tokens), may_wait=waits)
+        error.is_local = True
         return error
 
-    async def _seeded(self, scope: CounterSet) -> None:
-        """A budget's counters after Redis has lost them: the audit knows what was spent. Asked once for all who wait."""
+    async def _seed_once(self, scope: CounterSet) -> None:
+        """Counts in Redis again what a budget has spent, from the audit; one query serves all calls that wait for it."""
         task = self._seeding.get(scope.name)
         if task is None:
             task = self._seeding[scope.name] = asyncio.create_task(self._run_seed(scope), name="budget")
@@ -181,9 +189,9 @@ class Limiter:
             await self._seed(scope)
 
     def settle(self, settlement: Settlement) -> "asyncio.Future[Any]":
-        """Ends a request; what it held is free and its row is on its way when this returns. Raises StoreAway.
+        """Ends a request: frees what it held, and sends its tokens and its row to Redis. Raises RedisUnavailable.
 
-        Without an answer in the end it may be said again: it counts once.
+        If the future fails, call `resend`: Redis counts a settlement once.
         """
         admission = settlement.admission
         if admission is not None and self.leases.running.pop(admission.id, None) is not None:
@@ -191,12 +199,12 @@ class Limiter:
         return self.resend(settlement)
 
     def is_tight(self, admission: Admission) -> bool:
-        """Whether the next request may need the very slot that this one gives back."""
+        """Whether the next request may need the slot that this one frees."""
         return any(self.local.slots(scope) * 2 >= scope.concurrent >= 0 for scope in admission.scopes)
 
     def is_flushed(self, key_id: str) -> bool:
-        """Whether all that was said of this key is on its way to Redis."""
-        return self._lines.for_shard(redis_keys.shard_of(key_id)).has_written
+        """Whether everything about this key has been written to the connection to Redis."""
+        return self._connections.for_shard(redis_keys.shard_of(key_id)).has_written
 
     def resend(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
         admission = settlement.admission
@@ -205,18 +213,18 @@ class Limiter:
         keys: list[Any] = [*redis_keys.BY_SHARD[shard], redis_keys.once(shard, settlement.id)]
         model = admission.model if admission else ""
         how = how or (admission.how if admission else "admitted")
-        # Redis may have let in, unheard, what this process then let in alone.
-        reserved = admission.reserved if admission and how != "alone" else -1
+        # Redis may have admitted this call too, without its answer arriving in time: then it knows what it reserved.
+        reserved = admission.reserved if admission and how != "local" else -1
         values: list[Any] = [settlement.id, reserved, settlement.used, settlement.row, settlement.prompt, how]
         values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS]
         for scope in scopes:
             keys += redis_keys.counters(scope.name)[1:]
             values += [int(scope.tpm >= 0), int(scope.has_budget)]
-        return self._lines.for_shard(shard).run("settle", keys, values)
+        return self._connections.for_shard(shard).run("settle", keys, values)
 
     def _note_end(self, admission: Admission, settlement: Settlement) -> None:
         self.local.leave(admission.scopes)
-        if admission.how == "alone":
+        if admission.how == "local":
             self.local.settle(admission.scopes, admission.reserved, settlement.used)
             for scope in admission.scopes:
                 self.queue.slot_freed(redis_keys.queue(scope.name))

@@ -1,4 +1,4 @@
-"""Limits as numbers: what an operator said of a key or of some of its models, and what then holds for a request."""
+"""Limits as numbers: what an operator set for a key or for some of its models, and what applies to a request."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from gateway.dialects.model_names import AllowList
 
-# Not said (None): the default applies. 0: none at all. UNLIMITED is the largest bigint, which nobody can type.
+# None: the default applies. 0: nothing is allowed. UNLIMITED is the largest bigint, which no operator can enter.
 UNLIMITED = 2**63 - 1
 NAMES = ("rpm", "tpm", "concurrent", "day", "month")
 
@@ -27,7 +27,7 @@ class Quota:
 
 @dataclass(frozen=True)
 class Rule:
-    """A quota that the models matching a glob share, beside the key's own."""
+    """A quota shared by the models that match a glob, in addition to the key's own."""
 
     pattern: str
     quota: Quota
@@ -40,7 +40,7 @@ class Rule:
 
 
 class CounterSet(NamedTuple):
-    """One set of counters and its limits, -1 where there is none; `name` is part of the counters' names in Redis."""
+    """A set of counters and its limits, -1 for no limit; `name` is part of the counters' names in Redis."""
 
     name: str
     rpm: int
@@ -71,7 +71,7 @@ def unpack_rules(packed: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
 
 
 def counter_set(name: str, quota: Quota, defaults: Quota) -> CounterSet:
-    said = [getattr(quota, field) for field in NAMES]
+    own = [getattr(quota, field) for field in NAMES]
     standard = [getattr(defaults, field) for field in NAMES]
-    limits = [second if first is None else first for first, second in zip(said, standard, strict=True)]
+    limits = [second if first is None else first for first, second in zip(own, standard, strict=True)]
     return CounterSet(name, *(-1 if limit is None or limit == UNLIMITED else limit for limit in limits))

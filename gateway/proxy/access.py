@@ -33,7 +33,7 @@ class Access:
         """The key of who asks the admin API. Looking is no traffic: of the limits it knows those that the key itself has, so
         that the defaults lock nobody out of the dashboard. Raises NotPermitted without the role."""
         key = await self.key_of(scope, record)
-        record.is_look = record.method in LOOKS and ADMIN in key.flags
+        record.is_operator_read = record.method in LOOKS and ADMIN in key.flags
         await self.admit(record, takes_slot=False)
         if ADMIN not in key.flags:
             raise NotPermitted("this needs a key with the role admin: make key NAME=ops ROLE=admin")
@@ -43,14 +43,14 @@ class Access:
         """Takes a request, its tokens and a slot from the key's limits; raises LimitReached."""
         assert record.key is not None
         record.need = need
-        scopes = record.key.scopes(model, NO_DEFAULTS if record.is_look else self._defaults)
+        scopes = record.key.scopes(model, NO_DEFAULTS if record.is_operator_read else self._defaults)
         info = abandoned.call_info(scopes, model, need.prompt, record.opening_fields()) if takes_slot else b""
         ticket = Ticket(record.id, scopes, model, need, info)
         try:
             record.admission = await self._limits.admit(ticket)
         except LimitReached as reached:
             record.detail, record.waited_s = reached.limit, reached.waited_s
-            if reached.is_alone:
+            if reached.is_local:
                 record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", LOOK_UP_RESERVE)
             raise
         except (asyncio.CancelledError, LimitsUnavailable):

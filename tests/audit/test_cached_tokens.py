@@ -80,7 +80,7 @@ def test_what_backends_say_of_their_cache(dialect: Dialect, told: dict[str, Any]
 
 def cost_of(usage: Usage, weight: int, *, outcome: str = "answered") -> token_usage.TokenUsage:
     record = Record("id", "id", "POST", outcome=outcome, usage=usage, need=Need(100, 10), was_sent=True, relayed_tokens=3)
-    return token_usage.of(record, 1000, weight)
+    return token_usage.usage_of(record, 1000, weight)
 
 
 @given(st.integers(0, 60_000), st.integers(0, 2**53 - 1), st.integers(0, 1000), st.integers(0, MILLION))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.audit import hash_chain, retention, table
-from gateway.audit.retention import Went
+from gateway.audit.retention import Removed
 from gateway.core.errors import StoreUnavailable
 from gateway.stores.postgres import Database, advice_for
 from tests.conftest import TestStores
@@ -27,7 +27,7 @@ def url(stores: TestStores) -> str:
     return stores.database_url
 
 
-def apply(url: str, keep: timedelta = KEEP) -> Went:
+def apply(url: str, keep: timedelta = KEEP) -> Removed:
     return in_database(url, lambda database: retention.apply(database, keep))
 
 
@@ -62,7 +62,7 @@ def test_nothing_goes_where_nothing_has_expired(url: str) -> None:
 
 
 def test_months_are_made_ahead(url: str) -> None:
-    assert apply(url) == Went()
+    assert apply(url) == Removed()
     assert sql(url, MONTHS) == months_ahead()
     apply(url)
     assert sql(url, MONTHS) == months_ahead()
@@ -199,7 +199,7 @@ def test_a_month_that_is_being_read_goes_another_time(url: str, monkeypatch: pyt
     monkeypatch.setattr(retention, "DROP_ATTEMPTS", 2)
     write(url, [row(ago(400))], [row(ago(1))])
 
-    async def run(database: Database) -> Went:
+    async def run(database: Database) -> Removed:
         async with reading_the_audit(database):
             return await retention.apply(database, KEEP)
 
@@ -222,7 +222,7 @@ def test_writing_and_months_to_come_wait_for_no_reader(url: str) -> None:
 def test_one_at_a_time(url: str) -> None:
     write(url, [row(ago(400))])
 
-    async def run(database: Database) -> Went:
+    async def run(database: Database) -> Removed:
         async with database.connection() as connection:
             await connection.fetchval(database.sql("try_retention"))
             return await retention.apply(database, KEEP)
@@ -304,10 +304,10 @@ def test_a_database_that_is_away_is_told_once(
 ) -> None:
     tried: list[int] = []
 
-    async def away(*_: object) -> Went:
+    async def away(*_: object) -> Removed:
         tried.append(1)
         if len(tried) == 5:
-            return Went()
+            return Removed()
         raise StoreUnavailable
 
     monkeypatch.setattr(retention, "apply", away)
@@ -321,7 +321,7 @@ def test_a_schema_that_is_not_there_ends_nothing(
     tried: list[int] = []
     apply = retention.apply
 
-    async def counting(*arguments: Any) -> Went:
+    async def counting(*arguments: Any) -> Removed:
         tried.append(1)
         return await apply(*arguments)
 

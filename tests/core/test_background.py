@@ -28,7 +28,7 @@ from tests.support.processes import until
 ONCE = {
     ("proxy/passthrough.py", "watching"),
     ("auth/authenticator.py", "_checked_once"),
-    ("limits/limiter.py", "_seeded"),
+    ("limits/limiter.py", "_seed_once"),
     ("edge/server.py", "begin_drain"),
     ("core/background.py", "start"),
     ("ops/cli/serve.py", "_serve_one"),

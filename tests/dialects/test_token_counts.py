@@ -154,10 +154,10 @@ def test_what_was_made_of_an_answer_is_a_matter_of_the_time_at_the_last_backend(
         "id", "id", "POST", need=tokens.Need(6, None, answers=2), upstream_s=5.0, was_sent=True, outcome="client_gone"
     )
     record.attempts = [Attempt("one", "head_timeout", 2000.0), Attempt("two", CANNOT, 1000.0)]
-    assert token_usage.of(record, 1000, 0) == token_usage.TokenUsage(6, 2 * 2 * token_usage.TOKENS_PER_S, "partial")
-    assert token_usage.of(record, 150, 0) == token_usage.TokenUsage(6, 150, "partial")
+    assert token_usage.usage_of(record, 1000, 0) == token_usage.TokenUsage(6, 2 * 2 * token_usage.TOKENS_PER_S, "partial")
+    assert token_usage.usage_of(record, 150, 0) == token_usage.TokenUsage(6, 150, "partial")
     record.need = tokens.Need(6, 0)
-    assert token_usage.of(record, 1000, 0).completion == 0
+    assert token_usage.usage_of(record, 1000, 0).completion == 0
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/completions"])

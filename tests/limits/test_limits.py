@@ -291,7 +291,7 @@ def test_client_libraries_wait_for_what_frees_within_a_minute(gateway: RunningGa
         (None, None, True),
     ]:
         scope = CounterSet("abcdefgh", 1, 1, 1, -1, -1)
-        error = admission.refusal("tpm", scope, wait_s, [], 5)
+        error = admission.limit_error("tpm", scope, wait_s, [], 5)
         assert (error.retry_after, (b"x-should-retry", b"false") in error.headers) == (told_s, is_final)
 
 
@@ -501,7 +501,7 @@ def test_a_guess_alone_keeps_no_request_out_of_a_share(gateway: RunningGateway) 
     ticket = admission.Ticket("1", scopes, "m", Need(10, None), b"x")
 
     async def alone() -> object:
-        return limits._ask_ourselves(ticket, may_wait=False)
+        return limits._decide_locally(ticket, may_wait=False)
 
     let_in = gateway.call(alone())
     assert isinstance(let_in, admission.Admission) and let_in.reserved == 700

@@ -300,8 +300,8 @@ def test_purging_now(url: str, say: Say) -> None:
 
 
 def test_purging_beside_another_purge(url: str, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def busy(*_: object) -> retention.Went:
-        return retention.Went(is_busy_elsewhere=True)
+    async def busy(*_: object) -> retention.Removed:
+        return retention.Removed(is_busy_elsewhere=True)
 
     monkeypatch.setattr(retention, "apply", busy)
     with pytest.raises(CommandFailed, match="another process is purging at the moment: try again"):

@@ -1,7 +1,7 @@
 -- What a call really cost, and its row for the audit: once, whoever says it and however often.
 -- KEYS: calls, leases, means, rows, prompts, dropped, once; then for each scope: tokens, reserve, slots, queue, budget.
--- ARGV: call id; tokens reserved (-1: look what was remembered); tokens used; row ('' for none); prompt ('' for none); how ('admitted', 'alone': admitted
--- without Redis, 'reaped': nobody else will settle it); model; completion tokens for its mean (-1: none); most rows; most
+-- ARGV: call id; tokens reserved (-1: look what was remembered); tokens used; row ('' for none); prompt ('' for none); how ('admitted', 'local': admitted
+-- without Redis, 'abandoned': nobody else will settle it); model; completion tokens for its mean (-1: none); most rows; most
 -- prompts; then for each scope: whether it limits tokens per minute, whether it has a budget (1 or 0).
 -- Answers 1 where the tokens were counted now, else 0.
 local id, reserved, used, row, prompt, how = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
@@ -13,10 +13,10 @@ end
 local was_running = redis.call('HDEL', KEYS[1], id) == 1
 if was_running then redis.call('ZREM', KEYS[2], id) end
 local counts = was_running
-if not was_running and how == 'alone' and used > 0 then
+if not was_running and how == 'local' and used > 0 then
     counts = redis.call('SET', KEYS[7], 1, 'NX', 'EX', 600) and true or false
 end
-if not was_running and how == 'reaped' then return 0 end
+if not was_running and how == 'abandoned' then return 0 end
 
 for i = 1, (#KEYS - 7) / 5 do
     local k, a = 7 + (i - 1) * 5, 10 + (i - 1) * 2
