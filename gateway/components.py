@@ -42,7 +42,7 @@ from gateway.proxy.body import Bodies
 from gateway.settings import Settings
 from gateway.stores.postgres import Database, ReportDatabase
 from gateway.stores.redis_client import RedisClient
-from gateway.stores.redis_connection import read_scripts
+from gateway.stores.redis_scripts import read_scripts
 from gateway.stores.redis_keys import SLOT_FREED
 from gateway.stores.redis_shards import ShardConnections
 from gateway.telemetry.gauges import Gauges

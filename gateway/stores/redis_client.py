@@ -1,4 +1,4 @@
-"""Redis: one client whose every call has a deadline behind a breaker, and one subscription that reconnects."""
+"""A Redis client whose calls have deadlines and fail at once while Redis is unavailable, and subscriptions that reconnect."""
 
 import asyncio
 import contextlib
@@ -25,8 +25,8 @@ CONNECT_DEADLINE_S = 1.0
 CHECK_EVERY_S = 1.0
 CHECK_KEPT_MS = 60_000
 PING_EVERY_S = 5.0
-TIMEOUTS_UNTIL_AWAY = 2
-# A cluster's own troubles are no RedisError to the library.
+FAILURES_UNTIL_DOWN = 2
+# In the library, errors of a cluster as a whole are no RedisError.
 FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 SENTINEL: dict[str, Any] = {
     "socket_timeout": CONNECT_DEADLINE_S / 3,
@@ -36,15 +36,15 @@ SENTINEL: dict[str, Any] = {
 
 
 class RedisUnavailable(Exception):
-    """Redis does not answer, or has no room; go on without it."""
+    """Redis does not answer, or is out of memory; the caller continues without it."""
 
     is_full = False
 
 
-def _full() -> RedisUnavailable:
-    away = RedisUnavailable()
-    away.is_full = True
-    return away
+def _out_of_memory() -> RedisUnavailable:
+    error = RedisUnavailable()
+    error.is_full = True
+    return error
 
 
 def connect(url: str, *, deadline_s: float) -> Redis:
@@ -57,26 +57,26 @@ def connect(url: str, *, deadline_s: float) -> Redis:
         "client_name": "neuronetz-gateway",
     }
     if is_cluster(url):
-        found: Redis = _of_cluster(url, options)
-        return found
+        cluster: Redis = _cluster_client(url, options)
+        return cluster
     if "+sentinel" not in urls.split(url).scheme:
         return Redis.from_url(url, **options)
-    return _through_sentinels(url, options)
+    return _sentinel_client(url, options)
 
 
 def is_cluster(url: str) -> bool:
     return "+cluster" in urls.split(url).scheme
 
 
-def of_node(url: str, host: str, port: int) -> str:
-    """The URL of one node of a cluster, with the cluster's way to log in."""
+def node_url(url: str, host: str, port: int) -> str:
+    """The URL of one node of a cluster, with the cluster's credentials."""
     parts = urls.split(url)
     login, at, _ = parts.netloc.rpartition("@")
     shown = f"[{host}]" if ":" in host else host
     return f"{parts.scheme.partition('+')[0]}://{login}{at}{shown}:{port}"
 
 
-def _of_cluster(url: str, options: dict[str, Any]) -> Any:
+def _cluster_client(url: str, options: dict[str, Any]) -> Any:
     parts = urls.split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
@@ -86,7 +86,7 @@ def _of_cluster(url: str, options: dict[str, Any]) -> Any:
     return RedisCluster(startup_nodes=nodes, **login, **options)
 
 
-def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
+def _sentinel_client(url: str, options: dict[str, Any]) -> Redis:
     parts = urls.split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
@@ -102,43 +102,43 @@ def _through_sentinels(url: str, options: dict[str, Any]) -> Redis:
 
 
 def _all_clients(client: Redis) -> list[Redis]:
-    """A client through sentinels leaves those that it asked open."""
+    """A client through sentinels does not close its clients of the sentinels."""
     manager = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
     return [client, *(manager.sentinels if manager else ())]
 
 
-def _host_and_port(text: str, standard: str = "26379") -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if ":" in text else (text, "", standard)
+def _host_and_port(text: str, default_port: str = "26379") -> tuple[str, int]:
+    host, _, port = text.rpartition(":") if ":" in text else (text, "", default_port)
     return host, int(port)
 
 
-async def drop_names(url: str, prefix: str, is_meant: Callable[[str], bool], within_s: float) -> None:
-    """Deletes what is meant of everything whose name begins so. Raises StoreAway, with some of it perhaps still there."""
+async def delete_names(url: str, prefix: str, is_wanted: Callable[[str], bool], within_s: float) -> None:
+    """Deletes the wanted ones of all names with this prefix. Raises RedisUnavailable; some may then still be there."""
     client = connect(url, deadline_s=CONNECT_DEADLINE_S)
     try:
         async with asyncio.timeout(within_s), client:
             async for name in client.scan_iter(match=f"{prefix}*", count=1000):
-                if is_meant(name.decode(errors="replace")):
+                if is_wanted(name.decode(errors="replace")):
                     await client.unlink(name)
-    except FAILURES as wrong:
-        raise RedisUnavailable from wrong
+    except FAILURES as error:
+        raise RedisUnavailable from error
 
 
 class RedisClient:
-    """`async with Store(url) as store:`; a call raises StoreAway at the latest after 50 ms, and at once while Redis is away."""
+    """`async with RedisClient(url) as store:`; a call raises RedisUnavailable within 50 ms, or at once while Redis is down."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self.is_cluster = is_cluster(url)
         self._redis = connect(url, deadline_s=CALL_DEADLINE_S)
         self._subscriber = connect(url, deadline_s=PING_EVERY_S * 2)
-        self._timeouts = 0
+        self._failures = 0
         self.calls = self.errors = 0
-        self._look = asyncio.Event()
+        self._check_soon = asyncio.Event()
         self.background = [KeptTask(self._keep_checking, "redis health")]
         self.up = False
-        self._told_up: bool | None = None
-        # What Redis said, where it answers and refuses.
+        self._logged_up: bool | None = None
+        # The error message of a Redis that answers but refuses writes.
         self.refusal = ""
 
     async def __aenter__(self) -> Self:
@@ -159,72 +159,62 @@ class RedisClient:
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
                 answer = await command(self._redis)
-        except OutOfMemoryError as full:
-            raise _full() from full
-        except FAILURES as wrong:
+        except OutOfMemoryError as error:
+            raise _out_of_memory() from error
+        except FAILURES as error:
             self.errors += 1
-            self.count_failure(wrong)
-            raise RedisUnavailable from wrong
-        self._timeouts = 0
+            self.count_failure(error)
+            raise RedisUnavailable from error
+        self._failures = 0
         return answer
 
     async def pipeline(self, fill: Callable[[Any], object]) -> list[Any]:
-        async def run(redis: Redis) -> list[Any]:
-            async with redis.pipeline(transaction=False) as pipe:
-                fill(pipe)
-                return await pipe.execute()
-
-        answers: list[Any] = await self.call(run)
+        answers: list[Any] = await self.call(_pipelined(fill))
         return answers
 
     async def slow_pipeline(self, fill: Callable[[Any], object], deadline_s: float) -> list[Any]:
-        async def run(redis: Redis) -> list[Any]:
-            async with redis.pipeline(transaction=False) as pipe:
-                fill(pipe)
-                return await pipe.execute()
-
-        answers: list[Any] = await self.slow_call(run, deadline_s)
+        answers: list[Any] = await self.slow_call(_pipelined(fill), deadline_s)
         return answers
 
     async def slow_call(self, command: Callable[[Redis], Awaitable[Any]], deadline_s: float) -> Any:
-        """For background work whose answers are large."""
+        """For background work with large answers."""
         if not self.up:
             raise RedisUnavailable
         self.calls += 1
         try:
             async with asyncio.timeout(deadline_s):
                 return await command(self._subscriber)
-        except OutOfMemoryError as full:
-            raise _full() from full
-        except FAILURES as wrong:
+        except OutOfMemoryError as error:
+            raise _out_of_memory() from error
+        except FAILURES as error:
             self.errors += 1
-            self.count_failure(wrong)
-            raise RedisUnavailable from wrong
+            self.count_failure(error)
+            raise RedisUnavailable from error
 
-    def count_failure(self, wrong: Exception) -> None:
-        self._timeouts += 1
-        if self._timeouts >= TIMEOUTS_UNTIL_AWAY:
-            self._set_up(up=False, reason=type(wrong).__name__)
-        self._look.set()
+    def count_failure(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES_UNTIL_DOWN:
+            self._set_up(up=False, reason=type(error).__name__)
+        self._check_soon.set()
 
     def _set_up(self, *, up: bool, reason: str = "") -> None:
         self.up = up
         if up:
-            self._timeouts = 0
-        if self._told_up != up:
-            self._told_up = up
+            self._failures = 0
+        if self._logged_up != up:
+            self._logged_up = up
             LOG.log(logging.INFO if up else logging.ERROR, "Redis %s", "answers" if up else f"is away: {reason}")
 
     async def _check(self) -> None:
-        """A server that answers but takes nothing (a replica, names not allowed) is of no more use than none."""
+        """A server that answers but takes no writes (a replica, missing rights) counts as unavailable."""
         try:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 await self._redis.ping()
-                with contextlib.suppress(OutOfMemoryError):  # without room it still counts, and says so where it matters
+                with contextlib.suppress(OutOfMemoryError):  # scripts still run; the calls that need memory fail by themselves
                     await self._redis.set(redis_keys.CHECK, b"1", px=CHECK_KEPT_MS)
-        except FAILURES as wrong:
-            self.refusal = f"{type(wrong).__name__}: {wrong}" if isinstance(wrong, ResponseError) else ""
-            self._set_up(up=False, reason=type(wrong).__name__)
+        except FAILURES as error:
+            self.refusal = f"{type(error).__name__}: {error}" if isinstance(error, ResponseError) else ""
+            self._set_up(up=False, reason=type(error).__name__)
         else:
             self.refusal = ""
             self._set_up(up=True)
@@ -233,13 +223,13 @@ class RedisClient:
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_EVERY_S):
-                    await self._look.wait()
-            self._look.clear()
+                    await self._check_soon.wait()
+            self._check_soon.clear()
             await self._check()
             await asyncio.sleep(0 if self.up else CHECK_EVERY_S / 5)
 
     def subscribe(self, handlers: Mapping[str, Callable[[str], None]], after_gap: Callable[[], None]) -> None:
-        """Call the handler of a channel with each message; `after_gap` each time messages may have been missed."""
+        """Calls the handler of a channel with each message, and `after_gap` whenever messages may have been missed."""
         self.background.append(
             KeptTask(partial(self._listen, handlers, after_gap), f"redis subscription to {' '.join(handlers)}")
         )
@@ -260,7 +250,7 @@ class RedisClient:
 
     @asynccontextmanager
     async def _subscription(self, channels: tuple[str, ...]) -> AsyncIterator[AsyncIterator[tuple[str, str]]]:
-        async with self._listening_post() as client:
+        async with self._subscription_client() as client:
             subscription = client.pubsub()
             try:
                 await subscription.subscribe(*channels)
@@ -269,15 +259,15 @@ class RedisClient:
                 await subscription.aclose()  # type: ignore[no-untyped-call]
 
     @asynccontextmanager
-    async def _listening_post(self) -> AsyncIterator[Redis]:
-        """The nodes of a cluster tell each other all messages: any of them will do."""
+    async def _subscription_client(self) -> AsyncIterator[Redis]:
+        """In a cluster every node gets all messages, so any node will do."""
         if not is_cluster(self._url):
             yield self._subscriber
             return
         cluster: Any = self._subscriber
         await cluster.initialize()
         node = cluster.get_random_node()
-        async with connect(of_node(self._url, node.host, node.port), deadline_s=PING_EVERY_S * 2) as client:
+        async with connect(node_url(self._url, node.host, node.port), deadline_s=PING_EVERY_S * 2) as client:
             yield client
 
     @staticmethod
@@ -285,7 +275,17 @@ class RedisClient:
         while True:
             message = await subscription.get_message(timeout=PING_EVERY_S)
             if message is None:
-                # A frozen server would otherwise look like a quiet one.
+                # Without messages, only a ping shows that the server is frozen.
                 await subscription.ping()
             elif message["type"] == "message":
                 yield message["channel"].decode(), message["data"].decode(errors="replace")
+
+
+def _pipelined(fill: Callable[[Any], object]) -> Callable[[Redis], Awaitable[list[Any]]]:
+    async def run(redis: Redis) -> list[Any]:
+        async with redis.pipeline(transaction=False) as pipe:
+            fill(pipe)
+            answers: list[Any] = await pipe.execute()
+            return answers
+
+    return run

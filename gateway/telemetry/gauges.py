@@ -81,8 +81,8 @@ class Gauges:
         metrics = self._metrics
         metrics.store_up.labels("redis").set(int(self._store.up))
         metrics.store_up.labels("postgresql").set(int(self._database.up))
-        self._add(metrics.store_calls.labels("redis").inc, "redis calls", self._store.calls + self._lines.tally.calls)
-        self._add(metrics.store_errors.labels("redis").inc, "redis errors", self._store.errors + self._lines.tally.errors)
+        self._add(metrics.store_calls.labels("redis").inc, "redis calls", self._store.calls + self._lines.counts.calls)
+        self._add(metrics.store_errors.labels("redis").inc, "redis errors", self._store.errors + self._lines.counts.errors)
         self._add(metrics.store_calls.labels("postgresql").inc, "postgresql calls", self._database.calls)
         self._add(metrics.store_errors.labels("postgresql").inc, "postgresql errors", self._database.errors)
         self._add(metrics.written.inc, "written", self._writer.written)

@@ -20,7 +20,7 @@ from gateway.limits.limiter import Limiter
 from gateway.ops.cli import audit, console, keys
 from gateway.settings import Settings
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
-from gateway.stores.redis_connection import read_scripts
+from gateway.stores.redis_scripts import read_scripts
 from gateway.stores.redis_shards import ShardConnections
 
 OPERATOR = "operator"

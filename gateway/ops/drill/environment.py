@@ -33,7 +33,7 @@ from gateway.ops.drill.fake_backend import HOST, Played
 from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
 from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import RedisUnavailable, drop_names
+from gateway.stores.redis_client import RedisUnavailable, delete_names
 from gateway.telemetry import metrics
 
 # Each has its fault and a model of its own name; the last has all models, and is sound.
@@ -217,7 +217,7 @@ class Scene:
     async def _forget_names(self) -> None:
         """Those that this drill has given, and those of drills that were killed long ago."""
         with suppress(RedisUnavailable):
-            await drop_names(self._of.redis_url, redis_keys.TRIAL_PREFIX, _is_over, CLEAN_S)
+            await delete_names(self._of.redis_url, redis_keys.TRIAL_PREFIX, _is_over, CLEAN_S)
 
     async def _ready(self, process: Process) -> None:
         """Raises CommandFailed with the end of its log."""

@@ -1,0 +1,29 @@
+"""Lua scripts that run in Redis."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gateway.stores import redis_keys
+
+
+class Script(NamedTuple):
+    sha: str
+    text: str
+
+
+def read_scripts(*folders: Path) -> dict[str, Script]:
+    """All Lua scripts of the folders by name; each begins with the `common.lua` of its folder."""
+    return {name: script for folder in folders for name, script in _scripts_in(folder)}
+
+
+def _scripts_in(folder: Path) -> Iterator[tuple[str, Script]]:
+    texts = {
+        path.stem: path.read_text(encoding="utf-8").replace("nz:slots", redis_keys.SLOT_FREED)
+        for path in sorted(folder.glob("*.lua"))
+    }
+    common = texts.pop("common", "")
+    for name, text in texts.items():
+        whole = common + text
+        yield name, Script(hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest(), whole)
