@@ -42,8 +42,8 @@ from gateway.proxy.body import Bodies
 from gateway.settings import Settings
 from gateway.stores.postgres import Database, ReportDatabase
 from gateway.stores.redis_client import RedisClient
-from gateway.stores.redis_scripts import read_scripts
 from gateway.stores.redis_keys import SLOT_FREED
+from gateway.stores.redis_scripts import read_scripts
 from gateway.stores.redis_shards import ShardConnections
 from gateway.telemetry.gauges import Gauges
 from gateway.telemetry.metrics import Metrics
@@ -95,10 +95,14 @@ async def opened(
         running = await enter(RunningModels(backends.values()))
         drains = await enter(Drains(database, store, backends))
         proxies = await enter(TrustedProxies(settings.gateway_trusted_proxies))
-        lines = await enter(ShardConnections(settings.redis_url, read_scripts(limiter.LUA, presence.LUA), store.count_failure))
-        active = Presence(lines, uuid.uuid4().hex, lambda: state_of(active.process_id, in_flight, limits, writer, backends))
+        connections = await enter(
+            ShardConnections(settings.redis_url, read_scripts(limiter.LUA, presence.LUA), store.count_failure)
+        )
+        active = Presence(
+            connections, uuid.uuid4().hex, lambda: state_of(active.process_id, in_flight, limits, writer, backends)
+        )
         share = lambda: Share(active.rank, active.count)  # noqa: E731
-        limits = await enter(limits_of(settings, database, store, lines, share))
+        limits = await enter(limits_of(settings, database, store, connections, share))
         dialects = registry.dialects()
         writer = await enter(AuditWriter(store, limits, database, active.process_id, keep_prompts=kept_prompts(settings)))
         purging = await enter(retaining(settings))
@@ -106,13 +110,15 @@ async def opened(
         watch = await enter(ScopeTimer())
         metrics, in_flight = Metrics(metrics_folder), InFlight()
         catalog = lambda: discovery.catalog  # noqa: E731
-        gauges = await enter(Gauges(metrics, in_flight, limits, lines, settler, writer, backends, catalog, store, database))
+        gauges = await enter(
+            Gauges(metrics, in_flight, limits, connections, settler, writer, backends, catalog, store, database)
+        )
         await enter(active)
         await enter(control_of(store, discovery, backends))
         owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, watch, gauges, active]
 
         def background() -> list[KeptTask]:
-            return [*beside, purging, *(one.background for one in owners), *store.background, *lines.background]
+            return [*beside, purging, *(one.background for one in owners), *store.background, *connections.background]
 
         yield Components(
             database=database,
@@ -172,10 +178,10 @@ def discovery_of(settings: Settings, backends: dict[str, Backend], store: RedisC
 
 @asynccontextmanager
 async def limits_of(
-    settings: Settings, database: Database, store: RedisClient, lines: ShardConnections, share: Callable[[], Share]
+    settings: Settings, database: Database, store: RedisClient, connections: ShardConnections, share: Callable[[], Share]
 ) -> AsyncIterator[Limiter]:
     limits = Limiter(
-        lines,
+        connections,
         Budgets(database, store).seed,
         share=share,
         most_output=settings.max_num_predict,

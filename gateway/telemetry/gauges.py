@@ -29,7 +29,7 @@ class Gauges:
         metrics: Metrics,
         in_flight: InFlight,
         limits: Limiter,
-        lines: ShardConnections,
+        connections: ShardConnections,
         settler: Settler,
         writer: AuditWriter,
         backends: Mapping[str, Backend],
@@ -37,7 +37,7 @@ class Gauges:
         store: RedisClient,
         database: Database,
     ) -> None:
-        self._metrics, self._in_flight, self._limits, self._lines = metrics, in_flight, limits, lines
+        self._metrics, self._in_flight, self._limits, self._connections = metrics, in_flight, limits, connections
         self._settler, self._writer, self._backends, self._catalog = settler, writer, backends, catalog
         self._store, self._database = store, database
         self._counted: dict[str, int] = {}
@@ -81,8 +81,10 @@ class Gauges:
         metrics = self._metrics
         metrics.store_up.labels("redis").set(int(self._store.up))
         metrics.store_up.labels("postgresql").set(int(self._database.up))
-        self._add(metrics.store_calls.labels("redis").inc, "redis calls", self._store.calls + self._lines.counts.calls)
-        self._add(metrics.store_errors.labels("redis").inc, "redis errors", self._store.errors + self._lines.counts.errors)
+        self._add(metrics.store_calls.labels("redis").inc, "redis calls", self._store.calls + self._connections.counts.calls)
+        self._add(
+            metrics.store_errors.labels("redis").inc, "redis errors", self._store.errors + self._connections.counts.errors
+        )
         self._add(metrics.store_calls.labels("postgresql").inc, "postgresql calls", self._database.calls)
         self._add(metrics.store_errors.labels("postgresql").inc, "postgresql errors", self._database.errors)
         self._add(metrics.written.inc, "written", self._writer.written)

@@ -32,14 +32,14 @@ async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
     async with (
         keys.discovering(settings) as (discovery, store, configs),
         audit.current_database(settings) as database,
-        ShardConnections(settings.redis_url, read_scripts(limiter.LUA), lambda _: None) as lines,
+        ShardConnections(settings.redis_url, read_scripts(limiter.LUA), lambda _: None) as connections,
     ):
         key_store = KeyStore(database, hasher_of(settings), store)
         question = Question(await key_store.active_key(said.key), said.model, operation)
         states, told = await _states(store)
         drained = frozenset(row["backend"] for row in await database.rows("drained_backends"))
         fleet = Fleet(configs, states, drained, discovery.catalog)
-        limits = Limiter(lines, Budgets(database, store).seed, most_output=settings.max_num_predict)
+        limits = Limiter(connections, Budgets(database, store).seed, most_output=settings.max_num_predict)
         defaults, most = default_quota(settings), settings.max_num_predict
         found = {**await explain(question, fleet, limits, defaults, most), "processes": told}
     if said.json:
