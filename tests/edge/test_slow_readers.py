@@ -106,8 +106,8 @@ def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, 
 def test_a_reader_that_trickles_meets_a_deadline(
     gateway: RunningGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.proxy.exchange.READ_WITHIN_S", 0.3)
-    monkeypatch.setattr("gateway.proxy.exchange.SLOWEST_READER", LARGE * 10)
+    monkeypatch.setattr("gateway.proxy.relay.READ_WITHIN_S", 0.3)
+    monkeypatch.setattr("gateway.proxy.relay.SLOWEST_READER", LARGE * 10)
     play(alpha, LARGE)
     with ask_and_read_little(gateway, gateway.key()) as connection:
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from gateway.dialects.openai import OpenAI, ServerSentEvents
-from gateway.proxy.exchange import READ_IN_A_TURN
+from gateway.proxy.relay import READ_IN_A_TURN
 from tests.conftest import StartGateway
 from tests.limits.test_limits import until
 from tests.support import hostile_backend
