@@ -23,9 +23,8 @@ from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
 from gateway.proxy.access import Access
 from gateway.proxy.exchange import Exchange
-from gateway.proxy.model_lists import ModelLists
+from gateway.proxy.model_lists import ModelLists, description
 from gateway.proxy.passthrough import AdminVerb
-from gateway.proxy.show import described
 from gateway.settings import Settings
 from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 
@@ -121,7 +120,7 @@ def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str,
             parts.settler,
             bodies=parts.bodies,
             most_tokens=settings.max_num_predict,
-            stand_in=described if operation.path == "/api/show" else None,
+            describe=description if operation.path == "/api/show" else None,
         )
         for dialect in parts.dialects.values()
         for operation in dialect.operations

@@ -194,7 +194,6 @@ def test_dialects_and_other_pure_modules_never_wait() -> None:
         "fleet.scheduler",
         "fleet.backends.config",
         "settings",
-        "proxy.show",
     ]
     waiting = {
         name

@@ -1,4 +1,4 @@
-"""What clients ask before they chat: models, versions, details. From the map; what runs, from those backends that are quick."""
+"""What clients ask before they chat: models, versions, details; from the catalog, but running models from the backends."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -11,7 +11,7 @@ from gateway.auth.key import Key
 from gateway.core.asgi import send_json
 from gateway.core.errors import BadRequest, UnknownRoute
 from gateway.dialects.model_names import NAME_RULE, canonical, is_name
-from gateway.fleet.catalog import Catalog
+from gateway.fleet.catalog import Catalog, Model, context_of
 from gateway.proxy.access import Access
 from gateway.proxy.suggestions import DID_YOU_MEAN
 from gateway.proxy.visibility import missing
@@ -33,8 +33,8 @@ class ModelLists:
 
     async def running(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = await self._key(scope)
-        told = await self._running_now()
-        await send_json(send, {"models": self._catalog().running(key.models, told)})
+        running = await self._running_now()
+        await send_json(send, {"models": self._catalog().running(key.models, running)})
 
     async def version(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._key(scope)
@@ -60,3 +60,22 @@ class ModelLists:
     async def _key(self, scope: Scope) -> Key:
         record: Record = scope["state"]["record"]
         return await self._access.visitor(scope, record)
+
+
+def description(model: Model) -> dict[str, Any]:
+    """`POST /api/show` for a model that only OpenAI-compatible servers have: they have no such route.
+
+    Unknown facts are left empty, never invented.
+    """
+    info: dict[str, Any] = {"general.architecture": "unknown"}
+    if length := context_of(model.openai):
+        info["unknown.context_length"] = length
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "details": model.native["details"],
+        "model_info": info,
+        "capabilities": model.native.get("capabilities") or ["completion"],
+        "modified_at": model.native["modified_at"],
+    }

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 
@@ -47,38 +48,41 @@ def _turns(frames: bytes, framing: Framing) -> Iterator[bytes]:
     yield frames
 
 
-class Answer:
-    """What the client gets: the backend's bytes, cut at frames only; after a failure the dialect's error frame."""
+class Answer(ABC):
+    """`relay` in the call's scope and then `finish` outside of it, or `break_off`.
 
-    def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send, settler: Settler) -> None:
-        self._dialect, self._call, self.record, self._send, self._settler = dialect, call, record, send, settler
-        self._hides_usage = dialect.hides_usage(call)
-        self._said_last = False
-        self._backend: BackendConfig | None = None
-        self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
-        self._whole: bytes | None = None
-        self._whole_head: tuple[str, list[tuple[bytes, bytes]]] = "", []
+    Before `started` a failure is raised as an error of its own, after it the answer has to show it.
+    """
+
+    def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send) -> None:
+        self._dialect, self._call, self._record, self._send = dialect, call, record, send
         self.started = False
+        # The client has had all of it, though the body has not ended.
         self.is_complete = False
 
-    def keep_whole(self, opening: Opening) -> None:
-        self._whole = body = opening.frames
-        self._whole_head = content_type_of(opening.upstream.content_type), [(b"content-length", str(len(body)).encode())]
-        self.record.usage = self._dialect.usage_of(opening.value)
-        if self.record.usage.completion_tokens is None and self.record.need.output != 0:
-            self.record.relayed_tokens = self._tokens_of(opening.frames)
-        if self.record.prompt_log is not None:
-            self.record.prompt_log.add(opening.frames)
+    @abstractmethod
+    async def relay(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
+        """Passes on what the client must have before the call can end; closes `opening`."""
 
-    async def pass_most(self, guard: CallScope) -> None:
-        """Of a large whole answer all but its end: until the client has taken that, its call is under way."""
-        assert self._whole is not None
-        guard.end_within(READ_WITHIN_S + len(self._whole) / SLOWEST_READER, ClientStalled)
-        await self._start(*self._whole_head)
-        self._whole = await self._send_most(self._whole)
+    async def break_off(self, error: GatewayError) -> None:
+        """Shows the failure; the status has gone out already."""
+        self._record.outcome = "shutdown" if error.code == "shutting_down" else "truncated"
+        self._record.detail = self._record.detail or error.code
+
+    @abstractmethod
+    async def finish(self) -> None:
+        """Ends the body, outside of the scope: uvicorn reports the end of an answer as that of the connection."""
+
+    async def _start(self, content_type: str, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started = True
+        self._record.first_byte_at = time.monotonic()
+        if self._call.capped:
+            headers.append((b"x-gateway-max-tokens", b"%d" % self._call.capped))
+        kind = (b"content-type", content_type.encode("latin-1"))
+        await self._send({"type": "http.response.start", "status": 200, "headers": [kind, *headers]})
 
     async def _send_most(self, body: bytes) -> bytes:
-        """Sends a large body as the client takes it; returns its end, for which there is room then."""
+        """Sends a large body as the client takes it; returns its end, for which there is space then."""
         last = (len(body) - 1) // AT_ONCE * AT_ONCE
         for at in range(0, last, AT_ONCE):
             await self._send({"type": "http.response.body", "body": body[at : at + AT_ONCE], "more_body": True})
@@ -88,35 +92,89 @@ class Answer:
         return body[last:]
 
     def _tokens_of(self, answer: bytes) -> int:
-        """Guessed from what it says, or where that is too much to be read, from its length."""
+        """Estimated from its text or, where that is too much to be read, from its length."""
         if len(answer) > LARGEST_READ_WHOLE:
             return len(answer) // tokens.LETTERS_PER_TOKEN
         return tokens.of_text(self._dialect.said(answer))
 
+
+class WholeAnswer(Answer):
+    """An answer that has been read to its end; the client gets its length beforehand."""
+
+    _body = b""
+    _head: tuple[str, list[tuple[bytes, bytes]]] = "", []
+
+    async def relay(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
+        opening.give_back()
+        try:
+            self._take(opening)
+            if len(self._body) > AT_ONCE:
+                # Until the client has taken most of it, its call is in progress.
+                guard.end_within(READ_WITHIN_S + len(self._body) / SLOWEST_READER, ClientStalled)
+                await self._start(*self._head)
+                self._body = await self._send_most(self._body)
+        finally:
+            opening.held.close()
+
+    def _take(self, opening: Opening) -> None:
+        self._body = body = opening.frames
+        self._head = content_type_of(opening.upstream.content_type), [(b"content-length", str(len(body)).encode())]
+        record = self._record
+        record.usage = self._dialect.usage_of(opening.value)
+        if record.usage.completion_tokens is None and record.need.output != 0:
+            record.relayed_tokens = self._tokens_of(body)
+        if record.prompt_log is not None:
+            record.prompt_log.add(body)
+
+    async def break_off(self, error: GatewayError) -> None:
+        await super().break_off(error)
+        # Its length has gone out, too: only a connection that ends early shows the failure.
+        raise ClientGone
+
+    async def finish(self) -> None:
+        if not self.started:
+            await self._start(*self._head)
+        await self._send({"type": "http.response.body", "body": self._body})
+
+
+class StreamedAnswer(Answer):
+    """The backend's bytes as they come, cut at frames only; after a failure the dialect's error frame."""
+
+    def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send, settler: Settler) -> None:
+        super().__init__(dialect, call, record, send)
+        self._settler = settler
+        self._hides_usage = dialect.hides_usage(call)
+        self._has_sent_last = False
+        self._backend: BackendConfig | None = None
+        self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
+
     async def relay(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
         self._backend = opening.backend.config
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
-        await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
         try:
+            guard.end_within(self._backend.total_timeout_s, BackendTimeout)
+            await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
             await self._relay_frames(opening, guard, connection)
         except BackendFault as fault:
-            if not self._said_last:
-                self.record.detail = str(fault)
+            if not self._has_sent_last:
+                self._record.detail = str(fault)
                 raise AnswerCutShort from fault
         finally:
-            self._look_at_end()
+            opening.close()
+            self._read_end()
         if not self.is_complete:
             raise AnswerCutShort
 
-    def _look_at_end(self) -> bool:
+    def _read_end(self) -> bool:
+        """Takes the usage from the last frames; returns whether they complete the answer."""
         tail = self._tail()
-        self.record.usage = self._dialect.usage(tail)
+        self._record.usage = self._dialect.usage(tail)
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
 
     async def _relay_frames(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
         idle_s, upstream = opening.backend.config.idle_timeout_s, opening.upstream
-        frames, is_plain, record, buffer = opening.frames, self._dialect.is_plain, self.record, opening.held
+        frames, is_plain, record, buffer = opening.frames, self._dialect.is_plain, self._record, opening.held
         assert isinstance(buffer, FrameBuffer)
         longest = READ_IN_A_PIECE if self._hides_usage else LONGEST_FRAME
 
@@ -126,7 +184,7 @@ class Answer:
                 return False
             if len(piece) > READ_IN_A_PIECE and IN_ERRORS in piece:
                 return False
-            if shown := self._hear(piece):
+            if shown := self._process(piece):
                 connection.push(shown)
                 record.bytes_out += len(shown)
             guard.within(idle_s, BackendTimeout)
@@ -140,8 +198,8 @@ class Answer:
             guard.within(idle_s, ClientStalled)
             await self._pass_on(frames)
             guard.within(idle_s, BackendTimeout)
-            # What a backend says behind the last frame is for nobody, and counted nowhere.
-            piece = b"" if opening.at_end or self._said_last else await upstream.flow(pass_at_once)
+            # What a backend sends behind the last frame is passed to nobody and counted nowhere.
+            piece = b"" if opening.at_end or self._has_sent_last else await upstream.flow(pass_at_once)
             if not piece:
                 break
             frames = buffer.add(piece)
@@ -173,18 +231,18 @@ class Answer:
     async def _pass_on(self, frames: bytes) -> None:
         if not frames:
             return
-        shown = self._hear(frames)
+        shown = self._process(frames)
         if len(shown) > AT_ONCE:
             shown = await self._send_most(shown)
-        if not self._said_last and self._dialect.says_last(frames) and self._look_at_end():
+        if not self._has_sent_last and self._dialect.says_last(frames) and self._read_end():
             # Who has seen this may be gone, and back with the next request, before the body has ended.
-            self._said_last = True
-            await self._settler.finish_before_last_bytes(self.record, coming=len(shown))
+            self._has_sent_last = True
+            await self._settler.finish_before_last_bytes(self._record, coming=len(shown))
         if shown:
             await self._send({"type": "http.response.body", "body": shown, "more_body": True})
 
-    def _hear(self, frames: bytes) -> bytes:
-        """Takes note of frames; returns what the client is shown of them."""
+    def _process(self, frames: bytes) -> bytes:
+        """Counts and keeps frames; returns them as the client gets them."""
         if IN_ERRORS in frames and self._backend is not None:
             frames = refusals.scrub_frames(frames, self._dialect.framing, self._backend)
         self._recent.append(frames)
@@ -194,9 +252,9 @@ class Answer:
         count = self._dialect.framing.count(frames)
         if size > LONGEST_FRAME_OF_A_TOKEN and size > LONGEST_FRAME_OF_A_TOKEN * count:
             count = max(count, self._tokens_of(frames))
-        self.record.relayed_tokens += count
-        if self.record.prompt_log is not None:
-            self.record.prompt_log.add(frames)
+        self._record.relayed_tokens += count
+        if self._record.prompt_log is not None:
+            self._record.prompt_log.add(frames)
         return self._dialect.without_usage(frames) if self._hides_usage else frames
 
     def _forget_much(self) -> None:
@@ -205,7 +263,7 @@ class Answer:
 
     async def _pass_on_last(self, rest: bytes) -> None:
         """A stream may end without its last newline; half a frame is no frame and is not passed on."""
-        if not rest or self._said_last:
+        if not rest or self._has_sent_last:
             return
         payloads = self._dialect.framing.payloads(rest)
         if all(payload.startswith(b"[DONE]") or try_read(payload) for payload in payloads):
@@ -222,27 +280,8 @@ class Answer:
         return tail
 
     async def break_off(self, error: GatewayError) -> None:
-        """The status has gone out already: the failure is the last frame."""
-        self.record.outcome = "shutdown" if error.code == "shutting_down" else "truncated"
-        self.record.detail = self.record.detail or error.code
-        if self._whole is not None:
-            # Its length has gone out, too: an answer without an end tells the client.
-            raise ClientGone
+        await super().break_off(error)
         await self._send({"type": "http.response.body", "body": self._dialect.error_frame(error), "more_body": True})
 
     async def finish(self) -> None:
-        # The watcher has ended: uvicorn would tell it of the answer's end as of a client that left.
-        if self._whole is not None:
-            if not self.started:
-                await self._start(*self._whole_head)
-            await self._send({"type": "http.response.body", "body": self._whole})
-        else:
-            await self._send({"type": "http.response.body", "body": b""})
-
-    async def _start(self, content_type: str, headers: list[tuple[bytes, bytes]]) -> None:
-        self.started = True
-        self.record.first_byte_at = time.monotonic()
-        if self._call.capped:
-            headers.append((b"x-gateway-max-tokens", b"%d" % self._call.capped))
-        kind = (b"content-type", content_type.encode("latin-1"))
-        await self._send({"type": "http.response.start", "status": 200, "headers": [kind, *headers]})
+        await self._send({"type": "http.response.body", "body": b""})
