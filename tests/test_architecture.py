@@ -150,7 +150,8 @@ def test_the_environment_is_read_in_few_places() -> None:
         reads
         - {
             "ops.cli.installation",
-            "ops.cli.keys",
+            "ops.cli.database",
+            "ops.cli.top",
             "ops.cli.serve",
             "ops.local.stores",
             "ops.local.servers",

@@ -1,30 +1,21 @@
-"""The operator's verbs for the audit: list it, sum it, verify it, take away what has expired, forget a key's prompts."""
+"""The verbs for the audit: list, sum, trace and verify it, delete what has expired, delete a key's prompts."""
 
 import argparse
-from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
-from datetime import UTC, timedelta
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway.audit import hash_chain, reports, retention
 from gateway.audit.reports import AuditFilter
-from gateway.components import database_of
 from gateway.core.errors import CommandFailed
-from gateway.ops.cli import console, keys
+from gateway.ops.cli import console
+from gateway.ops.cli.database import current_database
 from gateway.settings import Settings
-from gateway.stores import migrations
-from gateway.stores.postgres import Database
 
 STATEMENT_S = 600.0
 
-
-@asynccontextmanager
-async def current_database(settings: Settings) -> AsyncIterator[Database]:
-    async with database_of(settings) as database:
-        if settings.has_private_database:
-            await migrations.migrate(database, console.say)
-        await keys.require_schema(database)
-        yield database
+MOST_ROWS = 20
 
 
 async def list_audit(settings: Settings, said: argparse.Namespace) -> None:
@@ -84,6 +75,51 @@ def _sums(row: Mapping[str, Any], said: argparse.Namespace) -> dict[str, Any]:
     numbers = "requests answered failures refused prompt_tokens completion_tokens cached_tokens billed_tokens".split()
     facts |= {name: row[name] for name in numbers}
     return facts | {f"ttfb_{name}_ms": _rounded(row[f"ttfb_{name}"]) for name in ("p50", "p95", "p99")}
+
+
+async def trace(settings: Settings, said: argparse.Namespace) -> None:
+    since = said.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
+    async with current_database(settings) as database:
+        rows = await reports.trace(database, said.id, since, MOST_ROWS)
+    if said.json:
+        console.show(rows, as_json=True, empty="")
+        return
+    for number, row in enumerate(rows):
+        print(("\n" if number else "") + "\n".join(_story(row)))
+
+
+def _story(row: Mapping[str, Any]) -> Iterator[str]:
+    stamp = row["at"].astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    yield f"request {row['request_id']} (id {row['id']})"
+    yield f"  {stamp} UTC  {row['method']} {row['route']}, {row['bytes_in']} bytes"
+    agent = console.cell(row["agent"] or "no agent named")
+    yield f"  key      {row['key'] or '-'} ({row['key_id']}) from {row['client']}, {agent}"
+    yield f"  model    {row['model'] or '-'}{', streamed' if row['stream'] else ''}"
+    if row["queue_ms"]:
+        yield f"  queue    waited {row['queue_ms']:.1f} ms for a slot of the key"
+    for attempt in row["attempts"]:
+        yield f"  attempt  {attempt['backend']}: {attempt['fault']}{_detail(attempt)} after {attempt['ms']:.1f} ms"
+    if row["backend"]:
+        yield f"  backend  {row['backend']}, as {row['answered_as'] or row['model']}"
+    if row["ttfb_ms"] is not None:
+        yield f"  first    byte after {row['ttfb_ms']:.1f} ms"
+    tokens = f"{row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
+    yield f"  tokens   {tokens}{_billed(row)}"
+    ended = (
+        "never ended by its process" if row["total_ms"] is None else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
+    )
+    yield f"  end      {row['status'] or '-'} {row['outcome']}{_detail(row)}, {ended}"
+
+
+def _billed(row: Mapping[str, Any]) -> str:
+    if row["cached_tokens"] is None:
+        return ""
+    counted = "all" if row["billed_tokens"] is None else row["billed_tokens"]
+    return f", {row['cached_tokens']} of the prompt cached; {counted} count for limits"
+
+
+def _detail(row: Mapping[str, Any]) -> str:
+    return f" ({row['detail']})" if row.get("detail") else ""
 
 
 async def verify_audit(settings: Settings, said: argparse.Namespace) -> None:

@@ -1,37 +1,33 @@
-"""The operator's verbs that say why: what would become of a call, and what became of one; and taking a backend out."""
+"""`explain`: where a call would be sent now, and why."""
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping
 from typing import Any
 
 from gateway.admin.explain import Fleet, Question, explain, operation_of
-from gateway.audit import reports
 from gateway.auth.key_store import KeyStore
 from gateway.components import default_quota, hasher_of
-from gateway.core.errors import CommandFailed
 from gateway.dialects import registry
-from gateway.fleet import drains, presence
+from gateway.fleet import presence
 from gateway.limits import limiter
 from gateway.limits.admission import duration
 from gateway.limits.budgets import Budgets
 from gateway.limits.limiter import Limiter
-from gateway.ops.cli import audit, console, keys
+from gateway.ops.cli import console
+from gateway.ops.cli.backends import discovering
+from gateway.ops.cli.database import current_database
 from gateway.settings import Settings
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_scripts import read_scripts
 from gateway.stores.redis_shards import ShardConnections
 
-OPERATOR = "operator"
-MOST_ROWS = 20
-
 
 async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
     operation = operation_of(said.client, registry.operations(registry.dialects()))
     async with (
-        keys.discovering(settings) as (discovery, store, configs),
-        audit.current_database(settings) as database,
+        discovering(settings) as (discovery, store, configs),
+        current_database(settings) as database,
         ShardConnections(settings.redis_url, read_scripts(limiter.LUA), lambda _: None) as connections,
     ):
         key_store = KeyStore(database, hasher_of(settings), store)
@@ -93,67 +89,3 @@ def _verdict(found: Mapping[str, Any]) -> str:
     is_gone = not found["model_is_known"] and found["status"] in (403, 404)
     why = ": no backend has this model, `make models` lists those there are" if is_gone else ""
     return f"refused with {found['status']} {found['outcome']}{why}"
-
-
-async def trace(settings: Settings, said: argparse.Namespace) -> None:
-    since = said.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
-    async with audit.current_database(settings) as database:
-        rows = await reports.trace(database, said.id, since, MOST_ROWS)
-    if said.json:
-        console.show(rows, as_json=True, empty="")
-        return
-    for number, row in enumerate(rows):
-        print(("\n" if number else "") + "\n".join(_story(row)))
-
-
-def _story(row: Mapping[str, Any]) -> Iterator[str]:
-    stamp = row["at"].astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
-    yield f"request {row['request_id']} (id {row['id']})"
-    yield f"  {stamp} UTC  {row['method']} {row['route']}, {row['bytes_in']} bytes"
-    agent = console.cell(row["agent"] or "no agent named")
-    yield f"  key      {row['key'] or '-'} ({row['key_id']}) from {row['client']}, {agent}"
-    yield f"  model    {row['model'] or '-'}{', streamed' if row['stream'] else ''}"
-    if row["queue_ms"]:
-        yield f"  queue    waited {row['queue_ms']:.1f} ms for a slot of the key"
-    for attempt in row["attempts"]:
-        yield f"  attempt  {attempt['backend']}: {attempt['fault']}{_detail(attempt)} after {attempt['ms']:.1f} ms"
-    if row["backend"]:
-        yield f"  backend  {row['backend']}, as {row['answered_as'] or row['model']}"
-    if row["ttfb_ms"] is not None:
-        yield f"  first    byte after {row['ttfb_ms']:.1f} ms"
-    tokens = f"{row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
-    yield f"  tokens   {tokens}{_billed(row)}"
-    ended = (
-        "never ended by its process" if row["total_ms"] is None else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
-    )
-    yield f"  end      {row['status'] or '-'} {row['outcome']}{_detail(row)}, {ended}"
-
-
-def _billed(row: Mapping[str, Any]) -> str:
-    if row["cached_tokens"] is None:
-        return ""
-    counted = "all" if row["billed_tokens"] is None else row["billed_tokens"]
-    return f", {row['cached_tokens']} of the prompt cached; {counted} count for limits"
-
-
-def _detail(row: Mapping[str, Any]) -> str:
-    return f" ({row['detail']})" if row.get("detail") else ""
-
-
-async def drain_backend(settings: Settings, said: argparse.Namespace) -> None:
-    await _mark(settings, said, drained=True)
-
-
-async def undrain_backend(settings: Settings, said: argparse.Namespace) -> None:
-    await _mark(settings, said, drained=False)
-
-
-async def _mark(settings: Settings, said: argparse.Namespace, *, drained: bool) -> None:
-    async with audit.current_database(settings) as database, keys.running_fleet(settings) as (store, fleet):
-        names = [backend.name for backend in settings.backends] if fleet is None else [str(one["name"]) for one in fleet]
-        if said.backend not in names:
-            raise CommandFailed(f"there is no backend {said.backend!r}: write one of {', '.join(names)}")
-        at_once = await drains.mark(database, store, said.backend, drained=drained, by=OPERATOR)
-    effect = "at once" if at_once else f"within {drains.LOOK_EVERY_S:g} s (Redis did not answer)"
-    state = "gets no new requests" if drained else "gets requests"
-    console.show_facts({"backend": said.backend, "state": state, "everywhere": effect}, as_json=said.json)

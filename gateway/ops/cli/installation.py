@@ -1,5 +1,6 @@
 """Which installation a command speaks to: the one the environment names, else this folder's own local run."""
 
+import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -93,3 +94,8 @@ def for_serving() -> Settings:
         raise SettingsError("DATABASE_URL must be set, as postgresql+asyncpg://user:password@host/database (or use `make run`)")
     settings.refuse_weak_secrets(named)
     return named
+
+
+async def show_config(settings: Settings, said: argparse.Namespace) -> None:
+    rows = [{"name": name, "value": value, "from": source} for name, value, source in settings.shown()]
+    console.show(rows, as_json=said.json, empty="")

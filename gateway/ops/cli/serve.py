@@ -25,7 +25,7 @@ from gateway.edge import memory, server
 from gateway.edge.workers import Workers, end_with_parent
 from gateway.fleet import discovery
 from gateway.ops.cli import console, installation
-from gateway.ops.cli.keys import require_schema
+from gateway.ops.cli.database import require_schema
 from gateway.settings import Settings
 from gateway.stores import migrations
 from gateway.telemetry import logs, metrics

@@ -2,7 +2,9 @@
 
 import argparse
 import asyncio
+import getpass
 import json
+import os
 import shutil
 import sys
 import urllib.error
@@ -13,9 +15,9 @@ from http.client import HTTPException
 from typing import Any
 
 from gateway.core.errors import CommandFailed
-from gateway.ops.cli import keys as cli_keys
 from gateway.settings import Settings
 
+KEY_VARIABLE = "ADMIN_KEY"
 EVERY_S = 2.0
 DEADLINE_S = 5.0
 SMALLEST = (80, 24)
@@ -26,7 +28,7 @@ ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 # where it list
 
 
 async def watch(settings: Settings, said: argparse.Namespace) -> None:
-    key = cli_keys.admin_key()
+    key = admin_key()
     url = said.url or address_of(settings)
     if said.json or said.once or not sys.stdout.isatty():
         seen = await asyncio.to_thread(overview, url, key)
@@ -43,6 +45,14 @@ async def watch(settings: Settings, said: argparse.Namespace) -> None:
             )
             sys.stdout.flush()
             await asyncio.sleep(EVERY_S)
+
+
+def admin_key() -> str:
+    """A key for the admin API: from the environment, where `ps` does not show it, or asked for."""
+    key = os.environ.get(KEY_VARIABLE) or (getpass.getpass("admin key: ") if sys.stdin.isatty() else "")
+    if not key:
+        raise CommandFailed(f"put a key into the environment as {KEY_VARIABLE}; `make key NAME=ops ROLE=admin` makes one")
+    return key
 
 
 @contextmanager

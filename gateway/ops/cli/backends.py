@@ -1,0 +1,117 @@
+"""The verbs for backends: list their models, ask for them again, probe, drain and undrain."""
+
+import argparse
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from gateway.components import backends_of, discovery_of
+from gateway.core.errors import CommandFailed
+from gateway.fleet import control, drains
+from gateway.fleet import probe as fleet_probe
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.control import FleetFacts
+from gateway.fleet.discovery import Discovery
+from gateway.ops.cli import console
+from gateway.ops.cli.database import current_database
+from gateway.settings import Settings
+from gateway.stores.redis_client import RedisClient
+
+OPERATOR = "operator"
+
+
+@asynccontextmanager
+async def running_fleet(settings: Settings) -> AsyncIterator[tuple[RedisClient, FleetFacts | None]]:
+    """The store, and the backends of the running gateways where these settings have others: then the operator is told so."""
+    async with RedisClient(settings.redis_url) as store:
+        fleet = await control.other_fleet(store, settings.backends)
+        if fleet is not None:
+            console.say("these are the running gateway's backends; this command's own settings have others")
+        yield store, fleet
+
+
+@asynccontextmanager
+async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, RedisClient, Sequence[BackendConfig]]]:
+    """The models of the backends, and which backends these are: those of the running gateways, else those of these settings."""
+    async with running_fleet(settings) as (store, fleet):
+        if fleet is not None:
+            configs = control.configs_of(fleet)
+            unopened = {config.name: Backend(config) for config in configs}
+            yield await discovery_of(settings, unopened, store).only_stored(), store, configs
+            return
+        async with backends_of(settings) as backends, discovery_of(settings, backends, store) as discovery:
+            yield discovery, store, settings.backends
+
+
+async def list_models(settings: Settings, said: argparse.Namespace) -> None:
+    async with discovering(settings) as (discovery, _, _):
+        stored = await discovery.stored_map()
+        catalog = discovery.catalog
+    rows = [
+        {"backend": snapshot.backend, "model": entry["name"], "size": _size(entry["size"]), "state": snapshot.state}
+        for snapshot in catalog.snapshots
+        for entry in snapshot.models
+    ]
+    facts = {
+        "models": len(catalog.models),
+        "map_age_s": round(time.time() - stored[0], 1) if stored else None,
+        "map_bytes": stored[1] if stored else None,
+    }
+    if said.json:
+        console.show_facts({**facts, "backends": rows}, as_json=True)
+        return
+    console.show(rows, as_json=False, empty="no backend has a model (see `make probe`)")
+    age = f"map in Redis: {facts['map_age_s']} s old, {facts['map_bytes']} bytes" if stored else "no map in Redis"
+    print(f"\n{facts['models']} different models; {age}")
+
+
+def _size(count: object) -> str:
+    if not isinstance(count, int) or count <= 0:
+        return "-"
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.0f} MB"
+
+
+async def refresh(settings: Settings, said: argparse.Namespace) -> None:
+    """Ask every backend now; the running gateways take the new map at once."""
+    async with running_fleet(settings) as (store, fleet):
+        if fleet is not None:
+            rows = await control.ask(store, fleet, "refresh")
+        else:
+            async with backends_of(settings) as backends, discovery_of(settings, backends, store) as discovery:
+                rows = await discovery.refreshed()
+        told = store.up
+    console.show(rows, as_json=said.json, empty="no backends")
+    if not told:
+        console.say("Redis does not answer: running gateways refresh by themselves")
+
+
+async def probe(settings: Settings, said: argparse.Namespace) -> None:
+    async with running_fleet(settings) as (store, fleet):
+        if fleet is not None:
+            rows = await control.ask(store, fleet, "probe")
+        else:
+            async with backends_of(settings) as backends:
+                rows = await fleet_probe.probe_all(backends)
+    console.show(rows, as_json=said.json, empty="no backends")
+    if any(row["problem"] for row in rows):
+        raise CommandFailed("not every backend can be used: see its problem above")
+
+
+async def drain_backend(settings: Settings, said: argparse.Namespace) -> None:
+    await _mark(settings, said, drained=True)
+
+
+async def undrain_backend(settings: Settings, said: argparse.Namespace) -> None:
+    await _mark(settings, said, drained=False)
+
+
+async def _mark(settings: Settings, said: argparse.Namespace, *, drained: bool) -> None:
+    async with current_database(settings) as database, running_fleet(settings) as (store, fleet):
+        names = [backend.name for backend in settings.backends] if fleet is None else [str(one["name"]) for one in fleet]
+        if said.backend not in names:
+            raise CommandFailed(f"there is no backend {said.backend!r}: write one of {', '.join(names)}")
+        at_once = await drains.mark(database, store, said.backend, drained=drained, by=OPERATOR)
+    effect = "at once" if at_once else f"within {drains.LOOK_EVERY_S:g} s (Redis did not answer)"
+    state = "gets no new requests" if drained else "gets requests"
+    console.show_facts({"backend": said.backend, "state": state, "everywhere": effect}, as_json=said.json)
