@@ -1,11 +1,14 @@
 """Every path and what answers it: what stands here can be reached, nothing else can."""
 
+from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp
 
 from gateway.admin.api import AdminApi
 from gateway.admin.backends import BackendHandlers
+from gateway.admin.endpoint import AdminRoute
+from gateway.admin.events import AdminEvents
 from gateway.admin.explain import Fleet, Question, explain
 from gateway.admin.keys import KeyHandlers
 from gateway.admin.overview import Overview
@@ -72,6 +75,7 @@ def table(settings: Settings, parts: Components) -> Endpoints:
     calls = calls_of(settings, parts, access)
     lists = ModelLists(access, parts.catalog, parts.running.now)
     health = Health(parts.database, parts.store, parts.catalog, parts.background, parts.in_flight)
+    admin = admin_api_of(settings, parts, access)
     found: Endpoints = {
         ("GET", "/"): router.running,
         ("POST", "/api/chat"): calls["/api/chat"],
@@ -89,7 +93,23 @@ def table(settings: Settings, parts: Components) -> Endpoints:
         ("GET", "/v1/models/{id:path}"): lists.model,
         ("GET", "/healthz"): health.alive,
         ("GET", "/readyz"): health.ready,
-        **admin_api_of(settings, parts).routes(access, parts.watch, parts.bodies),
+        ("GET", "/admin/v1/overview"): admin.overview,
+        ("GET", "/admin/v1/events"): admin.events,
+        ("GET", "/admin/v1/series"): admin.series,
+        ("GET", "/admin/v1/backends"): admin.backends,
+        ("POST", "/admin/v1/backends/{name}/drain"): admin.drain,
+        ("POST", "/admin/v1/backends/{name}/undrain"): admin.undrain,
+        ("POST", "/admin/v1/backends/{name}/probe"): admin.probe,
+        ("POST", "/admin/v1/refresh"): admin.refresh,
+        ("GET", "/admin/v1/keys"): admin.keys,
+        ("POST", "/admin/v1/keys"): admin.create_key,
+        ("PATCH", "/admin/v1/keys/{id}"): admin.limit_key,
+        ("POST", "/admin/v1/keys/{id}/rotate"): admin.rotate_key,
+        ("DELETE", "/admin/v1/keys/{id}"): admin.revoke_key,
+        ("GET", "/admin/v1/audit"): admin.audit,
+        ("GET", "/admin/v1/requests/{id}"): admin.trace,
+        ("GET", "/admin/v1/usage"): admin.usage,
+        ("GET", "/admin/v1/explain"): admin.explain,
     }
     if settings.playground_enabled:
         own = settings.playground_file
@@ -141,7 +161,7 @@ def document_of(endpoints: Endpoints, parts: Components, id_header: str) -> stat
     return static.Page(strict_json.write(document), "application/json")
 
 
-def admin_api_of(settings: Settings, parts: Components) -> AdminApi:
+def admin_api_of(settings: Settings, parts: Components, access: Access) -> AdminApi:
     key_store = KeyStore(parts.database, hasher_of(settings), parts.store)
     overview = Overview(settings.backends, parts.discovery, parts.reports, parts.store, parts.database)
     defaults, most = default_quota(settings), settings.max_num_predict
@@ -150,11 +170,11 @@ def admin_api_of(settings: Settings, parts: Components) -> AdminApi:
         return await explain(question, fleet_as_seen(settings, parts), parts.limits, defaults, most)
 
     return AdminApi(
+        partial(AdminRoute, access, parts.watch, parts.bodies),
         KeyHandlers(key_store),
         BackendHandlers(overview, parts.backends, parts.discovery, parts.database, parts.store),
         ReportHandlers(overview, parts.reports, key_store, registry.operations(parts.dialects), explain_now),
-        overview,
-        parts.in_flight,
+        AdminEvents(access, parts.watch, overview, parts.in_flight),
     )
 
 
