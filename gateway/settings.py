@@ -13,6 +13,7 @@ from starlette.config import Config
 
 from gateway.core import setting_names
 from gateway.core.errors import SettingsError
+from gateway.core.millionths import MILLION, Millionths
 from gateway.fleet.backends.config import BackendConfig, header_name, read_backends, secret, url
 from gateway.stores import urls
 
@@ -22,7 +23,6 @@ WEAK_SECRETS = frozenset(
     "root secret test token 12345 123456 12345678".split()
 )
 MASK = "***"
-MILLION = 1_000_000
 LOCAL_RUN = "local run"
 COMPOSE_ONLY = (
     "GATEWAY_VIRTUAL_HOST",
@@ -52,13 +52,6 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
         return float(text)
 
     return read
-
-
-class Millionths(int):
-    """A part of one, exactly; written as people write it."""
-
-    def __str__(self) -> str:
-        return f"{self / MILLION:.6f}".rstrip("0").rstrip(".")
 
 
 def part(text: str) -> Millionths:

@@ -22,7 +22,7 @@ SOURCES = PROJECT / "gateway"
 ORDER = """__main__ | ops.main | ops.doctor ops.drill | ops.cli | ops.local | app | endpoints | components pages
            | admin edge | proxy telemetry | audit | auth | fleet limits | fleet.backends | dialects stores | core"""
 KNOW_THE_SETTINGS = {"ops", "app", "endpoints", "components"}
-SETTINGS_KNOW = {"fleet.backends.config", "stores.urls", "core.errors", "core.setting_names"}
+SETTINGS_KNOW = {"fleet.backends.config", "stores.urls", "core.errors", "core.millionths", "core.setting_names"}
 # A home is a module or a whole package.
 HOMES = {
     "orjson": {"core.strict_json"},

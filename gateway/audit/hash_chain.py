@@ -1,4 +1,4 @@
-"""The audit's chain of digests, walked from its beginning: what was changed, taken away or added since it was written."""
+"""Verifies the hash chain of the audit from its beginning: finds rows changed, deleted or added since they were written."""
 
 import hashlib
 import time
@@ -11,14 +11,14 @@ from gateway.stores.postgres import Database, Row
 EMPTY_CHAIN = bytes(32)
 BATCHES_AT_ONCE, ROWS_AT_ONCE = 1000, 10_000
 STATEMENT_S = 120.0
-SAY_EVERY_S = 2.0
+REPORT_EVERY_S = 2.0
 MOST_FINDINGS = 1000
 HASH_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a batch; where the batch itself is not there, neither are its day, its time and its number of rows."""
+    """What is wrong with a batch; its day, time and expected rows are unknown if the batch itself is missing."""
 
     found: str
     batch: int
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass
 class Verdict:
-    """`rows` are there, `purged` were taken by retention; of many findings the first are kept."""
+    """`rows` were found, `purged` were deleted by retention. `findings` are the first of `count`."""
 
     batches: int = 0
     rows: int = 0
@@ -45,29 +45,29 @@ class Verdict:
         self.findings += findings[: MOST_FINDINGS - len(self.findings)]
 
 
-async def verify(database: Database, say: Callable[[str], None]) -> Verdict:
-    """Compare every batch with its digest and with the batch before it. Raises StoreUnavailable."""
+async def verify(database: Database, report: Callable[[str], None]) -> Verdict:
+    """Compares each batch with its digest and with the batch before it. Raises StoreUnavailable."""
     walk = Walk(database)
-    verdict, said_at = walk.verdict, time.monotonic()
+    verdict, reported_at = walk.verdict, time.monotonic()
     await walk.go_to_beginning()
     while await walk.step():
-        if time.monotonic() - said_at > SAY_EVERY_S:
-            said_at = time.monotonic()
-            say(f"{verdict.batches} batches with {verdict.rows} rows checked, {verdict.count} findings")
+        if time.monotonic() - reported_at > REPORT_EVERY_S:
+            reported_at = time.monotonic()
+            report(f"{verdict.batches} batches with {verdict.rows} rows checked, {verdict.count} findings")
     outside = await walk.fetch("audit_rows_outside_chain", MOST_FINDINGS)
     verdict.add([Finding("added: the chain has no such batch", row["batch"], rows_found=row["found"]) for row in outside])
     return verdict
 
 
 class Walk:
-    """Some batches a step, each step a look of its own, so that nothing is held up: the gateway writes and purges on."""
+    """Reads some batches a step, in a short transaction, so that the gateway can write and purge meanwhile."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self.verdict = Verdict()
 
     async def go_to_beginning(self, *, least: int = 0) -> bool:
-        """Where purging has left one; false where that is before batch `least`."""
+        """Begins where purging has ended; false if that is before batch `least`."""
         found = await self.fetch("audit_anchor")
         if not found or found[0]["batch"] < least:
             return False
@@ -75,11 +75,11 @@ class Walk:
         return True
 
     async def step(self) -> bool:
-        """False at the end of the chain."""
+        """Returns false at the end of the chain."""
         after = self.verdict.newest_batch
         links = await self.fetch("audit_batches_after", after, BATCHES_AT_ONCE, ROWS_AT_ONCE)
         findings = list(_findings(links, after, self.verdict.digest))
-        # Purging moves the beginning, perhaps past us, and what is before it need not be whole.
+        # Purging may have moved the beginning past these batches; before it the chain need not be whole.
         if findings and await self.go_to_beginning(least=after + 1):
             return True
         self._count([link for link in links if link["digest"] is not None])
@@ -100,7 +100,7 @@ class Walk:
 
 
 def _findings(links: Sequence[Row], after: int, digest: bytes) -> Iterator[Finding]:
-    """What is wrong with these batches, the first of which follows on batch `after` with this digest."""
+    """What is wrong with these batches, of which the first follows batch `after` with this digest."""
     orphans = {link["batch"]: len(link["hashes"]) // HASH_BYTES for link in links if link["digest"] is None}
     for link in links:
         if link["digest"] is None:

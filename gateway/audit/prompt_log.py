@@ -1,4 +1,4 @@
-"""The texts of one request and its answer, for keys whose operator keeps them; bounded, and never in logs."""
+"""The prompt log of one request: its text and its answer, for keys that keep them; bounded, and never in logs."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ ENDLESS = re.compile(r"[!-~]*")
 
 
 class PromptLog:
-    """Collects the answer's bytes as they pass; `said` of the dialect makes text of them when the request has ended."""
+    """Collects the bytes of the answer; `entry` makes text of them when the request has ended."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         self._body = body
@@ -29,15 +29,15 @@ class PromptLog:
             self._pieces.append(piece)
             self._size += len(piece)
 
-    def entry(self, said: Callable[[bytes], str]) -> dict[str, Any]:
+    def entry(self, text_of: Callable[[bytes], str]) -> dict[str, Any]:
         request = strict_json.write_anyhow(without_blobs(self._body)).decode("utf-8", "replace")
-        answer = said(b"".join(self._pieces))
+        answer = text_of(b"".join(self._pieces))
         is_cut = self._is_cut or len(request) > LONGEST_TEXT or len(answer) > LONGEST_TEXT
         return {"request": request[:LONGEST_TEXT], "answer": answer[:LONGEST_TEXT], "is_cut": is_cut}
 
 
 def without_blobs(value: Any) -> Any:
-    """The same, with pictures and other endless words left out."""
+    """The value without images and other very long words."""
     if isinstance(value, dict):
         return {name: without_blobs(inner) for name, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What became of one request: filled in as it goes, then told as one log line and one row of the audit."""
+"""The record of one request: filled in while it runs, then written as one log line and one row of the audit."""
 
 import time
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ NOTHING_COUNTED = Usage()
 
 @dataclass(slots=True)
 class Record:
-    """Times are seconds of the monotonic clock, `at` microseconds since the epoch; `route` is a line of the route table,
-    never the path as it was sent. `id` is ours and unique; `request_id` may be the caller's. `model` is what was asked for,
-    `canonical` its one spelling where the key may use it."""
+    """Times are in seconds of the monotonic clock, `at` in microseconds since the epoch. `route` is a pattern of the route
+    table, never the path that was sent. `id` is the gateway's and unique; `request_id` may be the caller's. `model` is the
+    name that was asked for, `canonical` its canonical name if the key may use it."""
 
     id: str
     request_id: str
@@ -59,7 +59,7 @@ class Record:
     first_byte_at: float | None = None
     reading_s: float = 0.0
     upstream_s: float = 0.0
-    # An operator looks: that is no traffic, and neither counted nor kept.
+    # An operator's reading in the admin API is not traffic: neither counted nor kept.
     is_operator_read: bool = False
     is_closed: bool = False
     ended_row: dict[str, Any] | None = field(default=None, repr=False)
@@ -75,12 +75,12 @@ class Record:
 
     @property
     def overhead_s(self) -> float:
-        """What the gateway itself added until the first byte: all but the sending of the body, a queue, and the backends."""
+        """What the gateway added to the time to the first byte, without reading the body, queueing and the backends."""
         until = time.monotonic() if self.first_byte_at is None else self.first_byte_at
         return max(0.0, until - self.began - self.reading_s - self.queue_ms / 1000 - self.upstream_s)
 
     def opening_fields(self) -> dict[str, Any]:
-        """What is known of the row when the request is let in; `completed` makes it whole if nobody ever ends it."""
+        """The fields of the row that are known at admission; `abandoned` adds the others if the request never ends."""
         return {
             "id": self.id,
             "at": self.at,
@@ -104,7 +104,7 @@ class Record:
         cached_tokens: int | None = None,
         billed_tokens: int | None = None,
     ) -> bytes:
-        """The row of the audit as JSON, which is the log's line, too."""
+        """The row of the audit as JSON, which is the log line, too."""
         self.ended_row = self._built(prompt_tokens, completion_tokens, tokens_from)
         self.ended_row["cached_tokens"], self.ended_row["billed_tokens"] = cached_tokens, billed_tokens
         self.row_json = strict_json.write_anyhow(self.ended_row)

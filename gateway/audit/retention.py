@@ -1,4 +1,4 @@
-"""Retention: what is kept no longer goes in small steps, so that nobody waits for it; the chain of digests stays whole."""
+"""Retention: deletes what has expired, in steps so small that nobody waits for them; the hash chain stays whole."""
 
 import asyncio
 import logging
@@ -16,13 +16,13 @@ from gateway.stores.postgres import Connection, Database, Row, advice_for
 LOG = logging.getLogger("gateway.retention")
 MONTHS_AHEAD = 2
 FEWEST_ROWS, MOST_ROWS = 20, 1000
-# A step holds up whoever writes the audit, and takes disk and processor from everybody.
+# A step locks out the writers of the audit, and takes disk and processor time from everything else.
 STEP_S, PAUSE_IN_STEPS, SHORTEST_PAUSE_S = 0.01, 2, 0.002
 KEYS_AT_ONCE = 100
 BATCHES_AT_ONCE = 2000
 DROP_ATTEMPTS, DROP_AGAIN_S = 10, 0.2
 STATEMENT_S = 60.0
-SAY_EVERY_S = 2.0
+REPORT_EVERY_S = 2.0
 FIRST_AFTER_S, EVERY_S = 60.0, 3600.0
 BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 NO_MONTH = (BEGINNING, BEGINNING)
@@ -34,7 +34,7 @@ Month = tuple[datetime, datetime]
 
 @dataclass
 class Removed:
-    """What retention took away; nothing where another process is at it."""
+    """What retention has deleted; nothing if another process is applying it."""
 
     rows: int = 0
     partitions: list[str] = field(default_factory=list)
@@ -49,25 +49,25 @@ def quiet(_: str) -> None:
     pass
 
 
-async def apply(database: Database, keep_audit: timedelta, say: Report = quiet) -> Removed:
-    """Take away all that has expired; `keep_audit` is for keys without a retention of their own. Raises StoreUnavailable."""
+async def apply(database: Database, keep_audit: timedelta, report: Report = quiet) -> Removed:
+    """Deletes all that has expired; `keep_audit` applies to keys without their own retention. Raises StoreUnavailable."""
     async with database.connection() as connection:
-        steps = Steps(database, connection, say)
+        steps = Steps(database, connection, report)
         if not await steps.value("try_retention"):
             return Removed(is_busy_elsewhere=True)
         purge = AuditPurge(steps, keep_audit)
         await purge.make_months_ahead()
         await purge.run()
-        went = Removed(purge.rows, purge.dropped)
-        went.prompts = await steps.repeat("purge_prompts", "expired prompts")
-        return went
+        removed = Removed(purge.rows, purge.dropped)
+        removed.prompts = await steps.repeat("purge_prompts", "expired prompts")
+        return removed
 
 
-async def forget(database: Database, key_id: str, say: Report = quiet) -> int:
-    """Delete the prompts of a key, those still to be written too; returns how many were there. Raises StoreUnavailable."""
+async def forget(database: Database, key_id: str, report: Report = quiet) -> int:
+    """Deletes the prompts of a key, also those not yet written; returns how many were there. Raises StoreUnavailable."""
     async with database.connection() as connection:
-        steps = Steps(database, connection, say)
-        # A writer that began before has committed when the lock is ours, and one that begins later sees the mark.
+        steps = Steps(database, connection, report)
+        # With the lock, every earlier writer has committed, and every later one sees the mark.
         async with steps.holding_the_audit():
             until = await steps.value("forget_prompts", key_id)
         return await steps.repeat("purge_prompts_of_key", "prompts", key_id, until)
@@ -76,19 +76,19 @@ async def forget(database: Database, key_id: str, say: Report = quiet) -> int:
 async def run_regularly(
     database: Database, keep_audit: timedelta, *, first_after_s: float = FIRST_AFTER_S, every_s: float = EVERY_S
 ) -> None:
-    """Applies retention again and again, until it is cancelled; of several processes one does the work."""
-    was_away = False
+    """Applies retention regularly until cancelled; of several processes one does the work."""
+    was_unavailable = False
     await asyncio.sleep(_about(first_after_s))
     while True:
         try:
-            _tell(await apply(database, keep_audit))
-            was_away = False
+            _log(await apply(database, keep_audit))
+            was_unavailable = False
         except StoreUnavailable as unavailable:
-            if not was_away:
+            if not was_unavailable:
                 LOG.warning("retention waits: %s", advice_for(unavailable))
-            was_away = True
+            was_unavailable = True
         except Exception:
-            LOG.exception("retention failed, it is tried again later")
+            LOG.exception("retention failed, trying again later")
         await asyncio.sleep(_about(every_s))
 
 
@@ -96,18 +96,18 @@ def _about(seconds: float) -> float:
     return seconds * random.uniform(0.9, 1.1)  # noqa: S311 # jitter, not a secret  # nosec B311
 
 
-def _tell(went: Removed) -> None:
-    if went:
-        months = " ".join(went.partitions) or "none"
-        LOG.info("retention: %d audit rows, whole months: %s, %d prompts", went.rows, months, went.prompts)
+def _log(removed: Removed) -> None:
+    if removed:
+        months = " ".join(removed.partitions) or "none"
+        LOG.info("retention: %d audit rows, whole months: %s, %d prompts", removed.rows, months, removed.prompts)
 
 
 class Steps:
-    """Short transactions on one connection, of as many rows as fit in the time; each is followed by a pause twice as long."""
+    """Short transactions on one connection, each with as many rows as fit into STEP_S and followed by a pause twice as long."""
 
-    def __init__(self, database: Database, connection: Connection, say: Report) -> None:
-        self._sql, self._connection, self._say = database.sql, connection, say
-        self._said_at = time.monotonic()
+    def __init__(self, database: Database, connection: Connection, report: Report) -> None:
+        self._sql, self._connection, self._report = database.sql, connection, report
+        self._reported_at = time.monotonic()
         self.size = FEWEST_ROWS * 5
 
     async def rows(self, query: str, *values: object) -> Sequence[Row]:
@@ -121,14 +121,14 @@ class Steps:
 
     @asynccontextmanager
     async def holding_the_audit(self) -> AsyncIterator[None]:
-        """One transaction during which nobody writes the audit."""
+        """One transaction that locks out the other writers of the audit."""
         async with self._connection.transaction():
             await self.value("lock_audit")
             yield
 
     @asynccontextmanager
     async def sized(self) -> AsyncIterator[None]:
-        """What is done here tells how many rows the next step can take to be short."""
+        """Sets the size of the next step by how long this one takes."""
         began = time.monotonic()
         yield
         factor = STEP_S / (time.monotonic() - began)
@@ -141,7 +141,7 @@ class Steps:
         await asyncio.sleep(max(PAUSE_IN_STEPS * (time.monotonic() - began), SHORTEST_PAUSE_S))
 
     async def repeat(self, query: str, what: str, *values: object) -> int:
-        """A deletion of some rows at a time, until none is left."""
+        """Repeats a query that deletes some rows, until none is left."""
         done, since = 0, BEGINNING
         while True:
             async with self.paced(), self.sized():
@@ -150,19 +150,19 @@ class Steps:
             if not step["rows"]:
                 return done
             done, since = done + step["rows"], step["until"]
-            self.say(f"{what}: {done} deleted")
+            self.report(f"{what}: {done} deleted")
 
-    def say(self, words: str, *, always: bool = False) -> None:
-        if always or time.monotonic() - self._said_at > SAY_EVERY_S:
-            self._said_at = time.monotonic()
-            self._say(words)
+    def report(self, words: str, *, always: bool = False) -> None:
+        if always or time.monotonic() - self._reported_at > REPORT_EVERY_S:
+            self._reported_at = time.monotonic()
+            self._report(words)
 
 
 class AuditPurge:
-    """Takes expired rows out of the audit and shortens the chain at its old end.
+    """Deletes expired rows of the audit and shortens the hash chain at its beginning.
 
-    A month of which all has expired goes as a whole, and with it the beginning of the chain. Elsewhere rows go a few at
-    a time, and their hashes stay in the chain.
+    A month in which all rows have expired is dropped as a whole, with the beginning of the chain. In other months rows are
+    deleted a few at a time, and their hashes stay in the chain.
     """
 
     def __init__(self, steps: Steps, keep: timedelta) -> None:
@@ -213,17 +213,17 @@ class AuditPurge:
         async with self._steps.sized(), self._steps.holding_the_audit():
             places = [row["at"] for row in rows], [row["id"] for row in rows]
             self.rows += await self._steps.value("purge_audit_rows", *month, *places)
-        self._steps.say(f"audit: {self.rows} rows deleted, now at {rows[-1]['at']:%Y-%m-%d}")
+        self._steps.report(f"audit: {self.rows} rows deleted, now at {rows[-1]['at']:%Y-%m-%d}")
 
     async def _drop(self, name: str, month: Month) -> None:
-        """Rows that are not of the chain's beginning go first, so that the rest can go with it."""
+        """Deletes the rows after the part of the chain that can be cut off, then drops the month with that part."""
         end, rows = await self._end_of_chain_without(month)
         await self._purge_from(end + 1, month)
         for _ in range(DROP_ATTEMPTS):
             if await self._has_dropped(name, month, end):
                 self.dropped.append(name)
                 self.rows += rows
-                self._steps.say(f"{name}: gone as a whole", always=True)
+                self._steps.report(f"{name}: dropped as a whole", always=True)
                 break
             await asyncio.sleep(DROP_AGAIN_S)
         await self._trim()
@@ -246,7 +246,7 @@ class AuditPurge:
             return True
 
     async def _end_of_chain_without(self, month: Month) -> tuple[int, int]:
-        """How far the chain would be empty without a month, and how many rows of the month are in that part."""
+        """The batch up to which the chain would be empty without a month, and how many rows of the month are in that part."""
         anchor = await self._steps.row("audit_anchor")
         end, rows = (anchor["batch"] if anchor else 0), 0
         below = await self._steps.value("first_batch_elsewhere", *month, end) or NO_BATCH
@@ -262,7 +262,7 @@ class AuditPurge:
             await self._steps.value("move_audit_anchor", batch)
 
     async def _trim(self) -> None:
-        """Batches before the chain's beginning are of no more use; nobody else looks at them."""
+        """Deletes the batches before the beginning of the chain, which nothing reads."""
         while True:
             async with self._steps.paced():
                 if not await self._steps.value("trim_audit_chain", self._steps.size):

@@ -1,4 +1,4 @@
-"""Every request's end, told once: the limits learn its cost, the audit gets its row, whatever is away. Looks leave nothing."""
+"""Settles each request once: its tokens go to the limits, its row to the audit, also while Redis or PostgreSQL is away."""
 
 import asyncio
 import logging
@@ -20,10 +20,10 @@ from gateway.limits.limiter import Limiter
 from gateway.stores.redis_client import RedisUnavailable
 
 LOG = logging.getLogger("gateway.audit")
-LOOK_EVERY_S = 0.2
-AT_ONCE = 500
-# So long Redis may be silent before rows take the direct way.
-PATIENCE_S = 1.0
+DELIVER_EVERY_S = 0.2
+BATCH_SIZE = 500
+# Redis may be unavailable for so long before rows are written to PostgreSQL directly.
+DIRECT_AFTER_S = 1.0
 CLOSING_S = 8.0
 
 WriteRows = Callable[[Sequence[bytes], Sequence[bytes]], Any]
@@ -32,8 +32,9 @@ WriteRows = Callable[[Sequence[bytes], Sequence[bytes]], Any]
 class Settler:
     """`async with Settler(...) as settler:` — `finish` never waits, `finish_before_last_bytes` at most 50 ms; neither fails.
 
-    What Redis does not take waits here, at most `size` requests; while Redis is away its rows go to PostgreSQL directly, and
-    its tokens and slots are told to Redis when it is back. With both away the oldest are lost, counted and said.
+    What Redis does not take waits here, at most `size` requests. While Redis is unavailable, rows are written to PostgreSQL
+    directly; tokens and slots go to Redis when it is back. While both are unavailable the oldest are dropped, counted and
+    logged.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class Settler:
         self._size, self._most_output, self._cached_weight = size, most_output, cached_weight
         self._backlog: deque[Settlement] = deque()
         self._unsettled: deque[Settlement] = deque(maxlen=size)
-        self._under_way: set[asyncio.Future[Any]] = set()
+        self._deliveries: set[asyncio.Future[Any]] = set()
         self._away_since: float | None = None
         self.dropped = 0
         self._is_dropping = False
-        self.background = KeptTask(self._keep_delivering, "books")
+        self.background = KeptTask(self._keep_delivering, "settlements")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -66,30 +67,30 @@ class Settler:
                 await self._deliver_all()
         await self.background.end()
         if self._backlog:
-            LOG.error("%d audit rows could be written nowhere and are lost", len(self._backlog))
+            LOG.error("%d audit rows could not be written and are lost", len(self._backlog))
 
     @property
     def backlog(self) -> int:
         return len(self._backlog)
 
     async def finish_before_last_bytes(self, record: Record, coming: int = 0) -> None:
-        """As `finish`, before the last `coming` bytes are sent: who has them may ask again at once, of another process.
+        """As `finish`, before the last `coming` bytes are sent: then the caller may send its next request to another process.
 
-        Everything is on its way to Redis by then, and there where a slot is scarce.
+        By then the settlement is written to the connection to Redis; if slots are scarce, Redis has confirmed it.
         """
         if record.is_closed:
             return
-        told = self.finish(record, coming)
-        if told is not None and record.admission is not None and self._limits.is_tight(record.admission):
+        delivery = self.finish(record, coming)
+        if delivery is not None and record.admission is not None and self._limits.is_tight(record.admission):
             with suppress(RedisUnavailable):
-                await asyncio.shield(told)
-        elif told is not None and not self._limits.is_flushed(record.key_id):
-            # In the next turn of the loop it is written, with what others tell; after the second it has gone.
+                await asyncio.shield(delivery)
+        elif delivery is not None and not self._limits.is_flushed(record.key_id):
+            # In the next turn of the loop it is written, together with other commands; after the second it has been sent.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
 
     def finish(self, record: Record, coming: int = 0) -> "asyncio.Future[Any] | None":
-        """Once for each request; `coming` bytes of its answer are still to be sent."""
+        """Settles a request, once; `coming` bytes of its answer are still to be sent. Returns the delivery to Redis."""
         if record.is_closed:
             return None
         record.is_closed = True
@@ -100,12 +101,12 @@ class Settler:
         settlement = self._settlement(record)
         record.bytes_out -= coming
         try:
-            told = self._limits.settle(settlement)
+            delivery = self._limits.settle(settlement)
         except RedisUnavailable:
             self._keep(settlement)
             return None
-        self._watch(told, settlement)
-        return told
+        self._watch(delivery, settlement)
+        return delivery
 
     def _settlement(self, record: Record) -> Settlement:
         spent = token_usage.usage_of(record, self._most_output, self._cached_weight)
@@ -119,20 +120,20 @@ class Settler:
         if record.prompt_log is None or record.key is None:
             return b""
         try:
-            told = record.prompt_log.entry(self._dialects[record.dialect].said)
-            return strict_json.write_anyhow({"id": record.id, "at": record.at, "key_id": record.key.id, **told})
+            entry = record.prompt_log.entry(self._dialects[record.dialect].said)
+            return strict_json.write_anyhow({"id": record.id, "at": record.at, "key_id": record.key.id, **entry})
         except Exception:
-            # What it held must come back, whatever it said.
+            # The settlement must go on: it frees what the request held.
             LOG.exception("the prompt of request %s could not be kept", record.request_id)
             return b""
 
-    def _watch(self, answer: "asyncio.Future[Any]", settlement: Settlement) -> None:
-        self._under_way.add(answer)
-        answer.add_done_callback(partial(self._told, settlement))
+    def _watch(self, delivery: "asyncio.Future[Any]", settlement: Settlement) -> None:
+        self._deliveries.add(delivery)
+        delivery.add_done_callback(partial(self._on_delivery_end, settlement))
 
-    def _told(self, settlement: Settlement, answer: "asyncio.Future[Any]") -> None:
-        self._under_way.discard(answer)
-        if answer.cancelled() or answer.exception() is not None:
+    def _on_delivery_end(self, settlement: Settlement, delivery: "asyncio.Future[Any]") -> None:
+        self._deliveries.discard(delivery)
+        if delivery.cancelled() or delivery.exception() is not None:
             self._keep(settlement)
 
     def _keep(self, settlement: Settlement) -> None:
@@ -141,48 +142,48 @@ class Settler:
             self.dropped += 1
             if not self._is_dropping:
                 self._is_dropping = True
-                LOG.error("Redis and PostgreSQL are away and AUDIT_BUFFER_SIZE is reached: the oldest audit rows are dropped")
+                LOG.error("Redis and PostgreSQL are away, AUDIT_BUFFER_SIZE is reached: the oldest audit rows are dropped")
         self._backlog.append(settlement)
 
     async def _keep_delivering(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(DELIVER_EVERY_S)
             try:
                 await self._deliver()
             except Exception:
-                LOG.exception("the audit's rows could not be delivered, trying again")
+                LOG.exception("audit rows could not be delivered, trying again")
 
     async def _deliver_all(self) -> None:
-        while self._backlog or self._under_way:
-            if self._under_way:
-                await asyncio.wait(set(self._under_way), timeout=1.0)
-            await self._deliver(patience_s=0.0)
+        while self._backlog or self._deliveries:
+            if self._deliveries:
+                await asyncio.wait(set(self._deliveries), timeout=1.0)
+            await self._deliver(direct_after_s=0.0)
             if self._backlog:
-                await asyncio.sleep(LOOK_EVERY_S)
+                await asyncio.sleep(DELIVER_EVERY_S)
 
-    async def _deliver(self, patience_s: float = PATIENCE_S) -> None:
+    async def _deliver(self, direct_after_s: float = DIRECT_AFTER_S) -> None:
         if self._limits.is_usable:
             self._away_since = None
-            self._tell_redis()
+            self._deliver_to_redis()
             return
         now = time.monotonic()
         self._away_since = self._away_since or now
-        if self._backlog and now - self._away_since >= patience_s:
+        if self._backlog and now - self._away_since >= direct_after_s:
             await self._write_directly()
 
-    def _tell_redis(self) -> None:
+    def _deliver_to_redis(self) -> None:
         for waiting in (self._unsettled, self._backlog):
-            for _ in range(min(AT_ONCE, len(waiting))):
+            for _ in range(min(BATCH_SIZE, len(waiting))):
                 settlement = waiting.popleft()
                 try:
                     self._watch(self._limits.resend(settlement), settlement)
                 except RedisUnavailable:
                     waiting.appendleft(settlement)
                     return
-        self._say_whether_dropping()
+        self._log_end_of_dropping()
 
     async def _write_directly(self) -> None:
-        some = [self._backlog.popleft() for _ in range(min(AT_ONCE, len(self._backlog)))]
+        some = [self._backlog.popleft() for _ in range(min(BATCH_SIZE, len(self._backlog)))]
         rows = [settlement.row for settlement in some if settlement.row]
         try:
             await self._write(rows, [settlement.prompt for settlement in some if settlement.prompt])
@@ -195,9 +196,9 @@ class Settler:
             settlement.row = settlement.prompt = b""
             if settlement.admission is not None:
                 self._unsettled.append(settlement)
-        self._say_whether_dropping()
+        self._log_end_of_dropping()
 
-    def _say_whether_dropping(self) -> None:
+    def _log_end_of_dropping(self) -> None:
         if self._is_dropping and len(self._backlog) < self._size:
             self._is_dropping = False
             LOG.warning("%d audit rows have been dropped since the start; none are now", self.dropped)

@@ -1,4 +1,4 @@
-"""The audit's table: rows are added in batches, each batch a link of the chain of digests; twice is once."""
+"""The table `audit`: rows are added in batches, each a link of the hash chain; a row that is there already is skipped."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ def moment(microseconds: int) -> datetime:
 async def write(
     database: Database, rows: Sequence[bytes], prompts: Sequence[Prompt] = (), keep_prompts: timedelta = EPOCH - EPOCH
 ) -> int:
-    """All rows that are not there yet, as one batch, and the prompts; returns how many rows were new.
+    """Adds the rows that are not there yet, as one batch, and the prompts; returns how many rows were new.
 
-    A row is a JSON object with the columns' names, without `batch`, `at` in microseconds since the epoch. Raises
-    StoreUnavailable, with nothing written.
+    A row is a JSON object by column names, without `batch`, and with `at` in microseconds since the epoch. Writes nothing if
+    it raises StoreUnavailable.
     """
     fresh = 0
     async with database.writing() as connection:
@@ -34,7 +34,7 @@ async def write(
 
 
 def _list_of(rows: Sequence[bytes]) -> str:
-    # PostgreSQL's texts have no NUL, however it is written.
+    # A text in PostgreSQL cannot hold NUL, escaped or not.
     return (b"[" + b",".join(rows) + b"]").replace(b"\\u0000", b"\\ufffd").decode("utf-8", "replace")
 
 

@@ -1,4 +1,4 @@
-"""Moves finished rows from Redis to PostgreSQL, one batch at a time, whichever replica does it; ends calls that nobody ends."""
+"""Moves audit rows from Redis to PostgreSQL in batches, in one process at a time; settles calls whose process is gone."""
 
 import asyncio
 import logging
@@ -22,9 +22,9 @@ LEASE_MS = 5000
 MOST_ROWS, MOST_PROMPTS = 1000, 50
 IDLE_S, AWAY_S = 0.25, 1.0
 READ_DEADLINE_S = 2.0
-REAP_EVERY_S, REAPED_AT_ONCE = 2.0, 100
-# After Redis was away, those who live renew their leases before anybody is given up.
-OVERDUE_MS, SETTLING_S = 4000, 6.0
+SETTLE_EVERY_S, SETTLED_AT_ONCE = 2.0, 100
+# When Redis is back, active processes renew their leases before any call counts as abandoned.
+EXPIRED_MS, SETTLING_S = 4000, 6.0
 
 ROWS = frozenset(shared.rows for shared in redis_keys.BY_SHARD)
 STREAMS = [*(shared.rows for shared in redis_keys.BY_SHARD), *(shared.prompts for shared in redis_keys.BY_SHARD)]
@@ -40,7 +40,7 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class AuditWriter:
-    """`async with AuditWriter(...)`: runs until the block ends; `write` is the direct way, past Redis."""
+    """`async with AuditWriter(...)`: runs until the block ends; `write` writes directly, without Redis."""
 
     def __init__(
         self, store: RedisClient, limits: Limiter, database: Database, process_id: str, *, keep_prompts: timedelta
@@ -48,9 +48,9 @@ class AuditWriter:
         self._store, self._limits, self._database, self._keep_prompts = store, limits, database, keep_prompts
         self._process_id = process_id.encode()
         self.background = KeptTask(self._run, "audit writer")
-        self._reaped_at = 0.0
+        self._settled_at = 0.0
         self.written = 0
-        # Rows in Redis; None where another process looks after them.
+        # Rows in Redis; None while another process moves them.
         self.waiting: int | None = None
 
     async def __aenter__(self) -> Self:
@@ -61,7 +61,7 @@ class AuditWriter:
         await self.background.end()
 
     async def write(self, rows: Sequence[bytes], prompts: Sequence[bytes]) -> None:
-        """Raises StoreUnavailable, with nothing written."""
+        """Writes nothing if it raises StoreUnavailable."""
         await self._write(rows, [_read(prompt) for prompt in prompts])
 
     async def _run(self) -> None:
@@ -77,31 +77,31 @@ class AuditWriter:
                 await asyncio.sleep(0 if moved >= MOST_ROWS else IDLE_S)
 
     async def _work(self) -> int:
-        if not await self._is_my_turn():
+        if not await self._has_lease():
             self.waiting = None
             return 0
-        if time.monotonic() - self._reaped_at > REAP_EVERY_S:
-            self._reaped_at = time.monotonic()
-            await self._reap()
+        if time.monotonic() - self._settled_at > SETTLE_EVERY_S:
+            self._settled_at = time.monotonic()
+            await self._settle_abandoned()
         return await self._move()
 
-    async def _is_my_turn(self) -> bool:
-        mine = self._process_id
+    async def _has_lease(self) -> bool:
+        name = redis_keys.AUDIT_WRITER
         try:
             _, holder = await self._store.pipeline(
-                lambda pipe: pipe.set(redis_keys.AUDIT_WRITER, mine, nx=True, px=LEASE_MS).get(redis_keys.AUDIT_WRITER)
+                lambda pipe: pipe.set(name, self._process_id, nx=True, px=LEASE_MS).get(name)
             )
         except RedisUnavailable as away:
             if away.is_full:
-                # Moving rows makes room again, and two who move them write none twice.
+                # Moving rows frees memory, and two processes that move the same rows write none twice.
                 return True
             raise
-        if holder == mine:
-            await self._store.call(lambda redis: redis.pexpire(redis_keys.AUDIT_WRITER, LEASE_MS))
-        return bool(holder == mine)
+        if holder == self._process_id:
+            await self._store.call(lambda redis: redis.pexpire(name, LEASE_MS))
+        return bool(holder == self._process_id)
 
     async def _move(self) -> int:
-        """The oldest of every shard; how many rows came from where most did."""
+        """Moves the oldest rows of each shard; returns how many the fullest had."""
         lengths = await self._lengths()
         self.waiting = sum(lengths[: len(ROWS)])
         streams = [stream for stream, length in zip(STREAMS, lengths, strict=True) if length]
@@ -109,15 +109,15 @@ class AuditWriter:
             return 0
         read = await self._oldest(streams)
         entries = [entry for some in read for entry in some]
-        told = [fields[b"row"] for _, fields in entries if b"row" in fields]
+        rows = [fields[b"row"] for _, fields in entries if b"row" in fields]
         contents = _contents([entry for entry in entries if b"row" not in entry[1]])
-        for start in range(0, max(len(told), 1), MOST_ROWS):
-            await self._write(told[start : start + MOST_ROWS], contents if start == 0 else [])
+        for start in range(0, max(len(rows), 1), MOST_ROWS):
+            await self._write(rows[start : start + MOST_ROWS], contents if start == 0 else [])
         await self._forget(streams, read)
         return max(map(len, read))
 
     async def _lengths(self) -> list[int]:
-        """Of all streams; asked for four times a second, so in one command where one server has them all."""
+        """The lengths of all streams; read four times a second, so in one command unless Redis is a cluster."""
 
         def fill(pipe: Any) -> None:
             for stream in STREAMS:
@@ -138,12 +138,12 @@ class AuditWriter:
         return await self._store.slow_pipeline(fill, READ_DEADLINE_S)
 
     async def _forget(self, streams: Sequence[bytes], read: Sequence[Sequence[Entry]]) -> None:
-        """Away with all that was read: it was the oldest."""
+        """Deletes the entries that were read, the oldest ones."""
 
         def fill(pipe: Any) -> None:
             for stream, entries in zip(streams, read, strict=True):
                 if entries:
-                    pipe.xtrim(stream, minid=_behind(entries[-1][0]), approximate=False)
+                    pipe.xtrim(stream, minid=_id_after(entries[-1][0]), approximate=False)
 
         if any(read):
             await self._store.slow_pipeline(fill, READ_DEADLINE_S)
@@ -158,43 +158,43 @@ class AuditWriter:
                 raise
 
     async def _write_singly(self, rows: Sequence[bytes], prompts: Sequence[dict[str, Any]]) -> int:
-        """One row that the database does not take must not hold up all others; where it takes none, it is not the rows."""
+        """A row that the database refuses must not hold up the others; if it refuses all, the cause is not the rows."""
         taken, refused = 0, []
         for some, other in [*(([row], []) for row in rows), *(([], [prompt]) for prompt in prompts)]:
             try:
                 taken += await table.write(self._database, some, other, self._keep_prompts) or len(other)
             except StoreUnavailable:
                 raise
-            except Exception as wrong:  # noqa: BLE001 # told below, where others were taken
+            except Exception as wrong:  # noqa: BLE001 # logged below, if other rows were taken
                 refused.append(type(wrong).__name__)
         if taken and refused:
             LOG.error("%d audit rows are refused by the database and lost: %s", len(refused), ", ".join(sorted(set(refused))))
             await self._store.call(lambda redis: redis.incrby(redis_keys.BY_SHARD[HOME].dropped, len(refused)))
         return taken
 
-    async def _reap(self) -> None:
+    async def _settle_abandoned(self) -> None:
         if self._limits.leases.is_settled(SETTLING_S):
-            await abandoned.settle_expired(self._limits, OVERDUE_MS, REAPED_AT_ONCE)
+            await abandoned.settle_expired(self._limits, EXPIRED_MS, SETTLED_AT_ONCE)
 
 
-def _behind(entry: bytes) -> bytes:
+def _id_after(entry: bytes) -> bytes:
     time, _, number = entry.partition(b"-")
     return b"%b-%d" % (time, int(number) + 1)
 
 
 def _contents(prompts: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Whatever is not ours is passed over: the store may hold anything."""
+    """Skips what is not an entry of the prompt log: Redis may hold anything."""
     found = []
     for _, fields in prompts:
         try:
             found.append(_read(fields[b"prompt"]))
         except (KeyError, ValueError):
-            LOG.error("an entry of the prompt log in Redis is none and is left out")
+            LOG.error("an entry of the prompt log in Redis is malformed and is removed")
     return found
 
 
 def _read(text: bytes) -> dict[str, Any]:
     value = strict_json.read_loosely(text)
     if not isinstance(value, dict):
-        raise ValueError("not a prompt")
+        raise ValueError("not an entry of the prompt log")
     return value

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gateway.audit import abandoned, token_usage
 from gateway.audit.record import Record
-from gateway.audit.token_usage import MILLION
 from gateway.core import strict_json
+from gateway.core.millionths import MILLION
 from gateway.dialects.dialect import Dialect, Usage
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI

@@ -138,7 +138,7 @@ def test_the_hash_does_not_depend_on_the_sessions_settings(url: str) -> None:
 def test_many_batches_are_looked_at_some_at_a_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hash_chain, "BATCHES_AT_ONCE", 5)
     monkeypatch.setattr(hash_chain, "ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(hash_chain, "SAY_EVERY_S", 0)
+    monkeypatch.setattr(hash_chain, "REPORT_EVERY_S", 0)
     write(url, *([row(ago(1)) for _ in range(size)] for size in (1, 20, 1, 1, 1, 1, 1, 1)))
     said: list[str] = []
     found = in_database(url, lambda database: hash_chain.verify(database, said.append))

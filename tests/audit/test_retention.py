@@ -271,7 +271,7 @@ def test_forgetting_a_key(url: str) -> None:
 
 
 def test_forgetting_is_told_as_it_goes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "SAY_EVERY_S", 0)
+    monkeypatch.setattr(retention, "REPORT_EVERY_S", 0)
     add_key(url, "alice", more="prompt_log = true")
     write_prompts(url, [prompt(ago(1), "alice") for _ in range(150)], keep=30 * DAY)
     said: list[str] = []
