@@ -1,8 +1,11 @@
-"""Bytes that callers hold together: bounded for each and for all."""
+"""Bytes that calls hold in memory together: bounded for each caller and for all."""
+
+from types import TracebackType
+from typing import Self
 
 
 class SharedBytes:
-    """No caller may hold more than is left, so that there is room for others."""
+    """No caller may hold more than is left, so that others can hold some; `check` has the error of each kind of bytes."""
 
     def __init__(self, most: int) -> None:
         self.most, self.used = most, 0
@@ -19,3 +22,33 @@ class SharedBytes:
 
     def is_too_much(self, caller: str) -> bool:
         return self.of(caller) > self.most - self.used
+
+    def check(self, caller: str) -> None:
+        """Raises where the caller, or all together, hold too much."""
+        raise NotImplementedError
+
+
+class Lease:
+    """What one call holds of SharedBytes; `close` it, or use it in `with`."""
+
+    __slots__ = ("_caller", "_shared", "_size")
+
+    def __init__(self, shared: SharedBytes, caller: str = "") -> None:
+        self._shared, self._caller, self._size = shared, caller, 0
+
+    def hold(self, size: int) -> None:
+        """From now on `size` bytes. Raises what `check` raises; they are held until `close` all the same."""
+        self._shared.change(self._caller, size - self._size)
+        self._size = size
+        self._shared.check(self._caller)
+
+    def close(self) -> None:
+        if self._size:
+            self._shared.change(self._caller, -self._size)
+            self._size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()

@@ -18,6 +18,7 @@ from gateway.core.errors import (
     GatewayError,
     NoBackend,
 )
+from gateway.core.shared_bytes import Lease
 from gateway.dialects.dialect import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
 from gateway.fleet import refusals
 from gateway.fleet.attempt import CANNOT, Attempt
@@ -25,7 +26,7 @@ from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse, TooLarge
 from gateway.fleet.catalog import Model
-from gateway.fleet.held_answers import HeldAnswer, HeldAnswers
+from gateway.fleet.held_answers import HeldAnswers
 from gateway.fleet.scheduler import Candidate, choose, is_served
 
 RETRY_AFTER_S = 5.0
@@ -53,7 +54,7 @@ class Opening:
     backend: Backend
     upstream: BackendResponse
     frames: bytes = field(repr=False)
-    held: FrameBuffer | HeldAnswer = field(repr=False)
+    held: FrameBuffer | Lease = field(repr=False)
     at_end: bool = False
     value: Any = field(default=None, repr=False)
 
@@ -197,7 +198,7 @@ class Routing:
                 raise await refusal(upstream, backend)
             if self._call.stream:
                 return await _first_frames(backend, upstream, self._dialect)
-            return await _whole(backend, upstream, self._call, HeldAnswer(self._failover.held, self._caller))
+            return await _whole(backend, upstream, self._call, Lease(self._failover.held, self._caller))
         except (LongFrame, TooLarge) as large:
             # As many tokens were asked for; the next backend would make them all again.
             raise AnswerTooLarge from large
@@ -223,7 +224,7 @@ def _is_inconclusive(fault: BackendFault, backend: Backend, began: float) -> boo
     return fault.reason in ("model_gone", "full", *DOUBTFUL) or (isinstance(fault, Busy) and fault.detail == "status 429")
 
 
-async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: HeldAnswer) -> Opening:
+async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: Lease) -> Opening:
     try:
         whole = await upstream.read_whole(hold=held.hold)
         value = read_answer(whole)

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from gateway.audit.record import Record
 from gateway.core.cancel_scope import CancelScope
@@ -18,7 +17,7 @@ from gateway.core.errors import (
     Overloaded,
     UnsupportedEncoding,
 )
-from gateway.core.shared_bytes import SharedBytes
+from gateway.core.shared_bytes import Lease, SharedBytes
 from gateway.proxy.turns import Turns
 
 BODY_DEADLINE_S = 30.0
@@ -45,14 +44,27 @@ def _too_large(limit: int, setting: str) -> BodyTooLarge:
     return BodyTooLarge(f"the request's body is larger than {limit} bytes{f'; {setting} sets that' if setting else ''}")
 
 
-class Bodies:
-    """Reads the bodies of all requests of this process; `unfinished` is what it holds of those of which more is to come, or
-    which have not been understood."""
+class UnfinishedBodies(SharedBytes):
+    """What has come of bodies of which more is to come, or which have not been parsed."""
 
     def __init__(self, largest: int) -> None:
-        self._turns = Turns()
-        self._largest, self._most_of_a_key = largest, max(MOST_OF_A_KEY, LARGEST_OF_A_KEY * largest)
-        self.unfinished = SharedBytes(max(MOST, LARGEST * largest))
+        super().__init__(max(MOST, LARGEST * largest))
+        self.most_of_a_key = max(MOST_OF_A_KEY, LARGEST_OF_A_KEY * largest)
+
+    def check(self, caller: str) -> None:
+        """Raises BodiesUnfinished where one key holds too much, Overloaded where all do."""
+        if self.of(caller) > self.most_of_a_key:
+            raise BodiesUnfinished(retry_after=1)
+        if self.is_too_much(caller):
+            raise Overloaded(retry_after=1, leaves_body=True)
+
+
+class Bodies:
+    """Reads the bodies of all requests of this process."""
+
+    def __init__(self, largest: int) -> None:
+        self._turns, self._largest = Turns(), largest
+        self.unfinished = UnfinishedBodies(largest)
 
     async def read(
         self, scope: Scope, receive: Receive, record: Record, guard: CancelScope, largest: int | None = None
@@ -63,11 +75,7 @@ class Bodies:
         guard.within(BODY_DEADLINE_S, BodyTooSlow)
         message = await receive()
         if _measured(message, record, limit, setting):
-            with UnfinishedBody(self, record.key_id) as unfinished:
-                unfinished.take(message)
-                while _measured(message := await receive(), record, limit, setting):
-                    unfinished.take(message)
-                body = unfinished.ended_by(message)
+            body = await self._read_on(message, receive, record, limit, setting)
         else:
             body = message.get("body", b"")
         guard.without_deadline()
@@ -75,24 +83,29 @@ class Bodies:
             raise BadRequest("the body is empty; send a JSON object")
         return body
 
+    async def _read_on(self, message: Message, receive: Receive, record: Record, limit: int, setting: str) -> bytes:
+        """A body of several pieces. Of one that is refused nothing is left, neither here nor in the messages: the frames in
+        the error's traceback live until its answer has gone out."""
+        body = bytearray()
+        with Lease(self.unfinished, record.key_id) as lease:
+            try:
+                while True:
+                    body += message.pop("body", b"")
+                    lease.hold(len(body))
+                    message = await receive()
+                    if not _measured(message, record, limit, setting):
+                        return b"".join((body, message.get("body", b"")))
+            finally:
+                body.clear()
+
     async def understood(self, body: bytes, work: Callable[[bytes], Result], key_id: str, guard: CancelScope) -> Result:
         """What `work` makes of a large body, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""
-        try:
-            self.hold(key_id, len(body))
+        with Lease(self.unfinished, key_id) as lease:
+            lease.hold(len(body))
             return await self._turns.run(key_id, partial(work, body), guard)
-        finally:
-            self.unfinished.change(key_id, -len(body))
-
-    def hold(self, key_id: str, more: int) -> None:
-        """Raises BodiesUnfinished where that is too much of one key, Overloaded where there is no room for it."""
-        self.unfinished.change(key_id, more)
-        if self.unfinished.of(key_id) > self._most_of_a_key:
-            raise BodiesUnfinished(retry_after=1)
-        if self.unfinished.is_too_much(key_id):
-            raise Overloaded(retry_after=1, leaves_body=True)
 
 
-def _measured(message: Any, record: Record, limit: int, setting: str) -> bool:
+def _measured(message: Message, record: Record, limit: int, setting: str) -> bool:
     """Whether more of the body is to come."""
     if message["type"] == "http.disconnect":
         raise ClientGone
@@ -102,29 +115,3 @@ def _measured(message: Any, record: Record, limit: int, setting: str) -> bool:
         raise _too_large(limit, setting)
     more: bool = message.get("more_body", False)
     return more
-
-
-class UnfinishedBody:
-    """`with` it: what has come of a body of which more is to come. Refused, nothing is left of it before its answer goes out.
-
-    So it is taken from the messages, which live as long as the frames that are in an error's traceback.
-    """
-
-    def __init__(self, bodies: Bodies, key_id: str) -> None:
-        self._bodies, self._key_id = bodies, key_id
-        self._body, self._held = bytearray(), 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def take(self, message: Any) -> None:
-        self._body += message.pop("body", b"")
-        more, self._held = len(self._body) - self._held, len(self._body)
-        self._bodies.hold(self._key_id, more)
-
-    def ended_by(self, message: Any) -> bytes:
-        return b"".join((self._body, message.get("body", b"")))
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._bodies.unfinished.change(self._key_id, -self._held)
-        self._body.clear()

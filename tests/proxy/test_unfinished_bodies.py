@@ -214,7 +214,7 @@ def held_by(error: BaseException) -> int:
 )
 def test_nothing_is_left_of_a_refused_body(most: int, most_of_a_key: int, kind: type[GatewayError]) -> None:
     bodies = Bodies(LARGEST)
-    bodies.unfinished.most, bodies._most_of_a_key = most, most_of_a_key
+    bodies.unfinished.most, bodies.unfinished.most_of_a_key = most, most_of_a_key
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b" " * (BEGUN // 3), "more_body": True}

@@ -13,7 +13,7 @@ from gateway.dialects.ollama import Ndjson
 from gateway.dialects.openai import ServerSentEvents
 from gateway.edge.client_address import TrustedProxies
 from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, FIRST_PAUSE_S, LONGEST_PAUSE_S, CircuitBreaker
-from gateway.fleet.backends.frame_buffer import Budget, FrameBuffer
+from gateway.fleet.backends.frame_buffer import FrameBuffer, UnfinishedFrames
 
 ONE_MODEL = (
     "llama3.2 llama3.2:latest LLAMA3.2:Latest library/llama3.2 registry.ollama.ai/library/llama3.2:latest "
@@ -207,7 +207,7 @@ def test_server_sent_events(data: bytes, end: int, payloads: list[bytes]) -> Non
 def test_an_end_of_an_event_may_be_cut_anywhere() -> None:
     sent = b'data: {"a":1}\n\rdata: 2\r\n\r\ndata: 3\n\r\ndata: 4\r\rdata: 5\n\n'
     for cut in range(len(sent)):
-        buffer = FrameBuffer(ServerSentEvents(), Budget(1, "much"))
+        buffer = FrameBuffer(ServerSentEvents(), UnfinishedFrames(1))
         frames = [buffer.add(sent[:cut]), *(buffer.add(sent[at : at + 1]) for at in range(cut, len(sent)))]
         assert b"".join(frames) == sent and not buffer.rest
         read = [payload for frame in frames for payload in ServerSentEvents().payloads(frame)]

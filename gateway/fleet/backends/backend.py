@@ -11,7 +11,7 @@ from yarl import URL
 from gateway.core.cancel_scope import CallScope, CancelScope
 from gateway.fleet.backends.circuit_breaker import CircuitBreaker
 from gateway.fleet.backends.config import BackendConfig
-from gateway.fleet.backends.frame_buffer import Budget
+from gateway.fleet.backends.frame_buffer import UnfinishedFrames
 from gateway.fleet.backends.http_client import LONGEST_LINE, BackendFault, BackendResponse, ConnectionLost, HttpClient, Pool
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
@@ -29,7 +29,7 @@ class Backend:
         self.breaker = CircuitBreaker()
         self.in_flight = 0
         self.is_drained = False
-        self.unframed = Budget(MOST_UNFRAMED, "endless_frames")
+        self.unframed = UnfinishedFrames(MOST_UNFRAMED)
         self._auth = config.auth()
 
     async def __aenter__(self) -> Self:

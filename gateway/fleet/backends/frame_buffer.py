@@ -1,45 +1,25 @@
-"""What is held of frames that have not ended: bounded for each backend over all its calls."""
+"""Cuts what a backend sends into frames; frames that have not ended are bounded for each backend over all its calls."""
 
+from gateway.core.shared_bytes import Lease, SharedBytes
 from gateway.dialects.dialect import Framing
 from gateway.fleet.backends.http_client import SMALL, BackendFault
 
 
-class Budget:
-    """Bytes that all calls of one backend may hold together; above it a call fails with `reason`."""
+class UnfinishedFrames(SharedBytes):
+    """What all calls of one backend hold of frames that have not ended."""
 
-    def __init__(self, most: int, reason: str) -> None:
-        self.most, self.reason = most, reason
-        self.used = 0
-
-
-class Share:
-    """What one call holds of a budget; `close` is owed to it."""
-
-    __slots__ = ("_budget", "_held")
-
-    def __init__(self, budget: Budget) -> None:
-        self._budget, self._held = budget, 0
-
-    def hold(self, size: int) -> None:
-        """From now on `size` bytes. Raises BackendFault above the budget."""
-        budget = self._budget
-        budget.used += size - self._held
-        self._held = size
-        if budget.used > budget.most:
-            raise BackendFault(budget.reason, f"more than {budget.most} bytes held of all answers of this backend")
-
-    def close(self) -> None:
-        self._budget.used -= self._held
-        self._held = 0
+    def check(self, caller: str) -> None:
+        if self.used > self.most:
+            raise BackendFault("endless_frames", f"more than {self.most} bytes held of all answers of this backend")
 
 
 class FrameBuffer:
-    """Cuts a stream into frames as its pieces come, and looks at each byte once; `rest` has begun and not ended."""
+    """Cuts a stream into frames as its pieces come and reads each byte once; `rest` is a frame that has not ended."""
 
-    __slots__ = ("_framing", "_share", "rest")
+    __slots__ = ("_framing", "_lease", "rest")
 
-    def __init__(self, framing: Framing, budget: Budget) -> None:
-        self._framing, self._share = framing, Share(budget)
+    def __init__(self, framing: Framing, unfinished: UnfinishedFrames) -> None:
+        self._framing, self._lease = framing, Lease(unfinished)
         self.rest = bytearray()
 
     def add(self, piece: bytes) -> bytes:
@@ -56,15 +36,15 @@ class FrameBuffer:
         if end >= 0:
             return self.take(len(rest) - len(piece) + end)
         if len(rest) > SMALL:
-            self._share.hold(len(rest))
+            self._lease.hold(len(rest))
         return b""
 
     def take(self, size: int | None = None) -> bytes:
         """The first `size` bytes, or all."""
         taken = bytes(self.rest[:size])
         del self.rest[:size]
-        self._share.close()
+        self._lease.close()
         return taken
 
     def close(self) -> None:
-        self._share.close()
+        self._lease.close()
