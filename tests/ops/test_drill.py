@@ -212,8 +212,8 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """
         from gateway.edge import server
         begin = server.Server.__init__
-        def begin_without_patience(self, components, *, drain_s, **more):
-            begin(self, components, drain_s=0.0, **more)
+        def begin_without_patience(self, *parts, drain_s, **more):
+            begin(self, *parts, drain_s=0.0, **more)
         server.Server.__init__ = begin_without_patience
         """,
     ),
