@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.core import strict_json
-from gateway.dialects.outline import LARGEST_READ_WHOLE
+from gateway.dialects.large_json import LARGEST_READ_WHOLE
 
 LONGEST_TEXT = 64 * 1024
 LONGEST_RAW = 1024 * 1024

@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol
 
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
-from gateway.dialects import outline
-from gateway.dialects.beyond import refuse_beyond
+from gateway.dialects import large_json
 from gateway.dialects.model_names import NAME_RULE, ModelName, canonical, is_name, is_plain
+from gateway.dialects.refused_fields import refuse_beyond
 from gateway.dialects.tokens import NO_TOKENS, Need
 
 Kind = Literal["ollama", "openai"]
@@ -260,7 +260,7 @@ def is_over(value: object, cap: int) -> bool:
 def read_answer(payload: bytes) -> Any:
     """A whole answer or a frame as JSON; raises BadFrame where it is an error or no JSON object."""
     try:
-        value = outline.read(payload)
+        value = large_json.read(payload)
     except ValueError:
         raise BadFrame("not JSON") from None
     if isinstance(value, dict) and value.get("error"):
@@ -280,7 +280,7 @@ def judge_whole(value: Any, operation: Operation) -> None:
 
 def try_read(payload: bytes) -> dict[str, Any]:
     try:
-        value = outline.read(payload)
+        value = large_json.read(payload)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

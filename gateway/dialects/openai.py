@@ -7,7 +7,6 @@ from typing import Any
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import tokens
-from gateway.dialects.beyond import LOOKED_AT
 from gateway.dialects.dialect import (
     BadFrame,
     Call,
@@ -28,6 +27,7 @@ from gateway.dialects.dialect import (
     try_read,
     wish,
 )
+from gateway.dialects.refused_fields import LOOKED_AT
 from gateway.dialects.tokens import Need
 
 CAPS = frozenset({"max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"})

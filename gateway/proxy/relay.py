@@ -15,7 +15,7 @@ from gateway.core.connection import Connection
 from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.dialects import tokens
 from gateway.dialects.dialect import LONGEST_FRAME, Call, Dialect, Framing, content_type_of, try_read
-from gateway.dialects.outline import LARGEST_READ_WHOLE
+from gateway.dialects.large_json import LARGEST_READ_WHOLE
 from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer

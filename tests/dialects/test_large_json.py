@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gateway.dialects import outline
+from gateway.dialects import large_json
 
-FILL = outline.LARGEST_READ_WHOLE
+FILL = large_json.LARGEST_READ_WHOLE
 LONG: list[Any] = ["x" * FILL, [[]] * FILL, [{"usage": {"prompt_tokens": 9}, "error": "x"}] * (FILL // 20), {"a": [1.5] * FILL}]
 
 
@@ -19,31 +19,31 @@ def test_the_outermost_fields_are_those_of_the_whole(value: Any, separators: tup
     small = {"done": True, "usage": {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}}}
     other = {"model": 'a"b\\', "id": None, "created": 5}
     for fields in ({**other, "data": value, **small}, {"data": value, **small}, {**small, **other, "data": value}):
-        found = outline.read(json.dumps(fields, separators=separators).encode())
+        found = large_json.read(json.dumps(fields, separators=separators).encode())
         assert found == {**fields, "data": True}
 
 
 def test_small_answers_are_read_whole() -> None:
-    assert outline.read(b'{"a":[1,{"b":[]}]}') == {"a": [1, {"b": []}]}
+    assert large_json.read(b'{"a":[1,{"b":[]}]}') == {"a": [1, {"b": []}]}
     for text in (b"", b"{", b"[" * 2000, b"nonsense", b'{"a":1}{}'):
         with pytest.raises(ValueError, match=r".*"):
-            outline.read(text)
+            large_json.read(text)
 
 
 @pytest.mark.parametrize("name", ['"usage":', '{"usage":{"prompt_tokens":7}}', '\\"usage\\":{\\"x\\":1}}', ',"error":"x"}'])
 def test_what_stands_in_texts_is_no_field(name: str) -> None:
     data = json.dumps({"content": name * (FILL // 5), "done": True}).encode()
-    assert outline.read(data) == {"content": True, "done": True}
+    assert large_json.read(data) == {"content": True, "done": True}
 
 
 def test_several_answers_in_a_list() -> None:
-    assert outline.read(json.dumps([{"index": 0, "choices": ["x" * FILL]}, {}]).encode()) == [{"index": 0, "choices": True}]
+    assert large_json.read(json.dumps([{"index": 0, "choices": ["x" * FILL]}, {}]).encode()) == [{"index": 0, "choices": True}]
 
 
 @pytest.mark.parametrize("data", [b"{" + b"x" * FILL, b'"' + b"x" * FILL + b'"', b"[" * FILL, b"<html>" + b"}" * FILL])
 def test_what_does_not_begin_and_end_as_an_answer_is_none(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
-        outline.read(data)
+        large_json.read(data)
 
 
 @pytest.mark.parametrize("piece", [b"[],", b'"a":1,', b'"a":{"a":', b"\\", b'"', b"{}", b'"usage":[],', b" ", b'{"', b'\\"'])
@@ -52,5 +52,5 @@ def test_no_answer_takes_long(piece: bytes) -> None:
     data = b'{"a":' + piece * (15 * 2**20 // len(piece)) + b"}"
     began = time.process_time()
     with suppress(ValueError):
-        outline.read(data)
+        large_json.read(data)
     assert time.process_time() - began < 0.5
