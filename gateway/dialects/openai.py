@@ -7,26 +7,9 @@ from typing import Any
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import tokens
-from gateway.dialects.dialect import (
-    BadFrame,
-    Call,
-    Framing,
-    Kind,
-    Operation,
-    Usage,
-    bounded,
-    cached,
-    count,
-    expect,
-    expect_messages,
-    expect_number,
-    expect_tools,
-    is_over,
-    read_answer,
-    text_of,
-    try_read,
-    wish,
-)
+from gateway.dialects.answers import BadFrame, cached, count, read_answer, try_read
+from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
+from gateway.dialects.fields import bounded, expect, expect_messages, expect_number, expect_tools, is_over, text_of, wish
 from gateway.dialects.refused_fields import LOOKED_AT
 from gateway.dialects.tokens import Need
 

@@ -19,7 +19,8 @@ from gateway.core.errors import (
     NoBackend,
 )
 from gateway.core.shared_bytes import Lease
-from gateway.dialects.dialect import LONGEST_FRAME, BadFrame, Call, Dialect, LongFrame, judge_whole, read_answer, try_read
+from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, judge_whole, read_answer, try_read
+from gateway.dialects.dialect import Call, Dialect
 from gateway.fleet import refusals
 from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.fleet.backends.backend import Backend

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from gateway.core import strict_json
 from gateway.core.errors import BackendCannot, BackendRefused
-from gateway.dialects.dialect import Framing, error_text, try_read
+from gateway.dialects.answers import error_text, try_read
+from gateway.dialects.dialect import Framing
 from gateway.fleet.backends.config import BackendConfig
 
 # The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.

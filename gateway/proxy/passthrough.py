@@ -23,7 +23,8 @@ from gateway.core.errors import (
     GatewayError,
     NotPermitted,
 )
-from gateway.dialects.dialect import Dialect, content_type_of
+from gateway.dialects.answers import content_type_of
+from gateway.dialects.dialect import Dialect
 from gateway.dialects.model_names import NAME_RULE, is_name
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse

@@ -14,7 +14,8 @@ from gateway.core.cancel_scope import CallScope
 from gateway.core.connection import Connection
 from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.dialects import tokens
-from gateway.dialects.dialect import LONGEST_FRAME, Call, Dialect, Framing, content_type_of, try_read
+from gateway.dialects.answers import LONGEST_FRAME, content_type_of, try_read
+from gateway.dialects.dialect import Call, Dialect, Framing
 from gateway.dialects.large_json import LARGEST_READ_WHOLE
 from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
