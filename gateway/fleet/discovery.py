@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 from gateway.core import strict_json
 from gateway.core.background import KeptTask, TaskGroup
+from gateway.dialects import model_entries
 from gateway.fleet import catalog
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
@@ -219,8 +220,8 @@ async def poll(backend: Backend) -> Snapshot:
 
 async def _ask_models(backend: Backend, kind: str) -> tuple[dict[str, Any], ...]:
     if kind == "openai":
-        return await ask(backend, "/v1/models", catalog.read_openai_models)
-    return await ask(backend, "/api/tags", catalog.read_tags)
+        return await ask(backend, "/v1/models", model_entries.read_openai_models)
+    return await ask(backend, "/api/tags", model_entries.read_tags)
 
 
 async def _with_hint(backend: Backend, fault: BackendFault) -> BackendFault:
@@ -268,7 +269,7 @@ async def ask(backend: Backend, path: str, read: Callable[[object], Answer]) -> 
 
 async def _ask_running(backend: Backend) -> tuple[dict[str, Any], ...]:
     with suppress(BackendFault):
-        return await ask(backend, "/api/ps", catalog.read_tags)
+        return await ask(backend, "/api/ps", model_entries.read_tags)
     return ()
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from gateway.core.background import TaskGroup
-from gateway.fleet import catalog, discovery
+from gateway.dialects import model_entries
+from gateway.fleet import discovery
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
 
@@ -55,7 +56,7 @@ class RunningModels:
         wait_s = SILENT_S
         try:
             async with asyncio.timeout(DEADLINE_S):
-                entries = await discovery.ask(backend, "/api/ps", catalog.read_tags)
+                entries = await discovery.ask(backend, "/api/ps", model_entries.read_tags)
             self._told[backend.name] = time.time(), entries
             wait_s = self._fresh_s
         except (BackendFault, TimeoutError):

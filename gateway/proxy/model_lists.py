@@ -10,8 +10,9 @@ from gateway.audit.record import Record
 from gateway.auth.key import Key
 from gateway.core.asgi import send_json
 from gateway.core.errors import BadRequest, UnknownRoute
+from gateway.dialects.model_entries import context_of
 from gateway.dialects.model_names import NAME_RULE, canonical, is_name
-from gateway.fleet.catalog import Catalog, Model, context_of
+from gateway.fleet.catalog import Catalog, Model
 from gateway.proxy.access import Access
 from gateway.proxy.suggestions import DID_YOU_MEAN
 from gateway.proxy.visibility import missing

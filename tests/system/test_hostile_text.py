@@ -17,6 +17,7 @@ from gateway.auth import key_format
 from gateway.auth.key import ADMIN
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
+from gateway.dialects import model_entries
 from gateway.dialects.dialect import read_call
 from gateway.dialects.model_names import LONGEST_NAME, REMEMBERED_NAMES, AllowList, canonical
 from gateway.dialects.ollama import Ndjson, Ollama
@@ -160,9 +161,9 @@ def test_an_allow_list_of_endless_patterns_means_none_of_them() -> None:
 @pytest.mark.parametrize("field", ["name", "model"])
 def test_a_backends_endless_names_are_left_out(field: str) -> None:
     names = ["good:latest", "x" * LONG, "", " ", "two\nlines", 5, None]
-    read = catalog.read_tags({"models": [{field: name} for name in names]})
+    read = model_entries.read_tags({"models": [{field: name} for name in names]})
     assert [entry["name"] for entry in read] == ["good:latest"]
-    read = catalog.read_openai_models({"data": [{"id": name} for name in names]})
+    read = model_entries.read_openai_models({"data": [{"id": name} for name in names]})
     snapshot = Snapshot("alpha", "http://alpha", "openai", time.time(), models=read)
     assert list(catalog.build([snapshot], 60).models) == ["good:latest"]
 
