@@ -10,18 +10,18 @@ from gateway.dialects.model_names import AllowList
 from gateway.limits import quota
 from gateway.limits.quota import CounterSet, Quota, Rule
 
-# The role: what it opens is the operator's, not a caller's.
+# The role that opens the admin API.
 ADMIN = "admin"
 ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "show_overhead"
 FLAGS = (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD)
-# A key of a drill: what it asks is no traffic of the installation, and nobody misses it later.
+# A key of a drill: its requests are no traffic of the installation, and it may be deleted afterwards.
 DRILL = "drill"
-REMEMBERED_SCOPES = 1000
+MOST_CACHED_SCOPES = 1000
 
 
 @dataclass(frozen=True)
 class Key:
-    """An identity and its rights; `expires_at` is in seconds since the epoch."""
+    """A caller's identity, rights and limits; `expires_at` is in seconds since the epoch."""
 
     id: str
     name: str
@@ -39,14 +39,14 @@ class Key:
         return self.expires_at is not None and now >= self.expires_at
 
     def scopes(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
-        """The counters that a request counts in: the key's own, and one for each rule that the model matches."""
-        known = self._scopes  # type: ignore[attr-defined]
-        asked = (model if self.rules else "", defaults)
-        if asked not in known:
-            if len(known) >= REMEMBERED_SCOPES:
-                known.clear()
-            known[asked] = self._find_scopes(model, defaults)
-        found: tuple[CounterSet, ...] = known[asked]
+        """The counters of a request: the key's own, and those of each rule that matches the model."""
+        cache = self._scopes  # type: ignore[attr-defined]
+        cache_key = (model if self.rules else "", defaults)
+        if cache_key not in cache:
+            if len(cache) >= MOST_CACHED_SCOPES:
+                cache.clear()
+            cache[cache_key] = self._find_scopes(model, defaults)
+        found: tuple[CounterSet, ...] = cache[cache_key]
         return found
 
     def _find_scopes(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:

@@ -14,12 +14,12 @@ PREFIX = "nz"
 ID_BYTES, SECRET_BYTES, CHECKSUM_CHARACTERS = 5, 20, 6
 ID_LENGTH, SECRET_LENGTH = 8, 32 + CHECKSUM_CHARACTERS
 ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz234567")
-WRITTEN = re.compile(rf"{PREFIX}_([a-z2-7]{{{ID_LENGTH}}})_[a-z2-7]+")
+KEY_IN_TEXT = re.compile(rf"{PREFIX}_([a-z2-7]{{{ID_LENGTH}}})_[a-z2-7]+")
 
 
 @dataclass(frozen=True)
 class PresentedKey:
-    """A key whose form is right; whether it is one of ours is not yet known."""
+    """A text in the format of a key; whether there is such a key is not known yet."""
 
     secret_id: str
     whole: str = field(repr=False)
@@ -40,7 +40,7 @@ def mint() -> PresentedKey:
 
 
 def parse(text: str) -> PresentedKey | None:
-    """None where the form or the checksum is wrong: such a text was never a key."""
+    """None if the format or the checksum is wrong: such a text was never a key."""
     parts = text.split("_")
     if len(parts) != 3 or parts[0] != PREFIX or len(parts[1]) != ID_LENGTH or len(parts[2]) != SECRET_LENGTH:
         return None
@@ -51,8 +51,8 @@ def parse(text: str) -> PresentedKey | None:
 
 
 def redacted(text: str) -> str:
-    """With what has the form of a key down to its id, for logs and messages."""
-    return WRITTEN.sub(rf"{PREFIX}_\1_…", text)
+    """The text with each key in it cut down to its id, for logs and messages."""
+    return KEY_IN_TEXT.sub(rf"{PREFIX}_\1_…", text)
 
 
 def _encode(data: bytes) -> str:
@@ -64,10 +64,10 @@ def _checksum(body: str) -> str:
 
 
 def find(headers: Iterable[tuple[bytes, bytes]], in_path: str | None) -> str:
-    """The one key a request carries: in its path, Authorization (Bearer, or Basic's password), x-api-key or api-key.
+    """The key of a request: from its path, Authorization (Bearer, or the password of Basic), x-api-key or api-key.
 
-    Beside a key of ours, what has not the form of one is none: clients insist on sending something. Raises MissingKey, or
-    ConflictingKeys where two of ours differ.
+    Beside a key, texts that are not in the format of one are ignored, as clients insist on sending something. Raises
+    MissingKey, or ConflictingKeys if there are two different keys.
     """
     found = {in_path} if in_path else set()
     first = in_path or ""
@@ -83,15 +83,15 @@ def find(headers: Iterable[tuple[bytes, bytes]], in_path: str | None) -> str:
     found.discard("")
     if not found:
         raise MissingKey
-    return first if len(found) == 1 else _one_of_ours(found) or first
+    return first if len(found) == 1 else _only_key(found) or first
 
 
-def _one_of_ours(found: set[str]) -> str:
-    """The only one that has the form of a key, "" where none has it."""
-    ours = [text for text in found if parse(text) is not None]
-    if len(ours) > 1:
+def _only_key(found: set[str]) -> str:
+    """The only one in the format of a key, "" if there is none."""
+    keys = [text for text in found if parse(text) is not None]
+    if len(keys) > 1:
         raise ConflictingKeys
-    return ours[0] if ours else ""
+    return keys[0] if keys else ""
 
 
 def _from_authorization(value: str) -> str:

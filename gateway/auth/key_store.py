@@ -1,4 +1,4 @@
-"""Who may call: keys with their rights, made, rotated, revoked and listed in PostgreSQL."""
+"""The keys in PostgreSQL: made, limited, rotated, revoked and listed by operators."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 VERSION_KEPT_S = 86_400
 LONGEST_NAME = 200
-# Each request of a key counts in all that match.
+# A request counts in all rules of its key that match the model.
 MOST_RULES = 100
 
 
 @dataclass(frozen=True)
 class NewKey:
-    """What an operator says of a key to be made."""
+    """A key to be made."""
 
     name: str
     models: tuple[str, ...] = ()
@@ -42,20 +42,20 @@ class NewKey:
 
 
 class KeyStore:
-    """The operator's side of keys; changes reach every process through Redis, at the latest after its cache time."""
+    """Changes reach every process at once through Redis, without it after the cache time of keys."""
 
     def __init__(self, database: Database, hasher: PasswordHasher, store: RedisClient | None) -> None:
         self._database, self._hasher, self._store = database, hasher, store
 
     async def make(self, wanted: NewKey) -> tuple[str, str]:
-        """Returns the key's id and the key itself, which is stored nowhere."""
-        _refuse_unreadable(wanted)
+        """Returns the key's id and the key itself, of which only a hash is stored."""
+        _check_new_key(wanted)
         if await self._database.row("find_key_by_id", wanted.name) is not None:
             raise NameTaken(f"{wanted.name!r} is the id of a key: choose a name that cannot be mistaken for it")
         minted = key_format.mint()
         expires = None if wanted.lifetime is None else datetime.now(UTC) + wanted.lifetime
         rights = (list(wanted.models), *wanted.quota.packed().values(), list(wanted.flags), expires)
-        hashed = await self._hashed(minted.whole)
+        hashed = await self._hash(minted.whole)
         kept = (wanted.prompt_log, wanted.prompt_retention, wanted.audit_retention)
         try:
             await self._database.run_all(
@@ -68,18 +68,18 @@ class KeyStore:
             raise NameTaken(f"a key named {wanted.name!r} exists: choose another name, or rotate or revoke it") from None
         return minted.secret_id, minted.whole
 
-    async def _hashed(self, whole: str) -> str:
-        """In a thread: it takes a fifth of a second, in which a gateway has other things to do."""
+    async def _hash(self, whole: str) -> str:
+        """In a thread, as it would block the event loop for a fifth of a second."""
         return await asyncio.to_thread(self._hasher.hash, whole)
 
     async def rotate(self, name_or_id: str, overlap: timedelta, *, by_id: bool = False) -> tuple[str, str]:
-        """A new secret for the same key; the old ones work for the overlap. Returns the key's id and the new key."""
+        """Adds a secret to a key; the old ones work for the overlap. Returns the key's id and the new key."""
         key_id = await self.active_id(name_or_id, by_id=by_id, usable=True)
         minted = key_format.mint()
         await self._database.run_all(
             [
                 ("lock_key", (key_id,)),
-                ("add_secret", (minted.secret_id, key_id, await self._hashed(minted.whole))),
+                ("add_secret", (minted.secret_id, key_id, await self._hash(minted.whole))),
                 ("expire_secrets", (key_id, minted.secret_id, datetime.now(UTC) + overlap)),
             ]
         )
@@ -87,13 +87,13 @@ class KeyStore:
         return key_id, minted.whole
 
     async def revoke(self, name_or_id: str, *, by_id: bool = False) -> tuple[str, bool]:
-        """Returns the key's id and whether every process was told at once (else they learn it with their cache time)."""
+        """Returns the key's id and whether all processes were notified; if not, the cache time of keys has to pass."""
         key_id = await self.active_id(name_or_id, by_id=by_id)
         await self._database.run_all([("lock_key", (key_id,)), ("revoke_key", (key_id,))])
         return key_id, await self._announce(key_id)
 
     async def drop_drills(self, ended_for: timedelta) -> None:
-        """The keys of drills that ended so long ago, which nobody can use any more."""
+        """Deletes the keys of drills that ended this long ago."""
         await self._database.run("drop_drill_keys", DRILL, ended_for)
 
     async def limit(
@@ -101,16 +101,16 @@ class KeyStore:
     ) -> tuple[str, Quota, bool]:
         """Set these limits, of the key or of its models that match `pattern`; None resets one to its default.
 
-        Returns the key's id, the whole quota as it is now, and whether every process was told at once.
+        Returns the key's id, its new quota, and whether all processes were notified.
         """
         key_id = await self.active_id(name_or_id, by_id=by_id)
-        _refuse_unreadable_pattern(pattern)
+        _check_pattern(pattern)
         pattern = model_names.rule_pattern(pattern)
         names = list(quota.NAMES)
-        nothing_said = [None, False] * len(names)
-        before = None if pattern else await self._database.row("limit_key", key_id, *nothing_said)
-        wishes = [limits.get(name) for name in names], [name in limits for name in names]
-        values = [value for pair in zip(*wishes, strict=True) for value in pair]
+        unchanged = [None, False] * len(names)
+        before = None if pattern else await self._database.row("limit_key", key_id, *unchanged)
+        changes = [limits.get(name) for name in names], [name in limits for name in names]
+        values = [value for pair in zip(*changes, strict=True) for value in pair]
         if pattern:
             row = await self._database.row("limit_models", key_id, pattern, *values, MOST_RULES)
             if row is None:
@@ -123,11 +123,11 @@ class KeyStore:
             row = await self._database.row("limit_key", key_id, *values)
         assert row is not None
         if not _has_budget(before) and _has_budget(row):
-            await self._forget_spent(f"{key_id}|{pattern}" if pattern else key_id)
+            await self._drop_budget_count(f"{key_id}|{pattern}" if pattern else key_id)
         return key_id, quota.unpack(dict(row)), await self._announce(key_id)
 
-    async def _forget_spent(self, scope: str) -> None:
-        """Nobody counted while there was no budget: what the audit knows is asked for anew."""
+    async def _drop_budget_count(self, scope: str) -> None:
+        """Without a budget nothing was counted: its use so far is computed again from the audit."""
         if self._store is not None:
             with suppress(RedisUnavailable):
                 await self._store.call(lambda redis: redis.delete(redis_keys.budget(scope)))
@@ -151,7 +151,7 @@ class KeyStore:
         return str(row["id"])
 
     async def active_key(self, name_or_id: str) -> Key:
-        """A key that is not revoked, as its callers have it. Raises NotThere."""
+        """A key that is not revoked, with its rights and limits. Raises NotThere."""
         row = await self._database.row("key_with_rights", await self.active_id(name_or_id))
         assert row is not None
         return unpack(dict(row))
@@ -161,14 +161,14 @@ class KeyStore:
             return False
         secret_ids = [row["id"] for row in await self._database.rows("secret_ids", key_id)]
         try:
-            await self._store.pipeline(lambda pipe: _forget(pipe, secret_ids))
+            await self._store.pipeline(lambda pipe: _drop_cached(pipe, secret_ids))
             await self._store.call(lambda redis: redis.publish(redis_keys.KEYS_CHANGED, key_id))
         except RedisUnavailable:
             return False
         return True
 
 
-def _forget(pipe: Any, secret_ids: Sequence[str]) -> Any:
+def _drop_cached(pipe: Any, secret_ids: Sequence[str]) -> Any:
     for secret_id in secret_ids:
         pipe.incr(redis_keys.key_version(secret_id)).expire(redis_keys.key_version(secret_id), VERSION_KEPT_S)
         pipe.delete(redis_keys.verified_key(secret_id))
@@ -179,7 +179,7 @@ def _has_budget(row: Any) -> bool:
     return row is not None and any(row[name] not in (None, quota.UNLIMITED) for name in ("day", "month"))
 
 
-def _refuse_unreadable(wanted: NewKey) -> None:
+def _check_new_key(wanted: NewKey) -> None:
     if not 0 < len(wanted.name) <= LONGEST_NAME or not wanted.name.isprintable():
         raise CommandFailed(f"a key's name must be 1 to {LONGEST_NAME} printable characters: choose another name")
     if key_format.redacted(wanted.name) != wanted.name:
@@ -191,6 +191,6 @@ def _refuse_unreadable(wanted: NewKey) -> None:
             raise CommandFailed(f"{pattern[:64]!r} is no model's name: it {model_names.NAME_RULE}")
 
 
-def _refuse_unreadable_pattern(pattern: str) -> None:
+def _check_pattern(pattern: str) -> None:
     if not pattern.isprintable() or len(pattern) > LONGEST_MODEL_NAME or len(pattern.split()) > 1:
         raise CommandFailed("MODEL must be one model's name or one glob, such as llama3*: write it without blanks")

@@ -1,4 +1,4 @@
-"""Keys as operators see them: rights and limits in words, never a secret."""
+"""Keys as shown to operators: rights and limits as text, never a secret."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,15 +17,15 @@ def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
     facts |= {name: row[name] for name in ("expires_at", "last_used_at", "secrets")}
     facts["models"] = list(row["models"]) or ["(all)"]
     facts |= shown_limits(row)
-    facts["rules"] = [_rule_words(rule) for rule in strict_json.read_loosely(row["rules"].encode())]
+    facts["rules"] = [_rule_text(rule) for rule in strict_json.read_loosely(row["rules"].encode())]
     return {**facts, "state": state}
 
 
 def shown_limits(row: Mapping[str, Any]) -> dict[str, object]:
-    """A limit as it was typed; None where the default applies."""
+    """Each limit as an operator writes it; None if the default applies."""
     return {name: "unlimited" if row[name] == UNLIMITED else row[name] for name in LIMITS}
 
 
-def _rule_words(rule: Mapping[str, Any]) -> str:
-    said = [f"{name}={value}" for name, value in shown_limits(rule).items() if value is not None]
-    return f"{rule['pattern']}: {', '.join(said)}"
+def _rule_text(rule: Mapping[str, Any]) -> str:
+    limits = [f"{name}={value}" for name, value in shown_limits(rule).items() if value is not None]
+    return f"{rule['pattern']}: {', '.join(limits)}"

@@ -237,7 +237,7 @@ def test_wrong_keys_from_many_addresses_do_not_delay_valid_keys(
     async def run() -> tuple[list[int], Counter[str]]:
         wrong = [forged(key_format.mint().secret_id if forge == "unknown ids" else attacked) for _ in range(200)]
         flood = [asyncio.create_task(authenticator.key_for(key, f"192.0.2.{number}")) for number, key in enumerate(wrong)]
-        under_way = authenticator._verifier._under_way
+        under_way = authenticator._verifier._in_progress
         await wait_until(lambda: hasher.runs and sum(task.done() for task in flood) > 150)
         coming = [asyncio.create_task(authenticator.key_for(key, "127.0.0.1")) for key in good]
         await wait_until(lambda: all(f"id {key.split('_')[1]}" in under_way for key in good))
@@ -292,7 +292,7 @@ def test_one_address_does_not_lock_out_the_holder_of_a_key(
         flood = [asyncio.create_task(one) for one in wrong]
         await wait_until(lambda: hasher.runs and sum(task.done() for task in flood) >= 24)
         holder = asyncio.create_task(authenticator.key_for(key, "192.0.2.1"))
-        await wait_until(lambda: holder.done() or authenticator._strangers == 2)
+        await wait_until(lambda: holder.done() or authenticator._uncached == 2)
         hasher.gate.set()
         ends = await asyncio.gather(*flood, return_exceptions=True)
         return (await holder).id, Counter(type(end).__name__ for end in ends)
@@ -317,11 +317,11 @@ def test_a_flood_of_some_ids_does_not_lock_out_other_ids(start_gateway: StartGat
         wrong = [authenticator.key_for(forged(one), f"2001:db8:{number:x}::1") for number, one in enumerate(ids)]
         flood = [asyncio.create_task(one) for one in wrong]
         # All that are not turned away wait: two of them in the threads.
-        left = min(flooded * verifier.MOST_OF_ONE_ID, verifier.MOST_BEHIND + flooded)
+        left = min(flooded * verifier.MOST_OF_ONE_ID, verifier.MOST_QUEUED + flooded)
         await wait_until(lambda: len(hasher.runs) == 2 and sum(task.done() for task in flood) == len(flood) - left)
         coming = [asyncio.create_task(authenticator.key_for(key, "192.0.2.1")) for key in holders]
         lanes = [f"id {key.split('_')[1]}" for key in holders]
-        under_way = authenticator._verifier._under_way
+        under_way = authenticator._verifier._in_progress
         await wait_until(lambda: all(lane in under_way for lane in lanes) or any(task.done() for task in coming))
         hasher.gate.set()
         assert len({found.id for found in await asyncio.gather(*coming)}) == len(holders)

@@ -29,7 +29,7 @@ def test_cancelled_refused_and_timed_out_callers_hold_nothing(monkeypatch: pytes
             found = await asyncio.gather(*unknown, *wrong, return_exceptions=True)
             ends |= {type(one).__name__ if isinstance(one, BaseException) else str(one) for one in found}
         await asyncio.sleep(0.2)
-        assert (subject._under_way, subject._locks, subject._lane.locked()) == (Counter(), {}, False)
+        assert (subject._in_progress, subject._locks, subject._unknown_lock.locked()) == (Counter(), {}, False)
         assert [await subject.is_right(*asked) for asked in ((stored, key), (stored, other), (None, other))] == [
             True,
             False,

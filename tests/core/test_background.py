@@ -27,7 +27,7 @@ from tests.support.processes import until
 # Those that end with what they were begun for; all others run for ever, and are Kept.
 ONCE = {
     ("proxy/passthrough.py", "watching"),
-    ("auth/authenticator.py", "_checked_once"),
+    ("auth/authenticator.py", "_check_once"),
     ("limits/limiter.py", "_seed_once"),
     ("edge/server.py", "begin_drain"),
     ("core/background.py", "start"),
@@ -173,7 +173,7 @@ def test_a_database_that_only_reads(
     monkeypatch: pytest.MonkeyPatch,
     servers_in_the_address: int,
 ) -> None:
-    monkeypatch.setattr(authenticator, "NOTE_USE_EVERY_S", 0.1)
+    monkeypatch.setattr(authenticator, "WRITE_USES_EVERY_S", 0.1)
     url = stores.database_url
     if servers_in_the_address == 2:
         host = url.partition("host=")[2].partition("&")[0]

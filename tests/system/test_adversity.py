@@ -103,7 +103,7 @@ def test_a_revocation_is_not_written_over(
 ) -> None:
     first, second = start_gateway(alpha), start_gateway(alpha)
     key = first.key(name="mine")
-    tell = Authenticator._tell_store
+    tell = Authenticator._store_in_redis
     is_about_to_tell, is_revoked, has_told = threading.Event(), threading.Event(), threading.Event()
 
     async def tell_late(self: Authenticator, presented: object, verified: Verified, version: bytes) -> None:
@@ -112,7 +112,7 @@ def test_a_revocation_is_not_written_over(
         await tell(self, presented, verified, version)  # type: ignore[arg-type]
         has_told.set()
 
-    monkeypatch.setattr(Authenticator, "_tell_store", tell_late)
+    monkeypatch.setattr(Authenticator, "_store_in_redis", tell_late)
     asking = threading.Thread(target=lambda: WAYS[0].ask(first, key))
     asking.start()
     assert is_about_to_tell.wait(20)
