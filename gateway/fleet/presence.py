@@ -1,4 +1,4 @@
-"""What each process says of itself once a second, in Redis, so that one answer can speak of all of them."""
+"""Each process publishes its state in Redis once a second, so that any process can report on all and knows who is active."""
 
 import asyncio
 import time
@@ -18,16 +18,16 @@ from gateway.stores.redis_shards import ShardConnections
 
 LUA = Path(__file__).parent / "lua"
 EVERY_S = 1.0
-# A process that was killed counts for the limits' shares for so long.
+# For so long a killed process still counts as active.
 ACTIVE_MS = 15_000
-# Nobody who lives is silent for so long; what is older is of a process that was killed.
+# An active process publishes more often; an older state is of a process that was killed, and is deleted later.
 FRESH_S, FORGOTTEN_S = 5.0, 60.0
-LOOK_DEADLINE_S = 2.0
+READ_DEADLINE_S = 2.0
 
 
 @dataclass
 class BackendState:
-    """How one process, or all of them together, see a backend; `open_for_s` until its breaker lets a request try."""
+    """A backend as one process sees it, or all together; `open_for_s` until its breaker lets a request try."""
 
     breaker: str = "closed"
     open_for_s: float = 0.0
@@ -36,14 +36,14 @@ class BackendState:
 
 @dataclass
 class ProcessState:
-    """`at` in seconds since the epoch; `fleet` as of `described`, empty where a process of another version does not say it."""
+    """`at` is in seconds since the epoch; `fleet` is from `described`, empty if a process of another version lacks it."""
 
     process: str
     at: float
     in_flight: int = 0
     waiting: int = 0
     is_draining: bool = False
-    # Only the one that moves them knows.
+    # Only known to the process that moves them.
     audit_waiting: int | None = None
     backends: dict[str, BackendState] = field(default_factory=dict)
     fleet: list[dict[str, Any]] = field(default_factory=list)
@@ -53,7 +53,7 @@ KNOWN = frozenset(field.name for field in fields(ProcessState)) - {"backends"}
 
 
 def local_view(backends: Mapping[str, Backend]) -> dict[str, BackendState]:
-    """As this process sees them."""
+    """The backends as this process sees them."""
     return {
         name: BackendState(backend.breaker.state, round(backend.breaker.open_for_s, 3), backend.in_flight)
         for name, backend in backends.items()
@@ -61,7 +61,7 @@ def local_view(backends: Mapping[str, Backend]) -> dict[str, BackendState]:
 
 
 def described(configs: Iterable[BackendConfig]) -> list[dict[str, Any]]:
-    """The backends in their order, as others may know them: whether there is a token, never which."""
+    """The backends in their order, without secrets: whether there is a token, never the token."""
     return [
         {
             "name": config.name,
@@ -77,7 +77,7 @@ def described(configs: Iterable[BackendConfig]) -> list[dict[str, Any]]:
 class Presence:
     """`async with Presence(connections, process_id, describe)`: publishes this process until the block ends.
 
-    Of `count` active processes, among them those of other versions, this one is the `rank`-th, from 0.
+    This process is number `rank`, from 0, of `count` active ones; processes of other versions are counted, too.
     """
 
     def __init__(self, connections: ShardConnections, process_id: str, describe: Callable[[], ProcessState]) -> None:
@@ -113,9 +113,9 @@ class Presence:
 
 
 async def read(store: RedisClient) -> list[ProcessState]:
-    """Of all processes that live; raises StoreAway."""
-    told = await store.slow_call(lambda redis: redis.hgetall(redis_keys.PROCESS_STATES), LOOK_DEADLINE_S)
-    states = {process: _unpacked(text) for process, text in told.items()}
+    """The states of all active processes. Raises RedisUnavailable."""
+    texts = await store.slow_call(lambda redis: redis.hgetall(redis_keys.PROCESS_STATES), READ_DEADLINE_S)
+    states = {process: _unpacked(text) for process, text in texts.items()}
     now = time.time()
     gone = [process for process, state in states.items() if state is None or now - state.at > FORGOTTEN_S]
     if gone:
@@ -124,25 +124,25 @@ async def read(store: RedisClient) -> list[ProcessState]:
 
 
 def _unpacked(text: bytes) -> ProcessState | None:
-    """None where it is nothing of ours: the store may hold anything."""
+    """None if it is not the state of a process: Redis may hold anything."""
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         packed = strict_json.read_loosely(text)
         backends = {name: BackendState(**state) for name, state in packed.pop("backends").items()}
-        # A process of a later version may say more.
+        # A process of a later version may publish more fields.
         known = {name: value for name, value in packed.items() if name in KNOWN}
         return ProcessState(**known, backends=backends)
     return None
 
 
 def merged_view(states: Iterable[ProcessState]) -> dict[str, BackendState]:
-    """Of each backend: open only where it is so for every process, the sum of what is in flight."""
+    """Each backend as all processes see it: the state of its least open breaker, and the sum of its requests in flight."""
     found: dict[str, list[BackendState]] = {}
     for state in states:
         for name, backend in state.backends.items():
             found.setdefault(name, []).append(backend)
-    return {name: _of_all(seen_by) for name, seen_by in found.items()}
+    return {name: _merged(seen_by) for name, seen_by in found.items()}
 
 
-def _of_all(states: list[BackendState]) -> BackendState:
+def _merged(states: list[BackendState]) -> BackendState:
     best = min(states, key=lambda state: (("closed", "half-open", "open").index(state.breaker), state.open_for_s))
     return BackendState(best.breaker, best.open_for_s, sum(state.in_flight for state in states))

@@ -1,5 +1,5 @@
 -- name: audit_batches_after
--- The next batches of the chain with the hashes of their rows, and rows whose batch is not there; bounded by batches and rows.
+-- The next batches of the chain with the hashes of their rows, and the rows of missing batches; at most so many batches and rows.
 WITH links AS MATERIALIZED (
     SELECT * FROM (SELECT b.*, sum(b.rows) OVER (ORDER BY b.id) - b.rows AS rows_before
                    FROM (SELECT * FROM audit_batches WHERE id > $1 ORDER BY id LIMIT $2) AS b) AS counted
@@ -15,7 +15,7 @@ FROM links l FULL JOIN found f ON f.batch = l.id
 ORDER BY 1;
 
 -- name: audit_rows_outside_chain
--- Rows that name a batch before the chain's beginning or after its end.
+-- Rows of batches before the beginning of the chain or after its end.
 SELECT batch, count(*) AS found FROM audit
 WHERE batch <= coalesce((SELECT batch FROM audit_anchor), 0)
    OR batch > greatest((SELECT max(id) FROM audit_batches), (SELECT batch FROM audit_anchor), 0)

@@ -1,19 +1,19 @@
 -- name: find_any_key
--- The key an operator means, living or not: as for living ones an id means its key alone; of several of one name the newest.
+-- A key by its id, by the id of one of its secrets or by its name, revoked or not; of several keys of a name the newest.
 SELECT k.id, k.name FROM keys k
 WHERE k.id = coalesce((SELECT key_id FROM secrets WHERE id = $1),
                       (SELECT id FROM keys WHERE name = $1 ORDER BY created_at DESC LIMIT 1));
 
 -- name: list_audit
--- Rows of the audit, the newest first: of a key, of models, since a time, with a status in a range, with an outcome's beginning.
+-- Rows of the audit, the newest first: of a key, of models, since a time, with a status in a range, by the start of the outcome.
 SELECT a.id::text AS id, a.at, a.batch, a.request_id, a.key_id, k.name AS key, a.client, a.agent, a.dialect, a.method, a.route,
        a.model, a.answered_as, a.backend, a.attempts::text AS attempts, a.status, a.outcome, a.detail, a.stream, a.prompt_tokens,
        a.completion_tokens, a.cached_tokens, a.billed_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms,
        a.total_ms
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
 WHERE ($1::text IS NULL OR a.key_id = $1)
-  -- Most rows are decided by what costs little: $8 is what every spelling of such a model has in it, and a name without a host,
-  -- a namespace and a source suffix lacks at most its tag.
+  -- canonical_model is slow, so most rows are decided without it: every spelling of the model contains $8, and a name without
+  -- a host, a namespace and a source suffix can lack only its tag.
   AND ($2::text[] IS NULL OR CASE
        WHEN NOT a.model ILIKE ANY ($8::text[]) THEN false
        WHEN a.model = '' OR strpos(a.model, '/') > 0 OR strpos(a.model, ' ') > 0 OR lower(right(a.model, 6)) = ':local'
@@ -27,9 +27,9 @@ ORDER BY a.at DESC, a.id DESC
 LIMIT $7;
 
 -- name: sum_audit
--- Sums of the audit since a time, by any of key, model, backend and day; the times are those of requests that got an answer.
--- What operators look at is no traffic, nor is it where rows of before tell of it.
--- However a model was spelled, it is one; each spelling is looked at once.
+-- Sums of the audit since a time, by any of key, model, backend and day; the times are of requests that were answered.
+-- Rows of operators' reads in the admin API, which earlier versions wrote, are not traffic and not counted.
+-- All spellings of a model count as one; each spelling is resolved once.
 WITH names AS MATERIALIZED (
     SELECT asked.model, canonical_model(asked.model) AS name
     FROM (SELECT DISTINCT model FROM audit WHERE at >= $2 AND 'model' = ANY ($1::text[])) AS asked
@@ -56,7 +56,7 @@ LEFT JOIN keys k ON k.id = s.key_id
 ORDER BY s.day DESC, s.requests DESC, k.name, s.key_id, s.model, s.backend;
 
 -- name: trace_request
--- The rows of one request: by our id, or by the id that its caller gave it, which may have been given more than once.
+-- The rows of one request: by our id, or by its caller's, which may not be unique.
 SELECT a.id::text AS id, a.at, a.request_id, a.key_id, k.name AS key, a.client, a.agent, a.dialect, a.method, a.route,
        a.model, a.answered_as, a.backend, a.attempts::text AS attempts, a.status, a.outcome, a.detail, a.stream, a.prompt_tokens,
        a.completion_tokens, a.cached_tokens, a.billed_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms,

@@ -1,17 +1,17 @@
 -- name: lock_audit
--- One writer of the audit at a time, until its transaction ends.
+-- Locks out other writers of the audit until the transaction ends.
 SELECT pg_advisory_xact_lock(7237310974232);
 
 -- name: add_audit_rows
--- Those that are not there yet, as one link of the chain; how many they were.
+-- Adds the rows that are not there yet, as one batch of the chain; returns how many these were.
 SELECT audit_add($1);
 
 -- name: make_audit_partition
--- The partition of a time's month; its name where it was not there yet.
+-- Makes the partition for the month of a time; returns its name if it was missing.
 SELECT audit_make_partition($1);
 
 -- name: add_prompts
--- Prompts of keys that keep them, except where the operator has forgotten them since.
+-- Adds prompts of keys that keep them, unless an operator has had them forgotten since.
 INSERT INTO prompts (id, at, key_id, expires_at, request, answer, is_cut)
 SELECT p.id, p.at, p.key_id, p.at + coalesce(k.prompt_retention, $7::interval), p.request, p.answer, p.is_cut
 FROM unnest($1::uuid[], $2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::boolean[]) AS p (id, at, key_id, request, answer, is_cut)

@@ -1,6 +1,6 @@
 -- name: tokens_spent
--- What a key's requests of each model were counted for since the day's and since the month's beginning.
--- All tokens, less what rows were billed below that: both parts are in indexes of their own, and few rows have the second.
+-- The tokens billed to a key for each model, since the beginning of the day and since that of the month.
+-- They are all tokens, plus the differences of rows billed for fewer: each part has its own index, and few rows have the second.
 SELECT model, coalesce(sum(tokens) FILTER (WHERE at >= $2), 0)::bigint AS day, sum(tokens)::bigint AS month
 FROM (SELECT model, at, prompt_tokens + completion_tokens AS tokens FROM audit WHERE key_id = $1 AND at >= $3
       UNION ALL

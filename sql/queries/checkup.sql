@@ -1,5 +1,5 @@
 -- name: server_facts
--- What an installation needs of the server: version, clock, whether it only reads, connections, the right to make the audit's months.
+-- What an installation needs of the server: version, clock, writability, connections, the right to make audit partitions.
 SELECT current_setting('server_version') AS version, current_setting('server_version_num')::integer AS number,
        clock_timestamp() AS now, current_setting('transaction_read_only')::boolean AS is_read_only,
        least(current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer
@@ -10,7 +10,7 @@ SELECT current_setting('server_version') AS version, current_setting('server_ver
        coalesce((SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass('audit')), false) AS owns_audit;
 
 -- name: count_audit_rows_roughly
--- How many rows the audit has, as the server last estimated it; counting them would read them all.
+-- The server's last estimate of the rows of the audit; counting them would read them all.
 SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint
 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = to_regclass('audit');

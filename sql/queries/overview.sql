@@ -1,5 +1,5 @@
 -- name: recent_sums
--- What has happened since a time, all together; what drills ask and what operators look at is no traffic, here and below.
+-- Sums of all requests since a time. Requests of drills and operators' reads in the admin API are not traffic, here and below.
 SELECT count(*) AS requests,
        count(*) FILTER (WHERE outcome = 'answered') AS answered,
        count(*) FILTER (WHERE outcome IN ('backend_failed', 'truncated')) AS failures,
@@ -13,7 +13,7 @@ FROM audit WHERE at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' =
   AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'));
 
 -- name: busiest_keys
--- Those with the most requests since a time, and how many of them a limit refused.
+-- The keys with the most requests since a time, with the number of requests that a limit refused.
 SELECT a.key_id, k.name AS key, count(*) AS requests,
        sum(a.prompt_tokens + a.completion_tokens)::bigint AS tokens,
        count(*) FILTER (WHERE a.status = 429) AS limited,
@@ -26,7 +26,7 @@ ORDER BY requests DESC, a.key_id
 LIMIT $2;
 
 -- name: busiest_models
--- Those with the most requests since a time, each once, however it was spelled.
+-- The models with the most requests since a time; all spellings of a model count as one.
 WITH names AS MATERIALIZED (
     SELECT asked.model, canonical_model(asked.model) AS name
     FROM (SELECT DISTINCT model FROM audit WHERE at >= $1 AND model <> '') AS asked
@@ -40,7 +40,7 @@ ORDER BY requests DESC, n.name
 LIMIT $2;
 
 -- name: series
--- Sums of steps of the same length since a time; steps in which nothing happened are left out.
+-- Sums by time steps of the same length; steps without requests are left out.
 SELECT extract(epoch FROM date_bin($2::interval, at, timestamptz '2000-01-01'))::bigint AS at,
        count(*) AS requests,
        count(*) FILTER (WHERE outcome IN ('backend_failed', 'truncated')) AS failures,

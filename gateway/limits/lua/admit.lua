@@ -1,18 +1,19 @@
--- May a request pass all limits of all its scopes, now? Takes from all of them, or from none.
+-- Admits a request if it passes all limits of all its scopes. Takes from all scopes or from none.
 -- KEYS: calls, leases, means; then for each scope: requests, tokens, reserve, slots, queue, budget.
--- ARGV: call id; what to remember of the call ('' where it takes no slot); lease in ms (0: only look, take nothing); prompt tokens (-1: counts no tokens);
--- output tokens (-1: the model's mean, or what the smallest limit of tokens leaves beside the prompt); model; mean of an unknown model; largest output; ms to wait for a slot; most who may
--- wait; ms until a slot is likely to be free; ms that a call is likely to go on; then for each scope: rpm, tpm, concurrent, day, month (-1: no limit).
--- Answers {verdict, tokens reserved, ms until it would pass (-1: never), limit hit, number of its scope,
--- then for each scope: requests and tokens used, ms until each is all there again, tokens used of day and month, and the
--- slots that others hold}.
+-- ARGV: call id; info of the call ('' if it takes no slot); ms of the lease (0: only a preview, take nothing); prompt tokens
+-- (-1: count no tokens); output tokens (-1: estimate them, by the mean of the model and what the limits leave beside the
+-- prompt); model; mean of an unknown model; largest output; ms that it may wait for a slot; most calls in the queue; ms until
+-- a slot is probably free; ms until a call probably ends; then for each scope: rpm, tpm, concurrent, day, month (-1: no limit).
+-- Answers {verdict: ok, refused, queued or seed (the scope's budget is missing), tokens reserved, ms until it would pass
+-- (-1: never), limit reached, number of its scope, then for each scope: requests and tokens used, ms until each is zero again,
+-- tokens used of day and month, and the slots that other calls hold}.
 local id, info, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local prompt, output, wait_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[9])
--- Until a slot is free again, and until a call has ended and its tokens are known.
+-- Estimates: until a slot is free, and until a call ends and its tokens are counted.
 local slot_ms, call_ms = tonumber(ARGV[11]), tonumber(ARGV[12])
 local scopes = (#KEYS - 3) / 6
 local answer = {'ok', 0, 0, '', 0}
-local worst, only_slots, somebody_waits, full = 0, true, {}, {}
+local longest_ms, only_slots, has_waiters, full = 0, true, {}, {}
 
 local function used_of(key)
     local head = redis.call('HMGET', key, 'n', 'o', 'l')
@@ -24,7 +25,7 @@ local function used_of(key)
     end
     if oldest < second - 60 then
         local names = {}
-        -- Long calls that end add to a window at which nobody has looked for a while.
+        -- The window has not been read for a while, but calls have ended since and added to it.
         if second - oldest > 600 then
             for _, name in ipairs(redis.call('HKEYS', key)) do
                 if tonumber(name) and tonumber(name) < second - 60 then names[#names + 1] = name end
@@ -45,7 +46,7 @@ local function used_of(key)
     return sum, (newest + 61) * 1000 - now
 end
 
--- How long until so many have left the window; nil where even its end is not enough.
+-- Ms until so many have left the window; nil if it does not hold so many.
 local function until_gone(key, count)
     local oldest = tonumber(redis.call('HGET', key, 'o') or second)
     local names = {}
@@ -59,8 +60,8 @@ end
 
 local function refuse(limit, scope, ms)
     if limit ~= 'concurrent' then only_slots = false end
-    if answer[1] == 'ok' or (worst >= 0 and (ms < 0 or ms > worst)) then
-        answer[1], answer[4], answer[5], worst = 'refused', limit, scope, ms
+    if answer[1] == 'ok' or (longest_ms >= 0 and (ms < 0 or ms > longest_ms)) then
+        answer[1], answer[4], answer[5], longest_ms = 'refused', limit, scope, ms
     end
 end
 
@@ -74,7 +75,7 @@ local need = 0
 if prompt >= 0 then
     if output < 0 then
         output = math.min(math.floor(tonumber(redis.call('HGET', KEYS[3], ARGV[6]) or ARGV[7]) + 0.5), tonumber(ARGV[8]))
-        -- It is only guessed: by itself it keeps out no request of which the prompt fits.
+        -- An estimate alone must not refuse a request whose prompt fits.
         for i = 1, scopes do
             for _, n in ipairs({2, 4, 5}) do
                 local limit = tonumber(ARGV[12 + (i - 1) * 5 + n])
@@ -105,7 +106,7 @@ for i = 1, scopes do
     if tpm >= 0 or day >= 0 or month >= 0 then
         reserved = tonumber(redis.call('GET', reserve) or 0)
         if reserved ~= 0 and redis.call('ZCOUNT', slots, '(' .. now, '+inf') == 0 then
-            -- Nobody is left to give it back.
+            -- No call is left that could release it.
             redis.call('DEL', reserve)
             reserved = 0
         end
@@ -148,14 +149,14 @@ for i = 1, scopes do
     if info ~= '' and concurrent == 0 then
         refuse('concurrent', i, -1)
     elseif info ~= '' and concurrent > 0 then
-        local before_us = redis.call('ZCARD', queue)
-        somebody_waits[i] = before_us > 0
-        if before_us > 0 then
+        local ahead = redis.call('ZCARD', queue)
+        has_waiters[i] = ahead > 0
+        if ahead > 0 then
             redis.call('ZREMRANGEBYSCORE', queue, '-inf', now)
-            before_us = redis.call('ZRANK', queue, id) or redis.call('ZCARD', queue)
+            ahead = redis.call('ZRANK', queue, id) or redis.call('ZCARD', queue)
         end
         slots_used = redis.call('ZCOUNT', slots, '(' .. now, '+inf')
-        if slots_used + before_us >= concurrent then
+        if slots_used + ahead >= concurrent then
             full[i] = true
             refuse('concurrent', i, slot_ms)
         end
@@ -166,8 +167,8 @@ for i = 1, scopes do
 end
 
 if answer[1] == 'refused' then
-    answer[3] = worst
-    local may_wait = only_slots and worst >= 0 and wait_ms > 0
+    answer[3] = longest_ms
+    local may_wait = only_slots and longest_ms >= 0 and wait_ms > 0
     for i = 1, scopes do
         local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[12 + (i - 1) * 5 + 3])
         if may_wait and concurrent > 0 then
@@ -177,9 +178,9 @@ if answer[1] == 'refused' then
     end
     for i = 1, scopes do
         local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[12 + (i - 1) * 5 + 3])
-        -- Only where there is no room: a place in another queue would keep others waiting for nothing.
+        -- Only where slots are missing: a place in another queue would delay others for nothing.
         if may_wait and full[i] then
-            -- The score is when the place in the queue ends; all wait equally long, so it is the order of arrival, too.
+            -- The score is when the wait ends. All wait equally long, so it is the order of arrival, too.
             redis.call('ZADD', queue, 'NX', now + wait_ms, id)
             redis.call('PEXPIRE', queue, wait_ms + 60000)
         elseif concurrent > 0 then
@@ -202,7 +203,7 @@ for i = 1, scopes do
     if info ~= '' then
         redis.call('ZADD', KEYS[k + 4], now + lease_ms, id)
         if need > 0 then redis.call('INCRBY', KEYS[k + 3], need) end
-        if somebody_waits[i] then redis.call('ZREM', KEYS[k + 5], id) end
+        if has_waiters[i] then redis.call('ZREM', KEYS[k + 5], id) end
     end
 end
 if info ~= '' then

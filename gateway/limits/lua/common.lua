@@ -1,10 +1,10 @@
--- What all scripts share: Redis's own clock, windows of a minute, days and months. It is put in front of each of them.
+-- The beginning of every script of this folder: the clock of Redis, windows of a minute, days and months.
 local time = redis.call('TIME')
 local second = tonumber(time[1])
 local now = second * 1000 + math.floor(tonumber(time[2]) / 1000)
 local today = math.floor(second / 86400)
 
--- A window is a hash: one count for each second of the last 61, n their sum, o the oldest second, l the newest.
+-- A window is a hash with a count for each of the last 61 seconds; n is their sum, o the oldest second, l the newest.
 local function add_to(key, count)
     if redis.call('HINCRBY', key, 'n', count) == count then
         redis.call('HSETNX', key, 'o', second)
@@ -14,7 +14,7 @@ local function add_to(key, count)
     redis.call('EXPIRE', key, 70)
 end
 
--- The number of the month, counted from the year 0, in which a day lies, counted from 1970
+-- The number of the month, counted from the year 0, that a day is in; days are counted from 1970
 -- (civil_from_days of Howard Hinnant's "chrono-Compatible Low-Level Date Algorithms").
 local function month_of(day)
     local z = day + 719468

@@ -1,6 +1,7 @@
--- Calls whose lease has ended some time ago: whoever ran them is gone.
--- KEYS: leases, calls. ARGV: ms since the lease's end; how many at most.
--- Answers ids and what was remembered of them, in turn.
+-- Finds calls whose lease has expired: their process is gone.
+-- KEYS: leases, calls.
+-- ARGV: ms since the end of the lease; the most calls to find.
+-- Answers for each call its id and its info.
 local ids = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[1]), 'LIMIT', 0, ARGV[2])
 local found = {}
 for _, id in ipairs(ids) do

@@ -1,6 +1,6 @@
--- Long calls keep their leases, and have them again where Redis has lost them.
--- KEYS: leases; then slots of one scope of one call each.
--- ARGV: lease in ms; then the call's id for each of the slots.
+-- Renews the leases of running calls; a slot that Redis has lost is taken again.
+-- KEYS: leases; then, for each scope of each call: slots.
+-- ARGV: ms of the lease; then, for each slot: call id.
 for i = 2, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', now + tonumber(ARGV[1]), ARGV[i])
     redis.call('ZADD', KEYS[i], now + tonumber(ARGV[1]), ARGV[i])

@@ -1,14 +1,16 @@
--- What a call really cost, and its row for the audit: once, whoever says it and however often.
+-- Settles a call: frees what it held, counts the tokens it used and adds its row for the audit. Tokens are counted once,
+-- however often a call is settled.
 -- KEYS: calls, leases, means, rows, prompts, dropped, once; then for each scope: tokens, reserve, slots, queue, budget.
--- ARGV: call id; tokens reserved (-1: look what was remembered); tokens used; row ('' for none); prompt ('' for none); how ('admitted', 'local': admitted
--- without Redis, 'abandoned': nobody else will settle it); model; completion tokens for its mean (-1: none); most rows; most
--- prompts; then for each scope: whether it limits tokens per minute, whether it has a budget (1 or 0).
--- Answers 1 where the tokens were counted now, else 0.
+-- ARGV: call id; tokens reserved (-1: as stored with the call); tokens used; row ('' for none); prompt ('' for none);
+-- how ('admitted': by Redis, 'local': by a process without Redis, 'abandoned': its process is gone); model; completion tokens
+-- for the mean of the model (-1: none); most rows; most prompts; then for each scope: whether it limits tokens per minute,
+-- whether it has a budget (1 or 0).
+-- Answers 1 if the tokens were counted now, else 0.
 local id, reserved, used, row, prompt, how = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 
 if reserved < 0 then
-    local remembered = redis.call('HGET', KEYS[1], id)
-    reserved = remembered and tonumber(string.match(remembered, '^%d+')) or 0
+    local info = redis.call('HGET', KEYS[1], id)
+    reserved = info and tonumber(string.match(info, '^%d+')) or 0
 end
 local was_running = redis.call('HDEL', KEYS[1], id) == 1
 if was_running then redis.call('ZREM', KEYS[2], id) end
