@@ -8,8 +8,8 @@ from starlette.types import Receive, Scope, Send
 from gateway.admin.overview import Overview
 from gateway.audit.record import Record
 from gateway.core import strict_json
+from gateway.core.asgi import Connection
 from gateway.core.cancel_scope import CallScope, ScopeTimer
-from gateway.core.connection import Connection
 from gateway.core.errors import ClientGone, ClientStalled, GatewayError
 from gateway.core.in_flight import InFlight
 from gateway.proxy.access import Access

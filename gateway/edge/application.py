@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
@@ -16,12 +16,12 @@ from gateway.core.errors import (
     ClientGone,
     ClientStalled,
     GatewayError,
-    MethodNotAllowed,
     ShuttingDown,
     UnknownRoute,
 )
 from gateway.core.in_flight import InFlight
 from gateway.dialects.dialect import Dialect
+from gateway.edge.response import Response, error_headers, plain_outcome
 from gateway.telemetry import logs
 from gateway.telemetry.metrics import Metrics
 
@@ -32,22 +32,8 @@ HEALTH = frozenset({"/healthz", "/readyz"})
 METRICS, ADMIN = "/metrics", "/admin/"
 # What may be called from pages of any origin: where a key is needed, which no other page has.
 API = re.compile(r"/+(v1|api)(/|$)")
-EXPOSED = (
-    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-overhead-ms, x-gateway-max-tokens, "
-    b"x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
-    b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
-)
-# What a model or a backend said is what the content type says, and no page, whatever it looks like.
-NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 REFUSED_BODY_LINGERS_S, MOST_OF_REFUSED_BODY = 2.0, 4 * 2**20
 STATUS_OF_A_CLIENT_GONE = 499
-PREFLIGHT_HEADERS = (
-    b"authorization, content-type, user-agent, accept, x-requested-with, x-api-key, api-key, x-request-id, openai-beta, "
-    b"openai-organization, openai-project, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, "
-    b"x-gateway-backend, x-stainless-arch, x-stainless-async, x-stainless-custom-poll-interval, x-stainless-helper-method, "
-    b"x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-poll-helper, x-stainless-read-timeout, "
-    b"x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"
-)
 
 
 class Application:
@@ -112,7 +98,7 @@ class Application:
         scope.setdefault("state", {})["record"] = record
         return record
 
-    async def _handle(self, scope: Scope, receive: Receive, reply: "Response", record: Record) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, reply: Response, record: Record) -> None:
         try:
             if refusal := scope["state"].get("refusal"):
                 raise refusal
@@ -122,7 +108,7 @@ class Application:
             if self._in_flight.draining and scope["path"] not in HEALTH:
                 raise ShuttingDown(retry_after=1)
             await self._routes(scope)(scope, receive, reply.send)
-            record.outcome = record.outcome or _plain_outcome(record)
+            record.outcome = record.outcome or plain_outcome(record)
         except ClientGone as gone:
             record.outcome, record.status = record.outcome or "client_gone", record.status or STATUS_OF_A_CLIENT_GONE
             record.detail = "stalled" if isinstance(gone, ClientStalled) else ""
@@ -132,7 +118,7 @@ class Application:
             LOG.exception("request %s failed inside the gateway", record.request_id)
             await self._refuse(GatewayError(), scope, receive, reply, record)
 
-    async def _refuse(self, error: GatewayError, scope: Scope, receive: Receive, reply: "Response", record: Record) -> None:
+    async def _refuse(self, error: GatewayError, scope: Scope, receive: Receive, reply: Response, record: Record) -> None:
         failed_upstream = error.status >= 500 and bool(record.attempts) and not isinstance(error, BackendRefused)
         record.outcome = "backend_failed" if failed_upstream else f"refused:{error.code}"
         if reply.started:
@@ -155,25 +141,6 @@ class Application:
             await reply.send({"type": "http.response.body", "body": b""})
 
 
-def _plain_outcome(record: Record) -> str:
-    return "answered" if record.status < 400 else "refused"
-
-
-def error_headers(error: GatewayError, body: bytes, *, close: bool = False) -> list[tuple[bytes, bytes]]:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if error.retry_after is not None:
-        headers.append((b"retry-after", str(max(1, -int(-error.retry_after // 1))).encode()))
-        headers.append((b"retry-after-ms", str(max(1, round(error.retry_after * 1000))).encode()))
-    headers += error.headers
-    if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if isinstance(error, MethodNotAllowed):
-        headers.append((b"allow", error.allowed.encode()))
-    if close:
-        headers.append((b"connection", b"close"))
-    return headers
-
-
 async def _linger(receive: Receive) -> None:
     """Takes a little more of a body that was refused: closing at once would reset the connection under our answer."""
     taken = 0
@@ -188,52 +155,3 @@ async def _linger(receive: Receive) -> None:
                     return
     except BodyTooSlow:
         return
-
-
-class Response:
-    """`send` of one request, with our headers added and what goes out counted; the head waits for the first of the body."""
-
-    def __init__(self, record: Record, send: Send, settler: Settler, id_header: bytes, *, with_cors: bool) -> None:
-        self._record, self._send, self._settler, self._id_header = record, send, settler, id_header
-        self.with_cors = with_cors
-        self._head: Message | None = None
-        self.started = False
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.started = True
-            self._record.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), *self._own_headers()]
-            self._head = message
-            return
-        self._record.bytes_out += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            self._record.outcome = self._record.outcome or _plain_outcome(self._record)
-            await self._settler.finish_before_last_bytes(self._record)
-        if self._head is not None:
-            head, self._head = self._head, None
-            await self._send(head)
-        await self._send(message)
-
-    def _own_headers(self) -> list[tuple[bytes, bytes]]:
-        headers = [(self._id_header, self._record.request_id.encode()), NO_SNIFFING]
-        if self._record.show_backend and self._record.backend:
-            headers.append((b"x-gateway-backend", self._record.backend.encode()))
-        if self._record.show_overhead:
-            headers.append((b"x-gateway-overhead-ms", b"%.2f" % (self._record.overhead_s * 1000)))
-        if self._record.admission is not None:
-            headers += self._record.admission.headers
-        if self.with_cors:
-            # Keys travel in headers or the path, never in cookies: any origin may ask.
-            exposed = self._id_header + EXPOSED
-            headers += [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", exposed)]
-        return headers
-
-    async def preflight(self) -> None:
-        headers = [
-            (b"access-control-allow-methods", b"GET, HEAD, POST, PATCH, DELETE, OPTIONS"),
-            (b"access-control-allow-headers", PREFLIGHT_HEADERS),
-            (b"access-control-max-age", b"86400"),
-        ]
-        await self.send({"type": "http.response.start", "status": 204, "headers": headers})
-        await self.send({"type": "http.response.body", "body": b""})

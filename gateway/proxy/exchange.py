@@ -12,9 +12,8 @@ from gateway.audit.prompt_log import PromptLog
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
 from gateway.auth.key import SHOW_BACKEND, SHOW_OVERHEAD, Key
-from gateway.core.asgi import send_json
+from gateway.core.asgi import Connection, send_json
 from gateway.core.cancel_scope import CallScope, ScopeTimer
-from gateway.core.connection import Connection
 from gateway.core.errors import ClientGone, ClientStalled, GatewayError
 from gateway.dialects.dialect import Call, Dialect, Operation, read_call
 from gateway.fleet.backends.http_client import UNSAFE

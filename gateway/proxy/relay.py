@@ -10,8 +10,8 @@ from starlette.types import Send
 
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
+from gateway.core.asgi import Connection
 from gateway.core.cancel_scope import CallScope
-from gateway.core.connection import Connection
 from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.dialects import tokens
 from gateway.dialects.answers import LONGEST_FRAME, content_type_of, try_read

@@ -1,0 +1,90 @@
+"""The response to one request: its headers, what is noted of it, and the headers of an error."""
+
+from starlette.types import Message, Send
+
+from gateway.audit.record import Record
+from gateway.audit.settlement import Settler
+from gateway.core.errors import GatewayError, MethodNotAllowed
+
+EXPOSED = (
+    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-overhead-ms, x-gateway-max-tokens, "
+    b"x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
+    b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
+)
+# What a model or a backend said is what the content type says, and no page, whatever it looks like.
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+PREFLIGHT_HEADERS = (
+    b"authorization, content-type, user-agent, accept, x-requested-with, x-api-key, api-key, x-request-id, openai-beta, "
+    b"openai-organization, openai-project, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, "
+    b"x-gateway-backend, x-stainless-arch, x-stainless-async, x-stainless-custom-poll-interval, x-stainless-helper-method, "
+    b"x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-poll-helper, x-stainless-read-timeout, "
+    b"x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"
+)
+
+
+class Response:
+    """`send` of one request, with our headers added and what goes out counted; the head waits for the first of the body."""
+
+    def __init__(self, record: Record, send: Send, settler: Settler, id_header: bytes, *, with_cors: bool) -> None:
+        self._record, self._send, self._settler, self._id_header = record, send, settler, id_header
+        self.with_cors = with_cors
+        self._head: Message | None = None
+        self.started = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self._record.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *self._own_headers()]
+            self._head = message
+            return
+        self._record.bytes_out += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            self._record.outcome = self._record.outcome or plain_outcome(self._record)
+            await self._settler.finish_before_last_bytes(self._record)
+        if self._head is not None:
+            head, self._head = self._head, None
+            await self._send(head)
+        await self._send(message)
+
+    def _own_headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(self._id_header, self._record.request_id.encode()), NO_SNIFFING]
+        if self._record.show_backend and self._record.backend:
+            headers.append((b"x-gateway-backend", self._record.backend.encode()))
+        if self._record.show_overhead:
+            headers.append((b"x-gateway-overhead-ms", b"%.2f" % (self._record.overhead_s * 1000)))
+        if self._record.admission is not None:
+            headers += self._record.admission.headers
+        if self.with_cors:
+            # Keys travel in headers or the path, never in cookies: any origin may ask.
+            exposed = self._id_header + EXPOSED
+            headers += [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", exposed)]
+        return headers
+
+    async def preflight(self) -> None:
+        headers = [
+            (b"access-control-allow-methods", b"GET, HEAD, POST, PATCH, DELETE, OPTIONS"),
+            (b"access-control-allow-headers", PREFLIGHT_HEADERS),
+            (b"access-control-max-age", b"86400"),
+        ]
+        await self.send({"type": "http.response.start", "status": 204, "headers": headers})
+        await self.send({"type": "http.response.body", "body": b""})
+
+
+def plain_outcome(record: Record) -> str:
+    return "answered" if record.status < 400 else "refused"
+
+
+def error_headers(error: GatewayError, body: bytes, *, close: bool = False) -> list[tuple[bytes, bytes]]:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, -int(-error.retry_after // 1))).encode()))
+        headers.append((b"retry-after-ms", str(max(1, round(error.retry_after * 1000))).encode()))
+    headers += error.headers
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allowed.encode()))
+    if close:
+        headers.append((b"connection", b"close"))
+    return headers
