@@ -1,4 +1,4 @@
-"""Prompt tokens that a backend had cached count less, by CACHED_TOKENS_WEIGHT: in limits, budgets and the audit alike."""
+"""Cached prompt tokens count by CACHED_TOKENS_WEIGHT, in limits, budgets and the audit alike."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ WORDS = "word " * 40
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": WORDS}], "max_tokens": 20, "options": {"num_predict": 20}}
 
 
-# ── what backends say ──
+# ── what backends report ──
 
 
 def of_openai(details: Any, **more: Any) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def of_ollama(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("dialect", "told", "cached"),
+    ("dialect", "body", "cached"),
     [
         (OpenAI(), {"usage": {"prompt_tokens": 40, "completion_tokens": 2}}, None),
         (OpenAI(), of_openai({"cached_tokens": 30}), 30),
@@ -70,12 +70,12 @@ def of_ollama(**more: Any) -> dict[str, Any]:
     ],
     ids=lambda value: str(getattr(value, "name", value)),
 )
-def test_what_backends_say_of_their_cache(dialect: Dialect, told: dict[str, Any], cached: int | None) -> None:
-    assert dialect.usage_of(told) == Usage(40, 2, cached)
-    assert dialect.usage([strict_json.write_anyhow(told)]) == Usage(40, 2, cached)
+def test_cached_tokens_in_the_usage_of_a_backend(dialect: Dialect, body: dict[str, Any], cached: int | None) -> None:
+    assert dialect.usage_of(body) == Usage(40, 2, cached)
+    assert dialect.usage([strict_json.write_anyhow(body)]) == Usage(40, 2, cached)
 
 
-# ── what it costs ──
+# ── what is billed ──
 
 
 def cost_of(usage: Usage, weight: int, *, outcome: str = "answered") -> token_usage.TokenUsage:
@@ -89,25 +89,25 @@ def test_the_weight_is_exact_and_rounded_up(prompt: int, cached: int, completion
     there = min(cached, prompt)
     assert found.total == prompt - there + ceil(Fraction(there * weight, MILLION)) + completion
     assert (found.prompt, found.completion, found.cached) == (prompt, completion, there)
-    assert (found.billed is None) == (found.total == prompt + completion), "said only where it is less"
+    assert (found.billed is None) == (found.total == prompt + completion), "only set if it is less"
 
 
 @pytest.mark.parametrize(
     ("cached", "weight", "billed"),
     [(90, 0, 15), (90, 100_000, 24), (91, 100_000, 24), (1, 100_000, None), (90, MILLION, None), (0, 0, None), (500, 0, 5)],
 )
-def test_some_costs(cached: int, weight: int, billed: int | None) -> None:
+def test_billed_tokens(cached: int, weight: int, billed: int | None) -> None:
     assert cost_of(Usage(100, 5, cached), weight) == token_usage.TokenUsage(100, 5, "reported", min(100, cached), billed)
     assert cost_of(Usage(100, 5, cached), weight, outcome="client_gone").billed == billed
     assert cost_of(Usage(100, 5, cached), weight, outcome="backend_failed") == token_usage.TokenUsage()
 
 
-def test_of_an_estimated_prompt_nothing_was_cached() -> None:
+def test_an_estimated_prompt_has_no_cached_tokens() -> None:
     assert cost_of(Usage(None, 5, 90), 0) == token_usage.TokenUsage(100, 5, "estimated")
     assert cost_of(Usage(90, None, 80), 0) == token_usage.TokenUsage(90, 3, "estimated", 80, 13)
 
 
-def test_a_prompt_beyond_belief_has_no_more_cached_than_is_billed_of_it() -> None:
+def test_cached_tokens_are_bounded_by_the_bound_of_the_prompt() -> None:
     found = cost_of(Usage(10**9, 5, 10**9), 100_000)
     assert found.cached == found.prompt < 10**6 and found.total == ceil(found.prompt / 10) + 5
 
@@ -124,7 +124,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores, way: Way) -> None:
     alpha.healthy.cached = lambda _: 30
     with gateway.http(gateway.key(tpm=1000, day=10**6)) as client:
-        told = client.post(way.path, json={**CHAT, "stream": way.streamed})
+        response = client.post(way.path, json={**CHAT, "stream": way.streamed})
         left = client.get("/v1/models").headers["x-ratelimit-remaining-tokens"]
     (found, _) = gateway.audit_rows()
     assert (found["prompt_tokens"], found["completion_tokens"], found["tokens_from"]) == (40, 4, "reported")
@@ -132,11 +132,11 @@ def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: FakeBac
     assert settled_today(stores) == 17 and int(left) == 1000 - 17
     (line, _) = gateway.request_lines()
     assert (line["cached_tokens"], line["billed_tokens"]) == (30, 17)
-    assert (b"cached" in told.content) == (way != Way("openai", True)), "who did not ask for counts does not see them"
+    assert (b"cached" in response.content) == (way != Way("openai", True)), "only a client that asks for usage gets it"
 
 
 @pytest.mark.parametrize(("weight", "counted"), [("0", 14), ("1", None), ("0.5", 29), ("0.333333", 24)])
-def test_the_operator_says_how_much_they_count(
+def test_the_weight_of_cached_tokens_is_a_setting(
     start_gateway: StartGateway, alpha: FakeBackend, weight: str, counted: int | None
 ) -> None:
     gateway = start_gateway(alpha, CACHED_TOKENS_WEIGHT=weight)
@@ -145,8 +145,8 @@ def test_the_operator_says_how_much_they_count(
         assert client.post("/api/chat", json=CHAT).status_code == 200
     (found,) = gateway.audit_rows()
     assert (found["prompt_tokens"], found["cached_tokens"], found["billed_tokens"]) == (40, 30, counted)
-    said = [record.getMessage() for record in gateway.logged.records if "had cached" in record.getMessage()]
-    assert said == [f"prompt tokens that a backend had cached count {weight} of one"]
+    logged = [record.getMessage() for record in gateway.logged.records if "had cached" in record.getMessage()]
+    assert logged == [f"prompt tokens that a backend had cached count {weight} of one"]
 
 
 def test_the_recorded_stream_of_llama_cpp(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores) -> None:
@@ -159,7 +159,7 @@ def test_the_recorded_stream_of_llama_cpp(gateway: RunningGateway, alpha: FakeBa
     assert found["billed_tokens"] == 30 + 1 + 12 == settled_today(stores)
 
 
-def test_a_backend_that_does_not_say_is_told_from_one_that_had_none(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_unknown_cached_tokens_differ_from_zero(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.key()) as client:
         for cached in (None, lambda _: None, lambda _: 0):
             alpha.healthy.cached = cached
@@ -172,7 +172,7 @@ def test_a_backend_that_does_not_say_is_told_from_one_that_had_none(gateway: Run
 
 
 class PrefixCache:
-    """As every server keeps it: of a prompt, the messages at its beginning that were there the last time."""
+    """The cache of a server: the first messages of a prompt that were the same in the prompt before."""
 
     def __init__(self) -> None:
         self._last: list[Any] = []
@@ -186,28 +186,28 @@ class PrefixCache:
 
 
 def turns_of_an_agent(gateway: RunningGateway, way: Way, most: int) -> int:
-    """Each turn sends all that was said before; how many pass within a limit a minute."""
-    said: list[dict[str, str]] = [{"role": "system", "content": "word " * 300}]
+    """Each turn sends the whole conversation; returns how many turns pass a limit of tokens per minute."""
+    messages: list[dict[str, str]] = [{"role": "system", "content": "word " * 300}]
     with gateway.http(gateway.key(tpm=4000)) as client:
         for turn in range(most):
-            said.append({"role": "user", "content": f"turn {turn} word word word"})
-            got = client.post(way.path, json={**CHAT, "messages": said, "stream": way.streamed})
+            messages.append({"role": "user", "content": f"turn {turn} word word word"})
+            got = client.post(way.path, json={**CHAT, "messages": messages, "stream": way.streamed})
             if got.status_code != 200:
                 assert got.status_code == 429
                 return turn
-            said.append({"role": "assistant", "content": f"answer {turn}"})
+            messages.append({"role": "assistant", "content": f"answer {turn}"})
     return most
 
 
 @pytest.mark.parametrize("way", [Way("openai", True), Way("ollama", False)], ids=str)
-def test_an_agent_gets_further_where_its_history_is_cached(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
+def test_a_cached_history_lets_an_agent_make_more_turns(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
     without = turns_of_an_agent(gateway, way, 60)
     alpha.healthy.cached = PrefixCache()
     assert without < 12
     assert turns_of_an_agent(gateway, way, 60) > 3 * without
 
 
-# ── what the audit remembers ──
+# ── rows of the audit ──
 
 
 def test_budgets_are_seeded_with_what_was_billed(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores) -> None:
@@ -222,7 +222,7 @@ def test_budgets_are_seeded_with_what_was_billed(gateway: RunningGateway, alpha:
     assert before == 51 and settled_today(stores) == 4 * 17 == sum(map(billed, gateway.audit_rows()))
 
 
-def test_rows_of_before_and_of_now_are_summed_alike(gateway: RunningGateway, stores: TestStores) -> None:
+def test_rows_without_billed_tokens_are_summed_by_all_tokens(gateway: RunningGateway, stores: TestStores) -> None:
     now, long_ago = datetime.now(UTC), ago(70)
     add_key(stores.database_url, "k1")
     some: list[dict[str, Any]] = [{}, {"cached_tokens": None, "billed_tokens": None}, {"cached_tokens": 3, "billed_tokens": 5}]
@@ -241,7 +241,7 @@ def test_rows_of_before_and_of_now_are_summed_alike(gateway: RunningGateway, sto
 
 @pytest.fixture
 def old_rows(gateway: RunningGateway, stores: TestStores) -> Iterator[list[dict[str, Any]]]:
-    """Two rows that a gateway of the version before has left in Redis."""
+    """Two rows that a gateway of an earlier version has left in Redis."""
     rows = [row(datetime.now(UTC), key_id="k1") for _ in range(2)]
     assert not rows[0].keys() & {"cached_tokens", "billed_tokens"}
     with stores.client() as redis:
@@ -250,29 +250,29 @@ def old_rows(gateway: RunningGateway, stores: TestStores) -> Iterator[list[dict[
     yield rows
 
 
-def test_rows_of_a_gateway_of_before_are_moved(gateway: RunningGateway, old_rows: list[dict[str, Any]]) -> None:
+def test_rows_of_an_earlier_version_are_written(gateway: RunningGateway, old_rows: list[dict[str, Any]]) -> None:
     found = gateway.audit_rows()
     assert {str(each["id"]) for each in found} == {str(each["id"]) for each in old_rows}
     assert [(each["cached_tokens"], each["billed_tokens"], billed(each)) for each in found] == [(None, None, 7)] * 2
 
 
-def test_a_call_that_nobody_ended_is_billed_as_it_is_written(gateway: RunningGateway) -> None:
-    """Also one that a gateway of the version before has begun."""
+def test_an_abandoned_call_is_billed_for_its_prompt(gateway: RunningGateway) -> None:
+    """Also one that a gateway of an earlier version has begun."""
     scope, began = CounterSet("k1", -1, 100, -1, -1, -1), row(datetime.now(UTC), key_id="k1")
     for name in ("outcome", "prompt_tokens", "completion_tokens", "tokens_from", "status", "total_ms"):
         del began[name]
     settlement = abandoned.settlement_of("x", b"25 " + abandoned.call_info([scope], MODEL, 21, began))
-    gateway.call(told_directly(gateway, settlement.row))
+    gateway.call(write_row(gateway, settlement.row))
     (found,) = gateway.audit_rows()
     assert (found["outcome"], found["prompt_tokens"], found["cached_tokens"]) == ("abandoned", 21, None)
     assert billed(found) == 21 == settlement.used
 
 
-async def told_directly(gateway: RunningGateway, told: bytes) -> None:
-    await gateway.components.writer.write([told], [])
+async def write_row(gateway: RunningGateway, row: bytes) -> None:
+    await gateway.components.writer.write([row], [])
 
 
-def test_what_was_billed_is_in_the_chain(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores) -> None:
+def test_billed_tokens_are_part_of_the_hash(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores) -> None:
     alpha.healthy.cached = lambda _: 30
     with gateway.http(gateway.key()) as client:
         client.post("/api/chat", json=CHAT)
@@ -281,7 +281,7 @@ def test_what_was_billed_is_in_the_chain(gateway: RunningGateway, alpha: FakeBac
     assert sql(stores.database_url, "UPDATE audit SET billed_tokens = 1", "SELECT audit_hash(a) FROM audit a") != hashes
 
 
-def test_nonsense_makes_nothing_cheaper(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_malformed_counts_of_cached_tokens_are_ignored(gateway: RunningGateway, alpha: FakeBackend) -> None:
     done = {"model": MODEL, "message": {"role": "assistant", "content": "x"}, "done": True, "done_reason": "stop"}
     with gateway.http(gateway.key()) as client:
         for nonsense in NONSENSE:

@@ -1,4 +1,4 @@
-"""The audit of before the columns for cached tokens: its rows stay what they were, whoever writes the next ones."""
+"""The migration that adds cached tokens: old rows keep their hashes, and old and new versions can write the next ones."""
 
 import asyncio
 import threading
@@ -30,7 +30,7 @@ def migrate(url: str) -> None:
 
 @pytest.fixture
 def url(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A database as the version before has it, with two batches of rows that its function has written."""
+    """A database of the version before the migration, with two batches of rows."""
     with monkeypatch.context() as before:
         before.setattr(migrations, "read_migrations", lambda folder=Path(): REAL()[:LAST_BEFORE])
         migrate(empty_database)
@@ -44,7 +44,7 @@ def verdict(url: str) -> tuple[int, int, int]:
     return found.count, found.batches, found.rows
 
 
-def test_rows_of_before_verify_and_new_ones_follow_them(url: str) -> None:
+def test_old_rows_verify_and_new_rows_follow_them(url: str) -> None:
     hashes = sql(url, HASHES)
     migrate(url)
     assert sql(url, HASHES) == hashes and verdict(url) == (0, 2, 6)
@@ -52,7 +52,7 @@ def test_rows_of_before_verify_and_new_ones_follow_them(url: str) -> None:
     assert verdict(url) == (0, 4, 12)
 
 
-def test_each_of_the_columns_changes_the_hash(url: str) -> None:
+def test_each_new_column_changes_the_hash(url: str) -> None:
     migrate(url)
     same = row(ago(0))
     seen = set()
@@ -63,14 +63,14 @@ def test_each_of_the_columns_changes_the_hash(url: str) -> None:
     assert len(seen) == len(COUNTS)
 
 
-def test_what_is_billed_below_all_is_indexed_from_this_month_on(url: str) -> None:
+def test_new_partitions_index_rows_billed_for_fewer_tokens(url: str) -> None:
     migrate(url)
     write(url, [row(ago(-40))])
     indexed = "SELECT tablename FROM pg_indexes WHERE indexname LIKE '%_billed' AND indexdef LIKE '%billed_tokens IS NOT NULL%'"
     assert set(sql(url, indexed)) == {f"audit_{ago(days):%Y_%m}" for days in (0, -40)}
 
 
-def test_it_waits_for_who_reads_the_audit(url: str) -> None:
+def test_the_migration_waits_for_readers_of_the_audit(url: str) -> None:
     waiters = "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
     reading, waiting = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Prompts and answers are kept for those keys alone that were made so, bounded, for their time, and nowhere else."""
+"""Prompts and answers are kept only for keys with a prompt log: bounded, until they expire, and nowhere else."""
 
 from datetime import timedelta
 from typing import Any
@@ -43,7 +43,7 @@ def test_request_and_answer_are_kept_as_text(gateway: RunningGateway, way: Way) 
     assert CANARY not in str([record.__dict__ for record in gateway.logged.records if record.name.startswith("gateway")])
 
 
-def test_other_keys_keep_nothing(gateway: RunningGateway, stores: TestStores) -> None:
+def test_other_keys_keep_no_prompts(gateway: RunningGateway, stores: TestStores) -> None:
     with gateway.http(gateway.key()) as client:
         for way in WAYS:
             client.post(way.path, json={**way.body, "messages": [{"role": "user", "content": CANARY}]})
@@ -51,7 +51,7 @@ def test_other_keys_keep_nothing(gateway: RunningGateway, stores: TestStores) ->
     assert CANARY not in str(gateway.audit_rows())
 
 
-def test_retention_of_a_key_and_bounds(gateway: RunningGateway) -> None:
+def test_prompts_have_the_retention_of_their_key_and_a_bound(gateway: RunningGateway) -> None:
     long = {"role": "user", "content": "word " * 30_000, "images": ["A" * 5000]}
     with gateway.http(gateway.key(prompt_log=True, prompt_retention=timedelta(days=7))) as client:
         assert client.post("/api/chat", json={"model": MODEL, "messages": [long]}).status_code == 200
@@ -61,7 +61,7 @@ def test_retention_of_a_key_and_bounds(gateway: RunningGateway) -> None:
     assert kept["is_cut"] and len(kept["request"]) == len(kept["answer"]) == 65_536 and "AAAA" not in kept["request"]
 
 
-def test_text_that_postgresql_cannot_hold(gateway: RunningGateway) -> None:
+def test_text_that_postgresql_cannot_store_is_replaced(gateway: RunningGateway) -> None:
     body = '{"model": "llama3.2", "messages": [{"role": "user", "content": "nul \\u0000 here"}]}'
     with gateway.http(gateway.key(prompt_log=True)) as client:
         assert client.post("/api/chat", content=body).status_code == 200
@@ -70,7 +70,7 @@ def test_text_that_postgresql_cannot_hold(gateway: RunningGateway) -> None:
 
 
 def test_forgotten_prompts_do_not_come_back(gateway: RunningGateway, stores: TestStores) -> None:
-    """One that was still on its way to the database when the operator said so."""
+    """Also not one that was still on its way to the database."""
     with gateway.http(gateway.key(prompt_log=True)) as client, stores.client() as redis:
         redis.set("nz:audit:writer", "somebody else", px=2000)
         client.post("/api/chat", json=WAYS[0].body)
@@ -85,7 +85,7 @@ def test_forgotten_prompts_do_not_come_back(gateway: RunningGateway, stores: Tes
     assert prompts(gateway) == []
 
 
-def test_a_prompt_that_is_no_text_is_refused_and_holds_nothing(gateway: RunningGateway) -> None:
+def test_a_prompt_that_is_not_text_is_refused_and_frees_its_slot(gateway: RunningGateway) -> None:
     key = gateway.key(prompt_log=True, concurrent=1)
     body = '{"model":"llama3.2","messages":[{"role":"user","content":"\\ud800 half a letter"}]}'
     with gateway.http(key, headers={"Content-Type": "application/json"}) as client:

@@ -1,4 +1,4 @@
-"""What is kept no longer goes, key by key and month by month, and the chain of digests stays whole."""
+"""What has expired is deleted, for each key and month, and the hash chain stays whole."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ def apply(url: str, keep: timedelta = KEEP) -> Removed:
 
 
 def whole(url: str) -> tuple[int, int, int]:
-    """Batches, rows and purged rows of a chain that must be whole."""
+    """Batches, rows and purged rows; fails unless the chain is whole."""
     found = in_database(url, lambda database: hash_chain.verify(database, lambda _: None))
     assert found.findings == []
     return found.batches, found.rows, found.purged
@@ -55,20 +55,20 @@ def start_of_month(months_back: int) -> datetime:
     return month
 
 
-def test_nothing_goes_where_nothing_has_expired(url: str) -> None:
+def test_nothing_is_deleted_before_it_expires(url: str) -> None:
     write(url, [row(ago(1)), row(ago(364))])
     assert not apply(url)
     assert whole(url) == (1, 2, 0)
 
 
-def test_months_are_made_ahead(url: str) -> None:
+def test_partitions_of_the_next_months_are_made(url: str) -> None:
     assert apply(url) == Removed()
     assert sql(url, MONTHS) == months_ahead()
     apply(url)
     assert sql(url, MONTHS) == months_ahead()
 
 
-def test_expired_rows_go_and_leave_their_hashes(url: str) -> None:
+def test_expired_rows_are_deleted_and_their_hashes_kept(url: str) -> None:
     kept, expired = row(ago(10)), row(ago(12))
     write(url, [kept, expired], [row(ago(12)), row(ago(10))])
     assert apply(url, 11 * DAY).rows == 2
@@ -90,34 +90,34 @@ def test_each_key_has_its_own_retention(url: str) -> None:
     assert not apply(url)
 
 
-def test_a_month_of_which_all_has_expired_goes_as_a_whole(url: str) -> None:
+def test_a_month_is_dropped_when_all_its_rows_have_expired(url: str) -> None:
     write(url, *([row(ago(days)) for _ in range(3)] for days in (500, 500, 400, 1)))
-    went = apply(url)
-    assert went.rows == 9
-    assert went.partitions == sorted({month_of(ago(500)), month_of(ago(400))})
+    removed = apply(url)
+    assert removed.rows == 9
+    assert removed.partitions == sorted({month_of(ago(500)), month_of(ago(400))})
     assert sql(url, MONTHS) == sorted({month_of(ago(1)), *months_ahead()})
     assert sql(url, "SELECT batch FROM audit_anchor") == [3]
     assert sql(url, "SELECT id FROM audit_batches") == [4]
     assert whole(url) == (1, 3, 0)
 
 
-def test_a_batch_of_two_months_leaves_the_hashes_of_one(url: str) -> None:
+def test_of_a_batch_in_two_months_the_hashes_of_the_dropped_month_are_kept(url: str) -> None:
     border = start_of_month(14)
     before, after = border - timedelta(hours=1), border + timedelta(hours=1)
     write(url, [row(before)], [row(before), row(after), row(before)], [row(after)], [row(before), row(after)])
     age = datetime.now(UTC) - border
-    went = apply(url, age)
-    assert (went.rows, went.partitions) == (4, [month_of(before)])
+    removed = apply(url, age)
+    assert (removed.rows, removed.partitions) == (4, [month_of(before)])
     assert sql(url, "SELECT batch FROM audit_anchor") == [1]
     assert sql(url, "SELECT length(purged) FROM audit_batches ORDER BY id") == [64, 0, 32]
     assert whole(url) == (3, 3, 3)
 
 
-def test_a_month_goes_whole_beside_an_older_one_that_stays(url: str) -> None:
+def test_a_month_is_dropped_while_an_older_one_stays(url: str) -> None:
     add_key(url, "long", more="audit_retention = '9000 days'")
     write(url, [row(ago(800), key_id="long")], [row(ago(500)), row(ago(500))], [row(ago(1))])
-    went = apply(url)
-    assert (went.rows, went.partitions) == (2, [month_of(ago(500))])
+    removed = apply(url)
+    assert (removed.rows, removed.partitions) == (2, [month_of(ago(500))])
     assert sql(url, "SELECT gone FROM audit_batches ORDER BY id") == [False, True, False]
     assert sql(url, "SELECT batch FROM audit_anchor") == []
     assert whole(url) == (3, 2, 2)
@@ -127,7 +127,7 @@ def test_a_month_goes_whole_beside_an_older_one_that_stays(url: str) -> None:
     assert whole(url) == (1, 1, 0)
 
 
-def test_the_old_end_of_the_chain_goes_without_a_whole_month(url: str) -> None:
+def test_the_beginning_of_the_chain_is_trimmed_without_dropping_a_month(url: str) -> None:
     now = datetime.now(UTC)
     write(url, [row(now - 3 * DAY)], [row(now - 2 * DAY)], [row(now)], [row(now - 3 * DAY)], [row(now)])
     assert apply(url, DAY).rows == 3
@@ -136,7 +136,7 @@ def test_the_old_end_of_the_chain_goes_without_a_whole_month(url: str) -> None:
     assert whole(url) == (3, 2, 1)
 
 
-def test_the_chain_goes_on_after_all_of_it_was_purged(url: str) -> None:
+def test_the_chain_continues_after_all_rows_were_purged(url: str) -> None:
     write(url, [row(ago(400))], [row(ago(400))])
     digests = sql(url, "SELECT digest FROM audit_batches WHERE id = 2")
     assert apply(url).rows == 2
@@ -148,29 +148,29 @@ def test_the_chain_goes_on_after_all_of_it_was_purged(url: str) -> None:
     assert whole(url) == (1, 1, 0)
 
 
-def test_a_row_that_comes_late_for_its_month(url: str) -> None:
+def test_a_late_row_of_a_dropped_month(url: str) -> None:
     write(url, [row(ago(400))])
     assert apply(url).partitions
     write(url, [row(ago(400)), row(ago(1))])
-    went = apply(url)
-    assert (went.rows, went.partitions) == (1, [month_of(ago(400))])
+    removed = apply(url)
+    assert (removed.rows, removed.partitions) == (1, [month_of(ago(400))])
     assert whole(url) == (1, 1, 1)
 
 
-def test_what_was_taken_away_by_others_stays_found(url: str) -> None:
-    """A purge is no way to hide that a row is missing, also not one of the whole month."""
+def test_purging_does_not_hide_rows_deleted_otherwise(url: str) -> None:
+    """Also not when the whole month is dropped."""
     write(url, [row(ago(400))], [row(ago(400)), row(ago(400))], [row(ago(400))], [row(ago(1))])
     sql(url, "DELETE FROM audit WHERE id = (SELECT id FROM audit WHERE batch = 2 LIMIT 1)")
-    went = apply(url)
-    assert (went.rows, went.partitions) == (3, [month_of(ago(400))])
+    removed = apply(url)
+    assert (removed.rows, removed.partitions) == (3, [month_of(ago(400))])
     found = in_database(url, lambda database: hash_chain.verify(database, lambda _: None))
     assert [(each.batch, each.found) for each in found.findings] == [(2, "missing rows: 1")]
 
 
-def test_many_rows_go_in_small_steps(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_deleted_in_small_steps(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    class Watched(retention.Steps):
+    class RecordingSteps(retention.Steps):
         async def value(self, query: str, *values: object) -> object:
             found = await super().value(query, *values)
             if query == "purge_audit_rows":
@@ -178,7 +178,7 @@ def test_many_rows_go_in_small_steps(url: str, monkeypatch: pytest.MonkeyPatch) 
                 sizes.append(found)
             return found
 
-    monkeypatch.setattr(retention, "Steps", Watched)
+    monkeypatch.setattr(retention, "Steps", RecordingSteps)
     monkeypatch.setattr(retention, "KEYS_AT_ONCE", 2)
     keys = ["a", "b", "c", "d", "e"]
     add_key(url, "long", more="audit_retention = '9000 days'")
@@ -195,7 +195,7 @@ async def reading_the_audit(database: Database) -> AsyncIterator[None]:
         yield
 
 
-def test_a_month_that_is_being_read_goes_another_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_month_that_is_being_read_is_dropped_later(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "DROP_ATTEMPTS", 2)
     write(url, [row(ago(400))], [row(ago(1))])
 
@@ -203,13 +203,13 @@ def test_a_month_that_is_being_read_goes_another_time(url: str, monkeypatch: pyt
         async with reading_the_audit(database):
             return await retention.apply(database, KEEP)
 
-    went = in_database(url, run)
-    assert (went.rows, went.partitions) == (0, [])
+    removed = in_database(url, run)
+    assert (removed.rows, removed.partitions) == (0, [])
     assert whole(url) == (2, 2, 0)
     assert apply(url).partitions == [month_of(ago(400))]
 
 
-def test_writing_and_months_to_come_wait_for_no_reader(url: str) -> None:
+def test_writing_and_new_partitions_do_not_wait_for_readers(url: str) -> None:
     write(url, [row(ago(1))])
 
     async def run(database: Database) -> int:
@@ -219,7 +219,7 @@ def test_writing_and_months_to_come_wait_for_no_reader(url: str) -> None:
     assert in_database(url, run) == 1
 
 
-def test_one_at_a_time(url: str) -> None:
+def test_one_process_purges_at_a_time(url: str) -> None:
     write(url, [row(ago(400))])
 
     async def run(database: Database) -> Removed:
@@ -227,12 +227,12 @@ def test_one_at_a_time(url: str) -> None:
             await connection.fetchval(database.sql("try_retention"))
             return await retention.apply(database, KEEP)
 
-    went = in_database(url, run)
-    assert went.is_busy_elsewhere and not went
+    removed = in_database(url, run)
+    assert removed.is_busy_elsewhere and not removed
     assert apply(url).rows == 1
 
 
-def test_writing_goes_on_meanwhile(url: str) -> None:
+def test_the_audit_is_written_during_a_purge(url: str) -> None:
     write(url, *([row(ago(3)) for _ in range(500)] for _ in range(4)))
 
     async def run(database: Database) -> int:
@@ -251,7 +251,7 @@ def test_writing_goes_on_meanwhile(url: str) -> None:
 # ── prompts ──
 
 
-def test_prompts_go_when_their_time_has_come(url: str) -> None:
+def test_expired_prompts_are_deleted(url: str) -> None:
     add_key(url, "default", more="prompt_log = true")
     add_key(url, "short", more="prompt_log = true, prompt_retention = '1 day'")
     write_prompts(url, [prompt(ago(days), key) for days in (0, 2, 40) for key in ("default", "short")], keep=30 * DAY)
@@ -259,7 +259,7 @@ def test_prompts_go_when_their_time_has_come(url: str) -> None:
     assert sql(url, "SELECT key_id FROM prompts ORDER BY at") == ["default", "default", "short"]
 
 
-def test_forgetting_a_key(url: str) -> None:
+def test_the_prompts_of_a_key_are_forgotten(url: str) -> None:
     for key in ("alice", "bob"):
         add_key(url, key, more="prompt_log = true")
     write_prompts(url, [prompt(ago(n / 1000), key) for n in range(250) for key in ("alice", "bob")], keep=30 * DAY)
@@ -270,16 +270,16 @@ def test_forgetting_a_key(url: str) -> None:
     assert sql(url, "SELECT count(*) FROM prompts WHERE key_id = 'alice'") == [1]
 
 
-def test_forgetting_is_told_as_it_goes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgetting_reports_its_progress(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "REPORT_EVERY_S", 0)
     add_key(url, "alice", more="prompt_log = true")
     write_prompts(url, [prompt(ago(1), "alice") for _ in range(150)], keep=30 * DAY)
-    said: list[str] = []
-    in_database(url, lambda database: retention.forget(database, "alice", said.append))
-    assert said == ["prompts: 100 deleted", "prompts: 150 deleted"]
+    reports: list[str] = []
+    in_database(url, lambda database: retention.forget(database, "alice", reports.append))
+    assert reports == ["prompts: 100 deleted", "prompts: 150 deleted"]
 
 
-# ── again and again ──
+# ── regularly ──
 
 
 def run_until(url: str, done: Callable[[], object]) -> None:
@@ -292,14 +292,14 @@ def run_until(url: str, done: Callable[[], object]) -> None:
     in_database(url, run)
 
 
-def test_it_is_applied_again_and_again(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_retention_is_applied_regularly(url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "gateway.retention")
     write(url, [row(ago(400))], [row(ago(1))])
     run_until(url, lambda: "retention: 1 audit rows" in caplog.text)
     assert month_of(ago(400)) in caplog.text and len(caplog.records) == 1
 
 
-def test_a_database_that_is_away_is_told_once(
+def test_an_unavailable_database_is_logged_once(
     url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
@@ -315,7 +315,7 @@ def test_a_database_that_is_away_is_told_once(
     assert [record.getMessage() for record in caplog.records] == [f"retention waits: {advice_for(StoreUnavailable())}"] * 2
 
 
-def test_a_schema_that_is_not_there_ends_nothing(
+def test_a_missing_schema_does_not_end_retention(
     empty_database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []

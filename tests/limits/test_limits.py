@@ -1,4 +1,4 @@
-"""Limits of a key: each is exact, all are taken or none, and a refusal says which it was and when it would pass."""
+"""Limits of a key: each is exact; a request takes from all or none; a refusal names the limit and when it would pass."""
 
 import socket
 import threading
@@ -51,7 +51,7 @@ def ask(client: httpx.Client, way: Way, **more: Any) -> httpx.Response:
     return client.post(way.path, json={**way.body, **more})
 
 
-def told(response: httpx.Response, way: Way) -> str:
+def error_message(response: httpx.Response, way: Way) -> str:
     error = response.json()["error"]
     return str(error if way.dialect == "ollama" else error["message"])
 
@@ -60,8 +60,8 @@ def limits(name: str, most: int) -> dict[str, Any]:
     return {name: most}
 
 
-def limit(gateway: RunningGateway, name: str, pattern: str = "", **said: int | None) -> None:
-    gateway.call(gateway.key_store().limit(name, pattern, said))
+def limit(gateway: RunningGateway, name: str, pattern: str = "", **values: int | None) -> None:
+    gateway.call(gateway.key_store().limit(name, pattern, values))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -70,7 +70,7 @@ def test_requests_per_minute(gateway: RunningGateway, way: Way) -> None:
         statuses = [ask(client, way).status_code for _ in range(4)]
         refused = ask(client, way)
     assert statuses == [200, 200, 429, 429]
-    assert told(refused, way).startswith("Limit of 2 requests per minute for this key reached; try again in ")
+    assert error_message(refused, way).startswith("Limit of 2 requests per minute for this key reached; try again in ")
     assert 50 < float(refused.headers["retry-after-ms"]) / 1000 <= 60 and 50 < int(refused.headers["retry-after"]) <= 60
     assert "x-should-retry" not in refused.headers
 
@@ -81,7 +81,7 @@ def test_tokens_per_minute(gateway: RunningGateway, way: Way) -> None:
         answers = [ask(client, way, **FEW_TOKENS) for _ in range(20)]
     statuses = [found.status_code for found in answers]
     assert 1 < statuses.count(200) < 12 and statuses == sorted(statuses)
-    assert told(answers[-1], way).startswith("Limit of 60 tokens per minute for this key reached; try again in ")
+    assert error_message(answers[-1], way).startswith("Limit of 60 tokens per minute for this key reached; try again in ")
     spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in gateway.audit_rows())
     assert spent <= 60
 
@@ -113,7 +113,7 @@ def test_budgets(gateway: RunningGateway, way: Way, name: str, words: str) -> No
     with gateway.http(gateway.key(**limits(name, 60))) as client:
         answers = [ask(client, way, **FEW_TOKENS) for _ in range(20)]
     assert answers[0].status_code == 200 and answers[-1].status_code == 429
-    assert f"Limit of 60 {words} for this key reached; try again in " in told(answers[-1], way)
+    assert f"Limit of 60 {words} for this key reached; try again in " in error_message(answers[-1], way)
     assert answers[-1].headers["x-should-retry"] == "false"
     if way.dialect == "openai":
         assert (answers[-1].json()["error"]["type"], answers[-1].json()["error"]["code"]) == ("insufficient_quota",) * 2
@@ -122,21 +122,21 @@ def test_budgets(gateway: RunningGateway, way: Way, name: str, words: str) -> No
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("name", ["rpm", "tpm", "concurrent", "day", "month"])
-def test_none_at_all(gateway: RunningGateway, way: Way, name: str) -> None:
+def test_a_limit_of_zero_allows_nothing(gateway: RunningGateway, way: Way, name: str) -> None:
     with gateway.http(gateway.key(**limits(name, 0))) as client:
         refused = ask(client, way)
     assert refused.status_code == 429 and "retry-after" not in refused.headers
-    assert refused.headers["x-should-retry"] == "false" and ": it allows none. `make limit KEY=" in told(refused, way)
+    assert refused.headers["x-should-retry"] == "false" and ": it allows none. `make limit KEY=" in error_message(refused, way)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("name", ["rpm", "tpm", "concurrent", "day", "month"])
-def test_limits_of_some_models(gateway: RunningGateway, way: Way, name: str) -> None:
+def test_limits_of_the_models_of_a_rule(gateway: RunningGateway, way: Way, name: str) -> None:
     key = gateway.key(name="mine")
     limit(gateway, "mine", "llama3*", **{name: 0})
     with gateway.http(key) as client:
         refused = ask(client, way)
-        assert refused.status_code == 429 and "for this model with this key" in told(refused, way)
+        assert refused.status_code == 429 and "for this model with this key" in error_message(refused, way)
     limit(gateway, "mine", "llama3*", **{name: None})
     limit(gateway, "mine", "qwen*", **{name: 0})
     with gateway.http(key) as client:
@@ -159,7 +159,7 @@ def until(done: Any, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_a_limit_that_is_changed_holds_within_a_second(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_changed_limit_applies_within_a_second(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     one, other = start_gateway(alpha, DEFAULT_RPM="1"), start_gateway(alpha, DEFAULT_RPM="1")
     key = one.key(name="mine")
     with one.http(key) as first, other.http(key) as second:
@@ -169,11 +169,11 @@ def test_a_limit_that_is_changed_holds_within_a_second(start_gateway: StartGatew
         limit(one, "mine", rpm=None)
         assert wait_for_status(second, WAYS[0], 429)
         limit(one, "mine", rpm=0)
-        until(lambda: "it allows none" in told(ask(second, WAYS[0]), WAYS[0]), 1.0)
+        until(lambda: "it allows none" in error_message(ask(second, WAYS[0]), WAYS[0]), 1.0)
 
 
-def test_all_limits_or_none(gateway: RunningGateway, stores: TestStores) -> None:
-    """A refused request costs nothing: not of the limits that would have let it pass."""
+def test_a_refused_request_takes_from_no_limit(gateway: RunningGateway, stores: TestStores) -> None:
+    """Also not from the limits that it passes."""
     key = gateway.key(name="mine", rpm=100, tpm=5000, day=10**9)
     limit(gateway, "mine", "llama3*", concurrent=0)
     with gateway.http(key) as client:
@@ -187,7 +187,7 @@ def test_all_limits_or_none(gateway: RunningGateway, stores: TestStores) -> None
         assert not any(redis.exists(shared.leases, shared.calls) for shared in redis_keys.BY_SHARD)
 
 
-def test_headers_of_every_answer(gateway: RunningGateway) -> None:
+def test_every_answer_has_rate_limit_headers(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key(rpm=10, tpm=10_000)) as client:
         first, second = (ask(client, WAYS[2], max_tokens=100) for _ in range(2))
         listed = client.get("/v1/models")
@@ -200,13 +200,13 @@ def test_headers_of_every_answer(gateway: RunningGateway) -> None:
     ].startswith("1m0.")
 
 
-def test_no_headers_of_what_is_unlimited(gateway: RunningGateway) -> None:
+def test_an_unlimited_key_gets_no_rate_limit_headers(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key(rpm=UNLIMITED, tpm=UNLIMITED)) as client:
         assert not [name for name in ask(client, WAYS[2]).headers if name.startswith("x-ratelimit")]
 
 
-def test_what_takes_no_tokens(gateway: RunningGateway) -> None:
-    """Lists, show, loading and unloading count as requests."""
+def test_requests_without_tokens_count_as_requests(gateway: RunningGateway) -> None:
+    """Such as lists, show, loading and unloading."""
     with gateway.http(gateway.key(rpm=8, tpm=0)) as client:
         statuses = [client.get(path).status_code for path in ("/api/tags", "/api/ps", "/api/version", "/v1/models")]
         statuses.append(client.post("/api/show", json={"model": MODEL}).status_code)
@@ -220,7 +220,7 @@ def test_what_takes_no_tokens(gateway: RunningGateway) -> None:
 
 
 CHAT = {"model": MODEL, "messages": SAY_HI}
-# What is refused, by its status; of those with a key of their own the flag.
+# Status, method, path, arguments, and the flag of the key.
 REFUSED: list[tuple[int, str, str, dict[str, Any], str]] = [
     (403, "POST", "/api/chat", {"json": {**CHAT, "model": "no-such-model"}}, ""),
     (403, "POST", "/v1/chat/completions", {"json": {**CHAT, "model": "no-such-model"}}, ""),
@@ -241,7 +241,7 @@ REFUSED: list[tuple[int, str, str, dict[str, Any], str]] = [
 ]
 
 
-def test_what_is_refused_for_another_reason_counts_as_a_request(gateway: RunningGateway) -> None:
+def test_a_request_refused_for_another_reason_counts(gateway: RunningGateway) -> None:
     for status, method, path, more, flag in REFUSED:
         for place in ("", "/k/{}"):
             key = gateway.key(rpm=2, flags=(flag,) if flag else ())
@@ -254,7 +254,7 @@ def test_what_is_refused_for_another_reason_counts_as_a_request(gateway: Running
 
 
 def test_a_body_that_never_ends_counts_as_a_request(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client leaves, or is told that it was too slow."""
+    """Whether its client leaves or is too slow."""
     monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.05)
     key, address = gateway.key(rpm=2), ("127.0.0.1", int(gateway.url.rpartition(":")[2]))
     head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 99\r\n\r\n{{".encode()
@@ -276,13 +276,13 @@ def test_a_body_that_never_ends_counts_as_a_request(gateway: RunningGateway, mon
         assert client.get("/api/tags").status_code == 429
 
 
-def test_client_libraries_wait_for_what_frees_within_a_minute(gateway: RunningGateway) -> None:
-    """Most wait for 60 seconds at most, some for less, and try three times in two seconds what is told to take longer."""
+def test_retry_after_of_a_minute_is_one_that_client_libraries_obey(gateway: RunningGateway) -> None:
+    """Most wait for 60 seconds at most, some for less; after a longer retry-after they try three times within two seconds."""
     with gateway.http(gateway.key(tpm=60)) as client:
         while (refused := ask(client, WAYS[0], **FEW_TOKENS)).status_code == 200:
             pass
     assert "x-should-retry" not in refused.headers and 0 < float(refused.headers["retry-after-ms"]) < 60_000
-    for wait_s, told_s, is_final in [
+    for wait_s, retry_after_s, is_final in [
         (60.7, 59.9, False),
         (61, 59.9, False),
         (60, 59.9, False),
@@ -292,25 +292,27 @@ def test_client_libraries_wait_for_what_frees_within_a_minute(gateway: RunningGa
     ]:
         scope = CounterSet("abcdefgh", 1, 1, 1, -1, -1)
         error = admission.limit_error("tpm", scope, wait_s, [], 5)
-        assert (error.retry_after, (b"x-should-retry", b"false") in error.headers) == (told_s, is_final)
+        assert (error.retry_after, (b"x-should-retry", b"false") in error.headers) == (retry_after_s, is_final)
 
 
-def test_a_refusal_names_what_changes_the_limit(gateway: RunningGateway) -> None:
+def test_a_refusal_names_the_command_that_changes_the_limit(gateway: RunningGateway) -> None:
     key = gateway.key(name="mine", rpm=1)
     with gateway.http(key) as client:
         ask(client, WAYS[0])
         key_id = key.split("_")[1]
-        assert f"`make limit KEY={key_id} RPM=…` changes it; DEFAULT_RPM is that of keys without" in told(
+        assert f"`make limit KEY={key_id} RPM=…` changes it; DEFAULT_RPM is that of keys without" in error_message(
             ask(client, WAYS[0]), WAYS[0]
         )
         limit(gateway, "mine", rpm=None, day=0)
-        assert told(ask(client, WAYS[0]), WAYS[0]).endswith(f"`make limit KEY={key_id} DAY=…` changes it.")
+        assert error_message(ask(client, WAYS[0]), WAYS[0]).endswith(f"`make limit KEY={key_id} DAY=…` changes it.")
         limit(gateway, "mine", "llama3*", rpm=0)
         limit(gateway, "mine", day=None)
-        assert told(ask(client, WAYS[0]), WAYS[0]).endswith(f"`make limit KEY={key_id} MODEL='llama3*' RPM=…` changes it.")
+        assert error_message(ask(client, WAYS[0]), WAYS[0]).endswith(
+            f"`make limit KEY={key_id} MODEL='llama3*' RPM=…` changes it."
+        )
 
 
-def test_more_than_the_whole_limit_says_so(gateway: RunningGateway) -> None:
+def test_a_request_larger_than_the_limit_is_refused_for_good(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key(tpm=100)) as client:
         refused = ask(client, WAYS[2], max_tokens=500)
     assert refused.status_code == 429 and refused.headers["x-should-retry"] == "false" and "retry-after" not in refused.headers
@@ -318,8 +320,8 @@ def test_more_than_the_whole_limit_says_so(gateway: RunningGateway) -> None:
     assert refused.json()["error"]["type"] == "tokens"
 
 
-def test_a_sequence_of_one_at_a_time_is_never_refused(start_gateway: StartGateway, alpha: FakeBackend) -> None:
-    """The slot is free before the client can know that its answer has ended, in whichever process it asks next."""
+def test_sequential_calls_are_never_refused_by_a_limit_of_one_at_once(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    """The slot is free in all processes before the client can know that its answer has ended."""
     one, other = start_gateway(alpha), start_gateway(alpha)
     key = one.key(concurrent=1)
     with one.http(key) as first, other.http(key) as second:
@@ -350,10 +352,8 @@ def test_openai_does_not_retry_what_takes_long(gateway: RunningGateway) -> None:
 
 
 @pytest.mark.parametrize("name", ["concurrent", "tpm", "day"])
-def test_a_guess_is_at_least_a_second_however_short_the_calls_are(
-    gateway: RunningGateway, held: threading.Event, name: str
-) -> None:
-    """Libraries ask two times more: told a tenth of a second, they would give up while one call runs."""
+def test_an_estimated_wait_is_at_least_a_second(gateway: RunningGateway, held: threading.Event, name: str) -> None:
+    """Libraries try twice more: with a retry-after of a tenth of a second they would give up while the call runs."""
     most = 1 if name == "concurrent" else 1000
     with gateway.http(gateway.key(**limits(name, most))) as client:
         held.set()
@@ -369,7 +369,7 @@ def test_a_guess_is_at_least_a_second_however_short_the_calls_are(
     assert refused.status_code == 429 and float(refused.headers["retry-after-ms"]) >= 1000
 
 
-def test_ollama_is_told_and_succeeds_later(gateway: RunningGateway, held: threading.Event) -> None:
+def test_the_ollama_client_gets_the_error_and_succeeds_later(gateway: RunningGateway, held: threading.Event) -> None:
     key = gateway.key(concurrent=1)
     with gateway.http(key) as client:
         waiting = threading.Thread(target=lambda: ask(client, WAYS[0]))
@@ -383,7 +383,7 @@ def test_ollama_is_told_and_succeeds_later(gateway: RunningGateway, held: thread
         assert gateway.ollama(key).chat(MODEL, SAY_HI).message.content
 
 
-def test_a_backend_that_failed_costs_no_tokens(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_a_failed_backend_costs_no_tokens(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.key(tpm=2000)) as client:
         for way in WAYS:
             alpha.play(way.path, answer(500, {"error": "no"}))
@@ -394,7 +394,7 @@ def test_a_backend_that_failed_costs_no_tokens(gateway: RunningGateway, alpha: F
     assert int(passed.headers["x-ratelimit-remaining-tokens"]) > 1900
 
 
-def test_a_budget_given_again_knows_what_was_spent_meanwhile(gateway: RunningGateway) -> None:
+def test_a_budget_set_again_counts_what_was_spent_meanwhile(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key(name="mine", day=10_000)) as client:
         assert ask(client, WAYS[0]).status_code == 200
         limit(gateway, "mine", day=UNLIMITED)
@@ -405,7 +405,7 @@ def test_a_budget_given_again_knows_what_was_spent_meanwhile(gateway: RunningGat
         assert wait_for_status(client, WAYS[0], 429)
 
 
-def test_one_model_has_one_rule_however_it_is_spelt(gateway: RunningGateway) -> None:
+def test_all_spellings_of_a_model_share_one_rule(gateway: RunningGateway) -> None:
     key = gateway.key(name="mine")
     limit(gateway, "mine", "LLAMA3.2", rpm=0)
     with gateway.http(key) as client:
@@ -414,9 +414,7 @@ def test_one_model_has_one_rule_however_it_is_spelt(gateway: RunningGateway) -> 
         assert wait_for_status(client, WAYS[0], 200)
 
 
-def test_budgets_of_a_key_and_of_its_rule_are_read_at_once_when_redis_has_neither(
-    gateway: RunningGateway, stores: TestStores
-) -> None:
+def test_one_request_seeds_the_budgets_of_a_key_and_of_its_rule(gateway: RunningGateway, stores: TestStores) -> None:
     key = gateway.key(name="mine", day=100_000)
     limit(gateway, "mine", "llama3.2", month=100_000)
     with gateway.http(key) as client:
@@ -427,7 +425,7 @@ def test_budgets_of_a_key_and_of_its_rule_are_read_at_once_when_redis_has_neithe
         assert ask(client, WAYS[0]).status_code == 200
 
 
-def test_a_running_call_is_not_forgotten_with_redis_data(
+def test_a_running_call_keeps_its_slot_when_redis_loses_its_data(
     gateway: RunningGateway, stores: TestStores, held: threading.Event
 ) -> None:
     with gateway.http(gateway.key(concurrent=1)) as client:
@@ -443,7 +441,7 @@ def test_a_running_call_is_not_forgotten_with_redis_data(
         assert ask(client, WAYS[0]).status_code == 200
 
 
-def test_the_wait_for_a_spent_budget_is_known_without_redis() -> None:
+def test_the_fallback_knows_how_long_a_budget_is_spent() -> None:
     scope = CounterSet("k", -1, -1, -1, 100, -1)
     local = FallbackLimiter()
     local.note(scope, WindowUsage(0, 0, 0, 0), 95, 95, 0)
@@ -462,19 +460,19 @@ def set_mean(gateway: RunningGateway, stores: TestStores, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["tpm", "day", "month"])
-def test_a_guess_alone_keeps_no_request_out(gateway: RunningGateway, stores: TestStores, name: str) -> None:
-    """However long the answers are that others get of this model."""
+def test_an_estimate_alone_refuses_no_request(gateway: RunningGateway, stores: TestStores, name: str) -> None:
+    """However long the model's answers to others are."""
     set_mean(gateway, stores, 4093)
     with gateway.http(gateway.key(**limits(name, 3000))) as client, gateway.http(gateway.key(**limits(name, 3))) as other:
         passed = client.post(WAYS[0].path, json=WAYS[0].body)
         named = ask(client, WAYS[0], options={"num_predict": 3500})
         too_long = other.post(WAYS[0].path, json=WAYS[0].body)
     assert passed.status_code == 200
-    assert (named.status_code, named.headers["x-should-retry"]) == (429, "false"), "what is asked for is no guess"
-    assert (too_long.status_code, too_long.headers["x-should-retry"]) == (429, "false"), "a prompt is none either"
+    assert (named.status_code, named.headers["x-should-retry"]) == (429, "false"), "the requested output is not an estimate"
+    assert (too_long.status_code, too_long.headers["x-should-retry"]) == (429, "false"), "the prompt is not an estimate"
 
 
-def test_a_guess_is_one_for_all_scopes_and_given_back(
+def test_all_scopes_reserve_the_same_estimate_and_release_it(
     gateway: RunningGateway, stores: TestStores, held: threading.Event
 ) -> None:
     set_mean(gateway, stores, 4093)
@@ -484,9 +482,9 @@ def test_a_guess_is_one_for_all_scopes_and_given_back(
         first = threading.Thread(target=client.post, args=(WAYS[0].path,), kwargs={"json": WAYS[0].body})
         first.start()
         until(lambda: gateway.components.limits.running == 1)
-        (let_in,) = gateway.components.limits.leases.running.values()
-        reserves = [redis_keys.counters(scope.name)[2] for scope in let_in.scopes]
-        assert (let_in.reserved, redis.mget(reserves)) == (2000, [b"2000", b"2000"])
+        (admitted,) = gateway.components.limits.leases.running.values()
+        reserves = [redis_keys.counters(scope.name)[2] for scope in admitted.scopes]
+        assert (admitted.reserved, redis.mget(reserves)) == (2000, [b"2000", b"2000"])
         refused = client.post(WAYS[0].path, json=WAYS[0].body)
         assert refused.status_code == 429 and "x-should-retry" not in refused.headers
         held.set()
@@ -494,16 +492,16 @@ def test_a_guess_is_one_for_all_scopes_and_given_back(
         until(lambda: redis.mget(reserves) in ([None, None], [b"0", b"0"]))
 
 
-def test_a_guess_alone_keeps_no_request_out_of_a_share(gateway: RunningGateway) -> None:
+def test_an_estimate_alone_refuses_no_request_of_a_share(gateway: RunningGateway) -> None:
     limits = gateway.components.limits
     limits.estimates.output_tokens["m"], limits.share = 4093, lambda: Share(0, 4)
     scopes = (CounterSet("k", -1, 3000, -1, -1, -1), CounterSet("k|m", -1, -1, -1, 4000, 2800))
     ticket = admission.Ticket("1", scopes, "m", Need(10, None), b"x")
 
-    async def alone() -> object:
+    async def decide() -> object:
         return limits._decide_locally(ticket, may_wait=False)
 
-    let_in = gateway.call(alone())
-    assert isinstance(let_in, admission.Admission) and let_in.reserved == 700
-    limits.local.settle(scopes, let_in.reserved, 0)
+    admitted = gateway.call(decide())
+    assert isinstance(admitted, admission.Admission) and admitted.reserved == 700
+    limits.local.settle(scopes, admitted.reserved, 0)
     assert [limits.local._of(scope).reserved for scope in scopes] == [0, 0]

@@ -1,4 +1,4 @@
-"""Waiting for a slot instead of being refused: in turn, within bounds, and not longer than the client."""
+"""Calls wait for a slot in the order of arrival, for a bounded time, in a bounded queue, and only while the client does."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from tests.system.test_hangups import send
 
 @pytest.fixture
 def hold(alpha: FakeBackend) -> Iterator[list[threading.Event]]:
-    """One event a call, in the order in which calls reach the backend."""
+    """One event for each call, in the order in which they reach the backend."""
     events: list[threading.Event] = []
 
     def script(request: Received) -> list[Step]:
@@ -36,7 +36,7 @@ def release(hold: list[threading.Event]) -> None:
     hold[-1].set()
 
 
-def in_background(gateway: RunningGateway, key: str, done: list[tuple[str, int]], name: str) -> threading.Thread:
+def ask_in_background(gateway: RunningGateway, key: str, done: list[tuple[str, int]], name: str) -> threading.Thread:
     def run() -> None:
         with gateway.http(key, headers={"X-Request-ID": name}) as client:
             done.append((name, ask(client, WAYS[0]).status_code))
@@ -46,22 +46,22 @@ def in_background(gateway: RunningGateway, key: str, done: list[tuple[str, int]]
     return thread
 
 
-def queued(gateway: RunningGateway, many: int) -> None:
+def wait_for_queue_of(gateway: RunningGateway, many: int) -> None:
     until(lambda: gateway.components.limits.waiting == many)
 
 
-def test_waiters_get_their_turn_in_the_order_of_arrival(
+def test_waiting_calls_are_admitted_in_the_order_of_arrival(
     start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event]
 ) -> None:
     one, other = (start_gateway(alpha, MAX_QUEUE_WAIT_S="10") for _ in range(2))
     key = one.key(concurrent=1)
     done: list[tuple[str, int]] = []
-    threads = [in_background(one, key, done, "first")]
+    threads = [ask_in_background(one, key, done, "first")]
     until(lambda: len(hold) == 1)
     for number in range(6):
         gateway = (one, other)[number % 2]
-        threads.append(in_background(gateway, key, done, f"waiter {number}".replace(" ", "-")))
-        queued(gateway, number // 2 + 1)
+        threads.append(ask_in_background(gateway, key, done, f"waiter {number}".replace(" ", "-")))
+        wait_for_queue_of(gateway, number // 2 + 1)
     for number in range(7):
         until(lambda number=number: len(hold) == number + 1)
         hold[number].set()
@@ -74,11 +74,13 @@ def test_waiters_get_their_turn_in_the_order_of_arrival(
     assert waited["first"] < 50 < waited["waiter-5"]
 
 
-def test_a_wait_ends_with_a_refusal(start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event]) -> None:
+def test_a_call_that_waited_too_long_is_refused(
+    start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event]
+) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="0.5")
     key = gateway.key(concurrent=1)
     done: list[tuple[str, int]] = []
-    running = in_background(gateway, key, done, "first")
+    running = ask_in_background(gateway, key, done, "first")
     until(lambda: len(hold) == 1)
     began = time.monotonic()
     with gateway.http(key) as client:
@@ -91,7 +93,7 @@ def test_a_wait_ends_with_a_refusal(start_gateway: StartGateway, alpha: FakeBack
         assert ask(client, WAYS[0]).status_code == 200
 
 
-def test_other_limits_do_not_wait(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_only_the_limit_of_calls_at_once_makes_a_call_wait(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
     with gateway.http(gateway.key(rpm=1)) as client:
         began = time.monotonic()
@@ -99,20 +101,20 @@ def test_other_limits_do_not_wait(start_gateway: StartGateway, alpha: FakeBacken
         assert time.monotonic() - began < 10
 
 
-def test_who_leaves_is_out_of_the_queue(
+def test_a_client_that_leaves_is_removed_from_the_queue(
     start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event], stores: TestStores
 ) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
     key = gateway.key(concurrent=1)
     done: list[tuple[str, int]] = []
-    running = in_background(gateway, key, done, "first")
+    running = ask_in_background(gateway, key, done, "first")
     until(lambda: len(hold) == 1)
     impatient = send(gateway, key, WAYS[0])
-    queued(gateway, 1)
-    patient = in_background(gateway, key, done, "patient")
-    queued(gateway, 2)
+    wait_for_queue_of(gateway, 1)
+    patient = ask_in_background(gateway, key, done, "patient")
+    wait_for_queue_of(gateway, 2)
     impatient.close()
-    queued(gateway, 1)
+    wait_for_queue_of(gateway, 1)
     hold[0].set()
     until(lambda: len(hold) == 2)
     hold[1].set()
@@ -124,14 +126,14 @@ def test_who_leaves_is_out_of_the_queue(
         assert list(redis.scan_iter("nz:*:q:*")) == []
 
 
-def test_one_key_cannot_fill_the_queue(
+def test_the_queue_of_a_key_is_bounded(
     start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.limits.queue.WAITING_PER_KEY", 3)
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="20")
     key = gateway.key(concurrent=1)
     done: list[tuple[str, int]] = []
-    threads = [in_background(gateway, key, done, f"n{number}") for number in range(8)]
+    threads = [ask_in_background(gateway, key, done, f"n{number}") for number in range(8)]
     until(lambda: len(done) == 4)
     assert {status for _, status in done} == {429}
     for number in range(4):
@@ -142,7 +144,7 @@ def test_one_key_cannot_fill_the_queue(
     assert sorted(status for _, status in done) == [200] * 4 + [429] * 4
 
 
-def test_who_waits_for_one_model_keeps_no_other_model_waiting(
+def test_a_call_that_waits_for_one_model_does_not_delay_other_models(
     start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event]
 ) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="3")
@@ -151,10 +153,10 @@ def test_who_waits_for_one_model_keeps_no_other_model_waiting(
     key = gateway.key(name="mine", concurrent=2)
     gateway.call(gateway.key_store().limit("mine", "llama3.2", {"concurrent": 1}))
     done: list[tuple[str, int]] = []
-    threads = [in_background(gateway, key, done, "runs")]
+    threads = [ask_in_background(gateway, key, done, "runs")]
     until(lambda: len(hold) == 1)
-    threads.append(in_background(gateway, key, done, "waits"))
-    queued(gateway, 1)
+    threads.append(ask_in_background(gateway, key, done, "waits"))
+    wait_for_queue_of(gateway, 1)
     began = time.monotonic()
     other = threading.Thread(target=lambda: other_model(gateway, key, done))
     other.start()
