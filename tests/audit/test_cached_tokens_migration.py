@@ -11,7 +11,7 @@ import pytest
 from gateway.audit import hash_chain
 from gateway.stores import migrations
 from gateway.stores.migrations import Migration
-from tests.limits.test_limits import until
+from tests.limits.test_limiter import until
 from tests.support.audit_rows import ago, in_database, row, sql, write
 
 LAST_BEFORE = 6

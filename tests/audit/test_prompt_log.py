@@ -7,7 +7,7 @@ import pytest
 
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.limits.test_limits import until
+from tests.limits.test_limiter import until
 from tests.support.chat_requests import MODEL, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway

@@ -20,7 +20,7 @@ from gateway.dialects.openai import OpenAI
 from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway, TestStores
-from tests.limits.test_limits import until
+from tests.limits.test_limiter import until
 from tests.support.chat_requests import MODEL, SAY_HI, WAYS, Way
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Forever, Received, Step, answer, compact, ndjson, sse, stream

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from tests.conftest import StartGateway
-from tests.limits.test_limits import until
+from tests.limits.test_limiter import until
 from tests.support.chat_requests import MODEL, SAY_HI
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer, stream

@@ -14,7 +14,7 @@ from gateway.dialects.ollama import Ollama
 from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
 from tests.conftest import StartGateway
-from tests.limits.test_limits import until
+from tests.limits.test_limiter import until
 from tests.support.chat_requests import MODEL, SAY_HI, WAYS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import HTML, Forever, Head, Piece, Step, answer, ndjson, sse, stream

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import StartGateway, TestStores
-from tests.limits.test_limits import ask, until
+from tests.limits.test_limiter import ask, until
 from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Hold, Received, Step

@@ -15,7 +15,7 @@ import pytest
 from gateway.dialects.openai import OpenAI, ServerSentEvents
 from gateway.proxy.relay import READ_IN_A_TURN
 from tests.conftest import StartGateway
-from tests.limits.test_limits import until
+from tests.limits.test_limiter import until
 from tests.support import hostile_backend
 from tests.support.chat_requests import MODEL, SAY_HI
 from tests.support.fake_backend.backend import FakeBackend
