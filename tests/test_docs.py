@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gateway import endpoints, settings
 from gateway.audit.record import Record
 from gateway.core import errors
 from gateway.core.errors import GatewayError, SettingsError
 from gateway.ops import main
+from gateway.telemetry.metrics import Metrics
+from tests import test_architecture
 from tests.support import documents
 from tests.support.documents import code, links, page, section
 from tests.support.project import PROJECT
@@ -36,6 +39,14 @@ CARD = {
     "LICENSE",
     "pyproject.toml",
 }
+# Pages for readers of the code may name its constants.
+OF_THE_CODE = {"docs/architecture.md", ".github/CONTRIBUTING.md", "docs/decisions/0005-private-apis-for-speed.md"}
+# Names of others that the pages speak of: variables of clients, tools and servers; fields and options of theirs.
+OF_OTHERS = set(
+    "OPENAI_BASE_URL OPENAI_API_KEY OLLAMA_HOST OLLAMA_CONTEXT_LENGTH LLAMA_SERVER_URL COMPOSE_PROFILES ADMIN_KEY "
+    "job_name scrape_configs credentials_file static_configs proxy_read_timeout client_max_body_size http_authorization "
+    "NAME_FILE STATUS_LINE".split()
+)
 COMPOSE_DEFAULTS = {"POSTGRES_USER": "gateway", "POSTGRES_DB": "gateway"}
 
 
@@ -135,8 +146,7 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 
 @pytest.mark.parametrize("verb", verbs())
 def test_the_page_of_commands_has_every_verb(verb: str) -> None:
-    paragraph = page("docs/reference/commands.md").partition("Without make the verbs are the same")[2].partition("\n\n")[0]
-    assert f"`{verb}`" in paragraph
+    assert f"`{verb}`" in section("docs/reference/commands.md", "Without make")
 
 
 @pytest.mark.parametrize("verb", verbs())
@@ -158,7 +168,7 @@ def test_make_key_passes_on_every_option_of_the_verb() -> None:
     line = next(line for line in MAKEFILE.splitlines() if "$(GATEWAY) key " in line)
     line = line.replace("$(LIMITS)", next(line for line in MAKEFILE.splitlines() if line.startswith("LIMITS = ")))
     options = {option for action in verbs()["key"]._actions for option in action.option_strings if option.startswith("--")}
-    passed = {f"--{name}" for name in re.findall(r"call (?:said|flag),\w+,([\w-]+)\)", line)}
+    passed = {f"--{name}" for name in re.findall(r"call \w+,\w+,([\w-]+)\)", line)}
     assert passed | {"--json", "--help"} == options
 
 
@@ -207,10 +217,60 @@ def test_contents_of_the_readme_has_every_section() -> None:
 
 
 def test_files_that_the_pages_name_exist() -> None:
-    file = re.compile(r"[\w./-]+\.(py|yaml|cfg|lua|sql|toml)|(gateway|tests|sql|docs)/[\w/.-]*")
+    file = re.compile(r"[\w.-]+/[\w./-]*\.[a-z]+|[\w-]+\.(py|yaml|cfg|toml)|(gateway|tests|sql|docs)/[\w/.-]*")
     named = [(name, text) for name, text in all_code() if file.fullmatch(text)]
     assert len(named) > 20
     assert [(name, text) for name, text in named if not documents.exists(text)] == []
+
+
+ARCHITECTURE = "docs/architecture.md"
+
+
+def tree_of_the_page() -> set[str]:
+    """The files that the tree of architecture.md names, by their paths; each has a word on what it is."""
+    (block,) = documents.blocks(section(ARCHITECTURE, "The tree"), "text")
+    found: set[str] = set()
+    folders: list[str] = []
+    for line in block.splitlines():
+        match = re.fullmatch(r"((?:  )*)([\w.-]+/?)(?:  +(\S.*))?", line)
+        assert match, f"{ARCHITECTURE}: this is no line of a tree: {line!r}"
+        indent, name, words = match.groups()
+        folders = folders[: len(indent) // 2]
+        assert words or name == "gateway/", f"{ARCHITECTURE}: say in a few words what {name} is"
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            found.add("".join(folders) + name)
+    return found
+
+
+def test_the_tree_of_the_architecture_is_the_tree() -> None:
+    real = {str(path.relative_to(ROOT)) for path in (ROOT / "gateway").rglob("*.py") if path.name != "__init__.py"}
+    named = tree_of_the_page()
+    wrong = [f"add a line for {name} to {ARCHITECTURE}" for name in sorted(real - named)]
+    wrong += [f"remove the line of {name} from {ARCHITECTURE}" for name in sorted(named - real)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_packages_of_the_architecture_are_those_of_the_order() -> None:
+    rows = documents.tables(section(ARCHITECTURE, "Packages"))
+    listed = [set(re.findall(r"`([\w.]+)`", packages)) for packages, _ in rows]
+    assert listed == [set(floor.split()) for floor in test_architecture.ORDER.split("|")], (
+        f"{ARCHITECTURE} has the order of test_architecture.py"
+    )
+
+
+def test_what_the_architecture_names_is_in_the_code() -> None:
+    """Classes, and methods as Class.method."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "gateway").rglob("*.py"))
+    for text in documents.spans(page(ARCHITECTURE)):
+        if match := re.fullmatch(r"([A-Z][a-z]\w+)(?:\.(\w+))?", text):
+            kind, method = match.groups()
+            if kind == "Makefile":
+                continue
+            [body] = re.findall(rf"^class {kind}\b.*?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL) or [""]
+            assert body, f"{ARCHITECTURE} names {kind}: there is no such class"
+            assert not method or re.search(rf"def {method}\b", body), f"{ARCHITECTURE} names {text}: there is no such method"
 
 
 def error_classes(of: type[GatewayError] = GatewayError) -> Iterator[type[GatewayError]]:
@@ -238,7 +298,7 @@ def test_the_page_of_logs_has_every_field() -> None:
 
 
 def test_the_page_of_models_has_every_admin_route() -> None:
-    text = section("docs/models.md", "Admin routes")
+    text = section("docs/models.md", "Manage models on a backend")
     assert [path for _, path in endpoints.PASSED_THROUGH if path not in text] == []
 
 
@@ -250,3 +310,116 @@ def test_nothing_stands_in_the_top_folder_but_the_card() -> None:
         pytest.skip("not a git checkout")
     top = {line.partition("/")[0] for line in listed.stdout.splitlines()}
     assert {name for name in top if not name.startswith(".")} <= CARD
+
+
+# Names that stand in the documents
+
+
+def sources() -> str:
+    """All text in which a name of ours must be found."""
+    kinds = ("*.py", "*.sql", "*.lua", "*.json", "*.js", "*.html")
+    paths = [path for folder in ("gateway", "sql") for kind in kinds for path in (ROOT / folder).rglob(kind)]
+    paths += [ROOT / name for name in ("Makefile", "compose.yaml", "Dockerfile", "setup.cfg", ".env.example")]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def names(pattern: str) -> set[tuple[str, str]]:
+    """What matches in the code of all pages, with the page; without addresses of elsewhere."""
+    return {(name, found) for name, text in all_code() for found in re.findall(pattern, re.sub(r"https?://\S+", "", text))}
+
+
+def test_names_in_capitals_are_settings_variables_or_known_of_others() -> None:
+    known = set(defaults()) | {f"{found.name.upper()}_FILE" for found in settings.declarations() if found.metadata["secret"]}
+    known |= set(re.findall(r"\(call \w+,([A-Z_]+),", MAKEFILE)) | OF_OTHERS
+    constants = set(re.findall(r"^([A-Z][A-Z0-9_]+)\b.*[=:]", sources(), re.MULTILINE))
+    unknown = {(name, found) for name, found in names(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b") if found not in known}
+    assert {(name, found) for name, found in unknown if found not in constants or name not in OF_THE_CODE} == set()
+
+
+def test_names_with_an_underline_are_in_the_sources() -> None:
+    words = set(re.findall(r"\w+", sources()))
+    wrong = {
+        (name, found) for name, found in names(r"(?<![\w-])(?!gateway_)[a-z][a-z0-9]*(?:_[a-z0-9]+)+\b") if found not in words
+    }
+    assert {(name, found) for name, found in wrong if found not in OF_OTHERS and not is_of_tests(found)} == set()
+
+
+def is_of_tests(name: str) -> bool:
+    return any((ROOT / "tests").rglob(f"{name}.py"))
+
+
+def test_metrics_that_the_pages_name_are_there() -> None:
+    families = {family.name for family in Metrics().families()}
+    ends = ("", "_total", "_bucket", "_sum", "_count")
+    real = {family + end for family in families for end in ends}
+    assert {(name, found) for name, found in names(r"(?<![\w-])gateway_[a-z_]+\b") if found not in real} == set()
+
+
+def test_codes_that_follow_a_status_are_those_of_errors() -> None:
+    codes = {kind.code: str(kind.status) for kind in error_classes()}
+    for name, text in PAGES.items():
+        for status, named in re.findall(r"\b([45]\d\d) `([a-z_]+)`", text):
+            assert codes.get(named) == status, f"{name} says {status} {named}"
+
+
+def test_verbs_that_the_pages_call_are_there() -> None:
+    called = names(r"python -m gateway ([a-z-]+)")
+    assert called and {found for _, found in called} <= verbs().keys()
+
+
+def options_of_target(target: str) -> set[str]:
+    """The variables that a target passes on."""
+    [recipe] = re.findall(rf"^{target}:.*\n((?:\t.*\n)*)", MAKEFILE, re.MULTILINE)
+    [limits] = re.findall(r"^LIMITS = .*", MAKEFILE, re.MULTILINE)
+    recipe = recipe.replace("$(LIMITS)", limits)
+    found = re.findall(r"\(call \w+,([A-Z_]+),|\$\(([A-Z]+)_FLAG\)|\$\((TESTS)\)|\$\(if \$\(([A-Z]+)\)", recipe)
+    return {name for names_of_one in found for name in names_of_one if name}
+
+
+def test_variables_that_the_pages_give_to_a_target_are_taken_by_it() -> None:
+    given = {
+        (name, target, variable)
+        for name, text in all_code()
+        for target, rest in re.findall(r"\bmake ([a-z-]+)((?: [A-Z_]+=(?:\"[^\"]*\"|\S*))+)", text)
+        for variable in re.findall(r"([A-Z_]+)=", re.sub(r'"[^"]*"', "", rest))
+    }
+    assert len(given) > 15
+    assert {(name, target, variable) for name, target, variable in given if variable not in options_of_target(target)} == set()
+
+
+def test_the_page_of_commands_has_every_option_of_key() -> None:
+    listed = set(re.findall(r"\b([A-Z_]+)=", section("docs/reference/commands.md", "Keys")))
+    assert options_of_target("key") - listed == {"JSON"}
+
+
+# The rest of the repository
+
+
+def test_the_changelog_has_the_version() -> None:
+    [version] = re.findall(r"^version = (\S+)$", (ROOT / "setup.cfg").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(rf"^## {re.escape(version)} - ", page("docs/CHANGELOG.md"), re.MULTILINE)
+
+
+def test_the_package_describes_itself_with_the_readme() -> None:
+    assert "long_description = file: README.md" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
+
+
+def test_ci_runs_what_the_script_runs() -> None:
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = [step for job in flow["jobs"].values() for step in job["steps"]]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    assert all(re.search(r"@[0-9a-f]{40}$", step["uses"]) for step in steps if "uses" in step)
+
+
+@pytest.mark.parametrize("form", ["bug", "feature"])
+def test_issue_forms_ask_for_the_doctor(form: str) -> None:
+    found = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= found.keys()
+    labels = [part["attributes"]["label"] for part in found["body"] if part["type"] != "markdown"]
+    assert "Output of `make doctor`" in labels and len(labels) == len(set(labels))
+
+
+def test_style_bounds_of_contributing_are_those_of_the_test() -> None:
+    words = page(".github/CONTRIBUTING.md")
+    assert f"at most {test_architecture.LONGEST_FUNCTION} lines" in words
+    assert f"modules have at most {test_architecture.LONGEST_MODULE}" in words

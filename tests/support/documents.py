@@ -66,7 +66,11 @@ def blocks(text: str, language: str = r"\w*") -> list[str]:
 def code(text: str) -> Iterator[str]:
     """All that is written as code, in blocks and between words."""
     yield from blocks(text)
-    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
+    yield from spans(text)
+
+
+def spans(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
 
 
 def tables(text: str) -> list[list[str]]:
@@ -78,7 +82,7 @@ def tables(text: str) -> list[list[str]]:
 
 
 def exists(name: str) -> bool:
-    return (PROJECT / name).exists() or (PROJECT / "gateway" / name).exists()
+    return any((PROJECT / folder / name).exists() for folder in (".", "gateway"))
 
 
 def relative(page_name: str, target: str) -> Path:
