@@ -12,7 +12,7 @@ import pytest
 
 from gateway import settings
 from gateway.audit.record import Record
-from gateway.dialects import beyond
+from gateway.dialects import refused_fields
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.ops.cli import installation
@@ -46,7 +46,7 @@ STATED = [
     ("docs/operations.md", "one backend | 32 MiB over all its calls", {"MOST_UNFRAMED": 32 * 2**20}),
     ("docs/operations.md", "a minute, and a second for each 64 KiB", {"READ_WITHIN_S": 60, "SLOWEST_READER": 65_536}),
     ("docs/operations.md", "at most 65,536); the others are for backends", {"MOST_DESCRIPTORS": 65_536}),
-    ("docs/operations.md", "work for 15 minutes after their last check", {"KNOWN_KEY_WITHOUT_DATABASE_S": 900}),
+    ("docs/operations.md", "work for 15 minutes after their last check", {"VALID_WITHOUT_DATABASE_S": 900}),
     (
         "docs/operations.md",
         "up to 25,000 for each sixteenth of the keys, and 500 prompts",
@@ -196,11 +196,11 @@ def test_the_table_of_kinds_is_that_of_the_dialects() -> None:
 def test_refused_fields_of_the_pages_are_refused() -> None:
     rows = documents.tables(section("docs/translation.md", "Refused fields"))
     listed = {field for _, fields in rows for field in re.findall(r"`(\w+)`", fields)}
-    assert len(listed) > 8 and listed <= beyond.REFUSED_FIELDS | {beyond.PRIORITY}
+    assert len(listed) > 8 and listed <= refused_fields.REFUSED_FIELDS | {refused_fields.PRIORITY}
     extras = set(
         re.findall(r"`(\w+)`", section("docs/translation.md", "Refused fields").rpartition("\n\n")[0].split("\n\n")[-1])
     )
-    assert extras - {"gateway"} >= beyond.EXTRAS
+    assert extras - {"gateway"} >= refused_fields.EXTRAS
 
 
 def test_the_table_of_speed_is_that_of_the_published_figures() -> None:
