@@ -1,4 +1,4 @@
-"""The ways to name a Redis, and a Redis that is away or frozen."""
+"""The Redis client: each kind of URL, a frozen server, and subscriptions after a lost connection."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ from tests.support.redis_server import server
 async def set_and_get(url: str) -> bytes:
     async with RedisClient(url) as store:
         async with asyncio.timeout(20):
-            while not store.up:  # noqa: ASYNC110 # looks by itself
+            while not store.up:  # noqa: ASYNC110 # the client checks Redis on its own
                 await asyncio.sleep(0.05)
         await store.call(lambda client: client.set("name", "value"))
         found: bytes = await store.call(lambda client: client.get("name"))
@@ -34,8 +34,8 @@ def test_a_socket_and_a_port_with_a_password(stores: TestStores, tmp_path: Path)
 
 def test_through_sentinels(tmp_path: Path) -> None:
     with server(tmp_path, "requirepass hidden-word") as (_, master):
-        watched = (f"sentinel monitor main 127.0.0.1 {master} 1", "sentinel auth-pass main hidden-word")
-        with server(tmp_path, *watched, sentinel=True) as (_, port):
+        configuration = (f"sentinel monitor main 127.0.0.1 {master} 1", "sentinel auth-pass main hidden-word")
+        with server(tmp_path, *configuration, sentinel=True) as (_, port):
             url = f"redis+sentinel://:hidden-word@127.0.0.1:1,127.0.0.1:{port}/main/2"
             assert asyncio.run(set_and_get(url)) == b"value"
         with redis.Redis(port=master, db=2, password="hidden-word") as client:
@@ -59,36 +59,36 @@ async def freeze_and_thaw(url: str, process: subprocess.Popen[bytes]) -> tuple[l
         return waits, store.up
 
 
-def test_a_frozen_redis_holds_nobody_up_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_frozen_redis_delays_no_caller_and_is_used_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with server(tmp_path) as (process, port), caplog.at_level("INFO", "gateway.store"):
         waits, is_back = asyncio.run(freeze_and_thaw(f"redis://127.0.0.1:{port}/0", process))
     assert is_back
     assert max(waits) < CALL_DEADLINE_S + 1.0
-    assert sorted(waits)[10] < CALL_DEADLINE_S / 2, "after the first failures nobody waits at all"
-    told = [record.getMessage() for record in caplog.records if record.name == "gateway.store"]
-    assert len(told) == 3 and told[0] == "Redis answers" and "away" in told[1] and told[2] == "Redis answers"
+    assert sorted(waits)[10] < CALL_DEADLINE_S / 2, "after the first failures calls fail at once"
+    messages = [record.getMessage() for record in caplog.records if record.name == "gateway.store"]
+    assert len(messages) == 3 and messages[0] == messages[2] == "Redis answers" and "away" in messages[1]
 
 
-def test_messages_arrive_again_after_a_restart(tmp_path: Path) -> None:
-    async def story() -> tuple[list[str], int]:
-        heard: list[str] = []
+def test_messages_arrive_again_after_the_connection_was_lost(tmp_path: Path) -> None:
+    async def run() -> tuple[list[str], int]:
+        received: list[str] = []
         gaps: list[int] = []
 
-        async def have(wanted: int, what: Sequence[object]) -> None:
+        async def wait_for(count: int, items: Sequence[object]) -> None:
             for _ in range(500):
-                if len(what) >= wanted:
+                if len(items) >= count:
                     return
                 await asyncio.sleep(0.01)
 
         with server(tmp_path) as (_, port):
             async with RedisClient(f"redis://127.0.0.1:{port}/0") as store:
-                store.subscribe({"news": heard.append}, after_gap=lambda: gaps.append(1))
-                await have(1, gaps)
+                store.subscribe({"news": received.append}, after_gap=lambda: gaps.append(1))
+                await wait_for(1, gaps)
                 await store.call(lambda client: client.publish("news", "one"))
                 await store.call(lambda client: client.client_kill_filter(_type="pubsub"))
-                await have(2, gaps)
+                await wait_for(2, gaps)
                 await store.call(lambda client: client.publish("news", "two"))
-                await have(2, heard)
-        return heard, len(gaps)
+                await wait_for(2, received)
+        return received, len(gaps)
 
-    assert asyncio.run(asyncio.wait_for(story(), 20)) == (["one", "two"], 2)
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == (["one", "two"], 2)

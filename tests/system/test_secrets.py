@@ -1,4 +1,4 @@
-"""Canary secrets: client keys never go upstream, backend tokens never come down, neither is in any log or error."""
+"""Client keys never reach a backend, backend tokens never reach a client, and neither is in a log, an error or a store."""
 
 import json
 import logging
@@ -46,12 +46,12 @@ def all_logged(gateway: RunningGateway) -> str:
     return "\n".join(formatter.format(record) for record in ours for formatter in formatters)
 
 
-def test_tokens_open_the_backends_and_appear_nowhere(
+def test_backend_tokens_are_sent_to_the_backends_and_appear_nowhere_else(
     start_gateway: StartGateway, backends: list[FakeBackend], stores: TestStores
 ) -> None:
     gateway = start(start_gateway, backends)
     key = gateway.key()
-    came_down: list[str] = []
+    responses: list[str] = []
     with gateway.http(key) as client:
         for model, backend in zip("abc", backends, strict=True):
             path = "/v1/chat/completions"
@@ -62,50 +62,50 @@ def test_tokens_open_the_backends_and_appear_nowhere(
                 for fault in FAULTS.values():
                     backend.play(path, fault("openai", stream) if fault is not FAULTS["head_timeout"] else answer(500, b""))
                     got = client.post(path, json={**body, "stream": stream})
-                    came_down.append(got.text.replace(PROMPT, "") + str(got.headers))
+                    responses.append(got.text.replace(PROMPT, "") + str(got.headers))
             backend.play(path, answer(400, {"error": {"message": f"bad token {TOKEN} at {backend.url}, Bearer {TOKEN}"}}))
-            came_down.append(client.post(path, json=body).text)
-        came_down.append(client.get("/readyz").text + client.get("/api/tags").text + client.get("/v1/models").text)
-    assert TOKEN not in "".join(came_down) and all(backend.url not in "".join(came_down) for backend in backends)
+            responses.append(client.post(path, json=body).text)
+        responses.append(client.get("/readyz").text + client.get("/api/tags").text + client.get("/v1/models").text)
+    assert TOKEN not in "".join(responses) and all(backend.url not in "".join(responses) for backend in backends)
     logged = all_logged(gateway)
     assert TOKEN not in logged and key not in logged and PROMPT not in logged
     assert "request_id" in logged
     during = dump_redis(stores)
     gateway.audit_rows()
-    kept = during + dump_redis(stores) + dump_postgres(stores)
-    assert TOKEN not in kept and key not in kept and key.rpartition("_")[2] not in kept and PROMPT not in kept
-    assert "/v1/chat/completions" in kept
+    stored = during + dump_redis(stores) + dump_postgres(stores)
+    assert TOKEN not in stored and key not in stored and key.rpartition("_")[2] not in stored and PROMPT not in stored
+    assert "/v1/chat/completions" in stored
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["frame by frame", "in one piece"])
+@pytest.mark.parametrize("in_one_piece", [False, True], ids=["frame by frame", "in one piece"])
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
-def test_an_error_within_a_stream_tells_no_secret(
-    start_gateway: StartGateway, backends: list[FakeBackend], path: str, together: bool
+def test_an_error_in_a_stream_holds_no_secret(
+    start_gateway: StartGateway, backends: list[FakeBackend], path: str, in_one_piece: bool
 ) -> None:
     gateway, backend = start(start_gateway, backends), backends[0]
     place = backend.url.removeprefix("http://")
-    words = f'{TOKEN.upper()} of "{backend.url}/v1" for dial tcp {place}: bearer x-y-z'
+    message = f'{TOKEN.upper()} of "{backend.url}/v1" for dial tcp {place}: bearer x-y-z'
     frames: list[bytes]
     if path == "/api/chat":
-        says = {"model": "a", "message": {"role": "assistant", "content": "error: Bearer of news"}, "done": False}
-        frames = ndjson([says, {**says, "error": None}, {"error": words}])
-        steps = stream([b"".join(frames)] if together else frames, NDJSON)
+        chunk = {"model": "a", "message": {"role": "assistant", "content": "error: Bearer of news"}, "done": False}
+        frames = ndjson([chunk, {**chunk, "error": None}, {"error": message}])
+        steps = stream([b"".join(frames)] if in_one_piece else frames, NDJSON)
     else:
-        says = {"id": "1", "choices": [{"index": 0, "delta": {"content": "error"}}]}
-        in_lines = b'data: {\r\ndata: "error":\r\ndata: {"message": %b}}\r\n\r\n' % json.dumps(words).encode()
-        frames = [*sse([says, {"error": {"message": words, "code": 500}}], done=False), in_lines]
-        steps = stream([b"".join(frames)] if together else frames)
+        chunk = {"id": "1", "choices": [{"index": 0, "delta": {"content": "error"}}]}
+        multiline = b'data: {\r\ndata: "error":\r\ndata: {"message": %b}}\r\n\r\n' % json.dumps(message).encode()
+        frames = [*sse([chunk, {"error": {"message": message, "code": 500}}], done=False), multiline]
+        steps = stream([b"".join(frames)] if in_one_piece else frames)
     backend.play(path, steps)
     with gateway.http(gateway.key()) as client:
         got = client.post(path, json={"model": "a", "messages": [], "stream": True})
-    assert got.content.startswith(frames[0]), "what is no error comes as it came"
+    assert got.content.startswith(frames[0]), "what is no error passes unchanged"
     assert TOKEN not in got.text.lower() and place not in got.text and "x-y-z" not in got.text
-    told = '*** of "***/v1" for dial tcp ***: Bearer ***'
-    assert got.text.count(json.dumps(told)) == (1 if path == "/api/chat" else 2)
-    assert got.text.count("\r\n") == (0 if path == "/api/chat" else 4), "the framing stays"
+    redacted = '*** of "***/v1" for dial tcp ***: Bearer ***'
+    assert got.text.count(json.dumps(redacted)) == (1 if path == "/api/chat" else 2)
+    assert got.text.count("\r\n") == (0 if path == "/api/chat" else 4), "the framing is kept"
 
 
-def test_a_key_goes_to_no_backend_and_into_no_log(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
+def test_a_key_reaches_no_backend_and_no_log(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
     gateway = start(start_gateway, backends)
     key, body = gateway.key(), {"model": "a", "stream": False, "messages": []}
     secret = key.rpartition("_")[2]
@@ -121,20 +121,20 @@ def test_a_key_goes_to_no_backend_and_into_no_log(start_gateway: StartGateway, b
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
         connection.sendall(raw)
         connection.recv(1000)
-    sent_up = "".join(str(request.headers) + request.target + str(request.body) for b in backends for request in b.requests)
-    assert secret not in sent_up and "origin" not in sent_up.lower() and "forwarded" not in sent_up.lower()
+    upstream = "".join(str(request.headers) + request.target + str(request.body) for b in backends for request in b.requests)
+    assert secret not in upstream and "origin" not in upstream.lower() and "forwarded" not in upstream.lower()
     assert secret not in all_logged(gateway)
 
 
-def test_a_wrong_token_is_told_to_the_operator_alone(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
-    gateway = start_gateway(entry_of(backends[0], auth_token="stale-token-of-before"))
+def test_only_the_operator_learns_of_a_wrong_backend_token(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
+    gateway = start_gateway(entry_of(backends[0], auth_token="outdated-token"))
     assert gateway.components.discovery.catalog.snapshots[0].error.startswith("token_refused")
     with gateway.http(gateway.key()) as client:
         assert client.post("/api/chat", json={"model": "a", "messages": []}).status_code == 403
     assert "token_refused" in all_logged(gateway)
 
 
-def test_the_request_line_has_what_an_operator_needs(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
+def test_the_log_line_of_a_request_has_what_an_operator_needs(start_gateway: StartGateway, backends: list[FakeBackend]) -> None:
     gateway = start(start_gateway, backends)
     with gateway.http(gateway.key()) as client:
         client.post("/api/chat", json={"model": "a", "messages": []}, headers={"X-Request-ID": "mine-1"})
@@ -146,10 +146,12 @@ def test_the_request_line_has_what_an_operator_needs(start_gateway: StartGateway
     assert json.loads(JsonLines().format(gateway.logged.records[-1]))
 
 
-def test_the_load_generator_gets_its_key_where_ps_does_not_show_it(tmp_path: Path) -> None:
+def test_the_load_generator_gets_its_key_on_standard_input(tmp_path: Path) -> None:
     script = tmp_path / "loadgen"
-    script.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(dict(said=sys.argv, read=sys.stdin.read())))\n")
+    script.write_text(
+        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(dict(arguments=sys.argv, read=sys.stdin.read())))\n"
+    )
     script.chmod(0o700)
     key = key_format.mint().whole
-    told = tools.load(tools.Tools("", str(script)), 1, key, [])
-    assert key not in " ".join(told["said"]) and told["read"] == f"{key}\n"
+    seen = tools.load(tools.Tools("", str(script)), 1, key, [])
+    assert key not in " ".join(seen["arguments"]) and seen["read"] == f"{key}\n"
