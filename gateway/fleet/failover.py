@@ -1,15 +1,10 @@
 """Finds a backend that answers a call: claims one, sends, reads the first frame; where that fails, goes on to the next."""
 
-import asyncio
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from gateway.core.cancel_scope import CallScope
 from gateway.core.errors import (
-    AnswerTooLarge,
     BackendCannot,
     BackendFailed,
     BackendRefused,
@@ -19,24 +14,16 @@ from gateway.core.errors import (
     NoBackend,
 )
 from gateway.core.shared_bytes import Lease
-from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, judge_whole, read_answer, try_read
 from gateway.dialects.dialect import Call, Dialect
-from gateway.fleet import refusals
 from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.fleet.backends.backend import Backend
-from gateway.fleet.backends.frame_buffer import FrameBuffer
-from gateway.fleet.backends.http_client import BackendFault, BackendResponse, TooLarge
+from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.catalog import Model
 from gateway.fleet.held_answers import HeldAnswers
+from gateway.fleet.opening import Busy, Opening, read_beginning
 from gateway.fleet.scheduler import Candidate, choose, is_served
 
 RETRY_AFTER_S = 5.0
-LONGEST_RETRY_AFTER_S = 60.0
-LONGEST_ERROR_BODY, ERROR_BODY_WAITS_S = 65_536, 2.0
-# Pings before the first frame are passed on with it, but nobody needs megabytes of them.
-LONGEST_COMMENTS = 4096
-# A ping a second for ten minutes is a fraction of it.
-MOST_BEFORE_FIRST_FRAME = 262_144
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
 NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full"})
@@ -44,40 +31,9 @@ NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full"})
 DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 
 
-@dataclass(slots=True)
-class Opening:
-    """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it
-    and what it means.
-
-    `close` is owed to it, or `give_back` and `held.close`.
-    """
-
-    backend: Backend
-    upstream: BackendResponse
-    frames: bytes = field(repr=False)
-    held: FrameBuffer | Lease = field(repr=False)
-    at_end: bool = False
-    value: Any = field(default=None, repr=False)
-
-    def give_back(self) -> None:
-        """The backend's connection, and no more: what was read is still held."""
-        self.upstream.close()
-        self.backend.give_back()
-
-    def close(self) -> None:
-        self.held.close()
-        self.give_back()
-
-
-class Busy(BackendFault):
-    """The backend has no room; it may say when it will."""
-
-    def __init__(self, status: int, retry_after: float | None) -> None:
-        super().__init__("busy", f"status {status}")
-        self.retry_after = retry_after
-
-
 class Failover:
+    """Finds an answer to a call among the backends that have its model."""
+
     def __init__(self, backends: Mapping[str, Backend], held: HeldAnswers, *, most_tokens: int) -> None:
         self._backends, self.held, self.most_tokens = backends, held, most_tokens
 
@@ -179,7 +135,8 @@ class Routing:
         try:
             upstream = await backend.post(self._call.operation.path.encode(), self._headers, body, guard)
             guard.within(backend.config.read_timeout_s, _no_first_byte, upstream.fail)
-            opening = await self._read_beginning(backend, upstream)
+            lease = Lease(self._failover.held, self._caller)
+            opening = await read_beginning(backend, upstream, self._call, self._dialect, lease)
             backend.breaker.succeeded()
         except BaseException as wrong:
             if isinstance(wrong, BackendFault) and not _is_inconclusive(wrong, backend, began):
@@ -191,24 +148,6 @@ class Routing:
         finally:
             guard.without_deadline()
         return opening
-
-    async def _read_beginning(self, backend: Backend, upstream: BackendResponse) -> Opening:
-        """Reads until the first frame, or the whole answer, has proved to be good."""
-        try:
-            if upstream.status != 200:
-                raise await refusal(upstream, backend)
-            if self._call.stream:
-                return await _first_frames(backend, upstream, self._dialect)
-            return await _whole(backend, upstream, self._call, Lease(self._failover.held, self._caller))
-        except (LongFrame, TooLarge) as large:
-            # As many tokens were asked for; the next backend would make them all again.
-            raise AnswerTooLarge from large
-        except BadFrame as bad:
-            reported = refusals.read(bad.error)
-            refused = refusals.meaning(200, reported, backend.config) if bad.error else None
-            raise refused or _failed("bad_first_frame", refusals.scrub(str(bad), backend.config), reported) from bad
-        except BackendFault as fault:
-            raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
 
 
 def _no_first_byte() -> BackendFault:
@@ -225,90 +164,8 @@ def _is_inconclusive(fault: BackendFault, backend: Backend, began: float) -> boo
     return fault.reason in ("model_gone", "full", *DOUBTFUL) or (isinstance(fault, Busy) and fault.detail == "status 429")
 
 
-async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: Lease) -> Opening:
-    try:
-        whole = await upstream.read_whole(hold=held.hold)
-        value = read_answer(whole)
-        judge_whole(value, call.operation)
-    except BaseException:
-        held.close()
-        raise
-    return Opening(backend, upstream, whole, held, at_end=True, value=value)
-
-
-async def _first_frames(backend: Backend, upstream: BackendResponse, dialect: Dialect) -> Opening:
-    buffer = FrameBuffer(dialect.framing, backend.unframed)
-    try:
-        frames, at_end = await _until_first(buffer, upstream, dialect)
-    except BaseException:
-        buffer.close()
-        raise
-    return Opening(backend, upstream, frames, buffer, at_end=at_end)
-
-
-async def _until_first(buffer: FrameBuffer, upstream: BackendResponse, dialect: Dialect) -> tuple[bytes, bool]:
-    """The first frames with the comments before them, and whether that is all."""
-    comments, framing, silence = b"", dialect.framing, 0
-    while piece := await upstream.read():
-        frames = buffer.add(piece)
-        if payloads := framing.payloads(frames):
-            dialect.judge_frame(payloads[0])
-            return comments + frames, False
-        silence += len(frames)
-        if silence > MOST_BEFORE_FIRST_FRAME:
-            raise BadFrame(f"no frame in the first {silence} bytes")
-        if len(comments) + len(frames) <= LONGEST_COMMENTS:
-            comments += frames
-        if len(buffer.rest) > LONGEST_FRAME:
-            raise LongFrame("no end of the first frame")
-    data = buffer.take()
-    payloads = framing.payloads(data)
-    if not payloads:
-        raise BadFrame("not a stream of frames" if data.strip() else "an empty answer", _error_in(data))
-    dialect.judge_frame(payloads[0])
-    return comments + data, True
-
-
-def _error_in(data: bytes) -> dict[str, Any]:
-    reported = try_read(data)
-    return reported if reported.get("error") else {}
-
-
-async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault | GatewayError:
-    """What a status other than 200 means."""
-    status = upstream.status
-    if status in (429, 503):
-        return Busy(status, retry_after(upstream.headers.get("Retry-After", "")))
-    if status == 404:
-        return BackendFault("model_gone", "status 404")
-    if status in (401, 403):
-        return BackendFault("token_refused", f"status {status}")
-    if status < 400:
-        return BackendFault("bad_status", f"status {status}")
-    reported = refusals.read(try_read(await _error_body(upstream)))
-    return refusals.meaning(status, reported, backend.config) or _failed("bad_status", f"status {status}", reported)
-
-
-def _failed(reason: str, detail: str, reported: refusals.Told) -> BackendFault:
-    why = refusals.why(reported)
-    return BackendFault(reason, f"{detail}: {why}" if why else detail)
-
-
-async def _error_body(upstream: BackendResponse) -> bytes:
-    """What comes of it soon: a failure is known without its words."""
-    try:
-        async with asyncio.timeout(ERROR_BODY_WAITS_S):
-            return await upstream.read_beginning(LONGEST_ERROR_BODY)
-    except (TimeoutError, BackendFault):
-        return b""
-
-
-def retry_after(text: str) -> float | None:
-    return min(float(text), LONGEST_RETRY_AFTER_S) if re.fullmatch(r"\d{1,6}", text.strip()) else None
-
-
 def failure_of(faults: Sequence[BackendFault]) -> GatewayError:
-    """What to tell a caller when every backend failed, and when to come back."""
+    """The error for the caller when every backend failed, with the time after which to try again."""
     waits = [fault.retry_after for fault in faults if isinstance(fault, Busy) and fault.retry_after]
     reasons = {fault.reason for fault in faults}
     if reasons <= UNAVAILABLE:

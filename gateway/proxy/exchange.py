@@ -18,7 +18,8 @@ from gateway.core.errors import ClientGone, ClientStalled, GatewayError
 from gateway.dialects.dialect import Call, Dialect, Operation, read_call
 from gateway.fleet.backends.http_client import UNSAFE
 from gateway.fleet.catalog import Catalog, Model
-from gateway.fleet.failover import Failover, Opening
+from gateway.fleet.failover import Failover
+from gateway.fleet.opening import Opening
 from gateway.fleet.scheduler import is_served
 from gateway.proxy.access import Access
 from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies

@@ -21,7 +21,7 @@ from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault
-from gateway.fleet.failover import Opening
+from gateway.fleet.opening import Opening
 from gateway.fleet.refusals import IN_ERRORS
 
 # The payloads of a stream's end that tell what became of it, and how many bytes of it usually hold them.

@@ -335,7 +335,7 @@ def test_an_error_without_end_or_too_long_is_known_by_its_status(
     gateway: RunningGateway, three: list[FakeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FastAPI's errors repeat the input; a failure's words may never come."""
-    monkeypatch.setattr("gateway.fleet.failover.ERROR_BODY_WAITS_S", 0.2)
+    monkeypatch.setattr("gateway.fleet.opening.ERROR_BODY_WAITS_S", 0.2)
     long = json.dumps({"detail": [{"msg": "no", "input": "x" * 300_000}]}).encode()
     with gateway.http(gateway.key()) as client:
         play(three, CHAT, answer(422, long))
@@ -351,7 +351,7 @@ def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
     gateway: RunningGateway, three: list[FakeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.fleet.backends.http_client.LONGEST_WHOLE_ANSWER", 50_000)
-    monkeypatch.setattr("gateway.fleet.failover.LONGEST_FRAME", 50_000)
+    monkeypatch.setattr("gateway.fleet.opening.LONGEST_FRAME", 50_000)
     large = b'{"choices":[{"message":{"content":"' + b"x" * 200_000 + b'"}}]}'
     with gateway.openai(gateway.key(), max_retries=2) as client:
         for streamed, steps in ((False, answer(200, large)), (True, stream([b"data: " + large + b"\n\n"]))):

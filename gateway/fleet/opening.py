@@ -1,0 +1,159 @@
+"""The beginning of a backend's answer, read until it has proved to be good; what it means where it is none."""
+
+import asyncio
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.core.errors import AnswerTooLarge, GatewayError
+from gateway.core.shared_bytes import Lease
+from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, judge_whole, read_answer, try_read
+from gateway.dialects.dialect import Call, Dialect
+from gateway.fleet import refusals
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.frame_buffer import FrameBuffer
+from gateway.fleet.backends.http_client import BackendFault, BackendResponse, TooLarge
+
+LONGEST_RETRY_AFTER_S = 60.0
+LONGEST_ERROR_BODY, ERROR_BODY_WAITS_S = 65_536, 2.0
+# Pings before the first frame are passed on with it, but nobody needs megabytes of them.
+LONGEST_COMMENTS = 4096
+# A ping a second for ten minutes is a fraction of it.
+MOST_BEFORE_FIRST_FRAME = 262_144
+
+
+@dataclass(slots=True)
+class Opening:
+    """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it
+    and what it means.
+
+    `close` is owed to it, or `give_back` and `held.close`.
+    """
+
+    backend: Backend
+    upstream: BackendResponse
+    frames: bytes = field(repr=False)
+    held: FrameBuffer | Lease = field(repr=False)
+    at_end: bool = False
+    value: Any = field(default=None, repr=False)
+
+    def give_back(self) -> None:
+        """The backend's connection, and no more: what was read is still held."""
+        self.upstream.close()
+        self.backend.give_back()
+
+    def close(self) -> None:
+        self.held.close()
+        self.give_back()
+
+
+class Busy(BackendFault):
+    """The backend has no room; it may say when it will."""
+
+    def __init__(self, status: int, retry_after: float | None) -> None:
+        super().__init__("busy", f"status {status}")
+        self.retry_after = retry_after
+
+
+async def read_beginning(backend: Backend, upstream: BackendResponse, call: Call, dialect: Dialect, lease: Lease) -> Opening:
+    """Reads until the first frame, or the whole answer, has proved to be good; `lease` is for a whole one.
+
+    Raises BackendFault where the backend failed, BackendRefused where it will not, AnswerTooLarge and AnswersUnread.
+    """
+    try:
+        if upstream.status != 200:
+            raise await refusal(upstream, backend)
+        if call.stream:
+            return await _first_frames(backend, upstream, dialect)
+        return await _whole(backend, upstream, call, lease)
+    except (LongFrame, TooLarge) as large:
+        # As many tokens were asked for; the next backend would make them all again.
+        raise AnswerTooLarge from large
+    except BadFrame as bad:
+        reported = refusals.read(bad.error)
+        refused = refusals.meaning(200, reported, backend.config) if bad.error else None
+        raise refused or _failed("bad_first_frame", refusals.scrub(str(bad), backend.config), reported) from bad
+    except BackendFault as fault:
+        raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
+
+
+async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: Lease) -> Opening:
+    try:
+        whole = await upstream.read_whole(hold=held.hold)
+        value = read_answer(whole)
+        judge_whole(value, call.operation)
+    except BaseException:
+        held.close()
+        raise
+    return Opening(backend, upstream, whole, held, at_end=True, value=value)
+
+
+async def _first_frames(backend: Backend, upstream: BackendResponse, dialect: Dialect) -> Opening:
+    buffer = FrameBuffer(dialect.framing, backend.unframed)
+    try:
+        frames, at_end = await _until_first(buffer, upstream, dialect)
+    except BaseException:
+        buffer.close()
+        raise
+    return Opening(backend, upstream, frames, buffer, at_end=at_end)
+
+
+async def _until_first(buffer: FrameBuffer, upstream: BackendResponse, dialect: Dialect) -> tuple[bytes, bool]:
+    """The first frames with the comments before them, and whether that is all."""
+    comments, framing, silence = b"", dialect.framing, 0
+    while piece := await upstream.read():
+        frames = buffer.add(piece)
+        if payloads := framing.payloads(frames):
+            dialect.judge_frame(payloads[0])
+            return comments + frames, False
+        silence += len(frames)
+        if silence > MOST_BEFORE_FIRST_FRAME:
+            raise BadFrame(f"no frame in the first {silence} bytes")
+        if len(comments) + len(frames) <= LONGEST_COMMENTS:
+            comments += frames
+        if len(buffer.rest) > LONGEST_FRAME:
+            raise LongFrame("no end of the first frame")
+    data = buffer.take()
+    payloads = framing.payloads(data)
+    if not payloads:
+        raise BadFrame("not a stream of frames" if data.strip() else "an empty answer", _error_in(data))
+    dialect.judge_frame(payloads[0])
+    return comments + data, True
+
+
+def _error_in(data: bytes) -> dict[str, Any]:
+    reported = try_read(data)
+    return reported if reported.get("error") else {}
+
+
+async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault | GatewayError:
+    """What a status other than 200 means."""
+    status = upstream.status
+    if status in (429, 503):
+        return Busy(status, retry_after(upstream.headers.get("Retry-After", "")))
+    if status == 404:
+        return BackendFault("model_gone", "status 404")
+    if status in (401, 403):
+        return BackendFault("token_refused", f"status {status}")
+    if status < 400:
+        return BackendFault("bad_status", f"status {status}")
+    reported = refusals.read(try_read(await _error_body(upstream)))
+    return refusals.meaning(status, reported, backend.config) or _failed("bad_status", f"status {status}", reported)
+
+
+def _failed(reason: str, detail: str, reported: refusals.Told) -> BackendFault:
+    why = refusals.why(reported)
+    return BackendFault(reason, f"{detail}: {why}" if why else detail)
+
+
+async def _error_body(upstream: BackendResponse) -> bytes:
+    """What comes of it soon: a failure is known without its words."""
+    try:
+        async with asyncio.timeout(ERROR_BODY_WAITS_S):
+            return await upstream.read_beginning(LONGEST_ERROR_BODY)
+    except (TimeoutError, BackendFault):
+        return b""
+
+
+def retry_after(text: str) -> float | None:
+    return min(float(text), LONGEST_RETRY_AFTER_S) if re.fullmatch(r"\d{1,6}", text.strip()) else None
