@@ -9,7 +9,7 @@ from gateway.core.errors import AnswerTooLarge, GatewayError
 from gateway.core.shared_bytes import Lease
 from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, judge_whole, read_answer, try_read
 from gateway.dialects.dialect import Call, Dialect
-from gateway.fleet import refusals
+from gateway.fleet import redaction, refusals
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse, TooLarge
@@ -72,7 +72,7 @@ async def read_beginning(backend: Backend, upstream: BackendResponse, call: Call
     except BadFrame as bad:
         reported = refusals.read(bad.error)
         refused = refusals.meaning(200, reported, backend.config) if bad.error else None
-        raise refused or _failed("bad_first_frame", refusals.scrub(str(bad), backend.config), reported) from bad
+        raise refused or _failed("bad_first_frame", redaction.redact(str(bad), backend.config), reported) from bad
     except BackendFault as fault:
         raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
 
@@ -141,13 +141,13 @@ async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault |
     return refusals.meaning(status, reported, backend.config) or _failed("bad_status", f"status {status}", reported)
 
 
-def _failed(reason: str, detail: str, reported: refusals.Told) -> BackendFault:
-    why = refusals.why(reported)
-    return BackendFault(reason, f"{detail}: {why}" if why else detail)
+def _failed(reason: str, detail: str, reported: refusals.ReportedError) -> BackendFault:
+    known = refusals.logged_reason(reported)
+    return BackendFault(reason, f"{detail}: {known}" if known else detail)
 
 
 async def _error_body(upstream: BackendResponse) -> bytes:
-    """What comes of it soon: a failure is known without its words."""
+    """As much as comes soon: a failure is known without its text."""
     try:
         async with asyncio.timeout(ERROR_BODY_WAITS_S):
             return await upstream.read_beginning(LONGEST_ERROR_BODY)

@@ -1,31 +1,22 @@
-"""What a backend says when it does not answer: its words, the fields that clients act on, and whose fault it is."""
+"""Errors that backends report: the text, the fields that clients act on, and whether the request or the backend is at fault."""
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from gateway.core import strict_json
 from gateway.core.errors import BackendCannot, BackendRefused
 from gateway.dialects.answers import error_text, try_read
-from gateway.dialects.dialect import Framing
 from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.redaction import redact
 
-# The caller's own mistakes: another backend would say the same. 401, 403 and 404 are between us and that backend.
+# The caller's own mistakes: another backend would refuse them, too. 401, 403 and 404 are between us and that backend.
 CALLERS_FAULTS = frozenset({400, 405, 409, 411, 413, 414, 415, 416, 422, 431})
 NOT_IMPLEMENTED = 501
-# What proxies say of a backend that is away, in words of their own.
+# Proxies answer with these while a backend is away, with a text of their own.
 OF_PROXIES = frozenset({502, 503, 504})
 DEEPEST_WRAPPING = 3
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LARGEST_COUNT = 2**53
-BEARER = re.compile(r"(?i)bearer\s+\S+")
-# What each frame that tells an error has in it.
-IN_ERRORS = b'"error"'
-STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
-# In bytes: of a line of a frame; of a string of JSON with a secret in it.
-LONGEST_ERROR, SHORTEST_SECRET = 32 * 1024, 3
 
 # llama.cpp and LM Studio (exceed_context_size_error), Ollama (embed), vLLM, and what OpenAI calls it.
 OVERFLOW = re.compile(
@@ -33,7 +24,7 @@ OVERFLOW = re.compile(
     r"|context (?:size|length|window) (?:has been )?exceeded|longer than the context length",
     re.IGNORECASE,
 )
-# With 5xx: what a backend, or its model, will not do however often it is asked. As read: with single blanks, no line ends.
+# With 5xx: what a backend, or its model, cannot do however often it is asked. As read: single blanks, no line ends.
 UNABLE = (
     # llama.cpp: a model without its mmproj; routes that a flag opens. Ollama: capabilities of a model.
     r"(?:image|audio|video|vision|file) inputs? (?:is|are) not supported",
@@ -90,34 +81,34 @@ LOGGED = re.compile(
 LONGEST_LOGGED = 200
 
 
-class Told(NamedTuple):
-    """`words` for people; `fields` of an OpenAI error for programs: type, code and numbers of tokens."""
+class ReportedError(NamedTuple):
+    """`text` for people; `fields` of an OpenAI error for programs: type, code and numbers of tokens."""
 
-    words: str
+    text: str
     fields: Mapping[str, Any]
 
 
-def read(value: dict[str, Any]) -> Told:
-    """An error in any of the shapes of backends; Ollama and LM Studio put that of their runner, as JSON, into the words."""
-    words, fields = error_text(value), _fields(value)
+def read(value: dict[str, Any]) -> ReportedError:
+    """An error in any of the shapes of backends; Ollama and LM Studio put that of their runner, as JSON, into its text."""
+    text, fields = error_text(value), _fields(value)
     for _ in range(DEEPEST_WRAPPING):
-        start = words.find("{")
-        inner = try_read(words[start:].encode()) if start >= 0 else {}
+        start = text.find("{")
+        inner = try_read(text[start:].encode()) if start >= 0 else {}
         if not inner.get("error"):
             break
         fields = {**fields, **_fields(inner)}
         if start > 0:
             break
-        words = error_text(inner)
-    return Told(words, fields)
+        text = error_text(inner)
+    return ReportedError(text, fields)
 
 
 def _fields(value: dict[str, Any]) -> dict[str, Any]:
-    told = value.get("error")
-    if not isinstance(told, dict):
+    error = value.get("error")
+    if not isinstance(error, dict):
         return {}
-    names = {name: told[name] for name in ("type", "code") if isinstance(told.get(name), str) and NAME.fullmatch(told[name])}
-    numbers = {name: told[name] for name in ("code", "n_prompt_tokens", "n_ctx") if _is_count(told.get(name))}
+    names = {name: error[name] for name in ("type", "code") if isinstance(error.get(name), str) and NAME.fullmatch(error[name])}
+    numbers = {name: error[name] for name in ("code", "n_prompt_tokens", "n_ctx") if _is_count(error.get(name))}
     return {**names, **numbers}
 
 
@@ -125,116 +116,44 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
 
 
-def meaning(status: int, told: Told, backend: BackendConfig) -> BackendRefused | None:
-    """What to tell the caller; None where the backend has failed and another may do better.
+def meaning(status: int, reported: ReportedError, backend: BackendConfig) -> BackendRefused | None:
+    """The error for the caller; None where the backend has failed and another may answer.
 
-    What no asking again will change is 400, though the backend calls it its own failure; 501 stays what it is, and a call of a
-    tool that the model broke may come whole another time.
+    What a retry cannot change is 400, though the backend reports a failure of its own; 501 stays 501. A tool call that the
+    model got wrong keeps its 5xx: a retry may succeed.
 
-    `status` 200: the error stood in the body, which may have the true one.
+    `status` 200: the error stood in the body, which may contain the true status.
     """
     if status == 200:
-        code = told.fields.get("code")
+        code = reported.fields.get("code")
         status = code if isinstance(code, int) and 400 <= code <= 599 else 500
-    words = scrub(told.words, backend)
-    if OVERFLOW.search(f"{told.words} {told.fields.get('type')} {told.fields.get('code')}"):
+    text = redact(reported.text, backend)
+    if OVERFLOW.search(f"{reported.text} {reported.fields.get('type')} {reported.fields.get('code')}"):
         return BackendRefused(
-            words,
+            text,
             WRONG_STATUS if status >= 500 else status,
-            {name: _scrubbed(value, backend) for name, value in told.fields.items()},
+            {name: _redacted(value, backend) for name, value in reported.fields.items()},
         )
     if status in CALLERS_FAULTS:
-        return BackendRefused(words, status)
-    if status >= 500 and _says(WRONG, status, told.words):
-        return BackendCannot(words, WRONG_STATUS)
-    if status == NOT_IMPLEMENTED or (status >= 500 and _says(BROKE, status, told.words)):
-        return BackendCannot(words, status)
-    if status >= 500 and _says(CANNOT, status, told.words):
-        return BackendCannot(words, WRONG_STATUS)
+        return BackendRefused(text, status)
+    if status >= 500 and _matches(WRONG, status, reported.text):
+        return BackendCannot(text, WRONG_STATUS)
+    if status == NOT_IMPLEMENTED or (status >= 500 and _matches(BROKE, status, reported.text)):
+        return BackendCannot(text, status)
+    if status >= 500 and _matches(CANNOT, status, reported.text):
+        return BackendCannot(text, WRONG_STATUS)
     return None
 
 
-def _says(meant: re.Pattern[str], status: int, words: str) -> bool:
-    return status not in OF_PROXIES and meant.search(words) is not None and FAILURE.search(words) is None
+def _matches(pattern: re.Pattern[str], status: int, text: str) -> bool:
+    return status not in OF_PROXIES and pattern.search(text) is not None and FAILURE.search(text) is None
 
 
-def why(told: Told) -> str:
-    """What is known of a failure's words, each once, for the log; never what a prompt, token or address could stand in."""
-    found = dict.fromkeys(known.group().strip(" :") for known in LOGGED.finditer(told.words))
+def logged_reason(reported: ReportedError) -> str:
+    """The known phrases in a failure's text, each once, for the log; never text that may contain a prompt, token or address."""
+    found = dict.fromkeys(known.group().strip(" :") for known in LOGGED.finditer(reported.text))
     return ", ".join(found)[:LONGEST_LOGGED]
 
 
-def _scrubbed(value: object, backend: BackendConfig) -> object:
-    return scrub(value, backend) if isinstance(value, str) else value
-
-
-def scrub(text: str, backend: BackendConfig) -> str:
-    """A backend's words without its token or address, which it may have repeated, in whatever spelling."""
-    for secret in _secrets(backend.auth_token, backend.base_url):
-        text = secret.sub("***", text)
-    return BEARER.sub("Bearer ***", text)
-
-
-@lru_cache(maxsize=1024)
-def _secrets(token: str, base_url: str) -> tuple[re.Pattern[str], ...]:
-    address = re.compile(_address(base_url), re.IGNORECASE)
-    return (re.compile(_spelt(token), re.IGNORECASE), address) if token else (address,)
-
-
-def _address(base_url: str) -> str:
-    """With its scheme or slashes before it, or without: then with its port, unless nothing else is called like this host."""
-    parts = urlsplit(base_url)
-    host = _spelt(parts.netloc.removesuffix(f":{parts.port}"))
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    any_port = rf"(?:{_spelt(':')}\d{{1,5}})?"
-    its_port = any_port if "." in parts.netloc or "[" in parts.netloc else _spelt(f":{port}")
-    path = f"(?:{_spelt(parts.path.rstrip('/'))})?"
-    with_slashes = rf"(?:https?{_spelt(':')})?{_spelt('//')}{host}{any_port}"
-    return rf"(?:{with_slashes}|(?<![\w.-]){host}{its_port})(?![\w-]|\.\w){path}"
-
-
-def _spelt(text: str) -> str:
-    """A pattern for a text as it is, percent-encoded or escaped as in JSON."""
-    return "".join(
-        re.escape(sign) if sign.isalnum() else rf"(?:\\?{re.escape(sign)}|%(?:25)?{ord(sign):02x}|\\u{ord(sign):04x})"
-        for sign in text
-    )
-
-
-def scrub_frames(frames: bytes, framing: Framing, backend: BackendConfig) -> bytes:
-    """Whole frames of which some may tell an error: those without the backend's secrets, else byte for byte as they came."""
-    for payload in framing.payloads(frames):
-        if IN_ERRORS in payload and _tells_error(try_read(payload)):
-            # No string of JSON goes over the end of a line.
-            for line in payload.split(b"\n"):
-                if (scrubbed := _scrub_json(line, backend)) != line:
-                    frames = frames.replace(line, scrubbed)
-    return frames
-
-
-def _tells_error(value: dict[str, Any]) -> bool:
-    """Also what cannot be read."""
-    choices = value.get("choices")
-    parts = [value, *choices] if isinstance(choices, list) else [value]
-    is_error = "error" in (value.get("object"), value.get("type"))
-    return not value or is_error or any(isinstance(part, dict) and part.get("error") for part in parts)
-
-
-def _scrub_json(line: bytes, backend: BackendConfig) -> bytes:
-    """A line of JSON, that stays JSON. One too long for the words of an error loses the secrets as we know them only."""
-    if len(line) > LONGEST_ERROR:
-        for secret in (backend.auth_token, backend.base_url):
-            line = line.replace(secret.encode(), b"***") if secret else line
-        return line
-    return STRING.sub(lambda found: _scrub_string(found[0], backend), line)
-
-
-def _scrub_string(string: bytes, backend: BackendConfig) -> bytes:
-    if len(string) < SHORTEST_SECRET:
-        return string
-    try:
-        text = strict_json.read_loosely(string)
-    except ValueError:
-        text = string[1:-1].decode("utf-8", "replace")
-    scrubbed = scrub(text, backend)
-    return string if scrubbed == text else strict_json.write_anyhow(scrubbed)
+def _redacted(value: object, backend: BackendConfig) -> object:
+    return redact(value, backend) if isinstance(value, str) else value

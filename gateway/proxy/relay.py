@@ -17,12 +17,11 @@ from gateway.dialects import tokens
 from gateway.dialects.answers import LONGEST_FRAME, content_type_of, try_read
 from gateway.dialects.dialect import Call, Dialect, Framing
 from gateway.dialects.large_json import LARGEST_READ_WHOLE
-from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.opening import Opening
-from gateway.fleet.refusals import IN_ERRORS
+from gateway.fleet.redaction import IN_ERRORS, redact_frames
 
 # The payloads of a stream's end that tell what became of it, and how many bytes of it usually hold them.
 TAIL_PIECES, SHORT_TAIL = 4, 4096
@@ -245,7 +244,7 @@ class StreamedAnswer(Answer):
     def _process(self, frames: bytes) -> bytes:
         """Counts and keeps frames; returns them as the client gets them."""
         if IN_ERRORS in frames and self._backend is not None:
-            frames = refusals.scrub_frames(frames, self._dialect.framing, self._backend)
+            frames = redact_frames(frames, self._dialect.framing, self._backend)
         self._recent.append(frames)
         size = len(frames)
         if size > LARGEST_READ_WHOLE:

@@ -27,7 +27,7 @@ from gateway.edge.client_address import TrustedProxies, _address
 from gateway.fleet import catalog
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Snapshot
-from gateway.fleet.refusals import scrub
+from gateway.fleet.redaction import redact
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
@@ -52,8 +52,8 @@ def forwarded(text: str) -> object:
     return PROXIES.client_of({"client": ("10.0.0.1", 1), "headers": [(b"x-forwarded-for", text.encode())]})
 
 
-def scrubbed(text: str) -> object:
-    return scrub(text, ALPHA)
+def redacted(text: str) -> object:
+    return redact(text, ALPHA)
 
 
 def events(text: str) -> object:
@@ -84,8 +84,8 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("proxies", forwarded, "10.0.0.2,"),
     ("an address", _address, "1:"),
     ("a zone", _address, "fe80::1%"),
-    ("a backend's words", scrubbed, "bearer "),
-    ("blanks in them", lambda text: scrubbed("bearer" + text), " "),
+    ("a backend's words", redacted, "bearer "),
+    ("blanks in them", lambda text: redacted("bearer" + text), " "),
     ("blobs", prompt_log.without_blobs, "a"),
     ("events", lambda text: ServerSentEvents().payloads(text.encode()), "data: \r\r\n"),
     ("lines", lambda text: Ndjson().payloads(text.encode()), " \n"),
