@@ -216,7 +216,7 @@ class Limiter:
         # Redis may have admitted this call too, without its answer arriving in time: then it knows what it reserved.
         reserved = admission.reserved if admission and how != "local" else -1
         values: list[Any] = [settlement.id, reserved, settlement.used, settlement.row, settlement.prompt, how]
-        values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS]
+        values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS, redis_keys.SLOT_FREED]
         for scope in scopes:
             keys += redis_keys.counters(scope.name)[1:]
             values += [int(scope.tpm >= 0), int(scope.has_budget)]

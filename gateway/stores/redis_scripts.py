@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gateway.stores import redis_keys
-
 
 class Script(NamedTuple):
     sha: str
@@ -19,10 +17,7 @@ def read_scripts(*folders: Path) -> dict[str, Script]:
 
 
 def _scripts_in(folder: Path) -> Iterator[tuple[str, Script]]:
-    texts = {
-        path.stem: path.read_text(encoding="utf-8").replace("nz:slots", redis_keys.SLOT_FREED)
-        for path in sorted(folder.glob("*.lua"))
-    }
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.lua"))}
     common = texts.pop("common", "")
     for name, text in texts.items():
         whole = common + text

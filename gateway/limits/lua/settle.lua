@@ -3,8 +3,8 @@
 -- KEYS: calls, leases, means, rows, prompts, dropped, once; then for each scope: tokens, reserve, slots, queue, budget.
 -- ARGV: call id; tokens reserved (-1: as stored with the call); tokens used; row ('' for none); prompt ('' for none);
 -- how ('admitted': by Redis, 'local': by a process without Redis, 'abandoned': its process is gone); model; completion tokens
--- for the mean of the model (-1: none); most rows; most prompts; then for each scope: whether it limits tokens per minute,
--- whether it has a budget (1 or 0).
+-- for the mean of the model (-1: none); most rows; most prompts; channel for freed slots; then for each scope: whether it limits
+-- tokens per minute, whether it has a budget (1 or 0).
 -- Answers 1 if the tokens were counted now, else 0.
 local id, reserved, used, row, prompt, how = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 
@@ -21,7 +21,7 @@ end
 if not was_running and how == 'abandoned' then return 0 end
 
 for i = 1, (#KEYS - 7) / 5 do
-    local k, a = 7 + (i - 1) * 5, 10 + (i - 1) * 2
+    local k, a = 7 + (i - 1) * 5, 11 + (i - 1) * 2
     local had_slot = redis.call('ZREM', KEYS[k + 3], id) == 1
     if was_running then
         if redis.call('EXISTS', KEYS[k + 3]) == 0 then
@@ -31,7 +31,7 @@ for i = 1, (#KEYS - 7) / 5 do
         end
     end
     if (was_running or had_slot) and redis.call('EXISTS', KEYS[k + 4]) == 1 then
-        redis.call('PUBLISH', 'nz:slots', KEYS[k + 4])
+        redis.call('PUBLISH', ARGV[11], KEYS[k + 4])
     end
     if counts and used > 0 then
         if ARGV[a + 1] == '1' then add_to(KEYS[k + 1], used) end
