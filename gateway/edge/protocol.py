@@ -10,10 +10,10 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from gateway.core.errors import BadRequest, GatewayError, HeadTooLarge, Overloaded
+from gateway.edge.connection_limit import Places
 from gateway.edge.cycle import Cycle
 from gateway.edge.deadlines import Deadlines
-from gateway.edge.departure import Departure
-from gateway.edge.places import Places
+from gateway.edge.disconnect import Departure
 from gateway.edge.request_head import LINE_ENDS, LONGEST_LINE_END, NO_HOST, fault_of
 
 LARGEST_HEAD, MOST_LINES = 65_536, 256

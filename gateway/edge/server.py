@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from gateway.core.cancel_scope import ScopeTimer
 from gateway.core.errors import ShuttingDown
 from gateway.core.in_flight import InFlight
-from gateway.edge.places import Places, most_connections
+from gateway.edge.connection_limit import Places, most_connections
 from gateway.edge.protocol import Protocol
 from gateway.edge.stop_signals import stop_signals
 

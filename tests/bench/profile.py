@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.bench import report, rooms, subjects, tools
+from tests.bench import areas, report, subjects, tools
 from tests.bench.profiled import CALLS, COSTS
 from tests.support.processes import until
 
@@ -51,7 +51,7 @@ def main() -> int:
     return 0
 
 
-def measure(kind: Kind, folder: Path) -> tuple[rooms.Account, float]:
+def measure(kind: Kind, folder: Path) -> tuple[areas.Account, float]:
     folder.chmod(0o711)
     folder.parent.chmod(0o711)
     built = tools.build(folder)
@@ -60,7 +60,7 @@ def measure(kind: Kind, folder: Path) -> tuple[rooms.Account, float]:
         tools.load(built, gateway.port, gateway.key, [], "-c", "8", "-t", "2", "-w", "0")
         with counted(gateway.pids, folder):
             found = tools.load(built, gateway.port, gateway.key, [], *kind.options, "-t", str(LOAD_S), "-w", "0")
-    return rooms.read(folder / CALLS), max(1.0, float(found[kind.rate]) * LOAD_S)
+    return areas.read(folder / CALLS), max(1.0, float(found[kind.rate]) * LOAD_S)
 
 
 @contextmanager
@@ -73,10 +73,10 @@ def counted(pids: Sequence[int], folder: Path) -> Iterator[None]:
     until((folder / COSTS).exists, 30)
 
 
-def show(kind: Kind, account: rooms.Account, events: float, most: int) -> None:
+def show(kind: Kind, account: areas.Account, events: float, most: int) -> None:
     print(f"\nPer {kind.event}, of {events:,.0f}:\n")
     print(
-        report.aligned(rooms.table(account, events)), "", report.aligned(list(rooms.dearest(account, events, most))), sep="\n"
+        report.aligned(areas.table(account, events)), "", report.aligned(list(areas.dearest(account, events, most))), sep="\n"
     )
     print()
 

@@ -11,7 +11,7 @@ import uvicorn
 
 from gateway.core.errors import GatewayError
 from gateway.edge import server
-from gateway.edge.places import Places
+from gateway.edge.connection_limit import Places
 from gateway.edge.protocol import Protocol
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.bench import rooms
+from tests.bench import areas
 from tests.bench.profile import counted
 from tests.bench.profiled import CALLS, COSTS
 from tests.conftest import TestStores
@@ -28,7 +28,7 @@ GARBAGE, BLOCKS = 0.5, 20.0
 
 @dataclass
 class Costs:
-    account: rooms.Account
+    account: areas.Account
     collected: int
     blocks: int
 
@@ -50,7 +50,7 @@ class Counting:
         with counted([self.pid], self.folder):
             work()
         told = json.loads((self.folder / COSTS).read_text())
-        return Costs(rooms.read(self.folder / CALLS), **told)
+        return Costs(areas.read(self.folder / CALLS), **told)
 
     def least(self, work: Callable[[], object], garbage: float, calls: float) -> Costs:
         """What each time takes and leaves behind is here too; a busy machine has more now and then, as when Redis is late."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 BUILT_IN = "~"
 # The packages; of two places that fit, the first.
 GATEWAY = {
-    "server": "edge/server edge/protocol edge/cycle edge/deadlines edge/request_head edge/places edge/departure edge/workers "
-    "edge/memory ops",
+    "server": "edge/server edge/protocol edge/cycle edge/deadlines edge/request_head edge/connection_limit edge/disconnect "
+    "edge/workers edge/memory ops",
     "front": "edge core/asgi core/errors core/in_flight",
     "keys": "auth proxy/access",
     "limits": "limits",

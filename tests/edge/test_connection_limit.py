@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.edge.places import EXTRA
+from gateway.edge.connection_limit import EXTRA
 from tests.conftest import TestStores
 from tests.support.echo_server import EchoServer
 from tests.support.fake_backend.backend import FakeBackend
@@ -82,7 +82,7 @@ def test_who_has_an_answer_and_owes_its_body_or_does_not_read_gives_way(echo: Ec
 def test_requests_behind_unread_answers_hold_no_more_than_all_may(
     echo: EchoServer, held: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.edge.places.MOST_HELD_BY_ALL", 1_500_000)
+    monkeypatch.setattr("gateway.edge.connection_limit.MOST_HELD_BY_ALL", 1_500_000)
     echo.send_little_at_once()
     for _ in range(MOST):
         connection = held.enter_context(echo.connect())
