@@ -24,7 +24,7 @@ class KeptTask:
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._keep_going(), name=self.name)
-        self._task.add_done_callback(self._look_at_the_end)
+        self._task.add_done_callback(self._check_end)
 
     async def end(self) -> None:
         task, self._task = self._task, None
@@ -52,7 +52,7 @@ class KeptTask:
         if not is_known:
             LOG.error("the task %r failed and begins again", self.name, exc_info=wrong)
 
-    def _look_at_the_end(self, task: asyncio.Task[None]) -> None:
+    def _check_end(self, task: asyncio.Task[None]) -> None:
         # Not ended by its owner: a library has cancelled it, or the process is going down.
         if task is self._task:
             LOG.error("the task %r has ended and nobody ended it", self.name)
@@ -71,13 +71,13 @@ class TaskGroup:
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=self._name)
         self._tasks.add(task)
-        task.add_done_callback(self._look_at_the_end)
+        task.add_done_callback(self._check_end)
         return task
 
     async def end(self) -> None:
         await end(self._tasks)
 
-    def _look_at_the_end(self, task: asyncio.Task[None]) -> None:
+    def _check_end(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (wrong := task.exception()) is not None:
             LOG.error("the task %r failed", self._name, exc_info=wrong)

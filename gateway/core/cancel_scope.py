@@ -7,7 +7,7 @@ from typing import Self
 
 from gateway.core.background import KeptTask
 
-LOOK_EVERY_S = 0.1
+CHECK_EVERY_S = 0.1
 NEVER = float("inf")
 
 Reason = Callable[[], Exception]
@@ -24,7 +24,7 @@ class CancelScope:
         self._task: asyncio.Task[object] | None = None
         self._reason: Exception | None = None
         self._due = NEVER
-        self._overdue: Reason | None = None
+        self._expired: Reason | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -39,25 +39,25 @@ class CancelScope:
             self._reason = reason
             self._task.cancel()
 
-    def within(self, seconds: float, overdue: Reason) -> None:
+    def within(self, seconds: float, expired: Reason) -> None:
         """From now on, interrupt with what `overdue` makes unless told otherwise within `seconds`."""
         self._due = self._loop.time() + seconds
-        self._overdue = overdue
+        self._expired = expired
         if self._timer is not None and self._timer.when() > self._due:
             self._timer.cancel()
             self._timer = None
         if self._timer is None:
-            self._timer = self._loop.call_at(self._due, self._look)
+            self._timer = self._loop.call_at(self._due, self._check)
 
     def without_deadline(self) -> None:
         self._due = NEVER
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         self._timer = None
-        if self._loop.time() >= self._due and self._overdue is not None:
-            self.interrupt(self._overdue())
+        if self._loop.time() >= self._due and self._expired is not None:
+            self.interrupt(self._expired())
         elif self._due != NEVER:
-            self._timer = self._loop.call_at(self._due, self._look)
+            self._timer = self._loop.call_at(self._due, self._check)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         task, self._task = self._task, None
@@ -80,32 +80,32 @@ class CallScope(CancelScope):
     It has a deadline for the whole block and one for what is waited for at the moment, which may end in another way.
     """
 
-    def __init__(self, living: "set[CallScope]") -> None:
+    def __init__(self, active: "set[CallScope]") -> None:
         super().__init__()
-        self._living = living
+        self._active = active
         self._end = NEVER
         self._too_long: Reason | None = None
         self._act: Callable[[Exception], None] | None = None
 
     def __enter__(self) -> Self:
-        self._living.add(self)
+        self._active.add(self)
         return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._living.discard(self)
+        self._active.discard(self)
         super().__exit__(kind, error, traceback)
 
-    def within(self, seconds: float, overdue: Reason, act: Callable[[Exception], None] | None = None) -> None:
+    def within(self, seconds: float, expired: Reason, act: Callable[[Exception], None] | None = None) -> None:
         """`act` is called with what `overdue` makes, instead of interrupting the block."""
-        self._due, self._overdue, self._act = self._loop.time() + seconds, overdue, act
+        self._due, self._expired, self._act = self._loop.time() + seconds, expired, act
 
     def end_within(self, seconds: float, too_long: Reason) -> None:
         self._end, self._too_long = self._loop.time() + seconds, too_long
 
-    def look(self, now: float) -> None:
-        if now >= self._due and self._overdue is not None:
+    def check(self, now: float) -> None:
+        if now >= self._due and self._expired is not None:
             self._due = NEVER
-            (self._act or self.interrupt)(self._overdue())
+            (self._act or self.interrupt)(self._expired())
         elif now >= self._end and self._too_long is not None:
             self.interrupt(self._too_long())
 
@@ -114,8 +114,8 @@ class ScopeTimer:
     """`async with Watch() as watch:` — keeps the deadlines of the guards that it makes, and can end them all."""
 
     def __init__(self) -> None:
-        self._living: set[CallScope] = set()
-        self.background = KeptTask(self._keep_looking, "deadlines")
+        self._active: set[CallScope] = set()
+        self.background = KeptTask(self._keep_checking, "deadlines")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -125,16 +125,16 @@ class ScopeTimer:
         await self.background.end()
 
     def guard(self) -> CallScope:
-        return CallScope(self._living)
+        return CallScope(self._active)
 
     def end_all(self, reason: Reason) -> None:
-        for guard in list(self._living):
+        for guard in list(self._active):
             guard.interrupt(reason())
 
-    async def _keep_looking(self) -> None:
+    async def _keep_checking(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(CHECK_EVERY_S)
             now = loop.time()
-            for guard in list(self._living):
-                guard.look(now)
+            for guard in list(self._active):
+                guard.check(now)

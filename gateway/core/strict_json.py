@@ -54,7 +54,7 @@ def read_object(body: bytes, known_fields: Collection[str] = ()) -> dict[str, An
         value = _examined(body, wrong)
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object")
-    refuse_look_alikes(value, known_fields)
+    refuse_case_variants(value, known_fields)
     return value
 
 
@@ -116,7 +116,7 @@ def write_strictly(value: dict[str, Any]) -> bytes:
         raise BadRequest(f"the body {told}") from None
 
 
-def refuse_look_alikes(value: dict[str, Any], known_fields: Collection[str]) -> None:
+def refuse_case_variants(value: dict[str, Any], known_fields: Collection[str]) -> None:
     for key in value:
         if key not in known_fields and key.casefold() in known_fields:
             raise BadRequest(f"the field {_shown(key)} must be written {_shown(key.casefold())}")

@@ -272,7 +272,7 @@ def _answers(body: dict[str, Any]) -> int:
 def _check_common(body: dict[str, Any]) -> None:
     if "stream_options" in body:
         expect(body, "stream_options", dict, "an object")
-        strict_json.refuse_look_alikes(body["stream_options"] or {}, ("include_usage",))
+        strict_json.refuse_case_variants(body["stream_options"] or {}, ("include_usage",))
     expect_number(body, NUMBERS)
     for name in body.keys() & CHOICES:
         value = body[name]

@@ -39,7 +39,7 @@ def refuse_beyond(body: dict[str, Any]) -> None:
             if extra not in UNSAID:
                 raise BadRequest(f"the field {name!r} must be an object")
             continue
-        strict_json.refuse_look_alikes(extra, LOOKED_AT_IN_EXTRAS)
+        strict_json.refuse_case_variants(extra, LOOKED_AT_IN_EXTRAS)
         _refuse_fields(extra)
         for own in extra.keys() & OWN_FIELDS:
             if extra[own] is not None:

@@ -17,12 +17,12 @@ MOST_DESCRIPTORS = 65_536
 RESERVED = 64
 # Beyond all places, for those who ask whether the process is alive.
 EXTRA = 16
-SAID_EVERY_S = 60.0
+LOGGED_EVERY_S = 60.0
 # Requests that wait behind an unread answer end with their connections beyond it; bodies that are read have their own bounds.
 MOST_HELD_BY_ALL = 64 * 2**20
 
 
-class Place(Protocol):
+class LimitedConnection(Protocol):
     @property
     def is_leaving(self) -> bool:
         """Whether it has ended, and its descriptor is about to be free."""
@@ -39,12 +39,12 @@ class Place(Protocol):
         """Ends it."""
 
 
-class Places:
+class ConnectionLimit:
     def __init__(self, most: int = MOST_DESCRIPTORS) -> None:
         self.most, self.held = most, 0
-        self._said_at = float("-inf")
+        self._logged_at = float("-inf")
 
-    def has_room(self, comer: Place, taken: Collection[Place]) -> bool:
+    def admits(self, comer: LimitedConnection, taken: Collection[LimitedConnection]) -> bool:
         """Whether there is a place for one who has just come, among the `taken`; some that were idle for longest give way."""
         if len(taken) <= self.most:
             return True
@@ -55,8 +55,8 @@ class Places:
         longest = nsmallest(wanted, idle, key=lambda found: (found[0].has_unsent, found[1]))
         for place, _ in longest:
             place.give_way()
-        if time.monotonic() - self._said_at > SAID_EVERY_S:
-            self._said_at = time.monotonic()
+        if time.monotonic() - self._logged_at > LOGGED_EVERY_S:
+            self._logged_at = time.monotonic()
             LOG.warning(
                 "all %d places for connections are taken: %s", self.most, "idle ones end" if longest else "none is idle"
             )
@@ -67,7 +67,7 @@ class Places:
         self.held += more
         return self.held <= MOST_HELD_BY_ALL
 
-    def has_extra(self, taken: Collection[Place]) -> bool:
+    def admits_extra(self, taken: Collection[LimitedConnection]) -> bool:
         return sum(not place.is_leaving for place in taken) <= self.most + EXTRA
 
 

@@ -11,8 +11,8 @@ READER_DEADLINE_S = 60.0
 class Deadlines(HttpToolsProtocol):
     """Closes connections whose head, rest of a refused body, or reading makes no progress."""
 
-    _arriving: asyncio.TimerHandle | None = None
-    _leaving: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None
     _unsent = 0
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -21,20 +21,20 @@ class Deadlines(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _await_rest(self) -> None:
-        if self._arriving is None:
-            self._arriving = self.loop.call_later(HEAD_DEADLINE_S, self.transport.close)
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_DEADLINE_S, self.transport.close)
 
     def _stop_waiting(self) -> None:
-        if self._arriving is not None:
-            self._arriving.cancel()
-            self._arriving = None
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     @property
     def _waits_since(self) -> float:
         """Of a connection that is idle, or in the midst of a head."""
         if self.timeout_keep_alive_task is not None:
             return float(self.timeout_keep_alive_task.when()) - self.timeout_keep_alive
-        return self._arriving.when() - HEAD_DEADLINE_S if self._arriving is not None else 0.0
+        return self._head_timer.when() - HEAD_DEADLINE_S if self._head_timer is not None else 0.0
 
     @property
     def is_leaving(self) -> bool:
@@ -57,14 +57,14 @@ class Deadlines(HttpToolsProtocol):
 
     def _watch_reader(self) -> None:
         self._unsent = self.transport.get_write_buffer_size()
-        self._leaving = self.loop.call_later(READER_DEADLINE_S, self._look_at_reader)
+        self._reader_timer = self.loop.call_later(READER_DEADLINE_S, self._check_reader)
 
     def _stop_watching_reader(self) -> None:
-        if self._leaving is not None:
-            self._leaving.cancel()
-            self._leaving = None
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
-    def _look_at_reader(self) -> None:
+    def _check_reader(self) -> None:
         """A slow reader may take its time; one that took nothing since the last look is gone."""
         if self.transport.get_write_buffer_size() >= self._unsent:
             self.transport.abort()

@@ -4,12 +4,12 @@ import asyncio
 import select
 from collections.abc import Callable
 
-LOOK_EVERY_S = 0.25
+POLL_EVERY_S = 0.25
 ENDED = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere the end is seen only when it is read
 RESET = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
-class Departure:
+class DisconnectPoll:
     """Looks at a socket now and then, until told to stop or `gone` was called.
 
     Both clients look alike until something is sent to them: the system of one that is gone answers with a reset.
@@ -28,9 +28,9 @@ class Departure:
         self._timer.cancel()
 
     def _begin_wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY_S, self._look)
+        self._timer = asyncio.get_running_loop().call_later(POLL_EVERY_S, self._check)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         seen = self._events()
         self.has_ended = self.has_ended or bool(seen & ENDED)
         if seen & RESET or (self.has_ended and not self._has_probed and not self._probe()):

@@ -11,23 +11,23 @@ from gateway.core.background import KeptTask
 # Numbers of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE_BLOCK = 128 * 1024
-TIDY_EVERY_S = 60.0
+TRIM_EVERY_S = 60.0
 
 
-def keeper() -> KeptTask:
-    return KeptTask(_keep_tidying, "memory")
+def trimming_task() -> KeptTask:
+    return KeptTask(_keep_trimming, "memory")
 
 
 @contextlib.asynccontextmanager
-async def kept_small(tidying: KeptTask) -> AsyncIterator[None]:
+async def kept_small(trimming: KeptTask) -> AsyncIterator[None]:
     """From the end of the start to the end of the block; `tidying` as made by `keeper`."""
     spare_the_collector()
     return_large_blocks()
-    tidying.start()
+    trimming.start()
     try:
         yield
     finally:
-        await tidying.end()
+        await trimming.end()
 
 
 def spare_the_collector() -> None:
@@ -45,13 +45,13 @@ def return_large_blocks() -> None:
             libc.mallopt(parameter, LARGE_BLOCK)
 
 
-def tidy() -> None:
+def trim() -> None:
     """What is free between the blocks in use goes back, too (malloc_trim(3)): one or two milliseconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-async def _keep_tidying() -> None:
+async def _keep_trimming() -> None:
     while True:
-        tidy()
-        await asyncio.sleep(TIDY_EVERY_S)
+        trim()
+        await asyncio.sleep(TRIM_EVERY_S)

@@ -10,10 +10,10 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from gateway.core.errors import BadRequest, GatewayError, HeadTooLarge, Overloaded
-from gateway.edge.connection_limit import Places
+from gateway.edge.connection_limit import ConnectionLimit
 from gateway.edge.cycle import Cycle
 from gateway.edge.deadlines import Deadlines
-from gateway.edge.disconnect import Departure
+from gateway.edge.disconnect import DisconnectPoll
 from gateway.edge.request_head import LINE_ENDS, LONGEST_LINE_END, NO_HOST, fault_of
 
 LARGEST_HEAD, MOST_LINES = 65_536, 256
@@ -36,7 +36,7 @@ class Protocol(Deadlines):
 
     cycle: Any
     _going_on: asyncio.Handle | None = None
-    _departure: Departure | None = None
+    _disconnect_poll: DisconnectPoll | None = None
     _head_bytes = _head_lines = _hosts = _length = _left = _framing = _discarded = _steps = 0
     _codings: tuple[bytes, ...] = ()
     _tail = _line = b""
@@ -45,9 +45,9 @@ class Protocol(Deadlines):
     _gone: Callable[[], None] | None = None
     _is_lost = _is_refused = _is_lingering = _has_ended = _is_extra = False
 
-    def __init__(self, *, places: Places | None = None, **given: Any) -> None:
+    def __init__(self, *, connection_limit: ConnectionLimit | None = None, **given: Any) -> None:
         super().__init__(**given)
-        self._places = places or Places()
+        self._connection_limit = connection_limit or ConnectionLimit()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -57,8 +57,8 @@ class Protocol(Deadlines):
         self.on_message_begin()
         self._await_rest()
         taken: Any = self.connections
-        self._is_extra = not self._places.has_room(self, taken)
-        if self._is_extra and not self._places.has_extra(taken):
+        self._is_extra = not self._connection_limit.admits(self, taken)
+        if self._is_extra and not self._connection_limit.admits_extra(taken):
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -89,7 +89,7 @@ class Protocol(Deadlines):
         if taken < len(data):
             self._hold(data[taken:])
         if self._has_ended or self._head_bytes or not self._in_head:
-            self._look_at_rest()
+            self._check_rest()
 
     def _read(self, data: bytes) -> int:
         """How much of `data` was taken: what is behind a request waits for its answer, and a turn does not last for ever."""
@@ -161,7 +161,7 @@ class Protocol(Deadlines):
 
     def _hold(self, rest: bytes) -> None:
         self._held += rest
-        if not self._places.hold(len(rest)) and self._in_head and not self._is_between_answers:
+        if not self._connection_limit.hold(len(rest)) and self._in_head and not self._is_between_answers:
             self.transport.abort()
             return
         if len(self._held) > MOST_HELD and not self._has_ended:
@@ -171,7 +171,7 @@ class Protocol(Deadlines):
 
     def _let_go(self, count: int) -> None:
         del self._held[:count]
-        self._places.hold(-count)
+        self._connection_limit.hold(-count)
 
     def _go_on_soon(self) -> None:
         """Where it is not an answer that is waited for."""
@@ -185,11 +185,11 @@ class Protocol(Deadlines):
             taken = self._read(bytes(self._held[:MOST_AT_ONCE]))
             self._let_go(taken)
             self._go_on_soon()
-            self._look_at_rest()
+            self._check_rest()
             if self.flow.read_paused:
                 self.take_more()
 
-    def _look_at_rest(self) -> None:
+    def _check_rest(self) -> None:
         if self._has_ended and not self._still_answers():
             self.transport.close()
         elif self._is_between_answers and (self._head_bytes or not self._in_head):
@@ -238,7 +238,7 @@ class Protocol(Deadlines):
             return
         target = httptools.parse_url(self.url)
         self._in_head, self._left = False, self._length
-        if self._arriving is not None:
+        if self._head_timer is not None:
             self._stop_waiting()
         self._begin(method.decode("ascii"), version, target)
 
@@ -292,7 +292,7 @@ class Protocol(Deadlines):
             return  # of a head that is refused, or is read again
         self._in_head, self._head_bytes, self._head_lines, self._left, self._tail = True, 0, 0, 0, b""
         self._line, self._has_line = b"", False
-        if self._arriving is not None:
+        if self._head_timer is not None:
             self._stop_waiting()
         cycle = self.cycle
         cycle.keep_alive = cycle.keep_alive and self.parser.should_keep_alive()
@@ -370,7 +370,7 @@ class Protocol(Deadlines):
         return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
-        if self._departure is not None:
+        if self._disconnect_poll is not None:
             self._stop_watching_client()
         self.server_state.total_requests += 1
         self.cycle.body.clear()
@@ -389,12 +389,12 @@ class Protocol(Deadlines):
 
     def _watch_client(self) -> None:
         """Also where nothing is read at the moment, or nothing is left to read."""
-        if self._departure is None:
+        if self._disconnect_poll is None:
             descriptor = self.transport.get_extra_info("socket").fileno()
-            self._departure = Departure(descriptor, self.cycle.probe, self.transport.abort)
-        self._departure.has_ended = self._has_ended
+            self._disconnect_poll = DisconnectPoll(descriptor, self.cycle.probe, self.transport.abort)
+        self._disconnect_poll.has_ended = self._has_ended
 
     def _stop_watching_client(self) -> None:
-        if self._departure is not None:
-            self._departure.stop()
-            self._departure = None
+        if self._disconnect_poll is not None:
+            self._disconnect_poll.stop()
+            self._disconnect_poll = None

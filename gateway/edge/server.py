@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from gateway.core.cancel_scope import ScopeTimer
 from gateway.core.errors import ShuttingDown
 from gateway.core.in_flight import InFlight
-from gateway.edge.connection_limit import Places, most_connections
+from gateway.edge.connection_limit import ConnectionLimit, most_connections
 from gateway.edge.protocol import Protocol
 from gateway.edge.stop_signals import stop_signals
 
@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             application,
-            http=partial(Protocol, places=Places(most_connections())),  # type: ignore[arg-type]
+            http=partial(Protocol, connection_limit=ConnectionLimit(most_connections())),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

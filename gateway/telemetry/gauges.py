@@ -41,7 +41,7 @@ class Gauges:
         self._settler, self._writer, self._backends, self._catalog = settler, writer, backends, catalog
         self._store, self._database = store, database
         self._counted: dict[str, int] = {}
-        self.background = KeptTask(self._keep_looking, "metrics")
+        self.background = KeptTask(self._keep_sampling, "metrics")
 
     async def __aenter__(self) -> Self:
         self.background.start()
@@ -49,35 +49,35 @@ class Gauges:
 
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
-        self.look()
+        self.sample()
 
-    async def _keep_looking(self) -> None:
+    async def _keep_sampling(self) -> None:
         while True:
             due = time.monotonic() + EVERY_S
             await asyncio.sleep(EVERY_S)
             self._metrics.lag.observe(max(0.0, time.monotonic() - due))
-            self.look()
+            self.sample()
 
-    def look(self) -> None:
+    def sample(self) -> None:
         metrics = self._metrics
         metrics.in_flight.set(self._in_flight.of_callers)
         metrics.draining.set(int(self._in_flight.draining))
         metrics.waiting.set(self._limits.waiting)
-        metrics.alone.set(int(not self._limits.is_usable))
+        metrics.degraded.set(int(not self._limits.is_usable))
         metrics.held.set(self._settler.backlog)
         if self._writer.waiting is not None:
             metrics.backlog.set(self._writer.waiting)
-        self._look_at_backends()
-        self._look_at_stores()
+        self._sample_backends()
+        self._sample_stores()
 
-    def _look_at_backends(self) -> None:
+    def _sample_backends(self) -> None:
         for name, backend in self._backends.items():
             self._metrics.backend_in_flight.labels(name).set(backend.in_flight)
             self._metrics.breaker.labels(name).set(BREAKER[backend.breaker.state])
         for snapshot in self._catalog().snapshots:
             self._metrics.backend_up.labels(snapshot.backend).set(int(not snapshot.error))
 
-    def _look_at_stores(self) -> None:
+    def _sample_stores(self) -> None:
         metrics = self._metrics
         metrics.store_up.labels("redis").set(int(self._store.up))
         metrics.store_up.labels("postgresql").set(int(self._database.up))

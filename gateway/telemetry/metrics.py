@@ -62,7 +62,7 @@ class Metrics:
         self._folder = folder
         self._registry = CollectorRegistry()
         self._children: dict[tuple[str, str, str, str], Children] = {}
-        self._telling: asyncio.Lock = asyncio.Lock()
+        self._collecting: asyncio.Lock = asyncio.Lock()
         self._declare_requests()
         self._declare_backends()
         self._declare_stores()
@@ -128,7 +128,7 @@ class Metrics:
         self.store_calls = self._counter("gateway_store_calls", "Commands and queries", "store")
         self.store_errors = self._counter("gateway_store_errors", "Commands and queries without an answer", "store")
         self.store_up = self._gauge("gateway_store_up", "1 where a store answers", "store", of_all="livemin")
-        self.alone = self._gauge(
+        self.degraded = self._gauge(
             "gateway_limits_degraded", "1 while processes admit their share of each limit without Redis", of_all="livemax"
         )
         self.held = self._gauge("gateway_audit_rows_held", "Audit rows that wait in processes for a store", of_all="livesum")
@@ -194,10 +194,10 @@ class Metrics:
 
     async def exposition(self) -> bytes:
         """The text that Prometheus reads, of all workers; in a thread, as adding up many files takes its time."""
-        async with self._telling:
-            return await asyncio.to_thread(self._told)
+        async with self._collecting:
+            return await asyncio.to_thread(self._collected)
 
-    def _told(self) -> bytes:
+    def _collected(self) -> bytes:
         if self._folder is None:
             return generate_latest(self._registry)
         for _ in range(ATTEMPTS - 1):

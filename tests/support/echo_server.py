@@ -11,7 +11,7 @@ import uvicorn
 
 from gateway.core.errors import GatewayError
 from gateway.edge import server
-from gateway.edge.connection_limit import Places
+from gateway.edge.connection_limit import ConnectionLimit
 from gateway.edge.protocol import Protocol
 
 
@@ -23,7 +23,7 @@ class EchoServer:
     """
 
     def __init__(self, most_connections: int | None = None) -> None:
-        self._places = Places(most_connections) if most_connections else Places()
+        self._places = ConnectionLimit(most_connections) if most_connections else ConnectionLimit()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.gone: list[str] = []

@@ -101,13 +101,13 @@ async def _serve_one(
         await _until_lists_are_there(components)
         on_ready(components)
 
-    tidying = memory.keeper()
-    async with app.build(settings, metrics_folder, [tidying]) as (application, components):
+    trimming = memory.trimming_task()
+    async with app.build(settings, metrics_folder, [trimming]) as (application, components):
         parts = application, components.in_flight, components.watch
         one = server.Server(*parts, drain_s=settings.gateway_drain_s, on_ready=serves.set)
         telling = asyncio.create_task(tell(components), name="banner")
         try:
-            async with memory.kept_small(tidying):
+            async with memory.kept_small(trimming):
                 await one.serve([listener])
         finally:
             await background.end([telling])
