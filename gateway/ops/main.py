@@ -103,19 +103,19 @@ def main(words: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SettingsError as error:
-        console.say(f"error: {error}")
+        console.notify(f"error: {error}")
         return 2
     except CommandFailed as error:
-        console.say(f"error: {error}")
+        console.notify(f"error: {error}")
     except StoreUnavailable as error:
-        console.say(f"error: {advice_for(error)}")
+        console.notify(f"error: {advice_for(error)}")
     except KeyboardInterrupt:
         return 130
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         if error.errno != errno.EPIPE:
-            console.say(f"error: the output cannot be written: {error.strerror}")
+            console.notify(f"error: the output cannot be written: {error.strerror}")
         # Nobody reads on; what is left to write must not fail again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

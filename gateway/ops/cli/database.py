@@ -36,7 +36,7 @@ async def current_database(settings: Settings) -> AsyncIterator[Database]:
     """With a current schema: a private database is migrated, of any other it is required. Raises CommandFailed."""
     async with database_of(settings) as database:
         if settings.has_private_database:
-            await migrations.migrate(database, console.say)
+            await migrations.migrate(database, console.notify)
         await require_schema(database)
         yield database
 
@@ -49,36 +49,36 @@ async def require_schema(database: Database) -> None:
         raise CommandFailed(advice_for(unavailable)) from None
 
 
-async def migrate(settings: Settings, said: argparse.Namespace) -> None:
+async def migrate(settings: Settings, arguments: argparse.Namespace) -> None:
     async with database_of(settings) as database:
         try:
-            applied = await migrations.migrate(database, console.say)
+            applied = await migrations.migrate(database, console.notify)
         except StoreUnavailable as unavailable:
             raise CommandFailed(advice_for(unavailable)) from None
-    console.show_facts({"applied": applied, "schema": "current"}, as_json=said.json)
+    console.show_facts({"applied": applied, "schema": "current"}, as_json=arguments.json)
 
 
-def psql(settings: Settings, arguments: Sequence[str]) -> int:
-    """The database's own shell; the password travels in the environment, where `ps` does not show it."""
+def psql(settings: Settings, options: Sequence[str]) -> int:
+    """The database's own shell; the password is passed in the environment, where `ps` does not show it."""
     program = shutil.which("psql")
     if program is None:
         raise CommandFailed("psql is not installed: install PostgreSQL's client (Debian: postgresql-client)")
-    return subprocess.call([program, *arguments], env={**os.environ, **_libpq(settings.database_url)})  # nosec B603
+    return subprocess.call([program, *options], env={**os.environ, **_libpq(settings.database_url)})  # nosec B603
 
 
 def _libpq(address: str) -> dict[str, str]:
-    """The variables that say to PostgreSQL's own programs what the address says."""
+    """The address as variables for PostgreSQL's own programs."""
     parts = address_parts(address)
     login, _, places = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts = [place.rpartition(":") if re.search(r":\d*$", place) else (place, "", "") for place in places.split(",")]
-    said = {
+    variables = {
         "PGHOST": ",".join(host.strip("[]") for host, _, _ in hosts),
         "PGPORT": ",".join(port for _, _, port in hosts).strip(","),
         "PGUSER": unquote(user),
         "PGPASSWORD": unquote(password),
         "PGDATABASE": unquote(parts.path.lstrip("/")),
     }
-    asked = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    said |= {variable: asked[name] for name, variable in LIBPQ.items() if name in asked}
-    return {name: value for name, value in said.items() if value}
+    parameters = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    variables |= {variable: parameters[name] for name, variable in LIBPQ.items() if name in parameters}
+    return {name: value for name, value in variables.items() if value}

@@ -23,29 +23,29 @@ from gateway.stores.redis_scripts import read_scripts
 from gateway.stores.redis_shards import ShardConnections
 
 
-async def explain_call(settings: Settings, said: argparse.Namespace) -> None:
-    operation = operation_of(said.client, registry.operations(registry.dialects()))
+async def explain_call(settings: Settings, arguments: argparse.Namespace) -> None:
+    operation = operation_of(arguments.client, registry.operations(registry.dialects()))
     async with (
         discovering(settings) as (discovery, store, configs),
         current_database(settings) as database,
         ShardConnections(settings.redis_url, read_scripts(limiter.LUA), lambda _: None) as connections,
     ):
         key_store = KeyStore(database, hasher_of(settings), store)
-        question = Question(await key_store.active_key(said.key), said.model, operation)
-        states, told = await _states(store)
+        question = Question(await key_store.active_key(arguments.key), arguments.model, operation)
+        states, processes = await _states(store)
         drained = frozenset(row["backend"] for row in await database.rows("drained_backends"))
         fleet = Fleet(configs, states, drained, discovery.catalog)
         limits = Limiter(connections, Budgets(database, store).seed, most_output=settings.max_num_predict)
         defaults, most = default_quota(settings), settings.max_num_predict
-        found = {**await explain(question, fleet, limits, defaults, most), "processes": told}
-    if said.json:
+        found = {**await explain(question, fleet, limits, defaults, most), "processes": processes}
+    if arguments.json:
         console.show_facts(found, as_json=True)
     else:
         _show(found)
 
 
 async def _states(store: RedisClient) -> tuple[dict[str, presence.BackendState], int | None]:
-    """How the running gateways see the backends, and how many processes say so."""
+    """How the running gateways see the backends, and how many processes there are."""
     try:
         states = await presence.read(store)
     except RedisUnavailable:

@@ -59,9 +59,9 @@ def stores_of(*, run: bool = False) -> Iterator[Settings]:
         yield named
         return
     if not run and _is_for_containers():
-        console.say("these are the local run's stores; for the containers: docker compose exec gateway python -m gateway …")
+        console.notify("these are the local run's stores; for the containers: docker compose exec gateway python -m gateway …")
     try:
-        with local_stores.stores(folder, say=console.say) as stores:
+        with local_stores.stores(folder, notify=console.notify) as stores:
             found = {"DATABASE_URL": (stores.database_url, LOCAL), "REDIS_URL": (stores.redis_url, LOCAL)}
             found["OLLAMA_BASE_URL"] = (_backend_of_run(folder), LOCAL)
             yield read({**found, **_of_run()})
@@ -96,6 +96,6 @@ def for_serving() -> Settings:
     return named
 
 
-async def show_config(settings: Settings, said: argparse.Namespace) -> None:
+async def show_config(settings: Settings, arguments: argparse.Namespace) -> None:
     rows = [{"name": name, "value": value, "from": source} for name, value, source in settings.shown()]
-    console.show(rows, as_json=said.json, empty="")
+    console.show(rows, as_json=arguments.json, empty="")

@@ -24,63 +24,65 @@ async def open_key_store(settings: Settings) -> AsyncIterator[KeyStore]:
         yield KeyStore(database, hasher_of(settings), store)
 
 
-async def make_key(settings: Settings, said: argparse.Namespace) -> None:
-    flags = [name for name in FLAGS if getattr(said, name)]
-    flags += [ADMIN] if said.role == ADMIN else []
+async def make_key(settings: Settings, arguments: argparse.Namespace) -> None:
+    flags = [name for name in FLAGS if getattr(arguments, name)]
+    flags += [ADMIN] if arguments.role == ADMIN else []
     wanted = NewKey(
-        name=said.name,
-        models=model_names.split_patterns(said.models),
-        quota=Quota(**{name: getattr(said, name, None) for name in LIMITS}),
+        name=arguments.name,
+        models=model_names.split_patterns(arguments.models),
+        quota=Quota(**{name: getattr(arguments, name, None) for name in LIMITS}),
         flags=tuple(flags),
-        lifetime=said.expires,
-        prompt_log=said.prompt_log,
-        prompt_retention=said.retention,
-        audit_retention=said.audit_retention,
+        lifetime=arguments.expires,
+        prompt_log=arguments.prompt_log,
+        prompt_retention=arguments.retention,
+        audit_retention=arguments.audit_retention,
     )
-    if said.retention and not said.prompt_log:
+    if arguments.retention and not arguments.prompt_log:
         raise CommandFailed(
-            "RETENTION= is for the prompts that PROMPT_LOG=1 keeps: say both, or AUDIT_RETENTION= for audit rows"
+            "RETENTION= is for the prompts that PROMPT_LOG=1 keeps: set both, or use AUDIT_RETENTION= for audit rows"
         )
     async with open_key_store(settings) as key_store:
         key_id, whole = await key_store.make(wanted)
-    show_new_key(key_id, said.name, whole, as_json=said.json)
+    show_new_key(key_id, arguments.name, whole, as_json=arguments.json)
 
 
 def show_new_key(key_id: str, name: str, whole: str, *, as_json: bool) -> None:
     if as_json:
         console.show_facts({"id": key_id, "name": name, "key": whole}, as_json=True)
     else:
-        console.say(f"key {name} ({key_id}): shown this once, stored nowhere")
+        console.notify(f"key {name} ({key_id}): shown only once, stored nowhere")
         print(whole)
 
 
-async def list_keys(settings: Settings, said: argparse.Namespace) -> None:
+async def list_keys(settings: Settings, arguments: argparse.Namespace) -> None:
     async with open_key_store(settings) as key_store:
         rows = await key_store.all()
-    console.show([key_view.of_row(row) for row in rows], as_json=said.json, empty="no keys yet: `make key NAME=…` makes one")
+    console.show(
+        [key_view.of_row(row) for row in rows], as_json=arguments.json, empty="no keys yet: `make key NAME=…` makes one"
+    )
 
 
-async def limit_key(settings: Settings, said: argparse.Namespace) -> None:
-    wished = {name: getattr(said, name) for name in LIMITS if name in said}
+async def limit_key(settings: Settings, arguments: argparse.Namespace) -> None:
+    wished = {name: getattr(arguments, name) for name in LIMITS if name in arguments}
     if not wished:
         raise CommandFailed(
-            "say at least one of RPM= TPM= CONCURRENT= DAY= MONTH=: a number, unlimited, or unset for the default"
+            "set at least one of RPM= TPM= CONCURRENT= DAY= MONTH=: a number, unlimited, or unset for the default"
         )
     async with open_key_store(settings) as key_store:
-        key_id, found, at_once = await key_store.limit(said.key, said.model, wished)
+        key_id, found, at_once = await key_store.limit(arguments.key, arguments.model, wished)
     effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
-    whose = {"key": key_id, **({"model": said.model} if said.model else {})}
-    console.show_facts({**whose, **key_view.shown_limits(found.packed()), "everywhere": effect}, as_json=said.json)
+    whose = {"key": key_id, **({"model": arguments.model} if arguments.model else {})}
+    console.show_facts({**whose, **key_view.shown_limits(found.packed()), "everywhere": effect}, as_json=arguments.json)
 
 
-async def rotate_key(settings: Settings, said: argparse.Namespace) -> None:
+async def rotate_key(settings: Settings, arguments: argparse.Namespace) -> None:
     async with open_key_store(settings) as key_store:
-        key_id, whole = await key_store.rotate(said.key, said.overlap)
-    show_new_key(key_id, said.key, whole, as_json=said.json)
+        key_id, whole = await key_store.rotate(arguments.key, arguments.overlap)
+    show_new_key(key_id, arguments.key, whole, as_json=arguments.json)
 
 
-async def revoke_key(settings: Settings, said: argparse.Namespace) -> None:
+async def revoke_key(settings: Settings, arguments: argparse.Namespace) -> None:
     async with open_key_store(settings) as key_store:
-        key_id, at_once = await key_store.revoke(said.key)
+        key_id, at_once = await key_store.revoke(arguments.key)
     effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
-    console.show_facts({"revoked": key_id, "everywhere": effect}, as_json=said.json)
+    console.show_facts({"revoked": key_id, "everywhere": effect}, as_json=arguments.json)

@@ -143,7 +143,7 @@ def run() -> None:
                 settings,
                 lambda components: print(banner(settings, components, first_key, is_demonstration), flush=True),
             )
-    console.say("stopped; data and keys are kept for the next `make run`")
+    console.notify("stopped; data and keys are kept for the next `make run`")
 
 
 def _with_backend(settings: Settings, base_url: str) -> Settings:
@@ -162,7 +162,7 @@ def _hand_on(settings: Settings) -> None:
 async def _prepare(settings: Settings) -> str | None:
     """The schema made current; returns a key where there was none yet."""
     async with database_of(settings) as database:
-        await migrations.migrate(database, console.say)
+        await migrations.migrate(database, console.notify)
         await require_schema(database)
         key_store = KeyStore(database, hasher_of(settings), None)
         if await key_store.count():
@@ -179,7 +179,7 @@ def banner(settings: Settings, components: Components | None, first_key: str | N
     lines += DEMONSTRATION if is_demonstration else []
     lines += [
         "",
-        f"  key       {first_key}  (shown this once)"
+        f"  key       {first_key}  (shown only once)"
         if first_key
         else "  key       yours of before; `make key NAME=…` makes another",
     ]

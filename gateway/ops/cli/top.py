@@ -27,19 +27,19 @@ CLEAR_LINE, CLEAR_BELOW = "\x1b[K", "\x1b[J"
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 # where it listens, asked from here  # nosec B104
 
 
-async def watch(settings: Settings, said: argparse.Namespace) -> None:
+async def watch(settings: Settings, arguments: argparse.Namespace) -> None:
     key = admin_key()
-    url = said.url or address_of(settings)
-    if said.json or said.once or not sys.stdout.isatty():
+    url = arguments.url or address_of(settings)
+    if arguments.json or arguments.once or not sys.stdout.isatty():
         seen = await asyncio.to_thread(overview, url, key)
-        print(json.dumps(seen) if said.json else "\n".join(frame(seen, *SMALLEST)))
+        print(json.dumps(seen) if arguments.json else "\n".join(frame(seen, *SMALLEST)))
         return
     with _screen():
         while True:
             try:
                 lines = frame(await asyncio.to_thread(overview, url, key), *shutil.get_terminal_size(SMALLEST))
             except CommandFailed as failed:
-                lines = [_plain(f"error: {failed}")[: shutil.get_terminal_size(SMALLEST)[0]], "", "trying again; Ctrl-C ends"]
+                lines = [_plain(f"error: {failed}")[: shutil.get_terminal_size(SMALLEST)[0]], "", "retrying; Ctrl-C quits"]
             sys.stdout.write(
                 HOME + "".join(f"{line}{CLEAR_LINE}\n" for line in lines[:-1]) + lines[-1] + CLEAR_LINE + CLEAR_BELOW
             )
@@ -48,16 +48,18 @@ async def watch(settings: Settings, said: argparse.Namespace) -> None:
 
 
 def admin_key() -> str:
-    """A key for the admin API: from the environment, where `ps` does not show it, or asked for."""
+    """A key for the admin API: from the environment, where `ps` does not show it, else from a prompt."""
     key = os.environ.get(KEY_VARIABLE) or (getpass.getpass("admin key: ") if sys.stdin.isatty() else "")
     if not key:
-        raise CommandFailed(f"put a key into the environment as {KEY_VARIABLE}; `make key NAME=ops ROLE=admin` makes one")
+        raise CommandFailed(
+            f"set {KEY_VARIABLE} in the environment to an admin key; `make key NAME=ops ROLE=admin` creates one"
+        )
     return key
 
 
 @contextmanager
 def _screen() -> Iterator[None]:
-    """What was on the screen before is there again afterwards."""
+    """Restores afterwards what was on the screen before."""
     sys.stdout.write(ENTER)
     try:
         yield
@@ -74,12 +76,12 @@ def address_of(settings: Settings) -> str:
 def overview(url: str, key: str) -> dict[str, Any]:
     """Raises CommandFailed."""
     if not url.startswith(("http://", "https://")):
-        raise CommandFailed(f"{url!a} is no address: write http://host:port")
+        raise CommandFailed(f"{url!a} is not an address: write http://host:port")
     if not (key.isascii() and key.isprintable()):
-        raise CommandFailed("the admin key has characters that no key has: look at ADMIN_KEY")
+        raise CommandFailed("the admin key has characters that no key has: check ADMIN_KEY")
     headers = {"Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(f"{url.rstrip('/')}/admin/v1/overview", headers=headers)  # noqa: S310 # looked at above
-    # Ours is no address for a proxy that the environment may name.
+    request = urllib.request.Request(f"{url.rstrip('/')}/admin/v1/overview", headers=headers)  # noqa: S310 # checked above
+    # A proxy that the environment may name is not for our own address.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), Staying)
     try:
         with direct.open(request, timeout=DEADLINE_S) as answer:
@@ -89,12 +91,12 @@ def overview(url: str, key: str) -> dict[str, Any]:
     except (OSError, HTTPException, ValueError) as wrong:
         raise CommandFailed(_plain(f"no gateway answers at {url}: {wrong}")) from None
     if not isinstance(found, dict) or not found.keys() >= NEEDED:
-        raise CommandFailed(_plain(f"what answers at {url} is no gateway of this version: look at URL="))
+        raise CommandFailed(_plain(f"what answers at {url} is not a gateway of this version: check URL="))
     return found
 
 
 class Staying(urllib.request.HTTPRedirectHandler):
-    """A key goes where the operator said and nowhere else."""
+    """Follows no redirect: a key goes to the address that the operator gave and nowhere else."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -104,17 +106,17 @@ def _words(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):
-        return "no gateway's answer"
+        return "not an answer of a gateway"
 
 
 def frame(seen: Mapping[str, Any], columns: int, rows: int) -> list[str]:
-    """Lines that fit: what is under way, the backends, the busiest keys and models, in that order of need."""
+    """Lines that fit: what is in progress, the backends, the busiest keys and models, in order of importance."""
     backends, lately = seen["backends"], seen["lately"] or {}
     head = list(_head(seen, lately))
-    room = max(3, rows - len(head) - 2)
+    left = max(3, rows - len(head) - 2)
     keys, models = lately.get("keys", []), lately.get("models", [])
-    for_backends = min(len(backends) + 1, max(3, room // 2))
-    for_busy = max(0, room - for_backends - 1)
+    for_backends = min(len(backends) + 1, max(3, left // 2))
+    for_busy = max(0, left - for_backends - 1)
     lines = [*head, "", *_table(BACKENDS, [_backend(row) for row in _worst_first(backends)], for_backends)]
     if for_busy > 1:
         lines += ["", *_side_by_side([_busy_key(row) for row in keys], [_busy_model(row) for row in models], for_busy)]
@@ -126,9 +128,9 @@ def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
     if states.get("postgresql") == "up" and not seen.get("postgresql_takes_writes", True):
         states["postgresql"] = "READ-ONLY"
     stores = "  ".join(f"{name} {state}" for name, state in states.items())
-    yield f"gateway  {str(seen['at'])[:19].replace('T', ' ')}  processes {_said(seen['processes'])}  {stores}"
-    backlog = _said(seen["audit_backlog"])
-    yield f"now      under way {seen['in_flight']}  waiting for a slot {seen['waiting']}  audit rows waiting {backlog}"
+    yield f"gateway  {str(seen['at'])[:19].replace('T', ' ')}  processes {_known(seen['processes'])}  {stores}"
+    backlog = _known(seen["audit_backlog"])
+    yield f"now      in progress {seen['in_flight']}  waiting for a slot {seen['waiting']}  audit rows waiting {backlog}"
     if not lately:
         yield "15 min   unknown while PostgreSQL is away"
         return
@@ -139,15 +141,15 @@ def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
     minutes = 15
     rate, tokens = lately["requests"] / minutes, (lately["prompt_tokens"] + lately["completion_tokens"]) / minutes
     cached = f", {lately['cached_tokens']} cached" if lately.get("cached_tokens") else ""
-    told = f"{lately['prompt_tokens']} in{cached}, {lately['completion_tokens']} out"
-    yield f"a minute requests {rate:.1f}  tokens {tokens:.0f} ({told})"
+    sums = f"{lately['prompt_tokens']} in{cached}, {lately['completion_tokens']} out"
+    yield f"a minute requests {rate:.1f}  tokens {tokens:.0f} ({sums})"
 
 
 BACKENDS = ("BACKEND", 18), ("STATE", 8), ("BREAKER", 10), ("IN FLIGHT", 10), ("LATENCY", 9), ("MODELS", 6), ("", 13)
 
 
 def _worst_first(backends: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """So that those in trouble are not the ones that do not fit."""
+    """So that those with problems are not the ones left out."""
     return sorted(backends, key=lambda row: row["state"] == "up" and row["breaker"] == "closed" and not row["drained"])
 
 
@@ -164,10 +166,10 @@ def _table(columns: Sequence[tuple[str, int]], rows: Sequence[Sequence[str]], mo
     for row in shown:
         yield " ".join(cell[:width].ljust(width) for cell, (_, width) in zip(row, columns, strict=True)).rstrip()
     if left := rows[len(shown) :]:
-        yield f"… and {len(left)} more" + (", all well" if _all_well(left) else "")
+        yield f"… and {len(left)} more" + (", all fine" if _all_fine(left) else "")
 
 
-def _all_well(rows: Sequence[Sequence[str]]) -> bool:
+def _all_fine(rows: Sequence[Sequence[str]]) -> bool:
     return all(row[1:3] == ["up", "closed"] for row in rows)
 
 
@@ -187,7 +189,7 @@ def _side_by_side(keys: Sequence[str], models: Sequence[str], most: int) -> Iter
         yield f"{left[:41]:<42}{right}".rstrip()
 
 
-def _said(value: object) -> str:
+def _known(value: object) -> str:
     return "?" if value is None else str(value)
 
 

@@ -53,7 +53,7 @@ def stores_if_any() -> Iterator[Settings]:
         try:
             settings = stack.enter_context(installation.stores_of())
         except CommandFailed as failed:
-            console.say(f"the private stores do not start: {failed}")
+            console.notify(f"the private stores do not start: {failed}")
             settings = installation.read()
         yield settings
 
@@ -70,7 +70,7 @@ async def examine(settings: Settings, said: argparse.Namespace) -> None:
     told = f"problems: {states.count('problem')}, warnings: {states.count('warning')}"
     if "problem" in states:
         raise CommandFailed(f"{told}: see what to do above")
-    console.say(told)
+    console.notify(told)
 
 
 async def look_at_all(settings: Settings) -> list[Finding]:

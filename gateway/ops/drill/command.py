@@ -59,7 +59,7 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
             open_key_store(settings) as key_store,
         ):
             await require_redis(settings)
-            console.say("starting played backends and gateways of the drill's own")
+            console.notify("starting played backends and gateways of the drill's own")
             async with Scene(installation_of(settings), database, key_store, with_third=BY_NAME["killed"] in lines) as scene:
                 await play(scene, lines, results, as_json=said.json)
     except asyncio.CancelledError:
@@ -74,7 +74,7 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
     told += f", {left_out} left out" if left_out else ""
     if broken:
         raise CommandFailed(f"{told}: {', '.join(result.line.name for result in broken)}")
-    console.say(told)
+    console.notify(told)
 
 
 async def require_redis(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""A small backend for a first try without any model server: it repeats what it heard and says that it is no model."""
+"""A small backend for a first try without a model server: it repeats the prompt and states that it is not a model."""
 
 import asyncio
 import hashlib
@@ -20,9 +20,9 @@ PAUSE_S = 0.03
 DIMENSIONS = 8
 
 
-def answer_to(heard: str) -> list[str]:
-    said = f"This is the demonstration backend, not a model: it only repeats. You said: {heard or '(nothing)'}"
-    return [word + " " for word in said.split()]
+def answer_to(prompt: str) -> list[str]:
+    text = f"This is the demonstration backend, not a model: it only repeats. You said: {prompt or '(nothing)'}"
+    return [word + " " for word in text.split()]
 
 
 def entry(name: str, capability: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def entry(name: str, capability: str) -> dict[str, Any]:
 ENTRIES = [entry(CHAT_MODEL, "completion"), entry(EMBEDDING_MODEL, "embedding")]
 
 
-def heard_in(body: dict[str, Any]) -> str:
+def prompt_in(body: dict[str, Any]) -> str:
     messages = body.get("messages") or [{"content": body.get("prompt") or ""}]
     content = messages[-1].get("content") or ""
     return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
@@ -69,14 +69,19 @@ async def alive(request: Request) -> Response:
 
 async def native(request: Request) -> Response:
     body = await request.json()
-    model, words = body["model"], answer_to(heard_in(body))
+    model, words = body["model"], answer_to(prompt_in(body))
     is_chat = request.url.path == "/api/chat"
 
     def record(text: str, **more: Any) -> dict[str, Any]:
-        said = {"message": {"role": "assistant", "content": text}} if is_chat else {"response": text}
-        return {"model": model, "created_at": "2026-01-01T00:00:00Z", **said, "done": False, **more}
+        content = {"message": {"role": "assistant", "content": text}} if is_chat else {"response": text}
+        return {"model": model, "created_at": "2026-01-01T00:00:00Z", **content, "done": False, **more}
 
-    end = {"done": True, "done_reason": "stop", "prompt_eval_count": len(heard_in(body).split()) or 1, "eval_count": len(words)}
+    end = {
+        "done": True,
+        "done_reason": "stop",
+        "prompt_eval_count": len(prompt_in(body).split()) or 1,
+        "eval_count": len(words),
+    }
     if body.get("stream") is False:
         return JSONResponse(record("".join(words).strip(), **end))
 
@@ -91,8 +96,8 @@ async def native(request: Request) -> Response:
 
 async def completions(request: Request) -> Response:
     body = await request.json()
-    words = answer_to(heard_in(body))
-    usage = {"prompt_tokens": len(heard_in(body).split()) or 1, "completion_tokens": len(words)}
+    words = answer_to(prompt_in(body))
+    usage = {"prompt_tokens": len(prompt_in(body).split()) or 1, "completion_tokens": len(words)}
     usage["total_tokens"] = sum(usage.values())
     head = {"id": "chatcmpl-demonstration", "created": 1767225600, "model": body["model"]}
     if not body.get("stream"):
@@ -137,7 +142,7 @@ async def embed(request: Request) -> Response:
 
 
 async def incomplete(request: Request, missing: Exception) -> Response:
-    """Who tries a backend's token sends nothing that could be answered."""
+    """A probe of a backend's token sends no field that could be answered."""
     return JSONResponse({"error": f"{missing} is missing"}, 400)
 
 

