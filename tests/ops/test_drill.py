@@ -1,4 +1,4 @@
-"""The drill: it finds this gateway well, leaves nothing behind, and each promise that is broken fails at its line."""
+"""The drill: this gateway passes it, it leaves nothing behind, and each broken promise fails at its line."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from argon2 import PasswordHasher
 from gateway.auth.key_store import KeyStore
 from gateway.ops.drill.environment import LIMITS
 from gateway.ops.drill.faults import BY_NAME
-from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
+from gateway.ops.drill.redis_proxy import RedisProxy, can_be_proxied
 from gateway.stores.postgres import Database
 from tests.conftest import TestStores
 from tests.support.audit_rows import in_database
@@ -29,7 +29,7 @@ from tests.support.redis_server import server
 from tests.support.store_dump import dump_postgres
 
 LONGEST_S = 120
-# What stands in the way of a promise, run in each process of the drill before the gateway's own code; and whose lines see it.
+# Code that breaks a promise, run in each process of the drill before the gateway's own; with the lines that must notice it.
 SWITCHES: Mapping[str, tuple[str, str]] = {
     "other bytes": (
         "bytes",
@@ -66,7 +66,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         failover.choose = lambda *of: choose(*of)[:1]
         """,
     ),
-    "a first frame is not looked at": (
+    "a first frame is not judged": (
         "garbage",
         """
         from gateway.dialects import ollama
@@ -77,18 +77,18 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         "frozen",
         """
         from aiohttp.connector import Connection
-        kept = []  # What nobody holds any more is closed by Python itself.
+        kept = []  # Python closes what nothing refers to.
         Connection.close = lambda self: kept.append(self)
         """,
     ),
-    "a cut stream is told as complete": (
+    "a cut stream looks complete": (
         "dying",
         """
         from gateway.dialects import ollama
         ollama.Ollama.error_frame = lambda self, error: b'{"done":true,"done_reason":"stop"}\\n'
         """,
     ),
-    "nobody looks whether the caller is there": (
+    "nobody checks whether the caller is there": (
         "left",
         """
         from gateway.edge import cycle
@@ -111,14 +111,14 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         application.error_headers = lambda *of, **how: [h for h in headers_of(*of, **how) if not h[0].startswith(b"retry")]
         """,
     ),
-    "a wrong key is let in as forbidden": (
+    "a wrong key is answered as forbidden": (
         "key",
         """
         from gateway.core import errors
         errors.WrongKey.status = 403
         """,
     ),
-    "nobody hears of a revocation": (
+    "a revocation reaches nobody": (
         "revoke",
         """
         from gateway.auth import authenticator
@@ -126,17 +126,17 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         authenticator.Authenticator.forget_all = lambda self: None
         """,
     ),
-    "an unknown model is told apart": (
+    "an unknown model can be told from a forbidden one": (
         "unknown",
         """
         from gateway.fleet import catalog
         from gateway.core import errors
         find = catalog.Catalog.find
-        def find_or_tell(self, name, patterns):
+        def find_or_reveal(self, name, patterns):
             if name.canonical not in self.models:
                 raise errors.UnknownRoute
             return find(self, name, patterns)
-        catalog.Catalog.find = find_or_tell
+        catalog.Catalog.find = find_or_reveal
         """,
     ),
     "any key may change models": (
@@ -172,7 +172,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         ollama.Ollama.usage_of = lambda self, answer: dialect.Usage(0, 0)
         """,
     ),
-    "a refusal costs a request": (
+    "a refusal counts as a request": (
         "none",
         """
         import os
@@ -189,7 +189,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         limiter.Limiter.admit = admit_twice
         """,
     ),
-    "Redis is waited for": (
+    "calls wait for Redis": (
         "redis",
         """
         from gateway.stores import redis_connection
@@ -197,7 +197,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         redis_connection.CALL_DEADLINE_S = redis_client.CALL_DEADLINE_S = 5.0
         """,
     ),
-    "leases last": (
+    "leases do not expire": (
         "killed",
         """
         from gateway.fleet import presence
@@ -226,42 +226,42 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         async def write_less(database, rows, *more):
             return await write(database, rows[1:], *more)
         table.write = write_less
-        faults.BOOKS_S = 3.0
+        faults.AUDIT_S = 3.0
         """,
     ),
 }
 
 
 def drill(stores: TestStores, folder: Path, only: str, switch: str = "", **names: str) -> tuple[int, list[dict[str, Any]], str]:
-    """Exit status, rows, and what was said beside them."""
+    """The exit status, the rows, and standard error."""
     if switch:
         lines = switch.strip("\n").splitlines()
         margin = len(lines[0]) - len(lines[0].lstrip())
         (folder / "sitecustomize.py").write_text("\n".join(line[margin:] for line in lines))
         names["PYTHONPATH"] = f"{folder}:{environment({})['PYTHONPATH']}"
-    told = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, **names}
+    variables = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, **names}
     command = [sys.executable, "-m", "gateway", "drill", "--json", "--only", only]
     done = subprocess.run(
-        command, cwd=folder, env=environment(told), capture_output=True, text=True, timeout=LONGEST_S, check=False
+        command, cwd=folder, env=environment(variables), capture_output=True, text=True, timeout=LONGEST_S, check=False
     )
     return done.returncode, json.loads(done.stdout or "[]"), done.stderr
 
 
 @pytest.mark.long(seconds=35)
 @pytest.mark.timeout(150)
-def test_this_gateway_keeps_its_promises_and_nothing_stays(stores: TestStores, tmp_path: Path) -> None:
-    code, rows, said = drill(stores, tmp_path, "")
-    assert [(row["line"], row["result"], row["why"]) for row in rows] == [(name, "held", None) for name in BY_NAME], said
+def test_this_gateway_keeps_its_promises_and_leaves_nothing_behind(stores: TestStores, tmp_path: Path) -> None:
+    code, rows, errors = drill(stores, tmp_path, "")
+    assert [(row["line"], row["result"], row["why"]) for row in rows] == [(name, "held", None) for name in BY_NAME], errors
     assert (code, sum(row["seconds"] for row in rows) < LONGEST_S) == (0, True)
     with stores.client() as redis:
         assert [name for name in redis.scan_iter("nz*") if b"drill" in name] == []
     assert states_of_keys(stores, tmp_path) == {"revoked"}
     assert dump_postgres(stores).count("drill-sound") > 100
-    in_database(stores.database_url, nothing_of_it_is_taken_for_traffic)
+    in_database(stores.database_url, it_is_not_counted_as_traffic)
 
 
-async def nothing_of_it_is_taken_for_traffic(database: Database) -> None:
-    """Neither in what operators are shown nor, two days later, among the keys; all of it is in the audit."""
+async def it_is_not_counted_as_traffic(database: Database) -> None:
+    """It appears neither in operators' figures nor, two days later, among the keys; all of it is in the audit."""
     long_ago = datetime.now(UTC) - timedelta(days=1)
     for query in ("busiest_keys", "busiest_models"):
         assert await database.rows(query, long_ago, 10) == []
@@ -283,11 +283,11 @@ def states_of_keys(stores: TestStores, folder: Path) -> set[str]:
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_broken_promise_fails_at_its_line(stores: TestStores, tmp_path: Path, switch: str) -> None:
     lines, code = SWITCHES[switch]
-    # What it has to do with nothing holds on.
+    # A promise that the switch does not touch still holds.
     control = "dialect" if lines != "dialect" else "down"
-    status, rows, said = drill(stores, tmp_path, f"{lines} {control}", code)
+    status, rows, errors = drill(stores, tmp_path, f"{lines} {control}", code)
     found = {row["line"]: row["result"] for row in rows}
-    assert found == {**dict.fromkeys(lines.split(), "BROKEN"), control: "held"}, (rows, said)
+    assert found == {**dict.fromkeys(lines.split(), "BROKEN"), control: "held"}, (rows, errors)
     assert status == 1 and all(row["why"] for row in rows if row["result"] == "BROKEN")
 
 
@@ -309,47 +309,50 @@ def test_every_line_has_a_switch_that_breaks_it() -> None:
         ("redis+sentinel://one:26379/master/0", None),
     ],
 )
-def test_which_redis_can_be_frozen_for_the_drill_alone(url: str, wired: str | None) -> None:
-    assert can_be_wired(url) is (wired is not None)
+def test_which_redis_can_be_frozen_for_the_drill_only(url: str, wired: str | None) -> None:
+    assert can_be_proxied(url) is (wired is not None)
 
     async def address() -> str:
-        async with RedisWire(url) as wire:
-            return wire.url
+        async with RedisProxy(url) as proxy:
+            return proxy.url
 
     if wired is not None:
         assert re.sub(r"(127\.0\.0\.1):\d+", r"\1:PORT", asyncio.run(address())) == wired
 
 
-def test_a_line_that_is_not_there_is_named(stores: TestStores, tmp_path: Path) -> None:
-    status, rows, said = drill(stores, tmp_path, "bytes teapot")
-    assert (status, rows) == (1, []) and "there is no line 'teapot'" in said
+def test_an_unknown_line_is_named(stores: TestStores, tmp_path: Path) -> None:
+    status, rows, errors = drill(stores, tmp_path, "bytes teapot")
+    assert (status, rows) == (1, []) and "there is no line 'teapot'" in errors
 
 
-def test_what_cannot_begin_says_what_to_do(stores: TestStores, tmp_path: Path) -> None:
-    status, _, said = drill(stores, tmp_path, "bytes", DATABASE_URL="postgresql://gateway@127.0.0.1:9/gateway")
-    assert status == 1 and "PostgreSQL does not answer" in said
-    status, _, said = drill(stores, tmp_path, "bytes", REDIS_URL="redis://127.0.0.1:9")
-    assert status == 1 and "Redis does not answer" in said and "make doctor" in said
+def test_a_drill_that_cannot_start_reports_what_to_do(stores: TestStores, tmp_path: Path) -> None:
+    status, _, errors = drill(stores, tmp_path, "bytes", DATABASE_URL="postgresql://gateway@127.0.0.1:9/gateway")
+    assert status == 1 and "PostgreSQL does not answer" in errors
+    status, _, errors = drill(stores, tmp_path, "bytes", REDIS_URL="redis://127.0.0.1:9")
+    assert status == 1 and "Redis" in errors and "does not answer" in errors and "make doctor" in errors
 
 
 RIGHTS = "user default off", "user gateway on >word ~nz:* &nz:* +@all", "user other on >word ~other:* &other:* +@all"
 
 
-def test_a_redis_that_lets_the_gateway_use_its_own_names_only(stores: TestStores, tmp_path: Path) -> None:
+def test_a_redis_that_allows_the_gateway_only_its_own_names(stores: TestStores, tmp_path: Path) -> None:
     with server(tmp_path, *RIGHTS) as (_, port):
         url = f"redis://127.0.0.1:{port}?db=3&password=word&username="
-        status, rows, said = drill(stores, tmp_path, "redis revoke slots", REDIS_URL=f"{url}gateway")
-        assert (status, [row["result"] for row in rows]) == (0, ["held"] * 3), (rows, said)
-        status, rows, said = drill(stores, tmp_path, "redis revoke slots", REDIS_URL=f"{url}other")
-    assert (status, rows) == (1, []) and "Redis does not take what begins with nz:drill-" in said and "~nz:* &nz:*" in said
+        status, rows, errors = drill(stores, tmp_path, "redis revoke slots", REDIS_URL=f"{url}gateway")
+        assert (status, [row["result"] for row in rows]) == (0, ["held"] * 3), (rows, errors)
+        status, rows, errors = drill(stores, tmp_path, "redis revoke slots", REDIS_URL=f"{url}other")
+    assert (status, rows) == (1, []) and "Redis refuses names that begin with nz:drill-" in errors and "~nz:* &nz:*" in errors
 
 
 @contextmanager
-def drill_under_way(stores: TestStores, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    told = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "TMPDIR": str(folder)}
+def drill_in_progress(stores: TestStores, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    variables = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "TMPDIR": str(folder)}
     command = [sys.executable, "-m", "gateway", "drill", "--only", "bytes killed"]
+    # Redis is checked all the time: a check after the names are deleted would leave one.
+    (folder / "sitecustomize.py").write_text("from gateway.stores import redis_client\nredis_client.CHECK_EVERY_S = 0.005\n")
+    variables["PYTHONPATH"] = f"{folder}:{environment({})['PYTHONPATH']}"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=folder, env=environment(told), **pipes) as process:
+    with subprocess.Popen(command, cwd=folder, env=environment(variables), **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("bytes")
         yield process
@@ -367,23 +370,23 @@ def names_in_redis(stores: TestStores) -> list[bytes]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_drill_that_is_stopped_leaves_nothing(stores: TestStores, tmp_path: Path, number: signal.Signals) -> None:
-    with drill_under_way(stores, tmp_path) as process:
+    with drill_in_progress(stores, tmp_path) as process:
         assert len(workers_of(process)) >= 2 and names_in_redis(stores)
         process.send_signal(number)
-        _, said = process.communicate(timeout=20)
-    assert (process.returncode, "the drill was stopped" in said) == (1, True), said
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, "the drill was stopped" in errors) == (1, True), errors
     assert names_in_redis(stores) == [] and not list(tmp_path.glob("nz-drill-*"))
     assert states_of_keys(stores, tmp_path) == {"revoked"}
 
 
-def test_of_a_drill_that_was_killed_the_gateways_end_and_the_next_removes_the_names(stores: TestStores, tmp_path: Path) -> None:
-    with drill_under_way(stores, tmp_path) as process:
+def test_the_gateways_of_a_killed_drill_end_and_the_next_drill_removes_its_names(stores: TestStores, tmp_path: Path) -> None:
+    with drill_in_progress(stores, tmp_path) as process:
         workers = workers_of(process)
         process.kill()
     until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 20)
     left = names_in_redis(stores)
     assert left
-    # The keys have ten minutes; so have the names.
+    # Names of killed drills are removed after ten minutes, as the keys expire.
     old = [re.sub(rb"nz:drill-\d+", b"nz:drill-1", name) for name in left]
     with stores.client() as redis:
         for name, new in zip(left, old, strict=True):

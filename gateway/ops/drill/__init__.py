@@ -1,1 +1,1 @@
-"""The promises, tried beside an installation: played backends, a gateway of its own, one table of what held."""
+"""The gateway's promises, tested beside an installation with fake backends and gateways of the drill's own."""

@@ -1,4 +1,4 @@
-"""The caller's side: each request has an id by which its audit row and what a backend saw of it are found."""
+"""The caller's side: each request has an id that finds its audit row and the call that a backend received."""
 
 import asyncio
 import time
@@ -10,13 +10,13 @@ from typing import Any, Self
 
 import aiohttp
 
-LONGEST_ANSWER_S, LOOK_S = 20.0, 3.0
+LONGEST_ANSWER_S, FETCH_S = 20.0, 3.0
 MESSAGES = [{"role": "user", "content": "How is the tide?"}]
 
 
 @dataclass
-class Heard:
-    """`body` is what was read, as it came; `is_cut` where the connection broke before the end of the answer."""
+class ClientAnswer:
+    """`body` has the bytes as they came; `is_cut`: the connection broke before the end of the answer."""
 
     request_id: str
     status: int
@@ -28,7 +28,7 @@ class Heard:
 
 
 class Client:
-    """Requests with a key count: `sent` has their ids."""
+    """`sent` has the ids of the requests that must be in the audit."""
 
     def __init__(self, id_header: str) -> None:
         self._id_header = id_header
@@ -36,7 +36,7 @@ class Client:
 
     async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=LONGEST_ANSWER_S)
-        # Connections of their own: what one request does to its connection must not touch the next.
+        # A connection for each request: what one does to its connection must not affect the next.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
         return self
@@ -44,39 +44,42 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def ask(self, url: str, key: str, body: Any = None, *, method: str = "POST", counts: bool = True) -> Heard:
-        """`counts`: whether the key is one that works, so that the request will be in the audit."""
-        async with self.asking(url, key, body, method=method, counts=counts) as (heard, content):
+    async def ask(self, url: str, key: str, body: Any = None, *, method: str = "POST", counts: bool = True) -> ClientAnswer:
+        """`counts`: the key is valid, so that the request will be in the audit."""
+        async with self.asking(url, key, body, method=method, counts=counts) as (answer, content):
             try:
                 async for piece in content.iter_any():
-                    heard.body += piece
+                    answer.body += piece
             except (aiohttp.ClientError, ConnectionError):
-                heard.is_cut = True
-            heard.seconds = time.monotonic() - heard.began
-        return heard
+                answer.is_cut = True
+            answer.seconds = time.monotonic() - answer.began
+        return answer
 
     @asynccontextmanager
     async def asking(
         self, url: str, key: str, body: Any = None, *, method: str = "POST", counts: bool = True
-    ) -> AsyncIterator[tuple[Heard, aiohttp.StreamReader]]:
-        """The head of the answer, and its body to be read; leaving hangs up. Raises ConnectionError."""
+    ) -> AsyncIterator[tuple[ClientAnswer, aiohttp.StreamReader]]:
+        """The answer's head, and its body to be read; leaving the block closes the connection. Raises ConnectionError."""
         request_id = f"drill-{uuid.uuid4().hex}"
         if counts:
             self.sent.append(request_id)
         headers = {self._id_header: request_id, **({"Authorization": f"Bearer {key}"} if key else {})}
         began = time.monotonic()
         try:
-            async with self._session.request(method, url, json=body, headers=headers) as answer:
-                heard = Heard(request_id, answer.status, answer.headers, began=began, seconds=time.monotonic() - began)
-                yield heard, answer.content
-                answer.close()
+            async with self._session.request(method, url, json=body, headers=headers) as response:
+                seconds = time.monotonic() - began
+                yield (
+                    ClientAnswer(request_id, response.status, response.headers, began=began, seconds=seconds),
+                    response.content,
+                )
+                response.close()
         except aiohttp.ClientError as wrong:
             raise ConnectionError(f"{type(wrong).__name__}: {wrong}") from wrong
 
 
-async def look(url: str) -> bytes | None:
-    """What a route without a key says, over a connection of its own; None where nobody answers."""
-    timeout = aiohttp.ClientTimeout(total=LOOK_S)
+async def fetch(url: str) -> bytes | None:
+    """The answer of a route that needs no key, over a connection of its own; None where nobody answers."""
+    timeout = aiohttp.ClientTimeout(total=FETCH_S)
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
             return await answer.read()

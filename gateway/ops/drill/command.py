@@ -1,4 +1,4 @@
-"""`make drill`: the fault sheet, played beside this installation; a table of what held, exit 1 where something did not."""
+"""`make drill`: injects the faults beside this installation, one after the other; exits with 1 if a promise was broken."""
 
 import argparse
 import asyncio
@@ -15,38 +15,38 @@ from gateway.edge.stop_signals import stop_signals
 from gateway.ops.cli import console
 from gateway.ops.cli.keys import open_key_store
 from gateway.ops.drill import fake_backend
-from gateway.ops.drill.environment import Installation, Scene
-from gateway.ops.drill.faults import BY_NAME, SHEET, Broken, LeftOut, Line, kill_the_third
+from gateway.ops.drill.environment import Environment, Installation, temporary_names
+from gateway.ops.drill.faults import BY_NAME, FAULTS, Broken, Fault, LeftOut, kill_the_third
 from gateway.settings import Settings
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
-LONGEST_LINE_S, LONGEST_DRILL_S = 50.0, 90.0
+LONGEST_FAULT_S, LONGEST_DRILL_S = 50.0, 90.0
 TRIED_MS = 3000
 HELD, BROKEN, LEFT_OUT = "held", "BROKEN", "left out"
 
 
 @dataclass
 class Result:
-    line: Line
+    fault: Fault
     state: str
     seconds: float
-    told: str = ""
+    detail: str = ""
 
     def row(self) -> dict[str, Any]:
         return {
-            "line": self.line.name,
-            "promise": self.line.promise,
-            "what": self.line.words,
+            "line": self.fault.name,
+            "promise": self.fault.promise,
+            "what": self.fault.words,
             "result": self.state,
             "seconds": round(self.seconds, 2),
-            "why": self.told or None,
+            "why": self.detail or None,
         }
 
 
-async def drill(settings: Settings, said: argparse.Namespace) -> None:
-    """Raises CommandFailed where a promise does not hold, or where the drill cannot begin."""
-    lines = chosen(said.only)
+async def drill(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Raises CommandFailed if a promise is broken, or if the drill cannot start."""
+    faults = chosen(arguments.only)
     results: list[Result] = []
     task = asyncio.current_task()
     assert task is not None
@@ -54,27 +54,30 @@ async def drill(settings: Settings, said: argparse.Namespace) -> None:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         async with (
+            temporary_names(settings.redis_url),
             asyncio.timeout(LONGEST_DRILL_S),
             database_of(settings) as database,
             open_key_store(settings) as key_store,
         ):
             await require_redis(settings)
-            console.notify("starting played backends and gateways of the drill's own")
-            async with Scene(installation_of(settings), database, key_store, with_third=BY_NAME["killed"] in lines) as scene:
-                await play(scene, lines, results, as_json=said.json)
+            console.notify("starting the drill's own fake backends and gateways")
+            async with Environment(
+                installation_of(settings), database, key_store, with_third=BY_NAME["killed"] in faults
+            ) as environment:
+                await inject(environment, faults, results, as_json=arguments.json)
     except asyncio.CancelledError:
-        raise CommandFailed("the drill was stopped; what it had started is ended") from None
+        raise CommandFailed("the drill was stopped; everything it had started has ended") from None
     except TimeoutError:
-        results += [Result(line, BROKEN, 0, "the drill's time was over") for line in lines[len(results) :]]
-    if said.json:
+        results += [Result(fault, BROKEN, 0, "the drill ran out of time") for fault in faults[len(results) :]]
+    if arguments.json:
         console.show([result.row() for result in results], as_json=True, empty="")
     broken = [result for result in results if result.state == BROKEN]
-    told = f"{sum(result.state == HELD for result in results)} held, {len(broken)} broken"
+    summary = f"{sum(result.state == HELD for result in results)} held, {len(broken)} broken"
     left_out = len(results) - len(broken) - sum(result.state == HELD for result in results)
-    told += f", {left_out} left out" if left_out else ""
+    summary += f", {left_out} left out" if left_out else ""
     if broken:
-        raise CommandFailed(f"{told}: {', '.join(result.line.name for result in broken)}")
-    console.notify(told)
+        raise CommandFailed(f"{summary}: {', '.join(result.fault.name for result in broken)}")
+    console.notify(summary)
 
 
 async def require_redis(settings: Settings) -> None:
@@ -82,7 +85,9 @@ async def require_redis(settings: Settings) -> None:
         if store.refusal:
             raise _not_taken(store.refusal)
         if not store.up:
-            raise CommandFailed("Redis does not answer, which the drill's two gateways count in together: see `make doctor`")
+            raise CommandFailed(
+                "Redis, in which the drill's two gateways share their counts, does not answer: see `make doctor`"
+            )
         try:
             await store.slow_call(lambda redis: redis.set(redis_keys.DRILL_CHECK, b"", px=TRIED_MS), TRIED_MS / 1000)
             await store.slow_call(lambda redis: redis.publish(redis_keys.SLOT_FREED, b""), TRIED_MS / 1000)
@@ -92,8 +97,8 @@ async def require_redis(settings: Settings) -> None:
 
 def _not_taken(why: str) -> CommandFailed:
     return CommandFailed(
-        f"Redis does not take what begins with {redis_keys.PREFIX} ({why}): let the user of REDIS_URL use all names "
-        "and channels that begin with nz: (its ACL then says `~nz:* &nz:*`), and see `make doctor`"
+        f"Redis refuses names that begin with {redis_keys.PREFIX} ({why}): allow the user of REDIS_URL all names "
+        "and channels that begin with nz: (`~nz:* &nz:*` in its ACL), and see `make doctor`"
     )
 
 
@@ -102,44 +107,44 @@ def installation_of(settings: Settings) -> Installation:
     return Installation(settings.database_url, settings.redis_url, id_header, closed)
 
 
-def chosen(only: Sequence[str]) -> list[Line]:
+def chosen(only: Sequence[str]) -> list[Fault]:
     if unknown := set(only) - BY_NAME.keys():
-        raise CommandFailed(f"there is no line {min(unknown)!r}: say some of {', '.join(BY_NAME)}")
-    return [line for line in SHEET if not only or line.name in only]
+        raise CommandFailed(f"there is no line {min(unknown)!r}: use some of {', '.join(BY_NAME)}")
+    return [fault for fault in FAULTS if not only or fault.name in only]
 
 
-async def play(scene: Scene, lines: Sequence[Line], results: list[Result], *, as_json: bool) -> None:
-    if BY_NAME["killed"] in lines:
-        await kill_the_third(scene)
-    widths = [max(len(line.name) for line in SHEET), 3, max(len(line.words) for line in SHEET)]
-    for line in lines:
-        result = await one(scene, line)
+async def inject(environment: Environment, faults: Sequence[Fault], results: list[Result], *, as_json: bool) -> None:
+    if BY_NAME["killed"] in faults:
+        await kill_the_third(environment)
+    widths = [max(len(fault.name) for fault in FAULTS), 3, max(len(fault.words) for fault in FAULTS)]
+    for fault in faults:
+        result = await inject_one(environment, fault)
         results.append(result)
         if not as_json:
-            cells = [text.ljust(width) for text, width in zip((line.name, line.promise, line.words), widths, strict=True)]
-            print(f"{'  '.join(cells)}  {result.seconds:6.2f} s  {result.state:<8}  {result.told}".rstrip(), flush=True)
+            cells = [text.ljust(width) for text, width in zip((fault.name, fault.promise, fault.words), widths, strict=True)]
+            print(f"{'  '.join(cells)}  {result.seconds:6.2f} s  {result.state:<8}  {result.detail}".rstrip(), flush=True)
 
 
-async def one(scene: Scene, line: Line) -> Result:
+async def inject_one(environment: Environment, fault: Fault) -> Result:
     began = time.monotonic()
-    scene.sound.behaviour = fake_backend.answer_well
-    state, told = HELD, ""
+    environment.sound.behaviour = fake_backend.answer_well
+    state, detail = HELD, ""
     try:
-        async with asyncio.timeout(LONGEST_LINE_S):
-            await line.hold(scene)
+        async with asyncio.timeout(LONGEST_FAULT_S):
+            await fault.check(environment)
     except LeftOut as why:
-        state, told = LEFT_OUT, str(why)
+        state, detail = LEFT_OUT, str(why)
     except Broken as how:
-        state, told = BROKEN, str(how)
+        state, detail = BROKEN, str(how)
     except (OSError, TimeoutError, ValueError, KeyError, CommandFailed, StoreUnavailable) as wrong:
-        state, told = BROKEN, f"{type(wrong).__name__}: {wrong}".rstrip(": ")
+        state, detail = BROKEN, f"{type(wrong).__name__}: {wrong}".rstrip(": ")
     finally:
-        scene.sound.go_on.set()
-    return Result(line, state, time.monotonic() - began, told)
+        environment.sound.go_on.set()
+    return Result(fault, state, time.monotonic() - began, detail)
 
 
 def with_names_of_its_own() -> None:
-    """Starts this command anew where its names in Redis are still those of the installation; returns when they are not."""
+    """Restarts this command with names of its own in Redis, if its names are still those of the installation."""
     if redis_keys.PREFIX != "nz":
         return
     os.environ[redis_keys.PREFIX_VARIABLE] = redis_keys.new_trial_prefix()

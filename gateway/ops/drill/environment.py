@@ -1,8 +1,8 @@
-"""What the drill is played on: backends of its own, gateways of this installation's configuration before them, keys that end.
+"""Where the drill runs: its own fake backends, gateways with this installation's configuration in front of them, and keys.
 
-Nothing of the installation's traffic passes here: the gateways listen on ports of 127.0.0.1 that nobody knows, their names in
-Redis begin otherwise, and the keys are the drill's own. What is left afterwards are those keys, ended, and their rows in the
-audit, which are kept for a day.
+None of the installation's traffic passes here: the gateways listen on unpublished ports of 127.0.0.1, their names in Redis have
+a prefix of their own, and so do the keys. What remains afterwards are these keys, revoked, and their rows in the audit, which
+are kept for a day.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,17 +28,17 @@ from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.edge import server
 from gateway.limits.quota import Quota
-from gateway.ops.drill.client import Client, Heard, chat, look
-from gateway.ops.drill.fake_backend import HOST, Played
-from gateway.ops.drill.redis_proxy import RedisWire, can_be_wired
+from gateway.ops.drill.client import Client, ClientAnswer, chat, fetch
+from gateway.ops.drill.fake_backend import HOST, FakeBackend
+from gateway.ops.drill.redis_proxy import RedisProxy, can_be_proxied
 from gateway.stores import redis_keys
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisUnavailable, delete_names
 from gateway.telemetry import metrics
 
-# Each has its fault and a model of its own name; the last has all models, and is sound.
+# Each has its fault and a model of its own name.
 FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing")
-ALONE, PLAIN, SOUND = "drill-alone", "drill-plain", "drill-sound"
+ONLY_MODEL, PLAIN, SOUND = "drill-alone", "drill-plain", "drill-sound"
 FOLDERS = "nz-drill-"
 START_S, STOP_S, CLEAN_S = 20.0, 5.0, 10.0
 KEYS_LIVE, ROWS_LIVE = timedelta(minutes=10), timedelta(days=1)
@@ -56,12 +56,22 @@ LIMITS: Mapping[str, tuple[Quota, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Installation:
-    """What the drill needs to know of it; its gateways read the rest from the environment themselves."""
+    """What the drill needs to know; its gateways read the rest from their environment variables."""
 
     database_url: str = field(repr=False)
     redis_url: str = field(repr=False)
     id_header: str
     is_closed_without_redis: bool
+
+
+@asynccontextmanager
+async def temporary_names(redis_url: str) -> AsyncIterator[None]:
+    """Deletes this drill's names in Redis at the end, when nothing of it writes there any more, and those of killed drills."""
+    try:
+        yield
+    finally:
+        with suppress(RedisUnavailable):
+            await delete_names(redis_url, redis_keys.TRIAL_PREFIX, _is_over, CLEAN_S)
 
 
 def _is_over(name: str) -> bool:
@@ -78,10 +88,10 @@ def _sweep_folders() -> None:
 
 
 class Process:
-    """One gateway: a process of its own, with the environment of this installation but for what the drill needs."""
+    """One gateway: a process with this installation's environment variables, some of them changed for the drill."""
 
-    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
-        self._environment, self.log = environment, log
+    def __init__(self, variables: Mapping[str, str], log: Path) -> None:
+        self._variables, self.log = variables, log
 
     async def start(self) -> None:
         with server.listen(HOST, 0) as listener, self.log.open("ab") as log:
@@ -89,18 +99,18 @@ class Process:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "gateway", "worker", str(listener.fileno()), str(os.getpid())),
                 pass_fds=[listener.fileno()],
-                env=self._environment,
+                env=self._variables,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
     async def refuses_work(self, seconds: float) -> bool:
-        """Whether within so many seconds it says that it is not ready, or takes no connections."""
+        """Whether within so many seconds it reports that it is not ready, or accepts no connection."""
         deadline = asyncio.get_running_loop().time() + seconds
         while asyncio.get_running_loop().time() < deadline:
-            told = await look(f"{self.url}/readyz")
-            if told is None or b'"ready":false' in told:
+            status = await fetch(f"{self.url}/readyz")
+            if status is None or b'"ready":false' in status:
                 return True
             await asyncio.sleep(0.05)
         return False
@@ -110,7 +120,7 @@ class Process:
             self._process.send_signal(number)
 
     async def ended(self, seconds: float) -> int | None:
-        """Its exit status; None where it lives on."""
+        """Its exit status; None while it runs."""
         with suppress(TimeoutError):
             return await asyncio.wait_for(self._process.wait(), seconds)
         return None
@@ -122,43 +132,42 @@ class Process:
                 return
 
 
-class Scene:
-    """`async with Scene(...) as scene:`; `first` and `second` are gateways that share one Redis."""
+class Environment:
+    """`async with Environment(...) as environment:`; `first` and `second` are gateways that share one Redis."""
 
     def __init__(self, of: Installation, database: Database, key_store: KeyStore, *, with_third: bool) -> None:
         self._of, self._database, self.key_store = of, database, key_store
         self._with_third = with_third
         self.client = Client(of.id_header)
-        self.backends = {name: Played(name, name) for name in (*FAULTY, ALONE)}
-        self.sound = self.backends[SOUND] = Played(SOUND, PLAIN, *FAULTY)
-        self.wire = RedisWire(of.redis_url) if can_be_wired(of.redis_url) else None
+        self.backends = {name: FakeBackend(name, name) for name in (*FAULTY, ONLY_MODEL)}
+        self.sound = self.backends[SOUND] = FakeBackend(SOUND, PLAIN, *FAULTY)
+        self.redis_proxy = RedisProxy(of.redis_url) if can_be_proxied(of.redis_url) else None
         self.is_closed_without_redis = of.is_closed_without_redis
         self.token = secrets.token_urlsafe(24)
         self.keys: dict[str, str] = {}
         self.key_ids: dict[str, str] = {}
-        # What the audit must say of some requests, by their ids.
+        # The outcomes that the audit must have for some requests, by their ids.
         self.outcomes: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             _sweep_folders()
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=FOLDERS)))
-            stack.push_async_callback(self._forget_names)
             for backend in self.backends.values():
                 await stack.enter_async_context(backend)
             await stack.enter_async_context(self.client)
-            if self.wire is not None:
-                await stack.enter_async_context(self.wire)
+            if self.redis_proxy is not None:
+                await stack.enter_async_context(self.redis_proxy)
             stack.push_async_callback(self._end_keys)
             await self._make_keys()
             count = 3 if self._with_third else 2
-            self.processes = [Process(self._environment(folder), folder / f"{number}.log") for number in range(count)]
+            self.processes = [Process(self._variables(folder), folder / f"{number}.log") for number in range(count)]
             for process in self.processes:
                 await process.start()
                 stack.push_async_callback(process.stop)
             self.first, self.second = self.processes[:2]
             await asyncio.gather(*map(self._ready, self.processes))
-            for name in ("drill-refused", ALONE):
+            for name in ("drill-refused", ONLY_MODEL):
                 await self.backends[name].close()
             self._stack = stack.pop_all()
         return self
@@ -166,10 +175,10 @@ class Scene:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    def _environment(self, folder: Path) -> dict[str, str]:
-        told = {
+    def _variables(self, folder: Path) -> dict[str, str]:
+        changed = {
             "DATABASE_URL": self._of.database_url,
-            "REDIS_URL": self.wire.url if self.wire else self._of.redis_url,
+            "REDIS_URL": self.redis_proxy.url if self.redis_proxy else self._of.redis_url,
             "OLLAMA_BACKENDS": json.dumps([self._config(backend) for backend in self.backends.values()]),
             "GATEWAY_LOG_LEVEL": "WARNING",
             "GATEWAY_LOG_FORMAT": "console",
@@ -183,15 +192,15 @@ class Scene:
             metrics.FOLDER_VARIABLE: str(folder),
         }
         empty = dict.fromkeys(("DATABASE_URL_FILE", "REDIS_URL_FILE", "OLLAMA_BACKENDS_FILE"), "")
-        return {**os.environ, **told, **empty}
+        return {**os.environ, **changed, **empty}
 
-    def _config(self, backend: Played) -> dict[str, Any]:
+    def _config(self, backend: FakeBackend) -> dict[str, Any]:
         waits = {"connect_timeout_s": 1, "read_timeout_s": 2, "idle_timeout_s": 30, "total_timeout_s": 60}
         named = {"name": backend.name, "base_url": backend.url, "kind": "ollama", "max_connections": 32}
         return {**named, **waits, "auth_token": self.token}
 
     async def _make_keys(self) -> None:
-        """At the same time, because hashing is slow on purpose."""
+        """Concurrently, because hashing is slow on purpose."""
         mark = secrets.token_hex(4)
 
         async def make(name: str, quota: Quota, models: Sequence[str]) -> None:
@@ -214,22 +223,17 @@ class Scene:
         with suppress(StoreUnavailable):
             await self.key_store.drop_drills(2 * ROWS_LIVE)
 
-    async def _forget_names(self) -> None:
-        """Those that this drill has given, and those of drills that were killed long ago."""
-        with suppress(RedisUnavailable):
-            await delete_names(self._of.redis_url, redis_keys.TRIAL_PREFIX, _is_over, CLEAN_S)
-
     async def _ready(self, process: Process) -> None:
-        """Raises CommandFailed with the end of its log."""
-        wanted = {*FAULTY, ALONE, PLAIN}
+        """Waits until it serves. Raises CommandFailed with the end of its log."""
+        wanted = {*FAULTY, ONLY_MODEL, PLAIN}
         key = self.keys["plain"]
 
         async def knows_all() -> bool:
             try:
-                heard = await self.client.ask(f"{process.url}/v1/models", key, method="GET")
-                return {entry["id"].removesuffix(":latest") for entry in json.loads(heard.body)["data"]} >= wanted
+                answer = await self.client.ask(f"{process.url}/v1/models", key, method="GET")
+                return {entry["id"].removesuffix(":latest") for entry in json.loads(answer.body)["data"]} >= wanted
             except (OSError, ValueError, KeyError):
-                # It never arrived, or was no answer yet.
+                # It never arrived, or this was not an answer yet.
                 self.client.sent.pop()
                 return False
 
@@ -237,9 +241,9 @@ class Scene:
         while not await knows_all():
             if asyncio.get_running_loop().time() > deadline or await process.ended(0.1) is not None:
                 last = " / ".join(process.log.read_text(errors="replace").strip().splitlines()[-3:])
-                raise CommandFailed(f"the drill's gateway does not start: {last or 'it says nothing'}; see `make doctor`")
+                raise CommandFailed(f"the drill's gateway does not start: {last or 'its log is empty'}; see `make doctor`")
 
-    async def ask(self, path: str, model: str, key: str = "plain", *, stream: bool, at: Process | None = None) -> Heard:
+    async def ask(self, path: str, model: str, key: str = "plain", *, stream: bool, at: Process | None = None) -> ClientAnswer:
         url = (at or self.first).url + path
         return await self.client.ask(url, self.keys[key], chat(model, stream=stream))
 

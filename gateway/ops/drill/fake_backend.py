@@ -1,4 +1,4 @@
-"""A model server that does as it is told, on an address of this machine alone."""
+"""A model server with a configurable behaviour, on an address of this machine only."""
 
 import asyncio
 import json
@@ -12,14 +12,14 @@ HOST = "127.0.0.1"
 LONGEST_HEAD, LONGEST_WAIT_S = 65_536, 60.0
 THOUGHT_S = 0.3
 MOMENT = "2026-01-01T00:00:00Z"
-REFUSAL = "these words are the model server's"
+REFUSAL = "this message is the model server's"
 WORDS = ("The ", "tide ", "comes ", "in.")
 CHATS = {"/api/chat": "application/x-ndjson", "/v1/chat/completions": "text/event-stream"}
 
 
 @dataclass
-class Asked:
-    """One chat that arrived: `began` and `ended` as the monotonic clock has them; `left` where the caller hung up first."""
+class ReceivedCall:
+    """One chat call: `began` and `ended` by the monotonic clock; `left`: the caller hung up before the end."""
 
     path: str
     headers: dict[str, str] = field(repr=False)
@@ -34,16 +34,16 @@ class Asked:
 
 
 Writer = asyncio.StreamWriter
-Behaviour = Callable[["Played", Asked, Writer], Awaitable[None]]
+Behaviour = Callable[["FakeBackend", ReceivedCall, Writer], Awaitable[None]]
 
 
-class Played:
-    """`async with Played(name, model) as backend:`; `behaviour` answers each chat."""
+class FakeBackend:
+    """`async with FakeBackend(name, model) as backend:`; `behaviour` answers each chat."""
 
     def __init__(self, name: str, *models: str) -> None:
         self.name, self.models = name, models
         self.behaviour: Behaviour = answer_well
-        self.chats: list[Asked] = []
+        self.chats: list[ReceivedCall] = []
         self.heads: list[str] = []
         # What `pause_after_one_frame` waits for.
         self.go_on = asyncio.Event()
@@ -70,7 +70,7 @@ class Played:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
-    def asked(self, request_id: str) -> list[Asked]:
+    def received(self, request_id: str) -> list[ReceivedCall]:
         return [chat for chat in self.chats if chat.headers.get("x-request-id") == request_id]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
@@ -79,7 +79,7 @@ class Played:
             while await self._one(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, asyncio.CancelledError):
-            # The caller left, or the drill is over.
+            # The caller left, or the drill has ended.
             pass
         finally:
             self._open.discard(writer)
@@ -95,7 +95,7 @@ class Played:
         if path not in CHATS:
             await send_whole(writer, 200, self._fact(path))
             return True
-        chat = Asked(path, headers, json.loads(body), time.monotonic())
+        chat = ReceivedCall(path, headers, json.loads(body), time.monotonic())
         self.chats.append(chat)
         watch = asyncio.create_task(self._watch(reader, chat, writer))
         try:
@@ -103,10 +103,10 @@ class Played:
         finally:
             chat.ended = chat.ended or time.monotonic()
             watch.cancel()
-        # Whoever streams until the end of the connection has ended it.
+        # An answer without a length ends with the connection.
         return False
 
-    async def _watch(self, reader: asyncio.StreamReader, chat: Asked, writer: Writer) -> None:
+    async def _watch(self, reader: asyncio.StreamReader, chat: ReceivedCall, writer: Writer) -> None:
         with suppress(ConnectionError):
             if await reader.read(1):
                 return
@@ -114,21 +114,21 @@ class Played:
         writer.transport.abort()
 
     def _fact(self, path: str) -> Any:
-        told = {"modified_at": MOMENT, "size": 1, "digest": "0" * 64, "details": {}}
-        entries = [{"name": f"{model}:latest", "model": f"{model}:latest", **told} for model in self.models]
+        common = {"modified_at": MOMENT, "size": 1, "digest": "0" * 64, "details": {}}
+        entries = [{"name": f"{model}:latest", "model": f"{model}:latest", **common} for model in self.models]
         facts = {"/api/tags": {"models": entries}, "/api/ps": {"models": []}, "/api/version": {"version": "0.12.0"}}
         return facts.get(path, {})
 
 
 async def send_whole(writer: Writer, status: int, value: Any, kind: str = "application/json") -> None:
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    head = b"HTTP/1.1 %d Told\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n" % (status, kind.encode(), len(body))
+    head = b"HTTP/1.1 %d Status\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n" % (status, kind.encode(), len(body))
     writer.write(head + body)
     await writer.drain()
 
 
-async def begin_stream(chat: Asked, writer: Writer) -> None:
-    """Until the connection ends, as HTTP/1.1 allows."""
+async def begin_stream(chat: ReceivedCall, writer: Writer) -> None:
+    """In chunks, as HTTP/1.1 has them."""
     kind = CHATS[chat.path].encode()
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n" % kind)
     await writer.drain()
@@ -139,14 +139,14 @@ async def send_frame(writer: Writer, frame: bytes) -> None:
     await writer.drain()
 
 
-def frames(chat: Asked) -> list[bytes]:
-    """The answer's, the last of which says that it is the last."""
+def frames(chat: ReceivedCall) -> list[bytes]:
+    """The frames of the answer; the last one is marked as the last."""
     model = chat.body["model"]
     if chat.path == "/api/chat":
         head = {"model": model, "created_at": MOMENT}
-        said = [{**head, "message": {"role": "assistant", "content": word}, "done": False} for word in WORDS]
+        pieces = [{**head, "message": {"role": "assistant", "content": word}, "done": False} for word in WORDS]
         last = {**head, "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop"}
-        records: list[dict[str, Any]] = [*said, {**last, "prompt_eval_count": 3, "eval_count": len(WORDS)}]
+        records: list[dict[str, Any]] = [*pieces, {**last, "prompt_eval_count": 3, "eval_count": len(WORDS)}]
         return [json.dumps(record).encode() + b"\n" for record in records]
     head = {"id": "chatcmpl-drill", "object": "chat.completion.chunk", "created": 1767225600, "model": model}
     deltas: list[tuple[dict[str, str], str | None]] = [*(({"content": word}, None) for word in WORDS), ({}, "stop")]
@@ -154,12 +154,12 @@ def frames(chat: Asked) -> list[bytes]:
     return [*(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events), b"data: [DONE]\n\n"]
 
 
-def whole(chat: Asked) -> bytes:
+def whole(chat: ReceivedCall) -> bytes:
     message = {"role": "assistant", "content": "".join(WORDS)}
     model = chat.body["model"]
     if chat.path == "/api/chat":
-        told = {"model": model, "created_at": MOMENT, "message": message, "done": True, "done_reason": "stop"}
-        return json.dumps({**told, "prompt_eval_count": 3, "eval_count": len(WORDS)}).encode()
+        record = {"model": model, "created_at": MOMENT, "message": message, "done": True, "done_reason": "stop"}
+        return json.dumps({**record, "prompt_eval_count": 3, "eval_count": len(WORDS)}).encode()
     usage = {"prompt_tokens": 3, "completion_tokens": len(WORDS), "total_tokens": 3 + len(WORDS)}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     head = {"id": "chatcmpl-drill", "object": "chat.completion", "created": 1767225600, "model": model}
@@ -169,7 +169,7 @@ def whole(chat: Asked) -> bytes:
 # ── behaviours ──
 
 
-async def answer_well(backend: Played, chat: Asked, writer: Writer) -> None:
+async def answer_well(backend: FakeBackend, chat: ReceivedCall, writer: Writer) -> None:
     if not chat.streams:
         await send_whole(writer, 200, whole(chat))
         return
@@ -179,12 +179,12 @@ async def answer_well(backend: Played, chat: Asked, writer: Writer) -> None:
     await send_frame(writer, b"")
 
 
-async def think_first(backend: Played, chat: Asked, writer: Writer) -> None:
+async def think_first(backend: FakeBackend, chat: ReceivedCall, writer: Writer) -> None:
     await asyncio.sleep(THOUGHT_S)
     await answer_well(backend, chat, writer)
 
 
-async def pause_after_one_frame(backend: Played, chat: Asked, writer: Writer) -> None:
+async def pause_after_one_frame(backend: FakeBackend, chat: ReceivedCall, writer: Writer) -> None:
     """The rest comes when `go_on` is set."""
     await begin_stream(chat, writer)
     first, *rest = frames(chat)
@@ -194,29 +194,29 @@ async def pause_after_one_frame(backend: Played, chat: Asked, writer: Writer) ->
         await send_frame(writer, frame)
 
 
-async def say_nothing(backend: Played, chat: Asked, writer: Writer) -> None:
+async def never_answer(backend: FakeBackend, chat: ReceivedCall, writer: Writer) -> None:
     await asyncio.sleep(LONGEST_WAIT_S)
 
 
-async def fail(backend: Played, chat: Asked, writer: Writer) -> None:
+async def fail(backend: FakeBackend, chat: ReceivedCall, writer: Writer) -> None:
     await send_whole(writer, 500, b"out of memory", "text/plain")
 
 
-async def refuse(backend: Played, chat: Asked, writer: Writer) -> None:
+async def refuse(backend: FakeBackend, chat: ReceivedCall, writer: Writer) -> None:
     await send_whole(writer, 400, {"error": REFUSAL})
 
 
-async def begin_with_garbage(backend: Played, chat: Asked, writer: Writer) -> None:
+async def begin_with_garbage(backend: FakeBackend, chat: ReceivedCall, writer: Writer) -> None:
     await begin_stream(chat, writer)
     for frame in (b"<html>not what was asked for</html>\n\n", b""):
         await send_frame(writer, frame)
 
 
-async def die_in_the_middle(backend: Played, chat: Asked, writer: Writer) -> None:
+async def die_in_the_middle(backend: FakeBackend, chat: ReceivedCall, writer: Writer) -> None:
     await begin_stream(chat, writer)
     for frame in frames(chat)[:2]:
         await send_frame(writer, frame)
-    # What has been sent must be read before the connection breaks.
+    # The frames sent so far must be read before the connection breaks.
     await asyncio.sleep(0.1)
     chat.ended = time.monotonic()
     writer.transport.abort()

@@ -1,4 +1,4 @@
-"""A wire to Redis that can be frozen: the server behind it goes on, only who uses the wire hears nothing."""
+"""A proxy in front of Redis that can be frozen: its clients get no answer, while the server serves others."""
 
 import asyncio
 import ssl
@@ -12,14 +12,14 @@ HOST = "127.0.0.1"
 PIECE, CONNECT_S = 65_536, 3.0
 
 
-def can_be_wired(url: str) -> bool:
-    """A cluster and sentinels tell addresses of their own, and certificates of a client are Redis's matter."""
+def can_be_proxied(url: str) -> bool:
+    """Not a cluster or sentinels, which give clients addresses of servers, nor a server that checks client certificates."""
     parts = split(url)
     return parts.scheme in ("redis", "unix") or (parts.scheme == "rediss" and "ssl_" not in parts.query)
 
 
-class RedisWire:
-    """`async with RedisWire(url) as wire:` listens on `wire.url`."""
+class RedisProxy:
+    """`async with RedisProxy(url) as proxy:` listens on `proxy.url`."""
 
     def __init__(self, url: str) -> None:
         self._to = split(url)
@@ -41,7 +41,7 @@ class RedisWire:
     def url(self) -> str:
         login, at, _ = self._to.netloc.rpartition("@")
         port = self._server.sockets[0].getsockname()[1]
-        # The path of a socket is its place; the rest, in the query too, is between Redis and its client.
+        # The path of a socket is its address; the rest, with the query, is for Redis.
         path = "" if self._to.scheme == "unix" else self._to.path
         return urlunsplit(SplitResult("redis", f"{login}{at}{HOST}:{port}", path, self._to.query, ""))
 
