@@ -261,7 +261,7 @@ def test_probe_of_a_backend_that_is_away(operator: Operator, alpha: FakeBackend,
     beta.stop()
     operator.with_backends(alpha, beta)
     done = operator.types("probe")
-    assert done.returncode == 1 and "see its problem above" in done.stderr
+    assert done.returncode == 1 and "see their problems above" in done.stderr
     _, first, second = done.stdout.splitlines()
     assert "yes" in first and " no " in second and "ConnectionRefused" in second
 

@@ -411,7 +411,7 @@ def test_roots_servers_run_as_somebody_else(folder: Path) -> None:
 @as_root
 def test_root_is_told_when_the_servers_user_cannot_pass(place: Path) -> None:
     place.chmod(0o700)
-    with pytest.raises(LocalStoresFailed, match=f"cannot pass {place}"):
+    with pytest.raises(LocalStoresFailed, match=f"cannot enter {place}"):
         fast(place / "d")
 
 
