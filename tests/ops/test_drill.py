@@ -202,9 +202,9 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """
         from gateway.fleet import presence
         from gateway.limits import leases
-        from gateway.ops.drill import faults
+        from gateway.ops.drill import limit_faults
         leases.LEASE_MS, presence.ACTIVE_MS = 600_000, 600_000
-        faults.LEASE_S = 4.0
+        limit_faults.LEASE_S = 4.0
         """,
     ),
     "SIGTERM ends what runs": (
@@ -221,12 +221,12 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         "books",
         """
         from gateway.audit import table
-        from gateway.ops.drill import faults
+        from gateway.ops.drill import limit_faults
         write = table.write
         async def write_less(database, rows, *more):
             return await write(database, rows[1:], *more)
         table.write = write_less
-        faults.AUDIT_S = 3.0
+        limit_faults.AUDIT_S = 3.0
         """,
     ),
 }

@@ -16,7 +16,9 @@ from gateway.ops.cli import console
 from gateway.ops.cli.keys import open_key_store
 from gateway.ops.drill import fake_backend
 from gateway.ops.drill.environment import Environment, Installation, temporary_names
-from gateway.ops.drill.faults import BY_NAME, FAULTS, Broken, Fault, LeftOut, kill_the_third
+from gateway.ops.drill.fault import Broken, Fault, LeftOut
+from gateway.ops.drill.faults import BY_NAME, FAULTS
+from gateway.ops.drill.limit_faults import kill_the_third
 from gateway.settings import Settings
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
