@@ -39,7 +39,7 @@ class Result:
         return {
             "line": self.fault.name,
             "promise": self.fault.promise,
-            "what": self.fault.words,
+            "what": self.fault.description,
             "result": self.state,
             "seconds": round(self.seconds, 2),
             "why": self.detail or None,
@@ -118,12 +118,14 @@ def chosen(only: Sequence[str]) -> list[Fault]:
 async def inject(environment: Environment, faults: Sequence[Fault], results: list[Result], *, as_json: bool) -> None:
     if BY_NAME["killed"] in faults:
         await kill_the_third(environment)
-    widths = [max(len(fault.name) for fault in FAULTS), 3, max(len(fault.words) for fault in FAULTS)]
+    widths = [max(len(fault.name) for fault in FAULTS), 3, max(len(fault.description) for fault in FAULTS)]
     for fault in faults:
         result = await inject_one(environment, fault)
         results.append(result)
         if not as_json:
-            cells = [text.ljust(width) for text, width in zip((fault.name, fault.promise, fault.words), widths, strict=True)]
+            cells = [
+                text.ljust(width) for text, width in zip((fault.name, fault.promise, fault.description), widths, strict=True)
+            ]
             print(f"{'  '.join(cells)}  {result.seconds:6.2f} s  {result.state:<8}  {result.detail}".rstrip(), flush=True)
 
 

@@ -25,7 +25,7 @@ class Fault:
 
     name: str
     promise: str
-    words: str
+    description: str
     check: Callable[[Environment], Awaitable[None]]
 
 
