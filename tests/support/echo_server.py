@@ -23,7 +23,7 @@ class EchoServer:
     """
 
     def __init__(self, most_connections: int | None = None) -> None:
-        self._places = ConnectionLimit(most_connections) if most_connections else ConnectionLimit()
+        self._connection_limit = ConnectionLimit(most_connections) if most_connections else ConnectionLimit()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.gone: list[str] = []
@@ -53,7 +53,7 @@ class EchoServer:
     @property
     def held_bytes(self) -> int:
         """The size of the requests that wait for earlier answers."""
-        return self._places.held
+        return self._connection_limit.held
 
     @property
     def connections(self) -> int:
@@ -64,7 +64,7 @@ class EchoServer:
         return len(self._uvicorn.server_state.tasks)
 
     def _run(self) -> None:
-        protocol = partial(Protocol, places=self._places)
+        protocol = partial(Protocol, connection_limit=self._connection_limit)
         options: Any = {"http": protocol, "ws": "none", "lifespan": "off", "interface": "asgi3", "proxy_headers": False}
         config = uvicorn.Config(self._answer, log_config=None, timeout_graceful_shutdown=1, **options)
         self._uvicorn = uvicorn.Server(config)
