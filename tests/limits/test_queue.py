@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limiter import ask, until
 from tests.support.chat_requests import WAYS
@@ -176,3 +177,24 @@ def test_a_call_that_waits_for_one_model_does_not_delay_other_models(
 def other_model(gateway: RunningGateway, key: str, done: list[tuple[str, int]]) -> None:
     with gateway.http(key) as client:
         done.append(("other", ask(client, WAYS[0], model="other").status_code))
+
+
+def test_a_freed_slot_is_announced_while_a_call_waits(
+    start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event], stores: TestStores
+) -> None:
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="10")
+    key = gateway.key(concurrent=1)
+    done: list[tuple[str, int]] = []
+    with stores.client() as redis, redis.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(redis_keys.SLOT_FREED)
+        threads = [ask_in_background(gateway, key, done, "runs")]
+        until(lambda: len(hold) == 1)
+        threads.append(ask_in_background(gateway, key, done, "waits"))
+        wait_for_queue_of(gateway, 1)
+        hold[0].set()
+        until(lambda: len(hold) == 2)
+        hold[1].set()
+        for thread in threads:
+            thread.join()
+        messages = [message["data"] for _ in range(20) if (message := channel.get_message(timeout=0.05))]
+    assert messages == [redis_keys.queue(key.split("_")[1])]

@@ -3,8 +3,8 @@
 -- KEYS: calls, leases, means, rows, prompts, dropped, once; then for each scope: tokens, reserve, slots, queue, budget.
 -- ARGV: call id; tokens reserved (-1: as stored with the call); tokens used; row ('' for none); prompt ('' for none);
 -- how ('admitted': by Redis, 'local': by a process without Redis, 'abandoned': its process is gone); model; completion tokens
--- for the mean of the model (-1: none); most rows; most prompts; channel for freed slots; then for each scope: whether it limits
--- tokens per minute, whether it has a budget (1 or 0).
+-- for the mean of the model (-1: none); most rows; most prompts; channel for freed slots; then for each scope: whether it
+-- limits tokens per minute, whether it has a budget (1 or 0).
 -- Answers 1 if the tokens were counted now, else 0.
 local id, reserved, used, row, prompt, how = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 
