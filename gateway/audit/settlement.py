@@ -1,4 +1,4 @@
-"""Settles each request once: its tokens go to the limits, its row to the audit, also while Redis or PostgreSQL is away."""
+"""Settles each request once: its tokens go to the limits, its row to the audit, even while a store is unavailable."""
 
 import asyncio
 import logging

@@ -91,8 +91,8 @@ class AuditWriter:
             _, holder = await self._store.pipeline(
                 lambda pipe: pipe.set(name, self._process_id, nx=True, px=LEASE_MS).get(name)
             )
-        except RedisUnavailable as away:
-            if away.is_full:
+        except RedisUnavailable as unavailable:
+            if unavailable.is_full:
                 # Moving rows frees memory, and two processes that move the same rows write none twice.
                 return True
             raise

@@ -25,7 +25,7 @@ class ExpiredCall(NamedTuple):
 
 
 class Leases:
-    """`running` are the calls of this process that hold a slot: whoever adds one takes it away again."""
+    """`running` are the calls of this process that hold a slot; the limiter adds and removes them."""
 
     def __init__(self, connections: ShardConnections) -> None:
         self._connections = connections
@@ -76,5 +76,5 @@ class Leases:
         return calls
 
     async def forget(self, call: ExpiredCall) -> None:
-        """Removes a call that nobody can settle. Raises RedisUnavailable."""
+        """Removes a call that cannot be settled. Raises RedisUnavailable."""
         await self._connections.for_shard(call.shard).send("HDEL", redis_keys.BY_SHARD[call.shard].calls, call.id)
