@@ -1,4 +1,4 @@
-"""Addresses of stores, which may name several hosts: Python's own urlsplit refuses some of those, by its version."""
+"""URLs of stores, which may name several hosts; `urlsplit` of some Python versions refuses those."""
 
 import re
 from urllib.parse import SplitResult
@@ -9,6 +9,6 @@ PARTS = re.compile(r"(?:([^:/?#]+):)?(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(?:#(
 
 def split(text: str) -> SplitResult:
     found = PARTS.fullmatch(text)
-    assert found is not None, "the expression fits every text"
+    assert found is not None, "the expression matches every text"
     scheme, netloc, path, query, fragment = (part or "" for part in found.groups())
     return SplitResult(scheme.lower(), netloc, path, query, fragment)

@@ -46,15 +46,15 @@ def test_a_placeholder_counts_as_a_failure_only_if_there_is_no_key(start_gateway
     key = gateway.key()
     with gateway.http("ollama") as client:
         assert [client.get(f"/k/{key}/v1/models").status_code for _ in range(6)] == [200] * 6
-        alone = client.get("/v1/models")
-        assert (alone.status_code, alone.json()["error"]["code"]) == (401, "invalid_api_key")
+        rejected = client.get("/v1/models")
+        assert (rejected.status_code, rejected.json()["error"]["code"]) == (401, "invalid_api_key")
         assert client.get("/k/ollama/v1/models", headers={"x-api-key": "dummy"}).status_code == 401
         assert [client.get("/v1/models").status_code for _ in range(2)] == [401, 429]
 
 
 @contextmanager
 def database_queries(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The ids of secrets that the database was asked for."""
+    """The ids of the secrets that were read from the database."""
     asked: list[str] = []
     real = gateway.components.database.row
 
@@ -147,7 +147,7 @@ def test_all_wrong_keys_get_the_same_answer(start_gateway: StartGateway, alpha: 
 
 @contextmanager
 def database_closed(stores: TestStores, servers: local_stores.Stores) -> Iterator[None]:
-    """The test's database lets nobody in and throws out who is there."""
+    """The test's database refuses connections and ends those that are open."""
     name = stores.database_url.rpartition("/test_")[2].partition("?")[0]
     database = f"test_{name}"
     out = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
@@ -227,7 +227,7 @@ def authenticator_of(gateway: RunningGateway) -> Authenticator:
 def test_wrong_keys_from_many_addresses_do_not_delay_valid_keys(
     start_gateway: StartGateway, alpha: FakeBackend, forge: str
 ) -> None:
-    """A good key that this process does not know yet has its turn among the next, however many wrong ones came before."""
+    """A valid key that is not in the cache is among the next to be verified, however many wrong keys are queued."""
     gateway = start_gateway(alpha)
     authenticator = authenticator_of(gateway)
     attacked = gateway.key().split("_")[1]
@@ -253,7 +253,7 @@ def test_wrong_keys_from_many_addresses_do_not_delay_valid_keys(
 
 
 class GatedHasher:
-    """argon2 whose runs are counted, and end once the gate is open."""
+    """argon2 whose runs are counted, and wait until the gate is open."""
 
     def __init__(self, hasher: PasswordHasher) -> None:
         self._hasher, self.gate = hasher, threading.Event()
@@ -281,7 +281,7 @@ async def wait_until(done: Callable[[], object]) -> None:
 def test_one_address_does_not_lock_out_the_holder_of_a_key(
     start_gateway: StartGateway, alpha: FakeBackend, exists: bool
 ) -> None:
-    """Its attempts with one id are one at a time, whether there is the id or not; all of them count as wrong."""
+    """It may try one key at a time per id, whether the id exists or not; all attempts count as wrong."""
     gateway = start_gateway(alpha)
     key, authenticator = gateway.key(), authenticator_of(gateway)
     attacked = key.split("_")[1] if exists else "abcdefgh"
@@ -306,7 +306,7 @@ def test_one_address_does_not_lock_out_the_holder_of_a_key(
 
 @pytest.mark.parametrize("flooded", [2, 12])
 def test_a_flood_of_some_ids_does_not_lock_out_other_ids(start_gateway: StartGateway, alpha: FakeBackend, flooded: int) -> None:
-    """Wrong keys with ids that exist, each from an address of its own: others wait for one of each of these ids at most."""
+    """Wrong keys with known ids, each from an address of its own: a key with another id waits for at most one of each id."""
     gateway = start_gateway(alpha)
     attacked, holders = ([gateway.key() for _ in range(count)] for count in (flooded, 3))
     authenticator = authenticator_of(gateway)
