@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway import settings
+from gateway import endpoints, settings
 from gateway.auth.key import ADMIN
 from gateway.ops.cli import installation, serve
 from tests.conftest import StartGateway
@@ -98,3 +98,13 @@ def test_what_the_quick_start_prints_is_what_make_run_prints() -> None:
     assert {line for line in shown.splitlines() if line not in printed} == {
         "  backend   default at http://127.0.0.1:11434: llama3.2:latest"
     }
+
+
+def test_every_path_is_in_the_documents(start_gateway: StartGateway) -> None:
+    enabled = {f"{name}_ENABLED": "true" for name in ("DASHBOARD", "PLAYGROUND", "DOCS")}
+    with FakeBackend(models=["llama3.2:latest"], name="alpha") as alpha:
+        gateway = start_gateway(alpha, METRICS_TOKEN="a-token-of-the-operator", **enabled)
+        paths = {path.replace("{id:path}", "{id}") for _, path in endpoints.table(gateway.settings, gateway.components)}
+    named = "\n".join(text for name, text in PAGES.items() if name.startswith("docs/"))
+    files = re.compile(r"/(dashboard|playground|docs)/.*")
+    assert {path for path in paths if path not in named and not files.fullmatch(path)} == set()

@@ -235,3 +235,13 @@ def test_an_admin_has_limits_too(gateway: RunningGateway) -> None:
 def test_the_page_of_the_admin_api_lists_every_route(gateway: RunningGateway) -> None:
     listed = re.findall(r"^\| `([A-Z]+) (/admin/v1/[^`?]*)", page("docs/reference/admin-api.md"), re.MULTILINE)
     assert listed == routes_of(gateway)
+
+
+def test_the_page_of_the_admin_api_names_every_parameter(gateway: RunningGateway) -> None:
+    rows = [line for line in page("docs/reference/admin-api.md").splitlines() if line.startswith("| `")]
+    table = endpoints.table(gateway.settings, gateway.components)
+    for (method, path), endpoint in table.items():
+        if path.startswith("/admin/"):
+            [row] = [row for row in rows if re.match(rf"\| `{method} {re.escape(path)}[`?]", row)]
+            named = set(re.findall(r"[\w]+", row))
+            assert set(getattr(endpoint, "takes", ())) <= named, f"{method} {path}"

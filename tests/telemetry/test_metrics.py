@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import sql
-from tests.support.documents import page
+from tests.support.documents import page, section, tables
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer
 from tests.support.gateway_settings import environment_for
@@ -32,6 +32,7 @@ TOKEN = "nobody-guesses-this"
 MODEL = "llama3.2:latest"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}
 OPS = PROJECT / "docs" / "monitoring"
+PAGE = "docs/reference/metrics.md"
 NAME = re.compile(r"gateway_[a-z_]+")
 # What only grows.
 GROWING = ("_total", "_count", "_bucket", "_sum")
@@ -232,8 +233,14 @@ def test_the_dashboard_and_the_alerts_ask_for_what_is_there() -> None:
 
 
 def test_the_page_of_metrics_lists_every_metric() -> None:
-    listed = re.findall(r"^\| `(gateway_[a-z_]+)", page("docs/reference/metrics.md"), re.MULTILINE)
+    listed = re.findall(r"^\| `(gateway_[a-z_]+)", page(PAGE), re.MULTILINE)
     assert sorted(listed) == sorted(set(declared().values()))
+
+
+def test_the_page_of_metrics_has_the_labels_of_each() -> None:
+    rows = {name.strip("`"): re.findall(r"`(\w+)`", labels) for name, labels, _ in tables(section(PAGE, "List"))}
+    families = {family._name: list(family._labelnames) for family in vars(Metrics()).values() if hasattr(family, "_labelnames")}
+    assert {name.removesuffix("_total"): labels for name, labels in rows.items()} == families
 
 
 def test_a_file_that_a_worker_has_just_begun_is_waited_for(tmp_path: Path) -> None:
