@@ -16,6 +16,7 @@ from gateway.dialects import refused_fields
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 from gateway.ops.cli import installation
+from gateway.ops.drill import faults
 from tests.support import documents
 from tests.support.documents import page, section
 from tests.support.project import PROJECT
@@ -225,3 +226,11 @@ def test_costs_that_the_pages_name_are_within_the_bounds_of_their_test() -> None
     words = " ".join(section("docs/scaling-and-speed.md", "Speed").split())
     found = re.search(r"more than (\d+) function calls .*? (\d+) function calls for a frame", words)
     assert found and tuple(map(int, found.groups())) == (test_costs.MOST_CALLS, test_costs.MOST_CALLS_PER_FRAME)
+
+
+def test_lines_of_the_drill_that_the_pages_name_are_there() -> None:
+    known = {fault.name for fault in faults.FAULTS}
+    named = {
+        name for text in documents.pages().values() for names in re.findall(r'ONLY="([a-z ]+)"', text) for name in names.split()
+    }
+    assert named and named <= known
