@@ -69,10 +69,10 @@ def test_every_private_part_that_the_code_reaches_for_is_in_the_record() -> None
 
 def test_the_parents_that_have_private_parts_are_those_of_the_record() -> None:
     from gateway.edge.protocol import Protocol
-    from gateway.fleet.backends.http_client import DirectReader, Pool, Wire
+    from gateway.fleet.backends.http_client import BoundedResponseHandler, ConnectionPool, DirectReader
 
     parents = (httptools_impl.HttpToolsProtocol, aiohttp.StreamReader, aiohttp.TCPConnector, ResponseHandler)
-    ours = (Protocol, DirectReader, Pool, Wire)
+    ours = (Protocol, DirectReader, ConnectionPool, BoundedResponseHandler)
     assert all(issubclass(child, parent) for child, parent in zip(ours, parents, strict=True))
     for child, parent in zip(ours, parents, strict=True):
         theirs = reduce(set.union, (_private_names(base) for base in parent.__mro__ if base is not object), set[str]())

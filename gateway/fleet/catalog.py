@@ -1,4 +1,4 @@
-"""Which backend has which model: what the backends said, as one immutable map that is replaced whole."""
+"""The models of all backends and who offers them: one immutable map, which is replaced as a whole."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -9,18 +9,20 @@ from typing import Any
 from gateway.dialects.model_entries import has_name, native_entry, openai_entry, whole_number
 from gateway.dialects.model_names import AllowList, ModelName, canonical
 
+Entries = tuple[dict[str, Any], ...]
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one backend last said of itself; `answered_at` and `asked_at` in seconds since the epoch, 0 where it never was."""
+    """The last answers of one backend; `answered_at` and `asked_at` in seconds since the epoch, 0 for never."""
 
     backend: str
     base_url: str
     kind: str
     answered_at: float = 0.0
     version: str = ""
-    models: tuple[dict[str, Any], ...] = ()
-    running: tuple[dict[str, Any], ...] = ()
+    models: Entries = ()
+    running: Entries = ()
     error: str = ""
     latency_ms: float = 0.0
     asked_at: float = 0.0
@@ -34,12 +36,12 @@ class Snapshot:
 
 
 def unpack(packed: Mapping[str, Any]) -> Snapshot:
-    """A snapshot out of the store, which anybody may have written: raises ValueError, TypeError or KeyError on nonsense."""
-    lists = {name: tuple(_sound(entry) for entry in packed[name]) for name in ("models", "running")}
+    """A snapshot from Redis, which anybody may have written: raises ValueError, TypeError or KeyError where it is invalid."""
+    lists = {name: tuple(_checked(entry) for entry in packed[name]) for name in ("models", "running")}
     return Snapshot(**{**packed, **lists, "answered_at": float(packed["answered_at"]), "asked_at": float(packed["asked_at"])})
 
 
-def _sound(entry: dict[str, Any]) -> dict[str, Any]:
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     if not has_name(entry, "name") or not isinstance(entry.get("openai", {}), dict):
         raise ValueError("not an entry of a list of models")
     return native_entry(entry)
@@ -47,7 +49,7 @@ def _sound(entry: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Offer:
-    """One backend's copy of a model, under that backend's own spelling; good until the backend's list is too old."""
+    """One backend's copy of a model, under that backend's spelling; valid until that backend's list is too old."""
 
     backend: str
     kind: str
@@ -57,7 +59,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the fleet with its offers in priority order; its list entries are the first backend's."""
+    """One model with its offers in order of priority; its list entries are those of the first backend."""
 
     name: ModelName
     offers: tuple[Offer, ...]
@@ -66,7 +68,7 @@ class Model:
 
     @cached_property
     def context(self) -> int:
-        """Tokens of prompt and answer together where a server refuses a wish for more than fits, else 0: vLLM says so."""
+        """Tokens of prompt and answer together, where a server such as vLLM refuses a call that wants more; else 0."""
         return whole_number(self.openai.get("max_model_len"))
 
     def is_listed(self, now: float) -> bool:
@@ -80,7 +82,7 @@ class Catalog:
     cache_s: float = 0.0
 
     def find(self, name: ModelName, allowed: AllowList) -> Model | None:
-        """None alike for an unknown model and for one that is not allowed: both are looked up either way."""
+        """None for an unknown model and for one that is not allowed; both take the same steps, and so the same time."""
         model = self.models.get(name.canonical)
         is_allowed = allowed.allows(name.canonical, cloud=name.cloud or (model is not None and model.name.cloud))
         return model if is_allowed else None
@@ -93,12 +95,12 @@ class Catalog:
             if model.is_listed(now) and allowed.allows(model.name.canonical, cloud=model.name.cloud)
         ]
 
-    def running(self, allowed: AllowList, told: Mapping[str, tuple[float, tuple[dict[str, Any], ...]]]) -> list[dict[str, Any]]:
-        """`told` is what backends have said they run, and when: the later of that and of their snapshots counts."""
+    def running(self, allowed: AllowList, reported: Mapping[str, tuple[float, Entries]]) -> list[dict[str, Any]]:
+        """`reported` is when each backend answered last, and with what; its snapshot counts where that is newer."""
         listed = {model.name.canonical for model in self.listed(allowed)}
         found: dict[str, dict[str, Any]] = {}
         for snapshot in self.fresh_snapshots():
-            at, entries = told.get(snapshot.backend, (0.0, ()))
+            at, entries = reported.get(snapshot.backend, (0.0, ()))
             for entry in entries if at >= snapshot.answered_at else snapshot.running:
                 name = canonical(entry["name"]).canonical
                 if name in listed:
@@ -121,7 +123,7 @@ def _dotted(version: str) -> tuple[int, ...]:
 
 
 def build(snapshots: Iterable[Snapshot], cache_s: float) -> Catalog:
-    """The union in priority order: `snapshots` come in the operator's order of backends."""
+    """All models, offers in order of priority: `snapshots` are in the operator's order of backends."""
     in_order = tuple(snapshots)
     found: dict[str, Model] = {}
     for snapshot in in_order:
@@ -135,7 +137,7 @@ def build(snapshots: Iterable[Snapshot], cache_s: float) -> Catalog:
 def _with_offer(known: Model, more: Model) -> Model:
     if any(offer.backend == more.offers[0].backend for offer in known.offers):
         return known
-    # One cloud copy makes the model a cloud model: failing over must not take a prompt off the site.
+    # One cloud copy makes the model a cloud model: a failover must not send a prompt off the site.
     name = ModelName(known.name.canonical, known.name.cloud or more.name.cloud)
     return Model(name, known.offers + more.offers, known.native, known.openai)
 
@@ -151,7 +153,7 @@ def _model_of(snapshot: Snapshot, entry: dict[str, Any], cache_s: float) -> Mode
 
 
 def keep_created(fresh: Snapshot, known: Snapshot) -> Snapshot:
-    """Each model's time as first seen: many servers say "now" whenever they are asked."""
+    """Each model keeps the creation time that was seen first: many servers report the current time."""
     first = {entry["name"]: entry for entry in known.models if "openai" in entry}
     return replace(fresh, models=tuple(_as_created(entry, first.get(entry["name"])) for entry in fresh.models))
 

@@ -1,4 +1,4 @@
-"""What operators' commands ask of the gateways that run on the same Redis, whose environment and tokens they do not know."""
+"""Commands that running gateways carry out for operators: these share Redis with them, but not their settings and tokens."""
 
 import asyncio
 import logging
@@ -18,8 +18,8 @@ from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 LOG = logging.getLogger("gateway.control")
 ID = re.compile(r"[0-9a-f]{32}")
-# A gateway asks a backend for at most ten seconds, twice for a probe.
-WAIT_S, AGAIN_S, LOOK_EVERY_S, KEPT_S, DEADLINE_S = 30.0, 1.0, 0.1, 60, 2.0
+# A gateway waits for a backend for at most ten seconds, twice for a probe.
+WAIT_S, AGAIN_S, POLL_EVERY_S, KEPT_S, DEADLINE_S = 30.0, 1.0, 0.1, 60, 2.0
 AT_ONCE = 4
 
 FleetFacts = Sequence[Mapping[str, Any]]
@@ -27,23 +27,25 @@ Act = Callable[[], Awaitable[Any]]
 
 
 class Control:
-    """`async with Control(store, fleet, acts)`: does what is asked of gateways with these backends, one of them for each
-    question; `acts` are what may be asked, by name, and answer with JSON."""
+    """`async with Control(store, fleet, acts)`: carries out commands for gateways with these backends; one gateway takes each.
+
+    `acts` are the commands by name; each answers with JSON.
+    """
 
     def __init__(self, store: RedisClient, fleet: FleetFacts, acts: Mapping[str, Act]) -> None:
         self._store, self._fleet, self._acts = store, list(fleet), acts
         self._answering = TaskGroup("control")
 
     async def __aenter__(self) -> Self:
-        # What was asked while nobody heard it is asked again, by who asked.
-        self._store.subscribe({redis_keys.CONTROL: self._hear}, after_gap=lambda: None)
+        # A command that was published while this was not subscribed is published again by its sender.
+        self._store.subscribe({redis_keys.CONTROL: self._receive}, after_gap=lambda: None)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._answering.end()
 
-    def _hear(self, text: str) -> None:
-        """Whatever is no question of ours is passed over: anybody may write to the store."""
+    def _receive(self, text: str) -> None:
+        """Ignores all that is no command for this gateway: anybody may publish in Redis."""
         try:
             asked = strict_json.read_loosely(text.encode())
             number, act, fleet = asked["id"], asked["act"], asked["fleet"]
@@ -71,7 +73,7 @@ def _name(number: str, what: str) -> str:
 
 
 async def ask(store: RedisClient, fleet: FleetFacts, act: str) -> Any:
-    """What a gateway with these backends answers. Raises CommandFailed."""
+    """The answer of a gateway with these backends. Raises CommandFailed."""
     number = uuid.uuid4().hex
     question = strict_json.write({"id": number, "act": act, "fleet": list(fleet)})
     until, asked_at = time.monotonic() + WAIT_S, 0.0
@@ -83,15 +85,15 @@ async def ask(store: RedisClient, fleet: FleetFacts, act: str) -> Any:
             answer = await store.slow_call(lambda redis: redis.get(_name(number, "answer")), DEADLINE_S)
             if answer is not None:
                 return strict_json.read_loosely(answer)["answer"]
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_EVERY_S)
     except RedisUnavailable:
         raise CommandFailed("Redis went away before the running gateway had answered: try again") from None
     raise CommandFailed(f"the running gateway did not answer within {WAIT_S:g} s: its log says why")
 
 
 async def other_fleet(store: RedisClient, own: Iterable[BackendConfig]) -> FleetFacts | None:
-    """The backends of the gateways that run on this Redis, where none of them has those of `own`; None where one has, where
-    none runs, and while Redis is away. Raises CommandFailed where none has them and they differ among themselves."""
+    """The backends of the gateways that run on this Redis, where they are not those of `own`; None where one gateway has
+    those, where none runs, and while Redis is away. Raises CommandFailed where none has them and the gateways differ."""
     try:
         states = await presence.read(store)
     except RedisUnavailable:
@@ -101,9 +103,9 @@ async def other_fleet(store: RedisClient, own: Iterable[BackendConfig]) -> Fleet
     if not fleets or mine in fleets:
         return None
     if any(fleet != fleets[0] for fleet in fleets):
-        told = "; ".join(sorted({named_in_words(fleet) for fleet in fleets}))
+        others = "; ".join(sorted({named_in_words(fleet) for fleet in fleets}))
         raise CommandFailed(
-            f"these settings have {named_in_words(mine)}, the running gateways {told}: set OLLAMA_BACKENDS as one of them"
+            f"these settings have {named_in_words(mine)}, the running gateways {others}: set OLLAMA_BACKENDS as one of them"
         )
     return fleets[0]
 
@@ -113,7 +115,7 @@ def named_in_words(fleet: FleetFacts) -> str:
 
 
 def configs_of(fleet: FleetFacts) -> list[BackendConfig]:
-    """As far as others may know them: without tokens, so that nothing can be asked of them. Raises CommandFailed."""
+    """Without tokens, which are not shared, so that these backends cannot be called. Raises CommandFailed."""
     names = ("name", "base_url", "kind", "max_connections")
     try:
         return [BackendConfig(**{name: backend[name] for name in names}) for backend in fleet]

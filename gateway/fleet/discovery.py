@@ -1,4 +1,4 @@
-"""Asks the backends for their models: each by one process at a time, answers kept in Redis, the newest map in every process."""
+"""Polls the backends for their models: one process polls each, Redis keeps the answers, every process has the newest map."""
 
 import asyncio
 import hashlib
@@ -24,9 +24,9 @@ from gateway.stores.redis_client import RedisClient, RedisUnavailable
 LOG = logging.getLogger("gateway.discovery")
 POLL_DEADLINE_S = 10.0
 FAST_ANSWERS_S = 1.0
-# Some thirty values a model; more of them would keep everybody waiting while they are read.
+# A model has some thirty values; parsing many more of them would block the event loop.
 LONGEST_LIST, MOST_VALUES = 8 * 2**20, 300_000
-# What to do about an entry whose backend is there, but has no list of models where it was asked for one.
+# Hints for an entry whose backend answers, but has no list of models at the expected path.
 LEAVE_OFF_V1 = "leave off /v1 at the end of its base_url"
 IS_OPENAI = 'it is OpenAI-compatible: add "kind":"openai"'
 IS_IT_OPENAI = 'is it OpenAI-compatible? add "kind":"openai" to its entry in OLLAMA_BACKENDS'
@@ -36,14 +36,14 @@ Answer = TypeVar("Answer")
 
 
 class Discovery:
-    """`async with Discovery(...)`: `discovery.catalog` is the newest map and never waits for a backend."""
+    """`async with Discovery(...)`: `discovery.catalog` is the newest map; reading it never waits for a backend."""
 
     def __init__(self, backends: Sequence[Backend], store: RedisClient, *, refresh_s: float, cache_s: float) -> None:
         self._backends, self._store = list(backends), store
         self._refresh_s, self._cache_s = refresh_s, cache_s
         self._snapshots = {backend.name: _unknown(backend) for backend in backends}
         self.catalog = Catalog()
-        # Something is known of each backend: its models, or why it did not tell them.
+        # Each backend has been polled: its models are known, or why it did not list them.
         self.has_asked_all = asyncio.Event()
         self._polls, self._loads, self._load_turn = TaskGroup("discovery"), TaskGroup("map of models"), asyncio.Lock()
         self.background = KeptTask(self._keep_refreshing, "discovery")
@@ -65,37 +65,38 @@ class Discovery:
     async def _keep_refreshing(self) -> None:
         while True:
             await asyncio.sleep(self._refresh_s * random.uniform(0.9, 1.0))  # noqa: S311 # jitter, not a secret  # nosec B311
-            if mine := await self._whose_turn_is_mine():
-                await self.refresh(mine)
+            if claimed := await self._claim_backends():
+                await self.refresh(claimed)
 
-    async def _whose_turn_is_mine(self) -> list[Backend]:
-        """Redis decides who polls which backend, of those who poll it equally often; without it everybody polls for itself."""
+    async def _claim_backends(self) -> list[Backend]:
+        """The backends that this process polls: Redis assigns each to one of the processes that poll it equally often; while
+        Redis is unavailable each process polls all."""
 
         def claim(pipe: Any) -> None:
             for backend in self._backends:
-                name = redis_keys.poll_turn(_place(backend.config), self._refresh_s)
+                name = redis_keys.poll_turn(_address_hash(backend.config), self._refresh_s)
                 pipe.set(name, b"", nx=True, px=int(self._refresh_s * 800))
 
         try:
-            taken = await self._store.pipeline(claim)
+            answers = await self._store.pipeline(claim)
         except RedisUnavailable:
             return self._backends
-        return [backend for backend, is_mine in zip(self._backends, taken, strict=True) if is_mine]
+        return [backend for backend, is_claimed in zip(self._backends, answers, strict=True) if is_claimed]
 
     async def only_stored(self) -> Self:
-        """What the backends have told somebody, from Redis; nobody is asked."""
+        """Loads what other processes have stored in Redis; polls no backend."""
         await self._load()
         return self
 
     async def refreshed(self) -> list[dict[str, Any]]:
-        """Asks all backends; what they said, a row each: `backend`, `models` (how many) and `state`."""
+        """Polls all backends; returns a row for each: `backend`, `models` (how many) and `state`."""
         await self.refresh()
         return [
             {"backend": found.backend, "models": len(found.models), "state": found.state} for found in self.catalog.snapshots
         ]
 
     async def refresh(self, backends: Sequence[Backend] | None = None, enough_s: float | None = None) -> None:
-        """Poll these backends, or all, and publish; with `enough_s` return then, slower answers are added when they come."""
+        """Polls these backends, or all, and publishes; returns after `enough_s`, where given, and adds slower answers later."""
         polls = {self._polls.start(self._poll_and_keep(one)): one for one in (self._backends if backends is None else backends)}
         if not polls:
             return
@@ -117,12 +118,12 @@ class Discovery:
         except BackendFault as fault:
             snapshot = replace(known, error=str(fault), asked_at=time.time())
         except Exception as wrong:
-            # One backend whose answer nobody expected must not keep the others from being asked.
+            # An unexpected answer of one backend must not stop the polling of the others.
             LOG.exception("backend %s could not be asked", backend.name)
             snapshot = replace(known, error=type(wrong).__name__, asked_at=time.time())
         if bool(snapshot.error) != bool(known.error):
-            told = f"is away: {snapshot.error}" if snapshot.error else f"answers with {len(snapshot.models)} models"
-            LOG.log(logging.WARNING if snapshot.error else logging.INFO, "backend %s %s", backend.name, told)
+            change = f"is away: {snapshot.error}" if snapshot.error else f"answers with {len(snapshot.models)} models"
+            LOG.log(logging.WARNING if snapshot.error else logging.INFO, "backend %s %s", backend.name, change)
         self._snapshots[backend.name] = snapshot
         self._rebuild()
 
@@ -133,7 +134,7 @@ class Discovery:
             self.has_asked_all.set()
 
     async def _publish(self, polled: Sequence[Backend]) -> None:
-        """Only what was found out here: of other backends somebody else may know more."""
+        """Only the backends polled here: another process may have newer answers of the others."""
         packed = {snapshot_name(one.config): strict_json.write(self._snapshots[one.name].packed()) for one in polled}
         offers = {name: [offer.backend for offer in model.offers] for name, model in self.catalog.models.items()}
         whole = strict_json.write({"at": time.time(), "models": offers})
@@ -148,7 +149,7 @@ class Discovery:
             await self._store.call(lambda redis: redis.publish(redis_keys.MODELS_CHANGED, ""))
 
     def _load_soon(self, _: str) -> None:
-        # One is under way and one waits: that will see what has just changed, too.
+        # One load is in progress and one waits, which will read this change, too.
         if len(self._loads) < 2:
             self._loads.start(self._load_in_turn())
 
@@ -189,17 +190,17 @@ def _unknown(backend: Backend) -> Snapshot:
 
 
 def snapshot_name(config: BackendConfig) -> str:
-    """Where in Redis it is; what has one name in two lists of backends may be two."""
-    return redis_keys.model_list(config.name, _place(config))
+    """The key in Redis; two lists of backends may use one name for different backends."""
+    return redis_keys.model_list(config.name, _address_hash(config))
 
 
-def _place(config: BackendConfig) -> str:
-    """Short, and without what an address may hold beside the place."""
+def _address_hash(config: BackendConfig) -> str:
+    """A hash, because an address may contain what must not be stored."""
     return hashlib.sha256(f"{config.kind} {config.base_url}".encode()).hexdigest()[:16]
 
 
 async def poll(backend: Backend) -> Snapshot:
-    """Ask one backend for its models, what it runs and its version; never makes it generate. Raises BackendFault."""
+    """Asks one backend for its models, its running models and its version; never makes it generate. Raises BackendFault."""
     began = time.monotonic()
     now = time.time()
     fresh = replace(_unknown(backend), answered_at=now, asked_at=now)
@@ -225,7 +226,7 @@ async def _ask_models(backend: Backend, kind: str) -> tuple[dict[str, Any], ...]
 
 
 async def _with_hint(backend: Backend, fault: BackendFault) -> BackendFault:
-    """The same, with what to change in the entry of a backend that is there, but is of another kind or has other paths."""
+    """The fault, with what to change in the entry of a backend that answers, but is of another kind or has other paths."""
     is_missing = str(fault) == "bad_status: status 404"
     hint = ""
     if is_missing and backend.config.base_url.rstrip("/").endswith("/v1"):
@@ -240,7 +241,7 @@ async def _with_hint(backend: Backend, fault: BackendFault) -> BackendFault:
 
 
 async def takes_token(backend: Backend) -> bool:
-    """Whether the token opens the routes that matter; llama.cpp shows its list to anybody. An empty call is never answered."""
+    """Whether the routes for calls accept the token: llama.cpp lists its models without. An empty call generates nothing."""
     path = "/v1/chat/completions" if backend.kind == "openai" else "/api/chat"
     headers = {"Content-Type": "application/json"}
     async with backend.send("POST", path, headers, b"{}", wait_s=POLL_DEADLINE_S) as upstream:
@@ -252,17 +253,17 @@ def _since(began: float) -> float:
 
 
 async def ask(backend: Backend, path: str, read: Callable[[object], Answer]) -> Answer:
-    """A list of a backend as `read` understands it. Raises BackendFault."""
+    """Gets a JSON document of a backend, parsed by `read`. Raises BackendFault."""
     async with backend.send("GET", path, {"Accept": "application/json"}, wait_s=POLL_DEADLINE_S) as upstream:
         if upstream.status in (401, 403):
             raise BackendFault("token_refused", f"status {upstream.status}")
         if upstream.status != 200:
             raise BackendFault("bad_status", f"status {upstream.status}")
-        told = await upstream.read_whole(LONGEST_LIST)
-        if told.count(b",") + told.count(b"[") + told.count(b"{") > MOST_VALUES:
+        document = await upstream.read_whole(LONGEST_LIST)
+        if document.count(b",") + document.count(b"[") + document.count(b"{") > MOST_VALUES:
             raise BackendFault("bad_list", f"{path} has too many values")
         try:
-            return read(strict_json.read_loosely(told))
+            return read(strict_json.read_loosely(document))
         except (ValueError, TypeError, AttributeError) as wrong:
             raise BackendFault("bad_list", f"{path} is not a list of models") from wrong
 

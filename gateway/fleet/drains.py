@@ -1,4 +1,4 @@
-"""Backends that an operator has taken out: they finish what they have and get nothing new, in every process, until told."""
+"""Backends that an operator has drained: they finish their calls and get no new ones, from any process, until undrained."""
 
 import asyncio
 import logging
@@ -14,11 +14,11 @@ from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 LOG = logging.getLogger("gateway.drains")
-LOOK_EVERY_S = 15.0
+READ_EVERY_S = 15.0
 
 
 async def mark(database: Database, store: RedisClient, backend: str, *, drained: bool, by: str) -> bool:
-    """Whether all processes hear of it at once; else they look every fifteen seconds. Raises StoreUnavailable."""
+    """Returns whether all processes are notified; else they read it within fifteen seconds. Raises StoreUnavailable."""
     if drained:
         await database.run("drain_backend", backend, by)
     else:
@@ -31,15 +31,15 @@ async def mark(database: Database, store: RedisClient, backend: str, *, drained:
 
 
 class Drains:
-    """`async with Drains(...)`: keeps each backend's `is_drained` as the database has it."""
+    """`async with Drains(...)`: keeps each backend's `is_drained` as it is in the database."""
 
     def __init__(self, database: Database, store: RedisClient, backends: Mapping[str, Backend]) -> None:
         self._database, self._store, self._backends = database, store, backends
         self._changed = asyncio.Event()
-        self.background = KeptTask(self._keep_looking, "drains")
+        self.background = KeptTask(self._keep_reading, "drains")
 
     async def __aenter__(self) -> Self:
-        await self._look()
+        await self._read()
         self._store.subscribe({redis_keys.DRAINS_CHANGED: lambda _: self._changed.set()}, after_gap=self._changed.set)
         self.background.start()
         return self
@@ -47,21 +47,21 @@ class Drains:
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
 
-    async def _keep_looking(self) -> None:
+    async def _keep_reading(self) -> None:
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY_S):
+                async with asyncio.timeout(READ_EVERY_S):
                     await self._changed.wait()
             self._changed.clear()
-            await self._look()
+            await self._read()
 
-    async def _look(self) -> None:
+    async def _read(self) -> None:
         try:
             drained = {row["backend"] for row in await self._database.rows("drained_backends")}
         except StoreUnavailable:
             return
         except Exception:
-            # A schema of before this table: `make migrate` is told elsewhere.
+            # The schema may be older than this table; the start-up log already advises `make migrate`.
             LOG.debug("the drained backends could not be read", exc_info=True)
             return
         for name, backend in self._backends.items():

@@ -1,4 +1,4 @@
-"""Trying a backend: whether it answers, how fast, with what, and whether it takes the token."""
+"""Tries a backend: whether it answers, how fast, with what, and whether it accepts the token."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from gateway.fleet.discovery import poll, takes_token
 
 
 async def probe_all(backends: Mapping[str, Backend]) -> list[dict[str, Any]]:
-    """All at once, in their order."""
+    """Probes all at the same time; the results are in their order."""
     return list(await asyncio.gather(*(probe(backend) for backend in backends.values())))
 
 

@@ -1,36 +1,35 @@
-"""Which models the backends run now: they are asked when somebody asks, each once for all who ask at about the same time."""
+"""Which models the backends run now: asked on demand, once for all requests that come at about the same time."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Self
 
 from gateway.core.background import TaskGroup
 from gateway.dialects import model_entries
 from gateway.fleet import discovery
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
+from gateway.fleet.catalog import Entries
 
 LOG = logging.getLogger("gateway.running")
 FRESH_S = 1.0
-# So long a caller waits; who is slower is heard of by the next.
+# How long a request waits; slower answers are for the next request.
 WAIT_S = 0.3
 DEADLINE_S = 2.0
-# Not asked again for so long after it did not answer.
+# How long a backend that did not answer is not asked again.
 SILENT_S = 10.0
 MOST_A_SECOND = 50
 
-Entries = tuple[dict[str, Any], ...]
-
 
 class RunningModels:
-    """`async with RunningModels(...)`: asks the backends of kind `ollama`, the only ones that tell what they run."""
+    """`async with RunningModels(...)`: asks the backends of kind `ollama`; only these report what they run."""
 
     def __init__(self, backends: Iterable[Backend]) -> None:
         self._backends = [backend for backend in backends if backend.kind == "ollama"]
         self._fresh_s = max(FRESH_S, len(self._backends) / MOST_A_SECOND)
-        self._told: dict[str, tuple[float, Entries]] = {}
+        self._running: dict[str, tuple[float, Entries]] = {}
         self._ask_after: dict[str, float] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._tasks = TaskGroup("running models")
@@ -50,21 +49,21 @@ class RunningModels:
                 self._asking[name] = self._tasks.start(self._ask(backend))
         if self._asking:
             await asyncio.wait(set(self._asking.values()), timeout=WAIT_S)
-        return self._told
+        return self._running
 
     async def _ask(self, backend: Backend) -> None:
         wait_s = SILENT_S
         try:
             async with asyncio.timeout(DEADLINE_S):
                 entries = await discovery.ask(backend, "/api/ps", model_entries.read_tags)
-            self._told[backend.name] = time.time(), entries
+            self._running[backend.name] = time.time(), entries
             wait_s = self._fresh_s
         except (BackendFault, TimeoutError):
-            self._told.pop(backend.name, None)
+            self._running.pop(backend.name, None)
         except Exception:
-            # Said by nobody yet, and of no other backend.
+            # Unexpected: logged here, because nobody awaits this task's result; other backends are not affected.
             LOG.exception("backend %s could not be asked what it runs", backend.name)
-            self._told.pop(backend.name, None)
+            self._running.pop(backend.name, None)
         finally:
             self._ask_after[backend.name] = time.monotonic() + wait_s
             del self._asking[backend.name]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway.fleet.backends.http_client import Pool
+from gateway.fleet.backends.http_client import ConnectionPool
 from tests.conftest import StartGateway
 from tests.support.chat_requests import MODEL
 
@@ -88,9 +88,9 @@ def test_what_nobody_asked_for_is_nobodys_answer(start_gateway: StartGateway, ch
 def test_a_connection_that_ends_before_it_is_asked_is_a_fault(
     start_gateway: StartGateway, chatterbox: Chatterbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connect = Pool.connect
+    connect = ConnectionPool.connect
 
-    async def connect_and_lose(pool: Pool, *more: Any) -> Any:
+    async def connect_and_lose(pool: ConnectionPool, *more: Any) -> Any:
         connection = await connect(pool, *more)
         assert connection.transport is not None
         connection.transport.abort()
@@ -98,7 +98,7 @@ def test_a_connection_that_ends_before_it_is_asked_is_a_fault(
         return connection
 
     gateway = start_gateway({"name": "box", "base_url": chatterbox.url, "kind": "openai"}, MODEL_DISCOVERY_REFRESH_S="3600")
-    monkeypatch.setattr(Pool, "connect", connect_and_lose)
+    monkeypatch.setattr(ConnectionPool, "connect", connect_and_lose)
     with gateway.http(gateway.key()) as client:
         got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": [{"role": "user", "content": "hi"}]})
     assert (got.status_code, got.json()["error"]["code"]) == (503, "upstream_unavailable")

@@ -1,9 +1,9 @@
-"""The servers behind us: one aiohttp session each, claims on their connections, their failures in our words."""
+"""One model server: its aiohttp sessions, claims on its connections, its failures as BackendFault."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 from yarl import URL
@@ -12,16 +12,23 @@ from gateway.core.cancel_scope import CallScope, CancelScope
 from gateway.fleet.backends.circuit_breaker import CircuitBreaker
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import UnfinishedFrames
-from gateway.fleet.backends.http_client import LONGEST_LINE, BackendFault, BackendResponse, ConnectionLost, HttpClient, Pool
+from gateway.fleet.backends.http_client import (
+    LONGEST_LINE,
+    BackendFault,
+    BackendResponse,
+    ConnectionLost,
+    ConnectionPool,
+    HttpClient,
+)
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
-# Of all calls together: frames without end.
+# Bytes of unfinished frames that all calls of a backend may hold together.
 MOST_UNFRAMED = 32 * 2**20
 FIXED = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 
 
 class Backend:
-    """`async with Backend(config) as backend:` opens its session; `claim()` takes one of its connections."""
+    """`async with Backend(config) as backend:` opens its sessions; `claim()` takes one of its connections."""
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
@@ -48,9 +55,9 @@ class Backend:
 
     def _new_session(self, *, force_close: bool) -> aiohttp.ClientSession:
         # Claims bound the connections, so the connector need not queue.
-        connector = Pool(force_close=True) if force_close else Pool(keepalive_timeout=KEEP_IDLE_CONNECTIONS_S)
+        keep_alive: dict[str, Any] = {"force_close": True} if force_close else {"keepalive_timeout": KEEP_IDLE_CONNECTIONS_S}
         return aiohttp.ClientSession(
-            connector=connector,
+            connector=ConnectionPool(**keep_alive),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.config.connect_timeout_s),
             headers={"Accept-Encoding": "identity"},
             skip_auto_headers=("User-Agent",),
@@ -66,7 +73,7 @@ class Backend:
         return self.in_flight >= self.config.max_connections
 
     def take(self) -> None:
-        """One of its connections; `give_back` is owed."""
+        """Takes one of its connections; the caller must `give_back`."""
         self.in_flight += 1
         self.breaker.attempt()
 
@@ -83,9 +90,9 @@ class Backend:
             self.give_back()
 
     async def post(self, path: bytes, headers: bytes, body: bytes, guard: CallScope) -> BackendResponse:
-        """The way of calls to models: ends with the answer's head, `close` is owed to it; `headers` are whole lines.
+        """Sends a call to a model; returns with the head of the response, which the caller must close.
 
-        A connection that was lost before any byte is replaced by a fresh one, once.
+        `headers` are whole lines. A connection that is lost before the first byte of the response is replaced once.
         """
         try:
             return await self._caller.post(path, headers, body, guard)
@@ -105,7 +112,7 @@ class Backend:
         *,
         wait_s: float | None = None,
     ) -> AsyncIterator[BackendResponse]:
-        """The way of everything else, as `post` in all but the method."""
+        """Sends any other request; otherwise as `post`."""
         try:
             upstream = await self._head(self._session, method, path, headers, body, wait_s)
         except ConnectionLost:

@@ -1,4 +1,4 @@
-"""A backend's breaker: after a few failures in a row it is passed over for a while, then one request tries it again."""
+"""A backend's circuit breaker: after a few failures in a row the backend is skipped for a while; then one request tries it."""
 
 import time
 from collections.abc import Callable
@@ -29,11 +29,11 @@ class CircuitBreaker:
 
     @property
     def open_for_s(self) -> float:
-        """How long until it is tried again."""
+        """Seconds until a request tries it again."""
         return max(0.0, self._open_until - self._clock()) if self.state == "open" else 0.0
 
     def attempt(self) -> None:
-        """A request goes out; in the half-open state it is the one probe."""
+        """A request is sent; in the half-open state it is the only probe."""
         self._probing = self.state == "half-open"
 
     def succeeded(self) -> None:
@@ -46,11 +46,11 @@ class CircuitBreaker:
         return self._succeeded_at > moment
 
     def abandoned(self) -> None:
-        """The request ended for reasons that say nothing of the backend."""
+        """The request ended for reasons that have nothing to do with the backend."""
         self._probing = False
 
     def doubted(self, caller: str) -> None:
-        """It failed, but no other did better: the request may be wrong. Counts once for each caller until a success."""
+        """It failed, but so did all others: the request may be wrong. Counts once for each caller until a success."""
         if caller not in self._doubted_by and len(self._doubted_by) < FAILURES_UNTIL_OPEN:
             self._doubted_by.add(caller)
             self.failed()

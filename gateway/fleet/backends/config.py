@@ -1,4 +1,4 @@
-"""What an operator says of one backend, and the reading of `OLLAMA_BACKENDS`."""
+"""The configuration of one backend, and the parser of `OLLAMA_BACKENDS`."""
 
 import json
 import re
@@ -30,7 +30,7 @@ class BackendConfig:
     max_connections: int = 64
 
     def auth(self) -> dict[str, str]:
-        """The header that opens this backend: the scheme goes with `Authorization` only."""
+        """The header that authenticates us to this backend; the scheme is used with `Authorization` only."""
         if not self.auth_token:
             return {}
         if self.auth_header.lower() == "authorization" and self.auth_scheme:
@@ -109,7 +109,7 @@ _FIELDS: dict[str, Any] = {
 
 
 def read_backends(text: str, defaults: dict[str, Any]) -> tuple[BackendConfig, ...]:
-    """The list in priority order; `defaults` fills what an entry leaves out. Raises ValueError with what would be right."""
+    """The backends in order of priority; `defaults` fill what an entry leaves out. Raises ValueError with the rule."""
     try:
         entries = json.loads(text)
     except ValueError as wrong:

@@ -29,7 +29,7 @@ class FrameBuffer:
             end = self._framing.end_of_frames(piece)
             rest += piece[end:]
             return piece[:end]
-        # A mark of an end has at most three bytes.
+        # The end of a frame has at most three bytes.
         before = bytes(rest[-2:])
         end = self._framing.end_of_frames(before + piece) - len(before)
         rest += piece

@@ -1,7 +1,7 @@
-"""One call to a backend and its answer, through aiohttp's connector and parser without what its client adds to each call.
+"""One HTTP call to a backend and its response, on aiohttp's connector and parser, without the work of its client for each call.
 
-A `ClientSession.request` builds a URL, merges headers, looks for cookies, redirects and proxies; behind a gateway all of
-that is known beforehand. The pool of connections, their making, TLS and the parsing stay aiohttp's.
+`ClientSession.request` builds a URL, merges headers, checks cookies, redirects and proxies; a gateway knows all of that
+beforehand. Pooling, connecting, TLS and parsing are aiohttp's.
 """
 
 import asyncio
@@ -22,20 +22,20 @@ from gateway.fleet.backends.config import BackendConfig
 
 LONGEST_WHOLE_ANSWER = 64 * 2**20
 LONGEST_LINE = 65_536
-# What is held is not worth counting below this.
+# Less than this is not counted.
 SMALL = 65_536
-# All lines of a head, and of what comes before it (1xx); a slice of it is what one look at the parser may cost.
+# Bytes of a head with those before it (1xx), how many heads, and how much of it the parser gets at once.
 LONGEST_HEAD, MOST_HEADS, HEAD_SLICE = 256 * 1024, 32, 4096
-# Of what frames a body so much may come of which nothing is body: the extensions of a chunk, or trailers.
+# Bytes of framing without any of the body: extensions of a chunk, or trailers.
 MOST_FRAMING = 256 * 1024
-# Of a body in tiny chunks so many are parsed at once, or passed on at once one by one; then others have their turn.
+# Of a body in tiny chunks so many are parsed, or passed on one by one, before other tasks run.
 CHUNKS_AT_ONCE, PIECES_AT_ONCE = 256, 32
 PRINTABLE = re.compile(r"[\x20-\x7e]*")
 UNSAFE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class BackendFault(Exception):
-    """A backend did not answer as it should; `reason` is one word for logs and metrics."""
+    """A backend did not answer as it should; `reason` is a word for logs and metrics."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -47,31 +47,31 @@ class ConnectionLost(BackendFault):
 
 
 class TooLarge(BackendFault):
-    """A whole answer is longer than was wanted."""
+    """A whole answer is longer than the limit."""
 
     def __init__(self, limit: int) -> None:
         super().__init__("too_large", f"more than {limit} bytes")
 
 
-class Wire(ResponseHandler):
-    """aiohttp's end of a connection, which parses neither endless heads or framing nor a flood of tiny chunks at once.
+class BoundedResponseHandler(ResponseHandler):
+    """aiohttp's protocol with bounds: on heads, on framing, and on how many tiny chunks are parsed at once.
 
-    What comes while nobody has asked ends the connection: the next to ask would take it for the answer.
+    Bytes that come while no request is open end the connection: the next request would take them for its response.
     """
 
-    # Whether a flow was given something of what came last.
+    # Whether the bytes that came last had some of the body for a `flow`.
     has_yielded = False
     _in_body = False
     _head_bytes = _framing = _body_bytes = 0
-    _is_asked = False
+    _has_request = False
 
     def set_response_params(self, **params: Any) -> None:
-        self._in_body, self._head_bytes, self._is_asked = False, 0, True
+        self._in_body, self._head_bytes, self._has_request = False, 0, True
         self._framing = self._body_bytes = 0
         super().set_response_params(**params)
 
-    def rest(self) -> None:
-        self._is_asked = False
+    def set_idle(self) -> None:
+        self._has_request = False
 
     def _drop_timeout(self) -> None:
         # Called at each body's end, too.
@@ -79,7 +79,7 @@ class Wire(ResponseHandler):
         super()._drop_timeout()
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_asked:
+        if not self._has_request:
             if self.transport is not None:
                 self.transport.abort()
         elif self._in_body or not data:
@@ -93,7 +93,7 @@ class Wire(ResponseHandler):
             self._receive_heads(data)
 
     def _count_framing(self, size: int) -> None:
-        """Of what came while nothing flows, or of which nothing was body."""
+        """Counts bytes of which nothing was body."""
         body = self._payload
         if body is None or self._reading_paused:
             return
@@ -124,37 +124,37 @@ class Wire(ResponseHandler):
             return False
         if not self._in_body:
             self._in_body = True
-            # How a reader's parser is slowed down: no setting reaches it.
+            # This slows the parser of a reader down; aiohttp has no setting for it.
             body._high_water_chunks, body._low_water_chunks = CHUNKS_AT_ONCE, CHUNKS_AT_ONCE // 2  # noqa: SLF001
         return True
 
 
-class Pool(aiohttp.TCPConnector):
-    """Connections of this kind; one that is given back rests until the next request."""
+class ConnectionPool(aiohttp.TCPConnector):
+    """Connections with such bounds; one that is given back is idle until the next request."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(limit=0, **options)
-        self._factory = partial(Wire, loop=asyncio.get_running_loop())  # type: ignore[assignment]
+        self._factory = partial(BoundedResponseHandler, loop=asyncio.get_running_loop())  # type: ignore[assignment]
 
     def _release(self, key: Any, protocol: Any, *, should_close: bool = False) -> None:
-        protocol.rest()
+        protocol.set_idle()
         super()._release(key, protocol, should_close=should_close)
 
 
 class DirectReader(aiohttp.StreamReader):
-    """A body whose pieces are taken as they arrive, without waking a task: what a StreamReader becomes for a while.
+    """A body whose pieces go to a function as they arrive, without waking a task: a StreamReader turns into this for a while.
 
-    The first piece that is not taken, the end or a failure makes it again what it was, and all that follows waits in it.
+    The first piece that is not taken, the end or a failure turns it back, and all that follows is buffered.
     """
 
-    # The parser holds on to the reader that it has made, so that one must change: no more than its methods.
+    # The parser keeps the reader that it has made, so its class is changed, and with it no more than methods.
     __slots__ = ()
-    # Where a StreamReader has whoever waits for data: here what takes it, and a future for what was not taken.
+    # A StreamReader has its waiting future here; this has the function, and a future for what was not taken.
     _waiter: Any
 
     @classmethod
     def begin(cls, body: aiohttp.StreamReader, take: Callable[[bytes], bool]) -> "asyncio.Future[bytes]":
-        """The future has what was not taken, b"" at the end, and where it may be that others have waited for long."""
+        """The future gets the first piece that was not taken, or one before which other tasks should run; b"" at the end."""
         left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         changed: Any = body
         changed.__class__, changed._waiter = cls, [take, left, PIECES_AT_ONCE]  # noqa: SLF001
@@ -179,7 +179,7 @@ class DirectReader(aiohttp.StreamReader):
         return False
 
     def end_http_chunk_receiving(self) -> None:
-        """Nobody asks here how the backend has cut its answer."""
+        """The chunks of the backend do not matter here."""
 
     def feed_eof(self) -> None:
         _, left, _ = self._waiter
@@ -197,7 +197,7 @@ class DirectReader(aiohttp.StreamReader):
 
 
 class BackendResponse:
-    """An answer whose head has come; `close` gives its connection back, or ends it unless the answer was read to its end."""
+    """A response whose head has come; `close` returns its connection to the pool, or closes it if there is more to read."""
 
     def __init__(
         self,
@@ -215,11 +215,11 @@ class BackendResponse:
         self.content_type = content_type if PRINTABLE.fullmatch(content_type) else ""
 
     def fail(self, error: Exception) -> None:
-        """Whoever reads, now or next, gets this."""
+        """The present or next read raises this."""
         self._body.set_exception(error)
 
     async def read(self) -> bytes:
-        """The next bytes as they come, b"" at the end; raises BackendFault where the answer breaks off."""
+        """The next bytes as they come, b"" at the end; raises BackendFault where the response breaks off."""
         try:
             if self._wire is not None and self._wire._reading_paused:  # noqa: SLF001
                 await self._others_first()
@@ -228,7 +228,7 @@ class BackendResponse:
             raise BackendFault("broken_off", type(wrong).__name__) from wrong
 
     async def _others_first(self) -> None:
-        """More has been read than was parsed: a body that never runs out of it would never wait."""
+        """Lets other tasks run: while unparsed bytes are left, reading does not wait."""
         await asyncio.sleep(0)
 
     async def flow(self, take: Callable[[bytes], bool]) -> bytes:
@@ -242,7 +242,7 @@ class BackendResponse:
                 return piece
 
     async def _flow(self, take: Callable[[bytes], bool]) -> bytes:
-        """As `flow`, but what it returns may be to be taken."""
+        """As `flow`, but what it returns may not have been offered to `take`."""
         body = self._body
         if body.is_eof() or body.exception() is not None:
             return await self.read()
@@ -258,7 +258,7 @@ class BackendResponse:
             DirectReader.end(body)
 
     async def read_whole(self, limit: int | None = None, hold: Callable[[int], None] | None = None) -> bytes:
-        """Raises TooLarge above `limit` bytes, by default LONGEST_WHOLE_ANSWER; `hold` is told of each size above SMALL."""
+        """Raises TooLarge above `limit` bytes, by default LONGEST_WHOLE_ANSWER; `hold` is called with each size above SMALL."""
         pieces, size, limit = [], 0, limit or LONGEST_WHOLE_ANSWER
         while piece := await self.read():
             pieces.append(piece)
@@ -285,7 +285,7 @@ class BackendResponse:
 
 
 class HttpClient:
-    """POSTs to one backend over the connections of one session; `fixed` are the headers that each call carries."""
+    """POSTs to one backend over the connections of one session; `fixed` are the headers of each call."""
 
     def __init__(self, session: aiohttp.ClientSession, config: BackendConfig, fixed: Mapping[str, str]) -> None:
         url = URL(config.base_url, encoded=True)
@@ -299,7 +299,7 @@ class HttpClient:
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode("latin-1")
 
     async def post(self, path: bytes, headers: bytes, body: bytes, guard: CallScope) -> BackendResponse:
-        """Ends with the answer's head. Raises BackendFault; `headers` are whole lines."""
+        """Returns with the head of the response. Raises BackendFault; `headers` are whole lines."""
         connection = await self._connect()
         protocol = connection.protocol
         if protocol is None or protocol.transport is None:

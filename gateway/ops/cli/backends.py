@@ -112,6 +112,6 @@ async def _mark(settings: Settings, arguments: argparse.Namespace, *, drained: b
         if arguments.backend not in names:
             raise CommandFailed(f"there is no backend {arguments.backend!r}: write one of {', '.join(names)}")
         at_once = await drains.mark(database, store, arguments.backend, drained=drained, by=OPERATOR)
-    effect = "at once" if at_once else f"within {drains.LOOK_EVERY_S:g} s (Redis did not answer)"
+    effect = "at once" if at_once else f"within {drains.READ_EVERY_S:g} s (Redis did not answer)"
     state = "gets no new requests" if drained else "gets requests"
     console.show_facts({"backend": arguments.backend, "state": state, "everywhere": effect}, as_json=arguments.json)
