@@ -5,12 +5,12 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 GATEWAY := $(BIN)/python -m gateway
 COMPOSE := docker compose
-said = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(value $(1)),--$(2) "$$$(1)"))
+option = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(value $(1)),--$(2) "$$$(1)"))
 flag = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(filter-out 0 false no,$(value $(1))),--$(2)))
 given = $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 only = $(if $(filter-out $(1) $(OF_LIMITS) JSON PYTHON BIN GATEWAY COMPOSE SHELL,$(given)),$(error `make $@` takes no $(filter-out $(1) $(OF_LIMITS) JSON PYTHON BIN GATEWAY COMPOSE SHELL,$(given)): see `make help`))
 OF_LIMITS := RPM TPM CONCURRENT DAY MONTH
-LIMITS = $(call said,RPM,rpm) $(call said,TPM,tpm) $(call said,CONCURRENT,concurrent) $(call said,DAY,day) $(call said,MONTH,month)
+LIMITS = $(call option,RPM,rpm) $(call option,TPM,tpm) $(call option,CONCURRENT,concurrent) $(call option,DAY,day) $(call option,MONTH,month)
 JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
@@ -29,7 +29,7 @@ test: .venv/ready-to-test ## Run all tests against private servers
 bench: .venv/ready-to-test ## Measure the speed against plain passthroughs, and nginx if installed [LITELLM=its python]
 	@$(BIN)/python -m tests.bench $(if $(LITELLM),--litellm $(LITELLM))
 
-profile: .venv/ready-to-test ## Show where the time of a request and of a chunk goes, by rooms and functions
+profile: .venv/ready-to-test ## Show where the time of a request and of a chunk goes, by parts of the code and by functions
 	@$(BIN)/python -m tests.bench.profile
 
 check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabilities
@@ -39,22 +39,22 @@ check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabiliti
 	$(BIN)/bandit -q --ini setup.cfg -r gateway
 	@$(BIN)/python -m tests.support.audit_dependencies
 
-key: .venv/ready-to-run ## Make a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1]
+key: .venv/ready-to-run ## Create a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1]
 	@$(call only,NAME MODELS EXPIRES PROMPT_LOG RETENTION AUDIT_RETENTION ROLE ADMIN_MODELS SHOW_BACKEND SHOW_OVERHEAD)
-	@$(GATEWAY) key $(call said,NAME,name) $(call said,MODELS,models) $(call said,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call said,RETENTION,retention) $(call said,AUDIT_RETENTION,audit-retention) $(call said,ROLE,role) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(JSON_FLAG)
+	@$(GATEWAY) key $(call option,NAME,name) $(call option,MODELS,models) $(call option,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call option,RETENTION,retention) $(call option,AUDIT_RETENTION,audit-retention) $(call option,ROLE,role) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(JSON_FLAG)
 
 limit: .venv/ready-to-run ## Set a key's limits: KEY= [MODEL="a*"] RPM= TPM= CONCURRENT= DAY= MONTH= (a number, unlimited or unset)
 	@$(call only,KEY MODEL)
-	@$(GATEWAY) limit $(call said,KEY,key) $(call said,MODEL,model) $(LIMITS) $(JSON_FLAG)
+	@$(GATEWAY) limit $(call option,KEY,key) $(call option,MODEL,model) $(LIMITS) $(JSON_FLAG)
 
 keys: .venv/ready-to-run ## List all keys
 	@$(GATEWAY) keys $(JSON_FLAG)
 
 rotate: .venv/ready-to-run ## Give a key a new secret: KEY= [OVERLAP=24h]
-	@$(GATEWAY) rotate $(call said,KEY,key) $(call said,OVERLAP,overlap) $(JSON_FLAG)
+	@$(GATEWAY) rotate $(call option,KEY,key) $(call option,OVERLAP,overlap) $(JSON_FLAG)
 
 revoke: .venv/ready-to-run ## End a key, everywhere at once: KEY=
-	@$(GATEWAY) revoke $(call said,KEY,key) $(JSON_FLAG)
+	@$(GATEWAY) revoke $(call option,KEY,key) $(JSON_FLAG)
 
 models: .venv/ready-to-run ## List the models of all backends
 	@$(GATEWAY) models $(JSON_FLAG)
@@ -65,41 +65,41 @@ refresh: .venv/ready-to-run ## Ask all backends for their models now
 probe: .venv/ready-to-run ## Try every backend: reachable, latency, version, models, token
 	@$(GATEWAY) probe $(JSON_FLAG)
 
-doctor: .venv/ready-to-run ## Check the whole installation: what is well, what is not, what to do
+doctor: .venv/ready-to-run ## Check the whole installation: what is fine, what is not, what to do
 	@$(GATEWAY) doctor $(JSON_FLAG)
 
-drill: .venv/ready-to-run ## Break what can break, on played backends beside this installation, and see what holds: [ONLY="redis revoke"]
-	@$(GATEWAY) drill $(call said,ONLY,only) $(JSON_FLAG)
+drill: .venv/ready-to-run ## Break things on fake backends beside this installation, and report what held: [ONLY="redis revoke"]
+	@$(GATEWAY) drill $(call option,ONLY,only) $(JSON_FLAG)
 
 explain: .venv/ready-to-run ## Say where a call would go now, and why: KEY= MODEL= [CLIENT=ollama, openai or a route]
-	@$(GATEWAY) explain $(call said,KEY,key) $(call said,MODEL,model) $(call said,CLIENT,client) $(JSON_FLAG)
+	@$(GATEWAY) explain $(call option,KEY,key) $(call option,MODEL,model) $(call option,CLIENT,client) $(JSON_FLAG)
 
-top: .venv/ready-to-run ## Watch the installation in the terminal, with an admin key out of the environment (ADMIN_KEY) or asked for: [URL=http://host:8080] [ONCE=1]
-	@ADMIN_KEY="$$ADMIN_KEY" $(GATEWAY) top $(call said,URL,url) $(call flag,ONCE,once) $(JSON_FLAG)
+top: .venv/ready-to-run ## Watch the installation in the terminal, with an admin key from the environment (ADMIN_KEY) or typed in: [URL=http://host:8080] [ONCE=1]
+	@ADMIN_KEY="$$ADMIN_KEY" $(GATEWAY) top $(call option,URL,url) $(call flag,ONCE,once) $(JSON_FLAG)
 
-trace: .venv/ready-to-run ## Tell what became of one request: ID= [SINCE=24h]
-	@$(GATEWAY) trace $(call said,ID,id) $(call said,SINCE,since) $(JSON_FLAG)
+trace: .venv/ready-to-run ## Show what happened to one request: ID= [SINCE=24h]
+	@$(GATEWAY) trace $(call option,ID,id) $(call option,SINCE,since) $(JSON_FLAG)
 
 drain: .venv/ready-to-run ## Give a backend no new requests, in every process: BACKEND=
-	@$(GATEWAY) drain $(call said,BACKEND,backend) $(JSON_FLAG)
+	@$(GATEWAY) drain $(call option,BACKEND,backend) $(JSON_FLAG)
 
 undrain: .venv/ready-to-run ## Give a backend requests again: BACKEND=
-	@$(GATEWAY) undrain $(call said,BACKEND,backend) $(JSON_FLAG)
+	@$(GATEWAY) undrain $(call option,BACKEND,backend) $(JSON_FLAG)
 
 audit: .venv/ready-to-run ## List requests, the newest first: [KEY= MODEL="a*" SINCE=24h STATUS=4xx OUTCOME= LIMIT=] [CSV=1]
-	@$(GATEWAY) audit $(call said,KEY,key) $(call said,MODEL,model) $(call said,SINCE,since) $(call said,STATUS,status) $(call said,OUTCOME,outcome) $(call said,LIMIT,limit) $(JSON_FLAG) $(CSV_FLAG)
+	@$(GATEWAY) audit $(call option,KEY,key) $(call option,MODEL,model) $(call option,SINCE,since) $(call option,STATUS,status) $(call option,OUTCOME,outcome) $(call option,LIMIT,limit) $(JSON_FLAG) $(CSV_FLAG)
 
 usage: .venv/ready-to-run ## Sum requests and tokens: [BY=key,model,backend,day] [SINCE=30d] [CSV=1]
-	@$(GATEWAY) usage $(call said,BY,by) $(call said,SINCE,since) $(JSON_FLAG) $(CSV_FLAG)
+	@$(GATEWAY) usage $(call option,BY,by) $(call option,SINCE,since) $(JSON_FLAG) $(CSV_FLAG)
 
-audit-verify: .venv/ready-to-run ## Check that the audit is as it was written
+audit-verify: .venv/ready-to-run ## Check that the audit has not been changed
 	@$(GATEWAY) audit-verify $(JSON_FLAG)
 
-purge: .venv/ready-to-run ## Delete now what is kept no longer
+purge: .venv/ready-to-run ## Delete now what has outlived its retention
 	@$(GATEWAY) purge $(JSON_FLAG)
 
 forget: .venv/ready-to-run ## Delete a key's prompts and answers now: KEY=
-	@$(GATEWAY) forget $(call said,KEY,key) $(JSON_FLAG)
+	@$(GATEWAY) forget $(call option,KEY,key) $(JSON_FLAG)
 
 migrate: .venv/ready-to-run ## Bring the database's schema up to date
 	@$(GATEWAY) migrate $(JSON_FLAG)

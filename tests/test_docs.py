@@ -26,7 +26,7 @@ README = page("README.md")
 PAGES = documents.pages()
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-CARD = {
+TOP_LEVEL = {
     "gateway",
     "tests",
     "sql",
@@ -150,16 +150,16 @@ def test_the_page_of_commands_has_every_verb(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", verbs())
-def test_every_verb_tells_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_every_verb_has_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main.main([verb, "--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for action in verbs()[verb]._actions:
-        assert action.help and all(option in told for option in action.option_strings)
+        assert action.help and all(option in printed for option in action.option_strings)
 
 
-def test_help_tells_every_verb() -> None:
+def test_help_lists_every_verb() -> None:
     done = subprocess.run([sys.executable, "-m", "gateway", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(re.search(rf"^    {verb}\s", done.stdout, re.MULTILINE) for verb in verbs())
 
@@ -283,15 +283,15 @@ def error_classes(of: type[GatewayError] = GatewayError) -> Iterator[type[Gatewa
 
 def test_the_page_of_errors_has_every_error_with_its_status() -> None:
     rows = re.findall(r"^\| (\d\d\d|[45]xx) \| (.+?) \|", page("docs/reference/errors.md"), re.MULTILINE)
-    told = {(code, status) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
+    listed = {(code, status) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
     ours = [kind for kind in error_classes() if kind.__module__ == errors.__name__]
-    # The status of a refusal is the backend's, where it is not the caller's to be told so.
+    # The status of a refusal is the backend's, if the caller may know it.
     of_backends: dict[type[GatewayError], tuple[str, ...]] = {
         errors.BackendRefused: ("4xx",),
         errors.BackendCannot: ("400", "5xx"),
     }
     real = {(kind.code, status) for kind in ours for status in of_backends.get(kind, (str(kind.status),))}
-    assert told == real
+    assert listed == real
 
 
 def test_the_page_of_logs_has_every_field() -> None:
@@ -304,14 +304,14 @@ def test_the_page_of_models_has_every_admin_route() -> None:
     assert [path for _, path in endpoints.PASSED_THROUGH if path not in text] == []
 
 
-def test_nothing_stands_in_the_top_folder_but_the_card() -> None:
+def test_the_top_folder_has_nothing_else() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
     top = {line.partition("/")[0] for line in listed.stdout.splitlines()}
-    assert {name for name in top if not name.startswith(".")} <= CARD
+    assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL
 
 
 # Names that stand in the documents
