@@ -1,4 +1,4 @@
-"""Who is calling, and may they, now: the key that a request carries and the limits that it counts in."""
+"""The key that a request carries, and admission by the limits of that key."""
 
 import asyncio
 
@@ -15,8 +15,9 @@ from gateway.limits.admission import Admission, Ticket
 from gateway.limits.limiter import Limiter
 from gateway.limits.quota import Quota
 
-LOOK_UP_RESERVE = -1
-LOOKS = frozenset({"GET", "HEAD"})
+# What was reserved is known to Redis only; the settlement reads it there.
+RESERVE_UNKNOWN = -1
+READS = frozenset({"GET", "HEAD"})
 NO_DEFAULTS = Quota()
 
 
@@ -30,10 +31,12 @@ class Access:
         return record.key
 
     async def operator(self, scope: Scope, record: Record) -> Key:
-        """The key of who asks the admin API. Looking is no traffic: of the limits it knows those that the key itself has, so
-        that the defaults lock nobody out of the dashboard. Raises NotPermitted without the role."""
+        """The key of a request to the admin API; raises NotPermitted without the role.
+
+        Reading is no traffic: only the key's own limits apply, so that the defaults lock nobody out of the dashboard.
+        """
         key = await self.key_of(scope, record)
-        record.is_operator_read = record.method in LOOKS and ADMIN in key.flags
+        record.is_operator_read = record.method in READS and ADMIN in key.flags
         await self.admit(record, takes_slot=False)
         if ADMIN not in key.flags:
             raise NotPermitted("this needs a key with the role admin: make key NAME=ops ROLE=admin")
@@ -51,28 +54,28 @@ class Access:
         except LimitReached as reached:
             record.detail, record.waited_s = reached.limit, reached.waited_s
             if reached.is_local:
-                record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", LOOK_UP_RESERVE)
+                record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", RESERVE_UNKNOWN)
             raise
         except (asyncio.CancelledError, LimitsUnavailable):
-            # Redis, unheard, may be about to let in whom nobody waits for any more: the settlement takes it back.
-            record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", LOOK_UP_RESERVE)
+            # Redis may still admit this call, though nobody waits for it any more: the settlement takes it back.
+            record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", RESERVE_UNKNOWN)
             raise
 
-    async def count(self, record: Record, why: Exception) -> None:
-        """A request that ends with `why` before it was let in counts all the same; raises LimitReached where that is too many.
+    async def count(self, record: Record, error: Exception) -> None:
+        """Counts a request that ended with `error` before it was admitted; raises LimitReached where that is one too many.
 
-        What the limits themselves refuse takes nothing.
+        A request that the limits themselves refused is not counted.
         """
-        was_asked = record.admission is not None or isinstance(why, LimitReached | LimitsUnavailable | StoreUnavailable)
-        if record.key is not None and not was_asked:
+        is_counted = record.admission is not None or isinstance(error, LimitReached | LimitsUnavailable | StoreUnavailable)
+        if record.key is not None and not is_counted:
             try:
                 await self.admit(record, takes_slot=False)
             except LimitReached as reached:
-                reached.leaves_body = isinstance(why, GatewayError) and why.leaves_body
+                reached.leaves_body = isinstance(error, GatewayError) and error.leaves_body
                 raise
 
-    async def visitor(self, scope: Scope, record: Record) -> Key:
-        """The key of a request that asks no backend: it counts as a request and takes no slot."""
+    async def caller(self, scope: Scope, record: Record) -> Key:
+        """The key of a request that needs no backend: it counts as a request and takes no slot."""
         key = await self.key_of(scope, record)
         await self.admit(record, takes_slot=False)
         return key

@@ -1,4 +1,4 @@
-"""A request's body, read once: bounded in size and time, refused where it is encoded; bounded, too, while it has not ended."""
+"""Reads request bodies: bounded in size and time, refused where they are encoded, and bounded in memory while unfinished."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,17 +22,17 @@ from gateway.proxy.turns import Turns
 
 BODY_DEADLINE_S = 30.0
 LARGEST_BODY = "MAX_REQUEST_BODY_BYTES"
-# Of bodies that have not ended, in bytes: those of one key and those of all; more where so many of the largest need it.
+# Bytes of unfinished bodies of one key and of all keys; more where this many bodies of the largest size need more.
 MOST_OF_A_KEY, MOST = 32 * 2**20, 128 * 2**20
 LARGEST_OF_A_KEY, LARGEST = 4, 16
-# What a body of that size can be made of is understood in a few milliseconds.
+# Any body up to this size is parsed in a few milliseconds.
 LARGEST_WITHOUT_TURN = 16_384
 
 Result = TypeVar("Result")
 
 
 def check_head(scope: Scope, limit: int, setting: str = "") -> None:
-    """What the head alone says against a body of more than `limit` bytes, which `setting` sets."""
+    """Refuses by the headers: an encoded body, or one of more than `limit` bytes, which `setting` sets."""
     for name, value in scope["headers"]:
         if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
             raise UnsupportedEncoding
@@ -69,7 +69,7 @@ class Bodies:
     async def read(
         self, scope: Scope, receive: Receive, record: Record, guard: CancelScope, largest: int | None = None
     ) -> bytes:
-        """Its deadline is the guard's; `largest` in bytes stands in place of the setting."""
+        """`guard` has the deadline; `largest`, in bytes, overrides the setting."""
         limit, setting = (self._largest, LARGEST_BODY) if largest is None else (largest, "")
         check_head(scope, limit, setting)
         guard.within(BODY_DEADLINE_S, BodyTooSlow)
@@ -84,8 +84,8 @@ class Bodies:
         return body
 
     async def _read_on(self, message: Message, receive: Receive, record: Record, limit: int, setting: str) -> bytes:
-        """A body of several pieces. Of one that is refused nothing is left, neither here nor in the messages: the frames in
-        the error's traceback live until its answer has gone out."""
+        """Reads a body of several pieces. A refused one is cleared, here and in the messages, because the frames in the error's
+        traceback live until the answer is sent."""
         body = bytearray()
         with Lease(self.unfinished, record.key_id) as lease:
             try:
@@ -98,11 +98,11 @@ class Bodies:
             finally:
                 body.clear()
 
-    async def understood(self, body: bytes, work: Callable[[bytes], Result], key_id: str, guard: CancelScope) -> Result:
-        """What `work` makes of a large body, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""
+    async def parsed(self, body: bytes, parse: Callable[[bytes], Result], key_id: str, guard: CancelScope) -> Result:
+        """Parses a large body with `parse`, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""
         with Lease(self.unfinished, key_id) as lease:
             lease.hold(len(body))
-            return await self._turns.run(key_id, partial(work, body), guard)
+            return await self._turns.run(key_id, partial(parse, body), guard)
 
 
 def _measured(message: Message, record: Record, limit: int, setting: str) -> bool:

@@ -89,14 +89,14 @@ class Exchange:
         raw = await self._bodies.read(scope, receive, record, guard)
         record.reading_s = time.monotonic() - began
         if len(raw) <= LARGEST_WITHOUT_TURN:
-            call = self._understand(raw)
+            call = self._parse(raw)
         else:
-            call = await self._bodies.understood(raw, self._understand, record.key_id, guard)
+            call = await self._bodies.parsed(raw, self._parse, record.key_id, guard)
         record.model, record.stream = call.asked_model, call.stream
         return call
 
-    def _understand(self, raw: bytes) -> Call:
-        """The call with its need, which may take as long as the reading."""
+    def _parse(self, raw: bytes) -> Call:
+        """The call with the tokens that it needs, whose estimate may take as long as the parsing."""
         call = read_call(self.dialect, self.operation, raw)
         call.needs = call.need(self._most_tokens)
         return call

@@ -60,7 +60,7 @@ class ModelLists:
 
     async def _key(self, scope: Scope) -> Key:
         record: Record = scope["state"]["record"]
-        return await self._access.visitor(scope, record)
+        return await self._access.caller(scope, record)
 
 
 def description(model: Model) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Work that holds up the event loop: one piece at a time, with a rest for everybody else after each."""
+"""Work that blocks the event loop: one piece at a time, with a pause for other tasks after each."""
 
 import asyncio
 import time
@@ -9,31 +9,31 @@ from typing import TypeVar
 from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import Overloaded
 
-# How long others have the loop after a piece of work, and how long until the next piece of the same caller: in times of what
-# the piece took. So all callers together take half of a loop's time, and one of them a fifth.
-REST, REST_OF_A_CALLER = 1.0, 4.0
+# The pause after a piece of work, and that until the next piece of the same caller, as multiples of the time that the piece
+# took. So all callers together get half of the loop's time, and one of them a fifth.
+PAUSE, PAUSE_OF_A_CALLER = 1.0, 4.0
 LONGEST_WAIT_S = 20.0
 
 Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
-class Holder:
+class Caller:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     pieces: int = 0
 
 
 class Turns:
-    """Callers take turns, each with one piece of work, whatever else they have waiting."""
+    """Callers take turns, one piece of work each, however many pieces they have waiting."""
 
     def __init__(self) -> None:
-        self._everybody = asyncio.Lock()
-        self._callers: dict[str, Holder] = {}
+        self._loop_lock = asyncio.Lock()
+        self._callers: dict[str, Caller] = {}
 
     async def run(self, name: str, work: Callable[[], Result], guard: CancelScope) -> Result:
-        """What `work` returns or raises for the caller of that name; Overloaded where its turn does not come in 20 seconds."""
+        """Returns or raises what `work` does; raises Overloaded where its turn does not come within 20 seconds."""
         guard.within(LONGEST_WAIT_S, lambda: Overloaded(retry_after=1))
-        caller = self._callers.setdefault(name, Holder())
+        caller = self._callers.setdefault(name, Caller())
         caller.pieces += 1
         try:
             await self._begin(caller)
@@ -46,13 +46,13 @@ class Turns:
             return work()
         finally:
             took, loop = time.perf_counter() - began, asyncio.get_running_loop()
-            loop.call_later(took * REST, self._everybody.release)
-            loop.call_later(took * REST_OF_A_CALLER, self._end, name)
+            loop.call_later(took * PAUSE, self._loop_lock.release)
+            loop.call_later(took * PAUSE_OF_A_CALLER, self._end, name)
 
-    async def _begin(self, caller: Holder) -> None:
+    async def _begin(self, caller: Caller) -> None:
         await caller.lock.acquire()
         try:
-            await self._everybody.acquire()
+            await self._loop_lock.acquire()
         except BaseException:
             caller.lock.release()
             raise

@@ -1,4 +1,4 @@
-"""What a caller is told of a model that it cannot have."""
+"""The error for a model that a caller cannot use: it does not reveal which models exist."""
 
 from gateway.auth.key import ADMIN_MODELS, Key
 from gateway.core.errors import GatewayError, ModelNotAvailable, ModelNotFound
@@ -7,7 +7,7 @@ from gateway.fleet.catalog import Catalog
 
 
 def missing(asked: str, key: Key, catalog: Catalog) -> GatewayError:
-    """Whether it is there is told only to who may put any model there, so that Ollama's clients pull it."""
+    """Only a key that may pull any model learns that this one does not exist, so that Ollama's clients pull it."""
     name = canonical(asked)
     may_pull = ADMIN_MODELS in key.flags and not key.models.patterns
     if may_pull and not name.cloud and name.canonical not in catalog.models:

@@ -1,4 +1,4 @@
-"""Bodies that do not end: what has come of them is bounded for each key and for all, and given back on every path."""
+"""Request bodies: what is held of unfinished ones is bounded for each key and for all, and released on every path."""
 
 import asyncio
 import gc
@@ -40,7 +40,7 @@ def used(gateway: RunningGateway) -> int:
     return gateway.components.bodies.unfinished.used
 
 
-def test_blanks_behind_a_length_are_none_of_it() -> None:
+def test_blanks_around_a_length_are_ignored() -> None:
     for value in (b"47 ", b"47\t", b" 47"):
         check_head({"headers": [(b"content-length", value)]}, 47)
         with pytest.raises(BodyTooLarge):
@@ -48,7 +48,7 @@ def test_blanks_behind_a_length_are_none_of_it() -> None:
 
 
 class Sender:
-    """A client whose request's body comes as slowly as it likes."""
+    """A client that sends the body of a request as slowly as it likes."""
 
     def __init__(self, gateway: RunningGateway, key: str, route: str = "POST /api/chat", framing: str = "") -> None:
         self._socket = socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])), timeout=10)
@@ -82,7 +82,7 @@ class Sender:
 
 @contextmanager
 def senders(gateway: RunningGateway) -> Iterator[Callable[..., Sender]]:
-    """Each has sent the beginning of a body, and the gateway has it, or has refused it."""
+    """Each has sent the beginning of a body, which the gateway holds or has refused."""
     with ExitStack() as stack:
 
         def begin(key: str, *, is_kept: bool = True) -> Sender:
@@ -97,13 +97,13 @@ def senders(gateway: RunningGateway) -> Iterator[Callable[..., Sender]]:
         yield begin
 
 
-def test_one_key_holds_so_much_and_others_have_room(gateway: RunningGateway) -> None:
+def test_what_one_key_holds_is_bounded_and_does_not_affect_others(gateway: RunningGateway) -> None:
     key, other = gateway.key(), gateway.key()
     with senders(gateway) as begin:
         first, *_ = [begin(key) for _ in range(4)]
-        status, headers, told, ends = begin(key, is_kept=False).answer()
-        assert (status, headers[b"retry-after"], ends) == (429, b"1", True) and "too large together" in told["error"]
-        # What comes in one piece needs no room, and others have theirs.
+        status, headers, error_body, ends = begin(key, is_kept=False).answer()
+        assert (status, headers[b"retry-after"], ends) == (429, b"1", True) and "too large together" in error_body["error"]
+        # A body in one piece is not counted, and other keys have their own bound.
         with gateway.http(key) as client:
             assert client.post("/api/chat", content=BODY.rstrip()).status_code == 200
         for sender in (begin(other), first):
@@ -116,7 +116,7 @@ def test_one_key_holds_so_much_and_others_have_room(gateway: RunningGateway) -> 
     assert "refused:bodies_unfinished" in {row["outcome"] for row in gateway.audit_rows()}
 
 
-def test_all_keys_hold_so_much_together_and_who_holds_little_has_room(gateway: RunningGateway) -> None:
+def test_what_all_keys_hold_is_bounded_and_a_key_that_holds_little_is_served(gateway: RunningGateway) -> None:
     with senders(gateway) as begin:
         for _ in range(3):
             key = gateway.key()
@@ -125,8 +125,8 @@ def test_all_keys_hold_so_much_together_and_who_holds_little_has_room(gateway: R
         key = gateway.key()
         for _ in range(2):
             begin(key)
-        status, headers, told, ends = begin(key, is_kept=False).answer()
-        assert (status, headers[b"retry-after"], ends) == (503, b"1", True) and "as much work" in told["error"]
+        status, headers, error_body, ends = begin(key, is_kept=False).answer()
+        assert (status, headers[b"retry-after"], ends) == (503, b"1", True) and "as much work" in error_body["error"]
         little = begin(gateway.key())
         little.send(BODY[BEGUN:])
         assert little.answer()[0] == 200
@@ -135,7 +135,7 @@ def test_all_keys_hold_so_much_together_and_who_holds_little_has_room(gateway: R
 
 CHUNKED = "Transfer-Encoding: chunked"
 CHUNK = b"%x\r\n%b\r\n" % (BEGUN, BODY[:BEGUN])
-# How a body ends otherwise than whole, by the status of the answer.
+# How a body may end, with the status of the answer.
 ENDS: dict[str, tuple[int, bytes]] = {
     "too large": (413, CHUNK),
     "no HTTP": (400, b"no chunk\r\n"),
@@ -145,7 +145,7 @@ ENDS: dict[str, tuple[int, bytes]] = {
 
 
 @pytest.mark.parametrize("route", ["POST /api/chat", "POST /v1/chat/completions", "POST /api/pull"])
-def test_it_is_given_back_however_a_body_ends(gateway: RunningGateway, route: str) -> None:
+def test_it_is_released_however_a_body_ends(gateway: RunningGateway, route: str) -> None:
     key = gateway.key(flags=(ADMIN_MODELS,))
     for name, (status, rest) in ENDS.items():
         sender = Sender(gateway, key, route, CHUNKED)
@@ -160,7 +160,7 @@ def test_it_is_given_back_however_a_body_ends(gateway: RunningGateway, route: st
     assert gateway.components.bodies.unfinished._of == {}
 
 
-def test_it_is_given_back_when_a_body_is_too_slow_its_client_leaves_or_the_process_ends(
+def test_it_is_released_when_a_body_is_too_slow_its_client_leaves_or_the_process_ends(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = gateway.key(flags=(ADMIN, ADMIN_MODELS))
@@ -187,7 +187,7 @@ def test_it_is_given_back_when_a_body_is_too_slow_its_client_leaves_or_the_proce
         each.close()
 
 
-def test_a_refused_body_that_is_one_request_too_many_ends_its_connection_too(gateway: RunningGateway) -> None:
+def test_a_refused_body_beyond_the_rate_limit_ends_its_connection_too(gateway: RunningGateway) -> None:
     key = gateway.key(rpm=1)
     for status in (413, 429):
         sender = Sender(gateway, key, framing=f"Content-Length: {LARGEST + 1}")
@@ -197,7 +197,7 @@ def test_a_refused_body_that_is_one_request_too_many_ends_its_connection_too(gat
 
 
 def held_by(error: BaseException) -> int:
-    """Bytes of bodies that the frames of an error's traceback hold: it may live longer than they should."""
+    """Bytes of bodies in the frames of an error's traceback, which may live longer than the bodies should."""
     held = 0
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for value in frame.f_locals.values():
@@ -229,7 +229,7 @@ def test_nothing_is_left_of_a_refused_body(most: int, most_of_a_key: int, kind: 
     assert (bodies.unfinished.used, bodies.unfinished._of) == (0, {})
 
 
-def test_what_a_guard_ended_does_not_wait_for_the_collector() -> None:
+def test_what_a_scope_ended_does_not_wait_for_the_garbage_collector() -> None:
     ended: list[weakref.ref[object]] = []
 
     async def block() -> None:
@@ -242,7 +242,7 @@ def test_what_a_guard_ended_does_not_wait_for_the_collector() -> None:
     async def run() -> object:
         with suppress(ShuttingDown):
             await block()
-        # The turn that is cancelled knows its error until its end.
+        # The step in which it is cancelled refers to the error until it ends.
         await asyncio.sleep(0)
         return ended[0]()
 
@@ -253,7 +253,7 @@ def test_what_a_guard_ended_does_not_wait_for_the_collector() -> None:
         gc.enable()
 
 
-def test_a_body_in_one_piece_is_never_unfinished() -> None:
+def test_a_body_in_one_piece_is_never_counted_as_unfinished() -> None:
     bodies, record = Bodies(LARGEST), Record("id", "id", "POST")
 
     async def receive() -> dict[str, Any]:
@@ -263,6 +263,6 @@ def test_a_body_in_one_piece_is_never_unfinished() -> None:
         with CancelScope() as guard:
             return await bodies.read({"headers": []}, receive, record, guard)
 
-    # Not even for a moment: there is nothing that could count it.
+    # Not even for a moment: there is no counter.
     bodies.unfinished = None  # type: ignore[assignment]
     assert asyncio.run(run()) is BODY

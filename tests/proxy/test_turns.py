@@ -1,4 +1,4 @@
-"""Bodies that take long to understand come in turn: nobody else waits for more than one of them, nor for one caller's many."""
+"""Bodies that take long to parse take turns: other requests wait for one of them at most, however many one caller sends."""
 
 import asyncio
 import socket
@@ -22,7 +22,7 @@ AT_ONCE = 40
 
 
 async def pieces(turns: Turns, *callers: str) -> list[str]:
-    """Those of all callers, in the order in which they were worked on."""
+    """The callers of the pieces, in the order in which these ran."""
     done: list[str] = []
 
     def work(caller: str) -> None:
@@ -37,13 +37,13 @@ async def pieces(turns: Turns, *callers: str) -> list[str]:
     return done
 
 
-def test_a_caller_with_many_pieces_goes_before_nobody() -> None:
+def test_a_caller_with_many_pieces_does_not_delay_others() -> None:
     turns = Turns()
     done = asyncio.run(pieces(turns, *"aaaaaaaaaabc"))
     assert sorted(done) == sorted("aaaaaaaaaabc") and set(done[:4]) >= {"b", "c"}
 
 
-def test_others_have_the_loop_between_two_pieces() -> None:
+def test_other_tasks_run_between_two_pieces() -> None:
     async def run() -> int:
         turns, others = Turns(), 0
 
@@ -62,13 +62,13 @@ def test_others_have_the_loop_between_two_pieces() -> None:
     assert asyncio.run(run()) > 10 * 2
 
 
-@pytest.mark.parametrize("leaves", ["cancelled", "overdue"])
-def test_who_leaves_while_waiting_leaves_nothing(leaves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("leaves", ["cancelled", "timed out"])
+def test_a_caller_that_stops_waiting_leaves_nothing_behind(leaves: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.proxy.turns.LONGEST_WAIT_S", 0.05)
 
     async def run() -> int:
         turns = Turns()
-        await turns._everybody.acquire()
+        await turns._loop_lock.acquire()
 
         async def one(caller: str) -> None:
             with CancelScope() as guard:
@@ -81,9 +81,9 @@ def test_who_leaves_while_waiting_leaves_nothing(leaves: str, monkeypatch: pytes
                 task.cancel()
         ends = await asyncio.gather(*waiting, return_exceptions=True)
         assert all(isinstance(end, asyncio.CancelledError if leaves == "cancelled" else Overloaded) for end in ends)
-        turns._everybody.release()
+        turns._loop_lock.release()
         await one("a")
-        while turns._callers:  # noqa: ASYNC110 # its rest ends by the clock of the loop
+        while turns._callers:  # noqa: ASYNC110 # its pause ends by the clock of the loop
             await asyncio.sleep(0.001)
         return len(turns._callers)
 
@@ -91,7 +91,7 @@ def test_who_leaves_while_waiting_leaves_nothing(leaves: str, monkeypatch: pytes
 
 
 def fragments(size: int) -> bytes:
-    """A body of many tiny values, which takes some hundred times as long as a text of its size."""
+    """A body of many tiny values takes some hundred times as long as a text of its size."""
     start, end = b'{"model":"llama3.2","stream":false,"messages":[', b"]}"
     return start + b",".join([b"{}"] * ((size - len(start) - len(end)) // 3)) + end
 
@@ -102,7 +102,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 
 
 def opened(gateway: RunningGateway, stack: ExitStack, key: str, body: bytes) -> socket.socket:
-    """A request all of which is sent but its last byte."""
+    """A request that is sent except for its last byte."""
     peer = stack.enter_context(socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])), 60))
     peer.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\n")
     peer.sendall(f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body[:-1])
@@ -117,32 +117,32 @@ def longest_waits(gateway: RunningGateway, until: threading.Event) -> Iterator[f
             yield time.monotonic() - began
 
 
-def test_a_burst_of_fragmented_bodies_stops_nobody(gateway: RunningGateway) -> None:
-    """Each takes its time; nobody else waits for all of them."""
+def test_a_burst_of_fragmented_bodies_delays_no_other_request(gateway: RunningGateway) -> None:
+    """Each takes long; other requests do not wait for all of them."""
     key, body = gateway.key(rpm=1_000_000, tpm=1), fragments(250_000)
     answered, waits = threading.Event(), [0.0]
 
-    def look() -> None:
+    def measure() -> None:
         waits.extend(longest_waits(gateway, answered))
 
     with ExitStack() as stack:
         peers = [opened(gateway, stack, key, body) for _ in range(AT_ONCE)]
-        looking = threading.Thread(target=look)
-        looking.start()
+        measuring = threading.Thread(target=measure)
+        measuring.start()
         began = time.monotonic()
         for peer in peers:
             peer.sendall(body[-1:])
         heads: list[Any] = [peer.recv(12) for peer in peers]
         took = time.monotonic() - began
         answered.set()
-        looking.join()
-    # One caller has a fifth of the time: those whose turn does not come are told to come again.
+        measuring.join()
+    # One caller gets a fifth of the time: bodies whose turn does not come are refused with a time to retry.
     assert set(heads) <= {b"HTTP/1.1 429", b"HTTP/1.1 503"} and b"HTTP/1.1 429" in heads
     assert max(waits) < took / 5, (max(waits), took)
     assert gateway.components.in_flight.total == 0
 
 
-def test_small_and_large_bodies_mean_the_same(gateway: RunningGateway) -> None:
+def test_small_and_large_bodies_are_parsed_alike(gateway: RunningGateway) -> None:
     key = gateway.key()
     with gateway.http(key) as client:
         for size in (100, LARGEST_WITHOUT_TURN - 1, LARGEST_WITHOUT_TURN + 1, 200_000):
