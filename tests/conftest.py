@@ -12,22 +12,24 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
 import redis
 import uvicorn.server
-from playwright.sync_api import Browser
 
 from gateway.components import database_of
 from gateway.ops.local import stores as local_stores
 from gateway.stores import migrations
 from tests.support import memory_folder, redis_server
-from tests.support.browser import shared_chromium
 from tests.support.databases import Databases
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import settings_for
 from tests.support.running_gateway import RunningGateway
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 _numbers = itertools.count()
 MOST_WORKERS = 16
@@ -180,13 +182,15 @@ def beta() -> Iterator[FakeBackend]:
 
 
 @pytest.fixture(scope="session")
-def take_browser() -> Iterator[Callable[[], AbstractContextManager[Browser]]]:
+def take_browser() -> Iterator[Callable[[], AbstractContextManager["Browser"]]]:
+    from tests.support.browser import shared_chromium
+
     with shared_chromium() as found:
         yield found
 
 
 @pytest.fixture
-def browser(take_browser: Callable[[], AbstractContextManager[Browser]]) -> Iterator[Browser]:
+def browser(take_browser: Callable[[], AbstractContextManager["Browser"]]) -> Iterator["Browser"]:
     """Must be the last fixture of a test: its event loop prevents later fixtures from running their own."""
     with take_browser() as found:
         yield found

@@ -11,8 +11,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
-from ollama import Client as OllamaClient
-from openai import OpenAI
 
 from gateway import app
 from gateway.auth.key import ADMIN_MODELS
@@ -72,7 +70,7 @@ class RunningGateway:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
         self.logged = LogRecords()
-        self._clients: list[OllamaClient] = []
+        self._clients: list[Any] = []
 
     def __enter__(self) -> Self:
         root = logging.getLogger()
@@ -145,11 +143,16 @@ class RunningGateway:
         headers = ({"Authorization": f"Bearer {key}"} if key else {}) | options.pop("headers", {})
         return httpx.Client(base_url=self.url, headers=headers, timeout=20, **options)
 
+    # The official clients take most of the time to import, and many tests need none of them.
     def openai(self, key: str, **options: Any) -> Any:
+        from openai import OpenAI
+
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 20, **options})
 
     def ollama(self, key: str) -> Any:
-        client = OllamaClient(host=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20)
+        from ollama import Client
+
+        client = Client(host=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20)
         self._clients.append(client)
         return client
 
