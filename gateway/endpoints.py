@@ -27,7 +27,7 @@ from gateway.pages.openapi import ApiDocument
 from gateway.proxy.access import Access
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.model_lists import ModelLists, description
-from gateway.proxy.passthrough import AdminVerb
+from gateway.proxy.passthrough import Passthrough
 from gateway.settings import Settings
 from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 
@@ -147,12 +147,12 @@ def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str,
     }
 
 
-def passed_through(method: str, path: str, parts: Components, access: Access) -> AdminVerb:
+def passed_through(method: str, path: str, parts: Components, access: Access) -> Passthrough:
     async def list_models_again(backend: Backend) -> None:
         await parts.discovery.refresh([backend], enough_s=MODELS_CHANGED_S)
 
     ollama = parts.dialects["ollama"]
-    return AdminVerb(method, path, ollama, access, parts.backends, parts.watch, list_models_again, parts.bodies)
+    return Passthrough(method, path, ollama, access, parts.backends, parts.watch, list_models_again, parts.bodies)
 
 
 def document_of(endpoints: Endpoints, parts: Components, id_header: str) -> static.Page:

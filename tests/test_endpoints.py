@@ -7,7 +7,7 @@ from gateway.edge.health import Health
 from gateway.pages.static import Page
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.model_lists import ModelLists
-from gateway.proxy.passthrough import AdminVerb
+from gateway.proxy.passthrough import Passthrough
 from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
@@ -32,7 +32,7 @@ EXPECTED = {
         GET /v1/models
         GET /v1/models/{id:path}
     """,
-    AdminVerb: """
+    Passthrough: """
         POST /api/pull
         POST /api/push
         POST /api/create

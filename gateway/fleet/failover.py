@@ -53,13 +53,13 @@ class Routing:
     ) -> None:
         self._failover, self._candidates = failover, candidates
         self._call, self._dialect, self._headers, self._caller = call, dialect, headers, caller
-        # The backends that did not answer; the fault of the last of them; the time that all of them took.
+        # The backends that did not answer, the last fault, and the seconds that all backends took.
         self.attempts: list[Attempt] = []
         self.detail = ""
         self.upstream_s = 0.0
-        # Whether a backend may be at work on it, or was to the end.
+        # Whether a backend may be working on the call, or has answered it.
         self.was_sent = False
-        # The backend that answered or refused, and the name under which it has the model.
+        # The backend that answered or refused, and its spelling of the model's name.
         self.backend = self.answered_as = ""
         self._faults: list[BackendFault] = []
         self._refused: BackendCannot | None = None
@@ -85,7 +85,7 @@ class Routing:
                 raise
             else:
                 self.backend, self.answered_as = backend.name, spelling
-                # The request was right, so those that may have failed because of it have failed.
+                # The request was right, so it did not cause the doubtful faults.
                 for doubtful in self._doubtful:
                     doubtful.breaker.failed()
                 return opening
@@ -96,7 +96,7 @@ class Routing:
 
     @property
     def _has_enough(self) -> bool:
-        """Of those that cannot do what is asked, one other is asked: it may be of another build."""
+        """Where one backend cannot do what is asked, one other is tried: it may be of another build."""
         others = [fault for fault in self._faults if fault.reason not in NOT_ASKED]
         return self._refused is not None and bool(others)
 
@@ -109,7 +109,7 @@ class Routing:
             self._doubtful.append(backend)
 
     def _add_inability(self, backend: Backend, refused: BackendCannot, took_s: float) -> None:
-        """Raises the second."""
+        """Raises `refused` if it is the second."""
         if self._refused is not None:
             self.backend = backend.name
             self._doubt()
@@ -120,7 +120,7 @@ class Routing:
         self.attempts.append(Attempt(backend.name, CANNOT, took_s * 1000))
 
     def _doubt(self) -> None:
-        """No backend answered: those that may have failed because of the request count it once for each caller."""
+        """No backend answered: a fault that the request may have caused counts once for each caller."""
         for backend in self._doubtful:
             backend.breaker.doubted(self._caller)
 

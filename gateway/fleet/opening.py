@@ -1,4 +1,4 @@
-"""The beginning of a backend's answer, read until it has proved to be good; what it means where it is none."""
+"""Reads the beginning of a backend's answer until it has proved to be good, or what is wrong with it."""
 
 import asyncio
 import re
@@ -24,10 +24,9 @@ MOST_BEFORE_FIRST_FRAME = 262_144
 
 @dataclass(slots=True)
 class Opening:
-    """The beginning of a good answer: for a stream its first complete frames and what was read of the next, else all of it
-    and what it means.
+    """The beginning of a good answer: of a stream its first frames and what was read of the next; else all of it, parsed.
 
-    `close` is owed to it, or `give_back` and `held.close`.
+    The owner must `close` it, or `give_back` and `held.close`.
     """
 
     backend: Backend
@@ -38,7 +37,7 @@ class Opening:
     value: Any = field(default=None, repr=False)
 
     def give_back(self) -> None:
-        """The backend's connection, and no more: what was read is still held."""
+        """Returns the backend's connection; what was read is still held."""
         self.upstream.close()
         self.backend.give_back()
 
@@ -48,7 +47,7 @@ class Opening:
 
 
 class Busy(BackendFault):
-    """The backend has no room; it may say when it will."""
+    """The backend takes no more requests; it may state when it will."""
 
     def __init__(self, status: int, retry_after: float | None) -> None:
         super().__init__("busy", f"status {status}")
@@ -99,7 +98,7 @@ async def _first_frames(backend: Backend, upstream: BackendResponse, dialect: Di
 
 
 async def _until_first(buffer: FrameBuffer, upstream: BackendResponse, dialect: Dialect) -> tuple[bytes, bool]:
-    """The first frames with the comments before them, and whether that is all."""
+    """The first frames with the comments before them, and whether the stream ended with them."""
     comments, framing, silence = b"", dialect.framing, 0
     while piece := await upstream.read():
         frames = buffer.add(piece)
@@ -127,7 +126,7 @@ def _error_in(data: bytes) -> dict[str, Any]:
 
 
 async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault | GatewayError:
-    """What a status other than 200 means."""
+    """The error for a status other than 200."""
     status = upstream.status
     if status in (429, 503):
         return Busy(status, retry_after(upstream.headers.get("Retry-After", "")))

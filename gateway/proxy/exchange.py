@@ -69,7 +69,7 @@ class Exchange:
                     await self._access.admit(record, model.name.canonical, call.needs)
                     await answer.relay(await self._open(call, model, scope, record, guard), guard, connection)
                 finally:
-                    # The rest is quick, and a client that leaves now has had its answer.
+                    # The rest is quick, and a client that leaves now has its answer.
                     connection.watch(None)
         except GatewayError as error:
             if answer is None or not answer.started:
@@ -77,7 +77,7 @@ class Exchange:
                 raise
             await answer.break_off(error)
         except ClientGone as gone:
-            # A client that leaves at the last frame has had its answer, though the body has not ended; one that stalls has not.
+            # A client that leaves after the last frame has its answer, though the body has not ended; one that stalls has not.
             if answer is None or not answer.is_complete or isinstance(gone, ClientStalled):
                 with suppress(GatewayError):
                     await self._access.count(record, gone)
@@ -118,7 +118,7 @@ class Exchange:
         return WholeAnswer(self.dialect, call, record, send)
 
     async def _open(self, call: Call, model: Model, scope: Scope, record: Record, guard: CallScope) -> Opening:
-        """The beginning of an answer; the record has what was done for it, however that ended."""
+        """Gets an answer from a backend; notes what routing did in the record, however it ended."""
         headers = _passed_on(scope["headers"], record.request_id)
         routing = self._failover.route(call, self.dialect, model, headers, record.key_id)
         try:

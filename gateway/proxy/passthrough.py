@@ -1,4 +1,4 @@
-"""The routes of a backend that change it or speak for it: for keys flagged so, to one backend, passed through as they come."""
+"""Routes that change a backend or act in its name: for keys with that flag, sent to one backend, passed through as they are."""
 
 import asyncio
 import re
@@ -41,7 +41,7 @@ CHANGES_MODELS = frozenset({"/api/pull", "/api/create", "/api/copy", "/api/delet
 
 @asynccontextmanager
 async def watching(receive: Receive, guard: CancelScope) -> AsyncIterator[None]:
-    """Interrupts the guard when the client closes its connection."""
+    """Interrupts `guard` when the client closes its connection."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -60,8 +60,8 @@ def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> dict[
     return {**passed, "Content-Type": "application/json", "X-Request-ID": request_id}
 
 
-class AdminVerb:
-    """The ASGI endpoint of one route; the backend's path is made from `route`, never from what a client wrote."""
+class Passthrough:
+    """The ASGI endpoint of one route; the backend's path is made from `route`, never from the path that a client sent."""
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class AdminVerb:
         key = await self._access.key_of(scope, record)
         await self._access.admit(record)
         backend = self._backend_for(key, scope)
-        # What is refused was tried nowhere.
+        # Set after the admission: a refused request was sent nowhere.
         record.backend = backend.name
-        answer = PassedThrough(self._dialect, record, send)
+        answer = PassthroughAnswer(self._dialect, record, send)
         headers = _passed_on(scope["headers"], record.request_id)
         try:
             if "{digest}" in self._route and self._method == "POST":
@@ -100,7 +100,7 @@ class AdminVerb:
         except GatewayError as error:
             await answer.fail(error)
         if self._route in CHANGES_MODELS and answer.is_good:
-            # Who has pulled a model asks for it next.
+            # The client's next request may be for the new model.
             await self._models_changed(backend)
         await answer.end()
 
@@ -135,7 +135,7 @@ class AdminVerb:
         path: str,
         headers: dict[str, str],
         body: bytes | None,
-        answer: "PassedThrough",
+        answer: "PassthroughAnswer",
         receive: Receive,
     ) -> None:
         with self._watch.guard() as guard, backend.claim():
@@ -143,9 +143,9 @@ class AdminVerb:
                 await answer.pass_on(upstream, backend.config.read_timeout_s)
 
     async def _upload(
-        self, backend: Backend, path: str, headers: dict[str, str], answer: "PassedThrough", receive: Receive
+        self, backend: Backend, path: str, headers: dict[str, str], answer: "PassthroughAnswer", receive: Receive
     ) -> None:
-        """The body is passed on as it comes; the backend's time to answer begins when it has all of it."""
+        """Passes the body on as it comes; the deadline for the backend's answer begins when it has all of it."""
         upload = Upload(receive, answer.record)
         with self._watch.guard() as guard, backend.claim():
             async with watching(upload.rest, guard):
@@ -161,7 +161,7 @@ class AdminVerb:
 
 
 class Upload:
-    """A request's body read piece by piece; once it is read, whoever waits on `rest` hears of a client that leaves."""
+    """A request's body, read piece by piece; once it is read, `rest` returns the messages behind it, such as a disconnect."""
 
     def __init__(self, receive: Receive, record: Record) -> None:
         self._receive, self._record = receive, record
@@ -182,7 +182,7 @@ class Upload:
         self._ended.set()
 
     async def _next(self) -> Message:
-        """The client's faults are kept: the backend's client would tell them as the backend's."""
+        """Keeps errors of the client, because aiohttp would report them as errors of the backend."""
         try:
             message = await self._receive()
         except BadRequest as wrong:
@@ -199,7 +199,7 @@ class Upload:
 
 
 def _model_of(body: Mapping[str, Any]) -> str:
-    """The model that is meant, empty where the route needs none; raises BadRequest on what can be no name."""
+    """The model in the body, empty where the route needs none; raises BadRequest where it cannot be a name."""
     asked = body.get("model") or body.get("name") or body.get("source") or ""
     if asked and not is_name(asked):
         raise BadRequest(f"the model's name {NAME_RULE}")
@@ -213,20 +213,20 @@ def _has_body(scope: Scope) -> bool:
 
 
 def _is_answer(upstream: BackendResponse) -> bool:
-    """Whether it may be what Ollama says: JSON, records, or nothing."""
+    """Whether its type is one that Ollama answers with: JSON, lines of JSON, or none."""
     kind = upstream.headers.get("Content-Type", "").lower().partition(";")[0].strip()
     return kind in ("", "application/json", "application/x-ndjson")
 
 
 def _no_answer(upstream: BackendResponse) -> Exception:
-    """What a page or a line of text in place of an answer means: it comes from before the backend, or it has no such route."""
+    """The error for a page or plain text instead of an answer: a proxy sent it, or the backend has no such route."""
     if not 400 <= upstream.status < 500:
         return BackendFault("not_json", f"status {upstream.status}")
     return BackendRefused(status=upstream.status)
 
 
-class PassedThrough:
-    """An answer of whatever status and form, each piece as it comes."""
+class PassthroughAnswer:
+    """Passes on an answer of any status and form, each piece as it comes."""
 
     def __init__(self, dialect: Dialect, record: Record, send: Send) -> None:
         self._dialect, self.record, self._send = dialect, record, send

@@ -1,4 +1,4 @@
-"""What a client gets once a backend has answered well: from here on a failure is part of the answer."""
+"""Passes a backend's answer on to the client: after its first byte a failure is shown in the answer itself."""
 
 import asyncio
 import time
@@ -23,21 +23,21 @@ from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.opening import Opening
 from gateway.fleet.redaction import IN_ERRORS, redact_frames
 
-# The payloads of a stream's end that tell what became of it, and how many bytes of it usually hold them.
+# How many payloads at the end of a stream show whether it is complete, and how many bytes usually contain them.
 TAIL_PIECES, SHORT_TAIL = 4, 4096
 LAST_FRAME_WAITS_S = 0.05
-# What is sent at once; of more, all but the last waits until the client takes it.
+# Bytes that are sent at once; of more, all but the last piece waits until the client takes it.
 AT_ONCE = 65_536
-# A large whole answer must be read in so many seconds, and one more for each so many bytes.
+# A client must take a large whole answer within so many seconds, plus one for each so many bytes.
 READ_WITHIN_S, SLOWEST_READER = 60.0, 65_536
-# Of a stream whose frames are read on their way so much is read at once, and of each piece where there is no turn between.
+# Where the frames of a stream are parsed on their way: bytes that are parsed before other tasks run, and bytes of one piece.
 READ_IN_A_TURN, READ_IN_A_PIECE = 32 * 1024, 2048
-# A token with what stands around it is shorter in any language; only the longer ones are read.
+# A frame with one token is shorter in any language; only the text of longer ones is counted.
 LONGEST_FRAME_OF_A_TOKEN = 600
 
 
 def _turns(frames: bytes, framing: Framing) -> Iterator[bytes]:
-    """Whole frames, READ_IN_A_TURN bytes each at the most, a frame that is longer in not much more than twice its length."""
+    """Whole frames, in pieces of at most READ_IN_A_TURN bytes; a longer frame in not much more than twice its length."""
     size = READ_IN_A_TURN
     while len(frames) > size:
         if end := framing.end_of_frames(frames[:size]):
@@ -49,29 +49,29 @@ def _turns(frames: bytes, framing: Framing) -> Iterator[bytes]:
 
 
 class Answer(ABC):
-    """`relay` in the call's scope and then `finish` outside of it, or `break_off`.
+    """`relay` it in the call's scope, then `finish` it outside of that; or `break_off`.
 
-    Before `started` a failure is raised as an error of its own, after it the answer has to show it.
+    A failure before `started` gets an error as its answer; after it, the answer that has begun must show it.
     """
 
     def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send) -> None:
         self._dialect, self._call, self._record, self._send = dialect, call, record, send
         self.started = False
-        # The client has had all of it, though the body has not ended.
+        # The client has all of the answer, though the body may not have ended.
         self.is_complete = False
 
     @abstractmethod
     async def relay(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
-        """Passes on what the client must have before the call can end; closes `opening`."""
+        """Passes on the answer, of a whole one all but the last piece; closes `opening`."""
 
     async def break_off(self, error: GatewayError) -> None:
-        """Shows the failure; the status has gone out already."""
+        """Shows the failure, after the status has been sent."""
         self._record.outcome = "shutdown" if error.code == "shutting_down" else "truncated"
         self._record.detail = self._record.detail or error.code
 
     @abstractmethod
     async def finish(self) -> None:
-        """Ends the body, outside of the scope: uvicorn reports the end of an answer as that of the connection."""
+        """Ends the body. Outside of the scope, because the server reports the end of an answer as a disconnect."""
 
     async def _start(self, content_type: str, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True
@@ -86,13 +86,13 @@ class Answer(ABC):
         last = (len(body) - 1) // AT_ONCE * AT_ONCE
         for at in range(0, last, AT_ONCE):
             await self._send({"type": "http.response.body", "body": body[at : at + AT_ONCE], "more_body": True})
-            # A client as quick as we are would leave no turn to others.
+            # While the client keeps up, sending never waits: let other tasks run.
             await asyncio.sleep(0)
         await self._send({"type": "http.response.body", "body": b"", "more_body": True})
         return body[last:]
 
     def _tokens_of(self, answer: bytes) -> int:
-        """Estimated from its text or, where that is too much to be read, from its length."""
+        """Estimated from its text, or from its length where it is too large to be parsed."""
         if len(answer) > LARGEST_READ_WHOLE:
             return len(answer) // tokens.LETTERS_PER_TOKEN
         return tokens.of_text(self._dialect.said(answer))
@@ -128,7 +128,7 @@ class WholeAnswer(Answer):
 
     async def break_off(self, error: GatewayError) -> None:
         await super().break_off(error)
-        # Its length has gone out, too: only a connection that ends early shows the failure.
+        # Its length has been sent, too: only a connection that ends early shows the failure.
         raise ClientGone
 
     async def finish(self) -> None:
@@ -179,7 +179,7 @@ class StreamedAnswer(Answer):
         longest = READ_IN_A_PIECE if self._hides_usage else LONGEST_FRAME
 
         def pass_at_once(piece: bytes) -> bool:
-            """Most pieces are whole frames for a client that keeps up: they need no turn of this task."""
+            """Most pieces are whole frames for a client that keeps up: these are passed on without waking this task."""
             if buffer.rest or not is_plain(piece) or not connection.keeps_up or len(piece) > longest:
                 return False
             if len(piece) > READ_IN_A_PIECE and IN_ERRORS in piece:
@@ -198,7 +198,7 @@ class StreamedAnswer(Answer):
             guard.within(idle_s, ClientStalled)
             await self._pass_on(frames)
             guard.within(idle_s, BackendTimeout)
-            # What a backend sends behind the last frame is passed to nobody and counted nowhere.
+            # What a backend sends after the last frame is passed to nobody and counted nowhere.
             piece = b"" if opening.at_end or self._has_sent_last else await upstream.flow(pass_at_once)
             if not piece:
                 break
@@ -209,7 +209,7 @@ class StreamedAnswer(Answer):
         await self._pass_on_last(buffer.take())
 
     async def _pass_most_turns(self, frames: bytes, guard: CallScope, idle_s: float) -> bytes:
-        """Passes on all turns but the last, which it returns."""
+        """Passes on all pieces but the last, which it returns."""
         *turns, last = _turns(frames, self._dialect.framing)
         await asyncio.sleep(0)
         for turn in turns:
@@ -219,7 +219,7 @@ class StreamedAnswer(Answer):
         return last
 
     async def _rest_of(self, opening: Opening) -> bytes:
-        """What comes behind the last frame: usually nothing but the body's end, and then the backend is free."""
+        """What comes after the last frame: usually only the end of the body, after which the backend is free."""
         try:
             async with asyncio.timeout(LAST_FRAME_WAITS_S):
                 piece = await opening.upstream.read()
@@ -235,7 +235,7 @@ class StreamedAnswer(Answer):
         if len(shown) > AT_ONCE:
             shown = await self._send_most(shown)
         if not self._has_sent_last and self._dialect.says_last(frames) and self._read_end():
-            # Who has seen this may be gone, and back with the next request, before the body has ended.
+            # A client that has this may send its next request before the body has ended.
             self._has_sent_last = True
             await self._settler.finish_before_last_bytes(self._record, coming=len(shown))
         if shown:

@@ -1,4 +1,4 @@
-"""Commands beside a gateway whose backends came by its own environment: they ask that gateway, or say that they cannot."""
+"""Commands for a gateway that has its backends from its own environment: it carries them out, or they fail with the reason."""
 
 import asyncio
 import json
@@ -31,51 +31,53 @@ def guarded() -> Iterator[FakeBackend]:
 
 
 @pytest.fixture
-def tell(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Carries out a verb as an operator in that folder does, whose environment names nothing of the gateway; its JSON."""
+def operate(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a verb in the folder of the gateway, without its environment; returns the JSON."""
 
-    def tell(*words: str) -> Any:
+    def operate(*words: str) -> Any:
         monkeypatch.chdir(home)
         capsys.readouterr()
         assert main.main([*words, "--json"]) == 0, capsys.readouterr().err
         return json.loads(capsys.readouterr().out)
 
-    return tell
+    return operate
 
 
-def test_beside_a_local_run(home: Path, tell: Callable[..., Any], guarded: FakeBackend, alpha: FakeBackend) -> None:
+def test_commands_are_carried_out_by_a_local_run(
+    home: Path, operate: Callable[..., Any], guarded: FakeBackend, alpha: FakeBackend
+) -> None:
     entries = json.dumps([entry_of(guarded, auth_token=TOKEN), entry_of(alpha)])
     with serving(home, {"OLLAMA_BACKENDS": entries}, "run") as (_, _, log):
         until(lambda: "Ctrl-C" in log.read_text(), 20)
-        models = tell("models")
+        models = operate("models")
         assert [(row["backend"], row["model"], row["state"]) for row in models["backends"]] == [
             ("guarded", "qwen3:8b", "up"),
             ("alpha", "llama3.2:latest", "up"),
         ]
         asked = ("explain", "--key", "local", "--model", "qwen3:8b", "--client", "ollama")
-        told = tell(*asked)
-        assert (told["status"], told["backend"], len(told["backends"]), told["processes"]) == (200, "guarded", 2, 1)
+        answer = operate(*asked)
+        assert (answer["status"], answer["backend"], len(answer["backends"]), answer["processes"]) == (200, "guarded", 2, 1)
         guarded.healthy.models.append("new:latest")
-        refreshed = tell("refresh")
+        refreshed = operate("refresh")
         assert [(row["backend"], row["models"]) for row in refreshed] == [("guarded", 2), ("alpha", 1)]
-        probed = tell("probe")
+        probed = operate("probe")
         assert [(row["backend"], row["token"], row["problem"]) for row in probed] == [
             ("guarded", "accepted", None),
             ("alpha", "none needed", None),
         ]
-        tell("drain", "--backend", "guarded")
-        told = tell(*asked)
-        assert told["status"] == 503 and "drained" in told["backends"][0]["why"]
+        operate("drain", "--backend", "guarded")
+        answer = operate(*asked)
+        assert answer["status"] == 503 and "drained" in answer["backends"][0]["why"]
 
 
-def until_known(gateway: RunningGateway, processes: int) -> None:
-    """To each other: a process tells of itself every second."""
+def until_published(gateway: RunningGateway, processes: int) -> None:
+    """Waits until this many processes have published their state, as each does every second."""
     until(lambda: len(gateway.call(presence.read(gateway.components.store))) == processes, 10)
 
 
 def test_no_token_is_published(start_gateway: StartGateway, guarded: FakeBackend, stores: TestStores) -> None:
     gateway = start_gateway(entry_of(guarded, auth_token=TOKEN))
-    until_known(gateway, 1)
+    until_published(gateway, 1)
     own = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url).backends
     fleet = gateway.call(control.other_fleet(gateway.components.store, own))
     assert fleet is not None and [(one["name"], one["has_token"]) for one in fleet] == [("guarded", True)]
@@ -87,30 +89,32 @@ def test_no_token_is_published(start_gateway: StartGateway, guarded: FakeBackend
             assert TOKEN not in str(held), name
 
 
-def test_gateways_that_differ(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, stores: TestStores) -> None:
-    """As in a change of OLLAMA_BACKENDS, one after the other: whose settings these are is asked; nobody's, it is said."""
+def test_gateways_with_different_backends(
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, stores: TestStores
+) -> None:
+    """As while OLLAMA_BACKENDS changes gateway by gateway: the one with these settings is asked; without one, commands fail."""
     gateway = start_gateway(alpha)
     other = settings_for(beta, REDIS_URL=stores.redis_url)
-    until_known(gateway, 1)
+    until_published(gateway, 1)
     [warned] = asyncio.run(report._running(other))
     assert warned.state == "warning" and "have other backends than these settings: alpha at" in warned.found
     start_gateway(alpha, beta)
-    until_known(gateway, 2)
+    until_published(gateway, 2)
     store = gateway.components.store
-    of_one, of_nobody = settings_for(alpha).backends, settings_for(beta).backends
+    of_one, of_none = settings_for(alpha).backends, settings_for(beta).backends
     assert gateway.call(control.other_fleet(store, of_one)) is None
     with pytest.raises(
         CommandFailed, match=r"these settings have beta at \S+, the running gateways alpha at .*; alpha at .*, b"
     ):
-        gateway.call(control.other_fleet(store, of_nobody))
+        gateway.call(control.other_fleet(store, of_none))
 
 
 def test_a_gateway_that_does_not_answer(
     start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is no question of ours is passed over, too."""
+    """Messages that are no commands are ignored, too."""
     gateway = start_gateway(alpha)
-    until_known(gateway, 1)
+    until_published(gateway, 1)
     store = gateway.components.store
     fleet = gateway.call(control.other_fleet(store, settings_for({**entry_of(alpha), "name": "other"}).backends))
     assert fleet is not None

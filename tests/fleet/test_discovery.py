@@ -1,4 +1,4 @@
-"""Which models there are: the union, its age, who polls, and what happens when backends or Redis go away."""
+"""The models of all backends: their union, its age, which process polls, and what happens without backends or Redis."""
 
 import asyncio
 import itertools
@@ -43,7 +43,7 @@ def test_a_new_model_is_usable_after_one_refresh(start_gateway: StartGateway, al
     until(lambda: "new:latest" not in names(gateway), 2.0)
 
 
-def test_one_process_polls_and_the_others_take_its_map(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_one_process_polls_and_the_others_load_its_map(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateways = [start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.5") for _ in range(3)]
     time.sleep(0.6)
     before = len(alpha.calls("/api/tags"))
@@ -54,7 +54,7 @@ def test_one_process_polls_and_the_others_take_its_map(start_gateway: StartGatew
     assert 3 <= polls <= 8, f"{polls} polls in about 2.5 s at one every 0.5 s"
 
 
-def test_each_gateway_asks_its_own_backends_whoever_else_shares_its_redis(
+def test_each_gateway_polls_its_own_backends_though_others_share_its_redis(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     """While OLLAMA_BACKENDS changes gateway by gateway, both lists are in use; one name may then have two addresses."""
@@ -63,16 +63,16 @@ def test_each_gateway_asks_its_own_backends_whoever_else_shares_its_redis(
         after = start_gateway(moved, beta, MODEL_DISCOVERY_REFRESH_S="0.4")
         slower = start_gateway(alpha, beta, MODEL_DISCOVERY_REFRESH_S="3600")
         for number in range(3):
-            new = [f"new{number}:{played}" for played in ("alpha", "moved", "beta")]
-            for played, model in zip((alpha, moved, beta), new, strict=True):
-                played.models.append(model)
+            new = [f"new{number}:{name}" for name in ("alpha", "moved", "beta")]
+            for backend, model in zip((alpha, moved, beta), new, strict=True):
+                backend.models.append(model)
             until(lambda: new[0] in names(before) and {new[1], new[2]} <= names(after), 1.5)  # noqa: B023
             until(lambda: {new[0], new[2]} <= names(slower), 1.5)  # noqa: B023
         assert not {"moved:latest", "new0:moved", "new0:beta"} & names(before)
         assert "new0:alpha" not in names(after)
 
 
-def test_the_map_stands_in_redis_in_priority_order(
+def test_the_map_in_redis_is_in_order_of_priority(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, stores: TestStores
 ) -> None:
     gateway = start_gateway(alpha, beta)
@@ -82,7 +82,7 @@ def test_the_map_stands_in_redis_in_priority_order(
         assert b"models" in redis.get(discovery.snapshot_name(gateway.settings.backends[0]))
 
 
-def test_a_slow_backend_delays_nobody(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
+def test_a_slow_backend_does_not_delay_the_start(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.play("/api/tags", [Forever()])
     began = time.monotonic()
     gateway = start_gateway(beta, alpha)
@@ -133,7 +133,7 @@ def test_without_redis_each_process_polls_for_itself(
         assert ready.status_code == 200 and ready.json()["redis"] == "degraded"
 
 
-def test_a_backend_that_answers_nonsense_has_no_models(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_backend_with_an_invalid_list_has_no_models(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     for body in (b"<html>", b"[]", b'{"models":null}', b'{"models":[{"name":5},{"model":""},"x",{"name":"good"}]}'):
         alpha.play("/api/tags", answer(200, body))
         gateway = start_gateway(alpha)
@@ -186,7 +186,7 @@ def test_a_remote_stub_is_a_cloud_model(start_gateway: StartGateway, alpha: Fake
         assert client.post("/api/chat", json={"model": "stub", "messages": []}).status_code == 200
 
 
-def test_the_map_is_replaced_whole_while_it_is_read(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_the_map_is_replaced_as_a_whole_while_it_is_read(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway, stop = start_gateway(alpha), threading.Event()
     seen: set[int] = set()
 
@@ -203,7 +203,7 @@ def test_the_map_is_replaced_whole_while_it_is_read(start_gateway: StartGateway,
     assert seen <= {1, 501}
 
 
-def test_what_runs_is_asked_when_somebody_asks_and_once_for_all(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_running_models_are_polled_on_demand_and_once_for_all_requests(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="60")
     with gateway.http(gateway.key()) as client:
         assert [entry["name"] for entry in client.get("/api/ps").json()["models"]] == ["llama3.2:latest"]
@@ -215,7 +215,7 @@ def test_what_runs_is_asked_when_somebody_asks_and_once_for_all(start_gateway: S
         assert len(alpha.calls("/api/ps")) - before <= 2 + (time.monotonic() - began)
 
 
-def test_who_asks_what_runs_does_not_wait_for_a_dead_backend(
+def test_a_request_for_running_models_does_not_wait_for_a_dead_backend(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     beta.play("/api/ps", [Forever()])
@@ -235,7 +235,7 @@ def listed(*entries: dict[str, object]) -> Steps:
     return answer(200, {"object": "list", "data": list(entries)})
 
 
-def test_clients_see_by_what_they_size_their_context(start_gateway: StartGateway) -> None:
+def test_clients_get_the_numbers_by_which_they_size_their_context(start_gateway: StartGateway) -> None:
     meta = {"vocab_type": 2, "n_vocab": 151936, "n_ctx": 32768, "n_ctx_train": 40960, "n_params": 8 * 10**9, "size": 5 * 10**9}
     llama = {"id": "qwen3", "created": 5, "owned_by": "llamacpp", "meta": {**meta, "path": "/srv/qwen3.gguf", "n_embd": -1}}
     vllm = {
@@ -257,13 +257,13 @@ def test_clients_see_by_what_they_size_their_context(start_gateway: StartGateway
     common = {"object": "model", "owned_by": "library"}
     assert found == {
         "qwen3": {**common, "id": "qwen3", "created": 5, "owned_by": "llamacpp", "meta": meta},
-        "org/model": {**common, **{name: told for name, told in vllm.items() if name != "permission"}},
+        "org/model": {**common, **{name: value for name, value in vllm.items() if name != "permission"}},
         "odd": {**common, "id": "odd", "created": 7},
     }
     assert shown["unknown.context_length"] == 32768
 
 
-def test_a_model_keeps_the_time_at_which_it_was_first_seen(start_gateway: StartGateway) -> None:
+def test_a_model_keeps_the_creation_time_that_was_seen_first(start_gateway: StartGateway) -> None:
     clock = itertools.count(1_800_000_000)
 
     with FakeBackend("openai", ["old"], name="beta") as beta:

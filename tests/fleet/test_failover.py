@@ -1,4 +1,4 @@
-"""For each fault of a first backend × dialect × stream and whole, the official client gets the second backend's answer."""
+"""For each fault of a first backend × dialect × stream and whole, the official client gets the answer of the second backend."""
 
 import time
 
@@ -60,7 +60,7 @@ def break_backend(backend: FakeBackend, fault: str, way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_model_that_is_gone_is_asked_elsewhere(
+def test_a_call_for_a_model_that_is_gone_goes_to_another_backend(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, way: Way
 ) -> None:
     gateway = start_gateway(alpha, beta)
@@ -68,17 +68,17 @@ def test_a_model_that_is_gone_is_asked_elsewhere(
     assert way.ask(gateway, gateway.key()) == "beta heard: Say hi"
 
 
-# More than may yield nothing, behind what may come in one piece with a body.
+# Longer than the bound on framing without a body.
 EXTENSION = b"5;" + b"x" * 600_000
 TWO_LENGTHS = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 20\r\n\r\n" + b'{"done":true}      \n'
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("fault", ["cut_short", "not_http"])
-def test_what_frames_a_body_without_end_or_in_two_ways_is_no_answer(
+def test_a_body_with_endless_or_ambiguous_framing_is_no_answer(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, way: Way, fault: str
 ) -> None:
-    """Long before any timeout: the bytes of a chunk's extension are no sign of life."""
+    """Detected long before any timeout: the bytes of a chunk's extension are no progress."""
     gateway = start_gateway(alpha, beta)
     kind = [("Content-Type", content_type_of(way.dialect, way.streamed))]
     framing: list[Step] = [Head(200, kind, chunked=True), Raw(EXTENSION), Forever()]
@@ -89,7 +89,7 @@ def test_what_frames_a_body_without_end_or_in_two_ways_is_no_answer(
 
 
 @pytest.mark.parametrize("way", WAYS[1::2], ids=str)
-def test_framing_without_end_ends_an_answer_that_has_begun(start_gateway: StartGateway, alpha: FakeBackend, way: Way) -> None:
+def test_endless_framing_ends_an_answer_that_has_begun(start_gateway: StartGateway, alpha: FakeBackend, way: Way) -> None:
     gateway = start_gateway(alpha)
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     whole = recording(name)
@@ -107,7 +107,7 @@ def test_framing_without_end_ends_an_answer_that_has_begun(start_gateway: StartG
     ]
 
 
-def test_the_callers_own_mistake_is_not_tried_elsewhere(
+def test_a_mistake_of_the_caller_is_not_sent_to_another_backend(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     gateway = start_gateway(alpha, beta)
@@ -118,9 +118,9 @@ def test_the_callers_own_mistake_is_not_tried_elsewhere(
     assert not beta.calls("/api/chat")
 
 
-def test_the_callers_mistake_is_told_in_the_callers_dialect(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_mistake_of_the_caller_is_reported_in_its_dialect(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
-    for body, told in [
+    for body, message in [
         (b'{"detail":"too many images"}', "too many images"),
         (b"<html>no</html>", "The model server refused the request."),
         (b'{"error":"Unauthorized"}', "Unauthorized"),
@@ -128,10 +128,10 @@ def test_the_callers_mistake_is_told_in_the_callers_dialect(start_gateway: Start
         alpha.play("/v1/chat/completions", answer(422, body, "text/html"))
         with gateway.http(gateway.key()) as client:
             got = client.post("/v1/chat/completions", json=WAYS[3].body)
-        assert got.status_code == 422 and got.json()["error"]["message"] == told
+        assert got.status_code == 422 and got.json()["error"]["message"] == message
 
 
-def test_all_backends_down_is_503_with_a_time_to_come_back(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_all_backends_down_is_503_with_a_time_to_retry(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     key = gateway.key()
     alpha.stop()
@@ -144,7 +144,7 @@ def test_all_backends_down_is_503_with_a_time_to_come_back(start_gateway: StartG
 @pytest.mark.parametrize(
     ("fault", "status"), [("500", 502), ("429", 503), ("503", 503), ("garbage", 502), ("head_timeout", 504), ("reset", 503)]
 )
-def test_what_is_told_when_the_only_backend_fails(
+def test_the_error_when_the_only_backend_fails(
     start_gateway: StartGateway, alpha: FakeBackend, fault: str, status: int
 ) -> None:
     gateway = start_gateway(alpha, **({"OLLAMA_READ_TIMEOUT_S": "0.5"} if fault in SILENT else {}))
@@ -155,7 +155,7 @@ def test_what_is_told_when_the_only_backend_fails(
     assert isinstance(got.json()["error"], str) and ("retry-after" in got.headers) == (status == 503)
 
 
-def test_a_broken_backend_is_passed_over_and_tried_again_by_one_probe(
+def test_a_broken_backend_is_skipped_and_tried_again_by_one_probe(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     gateway = start_gateway(alpha, beta)
@@ -183,7 +183,7 @@ def test_the_last_backend_of_a_model_is_never_ejected(start_gateway: StartGatewa
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
 
 
-def test_a_full_backend_passes_work_on(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
+def test_calls_for_a_full_backend_go_to_the_next(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     gateway = start_gateway(alpha, beta, OLLAMA_MAX_CONNECTIONS="1")
     key = gateway.key()
     alpha.healthy.pieces, alpha.healthy.pause_s = 30, 0.1
@@ -194,7 +194,9 @@ def test_a_full_backend_passes_work_on(start_gateway: StartGateway, alpha: FakeB
         assert alpha.in_flight == 1
 
 
-def test_never_two_backends_at_work_on_one_request(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
+def test_two_backends_never_work_on_one_request_at_the_same_time(
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
+) -> None:
     gateway = start_gateway(alpha, beta, OLLAMA_READ_TIMEOUT_S="0.7")
     alpha.play("/api/chat", FAULTS["head_timeout"]("ollama", True))
     assert WAYS[1].ask(gateway, gateway.key()) == "beta heard: Say hi"
@@ -204,7 +206,7 @@ def test_never_two_backends_at_work_on_one_request(start_gateway: StartGateway, 
     assert left.finished <= asked.started + 0.5
 
 
-def test_a_stale_connection_is_simply_tried_again(start_gateway: StartGateway) -> None:
+def test_a_stale_connection_is_replaced(start_gateway: StartGateway) -> None:
     with FakeBackend(models=MODELS, name="alpha", close_idle_as_request_arrives=True) as alpha:
         gateway = start_gateway(alpha)
         limits = httpx.Limits(max_connections=4)

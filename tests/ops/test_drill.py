@@ -143,7 +143,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         "verbs",
         """
         from gateway.proxy import passthrough
-        passthrough.AdminVerb._backend_for = lambda self, key, scope: self._backends["drill-sound"]
+        passthrough.Passthrough._backend_for = lambda self, key, scope: self._backends["drill-sound"]
         """,
     ),
     "keys are passed on": (

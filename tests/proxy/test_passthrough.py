@@ -1,4 +1,4 @@
-"""The verbs that change a backend: for flagged keys alone, to the backend they name, passed through as they come."""
+"""Routes that change a backend: only for keys with that role, sent to the backend they name, passed through as they are."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
 
 
 @pytest.mark.parametrize(("method", "route"), PASSED_THROUGH)
-def test_every_verb_is_refused_without_the_flag_and_without_a_key(
+def test_every_route_is_refused_without_the_role_and_without_a_key(
     gateway: RunningGateway, alpha: FakeBackend, method: str, route: str
 ) -> None:
     path = route.replace("{digest}", DIGEST)
@@ -37,7 +37,7 @@ def test_every_verb_is_refused_without_the_flag_and_without_a_key(
     assert len(alpha.requests) == before
 
 
-def test_a_pull_streams_from_the_first_backend_and_the_model_is_there_at_once(
+def test_a_pull_streams_from_the_first_backend_and_the_model_is_listed_at_once(
     gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     client = gateway.ollama(gateway.admin_key())
@@ -58,13 +58,13 @@ def test_a_header_names_another_backend(gateway: RunningGateway, alpha: FakeBack
         assert got.status_code == 400 and "X-Gateway-Backend" in got.json()["error"]
 
 
-def test_a_backends_own_error_comes_through(gateway: RunningGateway) -> None:
+def test_an_error_of_the_backend_is_passed_through(gateway: RunningGateway) -> None:
     with gateway.http(gateway.admin_key()) as client:
         assert client.request("DELETE", "/api/delete", json={"model": "absent"}).status_code == 404
 
 
-def test_only_what_may_have_changed_a_model_makes_the_list_be_asked_again(gateway: RunningGateway, alpha: FakeBackend) -> None:
-    """A list that hangs holds up nobody whose change was refused."""
+def test_only_a_change_of_models_makes_the_gateway_list_them_again(gateway: RunningGateway, alpha: FakeBackend) -> None:
+    """A request whose change was refused does not wait for a list that hangs."""
     with gateway.http(gateway.admin_key()) as client:
         asked = len(alpha.calls("/api/tags"))
         assert client.request("DELETE", "/api/delete", json={"model": "absent"}).status_code == 404
@@ -88,14 +88,14 @@ def test_a_blob_larger_than_any_body_limit_is_streamed(gateway: RunningGateway, 
     assert posted.body == BLOB
 
 
-def test_strict_reading_holds_for_admins_too(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_bodies_of_admins_are_parsed_strictly_too(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.admin_key()) as client:
         for body in (b'{"model":"a","Model":"b"}', b'{"model":"a","model":"b"}', b'{"model":"a"} x'):
             assert client.post("/api/pull", content=body).status_code == 400
     assert not alpha.calls("/api/pull")
 
 
-def test_a_pull_that_breaks_off_says_so(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_a_pull_that_breaks_off_ends_with_an_error(gateway: RunningGateway, alpha: FakeBackend) -> None:
     line = b'{"status":"pulling manifest"}\n'
     alpha.play("/api/pull", [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), Piece(line), Reset()])
     with gateway.http(gateway.admin_key()) as client:
@@ -103,14 +103,14 @@ def test_a_pull_that_breaks_off_says_so(gateway: RunningGateway, alpha: FakeBack
     assert got.content.startswith(line) and json.loads(got.content.splitlines()[-1])["error"]
 
 
-def test_no_backend_for_admin_verbs(start_gateway: StartGateway) -> None:
+def test_no_backend_for_these_routes(start_gateway: StartGateway) -> None:
     with FakeBackend("openai", ["x"], name="beta") as beta:
         gateway = start_gateway(beta)
         with gateway.http(gateway.admin_key()) as client:
             assert client.post("/api/pull", json={"model": "x"}).status_code == 400
 
 
-def test_flagged_keys_see_which_backend_answered(gateway: RunningGateway) -> None:
+def test_keys_with_the_flag_see_which_backend_answered(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key(flags=(SHOW_BACKEND,))) as client:
         assert client.post("/api/chat", json=WAYS[0].body).headers["x-gateway-backend"] == "alpha"
     with gateway.http(gateway.key()) as client:
@@ -118,7 +118,7 @@ def test_flagged_keys_see_which_backend_answered(gateway: RunningGateway) -> Non
         assert "x-gateway-backend" not in got.headers
 
 
-def test_what_is_refused_was_tried_nowhere(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_a_refused_request_is_sent_to_no_backend(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.key(flags=(ADMIN_MODELS,), rpm=0)) as client:
         assert client.post("/api/pull", json={"model": "new"}).status_code == 429
     [row] = gateway.audit_rows()
