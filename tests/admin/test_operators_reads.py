@@ -99,6 +99,6 @@ def test_a_dashboard_that_watches_is_not_under_way(gateway: RunningGateway, admi
         seen = page.locator("#tiles")
         until(lambda: admin.get("/overview").json()["processes"] == 1, 5)
         assert admin.get("/overview").json()["in_flight"] == 0
-        expect(seen.locator(".tile", has_text="under way").locator("b")).to_have_text("0")
-        expect(page.locator("#busy-keys")).to_contain_text("nobody in the last 15 minutes")
+        expect(seen.locator(".tile", has_text="in progress").locator("b")).to_have_text("0")
+        expect(page.locator("#busy-keys")).to_contain_text("no requests in the last 15 minutes")
     assert total(fresh(gateway), "gateway_requests_in_flight") == 0

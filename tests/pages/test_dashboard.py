@@ -36,7 +36,7 @@ def admin(gateway: RunningGateway) -> str:
 def enter(page: Page, gateway: RunningGateway, key: str) -> None:
     page.goto(f"{gateway.url}/dashboard")
     page.fill("#key", key)
-    page.click("#enter button")
+    page.click("#sign-in button")
 
 
 def confirm(page: Page) -> None:
@@ -79,8 +79,8 @@ def test_only_an_admin_gets_in(gateway: RunningGateway, admin: str, browser: Bro
         page.reload()
         expect(page.locator("#backends tbody tr")).to_have_count(2)
         assert page.evaluate("localStorage.length") == 0 and page.context.cookies() == []
-        page.click("#leave")
-        expect(page.locator("#enter")).to_be_visible()
+        page.click("#sign-out")
+        expect(page.locator("#sign-in")).to_be_visible()
         assert page.evaluate("sessionStorage.length") == 0
 
 
@@ -146,7 +146,7 @@ def test_what_is_pressed_twice_makes_one_key_which_is_copied_without_tls_too(
         page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
         enter(page, gateway, admin)
         page.click("[data-tab=keys]")
-        page.click("#make-key")
+        page.click("#create-key")
         page.fill("[name=name]", "once")
         page.evaluate("for (const _ of [1, 2, 3]) document.getElementById('save').click()")
         made = page.locator("#new-key").inner_text()
@@ -164,7 +164,7 @@ def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admi
     with page_of(browser, expecting=["status of 409", "box: 409: a key named 'ops' exists"]) as page:
         enter(page, gateway, admin)
         page.click("[data-tab=keys]")
-        page.click("#make-key")
+        page.click("#create-key")
         page.fill("[name=name]", "alice")
         page.fill("[name=models]", "llama3*")
         page.fill("[name=rpm]", "5")
@@ -195,7 +195,7 @@ def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admi
             expect(alice).to_contain_text("revoked")
             until(lambda: client.get("/v1/models").status_code == 401, 5)
         page.fill("#find-key", "")
-        page.click("#make-key")
+        page.click("#create-key")
         page.fill("[name=name]", "ops")
         page.keyboard.press("Enter")
         expect(page.locator("#dialog-problem")).to_contain_text("a key named 'ops' exists")
@@ -284,4 +284,4 @@ def test_a_revoked_admin_sees_no_more(gateway: RunningGateway, admin: str, brows
         expect(page.locator("#live")).to_contain_text("live")
         gateway.call(gateway.key_store().revoke("ops"))
         expect(page.locator("#problem")).to_contain_text("401", timeout=15_000)
-        expect(page.locator("#enter")).to_be_visible()
+        expect(page.locator("#sign-in")).to_be_visible()

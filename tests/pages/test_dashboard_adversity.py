@@ -50,7 +50,7 @@ def test_what_is_focused_stays_while_numbers_change(gateway: RunningGateway, adm
         next_numbers(page, gateway, busy)
         assert page.evaluate("window.first === document.activeElement && window.first.isConnected && window.tile.isConnected")
         drain.click()
-        expect(page.locator("dialog")).to_contain_text("Give beta no new requests?")
+        expect(page.locator("dialog")).to_contain_text("Stop sending new requests to beta?")
 
 
 def test_what_is_shown_once_stays_until_it_is_closed(gateway: RunningGateway, admin: str, browser: Browser) -> None:
@@ -60,10 +60,10 @@ def test_what_is_shown_once_stays_until_it_is_closed(gateway: RunningGateway, ad
         page.route("**/probe", holding(late))
         enter(page, gateway, admin)
         page.locator("#backends tr", has_text="alpha").get_by_role("button", name="Probe").click()
-        expect(page.locator("dialog")).to_contain_text("asking…")
+        expect(page.locator("dialog")).to_contain_text("Loading…")
         page.get_by_role("button", name="Close").click()
         page.click("[data-tab=keys]")
-        page.click("#make-key")
+        page.click("#create-key")
         page.fill("[name=name]", "fresh")
         page.keyboard.press("Enter")
         made = page.locator("#new-key").inner_text()
@@ -85,7 +85,7 @@ def test_nothing_stays_for_the_next(gateway: RunningGateway, admin: str, browser
         enter(page, gateway, admin)
         page.click("[data-tab=keys]")
         expect(page.locator("#all-keys")).to_contain_text("somebody of ours")
-        page.click("#leave")
+        page.click("#sign-out")
         assert "somebody of ours" not in page.content() and page.locator("tbody tr").count() == 0
 
 
@@ -97,7 +97,7 @@ def test_a_gateway_that_stands_still_is_not_live(gateway: RunningGateway, admin:
         expect(page.locator("#live")).to_have_text("● live")
         gateway.loop.call_soon_threadsafe(time.sleep, 4)
         page.clock.fast_forward(9_000)
-        expect(page.locator("#live")).to_contain_text("not connected, trying again")
+        expect(page.locator("#live")).to_contain_text("disconnected, retrying")
         page.clock.fast_forward(2_000)
         page.clock.resume()
         expect(page.locator("#live")).to_have_text("● live", timeout=15_000)
@@ -121,7 +121,7 @@ def test_plots_show_what_was_not_asked_as_nothing(gateway: RunningGateway, admin
         assert len(ys) > 55 and sorted(set(ys)) == [8.0, 112.0] and ys.count(8.0) == 2
         assert min(xs) >= 44 - 8 and max(xs) <= 400
         assert page.locator("#plots svg").nth(2).locator("polyline.one").count() == 2
-        assert "all at most 12, last 0" in (asked.get_attribute("aria-label") or "")
+        assert "all at most 12, latest 0" in (asked.get_attribute("aria-label") or "")
 
 
 def test_the_last_window_asked_for_is_shown(gateway: RunningGateway, admin: str, browser: Browser) -> None:
@@ -157,7 +157,7 @@ def test_many_loaded_models_are_folded(gateway: RunningGateway, admin: str, brow
 def test_the_documentation_goes_where_its_address_says(gateway: RunningGateway, browser: Browser) -> None:
     with page_of(browser) as page:
         page.goto(f"{gateway.url}/docs#%")
-        expect(page.locator(".line").first).to_be_visible()
+        expect(page.locator(".route").first).to_be_visible()
         expect(page.locator("#problem")).not_to_be_visible()
         page.evaluate("location.hash = '#get_v1_models'")
         expect(page.locator("#get_v1_models")).to_have_attribute("open", "")

@@ -11,7 +11,7 @@ from tests.support.running_gateway import RunningGateway
 
 FRAGMENTS = ("", "#", "#%", "#1", "#<img src=x onerror=alert(1)>", "#problem", "#get_v1_models")
 # Of each page: what a visitor sees first.
-FIRST = {"/docs": ".line", "/dashboard": "#enter", "/playground": "#enter"}
+FIRST = {"/docs": ".route", "/dashboard": "#sign-in", "/playground": "#sign-in"}
 KEPT = {"/dashboard": "gateway-key", "/playground": "playground-key"}
 INSIDE = {"/dashboard": "#backends tbody tr", "/playground": "#model option"}
 
@@ -50,11 +50,11 @@ def test_with_a_key_of_before(gateway: RunningGateway, browser: Browser) -> None
             keep(page, path, "nz_forgotten")
             page.goto(f"{gateway.url}{path}")
             expect(page.locator("#problem")).to_be_visible()
-            expect(page.locator("#enter")).to_be_visible()
+            expect(page.locator("#sign-in")).to_be_visible()
     with page_of(browser, expecting=["status of 403", "error box: 403: this needs a key with the role admin"]) as page:
         keep(page, "/dashboard", user)
         page.goto(f"{gateway.url}/dashboard")
-        expect(page.locator("#enter")).to_be_visible()
+        expect(page.locator("#sign-in")).to_be_visible()
 
 
 @pytest.mark.parametrize("path", FIRST)

@@ -226,8 +226,8 @@ def test_the_page_shows_every_operation_and_asks_nobody_else(gateway: RunningGat
         expect(line.locator("pre")).to_contain_text(f"curl {gateway.url}/v1/chat/completions")
         line.get_by_role("button", name="Python").click()
         expect(line.locator("pre")).to_contain_text("client.chat.completions.create")
-        assert page.locator(".line").count() == len(found)
-        for box in page.locator(".line > summary").all()[1:]:
+        assert page.locator(".route").count() == len(found)
+        for box in page.locator(".route > summary").all()[1:]:
             box.click()
         # The language that was chosen is that of all samples.
         assert page.locator("pre", has_text="curl ").count() == 0
@@ -235,7 +235,7 @@ def test_the_page_shows_every_operation_and_asks_nobody_else(gateway: RunningGat
             fold.click()
         assert "[object" not in page.inner_text("#document") and "undefined" not in page.inner_text("#document")
         page.fill("#find", "keys rotate")
-        expect(page.locator(".line:visible")).to_have_count(1)
+        expect(page.locator(".route:visible")).to_have_count(1)
         assert all(url.startswith(gateway.url) for url in asked)
 
 

@@ -50,7 +50,7 @@ def saying(*deltas: dict[str, str], pause_s: float = 0.0) -> list[Step]:
 def enter(page: Page, gateway: RunningGateway, key: str) -> None:
     page.goto(f"{gateway.url}/playground")
     page.fill("#key", key)
-    page.click("#enter button")
+    page.click("#sign-in button")
 
 
 def ask(page: Page, words: str) -> None:
@@ -95,10 +95,10 @@ def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: FakeBackend,
         page.locator("summary").first.click()
         page.fill("#system", "Be brief.")
         page.fill("#temperature", "0.5")
-        page.fill("#most", "77")
+        page.fill("#max-tokens", "77")
         page.check("#json")
         ask(page, "Is it so?")
-        said = page.locator(".answer .said")
+        said = page.locator(".answer .answer-text")
         expect(said.locator("h3, h2")).to_have_text("Yes")
         expect(said.locator("li strong")).to_have_text("one")
         expect(said.locator("pre code")).to_have_text("code <b>")
@@ -126,7 +126,7 @@ def test_stop_edit_and_retry(gateway: RunningGateway, alpha: FakeBackend, browse
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         ask(page, "Count.")
-        expect(page.locator(".said")).to_contain_text("3")
+        expect(page.locator(".answer-text")).to_contain_text("3")
         page.click("#stop")
         expect(page.locator(".facts")).to_contain_text("stopped")
         until(lambda: gateway.components.backends["alpha"].in_flight == 0, 5)
@@ -136,15 +136,15 @@ def test_stop_edit_and_retry(gateway: RunningGateway, alpha: FakeBackend, browse
         page.get_by_role("button", name="Edit").click()
         expect(page.locator("#prompt")).to_have_value("Count.")
         ask(page, "Count better.")
-        expect(page.locator(".asked")).to_have_count(1)
-        expect(page.locator(".asked")).to_contain_text("Count better.")
+        expect(page.locator(".question")).to_have_count(1)
+        expect(page.locator(".question")).to_contain_text("Count better.")
 
 
 def test_two_models_side_by_side(gateway: RunningGateway, browser: Browser) -> None:
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         page.select_option("#model", MODEL)
-        page.select_option("#second", "qwen3:8b")
+        page.select_option("#compare", "qwen3:8b")
         ask(page, "Who are you?")
         expect(page.locator(".answer h3")).to_have_text([MODEL, "qwen3:8b"])
         expect(page.locator(".facts")).to_have_count(2)
@@ -160,14 +160,14 @@ def test_pictures_where_the_model_can_see(
     sees = answer(200, {"capabilities": ["completion", "vision"], "details": {}, "model_info": {}})
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
-        expect(page.locator("#add-picture")).not_to_be_visible()
+        expect(page.locator("#add-image")).not_to_be_visible()
         alpha.play("/api/show", lambda _: sees)
         page.select_option("#model", "qwen3:8b")
-        expect(page.locator("#add-picture")).to_be_visible()
-        page.set_input_files("#picture", picture)
-        expect(page.locator("#pictures img")).to_have_count(1)
+        expect(page.locator("#add-image")).to_be_visible()
+        page.set_input_files("#image", picture)
+        expect(page.locator("#images img")).to_have_count(1)
         ask(page, "What is it?")
-        expect(page.locator(".asked img")).to_have_count(1)
+        expect(page.locator(".question img")).to_have_count(1)
         expect(page.locator("#send")).to_be_enabled()
     [part] = [part for part in alpha.calls(CHAT)[-1].json["messages"][-1]["content"] if part["type"] == "image_url"]
     assert part["image_url"]["url"].startswith("data:image/png;base64,")
@@ -180,14 +180,14 @@ def test_errors_as_the_api_gave_them_and_a_countdown(gateway: RunningGateway, al
         enter(page, gateway, gateway.key(concurrent=0))
         ask(page, "Hello")
         expect(page.locator(".answer .bad")).to_contain_text("429: Limit of 0 requests at once for this key reached")
-        page.click("#leave")
+        page.click("#sign-out")
         enter(page, gateway, gateway.key(rpm=4))
         ask(page, "Hello")
         expect(page.locator("#send")).to_be_enabled()
         ask(page, "Hello again")
         expect(page.locator("#send")).to_be_enabled()
         ask(page, "And again")
-        expect(page.locator(".countdown")).to_contain_text("again in")
+        expect(page.locator(".countdown")).to_contain_text("retry in")
         expect(page.get_by_role("button", name="Try again")).to_be_disabled()
 
 
@@ -220,10 +220,10 @@ def test_what_servers_say_does_nothing(start_gateway: StartGateway, browser: Bro
             page.on("request", lambda request: asked.append(request.url))
             enter(page, gateway, gateway.key())
             ask(page, XSS)
-            expect(page.locator(".said")).to_contain_text("<img")
+            expect(page.locator(".answer-text")).to_contain_text("<img")
             expect(page.locator("#send")).to_be_enabled()
             assert page.locator("main img, main script, main [onmouseover], main [onerror]").count() == 0
-            addresses = [link.get_attribute("href") or "" for link in page.locator(".said a").all()]
+            addresses = [link.get_attribute("href") or "" for link in page.locator(".answer-text a").all()]
             assert all(address.startswith("https://example.org/") for address in addresses)
             assert {urlsplit(url).netloc for url in asked} == {urlsplit(gateway.url).netloc}
             evil.play_once(CHAT, answer(400, {"error": {"message": XSS, "type": "invalid_request_error"}}))
@@ -256,7 +256,7 @@ def test_against_a_real_llama_cpp_server(start_gateway: StartGateway, browser: B
     gateway = start_gateway(entry, PLAYGROUND_ENABLED="true", OLLAMA_READ_TIMEOUT_S="20")
     with page_of(browser) as page:
         enter(page, gateway, gateway.key(flags=(SHOW_BACKEND,)))
-        page.fill("#most", "12")
+        page.fill("#max-tokens", "12")
         ask(page, "Hello")
         expect(page.locator(".facts")).to_contain_text("12 tokens", timeout=30_000)
         expect(page.locator(".facts")).to_contain_text("backend llama")

@@ -52,12 +52,12 @@ def test_no_text_of_a_model_freezes_the_page(gateway: RunningGateway, alpha: Fak
         page.evaluate(BEAT)
         worst: dict[str, float] = {}
         for name, text in {"plain": "some plain words. " * 4_000, **STORMS}.items():
-            page.click("#clear")
+            page.click("#new-chat")
             alpha.play_once(CHAT, in_pieces(text, 8_000))
             page.evaluate("window.worst = 0")
             ask(page, name)
             is_done(page)
-            expect(page.locator(".said")).not_to_be_empty()
+            expect(page.locator(".answer-text")).not_to_be_empty()
             worst[name] = page.evaluate("window.worst")
         floor = max(worst.pop("plain"), 50)
         assert {name: ms for name, ms in worst.items() if ms > 40 * floor} == {}, (floor, worst)
@@ -69,7 +69,7 @@ def test_nothing_of_a_text_is_lost_in_its_nesting(gateway: RunningGateway, alpha
         alpha.play_once(CHAT, in_pieces(">" * 10_000 + " the end", 5_000))
         ask(page, "deep")
         is_done(page)
-        expect(page.locator(".said")).to_contain_text("the end")
+        expect(page.locator(".answer-text")).to_contain_text("the end")
 
 
 def test_a_done_inside_the_text_is_text(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
@@ -78,7 +78,7 @@ def test_a_done_inside_the_text_is_text(gateway: RunningGateway, alpha: FakeBack
         enter(page, gateway, gateway.key())
         ask(page, "What ends a stream?")
         is_done(page)
-        expect(page.locator(".said")).to_contain_text("[DONE] and more")
+        expect(page.locator(".answer-text")).to_contain_text("[DONE] and more")
 
 
 def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
@@ -86,7 +86,7 @@ def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         ask(page, "Count.")
-        expect(page.locator(".said")).to_contain_text("xx")
+        expect(page.locator(".answer-text")).to_contain_text("xx")
         assert page.get_by_role("button", name="Edit").count() == page.get_by_role("button", name="Retry").count() == 0
         page.fill("#prompt", "too early")
         page.press("#prompt", "Enter")
@@ -103,8 +103,8 @@ def test_start_anew_ends_what_runs(gateway: RunningGateway, alpha: FakeBackend, 
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         ask(page, "Count.")
-        expect(page.locator(".said")).to_contain_text("xx")
-        page.click("#clear")
+        expect(page.locator(".answer-text")).to_contain_text("xx")
+        page.click("#new-chat")
         expect(page.locator(".turn")).to_have_count(0)
         expect(page.locator("#send")).to_be_enabled()
         until(lambda: gateway.components.backends["alpha"].in_flight == 0, 5)
@@ -121,12 +121,12 @@ def test_what_is_selected_and_scrolled_stays_while_it_grows(
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         ask(page, "Code, please.")
-        expect(page.locator(".said")).to_contain_text("more 2 ")
-        page.evaluate("document.querySelector('.said pre').scrollTop = 120")
-        page.evaluate("getSelection().selectAllChildren(document.querySelector('.said p'))")
-        expect(page.locator(".said")).to_contain_text("more 25 ")
+        expect(page.locator(".answer-text")).to_contain_text("more 2 ")
+        page.evaluate("document.querySelector('.answer-text pre').scrollTop = 120")
+        page.evaluate("getSelection().selectAllChildren(document.querySelector('.answer-text p'))")
+        expect(page.locator(".answer-text")).to_contain_text("more 25 ")
         assert page.evaluate("getSelection().toString()").strip() == "first words here"
-        assert page.evaluate("document.querySelector('.said pre').scrollTop") == 120
+        assert page.evaluate("document.querySelector('.answer-text pre').scrollTop") == 120
         page.click("#stop")
 
 
@@ -180,9 +180,9 @@ def test_forget_the_key_forgets_all(gateway: RunningGateway, alpha: FakeBackend,
         page.fill("#prompt", "my next words")
         page.click("[data-tab=embed]")
         page.fill("#texts", "my embedded words")
-        page.click("#leave")
+        page.click("#sign-out")
         held = "document.documentElement.outerHTML + [...document.querySelectorAll('input, textarea')].map((one) => one.value)"
-        assert "my " not in str(page.evaluate(held)).replace("stays in this tab", "")
+        assert "my " not in str(page.evaluate(held))
         assert page.evaluate("sessionStorage.length + localStorage.length") == 0
 
 
@@ -196,20 +196,20 @@ def test_a_picture_goes_to_models_that_see_and_can_be_taken_back(
     blind = answer(200, {"capabilities": ["completion"], "details": {}, "model_info": {}})
     alpha.play("/api/show", lambda asked: see if asked.json["model"] == MODEL else blind)
     alpha.healthy.models.append("qwen3:8b")
-    with page_of(browser, expecting=["box: words.txt is no picture"]) as page:
+    with page_of(browser, expecting=["box: words.txt is not an image"]) as page:
         gateway.call(gateway.components.discovery.refresh())
         enter(page, gateway, gateway.key())
         page.select_option("#model", MODEL)
-        page.select_option("#second", "qwen3:8b")
-        page.set_input_files("#picture", words)
-        expect(page.locator("#problem")).to_contain_text("words.txt is no picture")
-        page.set_input_files("#picture", picture)
+        page.select_option("#compare", "qwen3:8b")
+        page.set_input_files("#image", words)
+        expect(page.locator("#problem")).to_contain_text("words.txt is not an image")
+        page.set_input_files("#image", picture)
         page.get_by_role("button", name="Remove").click()
-        expect(page.locator("#pictures img")).to_have_count(0)
-        page.set_input_files("#picture", picture)
+        expect(page.locator("#images img")).to_have_count(0)
+        page.set_input_files("#image", picture)
         ask(page, "What is it?")
         is_done(page)
-        expect(page.get_by_text("without the picture, which this model cannot see")).to_have_count(1)
+        expect(page.get_by_text("sent without the image: this model does not accept images")).to_have_count(1)
     sent = {call.json["model"]: call.json["messages"][-1]["content"] for call in alpha.calls(CHAT)}
     assert isinstance(sent[MODEL], list) and sent["qwen3:8b"] == "What is it?"
 
@@ -252,7 +252,7 @@ def test_the_copied_curl_runs_with_a_large_picture(
     with page_of(browser) as page:
         page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=gateway.url)
         enter(page, gateway, key)
-        page.set_input_files("#picture", picture)
+        page.set_input_files("#image", picture)
         ask(page, "It's a 'quoted' $word `and` more\nEND\n")
         is_done(page)
         page.get_by_role("button", name="Copy as curl").click()
@@ -268,9 +268,9 @@ def test_the_copied_curl_runs_with_a_large_picture(
 
 
 def test_a_key_no_header_can_carry(gateway: RunningGateway, browser: Browser) -> None:
-    with page_of(browser, expecting=["box: This is no key"]) as page:
+    with page_of(browser, expecting=["box: This is not a key"]) as page:
         enter(page, gateway, "ключ")
-        expect(page.locator("#problem")).to_contain_text("This is no key")
+        expect(page.locator("#problem")).to_contain_text("This is not a key")
 
 
 MARKDOWN = {
@@ -288,10 +288,10 @@ MARKDOWN = {
 
 def test_markdown_as_models_write_it(gateway: RunningGateway, browser: Browser) -> None:
     made = """async (words) => {
-      const { Growing } = await import('/playground/markdown.js');
-      const grown = document.createElement('div'), once = document.createElement('div'), growing = new Growing(grown);
+      const { StreamingMarkdown } = await import('/playground/markdown.js');
+      const grown = document.createElement('div'), once = document.createElement('div'), growing = new StreamingMarkdown(grown);
       for (let n = 1; n <= words.length; n += 1) growing.show(words.slice(0, n));
-      new Growing(once).show(words);
+      new StreamingMarkdown(once).show(words);
       return [grown.innerHTML, once.innerHTML];
     }"""
     with page_of(browser) as page:

@@ -10,38 +10,38 @@ function s(tag, facts, text) {
 }
 
 const key = { get: () => sessionStorage.getItem("gateway-key") || "", set: (value) => sessionStorage.setItem("gateway-key", value), forget: () => sessionStorage.removeItem("gateway-key") };
-let seen = null, chosen = "15m", listening = null, allKeys = [], lastAsked = 0, lastOpened = 0, isBehind = false;
+let latest = null, chosenWindow = "15m", events = null, allKeys = [], lastQuery = 0, lastDialog = 0, hasStreamError = false;
 
-class Refused extends Error {
+class RequestFailed extends Error {
   constructor(status, words) { super(words); this.status = status; }
 }
 
-async function refusalOf(answer) {
+async function errorOf(answer) {
   let words = answer.statusText;
-  try { words = (await answer.json()).error || words; } catch { /* no JSON: the status says it */ }
+  try { words = (await answer.json()).error || words; } catch { /* not JSON: the status is enough */ }
   const wait = answer.headers.get("retry-after");
-  return new Refused(answer.status, `${answer.status}: ${words}${answer.status === 429 && wait ? ` (again in ${wait} s)` : ""}`);
+  return new RequestFailed(answer.status, `${answer.status}: ${words}${answer.status === 429 && wait ? ` (retry in ${wait} s)` : ""}`);
 }
 
-async function ask(method, path, body) {
+async function request(method, path, body) {
   const headers = { Authorization: `Bearer ${key.get()}` };
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const answer = await reach(`/admin/v1${path}`, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
-  if (!answer.ok) throw await refusalOf(answer);
+  if (!answer.ok) throw await errorOf(answer);
   return answer.json();
 }
 
-function say(problem) {
-  // What goes wrong in a dialog is told there, in front.
+function showError(problem) {
+  // An error in a dialog is shown in the dialog, which is in front.
   for (const place of [$("problem"), $("dialog").open && $("dialog-problem")].filter(Boolean)) {
     place.textContent = problem ? problem.message || String(problem) : "";
     place.hidden = !problem;
   }
-  if (problem && (problem.status === 401 || (problem.status === 403 && !seen))) leave();
+  if (problem && (problem.status === 401 || (problem.status === 403 && !latest))) signOut();
 }
 
-async function trying(work) {
-  try { say(null); return await work(); } catch (problem) { say(problem); return undefined; }
+async function guarded(work) {
+  try { showError(null); return await work(); } catch (problem) { showError(problem); return undefined; }
 }
 
 const number = (value) => (value === null || value === undefined ? "–" : Number(value).toLocaleString("en"));
@@ -49,18 +49,18 @@ const short = (value) => (value === null || value === undefined ? "–" : value 
 const ms = (value) => (value === null || value === undefined ? "–" : value >= 10000 ? `${(value / 1000).toFixed(1)} s` : `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`);
 const when = (text) => (text ? new Date(text).toLocaleString("sv").slice(0, 19) : "–");
 
-// Where `isLive`, what stays as it was stays itself: its acts must need no more of a row than its name.
+// With `isLive`, unchanged nodes are kept, with the handlers of an earlier row: these must use nothing of a row but its name.
 function table(node, columns, rows, empty, isLive = false) {
   const head = h("thead", {}, h("tr", {}, ...columns.map((column) => h("th", { class: column.number && "number", scope: "col" }, column.name))));
   const body = h("tbody", {}, ...rows.map((row) => h("tr", { "data-of": row.key_id || row.name || row.model }, ...columns.map((column) => h("td", { "data-label": column.name, class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null }, column.of(row))))));
   if (!rows.length) body.append(h("tr", {}, h("td", { colspan: columns.length, class: "dim" }, empty)));
-  if (isLive) settle(node, h("table", {}, head, body));
+  if (isLive) update(node, h("table", {}, head, body));
   else node.replaceChildren(head, body);
 }
 
-// The children of `node` become those of `made`; what is as it was stays, with what is focused or pressed in it. A button is
-// its act: with other words, or for somebody else (data-of), it is another.
-function settle(node, made) {
+// Gives `node` the children of `made`. Unchanged ones are kept, with what is focused or pressed in them. A button with another
+// text, or for another row (data-of), is replaced, as its handler differs.
+function update(node, made) {
   const fresh = [...made.childNodes], old = [...node.childNodes];
   fresh.forEach((one, n) => {
     const was = old[n];
@@ -68,23 +68,23 @@ function settle(node, made) {
     else if (was.isEqualNode(one)) return;
     else if (was.nodeType === 1 && was.tagName === one.tagName && (was.tagName !== "BUTTON" || was.matches(".tile")) && was.dataset.of === one.dataset.of) {
       for (const name of ["class", "data-label", "colspan"]) one.hasAttribute(name) ? was.setAttribute(name, one.getAttribute(name)) : was.removeAttribute(name);
-      settle(was, one);
+      update(was, one);
     } else was.replaceWith(one);
   });
   for (const gone of old.slice(fresh.length)) gone.remove();
 }
 
-const link = (text, act, of) => h("button", { type: "button", class: "link", "data-of": of, on: { click: act } }, text);
-const button = (text, act, kind = "small", of) => h("button", { type: "button", class: kind, "data-of": of, on: { click: act } }, text);
+const link = (text, onClick, of) => h("button", { type: "button", class: "link", "data-of": of, on: { click: onClick } }, text);
+const button = (text, onClick, kind = "small", of) => h("button", { type: "button", class: kind, "data-of": of, on: { click: onClick } }, text);
 
 function show(tab) {
   for (const name of ["overview", "keys", "audit"]) $(name).hidden = name !== tab;
   for (const one of $("tabs").children) one.dataset.tab === tab ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
-  if (tab === "keys") trying(loadKeys);
-  if (tab === "audit") trying(loadRows);
+  if (tab === "keys") guarded(loadKeys);
+  if (tab === "audit") guarded(loadRows);
 }
 
-function rowsOf(filters) {
+function showRequests(filters) {
   for (const field of $("filter").elements) if (field.name) field.value = filters[field.name] || "";
   show("audit");
 }
@@ -93,71 +93,71 @@ function rowsOf(filters) {
 
 function tile(value, words, filters, kind) {
   const parts = [h("b", { class: kind }, value), h("span", {}, words)];
-  return filters ? h("button", { type: "button", class: "tile", on: { click: () => rowsOf(filters) } }, ...parts) : h("div", { class: "tile" }, ...parts);
+  return filters ? h("button", { type: "button", class: "tile", on: { click: () => showRequests(filters) } }, ...parts) : h("div", { class: "tile" }, ...parts);
 }
 
 const MOST_LOADED = 5;
-const loaded = (names) => (names.length > MOST_LOADED ? h("details", {}, h("summary", {}, `${names.slice(0, MOST_LOADED).join(", ")} and ${names.length - MOST_LOADED} more`), names.slice(MOST_LOADED).join(", ")) : names.join(", ") || "–");
+const loadedModels = (names) => (names.length > MOST_LOADED ? h("details", {}, h("summary", {}, `${names.slice(0, MOST_LOADED).join(", ")} and ${names.length - MOST_LOADED} more`), names.slice(MOST_LOADED).join(", ")) : names.join(", ") || "–");
 
 function stateOfPostgres() {
-  if (!seen.stores.postgresql) return ["away", "PostgreSQL", null, "bad"];
-  return seen.postgresql_takes_writes === false ? ["read-only", "PostgreSQL", null, "warn"] : ["up", "PostgreSQL", null, "good"];
+  if (!latest.stores.postgresql) return ["down", "PostgreSQL", null, "bad"];
+  return latest.postgresql_takes_writes === false ? ["read-only", "PostgreSQL", null, "warn"] : ["up", "PostgreSQL", null, "good"];
 }
 
 function drawOverview() {
-  const lately = seen.lately || {}, since = { since: "15m" };
-  settle($("tiles"), h("div", {},
-    tile(number(seen.in_flight), "under way"),
-    tile(number(seen.waiting), "waiting for a slot", null, seen.waiting ? "warn" : null),
-    tile(number(lately.requests), "requests, 15 min", since),
-    tile(number(lately.failures), "failed at backends", { ...since, outcome: "backend_failed" }, lately.failures ? "bad" : null),
-    tile(number(lately.refused), "refused", { ...since, outcome: "refused" }, lately.refused ? "warn" : null),
-    tile(`${short(lately.prompt_tokens)} + ${short(lately.completion_tokens)}`, `tokens in + out${lately.cached_tokens ? `; ${short(lately.cached_tokens)} cached` : ""}`, since),
-    tile(`${ms(lately.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(lately.ttfb_p99_ms)}`, since),
-    tile(seen.stores.redis ? "up" : "away", "Redis", null, seen.stores.redis ? "good" : "bad"),
+  const recent = latest.lately || {}, since = { since: "15m" };
+  update($("tiles"), h("div", {},
+    tile(number(latest.in_flight), "in progress"),
+    tile(number(latest.waiting), "waiting for a slot", null, latest.waiting ? "warn" : null),
+    tile(number(recent.requests), "requests, 15 min", since),
+    tile(number(recent.failures), "backend failures", { ...since, outcome: "backend_failed" }, recent.failures ? "bad" : null),
+    tile(number(recent.refused), "refused", { ...since, outcome: "refused" }, recent.refused ? "warn" : null),
+    tile(`${short(recent.prompt_tokens)} + ${short(recent.completion_tokens)}`, `tokens in + out${recent.cached_tokens ? `; ${short(recent.cached_tokens)} cached` : ""}`, since),
+    tile(`${ms(recent.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(recent.ttfb_p99_ms)}`, since),
+    tile(latest.stores.redis ? "up" : "down", "Redis", null, latest.stores.redis ? "good" : "bad"),
     tile(...stateOfPostgres()),
-    tile(number(seen.audit_backlog), "audit rows waiting", null, seen.audit_backlog > 10000 ? "warn" : null),
-    tile(number(seen.processes), "processes"),
+    tile(number(latest.audit_backlog), "audit rows waiting", null, latest.audit_backlog > 10000 ? "warn" : null),
+    tile(number(latest.processes), "processes"),
   ));
   table($("backends"), [
     { name: "Backend", of: (row) => row.name },
-    { name: "State", of: (row) => h("span", { class: row.drained ? "warn" : row.state === "up" ? "good" : "bad" }, row.drained ? "drained" : row.state) },
+    { name: "State", of: (row) => h("span", { class: row.drained ? "warn" : row.state === "up" ? "good" : "bad" }, row.drained ? "drained" : row.state === "away" ? "down" : row.state) },
     { name: "Breaker", of: (row) => h("span", { class: row.breaker === "closed" ? null : "bad" }, row.breaker + (row.open_for_s ? ` ${Math.ceil(row.open_for_s)} s` : "")) },
-    { name: "In flight", number: true, of: (row) => `${row.in_flight}/${row.max_connections}` },
+    { name: "In progress", number: true, of: (row) => `${row.in_flight}/${row.max_connections}` },
     { name: "Latency", number: true, of: (row) => ms(row.latency_ms) },
     { name: "Models", number: true, of: (row) => number(row.models) },
-    { name: "Loaded", wide: true, of: (row) => loaded(row.running) },
+    { name: "Loaded", wide: true, of: (row) => loadedModels(row.running) },
     { name: "Last error", wide: true, of: (row) => h("span", { class: "bad" }, row.error) },
     { name: "", of: (row) => h("div", { class: "actions" },
-      row.drained ? button("Undrain", () => act(`Give ${row.name} requests again?`, "Undrain", "POST", `/backends/${encodeURIComponent(row.name)}/undrain`), "small", row.name)
-        : button("Drain", () => act(`Give ${row.name} no new requests? Those under way finish.`, "Drain", "POST", `/backends/${encodeURIComponent(row.name)}/drain`), "small", row.name),
-      button("Probe", () => telling(`Probe of ${row.name}`, () => ask("POST", `/backends/${encodeURIComponent(row.name)}/probe`)), "small", row.name)) },
-  ], seen.backends, "no backends", true);
+      row.drained ? button("Undrain", () => confirmAction(`Send requests to ${row.name} again?`, "Undrain", "POST", `/backends/${encodeURIComponent(row.name)}/undrain`), "small", row.name)
+        : button("Drain", () => confirmAction(`Stop sending new requests to ${row.name}? Requests in progress will finish.`, "Drain", "POST", `/backends/${encodeURIComponent(row.name)}/drain`), "small", row.name),
+      button("Probe", () => showResult(`Probe of ${row.name}`, () => request("POST", `/backends/${encodeURIComponent(row.name)}/probe`)), "small", row.name)) },
+  ], latest.backends, "no backends", true);
   table($("busy-keys"), [
-    { name: "Key", wide: true, of: (row) => link(row.key || row.key_id, () => rowsOf({ key: row.key_id, since: "15m" }), row.key_id) },
+    { name: "Key", wide: true, of: (row) => link(row.key || row.key_id, () => showRequests({ key: row.key_id, since: "15m" }), row.key_id) },
     { name: "Requests", number: true, of: (row) => number(row.requests) },
     { name: "Tokens", number: true, of: (row) => short(row.tokens) },
-    { name: "At a limit", number: true, of: (row) => (row.limited ? link(`${row.limited} (${row.limit || "?"})`, () => rowsOf({ key: row.key_id, since: "15m", status: "429" }), row.key_id) : "–") },
-  ], lately.keys || [], seen.lately ? "nobody in the last 15 minutes" : "PostgreSQL does not tell", true);
+    { name: "Limited", number: true, of: (row) => (row.limited ? link(`${row.limited} (${row.limit || "?"})`, () => showRequests({ key: row.key_id, since: "15m", status: "429" }), row.key_id) : "–") },
+  ], recent.keys || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL does not answer", true);
   table($("busy-models"), [
-    { name: "Model", wide: true, of: (row) => link(row.model, () => rowsOf({ model: row.model, since: "15m" })) },
+    { name: "Model", wide: true, of: (row) => link(row.model, () => showRequests({ model: row.model, since: "15m" })) },
     { name: "Requests", number: true, of: (row) => number(row.requests) },
     { name: "Tokens", number: true, of: (row) => short(row.tokens) },
     { name: "First byte p50", number: true, of: (row) => ms(row.ttfb_p50_ms) },
-  ], lately.models || [], seen.lately ? "none in the last 15 minutes" : "PostgreSQL does not tell", true);
+  ], recent.models || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL does not answer", true);
 }
 
 const LENGTHS = { "15m": 900, "24h": 86400, "30d": 2592000 };
-const NOTHING = { requests: 0, refused: 0, failures: 0, prompt_tokens: 0, completion_tokens: 0, ttfb_p50_ms: null, ttfb_p99_ms: null };
+const EMPTY_STEP = { requests: 0, refused: 0, failures: 0, prompt_tokens: 0, completion_tokens: 0, ttfb_p50_ms: null, ttfb_p99_ms: null };
 
-// With the steps in which nothing was asked for, which are not told.
-function whole(series, from, to) {
-  const told = new Map(series.steps.map((step) => [Math.round(step.at / series.step_s), step])), all = [];
-  for (let n = Math.ceil(from / series.step_s); n * series.step_s <= to; n += 1) all.push(told.get(n) || { ...NOTHING, at: n * series.step_s });
+// With the steps without requests, which the series leaves out.
+function withEmptySteps(series, from, to) {
+  const known = new Map(series.steps.map((step) => [Math.round(step.at / series.step_s), step])), all = [];
+  for (let n = Math.ceil(from / series.step_s); n * series.step_s <= to; n += 1) all.push(known.get(n) || { ...EMPTY_STEP, at: n * series.step_s });
   return all;
 }
 
-function runs(values, isThere) {
+function segments(values, isThere) {
   const found = [];
   let run = null;
   for (const value of values) {
@@ -168,27 +168,27 @@ function runs(values, isThere) {
   return found;
 }
 
-function spoken(lines, steps, format) {
+function describe(lines, steps, format) {
   return lines.map((line) => {
     const values = steps.map((step) => line.of(step)).filter((value) => value !== null && value !== undefined);
-    return values.length ? `${line.name} at most ${format(Math.max(...values))}, last ${format(values.at(-1))}` : `${line.name} unknown`;
+    return values.length ? `${line.name} at most ${format(Math.max(...values))}, latest ${format(values.at(-1))}` : `${line.name} unknown`;
   }).join("; ");
 }
 
 function plot(title, lines, series, format) {
-  const width = 400, height = 130, bottom = 18, top = 8, from = new Date(series.since) / 1000, to = from + LENGTHS[series.window], steps = whole(series, from, to);
+  const width = 400, height = 130, bottom = 18, top = 8, from = new Date(series.since) / 1000, to = from + LENGTHS[series.window], steps = withEmptySteps(series, from, to);
   const most = Math.max(1e-9, ...steps.flatMap((step) => lines.map((line) => line.of(step) || 0)));
   const left = Math.max(44, 12 + 7 * Math.max(...[0, 0.5, 1].map((share) => format(most * share).length)));
   const x = (at) => left + ((at - from) / (to - from)) * (width - left - 4), y = (value) => height - bottom - (value / most) * (height - bottom - top);
-  const svg = s("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${spoken(lines, steps, format)}`, preserveAspectRatio: "none" });
+  const svg = s("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${describe(lines, steps, format)}`, preserveAspectRatio: "none" });
   for (const share of [0, 0.5, 1]) {
     svg.append(s("line", { class: "grid", x1: left, x2: width, y1: y(most * share), y2: y(most * share) }), s("text", { x: left - 4, y: y(most * share) + 4, "text-anchor": "end" }, steps.length ? format(most * share) : ""));
   }
   for (const [at, anchor] of [[from, "start"], [to, "end"]]) svg.append(s("text", { x: x(at), y: height - 4, "text-anchor": anchor }, new Date(at * 1000).toLocaleString("sv").slice(series.window === "30d" ? 5 : 11, 16)));
   for (const line of lines) {
     const values = steps.map((step) => [step.at, line.of(step)]), isThere = ([, value]) => value !== null && value !== undefined;
-    // A line stops where nothing was measured.
-    for (const run of runs(values, isThere)) svg.append(s("polyline", { class: line.kind, points: run.map(([at, value]) => `${x(at)},${y(value)}`).join(" ") }));
+    // A line is interrupted where nothing was measured.
+    for (const run of segments(values, isThere)) svg.append(s("polyline", { class: line.kind, points: run.map(([at, value]) => `${x(at)},${y(value)}`).join(" ") }));
     for (const [at, value] of values.filter(isThere)) if (value > 0) svg.append(s("circle", { class: line.kind, cx: x(at), cy: y(value), r: values.length > 60 ? 1 : 2 }));
   }
   const legend = h("div", { class: "legend" }, ...lines.map((line) => h("span", {}, h("i", { class: line.kind }), line.name)));
@@ -196,12 +196,12 @@ function plot(title, lines, series, format) {
 }
 
 async function drawPlots() {
-  const wanted = chosen, series = await ask("GET", `/series?window=${wanted}`), rate = series.step_s / 60;
-  if (wanted !== chosen || !seen) return;
+  const wanted = chosenWindow, series = await request("GET", `/series?window=${wanted}`), rate = series.step_s / 60;
+  if (wanted !== chosenWindow || !latest) return;
   $("plots").replaceChildren(
-    plot("Requests a minute", [{ name: "all", kind: "one", of: (step) => step.requests / rate }, { name: "refused", kind: "two-line", of: (step) => step.refused / rate }, { name: "failed", kind: "three", of: (step) => step.failures / rate }], series, short),
-    plot("Tokens a minute", [{ name: "in", kind: "one", of: (step) => step.prompt_tokens / rate }, { name: "out", kind: "two-line", of: (step) => step.completion_tokens / rate }], series, short),
-    plot("Time to the first byte", [{ name: "p50", kind: "one", of: (step) => step.ttfb_p50_ms }, { name: "p99", kind: "two-line", of: (step) => step.ttfb_p99_ms }], series, ms),
+    plot("Requests per minute", [{ name: "all", kind: "one", of: (step) => step.requests / rate }, { name: "refused", kind: "two-line", of: (step) => step.refused / rate }, { name: "failed", kind: "three", of: (step) => step.failures / rate }], series, short),
+    plot("Tokens per minute", [{ name: "in", kind: "one", of: (step) => step.prompt_tokens / rate }, { name: "out", kind: "two-line", of: (step) => step.completion_tokens / rate }], series, short),
+    plot("Time to first byte", [{ name: "p50", kind: "one", of: (step) => step.ttfb_p50_ms }, { name: "p99", kind: "two-line", of: (step) => step.ttfb_p99_ms }], series, ms),
   );
 }
 
@@ -211,60 +211,60 @@ function open(title, content, buttons) {
   const dialog = $("dialog");
   $("dialog-form").replaceChildren(h("h2", { id: "dialog-title" }, title), ...content, h("p", { id: "dialog-problem", class: "bad", role: "alert", hidden: true }), h("div", { class: "buttons" }, ...buttons));
   if (!dialog.open) dialog.showModal();
-  return (lastOpened += 1);
+  return (lastDialog += 1);
 }
 
-const close = (text = "Close") => h("button", { type: "button", on: { click: () => $("dialog").close() } }, text);
+const closeButton = (text = "Close") => h("button", { type: "button", on: { click: () => $("dialog").close() } }, text);
 
-// What Enter in a field does too; pressed twice it acts once.
-function saving(word, work) {
+// Also pressed by Enter in a field; disabled while it works, so that two clicks act once.
+function submitButton(word, work) {
   const save = h("button", { type: "submit", id: "save", on: { click: async (event) => {
     event.preventDefault();
     save.disabled = true;
-    await trying(work);
+    await guarded(work);
     save.disabled = false;
   } } }, word);
   return save;
 }
 
-// An answer is told in the dialog that was opened for it, and in no other that stands there by then.
-async function telling(title, work) {
-  say(null);
-  const mine = open(title, [h("p", { class: "dim" }, "asking…")], [close()]), isMine = () => mine === lastOpened && $("dialog").open;
+// A result is shown in the dialog that was opened for it, not in another one that is open by then.
+async function showResult(title, work) {
+  showError(null);
+  const mine = open(title, [h("p", { class: "dim" }, "Loading…")], [closeButton()]), isMine = () => mine === lastDialog && $("dialog").open;
   try {
     const facts = await work();
-    if (isMine()) open(title, [h("pre", {}, JSON.stringify(facts, null, 2))], [close()]);
+    if (isMine()) open(title, [h("pre", {}, JSON.stringify(facts, null, 2))], [closeButton()]);
   } catch (problem) {
-    if (isMine()) open(title, [], [close()]);
-    say(problem);
+    if (isMine()) open(title, [], [closeButton()]);
+    showError(problem);
   }
 }
 
-function confirmed(question, word, work) {
-  open(question, [], [close("Cancel"), h("button", { type: "button", class: "danger", id: "confirm", on: { click: (event) => { event.target.disabled = true; $("dialog").close(); trying(work); } } }, word)]);
+function askToConfirm(question, word, work) {
+  open(question, [], [closeButton("Cancel"), h("button", { type: "button", class: "danger", id: "confirm", on: { click: (event) => { event.target.disabled = true; $("dialog").close(); guarded(work); } } }, word)]);
 }
 
-function act(question, word, method, path, body) {
-  confirmed(question, word, async () => { await ask(method, path, body); await look(); });
+function confirmAction(question, word, method, path, body) {
+  askToConfirm(question, word, async () => { await request(method, path, body); await loadOverview(); });
 }
 
-// A hasty Escape must not take what is shown this once.
-let isKept = true;
+// An accidental Escape must not lose a key that is shown only once.
+let mayClose = true;
 $("dialog").addEventListener("cancel", (event) => {
-  if (!$("new-key") || isKept) return;
+  if (!$("new-key") || mayClose) return;
   event.preventDefault();
-  isKept = true;
-  say(new Error("This key is not copied yet; once closed it cannot be shown again."));
+  mayClose = true;
+  showError(new Error("This key is not copied yet. It cannot be shown again after this is closed."));
 });
 $("dialog").addEventListener("close", () => { if (!$("dialog").open) $("dialog-form").replaceChildren(); });
 
-function shownOnce(made) {
-  open("The key, shown this once", [h("p", {}, "It is stored nowhere: copy it now."), h("pre", { id: "new-key" }, made.key)], [button("Copy", (event) => { isKept = true; copy(event.target, made.key); }, ""), close()]);
-  isKept = false;
+function showNewKey(made) {
+  open("New key", [h("p", {}, "Copy the key now: it is not stored and cannot be shown again."), h("pre", { id: "new-key" }, made.key)], [button("Copy", (event) => { mayClose = true; copy(event.target, made.key); }, ""), closeButton()]);
+  mayClose = false;
 }
 
 const field = (name, words, facts = {}) => h("label", {}, words, h("input", { name, ...facts }));
-const LIMITS = [["rpm", "Requests a minute"], ["tpm", "Tokens a minute"], ["concurrent", "At once"], ["day", "Tokens a day"], ["month", "Tokens a month"]];
+const LIMITS = [["rpm", "Requests per minute"], ["tpm", "Tokens per minute"], ["concurrent", "Concurrent requests"], ["day", "Tokens per day"], ["month", "Tokens per month"]];
 
 function limitsIn(form) {
   const found = {};
@@ -275,35 +275,35 @@ function limitsIn(form) {
   return found;
 }
 
-function makeKey() {
-  const save = saving("Make", async () => {
+function createKey() {
+  const save = submitButton("Create", async () => {
     const form = $("dialog-form"), body = { name: form.elements.name.value.trim(), models: form.elements.models.value.split(/\s+/).filter(Boolean), role: form.elements.role.value, ...limitsIn(form) };
     if (form.elements.expires.value.trim()) body.expires = form.elements.expires.value.trim();
-    const made = await ask("POST", "/keys", body);
-    shownOnce(made);
+    const made = await request("POST", "/keys", body);
+    showNewKey(made);
     await loadKeys();
   });
-  open("Make a key", [h("div", { class: "fields" }, field("name", "Name", { required: true }), field("models", "Models (none: all)", { placeholder: "llama3* qwen3" }), field("expires", "Ends after", { placeholder: "30d" }),
+  open("Create key", [h("div", { class: "fields" }, field("name", "Name", { required: true }), field("models", "Models (empty: all)", { placeholder: "llama3* qwen3" }), field("expires", "Expires in", { placeholder: "30d" }),
     h("label", {}, "Role", h("select", { name: "role" }, h("option", { value: "user" }, "user"), h("option", { value: "admin" }, "admin"))),
-    ...LIMITS.map(([name, words]) => field(name, words, { placeholder: "default" })))], [close("Cancel"), save]);
+    ...LIMITS.map(([name, words]) => field(name, words, { placeholder: "default" })))], [closeButton("Cancel"), save]);
 }
 
-function limitKey(row) {
-  const save = saving("Set", () => confirmedLimits(row));
-  open(`Limits of ${row.name}`, [h("p", { class: "dim" }, "A number, “unlimited”, or “default”; what is left empty stays."),
-    h("div", { class: "fields" }, ...LIMITS.map(([name, words]) => field(name, words, { placeholder: row[name] === null ? "default" : String(row[name]) })))], [close("Cancel"), save]);
+function editLimits(row) {
+  const save = submitButton("Save", () => confirmLimits(row));
+  open(`Limits of ${row.name}`, [h("p", { class: "dim" }, "Enter a number, “unlimited” or “default”. Empty fields stay unchanged."),
+    h("div", { class: "fields" }, ...LIMITS.map(([name, words]) => field(name, words, { placeholder: row[name] === null ? "default" : String(row[name]) })))], [closeButton("Cancel"), save]);
 }
 
-function confirmedLimits(row) {
-  const wished = limitsIn($("dialog-form")), words = Object.entries(wished).map(([name, value]) => `${name} ${value === null ? "default" : value}`).join(", ");
+function confirmLimits(row) {
+  const limits = limitsIn($("dialog-form")), words = Object.entries(limits).map(([name, value]) => `${name} ${value === null ? "default" : value}`).join(", ");
   if (!words) { $("dialog").close(); return; }
-  confirmed(`Set ${words} for ${row.name}?`, "Set", async () => { await ask("PATCH", `/keys/${encodeURIComponent(row.id)}`, wished); await loadKeys(); });
+  askToConfirm(`Set ${words} for ${row.name}?`, "Set", async () => { await request("PATCH", `/keys/${encodeURIComponent(row.id)}`, limits); await loadKeys(); });
 }
 
 // ── keys ──
 
 async function loadKeys() {
-  allKeys = await ask("GET", "/keys");
+  allKeys = await request("GET", "/keys");
   drawKeys();
 }
 
@@ -312,29 +312,29 @@ function drawKeys() {
   const found = allKeys.filter((row) => !wanted || row.name.toLowerCase().includes(wanted) || row.id.includes(wanted)), shown = found.slice(0, 200);
   const limits = (row) => LIMITS.filter(([name]) => row[name] !== null).map(([name]) => `${name} ${number(row[name]) === "NaN" ? row[name] : number(row[name])}`).concat(row.rules).join("; ") || "default";
   table($("all-keys"), [
-    { name: "Name", wide: true, of: (row) => link(row.name, () => rowsOf({ key: row.id })) },
-    { name: "Id", of: (row) => h("code", {}, row.id) },
+    { name: "Name", wide: true, of: (row) => link(row.name, () => showRequests({ key: row.id })) },
+    { name: "ID", of: (row) => h("code", {}, row.id) },
     { name: "State", of: (row) => h("span", { class: row.state === "active" ? "good" : "dim" }, row.state + (row.flags.includes("admin") ? ", admin" : "")) },
     { name: "Models", wide: true, of: (row) => row.models.join(" ") },
     { name: "Limits", wide: true, of: limits },
     { name: "Last used", of: (row) => when(row.last_used_at) },
     { name: "", of: (row) => row.state === "active" && h("div", { class: "actions" },
-      button("Limits", () => limitKey(row)),
-      button("Rotate", () => confirmed(`Give ${row.name} a new secret? The old one works for 24 hours more.`, "Rotate", async () => { shownOnce(await ask("POST", `/keys/${encodeURIComponent(row.id)}/rotate`, { overlap: "24h" })); await loadKeys(); })),
-      button("Revoke", () => confirmed(`End ${row.name}, everywhere at once? This cannot be taken back.`, "Revoke", async () => { await ask("DELETE", `/keys/${encodeURIComponent(row.id)}`); await loadKeys(); }), "small danger")) || "" },
-  ], shown, "no such key");
-  $("keys-shown").textContent = `${number(shown.length)} of ${number(found.length)} keys${found.length > shown.length ? ": find the others by name or id" : ""}`;
+      button("Limits", () => editLimits(row)),
+      button("Rotate", () => askToConfirm(`Rotate the key ${row.name}? The old secret keeps working for 24 hours.`, "Rotate", async () => { showNewKey(await request("POST", `/keys/${encodeURIComponent(row.id)}/rotate`, { overlap: "24h" })); await loadKeys(); })),
+      button("Revoke", () => askToConfirm(`Revoke ${row.name}? It stops working everywhere at once. This cannot be undone.`, "Revoke", async () => { await request("DELETE", `/keys/${encodeURIComponent(row.id)}`); await loadKeys(); }), "small danger")) || "" },
+  ], shown, "no keys found");
+  $("keys-shown").textContent = `${number(shown.length)} of ${number(found.length)} keys${found.length > shown.length ? ": search by name or ID to find the others" : ""}`;
 }
 
 // ── audit ──
 
 async function loadRows() {
-  const asked = new URLSearchParams();
-  for (const item of $("filter").elements) if (item.name && item.value.trim()) asked.set(item.name, item.value.trim());
-  const mine = (lastAsked += 1), rows = await ask("GET", `/audit?${asked}`);
-  if (mine !== lastAsked || !seen) return;
+  const query = new URLSearchParams();
+  for (const item of $("filter").elements) if (item.name && item.value.trim()) query.set(item.name, item.value.trim());
+  const mine = (lastQuery += 1), rows = await request("GET", `/audit?${query}`);
+  if (mine !== lastQuery || !latest) return;
   table($("rows"), [
-    { name: "Time", of: (row) => link(when(row.at), () => telling(`Request ${row.request_id}`, () => ask("GET", `/requests/${encodeURIComponent(row.id)}`)), row.id) },
+    { name: "Time", of: (row) => link(when(row.at), () => showResult(`Request ${row.request_id}`, () => request("GET", `/requests/${encodeURIComponent(row.id)}`)), row.id) },
     { name: "Key", wide: true, of: (row) => row.key || row.key_id },
     { name: "Model", wide: true, of: (row) => row.model || "–" },
     { name: "Backend", of: (row) => row.backend || "–" },
@@ -343,13 +343,13 @@ async function loadRows() {
     { name: "Tokens", number: true, of: (row) => `${row.prompt_tokens}${row.cached_tokens ? ` (${row.cached_tokens} cached)` : ""} + ${row.completion_tokens}` },
     { name: "First byte", number: true, of: (row) => ms(row.ttfb_ms) },
     { name: "Total", number: true, of: (row) => ms(row.total_ms) },
-  ], rows, "no such request");
+  ], rows, "no requests found");
   $("rows-shown").textContent = rows.length ? `the newest ${number(rows.length)}` : "";
 }
 
-// ── live ──
+// ── live updates ──
 
-// It tells every two seconds: silence says that it stands still, or that the way to it does.
+// An event comes every two seconds: silence means that the gateway or the network is stuck.
 const SILENCE_MS = 8000, LONGEST_PAUSE_MS = 30000;
 
 async function within(ms, reader) {
@@ -358,92 +358,92 @@ async function within(ms, reader) {
   try { return await Promise.race([reader.read(), late]); } finally { clearTimeout(timer); }
 }
 
-async function listen(signal) {
+async function readEvents(signal) {
   const answer = await reach("/admin/v1/events", { headers: { Authorization: `Bearer ${key.get()}` }, signal });
-  if (!answer.ok) throw await refusalOf(answer);
+  if (!answer.ok) throw await errorOf(answer);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { done, value } = await within(SILENCE_MS, reader);
     if (done) return;
     rest += value;
     for (let end; (end = rest.indexOf("\n\n")) >= 0; rest = rest.slice(end + 2)) {
-      seen = JSON.parse(rest.slice(6, end));
-      live("live", "good");
-      if (isBehind) { isBehind = false; say(null); }
+      latest = JSON.parse(rest.slice(6, end));
+      showConnection("live", "good");
+      if (hasStreamError) { hasStreamError = false; showError(null); }
       drawOverview();
     }
   }
 }
 
-function live(words, kind) {
+function showConnection(words, kind) {
   if ($("live").textContent === `● ${words}`) return;
   $("live").textContent = `● ${words}`;
   $("live").className = kind;
 }
 
-async function keepListening(signal) {
+async function followEvents(signal) {
   for (let pause = 1000; !signal.aborted; pause = Math.min(2 * pause, LONGEST_PAUSE_MS)) {
     try {
-      const before = seen;
-      await listen(signal);
-      if (seen !== before) pause = 1000;
+      const before = latest;
+      await readEvents(signal);
+      if (latest !== before) pause = 1000;
     } catch (problem) {
       if (signal.aborted) return;
-      if (problem instanceof Refused) { isBehind = true; say(problem); }
-      if (problem.status === 401 || problem.status === 403) { live("stopped", "bad"); return; }
+      if (problem instanceof RequestFailed) { hasStreamError = true; showError(problem); }
+      if (problem.status === 401 || problem.status === 403) { showConnection("stopped", "bad"); return; }
     }
-    live("not connected, trying again", "bad");
+    showConnection("disconnected, retrying", "bad");
     await new Promise((done) => setTimeout(done, pause));
   }
 }
 
-async function look() {
-  seen = await ask("GET", "/overview");
+async function loadOverview() {
+  latest = await request("GET", "/overview");
   drawOverview();
 }
 
-function enter() {
-  $("enter").hidden = true;
-  for (const id of ["tabs", "leave"]) $(id).hidden = false;
+function signIn() {
+  $("sign-in").hidden = true;
+  for (const id of ["tabs", "sign-out"]) $(id).hidden = false;
   show("overview");
-  listening = new AbortController();
-  keepListening(listening.signal);
-  trying(drawPlots);
+  events = new AbortController();
+  followEvents(events.signal);
+  guarded(drawPlots);
 }
 
-function leave() {
+function signOut() {
   key.forget();
-  seen = null;
+  latest = null;
   allKeys = [];
-  listening?.abort();
+  events?.abort();
   $("dialog").close();
   for (const id of ["tiles", "plots", "backends", "busy-keys", "busy-models", "all-keys", "rows", "dialog-form"]) $(id).replaceChildren();
   for (const id of ["keys-shown", "rows-shown"]) $(id).textContent = "";
   $("filter").reset();
   $("find-key").value = "";
-  for (const id of ["tabs", "leave", "overview", "keys", "audit"]) $(id).hidden = true;
+  for (const id of ["tabs", "sign-out", "overview", "keys", "audit"]) $(id).hidden = true;
   $("live").textContent = "";
-  $("enter").hidden = false;
+  $("sign-in").hidden = false;
   $("key").value = "";
   $("key").focus();
 }
 
-$("enter").addEventListener("submit", (event) => {
+$("sign-in").addEventListener("submit", (event) => {
   event.preventDefault();
   key.set($("key").value.trim());
-  trying(async () => { await look(); enter(); });
+  guarded(async () => { await loadOverview(); signIn(); });
 });
-$("leave").addEventListener("click", leave);
+$("sign-out").addEventListener("click", signOut);
 $("tabs").addEventListener("click", (event) => event.target.dataset.tab && show(event.target.dataset.tab));
 $("windows").addEventListener("click", (event) => {
   if (!event.target.dataset.window) return;
-  chosen = event.target.dataset.window;
-  for (const one of $("windows").children) one.setAttribute("aria-pressed", one.dataset.window === chosen);
-  trying(drawPlots);
+  chosenWindow = event.target.dataset.window;
+  for (const one of $("windows").children) one.setAttribute("aria-pressed", one.dataset.window === chosenWindow);
+  guarded(drawPlots);
 });
-$("refresh").addEventListener("click", () => telling("Models", async () => { const told = await ask("POST", "/refresh"); await look(); return told; }));
+$("refresh").addEventListener("click", () => showResult("Models", async () => { const result = await request("POST", "/refresh"); await loadOverview(); return result; }));
 $("find-key").addEventListener("input", drawKeys);
-$("make-key").addEventListener("click", makeKey);
-$("filter").addEventListener("submit", (event) => { event.preventDefault(); trying(loadRows); });
-setInterval(() => { if (seen && !$("overview").hidden) drawPlots().catch(() => {}); }, 15000);
-if (key.get()) trying(async () => { await look(); enter(); });
+$("create-key").addEventListener("click", createKey);
+$("filter").addEventListener("submit", (event) => { event.preventDefault(); guarded(loadRows); });
+setInterval(() => { if (latest && !$("overview").hidden) drawPlots().catch(() => {}); }, 15000);
+if (key.get()) guarded(async () => { await loadOverview(); signIn(); });

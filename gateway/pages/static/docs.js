@@ -1,9 +1,9 @@
 import { $, copy, h, reach } from "./nodes.js";
 
 const SAMPLES_ASK = "http://127.0.0.1:8080";
-let told = {}, language = "curl";
+let openapi = {}, language = "curl";
 
-// `code` in backticks, and lists of lines.
+// Text with `code` in backticks; several lines become a list.
 function words(text) {
   const inline = (line) => line.split(/`([^`]+)`/).map((part, at) => (at % 2 ? h("code", {}, part) : part));
   const lines = String(text || "").split("\n");
@@ -11,8 +11,8 @@ function words(text) {
   return h("span", {}, inline(lines[0].replace(/^- /, "")));
 }
 
-const found = (ref) => ref.split("/").slice(1).reduce((at, name) => at[name], told);
-const resolved = (schema) => (schema.$ref ? { ...found(schema.$ref), ...schema } : schema);
+const lookUp = (ref) => ref.split("/").slice(1).reduce((at, name) => at[name], openapi);
+const resolved = (schema) => (schema.$ref ? { ...lookUp(schema.$ref), ...schema } : schema);
 
 // ── shapes ──
 
@@ -28,12 +28,12 @@ function kind(schema) {
 }
 
 function bounds(shape) {
-  const said = [];
-  if (shape.default !== undefined) said.push(`default ${JSON.stringify(shape.default)}`);
-  if (shape.minimum !== undefined) said.push(`from ${shape.minimum}`);
-  if (shape.maximum !== undefined) said.push(`to ${shape.maximum}`);
-  if (shape.maxLength !== undefined) said.push(`at most ${shape.maxLength} characters`);
-  return said.join(", ");
+  const found = [];
+  if (shape.default !== undefined) found.push(`default ${JSON.stringify(shape.default)}`);
+  if (shape.minimum !== undefined) found.push(`from ${shape.minimum}`);
+  if (shape.maximum !== undefined) found.push(`to ${shape.maximum}`);
+  if (shape.maxLength !== undefined) found.push(`at most ${shape.maxLength} characters`);
+  return found.join(", ");
 }
 
 const inner = (shape) => {
@@ -48,12 +48,12 @@ function fields(schema) {
     const field = resolved(of), below = inner(field);
     const required = (shape.required || []).includes(name);
     return h("li", {}, h("code", {}, name), " ", h("span", { class: "dim" }, [kind(of), required ? "required" : "", bounds(field)].filter(Boolean).join(" · ")),
-      field.description && h("div", {}, words(field.description)), below && unfolded("Its fields", () => fields(of)));
+      field.description && h("div", {}, words(field.description)), below && foldedSection("Fields", () => fields(of)));
   }));
 }
 
-// Made when it is opened: shapes may hold each other.
-function unfolded(title, make) {
+// Built when it is opened, as schemas may be recursive.
+function foldedSection(title, make) {
   const box = h("details", { on: { toggle: () => { if (box.open && box.childElementCount === 1) box.append(make()); } } }, h("summary", {}, title));
   return box;
 }
@@ -72,85 +72,85 @@ function sample(samples) {
   }
   document.addEventListener("language", show);
   show();
-  const copying = h("button", { type: "button", class: "small", on: { click: () => copy(copying, source()) } }, "Copy");
-  return h("div", {}, h("div", { class: "row" }, buttons, copying), code);
+  const copyButton = h("button", { type: "button", class: "small", on: { click: () => copy(copyButton, source()) } }, "Copy");
+  return h("div", {}, h("div", { class: "row" }, buttons, copyButton), code);
 }
 
 const cell = (label, ...children) => h("td", { "data-label": label, class: "wide" }, h("span", {}, children));
 
 function parameters(list) {
-  const rows = list.map((one) => h("tr", {}, cell("Name", h("code", {}, one.name)), cell("In", one.in), cell("Kind", [kind(one.schema), one.required ? "required" : "", bounds(one.schema)].filter(Boolean).join(" · ")), cell("What", words(one.description))));
-  return h("table", {}, h("thead", {}, h("tr", {}, ["Name", "In", "Kind", "What"].map((name) => h("th", {}, name)))), h("tbody", {}, rows));
+  const rows = list.map((one) => h("tr", {}, cell("Name", h("code", {}, one.name)), cell("In", one.in), cell("Type", [kind(one.schema), one.required ? "required" : "", bounds(one.schema)].filter(Boolean).join(" · ")), cell("Description", words(one.description))));
+  return h("table", {}, h("thead", {}, h("tr", {}, ["Name", "In", "Type", "Description"].map((name) => h("th", {}, name)))), h("tbody", {}, rows));
 }
 
 function answers(responses) {
   const rows = Object.entries(responses).map(([status, given]) => {
     const one = resolved(given);
-    const shapes = Object.entries(one.content || {}).map(([media, content]) => (content.schema ? unfolded(media, () => fields(content.schema)) : h("div", { class: "dim" }, media)));
-    return h("tr", {}, cell("Status", h("b", { class: /^[23d]/.test(status) ? "good" : "" }, status)), cell("What", words(one.description)), cell("Shape", shapes));
+    const shapes = Object.entries(one.content || {}).map(([media, content]) => (content.schema ? foldedSection(media, () => fields(content.schema)) : h("div", { class: "dim" }, media)));
+    return h("tr", {}, cell("Status", h("b", { class: /^[23d]/.test(status) ? "good" : "" }, status)), cell("Description", words(one.description)), cell("Schema", shapes));
   });
-  return h("table", {}, h("thead", {}, h("tr", {}, ["Status", "What", "Shape"].map((name) => h("th", {}, name)))), h("tbody", {}, rows));
+  return h("table", {}, h("thead", {}, h("tr", {}, ["Status", "Description", "Schema"].map((name) => h("th", {}, name)))), h("tbody", {}, rows));
 }
 
-function whose(operation) {
-  if (!operation.security.length) return "Without a key.";
-  if (operation.tags[0] === "Admin") return "For keys with the role admin.";
-  return operation.operationId === "get_metrics" ? "With METRICS_TOKEN, or from where METRICS_ALLOW says." : "With a key.";
+function keyNeeded(operation) {
+  if (!operation.security.length) return "No key needed.";
+  if (operation.tags[0] === "Admin") return "Needs a key with the role admin.";
+  return operation.operationId === "get_metrics" ? "Needs METRICS_TOKEN, or an address in METRICS_ALLOW." : "Needs a key.";
 }
 
-function opened(operation) {
+function details(operation) {
   const body = operation.requestBody && Object.values(operation.requestBody.content)[0];
-  return h("div", { class: "operation" }, h("p", { class: "dim" }, whose(operation)),
-    h("h3", {}, "Call"), sample(operation["x-codeSamples"]),
+  return h("div", { class: "operation" }, h("p", { class: "dim" }, keyNeeded(operation)),
+    h("h3", {}, "Example"), sample(operation["x-codeSamples"]),
     operation.parameters && [h("h3", {}, "Parameters"), parameters(operation.parameters)],
-    body && [h("h3", {}, "Body"), fields(body.schema)],
-    h("h3", {}, "Answers"), answers(operation.responses));
+    body && [h("h3", {}, "Request body"), fields(body.schema)],
+    h("h3", {}, "Responses"), answers(operation.responses));
 }
 
-function line(method, path, operation) {
+function route(method, path, operation) {
   const title = h("summary", {}, h("b", { class: `method ${method}` }, method.toUpperCase()), " ", h("code", {}, path), " ", h("span", { class: "dim" }, operation.summary));
-  const box = h("details", { id: operation.operationId, class: "line", "data-words": `${method} ${path} ${operation.summary}`.toLowerCase() }, title);
+  const box = h("details", { id: operation.operationId, class: "route", "data-words": `${method} ${path} ${operation.summary}`.toLowerCase() }, title);
   box.addEventListener("toggle", () => {
     if (!box.open) return;
-    if (box.childElementCount === 1) box.append(opened(operation));
+    if (box.childElementCount === 1) box.append(details(operation));
     history.replaceState(null, "", `#${box.id}`);
   });
   return box;
 }
 
 function show() {
-  const groups = told.tags.map(({ name }) => {
-    const lines = Object.entries(told.paths).flatMap(([path, methods]) =>
-      Object.entries(methods).filter(([, operation]) => operation.tags.includes(name)).map(([method, operation]) => line(method, path, operation)));
-    return lines.length ? h("section", { class: "card" }, h("h2", {}, name), lines) : null;
+  const groups = openapi.tags.map(({ name }) => {
+    const routes = Object.entries(openapi.paths).flatMap(([path, methods]) =>
+      Object.entries(methods).filter(([, operation]) => operation.tags.includes(name)).map(([method, operation]) => route(method, path, operation)));
+    return routes.length ? h("section", { class: "card" }, h("h2", {}, name), routes) : null;
   });
-  const keys = Object.entries(told.components.securitySchemes).map(([, one]) => (one.name ? `${one.name}: nz_…` : one.scheme === "bearer" ? "Authorization: Bearer nz_…" : "Authorization: Basic, the key as the password"));
-  $("document").append(h("section", { class: "card" }, h("p", {}, words(told.info.description)),
-    h("p", {}, "A key travels in a header, one of: ", keys.flatMap((text, at) => [at ? "; " : "", h("code", {}, text)]), ". Or in the address: ", h("code", {}, `${location.origin}/k/nz_…/v1`), ".")), ...groups.filter(Boolean));
+  const keys = Object.entries(openapi.components.securitySchemes).map(([, one]) => (one.name ? `${one.name}: nz_…` : one.scheme === "bearer" ? "Authorization: Bearer nz_…" : "Authorization: Basic, the key as the password"));
+  $("document").append(h("section", { class: "card" }, h("p", {}, words(openapi.info.description)),
+    h("p", {}, "Send the key in one of these headers: ", keys.flatMap((text, at) => [at ? "; " : "", h("code", {}, text)]), ", or in the URL: ", h("code", {}, `${location.origin}/k/nz_…/v1`), ".")), ...groups.filter(Boolean));
 }
 
 $("find").addEventListener("input", () => {
   const wanted = $("find").value.toLowerCase().split(/\s+/).filter(Boolean);
-  for (const box of document.querySelectorAll(".line")) box.hidden = !wanted.every((word) => box.dataset.words.includes(word));
-  for (const group of document.querySelectorAll("section.card:has(.line)")) group.hidden = !group.querySelector(".line:not([hidden])");
-  $("nothing").hidden = !wanted.length || document.querySelector(".line:not([hidden])") !== null;
+  for (const box of document.querySelectorAll(".route")) box.hidden = !wanted.every((word) => box.dataset.words.includes(word));
+  for (const group of document.querySelectorAll("section.card:has(.route)")) group.hidden = !group.querySelector(".route:not([hidden])");
+  $("nothing").hidden = !wanted.length || document.querySelector(".route:not([hidden])") !== null;
 });
 
-async function begin() {
+async function load() {
   const answer = await reach("/openapi.json");
   if (!answer.ok) throw new Error(`/openapi.json: ${answer.status}`);
-  told = await answer.json();
+  openapi = await answer.json();
   show();
-  goThere();
+  openFragment();
 }
 
-function goThere() {
+function openFragment() {
   let name = location.hash.slice(1);
-  try { name = decodeURIComponent(name); } catch { /* no address of ours: then there is nowhere to go */ }
+  try { name = decodeURIComponent(name); } catch { /* not one of our fragments: stay here */ }
   const wanted = $(name);
-  if (wanted?.matches(".line")) { wanted.open = true; wanted.scrollIntoView(); }
+  if (wanted?.matches(".route")) { wanted.open = true; wanted.scrollIntoView(); }
 }
 
-window.addEventListener("hashchange", goThere);
+window.addEventListener("hashchange", openFragment);
 
-begin().catch((wrong) => { $("problem").textContent = String(wrong.message || wrong); $("problem").hidden = false; });
+load().catch((wrong) => { $("problem").textContent = String(wrong.message || wrong); $("problem").hidden = false; });

@@ -1,5 +1,5 @@
-// Markdown as models write it. The time it takes grows with the text alone, whatever is in it, and nesting has an end: what a
-// model says must not hold the page up. Pictures are not loaded, and links lead to the web only.
+// Markdown as models write it. The time is linear in the length of the text, and nesting is bounded: no answer of a model may
+// block the page. Images are not loaded, and links lead to the web only.
 import { h } from "./nodes.js";
 
 const DEEPEST = 6, LONGEST_ADDRESS = 2000;
@@ -10,7 +10,7 @@ const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], [
 
 // ── words in a line ──
 
-// For a mark the next place that can end it. Asked in rising order, so that nothing is looked at twice.
+// For a mark the next position that can end it. Positions are asked for in rising order, so that none is scanned twice.
 function ends(text, mark, fits) {
   let at = -1;
   return (from) => {
@@ -47,7 +47,7 @@ function codeSpans(text) {
   };
 }
 
-// The end of an address that begins there, its brackets in pairs; -1 where it is none.
+// The end of a URL that begins there, with balanced brackets; -1 if there is none.
 function addressEnd(text, from) {
   for (let at = from, open = 0; at < text.length && at - from < LONGEST_ADDRESS; at += 1) {
     if (/\s/.test(text[at]) || text.startsWith("](", at)) return -1;
@@ -98,7 +98,7 @@ function inline(text, depth = 0, inLink = false) {
   return into;
 }
 
-// One blank on each side is there to keep backticks apart.
+// A space on each side only separates backticks.
 function unpadded(code) { return code.startsWith(" ") && code.endsWith(" ") && code.trim() ? code.slice(1, -1) : code; }
 
 function lines(into, text) {
@@ -107,7 +107,7 @@ function lines(into, text) {
 
 // ── blocks ──
 
-// A row's cells; `\|` is no border.
+// A row's cells; `\|` is not a border.
 function cells(line) {
   const found = [];
   let cell = "";
@@ -202,7 +202,7 @@ function table([head, , ...rows]) {
   return h("div", { class: "scroll" }, h("table", {}, above, h("tbody", {}, rows.map(row))));
 }
 
-// What stands between the fences, without the margin of the first.
+// The text between the fences, without the indentation of the first.
 function codeOf(lines) {
   const margin = indent(lines[0]), isClosed = lines.length > 1 && /^[ \t]*(`{3,}|~{3,})[ \t]*$/.test(lines.at(-1));
   return lines.slice(1, isClosed ? -1 : undefined).map((line) => line.slice(Math.min(indent(line), margin))).join("\n");
@@ -221,9 +221,8 @@ function block(kind, lines, depth) {
   }
 }
 
-// A text that grows in a node: only blocks that are not as before are made anew, so that what is selected, focused or scrolled
-// above stays so.
-export class Growing {
+// Shows a growing text: only blocks that changed are rebuilt, so that selection, focus and scrolling above are kept.
+export class StreamingMarkdown {
   constructor(node) { this.node = node; this.shown = []; }
 
   show(text) {

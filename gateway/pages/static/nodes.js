@@ -1,4 +1,4 @@
-// What all pages are made of. What comes from models and servers becomes text or nodes made here, never markup.
+// Used by all pages. What models and servers send becomes text or nodes made here, never markup.
 export const $ = (id) => document.getElementById(id);
 
 export function h(tag, facts = {}, ...children) {
@@ -12,18 +12,18 @@ export function h(tag, facts = {}, ...children) {
   return made;
 }
 
-// A browser's own words for this, "Failed to fetch", say nothing to who only uses a page.
+// The browser's own message for this, "Failed to fetch", does not help the user of a page.
 export async function reach(path, options) {
   try { return await fetch(path, options); } catch (problem) {
-    throw problem.name === "AbortError" ? problem : new Error("the gateway does not answer: look whether it runs, and try again");
+    throw problem.name === "AbortError" ? problem : new Error("the gateway does not answer: check that it is running, and try again");
   }
 }
 
 export async function copy(pressed, text) {
-  const words = pressed.dataset.words ||= pressed.textContent;
+  const label = pressed.dataset.label ||= pressed.textContent;
   let done = true;
   try { await navigator.clipboard.writeText(text); } catch {
-    // Browsers offer pages without TLS no clipboard but this; what a dialog covers cannot be selected.
+    // Without TLS this is the only clipboard that browsers offer; text behind a dialog cannot be selected.
     const box = h("textarea", { "aria-hidden": "true" });
     box.value = text;
     pressed.after(box);
@@ -32,6 +32,6 @@ export async function copy(pressed, text) {
     box.remove();
     pressed.focus();
   }
-  pressed.textContent = done ? "Copied" : "Not copied";
-  setTimeout(() => { pressed.textContent = words; }, 1500);
+  pressed.textContent = done ? "Copied" : "Copy failed";
+  setTimeout(() => { pressed.textContent = label; }, 1500);
 }

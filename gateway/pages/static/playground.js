@@ -1,17 +1,17 @@
-import { Growing } from "./markdown.js";
+import { StreamingMarkdown } from "./markdown.js";
 import { $, copy, h, reach } from "./nodes.js";
 
 const key = { get: () => sessionStorage.getItem("playground-key") || "", set: (value) => sessionStorage.setItem("playground-key", value), forget: () => sessionStorage.removeItem("playground-key") };
 const button = (text, act, kind = "small") => h("button", { type: "button", class: kind, on: { click: act } }, text);
-const PICTURES = ["image/png", "image/jpeg", "image/webp", "image/gif"];
-// Showing costs time: it takes at most a fifth of it, and is done no more often than eyes can follow.
+const IMAGE_TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif"];
+// Drawing takes at most a fifth of the time, and is not repeated faster than the eye can follow.
 const SHOWN_EVERY_MS = 60, SHORTEST_MS = 20;
-const eyes = new Map();
-let turns = [], running = null, pictures = [];
+const hasVision = new Map();
+let turns = [], running = null, images = [];
 
 // ── the gateway ──
 
-class Refused extends Error {
+class RequestFailed extends Error {
   constructor(answer, words, wait) { super(`${answer.status}: ${words}`); this.status = answer.status; this.headers = answer.headers; this.until = Date.now() + wait * 1000; }
 }
 
@@ -22,8 +22,8 @@ async function call(method, path, body, signal) {
   if (answer.ok) return answer;
   const text = await answer.text();
   let words = text || answer.statusText;
-  try { const told = JSON.parse(text).error; words = told?.message || told || words; } catch { /* as it is */ }
-  throw new Refused(answer, words, Number(answer.headers.get("retry-after-ms")) / 1000 || Number(answer.headers.get("retry-after")) || 0);
+  try { const { error } = JSON.parse(text); words = error?.message || error || words; } catch { /* as it is */ }
+  throw new RequestFailed(answer, words, Number(answer.headers.get("retry-after-ms")) / 1000 || Number(answer.headers.get("retry-after")) || 0);
 }
 
 async function* events(answer) {
@@ -44,7 +44,7 @@ async function* events(answer) {
 function messagesUntil(turn, model) {
   const found = $("system").value.trim() ? [{ role: "system", content: $("system").value.trim() }] : [];
   for (const one of turns) {
-    const content = one.pictures.length && eyes.get(model) ? [{ type: "text", text: one.prompt }, ...one.pictures.map((url) => ({ type: "image_url", image_url: { url } }))] : one.prompt;
+    const content = one.images.length && hasVision.get(model) ? [{ type: "text", text: one.prompt }, ...one.images.map((url) => ({ type: "image_url", image_url: { url } }))] : one.prompt;
     found.push({ role: "user", content });
     if (one === turn) break;
     const answer = one.answers.find((given) => given.model === model) || one.answers[0];
@@ -53,10 +53,10 @@ function messagesUntil(turn, model) {
   return found;
 }
 
-function bodyOf(turn, model) {
+function requestBody(turn, model) {
   const body = { model, messages: messagesUntil(turn, model), stream: true, stream_options: { include_usage: true } };
   if ($("temperature").value) body.temperature = Number($("temperature").value);
-  if ($("most").value) body.max_tokens = Number($("most").value);
+  if ($("max-tokens").value) body.max_tokens = Number($("max-tokens").value);
   if ($("json").checked) body.response_format = { type: "json_object" };
   return body;
 }
@@ -70,7 +70,7 @@ async function answerWith(answer, signal) {
     const reply = await call("POST", "/v1/chat/completions", answer.body, signal);
     read(answer, reply.headers);
     for await (const event of events(reply)) {
-      if (event.error) throw new Error(event.error.message || "the answer broke off");
+      if (event.error) throw new Error(event.error.message || "the answer was interrupted");
       const delta = event.choices?.[0]?.delta || {};
       answer.thinking += delta.reasoning || delta.reasoning_content || "";
       answer.text += delta.content || "";
@@ -79,7 +79,7 @@ async function answerWith(answer, signal) {
         answer.last = performance.now() - began;
       }
       answer.usage = event.usage || answer.usage;
-      soon(answer);
+      scheduleDraw(answer);
     }
   } catch (problem) {
     if (problem.name === "AbortError") answer.stopped = true;
@@ -90,7 +90,7 @@ async function answerWith(answer, signal) {
   answer.draw();
 }
 
-function soon(answer) {
+function scheduleDraw(answer) {
   if (answer.timer) return;
   answer.timer = setTimeout(() => {
     const began = performance.now();
@@ -100,37 +100,37 @@ function soon(answer) {
   }, Math.max(SHOWN_EVERY_MS, answer.rest));
 }
 
-async function run(turn) {
-  const models = [...new Set([$("model").value, $("second").value].filter(Boolean))];
+async function answerTurn(turn) {
+  const models = [...new Set([$("model").value, $("compare").value].filter(Boolean))];
   const mine = running = new AbortController();
   try {
-    turn.answers = models.map((model) => ({ model, body: bodyOf(turn, model), isBlind: turn.pictures.length > 0 && !eyes.get(model), text: "", thinking: "", first: null, last: 0, usage: null, done: false, timer: null, rest: 0, draw: () => {} }));
+    turn.answers = models.map((model) => ({ model, body: requestBody(turn, model), isBlind: turn.images.length > 0 && !hasVision.get(model), text: "", thinking: "", first: null, last: 0, usage: null, done: false, timer: null, rest: 0, draw: () => {} }));
     draw();
-    busy();
+    updateButtons();
     if (document.activeElement === document.body) $("stop").focus();
     await Promise.all(turn.answers.map((answer) => answerWith(answer, mine.signal)));
   } finally {
     if (running === mine) running = null;
     const isLost = [document.body, $("stop")].includes(document.activeElement);
-    busy();
+    updateButtons();
     drawActions();
     if (isLost && !running) $("prompt").focus();
   }
 }
 
-function busy() {
+function updateButtons() {
   $("stop").hidden = running === null;
   $("send").disabled = running !== null;
 }
 
-function forgetTalk() {
+function newChat() {
   running?.abort();
   running = null;
   turns = [];
-  pictures = [];
-  drawPictures();
+  images = [];
+  drawImages();
   draw();
-  busy();
+  updateButtons();
 }
 
 // ── showing ──
@@ -141,23 +141,23 @@ const examples = {
   JavaScript: (body) => `const answer = await fetch("${location.origin}/v1/chat/completions", {\n  method: "POST",\n  headers: { Authorization: \`Bearer \${process.env.KEY}\`, "Content-Type": "application/json" },\n  body: JSON.stringify(${JSON.stringify(body)}),\n});\nfor await (const piece of answer.body.pipeThrough(new TextDecoderStream())) process.stdout.write(piece);`,
 };
 
-function factsOf(answer) {
+function detailsOf(answer) {
   const facts = [];
   if (answer.backend) facts.push(`backend ${answer.backend}`);
   if (answer.id) facts.push(`request ${answer.id}`);
-  const { prompt_tokens: asked, completion_tokens: told } = answer.usage || {};
-  if (asked !== undefined || told !== undefined) facts.push(`${asked ?? "?"} + ${told ?? "?"} tokens`);
+  const { prompt_tokens: prompt, completion_tokens: completion } = answer.usage || {};
+  if (prompt !== undefined || completion !== undefined) facts.push(`${prompt ?? "?"} + ${completion ?? "?"} tokens`);
   if (answer.first !== null) facts.push(`first token ${Math.round(answer.first)} ms`);
-  // What came at one moment came at no speed.
-  if (told > 1 && answer.last - answer.first >= SHORTEST_MS) facts.push(`${((told - 1) * 1000 / (answer.last - answer.first)).toFixed(1)} tokens/s`);
+  // A rate needs more than one moment.
+  if (completion > 1 && answer.last - answer.first >= SHORTEST_MS) facts.push(`${((completion - 1) * 1000 / (answer.last - answer.first)).toFixed(1)} tokens/s`);
   if (answer.requestsLeft) facts.push(`left this minute: ${answer.requestsLeft} requests${answer.tokensLeft ? `, ${answer.tokensLeft} tokens` : ""}`);
   if (answer.stopped) facts.push("stopped");
-  if (answer.isBlind) facts.push("without the picture, which this model cannot see");
+  if (answer.isBlind) facts.push("sent without the image: this model does not accept images");
   return facts;
 }
 
-function problemOf(turn, answer) {
-  // A countdown is no news each second.
+function errorBox(turn, answer) {
+  // Only the message is an alert: the countdown must not be announced every second.
   const shown = h("p", { class: "bad" }, h("span", { role: "alert" }, answer.problem.message));
   const { status, until } = answer.problem;
   if (status !== 429 || until <= Date.now()) return shown;
@@ -166,7 +166,7 @@ function problemOf(turn, answer) {
   again.disabled = true;
   const tick = () => {
     const seconds = Math.ceil((until - Date.now()) / 1000);
-    left.textContent = seconds > 0 ? ` again in ${seconds} s ` : " ";
+    left.textContent = seconds > 0 ? ` retry in ${seconds} s ` : " ";
     again.disabled = seconds > 0 || running !== null;
     if (left.isConnected) setTimeout(tick, 250);
   };
@@ -176,27 +176,27 @@ function problemOf(turn, answer) {
 }
 
 function drawAnswer(turn, answer) {
-  const said = h("div", { class: "said" }), thinking = h("details", { class: "thinking", hidden: true }, h("summary", {}, "Thinking"), h("div")), below = h("div");
-  const box = h("article", { class: "card answer", "aria-busy": "true" }, h("h3", {}, answer.model), thinking, said, below);
-  const growing = new Growing(said);
+  const text = h("div", { class: "answer-text" }), thinking = h("details", { class: "thinking", hidden: true }, h("summary", {}, "Thinking"), h("div")), below = h("div");
+  const box = h("article", { class: "card answer", "aria-busy": "true" }, h("h3", {}, answer.model), thinking, text, below);
+  const markdown = new StreamingMarkdown(text);
   answer.draw = () => {
-    growing.show(answer.text);
+    markdown.show(answer.text);
     thinking.hidden = !answer.thinking;
     if (thinking.lastChild.textContent.length !== answer.thinking.length) thinking.lastChild.textContent = answer.thinking;
     if (!answer.done) return;
     box.removeAttribute("aria-busy");
     const copied = Object.entries(examples).map(([name, of]) => button(`Copy as ${name}`, (event) => copy(event.target, of(answer.body))));
-    below.replaceChildren(...(answer.problem ? [problemOf(turn, answer)] : []), h("div", { class: "facts" }, ...factsOf(answer).map((fact) => h("span", {}, fact))), h("div", { class: "actions" }, button("Copy", (event) => copy(event.target, answer.text)), ...copied));
+    below.replaceChildren(...(answer.problem ? [errorBox(turn, answer)] : []), h("div", { class: "facts" }, ...detailsOf(answer).map((fact) => h("span", {}, fact))), h("div", { class: "actions" }, button("Copy", (event) => copy(event.target, answer.text)), ...copied));
   };
   answer.draw();
   return box;
 }
 
 function draw() {
-  $("talk").replaceChildren(...turns.map((turn) => {
-    const asked = h("div", { class: "asked" }, turn.prompt, turn.pictures.length ? h("div", { class: "pictures" }, ...turn.pictures.map((src) => h("img", { src, alt: "a picture of yours" }))) : null, h("div", { class: "actions" }));
-    turn.actions = asked.lastChild;
-    return h("section", { class: "turn" }, asked, h("div", { class: "answers" }, ...turn.answers.map((answer) => drawAnswer(turn, answer))));
+  $("conversation").replaceChildren(...turns.map((turn) => {
+    const question = h("div", { class: "question" }, turn.prompt, turn.images.length ? h("div", { class: "images" }, ...turn.images.map((src) => h("img", { src, alt: "image in your message" }))) : null, h("div", { class: "actions" }));
+    turn.actions = question.lastChild;
+    return h("section", { class: "turn" }, question, h("div", { class: "answers" }, ...turn.answers.map((answer) => drawAnswer(turn, answer))));
   }));
   drawActions();
 }
@@ -208,8 +208,8 @@ function drawActions() {
 function edit(turn) {
   if (running) return;
   $("prompt").value = turn.prompt;
-  pictures = turn.pictures;
-  drawPictures();
+  images = turn.images;
+  drawImages();
   turns = turns.slice(0, turns.indexOf(turn));
   draw();
   $("prompt").focus();
@@ -218,12 +218,12 @@ function edit(turn) {
 function retry(turn) {
   if (running) return;
   turns = turns.slice(0, turns.indexOf(turn) + 1);
-  run(turn);
+  answerTurn(turn);
 }
 
-function drawPictures() {
-  const away = (src) => { pictures = pictures.filter((one) => one !== src); drawPictures(); $("prompt").focus(); };
-  $("pictures").replaceChildren(...pictures.map((src) => h("span", { class: "picture" }, h("img", { src, alt: "a picture to send" }), button("Remove", () => away(src)))));
+function drawImages() {
+  const remove = (src) => { images = images.filter((one) => one !== src); drawImages(); $("prompt").focus(); };
+  $("images").replaceChildren(...images.map((src) => h("span", { class: "image" }, h("img", { src, alt: "image to send" }), button("Remove", () => remove(src)))));
 }
 
 // ── models ──
@@ -232,22 +232,22 @@ async function loadModels() {
   const names = (await (await call("GET", "/v1/models")).json()).data.map((model) => model.id);
   const options = () => names.map((name) => h("option", { value: name }, name));
   $("model").replaceChildren(...options());
-  $("second").replaceChildren(h("option", { value: "" }, "nothing"), ...options());
+  $("compare").replaceChildren(h("option", { value: "" }, "none"), ...options());
   $("embed-model").replaceChildren(...options());
-  if (!names.length) throw new Error("This key may use no model that is there.");
-  await lookAtModels();
+  if (!names.length) throw new Error("There is no model that this key may use.");
+  await loadCapabilities();
 }
 
-async function lookAtModels() {
-  const models = () => [$("model").value, $("second").value].filter(Boolean);
-  const show = () => { $("add-picture").hidden = !models().some((model) => eyes.get(model)); };
+async function loadCapabilities() {
+  const models = () => [$("model").value, $("compare").value].filter(Boolean);
+  const show = () => { $("add-image").hidden = !models().some((model) => hasVision.get(model)); };
   show();
   for (const model of models()) {
-    if (eyes.has(model)) continue;
+    if (hasVision.has(model)) continue;
     try {
-      const told = await (await call("POST", "/api/show", { model })).json();
-      eyes.set(model, (told.capabilities || []).includes("vision"));
-    } catch { /* then it cannot see */ }
+      const shown = await (await call("POST", "/api/show", { model })).json();
+      hasVision.set(model, (shown.capabilities || []).includes("vision"));
+    } catch { /* then it counts as one without vision */ }
   }
   show();
 }
@@ -262,23 +262,23 @@ function similarity(a, b) {
 
 async function embed() {
   const texts = $("texts").value.split("\n").map((line) => line.trim()).filter(Boolean);
-  const told = await (await call("POST", "/v1/embeddings", { model: $("embed-model").value, input: texts })).json();
-  const vectors = told.data.map((one) => one.embedding);
-  const head = h("tr", {}, ...["Text", "Length", "First values", "Like the first"].map((name) => h("th", {}, name)));
-  const rows = vectors.map((vector, n) => h("tr", {}, h("td", { class: "wide", "data-label": "Text" }, texts[n]), h("td", { class: "number", "data-label": "Length" }, vector.length), h("td", { class: "wide", "data-label": "First values" }, vector.slice(0, 5).map((value) => value.toFixed(4)).join(", ")), h("td", { class: "number", "data-label": "Like the first" }, similarity(vectors[0], vector).toFixed(4))));
-  $("vectors").replaceChildren(h("div", { class: "scroll" }, h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows))), h("p", { class: "dim" }, told.usage ? `${told.usage.prompt_tokens} tokens` : ""));
+  const reply = await (await call("POST", "/v1/embeddings", { model: $("embed-model").value, input: texts })).json();
+  const vectors = reply.data.map((one) => one.embedding);
+  const head = h("tr", {}, ...["Text", "Dimensions", "First values", "Similarity to the first"].map((name) => h("th", {}, name)));
+  const rows = vectors.map((vector, n) => h("tr", {}, h("td", { class: "wide", "data-label": "Text" }, texts[n]), h("td", { class: "number", "data-label": "Dimensions" }, vector.length), h("td", { class: "wide", "data-label": "First values" }, vector.slice(0, 5).map((value) => value.toFixed(4)).join(", ")), h("td", { class: "number", "data-label": "Similarity to the first" }, similarity(vectors[0], vector).toFixed(4))));
+  $("vectors").replaceChildren(h("div", { class: "scroll" }, h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows))), h("p", { class: "dim" }, reply.usage ? `${reply.usage.prompt_tokens} tokens` : ""));
 }
 
 // ── the page ──
 
-function say(problem) {
+function showError(problem) {
   $("problem").textContent = problem ? problem.message : "";
   $("problem").hidden = !problem;
-  if (problem?.status === 401) leave();
+  if (problem?.status === 401) signOut();
 }
 
-async function trying(work) {
-  try { say(null); await work(); } catch (problem) { say(problem); }
+async function guarded(work) {
+  try { showError(null); await work(); } catch (problem) { showError(problem); }
 }
 
 function show(tab) {
@@ -286,56 +286,56 @@ function show(tab) {
   for (const one of $("tabs").children) one.dataset.tab === tab ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
 }
 
-// What else a header cannot carry.
-function readable(text) {
-  if (!/^[\x21-\x7e]+$/.test(text)) throw new Error("This is no key: keys have letters, digits and underscores only.");
+// A header cannot carry anything else.
+function checkedKey(text) {
+  if (!/^[\x21-\x7e]+$/.test(text)) throw new Error("This is not a key: keys have letters, digits and underscores only.");
   return text;
 }
 
-async function enter() {
+async function signIn() {
   await loadModels();
-  $("enter").hidden = true;
-  for (const id of ["tabs", "leave"]) $(id).hidden = false;
+  $("sign-in").hidden = true;
+  for (const id of ["tabs", "sign-out"]) $(id).hidden = false;
   show("chat");
   $("prompt").focus();
 }
 
-function leave() {
+function signOut() {
   key.forget();
-  eyes.clear();
-  forgetTalk();
-  for (const form of ["settings", "say", "embed-form"]) $(form).reset();
+  hasVision.clear();
+  newChat();
+  for (const form of ["settings", "composer", "embed-form"]) $(form).reset();
   $("vectors").replaceChildren();
-  for (const id of ["tabs", "leave", "chat", "embed"]) $(id).hidden = true;
-  $("enter").hidden = false;
+  for (const id of ["tabs", "sign-out", "chat", "embed"]) $(id).hidden = true;
+  $("sign-in").hidden = false;
   $("key").value = "";
   $("key").focus();
 }
 
-$("enter").addEventListener("submit", (event) => { event.preventDefault(); trying(async () => { key.set(readable($("key").value.trim())); await enter(); }); });
-$("leave").addEventListener("click", leave);
+$("sign-in").addEventListener("submit", (event) => { event.preventDefault(); guarded(async () => { key.set(checkedKey($("key").value.trim())); await signIn(); }); });
+$("sign-out").addEventListener("click", signOut);
 $("tabs").addEventListener("click", (event) => event.target.dataset.tab && show(event.target.dataset.tab));
-for (const id of ["model", "second"]) $(id).addEventListener("change", lookAtModels);
-$("say").addEventListener("submit", (event) => {
+for (const id of ["model", "compare"]) $(id).addEventListener("change", loadCapabilities);
+$("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   if (running || !$("prompt").value.trim()) return;
-  const turn = { prompt: $("prompt").value.trim(), pictures, answers: [], actions: null };
+  const turn = { prompt: $("prompt").value.trim(), images, answers: [], actions: null };
   turns.push(turn);
   $("prompt").value = "";
-  pictures = [];
-  drawPictures();
-  run(turn);
+  images = [];
+  drawImages();
+  answerTurn(turn);
 });
-$("prompt").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("say").requestSubmit(); } });
+$("prompt").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("composer").requestSubmit(); } });
 $("stop").addEventListener("click", () => running?.abort());
-$("clear").addEventListener("click", forgetTalk);
+$("new-chat").addEventListener("click", newChat);
 const dataOf = (file) => new Promise((done, failed) => { const reader = new FileReader(); reader.onload = () => done(reader.result); reader.onerror = () => failed(reader.error); reader.readAsDataURL(file); });
-$("picture").addEventListener("change", (event) => trying(async () => {
-  const files = [...event.target.files], other = files.find((file) => !PICTURES.includes(file.type));
+$("image").addEventListener("change", (event) => guarded(async () => {
+  const files = [...event.target.files], other = files.find((file) => !IMAGE_TYPES.includes(file.type));
   event.target.value = "";
-  if (other) throw new Error(`${other.name} is no picture: add PNG, JPEG, WebP or GIF.`);
-  pictures = [...pictures, ...await Promise.all(files.map(dataOf))];
-  drawPictures();
+  if (other) throw new Error(`${other.name} is not an image: use PNG, JPEG, WebP or GIF.`);
+  images = [...images, ...await Promise.all(files.map(dataOf))];
+  drawImages();
 }));
-$("embed-form").addEventListener("submit", (event) => { event.preventDefault(); trying(embed); });
-if (key.get()) trying(enter);
+$("embed-form").addEventListener("submit", (event) => { event.preventDefault(); guarded(embed); });
+if (key.get()) guarded(signIn);
