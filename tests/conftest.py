@@ -11,8 +11,9 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -77,6 +78,13 @@ class TestStores:
 
     def client(self) -> "redis.Redis":
         return redis.Redis.from_url(self.redis_url)
+
+    def billed_today(self) -> int:
+        """The tokens that Redis counts for today's budgets of all keys."""
+        day = f"d{int(datetime.now(UTC).timestamp()) // 86_400}"
+        with self.client() as client:
+            counted: Any = [client.hget(name, day) for name in client.scan_iter("nz:*:b:*")]
+        return sum(int(tokens or 0) for tokens in counted)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,6 @@ from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.content import Json, prompt_tokens
 from tests.support.fake_backend.scripts import answer, recording, stream
 from tests.support.running_gateway import RunningGateway
-from tests.system.test_conservation import settled_today
 
 NO_DETAILS: list[Any] = [None, [], "x", 5, True]
 NONSENSE: list[Any] = [-1, True, False, 5.0, 2**53, "5", None, [], {}, 10**30]
@@ -129,7 +128,7 @@ def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: FakeBac
     (found, _) = gateway.audit_rows()
     assert (found["prompt_tokens"], found["completion_tokens"], found["tokens_from"]) == (40, 4, "reported")
     assert (found["cached_tokens"], found["billed_tokens"]) == (30, 10 + 3 + 4)
-    assert settled_today(stores) == 17 and int(left) == 1000 - 17
+    assert stores.billed_today() == 17 and int(left) == 1000 - 17
     (line, _) = gateway.request_lines()
     assert (line["cached_tokens"], line["billed_tokens"]) == (30, 17)
     assert (b"cached" in response.content) == (way != Way("openai", True)), "only a client that asks for usage gets it"
@@ -156,7 +155,7 @@ def test_the_recorded_stream_of_llama_cpp(gateway: RunningGateway, alpha: FakeBa
         assert client.post("/v1/chat/completions", json={**CHAT, "stream": True}).status_code == 200
     (found,) = gateway.audit_rows()
     assert (found["prompt_tokens"], found["completion_tokens"], found["cached_tokens"]) == (36, 12, 6)
-    assert found["billed_tokens"] == 30 + 1 + 12 == settled_today(stores)
+    assert found["billed_tokens"] == 30 + 1 + 12 == stores.billed_today()
 
 
 def test_unknown_cached_tokens_differ_from_zero(gateway: RunningGateway, alpha: FakeBackend) -> None:
@@ -219,7 +218,7 @@ def test_budgets_are_seeded_with_what_was_billed(gateway: RunningGateway, alpha:
         with stores.client() as redis:
             redis.flushall()
         assert client.post("/api/chat", json=CHAT).status_code == 200
-    assert before == 51 and settled_today(stores) == 4 * 17 == sum(map(billed, gateway.audit_rows()))
+    assert before == 51 and stores.billed_today() == 4 * 17 == sum(map(billed, gateway.audit_rows()))
 
 
 def test_rows_without_billed_tokens_are_summed_by_all_tokens(gateway: RunningGateway, stores: TestStores) -> None:

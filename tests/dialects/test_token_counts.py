@@ -21,10 +21,9 @@ from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limiter import until
-from tests.support.chat_requests import MODEL, SAY_HI, WAYS, Way
+from tests.support.chat_requests import MODEL, SAY_HI, WAYS, Way, send
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Forever, Received, Step, answer, compact, ndjson, sse, stream
-from tests.system.test_hangups import send
 
 ROUTES = ["/v1/chat/completions", "/v1/completions"]
 STREAMED = {"model": MODEL, "messages": SAY_HI, "prompt": "Say hi", "stream": True}

@@ -9,11 +9,10 @@ import pytest
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limiter import ask, until
-from tests.support.chat_requests import WAYS
+from tests.support.chat_requests import WAYS, send
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Hold, Received, Step
 from tests.support.running_gateway import RunningGateway
-from tests.system.test_hangups import send
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """One chat request in both dialects, streamed and whole, sent through the official clients."""
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gateway.core import strict_json
 from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2"
@@ -60,3 +62,12 @@ ASKING: dict[Way, Callable[[RunningGateway, str], str]] = {
     Way("openai", True): _openai_stream,
 }
 WAYS = list(ASKING)
+
+
+def send(gateway: RunningGateway, key: str, way: Way, **more: object) -> socket.socket:
+    """Sends the request on a plain socket, which the test can close at any moment."""
+    body = strict_json.write({**way.body, **more})
+    head = f"POST {way.path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+    connection.sendall(head.encode() + body)
+    return connection

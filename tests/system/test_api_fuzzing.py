@@ -117,7 +117,7 @@ class Asking:
 
 @pytest.mark.long(seconds=10)
 @pytest.mark.timeout(300)
-def test_no_route_answers_what_the_document_does_not_have(gateway: RunningGateway) -> None:
+def test_every_answer_is_in_the_api_document(gateway: RunningGateway) -> None:
     asking = Asking(gateway)
     with gateway.http(asking.alice) as client:
         assert client.get("/api/tags", headers={"X-Request-ID": REQUEST}).status_code == httpx.codes.OK
@@ -149,7 +149,7 @@ def test_no_route_answers_what_the_document_does_not_have(gateway: RunningGatewa
     assert not [record for record in others if record.levelname == "ERROR"]
 
 
-def test_without_a_key_and_with_a_wrong_one(gateway: RunningGateway) -> None:
+def test_requests_without_a_key_or_with_a_wrong_one(gateway: RunningGateway) -> None:
     with gateway.http() as client:
         document = client.get("/openapi.json").json()
         for path, methods in document["paths"].items():
@@ -161,7 +161,7 @@ def test_without_a_key_and_with_a_wrong_one(gateway: RunningGateway) -> None:
                 assert {str(status) for status in found} <= operation["responses"].keys()
 
 
-def test_the_route_that_does_not_end(gateway: RunningGateway) -> None:
+def test_the_endless_event_stream(gateway: RunningGateway) -> None:
     document = strict_document(gateway)
     seen = set()
     for key in ("", "wrong", gateway.key(), gateway.key(flags=(ADMIN,))):

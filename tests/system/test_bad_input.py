@@ -77,7 +77,7 @@ def message(got: httpx.Response) -> str:
     ],
 )
 @pytest.mark.parametrize("path", [NATIVE, SPOKEN])
-def test_what_is_wrong_is_named(gateway: RunningGateway, path: str, body: bytes, told: str) -> None:
+def test_errors_name_what_is_wrong(gateway: RunningGateway, path: str, body: bytes, told: str) -> None:
     with gateway.http(gateway.key()) as client:
         got = client.post(path, content=body)
     assert got.status_code == 400, got.text
@@ -106,7 +106,7 @@ def test_what_is_wrong_is_named(gateway: RunningGateway, path: str, body: bytes,
         ("/api/generate", {"prompt": []}, "'prompt' must be a string"),
     ],
 )
-def test_wrong_types_are_named(gateway: RunningGateway, path: str, body: dict[str, object], told: str) -> None:
+def test_errors_name_wrong_types(gateway: RunningGateway, path: str, body: dict[str, object], told: str) -> None:
     messages = {"messages": [{"role": "user", "content": "hi"}]} if path in (NATIVE, SPOKEN) else {}
     with gateway.http(gateway.key()) as client:
         got = client.post(path, json={"model": "a", **messages, **body})
@@ -128,7 +128,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: RunningGate
         assert connection.recv(65536).startswith(b"HTTP/1.1 413")
 
 
-def test_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
+def test_bad_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
     key = gateway.key()
     with gateway.http(key) as client:
         assert client.post(NATIVE, content=b"x", headers={"Content-Encoding": "zstd"}).status_code == 415
@@ -153,9 +153,7 @@ def test_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
     ("method", "path"),
     [("POST", "/api/pull"), ("POST", "/api%2Fpull"), ("POST", "/api/%70ull"), ("DELETE", "/api/delete"), ("POST", "/api/me")],
 )
-def test_admin_verbs_are_refused_however_they_are_spelled(
-    gateway: RunningGateway, alpha: FakeBackend, method: str, path: str
-) -> None:
+def test_admin_verbs_are_refused_in_every_spelling(gateway: RunningGateway, alpha: FakeBackend, method: str, path: str) -> None:
     with gateway.http(gateway.key()) as client:
         assert client.request(method, path, content=b'{"model":"a"}').status_code == 403
     assert not alpha.calls("/api/pull")
@@ -184,7 +182,7 @@ BODIES = st.dictionaries(FIELDS, JSON, max_size=6).map(lambda body: json.dumps({
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(raw=st.binary(max_size=200) | st.text(max_size=200).map(str.encode) | BODIES)
-def test_the_parsers_raise_nothing_but_our_own_errors(raw: bytes) -> None:
+def test_parsers_raise_only_errors_of_the_gateway(raw: bytes) -> None:
     for dialect in (Ollama(), OpenAI()):
         for operation in dialect.operations:
             try:
@@ -199,7 +197,7 @@ def test_the_parsers_raise_nothing_but_our_own_errors(raw: bytes) -> None:
 @given(
     body=BODIES | st.binary(max_size=100), path=st.sampled_from([o.path for d in (Ollama(), OpenAI()) for o in d.operations])
 )
-def test_nothing_a_client_sends_makes_a_500(gateway: RunningGateway, body: bytes, path: str) -> None:
+def test_no_client_input_causes_a_500(gateway: RunningGateway, body: bytes, path: str) -> None:
     key = getattr(gateway, "fuzz_key", None) or gateway.key()
     gateway.fuzz_key = key  # type: ignore[attr-defined]
     with gateway.http(key) as client:
@@ -218,7 +216,7 @@ TYPES = st.sampled_from(["application/json", "text/event-stream", "application/x
     path=st.sampled_from([NATIVE, SPOKEN]),
     stream=st.booleans(),
 )
-def test_nothing_a_backend_says_makes_a_500(
+def test_no_backend_answer_causes_a_500(
     gateway: RunningGateway, alpha: FakeBackend, content: bytes, status: int, content_type: str, path: str, stream: bool
 ) -> None:
     key = getattr(gateway, "fuzz_key", None) or gateway.key()
@@ -249,7 +247,7 @@ def nested(depth: int) -> str:
     ],
     ids=["deep input", "deep prompt", "half a letter in tools", "deep calls", "half a letter in calls"],
 )
-def test_what_cannot_be_counted_is_refused(gateway: RunningGateway, route: str, body: str) -> None:
+def test_bodies_that_cannot_be_counted_are_refused(gateway: RunningGateway, route: str, body: str) -> None:
     with gateway.http(gateway.key(tpm=10_000)) as client:
         got = client.post(route, content=body, headers={"Content-Type": "application/json"})
     assert got.status_code == 400 and "the body" in message(got)
@@ -281,7 +279,7 @@ TYPED = {
 }
 
 
-def test_paths_that_people_type_get_a_suggestion(gateway: RunningGateway) -> None:
+def test_mistyped_paths_get_a_suggestion(gateway: RunningGateway) -> None:
     with gateway.http() as client:
         for typed, meant in TYPED.items():
             for got in (client.get(f"{gateway.url}{typed}"), client.get(f"{gateway.url}/k/nz_any{typed}")):
@@ -305,7 +303,7 @@ def test_paths_that_people_type_get_a_suggestion(gateway: RunningGateway) -> Non
         assert set(lines.values()) == {"openai"}
 
 
-def test_an_openai_client_without_v1_is_told_so(gateway: RunningGateway) -> None:
+def test_an_openai_client_without_v1_gets_a_suggestion(gateway: RunningGateway) -> None:
     with (
         openai.OpenAI(base_url=gateway.url, api_key="any", max_retries=0) as client,
         pytest.raises(openai.NotFoundError) as told,

@@ -84,7 +84,7 @@ def counting(tmp_path: Path, stores: TestStores, request: pytest.FixtureRequest)
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
-def test_a_whole_answer(counting: Counting, path: str) -> None:
+def test_the_cost_of_a_whole_answer(counting: Counting, path: str) -> None:
     costs = counting.least(lambda: counting.ask(path, REQUESTS, stream=False), GARBAGE * REQUESTS, MOST_CALLS * REQUESTS)
     account = costs.account
     assert account.calls_of("edge/protocol.py", "on_headers_complete") >= REQUESTS, "the requests were counted at all"
@@ -98,7 +98,7 @@ def test_a_whole_answer(counting: Counting, path: str) -> None:
 
 @pytest.mark.parametrize("counting", [(PIECES, 0.002)], indirect=True)
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
-def test_a_stream(counting: Counting, path: str) -> None:
+def test_the_cost_of_a_stream(counting: Counting, path: str) -> None:
     most_calls = MOST_CALLS_PER_FRAME * STREAMS * PIECES
     costs = counting.least(lambda: counting.ask(path, STREAMS, stream=True), GARBAGE * STREAMS, most_calls)
     assert costs.account.calls_of("edge/cycle.py", "push") >= STREAMS * PIECES / 2, "the frames were counted at all"

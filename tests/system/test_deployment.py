@@ -63,14 +63,14 @@ def test_compose_file_follows_the_compose_specification() -> None:
     jsonschema.Draft202012Validator(schema).validate(COMPOSE)
 
 
-def test_the_schema_would_find_a_mistake() -> None:
+def test_the_schema_finds_a_mistake() -> None:
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     wrong = {"services": {"gateway": {"image": "x", "depend_on": {}}}}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(schema).validate(wrong)
 
 
-def test_there_are_these_services_and_ollama_only_on_request() -> None:
+def test_these_services_run_and_ollama_only_on_request() -> None:
     assert set(SERVICES) == {*LONG_RUNNING, "migrate"}
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
     assert profiles == {"ollama": ["ollama"], "ollama-gpu": ["ollama-gpu"]}
@@ -89,7 +89,7 @@ def test_the_published_port_can_be_one_a_range_or_any(port: str, published: str)
     assert "container_name" not in SERVICES["gateway"]
 
 
-def test_the_stores_can_be_reached_by_the_gateway_alone() -> None:
+def test_only_the_gateway_can_reach_the_stores() -> None:
     assert COMPOSE["networks"]["stores"] == {"internal": True}
     for name in ("postgres", "redis"):
         assert SERVICES[name]["networks"] == ["stores"]
@@ -116,7 +116,7 @@ def test_file_systems_are_read_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LONG_RUNNING)
-def test_what_runs_on_is_started_again_and_has_a_health_check(name: str) -> None:
+def test_long_running_services_are_restarted_and_have_a_health_check(name: str) -> None:
     assert SERVICES[name]["restart"] == "unless-stopped"
     assert "HEALTHCHECK" in DOCKERFILE if name == "gateway" else SERVICES[name]["healthcheck"]["test"]
 
@@ -168,14 +168,14 @@ def test_the_gateway_of_compose_starts_with_what_compose_gives_it() -> None:
 
 
 @pytest.mark.parametrize("name", PASSWORDS)
-def test_the_gateway_of_compose_refuses_passwords_that_anybody_guesses(name: str) -> None:
+def test_the_gateway_of_compose_refuses_guessable_passwords(name: str) -> None:
     given = {**PASSWORDS, name: "changeme"}
     environ = {name: filled(value, **given) for name, value in SERVICES["gateway"]["environment"].items()}
     with pytest.raises(SettingsError, match="a password nobody can guess"):
         settings.refuse_weak_secrets(settings.load(environ, None))
 
 
-def test_valkey_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path, servers: stores.Stores) -> None:
+def test_valkey_requires_its_password_and_does_not_reveal_it(tmp_path: Path, servers: stores.Stores) -> None:
     """The command of compose.yaml, as it is, with the program of the local run."""
     shell, dash_c, script = SERVICES["redis"]["command"]
     for text in (script, *SERVICES["redis"]["healthcheck"]["test"]):
@@ -204,7 +204,7 @@ def pid_of(url: str) -> int:
         return int(client.info("server")["process_id"])
 
 
-def test_workflows_name_what_they_run_by_commit() -> None:
+def test_workflows_pin_their_actions_by_commit() -> None:
     lines = [
         line for path in (ROOT / ".github" / "workflows").iterdir() for line in path.read_text().splitlines() if "uses:" in line
     ]
@@ -213,13 +213,13 @@ def test_workflows_name_what_they_run_by_commit() -> None:
         assert re.fullmatch(r"\s*- uses: [\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line), line
 
 
-def test_the_gateway_of_compose_takes_other_stores() -> None:
+def test_the_gateway_of_compose_can_use_other_stores() -> None:
     given = {**PASSWORDS, "DATABASE_URL": "postgresql://db/x", "REDIS_URL": "rediss://cache/0"}
     for name in ("DATABASE_URL", "REDIS_URL"):
         assert filled(SERVICES["gateway"]["environment"][name], **given) == given[name]
 
 
-def test_the_gateway_reads_env_where_there_is_one() -> None:
+def test_the_gateway_reads_an_env_file_if_there_is_one() -> None:
     for name in ("gateway", "migrate"):
         assert SERVICES[name]["env_file"] == [{"path": ".env", "required": False}]
 
@@ -231,7 +231,7 @@ def test_every_variable_of_compose_is_a_setting() -> None:
     assert set(settings.COMPOSE_ONLY) <= used
 
 
-def test_nginx_proxy_gets_what_it_reads() -> None:
+def test_nginx_proxy_gets_the_variables_it_reads() -> None:
     given = SERVICES["gateway"]["environment"]
     names = {"GATEWAY_VIRTUAL_HOST": "models.example.org", "LETSENCRYPT_EMAIL": "admin@example.org"}
     read = ("VIRTUAL_HOST", "VIRTUAL_PORT", "LETSENCRYPT_HOST", "LETSENCRYPT_EMAIL")
@@ -262,7 +262,7 @@ def test_data_is_kept_in_volumes() -> None:
         assert SERVICES[name]["networks"]["default"]["aliases"] == ["ollama"]
 
 
-def test_base_images_are_pinned_and_alike() -> None:
+def test_base_images_are_pinned_and_the_same() -> None:
     bases = [line.split()[0] for line in all_of("FROM")]
     assert len(bases) == 2
     assert len(set(bases)) == 1
@@ -295,7 +295,7 @@ def test_no_secret_is_in_a_layer() -> None:
     assert copied == ["gateway/requirements.txt", "gateway", "sql", "/venv", "/app"]
 
 
-def test_the_builder_sees_nothing_but_the_code() -> None:
+def test_the_build_context_holds_only_the_code() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert lines[0] == "*"
     assert [line for line in lines if line.startswith("!")] == ["!gateway", "!sql"]

@@ -94,7 +94,9 @@ def in_groups(gateway: RunningGateway, key: str, ends: dict[str, str]) -> Iterat
         yield ", ".join(group), calls
 
 
-def test_whatever_a_backend_does_others_are_answered(start_gateway: StartGateway, alpha: FakeBackend, hostile_url: str) -> None:
+def test_other_calls_are_answered_whatever_a_backend_does(
+    start_gateway: StartGateway, alpha: FakeBackend, hostile_url: str
+) -> None:
     waits = {"read_timeout_s": 0.6, "idle_timeout_s": 0.4, "total_timeout_s": 0.8}
     gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
     key = gateway.key()
@@ -146,7 +148,7 @@ def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
     assert turns.longest_s < LONGEST_TURN_S
 
 
-def test_an_end_that_comes_again_and_again_is_looked_for_once(
+def test_a_repeated_end_is_searched_once(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, sizes = ServerSentEvents.payloads, []
@@ -166,7 +168,7 @@ def test_an_end_that_comes_again_and_again_is_looked_for_once(
     assert sum(sizes) < len(b"".join(frames)) / 4
 
 
-def test_endless_lines_of_many_streams_hold_no_more_than_a_backend_may(
+def test_endless_lines_of_many_streams_stay_within_the_bound_of_a_backend(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.fleet.backends.backend.MOST_UNFRAMED", 400_000)
@@ -233,7 +235,7 @@ def test_odd_entries_of_a_list_of_models_are_left_out(start_gateway: StartGatewa
     assert shown == {fine: [fine] for fine in shown} and len(shown) == len(ODD_ENTRIES)
 
 
-def test_a_list_of_too_many_values_is_no_list(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_list_of_too_many_values_is_rejected(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.play("/api/tags", answer(200, b'{"models":[' + b"[]," * 200_000 + b"{}]}"))
     gateway.call(gateway.components.discovery.refresh())

@@ -111,7 +111,7 @@ def seconds(work: Callable[[Any], object], text: str) -> float:
 
 
 @pytest.mark.parametrize(("work", "piece"), [case[1:] for case in WORK], ids=[case[0] for case in WORK])
-def test_twice_the_text_is_about_twice_the_work(work: Callable[[Any], object], piece: str) -> None:
+def test_twice_the_text_takes_about_twice_the_work(work: Callable[[Any], object], piece: str) -> None:
     tried, text = quietly(work), piece * (LONG // len(piece))
     # Quadratic work on so much takes far longer; less than this is the noise of memory.
     least = 0.02
@@ -126,7 +126,7 @@ def test_twice_the_text_is_about_twice_the_work(work: Callable[[Any], object], p
     assert once < 0.5, "and what is twice a lot is a lot"
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_caches_are_bounded() -> None:
     for length in (LONGEST_NAME + 1, LONG):
         with pytest.raises(ValueError, match="at most 350"):
             canonical("x" * length)
@@ -152,14 +152,14 @@ def test_addresses_of_proxies_are_bounded(chain: str, client: str) -> None:
     assert forwarded(chain) == client
 
 
-def test_an_allow_list_of_endless_patterns_means_none_of_them() -> None:
+def test_overlong_patterns_of_an_allow_list_match_nothing() -> None:
     endless = AllowList(("a" * LONG, "a*" * LONG))
     assert not endless.allows("a:latest") and not endless.allows("a:cloud", cloud=True)
     assert AllowList(("a*" * LONG, "b")).allows("b:latest")
 
 
 @pytest.mark.parametrize("field", ["name", "model"])
-def test_a_backends_endless_names_are_left_out(field: str) -> None:
+def test_overlong_names_of_a_backend_are_left_out(field: str) -> None:
     names = ["good:latest", "x" * LONG, "", " ", "two\nlines", 5, None]
     read = model_entries.read_tags({"models": [{field: name} for name in names]})
     assert [entry["name"] for entry in read] == ["good:latest"]
@@ -234,7 +234,7 @@ def test_names_are_bounded_on_every_route(gateway: RunningGateway) -> None:
     assert max(len(row["agent"]) for row in gateway.audit_rows()) == 200
 
 
-def test_a_name_that_is_too_long_says_nothing_of_any_model(gateway: RunningGateway) -> None:
+def test_an_overlong_name_reveals_nothing_about_models(gateway: RunningGateway) -> None:
     known, unknown = quote("llama3.2".ljust(LONGEST_NAME + 1)), "x" * (LONGEST_NAME + 1)
     with gateway.http(gateway.key("llama3.2")) as client:
         answers = [client.get(f"/v1/models/{name}") for name in (known, unknown)]
@@ -245,6 +245,6 @@ def test_a_name_that_is_too_long_says_nothing_of_any_model(gateway: RunningGatew
 
 
 @pytest.mark.parametrize("wrong", ["", " ", "a\nb", "x" * 351])
-def test_what_is_no_name_is_called_so(wrong: str) -> None:
+def test_invalid_names_are_reported(wrong: str) -> None:
     with pytest.raises(BadRequest, match="'model'"):
         read_call(OPENAI, OPENAI.operations[0], strict_json.write({"model": wrong, "messages": []}))

@@ -59,7 +59,7 @@ def test_the_same_bytes_on_every_route_and_spelling(gateway: RunningGateway, pat
             assert seen(client.post(path, json={"model": spelling, **BODIES[path]})) == expected
 
 
-def test_they_count_alike(gateway: RunningGateway) -> None:
+def test_both_count_alike(gateway: RunningGateway) -> None:
     def told(model: str) -> list[tuple[int, str, list[str | None]]]:
         limits = [
             f"x-ratelimit-{what}" for what in ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
@@ -78,7 +78,7 @@ def test_the_same_bytes_for_one_model_of_the_list(gateway: RunningGateway) -> No
         assert client.get(f"/v1/models/{HIDDEN}").status_code == 403
 
 
-def test_lists_show_exactly_what_would_be_admitted(gateway: RunningGateway) -> None:
+def test_lists_show_exactly_the_models_that_would_be_admitted(gateway: RunningGateway) -> None:
     for patterns, visible in [
         (("llama3.2",), {"llama3.2:latest"}),
         (("secret*", "llama3.2:latest"), {"llama3.2:latest", "secret-model:latest"}),
@@ -122,7 +122,7 @@ def test_the_same_time(gateway: RunningGateway) -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_only_who_may_pull_any_model_is_told_that_one_is_missing(gateway: RunningGateway, path: str) -> None:
+def test_only_a_key_that_may_pull_any_model_learns_that_one_is_missing(gateway: RunningGateway, path: str) -> None:
     def statuses(*patterns: str, flags: tuple[str, ...] = ()) -> list[int]:
         with gateway.http(gateway.key(*patterns, flags=flags)) as client:
             names = (UNKNOWN, "gpt-oss:120b-cloud", "no-such:120b-cloud")
@@ -133,7 +133,7 @@ def test_only_who_may_pull_any_model_is_told_that_one_is_missing(gateway: Runnin
         assert statuses(*patterns, flags=flags) == [403] * 3
 
 
-def test_a_missing_model_is_told_as_ollama_tells_it(gateway: RunningGateway) -> None:
+def test_a_missing_model_is_reported_as_ollama_does(gateway: RunningGateway) -> None:
     with gateway.http(gateway.admin_key()) as client:
         assert client.post("/api/show", json={"model": UNKNOWN}).json() == {"error": f"model '{UNKNOWN}' not found"}
         error = client.post("/v1/chat/completions", json={"model": UNKNOWN, **BODIES["/api/chat"]}).json()["error"]
@@ -141,7 +141,7 @@ def test_a_missing_model_is_told_as_ollama_tells_it(gateway: RunningGateway) -> 
         assert client.get(f"/v1/models/{UNKNOWN}").status_code == 404
 
 
-def test_what_was_pulled_is_there_with_the_next_request(gateway: RunningGateway) -> None:
+def test_a_pulled_model_is_available_to_the_next_request(gateway: RunningGateway) -> None:
     """As `ollama run` does it: show, pull where that is a 404, show again, chat."""
     client = gateway.ollama(gateway.admin_key())
     with pytest.raises(ollama.ResponseError) as told:

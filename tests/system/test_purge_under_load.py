@@ -129,7 +129,7 @@ def in_ms(times: list[float]) -> list[float]:
     return [round(1000 * seconds, 2) for seconds in times]
 
 
-def test_the_chain_of_what_is_left_is_whole(stores: TestStores) -> None:
+def test_the_hash_chain_of_the_remaining_rows_is_intact(stores: TestStores) -> None:
     async def story() -> tuple[int, int]:
         await fill(stores.database_url)
         async with Database(stores.database_url, size=1) as database:

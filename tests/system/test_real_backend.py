@@ -61,7 +61,7 @@ def test_it_answers_whole_and_streamed_with_usage(alone: RunningGateway) -> None
     assert line["completion_tokens"] and line["prompt_tokens"] and line["backend"] == "llama"
 
 
-def test_the_output_is_clamped_whatever_is_asked(start_gateway: StartGateway) -> None:
+def test_the_output_is_limited_whatever_is_requested(start_gateway: StartGateway) -> None:
     gateway = start_gateway(
         {"name": "llama", "base_url": URL, "kind": "openai"}, MAX_NUM_PREDICT="6", OLLAMA_READ_TIMEOUT_S="20"
     )

@@ -162,7 +162,7 @@ def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backe
 
 
 @pytest.mark.long(seconds=75)
-def test_no_minute_holds_more_and_retry_after_is_the_time_until_it_passes(
+def test_no_minute_exceeds_the_limit_and_retry_after_is_exact(
     addresses: list[str], operator: Operator, backend: FakeBackend
 ) -> None:
     """Asking on for more than a minute: whatever 60 seconds one looks at, the limit holds. Another key waits as it is told."""

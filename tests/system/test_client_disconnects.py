@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.core import strict_json
 from tests.conftest import StartGateway
-from tests.support.chat_requests import WAYS, Way
+from tests.support.chat_requests import WAYS, Way, send
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import FAULTS, Forever, Head, Piece, Step, recording
 from tests.support.running_gateway import RunningGateway
@@ -23,15 +22,6 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="20", OLLAMA_IDLE_TIMEOUT_S="20")
 
 
-def send(gateway: RunningGateway, key: str, way: Way, **more: object) -> socket.socket:
-    """The request, written by hand on a socket of our own that can be dropped at any moment."""
-    body = strict_json.write({**way.body, **more})
-    head = f"POST {way.path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
-    connection.sendall(head.encode() + body)
-    return connection
-
-
 def wait_until(done: Callable[[], object], seconds: float = 5.0) -> float:
     began = time.monotonic()
     while not done():
@@ -42,7 +32,7 @@ def wait_until(done: Callable[[], object], seconds: float = 5.0) -> float:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("phase", ["before the head", "in the answer"])
-def test_the_backend_is_let_go_within_a_second(gateway: RunningGateway, alpha: FakeBackend, way: Way, phase: str) -> None:
+def test_the_backend_is_released_within_a_second(gateway: RunningGateway, alpha: FakeBackend, way: Way, phase: str) -> None:
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     first = recording(name)[: len(recording(name)) // 2]
     kind = "application/x-ndjson" if way.dialect == "ollama" else "text/event-stream"
@@ -60,7 +50,7 @@ def test_the_backend_is_let_go_within_a_second(gateway: RunningGateway, alpha: F
     assert gateway.components.backends["alpha"].in_flight == 0
 
 
-def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_many_random_disconnects_leave_nothing_behind(gateway: RunningGateway, alpha: FakeBackend) -> None:
     alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.005
     key, chance, many = gateway.key(), random.Random(7), 400
 
@@ -83,7 +73,7 @@ def test_many_hang_ups_at_random_moments_leave_nothing_behind(gateway: RunningGa
     assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
 
 
-def test_a_client_that_leaves_at_the_last_frame_has_had_its_answer(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_a_client_that_leaves_at_the_last_frame_was_answered(gateway: RunningGateway, alpha: FakeBackend) -> None:
     """openai-python closes at [DONE], while the backend's body may not have ended yet."""
     kind = [("Content-Type", "text/event-stream")]
     alpha.play("/v1/chat/completions", [Head(200, kind, chunked=True), Piece(recording("openai_chat_stream.sse")), Forever()])
@@ -97,7 +87,7 @@ def test_a_client_that_leaves_at_the_last_frame_has_had_its_answer(gateway: Runn
     assert alpha.wait_idle(NOTICED_WITHIN_S)
 
 
-def test_a_client_that_stops_reading_holds_up_only_its_own_answer(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_client_that_stops_reading_delays_only_its_own_answer(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.5")
     key = gateway.key()
     line = recording("ollama_chat_stream.ndjson").splitlines(keepends=True)[0] * 500

@@ -126,7 +126,7 @@ def test_the_official_clients_raise_where_a_stream_was_cut(gateway: RunningGatew
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_a_clean_end_without_the_last_frame_is_no_success(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
+def test_a_clean_end_without_the_last_frame_is_a_failure(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
     """Ollama ends so when it aborts a run that repeats itself, and when its runner dies."""
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     frames = recording(name).splitlines(keepends=True)
@@ -161,7 +161,7 @@ def test_a_total_limit_ends_an_endless_stream(start_gateway: StartGateway, alpha
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_an_answer_ends_at_its_last_frame_whatever_the_backend_says_behind_it(
+def test_an_answer_ends_at_its_last_frame_whatever_the_backend_sends_afterwards(
     gateway: RunningGateway, alpha: FakeBackend, way: Way
 ) -> None:
     """Its call has been counted by then, and has given back its slot."""
@@ -179,7 +179,7 @@ def test_an_answer_ends_at_its_last_frame_whatever_the_backend_says_behind_it(
     assert [row["bytes_out"] for row in gateway.audit_rows()] == [len(got.content)] * 2
 
 
-def test_what_begins_with_nothing_but_blanks_or_comments_is_no_answer(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_blanks_and_comments_alone_are_no_answer(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key = gateway.key()
     for way in (way for way in WAYS if way.streamed):
         media = media_of("a.ndjson" if way.dialect == "ollama" else "a.sse")

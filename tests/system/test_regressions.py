@@ -56,7 +56,7 @@ def is_closed(connection: socket.socket) -> bool:
         {"name": "odd", "details": {"families": None}, "remote_host": 5},
     ],
 )
-def test_odd_list_entries_take_nothing_else_away(
+def test_odd_list_entries_do_not_hide_other_models(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, entry: dict[str, object]
 ) -> None:
     alpha.play("/api/tags", answer(200, {"models": [entry]}))
@@ -71,7 +71,9 @@ def test_odd_list_entries_take_nothing_else_away(
 @pytest.mark.parametrize(
     "text", ["not json", "[1]", '{"models":[1,2]}', '{"models":[{"name":"x"}],"answered_at":"soon"}', '{"models":[{"name":5}]}']
 )
-def test_garbage_in_redis_stops_nothing(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, text: str) -> None:
+def test_garbage_in_redis_breaks_nothing(
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, text: str
+) -> None:
     with stores.client() as redis:
         redis.set(discovery.snapshot_name(settings_for(alpha).backends[0]), text)
         gateway = start_gateway(alpha)
@@ -98,7 +100,7 @@ def authenticator_of(gateway: RunningGateway) -> Authenticator:
     return next(found for found in mine if found._database is gateway.components.database)
 
 
-def test_a_revocation_is_not_written_over(
+def test_a_revocation_is_not_overwritten(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = start_gateway(alpha), start_gateway(alpha)
@@ -126,7 +128,7 @@ def test_a_revocation_is_not_written_over(
             assert client.get("/api/tags").status_code == 401
 
 
-def test_caches_do_not_add_up(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
+def test_cache_times_do_not_add_up(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
     """A revocation that nobody hears of (here: straight in the database) holds after one cache time, not two."""
     first, second = (start_gateway(alpha, REDIS_KEY_CACHE_TTL_S="2") for _ in range(2))
     key = first.key()
@@ -139,7 +141,7 @@ def test_caches_do_not_add_up(start_gateway: StartGateway, alpha: FakeBackend, s
         assert client.get("/api/tags").status_code == 401
 
 
-def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_holds_up_no_known_key(
+def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_delays_no_known_key(
     start_gateway: StartGateway, alpha: FakeBackend
 ) -> None:
     gateway = start_gateway(
@@ -165,7 +167,7 @@ def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_holds_up_no_known
     assert statuses.count(401) <= 10 and set(statuses) <= {401, 429, 503} and statuses.count(503) <= 10
 
 
-def test_a_reader_that_stops_is_cut_off(
+def test_a_client_that_stops_reading_is_disconnected(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.edge.deadlines.READER_DEADLINE_S", 0.5)
@@ -201,7 +203,7 @@ def test_the_rest_of_a_refused_body_has_a_deadline(
         assert is_closed(connection)
 
 
-def test_a_stray_line_end_behind_a_body_cuts_no_stream(
+def test_a_line_break_after_a_request_body_does_not_end_the_stream(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.edge.deadlines.HEAD_DEADLINE_S", 0.3)
@@ -225,7 +227,7 @@ def test_a_stray_line_end_behind_a_body_cuts_no_stream(
         ("/v1/chat/completions", b'{"choices":[]}'),
     ],
 )
-def test_a_whole_answer_without_an_answer_is_none(
+def test_a_whole_answer_without_content_is_a_failure(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, path: str, content: bytes
 ) -> None:
     gateway = start_gateway(alpha, beta)
@@ -235,7 +237,7 @@ def test_a_whole_answer_without_an_answer_is_none(
     assert got.status_code == 200 and gateway.request_lines()[-1]["backend"] == "beta"
 
 
-def test_one_of_two_choices_that_ended_is_not_the_end(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_stream_ends_only_when_all_choices_have_ended(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     chunks = [
         {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]},
@@ -261,7 +263,7 @@ def test_odd_content_types_of_backends(start_gateway: StartGateway, alpha: FakeB
         assert client.post(way.path, json=way.body).status_code in (200, 502)
 
 
-def test_an_upgrade_that_nobody_needs_is_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_an_unneeded_upgrade_request_is_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     body = json.dumps(WAYS[0].body).encode()
     wish = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA")
@@ -271,7 +273,7 @@ def test_an_upgrade_that_nobody_needs_is_ignored(start_gateway: StartGateway, al
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 
 
-def test_fields_that_reach_past_the_allow_list_are_refused(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_fields_that_bypass_the_allow_list_are_refused(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         for field in ({"draft_model": "secret"}, {"kv_transfer_params": {"remote_host": "x"}}, {"tools": [{"x": 1}]}):
@@ -299,7 +301,7 @@ def test_endless_comments_before_the_first_frame_cost_little(start_gateway: Star
     assert spent < 20, "quadratic reading took minutes"
 
 
-def test_blob_uploads_may_take_their_time_and_their_client_may_leave(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_blob_uploads_may_be_slow_and_their_client_may_leave(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="1")
     key, digest = gateway.admin_key(), f"sha256:{hashlib.sha256(b'x' * 8).hexdigest()}"
 

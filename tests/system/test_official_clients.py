@@ -39,7 +39,7 @@ def test_openai_lists_the_union_without_duplicates(gateway: RunningGateway) -> N
         assert client.models.retrieve("qwen/qwen3-8b").id == "qwen/qwen3-8b"
 
 
-def test_ollama_lists_the_union_with_what_its_clients_need(gateway: RunningGateway) -> None:
+def test_ollama_lists_the_union_with_the_fields_its_clients_need(gateway: RunningGateway) -> None:
     client = gateway.ollama(gateway.key())
     listed = client.list().models
     assert [model.model for model in listed] == ["llama3.2:latest", "bge:latest", "qwen/qwen3-8b"]
@@ -88,7 +88,7 @@ def test_asynchronous_clients(gateway: RunningGateway) -> None:
     assert asyncio.run(_async_answers(gateway, gateway.key())) == ["alpha heard: Say hi"] * 4
 
 
-def test_a_key_in_the_address_works_beside_the_dummy_that_a_client_insists_on(gateway: RunningGateway) -> None:
+def test_a_key_in_the_url_works_beside_the_dummy_key_that_a_client_requires(gateway: RunningGateway) -> None:
     address = f"{gateway.url}/k/{gateway.key()}"
     spoken: Any = openai.OpenAI(base_url=f"{address}/v1", api_key="ollama", max_retries=0, timeout=20)
     with spoken as client:
@@ -101,7 +101,7 @@ def test_a_key_in_the_address_works_beside_the_dummy_that_a_client_insists_on(ga
 
 
 @pytest.mark.parametrize("name", ["api_key", "auth_token"])
-def test_so_it_does_with_the_anthropic_client(gateway: RunningGateway, name: str) -> None:
+def test_a_key_in_the_url_works_with_the_anthropic_client(gateway: RunningGateway, name: str) -> None:
     # Here only: every worker would wait a second and a half for it.
     import anthropic
 
@@ -122,7 +122,7 @@ def test_so_it_does_with_the_anthropic_client(gateway: RunningGateway, name: str
         ("/api/chat", {"options": {"num_predict": 5}}, None),
     ],
 )
-def test_an_answer_says_where_its_wish_for_tokens_was_cut(
+def test_an_answer_reports_that_its_token_limit_was_lowered(
     gateway: RunningGateway, stream: bool, path: str, more: dict[str, Any], capped: str | None
 ) -> None:
     with gateway.http(gateway.key(), headers={"Origin": "https://page.example"}) as client:
@@ -181,13 +181,13 @@ def test_errors_are_what_the_clients_expect(gateway: RunningGateway) -> None:
     assert unauthorised.value.status_code == 401
 
 
-def test_a_model_of_an_openai_server_names_the_route_to_use(gateway: RunningGateway) -> None:
+def test_the_error_for_a_model_of_an_openai_server_names_the_route_to_use(gateway: RunningGateway) -> None:
     with pytest.raises(ollama.ResponseError) as told:
         gateway.ollama(gateway.key()).chat("qwen/qwen3-8b", SAY_HI)
     assert told.value.status_code == 400 and "/v1/chat/completions" in told.value.error
 
 
-def test_what_ollamas_command_line_shows_of_a_401(gateway: RunningGateway) -> None:
+def test_what_the_ollama_command_line_shows_for_a_401(gateway: RunningGateway) -> None:
     """Its `checkError` (api/client.go, since 0.12) reads a 401 into AuthorizationError, which shows the body's `status` or no
     words at all; with a `signin_url` it would send people to sign in there. Whoever reads `error` finds the same."""
     wrong = gateway.key()[:-1] + "!"

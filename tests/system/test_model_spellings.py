@@ -59,7 +59,7 @@ def printed(stores: TestStores, capsys: pytest.CaptureFixture[str], *typed: str)
     return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
 
 
-def test_old_rows_are_summed_with_the_new(asked: str, stores: TestStores, capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_rows_are_summed_with_new_ones(asked: str, stores: TestStores, capsys: pytest.CaptureFixture[str]) -> None:
     for by in ("model", "model,backend", "day,model"):
         found = {line["model"]: int(line["requests"]) for line in printed(stores, capsys, "usage", "--by", by)}
         assert found == {MODEL: len(ONE_MODEL), "llama3.2:3b": 1, "qwen/qwen3:latest": 2, "": 1}
@@ -90,7 +90,7 @@ def test_a_filter_finds_every_spelling(
     assert len(printed(stores, capsys, "audit", "--model", wanted)) == rows
 
 
-def test_a_filter_costs_little_more_than_a_look_at_every_row(stores: TestStores) -> None:
+def test_a_filter_costs_little_more_than_reading_every_row(stores: TestStores) -> None:
     columns = ", ".join(PLAIN)
     write(stores.database_url, [row(ago(1), model="mistral:7b")])
     copied = columns.replace("model,", "(ARRAY['llama3.2', 'mistral:7b', 'Qwen/Qwen2.5-7B'])[1 + n % 3],", 1)
