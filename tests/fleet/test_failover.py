@@ -1,5 +1,6 @@
 """For each fault of a first backend × dialect × stream and whole, the official client gets the answer of the second backend."""
 
+import json
 import time
 
 import httpx
@@ -217,3 +218,22 @@ def test_a_stale_connection_is_replaced(start_gateway: StartGateway) -> None:
         assert alpha.stale_resets > 100
         answered = [request for request in alpha.calls("/api/chat") if request.outcome == "answered"]
         assert len(answered) == 300
+
+
+@pytest.mark.parametrize("way", WAYS[:2], ids=str)
+def test_what_was_tried_is_noted_for_a_client_that_leaves(
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, way: Way
+) -> None:
+    """The first backend has failed and the second is at work when the client leaves: it pays for the prompt."""
+    gateway = start_gateway(alpha, beta)
+    alpha.play(way.path, answer(500, {"error": "broken"}))
+    beta.play(way.path, FAULTS["head_timeout"](way.dialect, way.streamed))
+    with gateway.http(gateway.key()) as client, pytest.raises(httpx.ReadTimeout):
+        client.post(way.path, json=way.body, timeout=1.5)
+    gateway.wait_idle()
+    [row] = gateway.audit_rows()
+    assert (row["outcome"], row["backend"], row["answered_as"]) == ("client_gone", "", "")
+    assert [(attempt["backend"], attempt["fault"]) for attempt in json.loads(row["attempts"])] == [("alpha", "bad_status")]
+    assert row["tokens_from"] == "partial" and row["prompt_tokens"] > 0
+    # Of a whole answer a second of work is estimated, of a stream nothing was relayed.
+    assert (row["completion_tokens"] > 0) == (not way.streamed)
