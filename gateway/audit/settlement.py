@@ -120,7 +120,7 @@ class Settler:
         if record.prompt_log is None or record.key is None:
             return b""
         try:
-            entry = record.prompt_log.entry(self._dialects[record.dialect].said)
+            entry = record.prompt_log.entry(self._dialects[record.dialect].answer_text)
             return strict_json.write_anyhow({"id": record.id, "at": record.at, "key_id": record.key.id, **entry})
         except Exception:
             # The settlement must go on: it frees what the request held.

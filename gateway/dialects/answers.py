@@ -1,4 +1,4 @@
-"""What a backend answered: whether it is an answer at all, the words of an error, counts of tokens."""
+"""Answers of backends: whether they are answers at all, the message of an error, counts of tokens."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ CODE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
 class BadFrame(Exception):
-    """The first of an answer is an error or not an answer at all; the message is for the log, `error` what was read."""
+    """An answer begins with an error or is not an answer; the message is for the log, `error` is the object."""
 
     def __init__(self, message: str, error: dict[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -21,22 +21,22 @@ class BadFrame(Exception):
 
 
 class LongFrame(Exception):
-    """The first of an answer is longer than a frame may be."""
+    """The first frame of an answer is longer than a frame may be."""
 
 
-def content_type_of(told: str, framing: Framing | None = None) -> str:
-    """The type of an answer in the dialect: as the backend told it where that is one of ours. Whole answers have no framing."""
+def content_type_of(reported: str, framing: Framing | None = None) -> str:
+    """The content type for the client: the backend's if the dialect knows it, else the dialect's."""
     known = JSON if framing is None else framing.content_types
-    if told in known:
-        return told
-    kind, _, more = told.lower().replace(" ", "").partition(";")
+    if reported in known:
+        return reported
+    kind, _, more = reported.lower().replace(" ", "").partition(";")
     if kind in known and more in ("", "charset=utf-8"):
-        return told
+        return reported
     return "application/json" if framing is None else framing.content_type
 
 
 def read_answer(payload: bytes) -> Any:
-    """A whole answer or a frame as JSON; raises BadFrame where it is an error or no JSON object."""
+    """A whole answer or a frame as JSON. Raises BadFrame if it is an error or not JSON."""
     try:
         value = large_json.read(payload)
     except ValueError:
@@ -49,7 +49,7 @@ def read_answer(payload: bytes) -> Any:
 
 
 def judge_whole(value: Any, operation: Operation) -> None:
-    """Raises BadFrame where a whole answer lacks what makes it one; several prompts may be answered by a list."""
+    """Raises BadFrame if a whole answer lacks the operation's fields; several prompts may be answered with a list."""
     answers = value if isinstance(value, list) else [value]
     wanted = operation.answers_with
     if wanted and not all(isinstance(answer, dict) and any(answer.get(name) for name in wanted) for answer in answers):
@@ -65,27 +65,27 @@ def try_read(payload: bytes) -> dict[str, Any]:
 
 
 def error_text(value: dict[str, Any]) -> str:
-    """The words of an error in any of the shapes that backends use."""
-    told = value.get("error") or value.get("detail") or value.get("message")
-    if isinstance(told, dict):
-        told = told.get("message")
-    return " ".join(str(told or "").split())[:LONGEST_COPIED_MESSAGE]
+    """The message of an error, in any of the shapes that backends use."""
+    reported = value.get("error") or value.get("detail") or value.get("message")
+    if isinstance(reported, dict):
+        reported = reported.get("message")
+    return " ".join(str(reported or "").split())[:LONGEST_COPIED_MESSAGE]
 
 
 def error_code(value: dict[str, Any]) -> str:
-    """An error's code or type for the log. Its words stay out: they may repeat the prompt."""
-    told = value["error"] if isinstance(value["error"], dict) else {}
-    codes = [str(told[name]) for name in ("code", "type") if CODE.fullmatch(str(told.get(name) or ""))]
+    """An error's code and type for the log, without its message, which may repeat the prompt."""
+    reported = value["error"] if isinstance(value["error"], dict) else {}
+    codes = [str(reported[name]) for name in ("code", "type") if CODE.fullmatch(str(reported.get(name) or ""))]
     return f" ({', '.join(codes)})" if codes else ""
 
 
 def count(value: object) -> int | None:
-    """A token count of a backend, which may be null, negative, a fraction or huge."""
+    """A token count of a backend, None if it is not usable: null, negative or huge."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2**53:
         return None
     return int(value)
 
 
 def cached(value: object) -> int | None:
-    """Of a prompt's tokens those that a backend says it had cached: a whole number, for what is none makes no call cheaper."""
+    """A count of cached tokens; only a whole number makes a call cheaper."""
     return value if value.__class__ is int and 0 <= value < 2**53 else None

@@ -1,4 +1,4 @@
-"""What all client languages share: operations, calls, frames and the shape of an answer. No I/O."""
+"""What all dialects share: operations, calls, framing and the interface of a dialect. No I/O."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects.fields import boolean, model_of
 from gateway.dialects.model_names import ModelName, canonical, is_plain
-from gateway.dialects.refused_fields import refuse_beyond
+from gateway.dialects.refused_fields import refuse_fields
 from gateway.dialects.tokens import NO_TOKENS, Need
 
 Kind = Literal["ollama", "openai"]
 Streaming = Literal["by default", "on request", "never"]
-# Of a model's context, for the answer of who names no bound.
-UNSAID_SHARE = 4
+# An answer for which the caller set no limit gets one part in four of the model's context.
+DEFAULT_SHARE = 4
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens as the backend counted them; None where it did not say. Those that it had cached are part of the prompt's."""
+    """Tokens as the backend counted them, None where it reported none; cached tokens are part of the prompt's."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -28,13 +28,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing a client may ask of a model: `path` is both our route and the backend's.
+    """One thing a client may ask of a model; `path` is the path of the gateway and of the backend.
 
-    `clamp` bounds the output tokens of a body to its third argument, to its fourth where the caller named no bound; it returns
-    what a caller got who asked for more, else 0.
+    `clamp` limits the output tokens of a body to its third argument, or to its fourth if the caller set no limit. It returns
+    the limit if the caller had asked for more, else 0.
 
-    A whole answer has one of the fields `answers_with`, neither empty nor false; without it the answer is none. `need` tells
-    how many tokens a request may take; without it the operation takes none.
+    A complete answer has a true value in one of the fields `answers_with`. `need` estimates the tokens of a request; without
+    it the operation uses none.
     """
 
     path: str
@@ -48,9 +48,10 @@ class Operation:
 
 @dataclass(slots=True)
 class Call:
-    """A client's request, read and checked; `context` is the model's in tokens where a larger wish is refused there, else 0.
+    """A client's request, read and checked.
 
-    `capped` is the most tokens of each answer where it asked for more, `needs` what it takes of limits, once that is known.
+    `context` is the model's context in tokens if the backend refuses requests that exceed it, else 0. `capped` is the limit of
+    each answer in tokens if the caller asked for more. `needs` is what the call takes of its limits, once that is known.
     """
 
     operation: Operation
@@ -70,14 +71,14 @@ class Call:
         return found if found.output is None else found._replace(output=min(found.output, most_output))
 
     def body_for(self, kind: Kind, spelling: str, cap: int) -> bytes:
-        """What is sent to a backend: what was read, its output bounded by `cap` tokens, the model as that backend spells it."""
+        """The body for a backend: its output limited to `cap` tokens, the model in that backend's spelling."""
         body = dict(self.body)
         if not is_plain(self.asked_model, self.model.canonical) or kind == "openai":
             body["model"] = spelling
         if self.operation.clamp is not None:
-            # A prompt has to fit in as well, and who names no bound wants no refusal.
-            unsaid = min(cap, self.context // UNSAID_SHARE) or cap if self.context else cap
-            self.capped = self.operation.clamp(body, kind, cap, unsaid)
+            # The prompt needs room in the context, too, and a caller that set no limit must not be refused for ours.
+            default = min(cap, self.context // DEFAULT_SHARE) or cap if self.context else cap
+            self.capped = self.operation.clamp(body, kind, cap, default)
         return strict_json.write_strictly(body)
 
 
@@ -85,17 +86,17 @@ class Framing(Protocol):
     """How a stream is cut into frames that a client reads one by one."""
 
     content_type: str
-    # What backends may call it; Ollama loads a model with one JSON object, also where a stream was asked for.
+    # Content types that backends may send; Ollama answers a request to load a model with one JSON object, even to a stream.
     content_types: frozenset[str]
 
     def end_of_frames(self, data: bytes) -> int:
-        """The position behind the last complete frame."""
+        """The end of the last complete frame."""
 
     def payloads(self, data: bytes) -> list[bytes]:
-        """The JSON texts of complete frames, comments left out."""
+        """The JSON texts of complete frames, without comments."""
 
     def count(self, data: bytes) -> int:
-        """About how many frames: each is about one token."""
+        """The approximate number of frames; each is about one token."""
 
 
 class Dialect(Protocol):
@@ -109,36 +110,36 @@ class Dialect(Protocol):
     def error_frame(self, error: GatewayError) -> bytes: ...
 
     def judge_frame(self, payload: bytes) -> None:
-        """Raises BadFrame where the first frame of a stream is no answer."""
+        """Raises BadFrame if the first frame of a stream is not an answer."""
 
     def is_complete(self, tail: Sequence[bytes], call: Call) -> bool:
-        """Whether a stream that ends with these payloads has said everything."""
+        """Whether a stream that ends with these payloads is complete."""
 
     def usage(self, tail: Sequence[bytes]) -> Usage:
-        """As the last frames of a stream tell it."""
+        """The counts in the last frames of a stream."""
 
     def usage_of(self, answer: Any) -> Usage:
-        """As a whole answer tells it."""
+        """The counts in a whole answer."""
 
-    def says_last(self, frames: bytes) -> bool:
-        """Whether a client may take these frames for the end, whatever comes behind them."""
+    def has_last_frame(self, frames: bytes) -> bool:
+        """Whether a client may treat these frames as the end, whatever follows."""
 
     def is_plain(self, frames: bytes) -> bool:
-        """Whether these are whole frames and none says that it is the last, at a glance."""
+        """Whether these are complete frames without a last one, by a quick check that may say no in doubt."""
 
     def hides_usage(self, call: Call) -> bool:
-        """Whether the backend was asked for counts that the caller did not ask for."""
+        """Whether the gateway asked the backend for counts that the caller did not ask for."""
 
     def without_usage(self, frames: bytes) -> bytes:
-        """Complete frames without such counts."""
+        """Complete frames without those counts."""
 
-    def said(self, data: bytes) -> str:
+    def answer_text(self, data: bytes) -> str:
         """The text of an answer, whole or in frames."""
 
 
 def read_call(dialect: Dialect, operation: Operation, raw: bytes) -> Call:
     body = strict_json.read_object(raw, dialect.known_fields)
-    refuse_beyond(body)
+    refuse_fields(body)
     asked = model_of(body)
     operation.check(body)
     stream = operation.streaming != "never" and boolean(body, "stream", default=operation.streaming == "by default")

@@ -8,7 +8,7 @@ from gateway.dialects.model_names import NAME_RULE, is_name
 
 
 def model_of(body: dict[str, Any]) -> str:
-    """`model`, or the deprecated `name` where the dialect knows it; two that differ are refused."""
+    """The field `model`, or Ollama's deprecated `name`. Raises BadRequest if both are there and differ."""
     asked = body.get("model")
     if asked is None or asked == "":
         asked = body.get("name")
@@ -51,7 +51,7 @@ def expect_objects(body: dict[str, Any], name: str) -> None:
 
 
 def expect_messages(body: dict[str, Any]) -> None:
-    """Backends answer 500 to a role that is no text, and to calls of tools that name none."""
+    """Backends answer 500 to a role that is not a string, and to tool calls without a function."""
     expect_objects(body, "messages")
     for message in body.get("messages") or ():
         if "role" in message and message["role"].__class__ is not str:
@@ -80,25 +80,25 @@ def expect_tools(body: dict[str, Any]) -> None:
 
 
 def bounded(value: object, cap: int) -> int:
-    """A wish for output tokens as a number from 1 to `cap`: negative, zero, absent and absurd ones mean the cap."""
+    """A requested limit of output tokens as a number from 1 to `cap`; anything else means `cap`."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= cap:
         return int(value)
     return cap
 
 
 def is_over(value: object, cap: int) -> bool:
-    """Whether `bounded` makes less of a wish: one for more than `cap`, or for as many as there are."""
+    """Whether `bounded` reduces the requested limit: more than `cap`, or no limit at all."""
     return value is not None and not (isinstance(value, int | float) and 1 <= value <= cap)
 
 
 def wish(value: object) -> int | None:
-    """A bound on output that a caller named, None where it is none."""
+    """The limit of output tokens that a caller requested, or None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return int(value) if is_number and value >= 1 else None  # type: ignore[call-overload,operator]
 
 
 def text_of(message: dict[str, Any], *names: str) -> str:
-    """What a message or a part of one says, with the tools it calls."""
+    """The text of a message or of a part of one, with its tool calls."""
     texts = [message[name] for name in names if isinstance(message.get(name), str)]
     calls = message.get("tool_calls")
     return "".join(texts) + (strict_json.write_anyhow(calls).decode("utf-8", "replace") if calls else "")

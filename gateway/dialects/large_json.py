@@ -1,7 +1,7 @@
-"""The outermost fields of a JSON answer that is too large to be read whole while others wait; small ones are read whole.
+"""JSON answers: small ones are parsed, of large ones only the outermost fields, so that other requests do not wait.
 
-Reading makes an object of each value: a second for each ten megabytes of small ones. What decides over an answer stands in its
-first and last kilobytes.
+Parsing creates an object for each value, which takes a second for ten megabytes of small values. The fields that decide what
+becomes of an answer are in its first and last kilobytes.
 """
 
 import re
@@ -20,9 +20,9 @@ EMPTY = frozenset({b"[]", b"{}", b'""'})
 
 
 def read(data: bytes) -> Any:
-    """As read whole, but of a large answer only the outermost fields, True for a value that is too long to see its end.
+    """The parsed JSON; of a large answer only the outermost fields, with True for a value whose end is out of sight.
 
-    Raises ValueError where it is no JSON; of a large one only its first and last bytes are looked at.
+    Raises ValueError if it is not JSON; of a large answer only the first and last bytes are checked.
     """
     if len(data) <= LARGEST_READ_WHOLE:
         return strict_json.read_loosely(data)
@@ -35,7 +35,7 @@ def read(data: bytes) -> Any:
 
 
 def _first_fields(head: bytes) -> dict[str, Any]:
-    """Those before the value that goes on beyond the head, and that one."""
+    """The fields up to the value that continues after the head, with that one."""
     end = _last_outer_comma(head)
     fields: dict[str, Any] = strict_json.read_loosely(head[:end] + b"}") if end else {}
     if (field := FIELD.match(head, end)) is not None:
@@ -45,7 +45,7 @@ def _first_fields(head: bytes) -> dict[str, Any]:
 
 
 def _last_outer_comma(head: bytes) -> int:
-    """Its position; 0, where the object begins, if there is none."""
+    """The position of the last comma of the outermost object; 0, where the object begins, if there is none."""
     depth = found = 0
     for token in TOKEN.finditer(head):
         kind = token[0]
@@ -61,7 +61,7 @@ def _last_outer_comma(head: bytes) -> int:
 
 
 def _last_fields(tail: bytes) -> dict[str, Any]:
-    """What follows an outermost key is, with a brace before it, an object again; after any other it is not."""
+    """The text from an outermost key on, with a brace in front, is an object again; from any other key on it is not."""
     starts = [key.start() for key in KEY.finditer(tail)]
     for start in islice(starts, max(0, len(starts) - MOST_KEYS_OF_TAIL), None):
         try:

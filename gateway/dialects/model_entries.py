@@ -11,20 +11,20 @@ from gateway.dialects.model_names import LONGEST_NAME, is_name
 
 EMPTY_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
 MOST_MODELS, DEEPEST_ENTRY = 10_000, 8
-# What clients size their context and their answers by, as vLLM, llama.cpp, LM Studio and services name it. All are numbers.
+# Numbers by which clients size their context and answers, as vLLM, llama.cpp, LM Studio and services name them.
 SIZES = (
     "max_model_len context_length context_window max_context_length loaded_context_length max_input_tokens max_output_tokens "
     "max_completion_tokens"
 ).split()
 CONTEXT = ("max_model_len", "loaded_context_length", "context_length", "context_window", "max_context_length")
 META = "n_ctx n_ctx_train n_vocab vocab_type n_embd n_params size".split()
-# The model that a name stands for; a path on the backend is nobody's business.
+# The model behind a name; a path on the backend is not shown.
 ROOT = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 LARGEST_SIZE = 2**53
 
 
 def read_tags(answer: object) -> tuple[dict[str, Any], ...]:
-    """The models of `/api/tags` or `/api/ps`, completed with what clients break without; raises ValueError on others."""
+    """The models of `/api/tags` or `/api/ps`, completed with fields that clients need. Raises ValueError on anything else."""
     models = answer.get("models") if isinstance(answer, dict) else None
     if not isinstance(models, list):
         raise ValueError("no list of models")
@@ -32,7 +32,7 @@ def read_tags(answer: object) -> tuple[dict[str, Any], ...]:
 
 
 def read_openai_models(answer: object) -> tuple[dict[str, Any], ...]:
-    """The models of `/v1/models` as native entries with their OpenAI entry inside; raises ValueError on anything else."""
+    """The models of `/v1/models` as entries of `/api/tags` with the OpenAI entry inside. Raises ValueError on anything else."""
     data = answer.get("data") if isinstance(answer, dict) and not answer.get("error") else None
     if not isinstance(data, list):
         raise ValueError("no list of models")
@@ -40,7 +40,7 @@ def read_openai_models(answer: object) -> tuple[dict[str, Any], ...]:
 
 
 def has_name(entry: object, *names: str) -> bool:
-    """Whether a caller could ask for it, and it can be told on: what nobody can name, or what is nested deep, is left out."""
+    """Whether an entry has a usable name and can be passed on: entries without one, or nested deeply, are left out."""
     return isinstance(entry, dict) and is_name(_name_in(entry, names)) and _is_short(entry, names) and _is_flat(entry)
 
 
@@ -60,8 +60,8 @@ def _is_flat(value: object, levels: int = DEEPEST_ENTRY) -> bool:
 def native_entry(entry: dict[str, Any]) -> dict[str, Any]:
     name = _name_in(entry, ("name", "model"))
     digest, details = entry.get("digest"), entry.get("details")
-    told = {key: value for key, value in details.items() if value is not None} if isinstance(details, dict) else {}
-    details = {**EMPTY_DETAILS, **told}
+    known = {key: value for key, value in details.items() if value is not None} if isinstance(details, dict) else {}
+    details = {**EMPTY_DETAILS, **known}
     return {
         **entry,
         "name": name,
@@ -111,11 +111,11 @@ def _from_openai(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def context_of(entry: Mapping[str, Any]) -> int:
-    """The tokens that a model's OpenAI entry says it holds, 0 where it says nothing."""
+    """The context length in a model's OpenAI entry, 0 if there is none."""
     found = [entry.get("meta", {}).get("n_ctx"), *(entry.get(name) for name in CONTEXT)]
     return next((length for value in found if (length := whole_number(value))), 0)
 
 
 def whole_number(value: object) -> int:
-    """A number of tokens, bytes or parameters that a backend told, else 0."""
+    """A number of tokens, bytes or parameters as a backend reported it, 0 if it is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_SIZE else 0

@@ -1,8 +1,8 @@
-"""When two spellings name one model, and which models an allow-list means.
+"""Which spellings name the same model, and which models an allow-list contains.
 
 Ollama takes `llama3.2`, `LLAMA3.2:Latest`, `library/llama3.2`, `https://registry.ollama.ai/library/llama3.2` and
-`llama3.2:local` for one model (its types/model package and its `:cloud`/`:local` source suffixes); every decision here
-is taken on one canonical spelling.
+`llama3.2:local` for one model (its types/model package and its `:cloud`/`:local` source suffixes); the gateway decides by
+one canonical spelling.
 """
 
 import fnmatch
@@ -14,7 +14,7 @@ from typing import NamedTuple
 LONGEST_NAME = 350
 NAME_RULE = f"must be a string of at most {LONGEST_NAME} printable characters"
 REMEMBERED_NAMES = 2000
-# A list of models tries each pattern on each of them.
+# Listing models matches each pattern against each model.
 MOST_PATTERNS = 100
 DEFAULT_HOST, DEFAULT_NAMESPACE = "registry.ollama.ai/", "library/"
 
@@ -27,13 +27,13 @@ class ModelName(NamedTuple):
 
 
 def is_name(text: object) -> bool:
-    """Whether it can name a model at all: what callers and backends say is looked at no further otherwise."""
+    """Whether a value can be a model's name at all."""
     return isinstance(text, str) and len(text) <= LONGEST_NAME and text.isprintable() and not text.isspace() and text != ""
 
 
 @lru_cache(maxsize=REMEMBERED_NAMES)
 def canonical(name: str) -> ModelName:
-    """Raises ValueError on a name that is too long to be one, so that nothing of that size is worked on or remembered."""
+    """Raises ValueError on a name that is too long, so that nothing of that size is processed or cached."""
     if len(name) > LONGEST_NAME:
         raise ValueError(f"a model's name {NAME_RULE}")
     plain = name.strip().lower()
@@ -48,7 +48,7 @@ def canonical(name: str) -> ModelName:
 
 
 def is_plain(name: str, canonical_name: str) -> bool:
-    """Whether a client's spelling is safe to send on as it is."""
+    """Whether a client's spelling can be sent to a backend unchanged."""
     lowered = name.lower()
     return lowered == canonical_name or f"{lowered}:latest" == canonical_name
 
@@ -60,7 +60,7 @@ class AllowList:
     patterns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # A pattern longer than any name fits none.
+        # A pattern that is longer than any name matches none.
         usable = [pattern.strip().lower() for pattern in self.patterns if len(pattern) <= LONGEST_NAME]
         globs = [pattern for pattern in usable if _is_glob(pattern)]
         local = [_expression(glob) for glob in globs] if self.patterns else [".*"]
@@ -83,16 +83,16 @@ def _is_glob(pattern: str) -> bool:
 
 
 def _expression(glob: str) -> str:
-    """A glob without a tag means every tag. What fnmatch makes of it never goes back over what it has passed."""
+    """A glob without a tag matches every tag. fnmatch's expressions do not backtrack."""
     whole = fnmatch.translate(glob)
     return whole if ":" in glob else f"{whole}|{fnmatch.translate(glob + ':latest')}"
 
 
 def rule_pattern(pattern: str) -> str:
-    """One spelling for a rule that names one model; globs stay as they are."""
+    """The canonical spelling of a pattern that names one model; globs stay as they are."""
     return pattern if not pattern or _is_glob(pattern) else canonical(pattern).canonical
 
 
 def split_patterns(text: str) -> tuple[str, ...]:
-    """`MODELS="a b*"` of an operator: separated by blanks or commas."""
+    """Splits an operator's `MODELS="a b*"` at blanks and commas."""
     return tuple(dict.fromkeys(text.replace(",", " ").split()))

@@ -1,4 +1,4 @@
-"""Ollama's native API: NDJSON streams, `{"error": "…"}`, counts in the last record."""
+"""Ollama's native API: NDJSON streams, errors as `{"error": "…"}`, token counts in the last record."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from gateway.dialects import tokens
 from gateway.dialects.answers import BadFrame, cached, count, read_answer, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_messages, expect_tools, is_over, text_of, wish
-from gateway.dialects.refused_fields import LOOKED_AT
+from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.tokens import NO_TOKENS, Need
 
 KNOWN_FIELDS = frozenset(
@@ -42,7 +42,7 @@ class Ndjson:
 class Ollama:
     name = "ollama"
     framing: Framing = Ndjson()
-    known_fields = KNOWN_FIELDS | LOOKED_AT
+    known_fields = KNOWN_FIELDS | CHECKED_FIELDS
 
     def __init__(self) -> None:
         kinds: frozenset[Kind] = frozenset({"ollama"})
@@ -56,7 +56,7 @@ class Ollama:
         )
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
-        # Of a 401 Ollama's own client reads no `error`, and shows `status` where it shows anything of the body.
+        # In a 401 Ollama's own client ignores `error` and shows `status`.
         words = {"error": error.message}
         return strict_json.write({**words, "status": error.message} if error.status == 401 else words)
 
@@ -75,13 +75,13 @@ class Ollama:
         return self.usage_of(try_read(tail[-1]) if tail else {})
 
     def usage_of(self, answer: Any) -> Usage:
-        told = answer if isinstance(answer, dict) else {}
-        prompt, completion = count(told.get("prompt_eval_count")), count(told.get("eval_count"))
-        # Whoever tells the cached ones (Ollama 0.33.3) has them in the prompt's count.
-        again = cached(told[CACHED]) if CACHED in told else None
+        fields = answer if isinstance(answer, dict) else {}
+        prompt, completion = count(fields.get("prompt_eval_count")), count(fields.get("eval_count"))
+        # A server that reports cached tokens (Ollama 0.33.3) includes them in the prompt's count.
+        again = cached(fields[CACHED]) if CACHED in fields else None
         return Usage(prompt, completion, again)
 
-    def says_last(self, frames: bytes) -> bool:
+    def has_last_frame(self, frames: bytes) -> bool:
         return b'"done":true' in frames
 
     def is_plain(self, frames: bytes) -> bool:
@@ -93,14 +93,14 @@ class Ollama:
     def without_usage(self, frames: bytes) -> bytes:
         return frames
 
-    def said(self, data: bytes) -> str:
-        return "".join(_said(try_read(payload)) for payload in self.framing.payloads(data))
+    def answer_text(self, data: bytes) -> str:
+        return "".join(_text(try_read(payload)) for payload in self.framing.payloads(data))
 
 
-def _said(record: dict[str, Any]) -> str:
+def _text(record: dict[str, Any]) -> str:
     message = record.get("message")
-    spoken = text_of(message, "thinking", "content") if isinstance(message, dict) else ""
-    return spoken + text_of(record, "thinking", "response")
+    text = text_of(message, "thinking", "content") if isinstance(message, dict) else ""
+    return text + text_of(record, "thinking", "response")
 
 
 def _wish(body: dict[str, Any]) -> int | None:
@@ -127,10 +127,10 @@ def _need_of_embeddings(body: dict[str, Any]) -> Need:
     return Need(tokens.of_fields(body), 0) if body.get("prompt") else NO_TOKENS
 
 
-def _clamp(body: dict[str, Any], kind: Kind, cap: int, unsaid: int) -> int:
+def _clamp(body: dict[str, Any], kind: Kind, cap: int, default: int) -> int:
     options = dict(body.get("options") or {})
     wished = options.get("num_predict")
-    options["num_predict"] = unsaid if wished is None else bounded(wished, cap)
+    options["num_predict"] = default if wished is None else bounded(wished, cap)
     body["options"] = options
     return cap if is_over(wished, cap) else 0
 

@@ -10,7 +10,7 @@ from gateway.dialects import tokens
 from gateway.dialects.answers import BadFrame, cached, count, read_answer, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_messages, expect_number, expect_tools, is_over, text_of, wish
-from gateway.dialects.refused_fields import LOOKED_AT
+from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.tokens import Need
 
 CAPS = frozenset({"max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"})
@@ -28,11 +28,11 @@ UNKNOWN = Usage()
 DETAILS = "prompt_tokens_details"
 # Lines end with \n, \r\n or \r, and an event with an empty line (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 END_OF_EVENT = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
-# No server spreads one JSON object over more.
+# No server spreads one JSON object over more lines.
 MOST_LINES = 1000
-# An event that is there for its counts is far smaller; a larger one is passed on as it is.
+# An event for token counts is far smaller; a larger one is passed on unchanged.
 LARGEST_USAGE_EVENT = 16 * 1024
-# What servers put into every chunk when they are asked for counts: nothing yet.
+# Servers that are asked for counts put an empty count into every chunk.
 NOTHING = rb'(?:null|\{"prompt_tokens"\s?:\s?0,\s?"completion_tokens"\s?:\s?0,\s?"total_tokens"\s?:\s?0\})'
 NO_USAGE = re.compile(rb',\s?"usage"\s?:\s?' + NOTHING + rb'(?=\s?[,}])|(?<=\{)"usage"\s?:\s?' + NOTHING + rb"\s?,\s?")
 NO_CHOICES = re.compile(rb'"choices"\s?:\s?(?:\[\s?\]|null)')
@@ -49,7 +49,7 @@ class ServerSentEvents:
             return 0
         return max(
             data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0,
-            # At the end of the data it may be the first half of \n\r\n.
+            # At the end of the data this may be the first part of \n\r\n.
             _behind(data, data.rfind(b"\n\r", 0, len(data) - 1)) if b"\n\r" in data else 0,
             _behind(data, data.rfind(b"\r\r")) if b"\r\r" in data else 0,
         )
@@ -71,14 +71,14 @@ class ServerSentEvents:
 
 
 def _behind(data: bytes, mark: int) -> int:
-    """The position behind a mark of two bytes, of which the last is \\r, and the \\n that may belong to it; 0 without one."""
+    """The end of a mark of two bytes whose last is \\r, with the \\n that may belong to it; 0 without a mark."""
     return mark + 2 + (data[mark + 2 : mark + 3] == b"\n") if mark >= 0 else 0
 
 
 class OpenAI:
     name = "openai"
     framing: Framing = ServerSentEvents()
-    known_fields = KNOWN_FIELDS | LOOKED_AT
+    known_fields = KNOWN_FIELDS | CHECKED_FIELDS
     error_types = {  # noqa: RUF012
         400: "invalid_request_error",
         401: "invalid_request_error",
@@ -104,8 +104,8 @@ class OpenAI:
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
         kind = error.kind or self.error_types.get(error.status, "server_error")
-        told = {"message": error.message, "type": kind, "param": None, "code": error.code, **error.fields}
-        return strict_json.write({"error": told})
+        fields = {"message": error.message, "type": kind, "param": None, "code": error.code, **error.fields}
+        return strict_json.write({"error": fields})
 
     def error_frame(self, error: GatewayError) -> bytes:
         return b"data: " + self.error(error, "") + b"\n\n"
@@ -114,8 +114,8 @@ class OpenAI:
         value = read_answer(payload)
         if not isinstance(value, dict):
             raise BadFrame("not an object")
-        # Ollama loses the text of an error here and sends a chunk without a model instead.
-        if value.get("model") == "" and not _says_something(value):
+        # Ollama drops the text of an error here and sends a chunk without a model instead.
+        if value.get("model") == "" and not _has_content(value):
             raise BadFrame("an empty chunk without a model")
 
     def is_complete(self, tail: Sequence[bytes], call: Call) -> bool:
@@ -123,7 +123,7 @@ class OpenAI:
             return False
         if tail[-1].startswith(b"[DONE]"):
             return not any(try_read(payload).get("error") for payload in tail[:-1])
-        # Some servers leave the last line out. One choice that has finished says nothing of the others.
+        # Some servers omit the last line. A finished choice does not mean that the others are finished.
         ended = any(choice.get("finish_reason") for payload in tail for choice in _choices(try_read(payload)))
         return ended and _answers(call.body) == 1
 
@@ -138,18 +138,18 @@ class OpenAI:
     def usage_of(self, answer: Any) -> Usage:
         if not isinstance(answer, dict):
             return UNKNOWN
-        told = answer.get("usage")
-        if isinstance(told, dict) and (told.get("prompt_tokens") or told.get("completion_tokens")):
-            again = _cached(told, answer) if DETAILS in told or "timings" in answer else None
-            return Usage(count(told.get("prompt_tokens")), count(told.get("completion_tokens")), again)
+        counts = answer.get("usage")
+        if isinstance(counts, dict) and (counts.get("prompt_tokens") or counts.get("completion_tokens")):
+            again = _cached(counts, answer) if DETAILS in counts or "timings" in answer else None
+            return Usage(count(counts.get("prompt_tokens")), count(counts.get("completion_tokens")), again)
         timings = answer.get("timings")
         if isinstance(timings, dict):
-            # llama.cpp counts the cached ones apart here, and in `usage` with the others.
+            # llama.cpp counts cached tokens separately here, and together with the others in `usage`.
             before, read = count(timings.get("cache_n")) or 0, count(timings.get("prompt_n")) or 0
             return Usage(before + read, count(timings.get("predicted_n")), cached(timings.get("cache_n")))
         return UNKNOWN
 
-    def says_last(self, frames: bytes) -> bool:
+    def has_last_frame(self, frames: bytes) -> bool:
         return b"[DONE]" in frames[-16:]
 
     def is_plain(self, frames: bytes) -> bool:
@@ -169,7 +169,7 @@ class OpenAI:
         return b"".join(self._shown_parts(frames))
 
     def _shown_parts(self, frames: bytes) -> Iterator[bytes]:
-        """Looks at the events with the word alone, and at each byte of them once."""
+        """The frames without counts; only events that contain the word are examined, each byte once."""
         done = 0
         while (found := frames.find(b'"usage"', done)) >= 0:
             begin = done + self.framing.end_of_frames(frames[done : found + 1])
@@ -179,33 +179,33 @@ class OpenAI:
             event = frames[begin:end]
             if len(event) > LARGEST_USAGE_EVENT:
                 yield event
-            elif not self._is_usage_alone(event):
+            elif not self._is_usage_only(event):
                 yield NO_USAGE.sub(b"", event)
             done = end
         yield frames[done:]
 
-    def _is_usage_alone(self, event: bytes) -> bool:
-        """Whether the event is there for its counts, or for the place where they would stand."""
+    def _is_usage_only(self, event: bytes) -> bool:
+        """Whether an event has nothing but counts, or an empty place for them."""
         values = [try_read(payload) for payload in self.framing.payloads(event)]
         return bool(values) and all("usage" in value and not value.get("choices") and "error" not in value for value in values)
 
-    def said(self, data: bytes) -> str:
+    def answer_text(self, data: bytes) -> str:
         payloads = [data] if data.lstrip()[:1] == b"{" else self.framing.payloads(data)
-        return "".join(_said(choice) for payload in payloads for choice in _choices(try_read(payload)))
+        return "".join(_text(choice) for payload in payloads for choice in _choices(try_read(payload)))
 
 
 def _cached(usage: dict[str, Any], answer: dict[str, Any]) -> int | None:
-    """As vLLM and Ollama tell it, or as llama.cpp did before it told it so, too."""
+    """Cached tokens as vLLM, Ollama and llama.cpp report them, or as older versions of llama.cpp did."""
     details, timings = usage.get(DETAILS), answer.get("timings")
     if isinstance(details, dict) and (found := cached(details.get("cached_tokens"))) is not None:
         return found
     return cached(timings.get("cache_n")) if isinstance(timings, dict) else None
 
 
-def _said(choice: dict[str, Any]) -> str:
+def _text(choice: dict[str, Any]) -> str:
     parts = [choice.get(name) for name in ("delta", "message")]
-    spoken = (text_of(part, "reasoning", "reasoning_content", "content") for part in parts if isinstance(part, dict))
-    return text_of(choice, "text") + "".join(spoken)
+    texts = (text_of(part, "reasoning", "reasoning_content", "content") for part in parts if isinstance(part, dict))
+    return text_of(choice, "text") + "".join(texts)
 
 
 def _need_of_chat(body: dict[str, Any]) -> Need:
@@ -231,15 +231,15 @@ def _choices(value: dict[str, Any]) -> list[dict[str, Any]]:
     return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
 
 
-def _says_something(value: dict[str, Any]) -> bool:
+def _has_content(value: dict[str, Any]) -> bool:
     return any(
         choice.get("finish_reason") or choice.get("text") or any((choice.get("delta") or {}).values())
         for choice in _choices(value)
     )
 
 
-def _clamp(body: dict[str, Any], kind: Kind, cap: int, unsaid: int) -> int:
-    """Bound what all choices of all prompts may say together, in the fields that this kind of backend reads.
+def _clamp(body: dict[str, Any], kind: Kind, cap: int, default: int) -> int:
+    """Limits the tokens of all choices of all prompts together, in the fields that this kind of backend reads.
 
     Ollama reads `max_tokens` alone; llama.cpp n_predict before max_completion_tokens before max_tokens; vLLM the last two.
     """
@@ -248,12 +248,12 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int, unsaid: int) -> int:
         raise BadRequest(f"{answers} answers in one request are too many: at most {cap} tokens are allowed for all of them")
     each = cap // answers
     wishes = [wished for name in body.keys() & CAPS if (wished := body.pop(name)) is not None]
-    body["max_tokens"] = min((bounded(wished, each) for wished in wishes), default=max(1, unsaid // answers))
+    body["max_tokens"] = min((bounded(wished, each) for wished in wishes), default=max(1, default // answers))
     if kind == "openai":
         body["max_completion_tokens"] = body["max_tokens"]
     if body.get("stream") is True:
         body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-    # A frame of many tokens would count as one, should the caller leave before the backend has told its count.
+    # A frame of many tokens would count as one if the caller leaves before the backend reports its count.
     body.pop("stream_interval", None)
     if "min_tokens" in body and isinstance(body["min_tokens"], int | float):
         body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
@@ -261,7 +261,7 @@ def _clamp(body: dict[str, Any], kind: Kind, cap: int, unsaid: int) -> int:
 
 
 def _answers(body: dict[str, Any]) -> int:
-    """How many are asked for at once: choices, of each of several prompts."""
+    """How many answers a request asks for: choices times prompts."""
     asked = body.keys() & CHOICES
     choices = max(int(body[name] or 1) for name in asked) if asked else 1
     prompt = body.get("prompt")

@@ -1,4 +1,4 @@
-"""Tokens guessed from text, where nobody has counted them yet: about four letters each, and one for any other character."""
+"""Estimates of tokens before a backend has counted them: one for four ASCII characters, one for any other character."""
 
 from typing import Any, NamedTuple
 
@@ -6,17 +6,17 @@ from gateway.core import strict_json
 
 LETTERS_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
-# A picture or a sound in base64: those of any size cost something, large ones more.
+# A picture or sound in base64 costs a fixed number of tokens, and more if it is large.
 TOKENS_PER_IMAGE, LETTERS_PER_TOKEN_OF_MEDIA = 768, 2048
 MEDIA = frozenset(
     "images image image_url input_image image_embeds input_audio audio_url video video_url file multimodal_data "
     "multi_modal_data".split()
 )
-# These are in the tokens of each message.
+# The tokens of each message include these.
 ROLES = ("user", "assistant", "system", "tool", "developer", "function")
 CONTENT, ROLE = "content", "role"
 PLAIN_MESSAGE = frozenset({ROLE, CONTENT})
-# Of a body: no template and no backend makes them part of a prompt.
+# Fields of a body that no template and no backend makes part of a prompt.
 SETTINGS = frozenset(
     "model name stream stream_options options keep_alive stop user metadata encoding_format dimensions service_tier "
     "logit_bias temperature top_p top_k min_p seed n max_tokens max_completion_tokens max_new_tokens n_predict "
@@ -27,9 +27,9 @@ LONGEST_KIND = 16
 
 
 class Need(NamedTuple):
-    """Tokens that a request will take: its prompt's, and its answer's where it names a bound. `prompt` -1: it counts none.
+    """Tokens that a request will use: of its prompt, and of its answer if it sets a limit.
 
-    `answers`: how many it asks for at once.
+    `prompt` is -1 if the operation uses no tokens; `answers` is how many answers the request asks for.
     """
 
     prompt: int = -1
@@ -41,7 +41,7 @@ NO_TOKENS = Need()
 
 
 def of_text(text: str) -> int:
-    """Chinese or Cyrillic take about a token a character where English takes a quarter."""
+    """Chinese or Cyrillic text takes about one token a character, English text a quarter."""
     if text.isascii():
         return -(-len(text) // LETTERS_PER_TOKEN)
     letters = len(text.encode("ascii", "ignore"))
@@ -62,7 +62,7 @@ def of_messages(messages: list[dict[str, Any]]) -> int:
 
 
 def of_content(content: Any) -> int:
-    """A string, or a list of parts: texts, pictures, sounds."""
+    """Content is a string, or a list of parts: texts, pictures, sounds."""
     if isinstance(content, str):
         return of_text(content)
     if not isinstance(content, list):
@@ -79,17 +79,17 @@ def _of_part(part: Any) -> int:
 
 
 def of_fields(body: dict[str, Any], without: frozenset[str] = SETTINGS) -> int:
-    """All that a body says: whatever it is called, some template or backend may make it part of the prompt."""
+    """All other fields of a body: some template or backend may make any of them part of the prompt."""
     return sum(of_field(name, body[name]) for name in body.keys() - without)
 
 
 def of_field(name: str, value: Any) -> int:
-    """Backends in Go read a nested name whatever its case."""
+    """Backends written in Go ignore the case of nested names."""
     return of_media(value) if value and name.casefold() in MEDIA else of_value(value)
 
 
 def of_value(value: Any) -> int:
-    """A text, or what is in an object or a list, names and all; numbers in a list are tokens."""
+    """A string, or an object or list with its names; each number in a list is a token."""
     if isinstance(value, str):
         return of_text(value)
     if isinstance(value, dict):
@@ -111,7 +111,7 @@ def _of_medium(value: Any) -> int:
 
 
 def of_input(value: Any) -> int:
-    """What is completed or embedded: a text, token numbers, an object with a text and pictures, or a list of any."""
+    """What is to be completed or embedded: a string, token numbers, an object with text and pictures, or a list of these."""
     if isinstance(value, str):
         return of_text(value)
     if isinstance(value, dict):

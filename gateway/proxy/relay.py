@@ -95,7 +95,7 @@ class Answer(ABC):
         """Estimated from its text, or from its length where it is too large to be parsed."""
         if len(answer) > LARGEST_READ_WHOLE:
             return len(answer) // tokens.LETTERS_PER_TOKEN
-        return tokens.of_text(self._dialect.said(answer))
+        return tokens.of_text(self._dialect.answer_text(answer))
 
 
 class WholeAnswer(Answer):
@@ -191,7 +191,7 @@ class StreamedAnswer(Answer):
             return True
 
         while True:
-            if self._dialect.says_last(frames) and not opening.at_end:
+            if self._dialect.has_last_frame(frames) and not opening.at_end:
                 buffer.rest += await self._rest_of(opening)
             if len(frames) > READ_IN_A_TURN and (self._hides_usage or IN_ERRORS in frames):
                 frames = await self._pass_most_turns(frames, guard, idle_s)
@@ -234,7 +234,7 @@ class StreamedAnswer(Answer):
         shown = self._process(frames)
         if len(shown) > AT_ONCE:
             shown = await self._send_most(shown)
-        if not self._has_sent_last and self._dialect.says_last(frames) and self._read_end():
+        if not self._has_sent_last and self._dialect.has_last_frame(frames) and self._read_end():
             # A client that has this may send its next request before the body has ended.
             self._has_sent_last = True
             await self._settler.finish_before_last_bytes(self._record, coming=len(shown))

@@ -92,7 +92,7 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("usage", events, '"usage" : null '),
     ("usage in events", events, 'data: {"usage":null,"choices":\n\n'),
     ("ends of events", events, '"usage"\r\r\n\r'),
-    ("what was said", lambda text: Ollama().said(text.encode()), "{}\n"),
+    ("what was said", lambda text: Ollama().answer_text(text.encode()), "{}\n"),
     ("JSON", lambda text: strict_json.read_object(text.encode()), '{"a":'),
     ("a number", lambda text: strict_json.read_object(b'{"a":%b}' % text.encode()), "1"),
     ("a fraction", lambda text: strict_json.read_object(b'{"a":0.%be-9}' % text.encode()), "1"),
