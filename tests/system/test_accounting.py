@@ -1,4 +1,4 @@
-"""The books balance: every authenticated request has one row, every token is counted once, nothing stays taken."""
+"""The accounts balance: each authenticated request has one audit row, each token is counted once, no slot stays occupied."""
 
 import asyncio
 import os
@@ -19,27 +19,27 @@ from tests.support.running_gateway import RunningGateway
 REQUESTS = int(os.environ.get("CONSERVATION_REQUESTS", "1500"))
 
 
-def unreliable(backend: FakeBackend, chance: random.Random) -> Script:
-    """Healthy most of the time; else it dies in some way, before, in or after its first frame."""
+def unreliable(backend: FakeBackend, rng: random.Random) -> Script:
+    """Healthy most of the time; otherwise it fails before, within or after its first frame."""
     faults = [name for name in FAULTS if "timeout" not in name and "silent" not in name]
 
     def script(request: Received) -> list[Step]:
-        if chance.random() < 0.75:
+        if rng.random() < 0.75:
             return list(backend.healthy(request))
         is_native = request.path.startswith("/api/")
         dialect, streamed = ("ollama" if is_native else "openai"), bool(request.json["stream"])
-        if chance.random() < 0.5:
-            return FAULTS[chance.choice(faults)](dialect, streamed)  # type: ignore[arg-type]
+        if rng.random() < 0.5:
+            return FAULTS[rng.choice(faults)](dialect, streamed)  # type: ignore[arg-type]
         name = f"{dialect}_chat_{'stream' if streamed else 'whole'}"
         data = recording(f"{name}.json" if not streamed else f"{name}.ndjson" if is_native else f"{name}.sse")
         kind = "application/json" if not streamed else "application/x-ndjson" if is_native else "text/event-stream"
-        how: How = "reset" if chance.random() < 0.5 else "close"
-        return cut_at(data, chance.randrange(len(data)), how, kind)
+        how: How = "reset" if rng.random() < 0.5 else "close"
+        return cut_at(data, rng.randrange(len(data)), how, kind)
 
     return script
 
 
-def still_taken(stores: TestStores) -> list[bytes]:
+def leases_left(stores: TestStores) -> list[bytes]:
     with stores.client() as redis:
         return [name for kind in ("c", "v", "q") for name in redis.scan_iter(f"nz:*:{kind}:*")] + [
             name for shared in redis_keys.BY_SHARD for name in (shared.calls, shared.leases) if redis.exists(name)
@@ -48,24 +48,24 @@ def still_taken(stores: TestStores) -> list[bytes]:
 
 @pytest.fixture
 def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
-    chance = random.Random(11)
+    rng = random.Random(11)
     for backend in (alpha, beta):
         backend.healthy.pieces, backend.healthy.pause_s = 5, 0.002
-        backend.healthy.cached = lambda _: chance.choice([0, 1, 2, 2, 7, 10**12, -1, 1.5, True, "2", None])
+        backend.healthy.cached = lambda _: rng.choice([0, 1, 2, 2, 7, 10**12, -1, 1.5, True, "2", None])
         for path in ("/api/chat", "/v1/chat/completions"):
-            backend.play(path, unreliable(backend, chance))
+            backend.play(path, unreliable(backend, rng))
     return start_gateway(alpha, beta)
 
 
 def test_random_disconnects_and_failures_keep_the_accounts_balanced(gateway: RunningGateway, stores: TestStores) -> None:
-    crowd = RandomClients(gateway.key(day=10**12), random.Random(5))
-    asyncio.run(run_clients(crowd, [gateway.url], REQUESTS, 60))
+    clients = RandomClients(gateway.key(day=10**12), random.Random(5))
+    asyncio.run(run_clients(clients, [gateway.url], REQUESTS, 60))
     gateway.wait_idle(20)
     rows = gateway.audit_rows()
     lines = gateway.request_lines()
-    assert crowd.sent == REQUESTS == len(rows) == len(lines)
+    assert clients.sent == REQUESTS == len(rows) == len(lines)
     assert len({row["id"] for row in rows}) == len(rows)
-    assert still_taken(stores) == [] and gateway.components.limits.running == 0
+    assert leases_left(stores) == [] and gateway.components.limits.running == 0
     assert sum(map(billed, rows)) == stores.billed_today() > 0
     discounted = {(row["dialect"], row["stream"]) for row in rows if row["billed_tokens"] is not None}
     assert discounted == {(dialect, stream) for dialect in ("ollama", "openai") for stream in (True, False)}
@@ -74,7 +74,7 @@ def test_random_disconnects_and_failures_keep_the_accounts_balanced(gateway: Run
     usual = {"answered", "client_gone", "backend_failed", "truncated", "refused"}
     assert {name.partition(":")[0] for name in outcomes} <= usual
     answered = {row["request_id"] for row in rows if row["outcome"] == "answered"}
-    assert crowd.whole <= answered and crowd.ends["cut"] == 0
+    assert clients.whole <= answered and clients.ends["cut"] == 0
     by_log = Counter(line["outcome"] for line in lines)
     assert by_log == outcomes
 
@@ -83,13 +83,13 @@ def test_a_row_records_what_happened(start_gateway: StartGateway, alpha: FakeBac
     gateway = start_gateway(alpha, beta)
     alpha.play("/api/chat", FAULTS["500"]("ollama", True))
     with gateway.http(gateway.key(name="mine"), headers={"User-Agent": "trial/1", "X-Request-ID": "my-own"}) as client:
-        told = client.post("/api/chat", json={"model": "LLAMA3.2", "messages": [{"role": "user", "content": "Hi"}]})
+        got = client.post("/api/chat", json={"model": "LLAMA3.2", "messages": [{"role": "user", "content": "Hi"}]})
     (row,) = gateway.audit_rows()
     assert (row["request_id"], row["agent"], row["client"]) == ("my-own", "trial/1", "127.0.0.1")
     assert (row["dialect"], row["method"], row["route"], row["model"]) == ("ollama", "POST", "/api/chat", "LLAMA3.2")
     assert '"fault": "bad_status"' in row["attempts"] and '"backend": "alpha"' in row["attempts"]
     assert (row["backend"], row["answered_as"], row["status"], row["outcome"]) == ("beta", "llama3.2:latest", 200, "answered")
-    assert (row["stream"], row["tokens_from"], row["bytes_out"]) == (True, "reported", len(told.content))
+    assert (row["stream"], row["tokens_from"], row["bytes_out"]) == (True, "reported", len(got.content))
     assert row["prompt_tokens"] == 1 and row["completion_tokens"] == 4 and row["bytes_in"] > 50
     assert 0 < row["ttfb_ms"] < row["total_ms"] < 5000
 

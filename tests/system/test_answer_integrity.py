@@ -1,4 +1,4 @@
-"""Answers reach the client byte for byte, and one that was cut short says so: never a made-up end."""
+"""Answers reach the client byte for byte; a truncated answer ends with an error, never with an invented end."""
 
 import json
 import random
@@ -63,9 +63,9 @@ def test_every_recording_passes_byte_for_byte_however_it_is_cut(
     gateway: RunningGateway, alpha: FakeBackend, path: str, name: str
 ) -> None:
     data, content_type = recording(name), media_of(name)
-    chance = random.Random(name)
+    rng = random.Random(name)
     every = len(data) if len(data) < 3000 else 40
-    plans = [[chance.randrange(1, len(data)) for _ in range(3)] for _ in range(8)]
+    plans = [[rng.randrange(1, len(data)) for _ in range(3)] for _ in range(8)]
     plans += [list(range(1, len(data), max(1, len(data) // every)))]
     with gateway.http(gateway.key()) as client:
         for cuts in plans:
@@ -127,7 +127,7 @@ def test_the_official_clients_raise_where_a_stream_was_cut(gateway: RunningGatew
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
 def test_a_clean_end_without_the_last_frame_is_a_failure(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
-    """Ollama ends so when it aborts a run that repeats itself, and when its runner dies."""
+    """Ollama ends its answer like this when it aborts repetitive output, and when its runner dies."""
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     frames = recording(name).splitlines(keepends=True)
     alpha.play(way.path, in_pieces(b"".join(frames[:2]), [], media_of(name)))
@@ -164,7 +164,7 @@ def test_a_total_limit_ends_an_endless_stream(start_gateway: StartGateway, alpha
 def test_an_answer_ends_at_its_last_frame_whatever_the_backend_sends_afterwards(
     gateway: RunningGateway, alpha: FakeBackend, way: Way
 ) -> None:
-    """Its call has been counted by then, and has given back its slot."""
+    """By then the call is counted and its slot released."""
     name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
     data = recording(name)
     behind = b"\n" if way.dialect == "ollama" else b": ping\n\n"
@@ -191,7 +191,7 @@ def test_blanks_and_comments_alone_are_no_answer(gateway: RunningGateway, alpha:
 
 
 def test_each_piece_is_passed_on_as_it_comes(gateway: RunningGateway, alpha: FakeBackend) -> None:
-    """The client holds each frame while the backend is still silent before the next."""
+    """The client receives each frame while the backend is still silent before the next."""
     import threading
 
     from tests.support.fake_backend.scripts import Hold

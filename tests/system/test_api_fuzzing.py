@@ -1,4 +1,4 @@
-"""Whatever is asked of whichever route of the API's document: no 500, no answer that the document does not have."""
+"""Any request to any route of the API document gets an answer that the document describes, and never a 500."""
 
 import hashlib
 from collections import defaultdict
@@ -28,7 +28,7 @@ EVERYTHING = {
     "METRICS_TOKEN": TOKEN,
     "AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "1000000",
 }
-# In place of what was made up, half of the time: something that is there.
+# Half of the generated values are replaced by ones that exist.
 BLOB, REQUEST = b"hello", "my-request-1"
 Operation = APIOperation[Any, Any, Any, Any]
 KNOWN = {"name": "spare", "key": "alice", "model": MODEL, "digest": f"sha256:{hashlib.sha256(BLOB).hexdigest()}"}
@@ -44,19 +44,19 @@ def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
 
 
 def strict_document(gateway: RunningGateway) -> dict[str, Any]:
-    """Without what backends refuse: these refuse nothing, so each refusal is ours and stands there by its status."""
+    """The document without errors of backends: these backends refuse nothing, so every error must be documented."""
     with gateway.http() as client:
         document: dict[str, Any] = client.get("/openapi.json").json()
     for methods in document["paths"].values():
         for operation in methods.values():
             operation["responses"].pop("4XX", None)
-            # Keys have a test of their own.
+            # Another test covers keys.
             del operation["security"]
     return document
 
 
 def prepare(case: Case[Any], key_id: str, *, known: bool) -> Case[Any]:
-    """What is wrong on purpose stays so."""
+    """Replaces generated values by existing ones, except where they are wrong on purpose."""
     is_wrong = case.meta is not None and case.meta.generation.mode is GenerationMode.NEGATIVE
     if not known or (is_wrong and "digest" in case.path_parameters):
         return case
@@ -71,21 +71,21 @@ def prepare(case: Case[Any], key_id: str, *, known: bool) -> Case[Any]:
 
 
 def without(operation: Operation) -> list[Any]:
-    """Whether a body is good is for the backend to say, except where the body is the gateway's own."""
+    """The checks to exclude: only the backend can judge a body, unless the route is the gateway's own."""
     is_ours = "Admin" in operation.definition.raw["tags"]
     return [] if is_ours else [checks.negative_data_rejection, checks.positive_data_acceptance]
 
 
 def modes(operation: Operation) -> list[GenerationMode]:
-    """There is nothing wrong to make up where any text is right."""
+    """Operations that accept any text have no wrong values."""
     raw = operation.definition.raw
     parameters = raw.get("parameters", ())
     has_wrong = "requestBody" in raw or any(one["in"] == "query" or "pattern" in one["schema"] for one in parameters)
     return [GenerationMode.POSITIVE, GenerationMode.NEGATIVE] if has_wrong else [GenerationMode.POSITIVE]
 
 
-class Asking:
-    """Asks each operation; `statuses` are those that were seen, by operation."""
+class Fuzzer:
+    """Sends requests to each operation; `statuses` are the statuses received, by operation."""
 
     def __init__(self, gateway: RunningGateway) -> None:
         self.gateway = gateway
@@ -94,7 +94,7 @@ class Asking:
         self.statuses: dict[str, set[int]] = defaultdict(set)
 
     def ask(self, operation: Operation, case: Case[Any], known: bool) -> None:
-        # Nobody may end the key that asks.
+        # The fuzzer's own key must not be revoked.
         key = TOKEN if operation.path == "/metrics" else self.key
         answer = prepare(case, self.alice.split("_")[1], known=known).call(
             base_url=self.gateway.url, headers={"Authorization": f"Bearer {key}"}
@@ -118,12 +118,12 @@ class Asking:
 @pytest.mark.long(seconds=10)
 @pytest.mark.timeout(300)
 def test_every_answer_is_in_the_api_document(gateway: RunningGateway) -> None:
-    asking = Asking(gateway)
-    with gateway.http(asking.alice) as client:
+    fuzzer = Fuzzer(gateway)
+    with gateway.http(fuzzer.alice) as client:
         assert client.get("/api/tags", headers={"X-Request-ID": REQUEST}).status_code == httpx.codes.OK
     gateway.audit_rows()
     schema = schemathesis.openapi.from_dict(strict_document(gateway))
-    # What makes a thing comes before what looks for it, what ends one comes last.
+    # Operations that create something come first, those that delete something last.
     turns = ["head", "delete"]
     operations = sorted(
         (made.ok() for made in schema.get_all_operations() if isinstance(made, Ok)),
@@ -132,8 +132,8 @@ def test_every_answer_is_in_the_api_document(gateway: RunningGateway) -> None:
     assert len(operations) >= 55
     for operation in operations:
         if operation.path != UNENDING:
-            asking.all_of(operation)
-    unanswered = {line for line, seen in asking.statuses.items() if not any(status < 300 for status in seen)}
+            fuzzer.all_of(operation)
+    unanswered = {line for line, seen in fuzzer.statuses.items() if not any(status < 300 for status in seen)}
     # This backend has no account, and no searches.
     assert {line.partition(" ")[2] for line in unanswered} <= {
         "/api/me",
@@ -143,8 +143,8 @@ def test_every_answer_is_in_the_api_document(gateway: RunningGateway) -> None:
         "/api/experimental/web_fetch",
         "/api/experimental/model-recommendations",
     }
-    assert not any(status == 500 for seen in asking.statuses.values() for status in seen)
-    # A Redis that answers late on a busy machine is told of too, and is no route's doing.
+    assert not any(status == 500 for seen in fuzzer.statuses.values() for status in seen)
+    # Redis can answer late on a busy machine, which no route causes.
     others = [record for record in gateway.logged.records if record.name != "gateway.store"]
     assert not [record for record in others if record.levelname == "ERROR"]
 

@@ -1,4 +1,4 @@
-"""Bad input gets a clear error in the caller's dialect, and nothing that anybody sends makes a 500."""
+"""Bad input gets a clear error in the caller's dialect, and no input causes a 500."""
 
 import json
 import socket
@@ -20,7 +20,7 @@ from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer
 from tests.support.running_gateway import RunningGateway
 
-NATIVE, SPOKEN = "/api/chat", "/v1/chat/completions"
+OLLAMA_CHAT, OPENAI_CHAT = "/api/chat", "/v1/chat/completions"
 GOOD = '"messages":[{"role":"user","content":"hi"}]'
 
 
@@ -41,7 +41,7 @@ def message(got: httpx.Response) -> str:
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "expected"),
     [
         (b"", "empty"),
         (b"{", "not valid JSON"),
@@ -76,29 +76,29 @@ def message(got: httpx.Response) -> str:
         (b'{"model":"a","stream":"true",' + GOOD.encode() + b"}", "'stream' must be true or false"),
     ],
 )
-@pytest.mark.parametrize("path", [NATIVE, SPOKEN])
-def test_errors_name_what_is_wrong(gateway: RunningGateway, path: str, body: bytes, told: str) -> None:
+@pytest.mark.parametrize("path", [OLLAMA_CHAT, OPENAI_CHAT])
+def test_errors_name_what_is_wrong(gateway: RunningGateway, path: str, body: bytes, expected: str) -> None:
     with gateway.http(gateway.key()) as client:
         got = client.post(path, content=body)
     assert got.status_code == 400, got.text
-    assert told in message(got)
+    assert expected in message(got)
     assert got.headers["content-type"] == "application/json" and got.headers["x-request-id"]
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "told"),
+    ("path", "body", "expected"),
     [
-        (NATIVE, {"options": "x"}, "'options' must be an object"),
-        (NATIVE, {"options": {"num_predict": "5"}}, "'num_predict' must be a number"),
-        (NATIVE, {"options": {"num_predict": True}}, "'num_predict' must be a number"),
-        (NATIVE, {"options": {"temperature": "hot"}}, "'temperature' must be a number"),
-        (NATIVE, {"options": {"stop": 5}}, "'stop' must be a list"),
-        (NATIVE, {"name": "b"}, "'model' and 'name' differ"),
-        (SPOKEN, {"max_tokens": "5"}, "'max_tokens' must be a number"),
-        (SPOKEN, {"n": 0}, "'n' must be an integer"),
-        (SPOKEN, {"n": 1000}, "'n' must be an integer"),
-        (SPOKEN, {"stream_options": 5}, "'stream_options' must be an object"),
-        (SPOKEN, {"stream_options": {"Include_usage": True}}, "must be written 'include_usage'"),
+        (OLLAMA_CHAT, {"options": "x"}, "'options' must be an object"),
+        (OLLAMA_CHAT, {"options": {"num_predict": "5"}}, "'num_predict' must be a number"),
+        (OLLAMA_CHAT, {"options": {"num_predict": True}}, "'num_predict' must be a number"),
+        (OLLAMA_CHAT, {"options": {"temperature": "hot"}}, "'temperature' must be a number"),
+        (OLLAMA_CHAT, {"options": {"stop": 5}}, "'stop' must be a list"),
+        (OLLAMA_CHAT, {"name": "b"}, "'model' and 'name' differ"),
+        (OPENAI_CHAT, {"max_tokens": "5"}, "'max_tokens' must be a number"),
+        (OPENAI_CHAT, {"n": 0}, "'n' must be an integer"),
+        (OPENAI_CHAT, {"n": 1000}, "'n' must be an integer"),
+        (OPENAI_CHAT, {"stream_options": 5}, "'stream_options' must be an object"),
+        (OPENAI_CHAT, {"stream_options": {"Include_usage": True}}, "must be written 'include_usage'"),
         ("/v1/embeddings", {}, "'input' is missing"),
         ("/v1/completions", {}, "'prompt' is missing"),
         ("/v1/completions", {"prompt": 5}, "'prompt' must be a string or a list"),
@@ -106,16 +106,16 @@ def test_errors_name_what_is_wrong(gateway: RunningGateway, path: str, body: byt
         ("/api/generate", {"prompt": []}, "'prompt' must be a string"),
     ],
 )
-def test_errors_name_wrong_types(gateway: RunningGateway, path: str, body: dict[str, object], told: str) -> None:
-    messages = {"messages": [{"role": "user", "content": "hi"}]} if path in (NATIVE, SPOKEN) else {}
+def test_errors_name_wrong_types(gateway: RunningGateway, path: str, body: dict[str, object], expected: str) -> None:
+    messages = {"messages": [{"role": "user", "content": "hi"}]} if path in (OLLAMA_CHAT, OPENAI_CHAT) else {}
     with gateway.http(gateway.key()) as client:
         got = client.post(path, json={"model": "a", **messages, **body})
-    assert got.status_code == 400 and told in message(got), got.text
+    assert got.status_code == 400 and expected in message(got), got.text
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key()) as client:
-        for path in (NATIVE, SPOKEN):
+        for path in (OLLAMA_CHAT, OPENAI_CHAT):
             got = client.post(path, content=b"x" * 300_000)
             assert got.status_code == 413 and message(got).endswith(
                 "larger than 262144 bytes; MAX_REQUEST_BODY_BYTES sets that"
@@ -131,11 +131,11 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: RunningGate
 def test_bad_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
     key = gateway.key()
     with gateway.http(key) as client:
-        assert client.post(NATIVE, content=b"x", headers={"Content-Encoding": "zstd"}).status_code == 415
-        assert client.post(NATIVE, content=b"{}", headers={"Content-Encoding": "gzip"}).status_code == 415
+        assert client.post(OLLAMA_CHAT, content=b"x", headers={"Content-Encoding": "zstd"}).status_code == 415
+        assert client.post(OLLAMA_CHAT, content=b"{}", headers={"Content-Encoding": "gzip"}).status_code == 415
         assert client.get("/api/nothing").json() == {"error": "There is no such route here."}
         assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
-        wrong = client.put(SPOKEN)
+        wrong = client.put(OPENAI_CHAT)
         assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
         assert client.get("//api/tags").status_code == 404
         assert client.get("/v1/models", headers={"x-api-key": key_format.mint().whole}).status_code == 400
@@ -145,7 +145,7 @@ def test_bad_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
         assert client.get("/api/tags", headers={"Authorization": "Bearer nonsense"}).status_code == 401
         assert client.get("/").text == "Ollama is running" and client.head("/").status_code == 200
         assert client.get(f"/k/{key}/").status_code == 200 and client.get(f"/k/{key}/api/tags").status_code == 200
-        preflight = client.options(SPOKEN, headers={"Origin": "http://a", "Access-Control-Request-Method": "POST"})
+        preflight = client.options(OPENAI_CHAT, headers={"Origin": "http://a", "Access-Control-Request-Method": "POST"})
         assert preflight.status_code == 204 and preflight.headers["access-control-allow-origin"] == "*"
 
 
@@ -213,7 +213,7 @@ TYPES = st.sampled_from(["application/json", "text/event-stream", "application/x
     content=ANSWERS | st.lists(ANSWERS, max_size=3).map(lambda parts: b"".join(b"data: " + part + b"\n\n" for part in parts)),
     status=st.sampled_from([200, 200, 200, 204, 301, 400, 401, 404, 422, 429, 500, 503, 599]),
     content_type=TYPES,
-    path=st.sampled_from([NATIVE, SPOKEN]),
+    path=st.sampled_from([OLLAMA_CHAT, OPENAI_CHAT]),
     stream=st.booleans(),
 )
 def test_no_backend_answer_causes_a_500(
@@ -238,12 +238,12 @@ def nested(depth: int) -> str:
     [
         ("/v1/embeddings", '{"model":"a","input":' + nested(900) + "}"),
         ("/v1/completions", '{"model":"a","prompt":' + nested(600) + "}"),
-        (SPOKEN, '{"model":"a",' + GOOD + ',"tools":[{"type":"x","y":"\\ud800"}]}'),
+        (OPENAI_CHAT, '{"model":"a",' + GOOD + ',"tools":[{"type":"x","y":"\\ud800"}]}'),
         (
-            SPOKEN,
+            OPENAI_CHAT,
             '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":[{"function":{"a":' + nested(300) + "}}]}]}",
         ),
-        (NATIVE, '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":[{"function":{"a":"\\udfff"}}]}]}'),
+        (OLLAMA_CHAT, '{"model":"a","messages":[{"role":"user","content":"hi","tool_calls":[{"function":{"a":"\\udfff"}}]}]}'),
     ],
     ids=["deep input", "deep prompt", "half a letter in tools", "deep calls", "half a letter in calls"],
 )
@@ -253,7 +253,7 @@ def test_bodies_that_cannot_be_counted_are_refused(gateway: RunningGateway, rout
     assert got.status_code == 400 and "the body" in message(got)
 
 
-TYPED = {
+SUGGESTIONS = {
     "/v1": "/v1/models",
     "/v1/": "/v1/models",
     "//v1/models": "/v1/models",
@@ -281,10 +281,10 @@ TYPED = {
 
 def test_mistyped_paths_get_a_suggestion(gateway: RunningGateway) -> None:
     with gateway.http() as client:
-        for typed, meant in TYPED.items():
+        for typed, meant in SUGGESTIONS.items():
             for got in (client.get(f"{gateway.url}{typed}"), client.get(f"{gateway.url}/k/nz_any{typed}")):
                 assert (got.status_code, message(got)) == (404, f"There is no such route here; did you mean {meant}?"), typed
-                # In the language of the route that was meant: with /v1 missing or doubled it is still an OpenAI client.
+                # In the dialect of the suggested route: with /v1 missing or doubled it is still an OpenAI client.
                 assert isinstance(got.json()["error"], dict) == meant.startswith("/v1"), typed
         for typed in (
             "/favicon.ico",
@@ -306,7 +306,7 @@ def test_mistyped_paths_get_a_suggestion(gateway: RunningGateway) -> None:
 def test_an_openai_client_without_v1_gets_a_suggestion(gateway: RunningGateway) -> None:
     with (
         openai.OpenAI(base_url=gateway.url, api_key="any", max_retries=0) as client,
-        pytest.raises(openai.NotFoundError) as told,
+        pytest.raises(openai.NotFoundError) as raised,
     ):
         client.chat.completions.create(model="llama3.2", messages=[{"role": "user", "content": "Hi"}])
-    assert told.value.code == "not_found" and "did you mean /v1/chat/completions?" in str(told.value)
+    assert raised.value.code == "not_found" and "did you mean /v1/chat/completions?" in str(raised.value)

@@ -1,4 +1,4 @@
-"""A client that leaves is noticed within a second, wherever it leaves: before the head, while waiting, in a stream."""
+"""A client that disconnects is noticed within a second: before the answer, while waiting and within a stream."""
 
 import random
 import socket
@@ -52,12 +52,12 @@ def test_the_backend_is_released_within_a_second(gateway: RunningGateway, alpha:
 
 def test_many_random_disconnects_leave_nothing_behind(gateway: RunningGateway, alpha: FakeBackend) -> None:
     alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.005
-    key, chance, many = gateway.key(), random.Random(7), 400
+    key, rng, many = gateway.key(), random.Random(7), 400
 
     def leave(times: int) -> None:
         for _ in range(times):
-            connection = send(gateway, key, chance.choice(WAYS))
-            time.sleep(chance.random() * 0.08)
+            connection = send(gateway, key, rng.choice(WAYS))
+            time.sleep(rng.random() * 0.08)
             connection.close()
 
     threads = [threading.Thread(target=leave, args=(many // 8,)) for _ in range(8)]
@@ -65,7 +65,7 @@ def test_many_random_disconnects_leave_nothing_behind(gateway: RunningGateway, a
         thread.start()
     for thread in threads:
         thread.join()
-    # The last to leave may not have been heard of yet.
+    # The last disconnects may not have been noticed yet.
     wait_until(lambda: len(gateway.request_lines()) == many)
     assert gateway.components.backends["alpha"].in_flight == 0
     assert alpha.wait_idle(1.0)
@@ -119,7 +119,7 @@ def test_an_endless_head_is_cut_off(gateway: RunningGateway) -> None:
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
         connection.settimeout(5)
         connection.sendall(b"GET / HTTP/1.1\r\n")
-        with pytest.raises(OSError):  # reset or broken pipe, as the kernel has it
+        with pytest.raises(OSError):  # connection reset or broken pipe
             for _ in range(2000):
                 connection.sendall(b"X-Filler: " + b"x" * 1000 + b"\r\n")
                 time.sleep(0.0005)

@@ -1,4 +1,4 @@
-"""What a request costs in things that every machine counts alike: calls of functions and stores, memory, garbage."""
+"""The cost of a request in units that are the same on every machine: function calls, store calls, memory, garbage."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ from tests.support.processes import operate, serving
 
 MODEL = "llama3.2:latest"
 REQUESTS, STREAMS, PIECES = 300, 10, 150
-ON_THE_WAY = ("server", "front", "keys", "limits", "dialect", "exchange", "routing", "log", "metrics")
-# What was counted, and a little for other versions of Python and of the libraries: more is a regression to look at.
+REQUEST_AREAS = ("server", "front", "keys", "limits", "dialect", "exchange", "routing", "log", "metrics")
+# The measured counts plus a margin for other versions of Python and the libraries; more is a regression.
 MOST_CALLS, MOST_CALLS_PER_FRAME = 620, 30
 REDIS_CALLS, SQL_CALLS = 2.1, 0.1
 GARBAGE, BLOCKS = 0.5, 20.0
@@ -34,13 +34,13 @@ class Costs:
 
     @property
     def calls(self) -> int:
-        """Of functions in the rooms that a request goes through; the others work by the clock, too."""
-        return sum(self.account.calls[room] for room in ON_THE_WAY)
+        """Function calls in the areas that a request passes through; the others also work periodically."""
+        return sum(self.account.calls[area] for area in REQUEST_AREAS)
 
 
 @dataclass
 class Counting:
-    """A gateway that counts what it does."""
+    """A gateway that counts its function calls."""
 
     folder: Path
     pid: int
@@ -49,11 +49,11 @@ class Counting:
     def during(self, work: Callable[[], object]) -> Costs:
         with counted([self.pid], self.folder):
             work()
-        told = json.loads((self.folder / COSTS).read_text())
-        return Costs(areas.read(self.folder / CALLS), **told)
+        values = json.loads((self.folder / COSTS).read_text())
+        return Costs(areas.read(self.folder / CALLS), **values)
 
     def least(self, work: Callable[[], object], garbage: float, calls: float) -> Costs:
-        """What each time takes and leaves behind is here too; a busy machine has more now and then, as when Redis is late."""
+        """The lowest cost of up to four runs: on a busy machine some runs cost more, for example when Redis is late."""
         for _ in range(4):
             costs = self.during(work)
             if costs.collected <= garbage and costs.calls <= calls:
@@ -89,7 +89,7 @@ def test_the_cost_of_a_whole_answer(counting: Counting, path: str) -> None:
     account = costs.account
     assert account.calls_of("edge/protocol.py", "on_headers_complete") >= REQUESTS, "the requests were counted at all"
     assert costs.calls / REQUESTS <= MOST_CALLS
-    # To be let in, and to settle, which nobody waits for; for the database a share of a batch.
+    # One Redis call to admit and one to settle, which nobody waits for; of the database a share of a batch.
     assert account.calls_of("stores/redis_connection.py", "run") / REQUESTS <= REDIS_CALLS
     assert account.calls_of("stores/postgres.py", "_acquire") / REQUESTS <= SQL_CALLS
     assert costs.collected / REQUESTS <= GARBAGE, "what a request leaves behind waits for the collector"

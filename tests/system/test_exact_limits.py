@@ -1,4 +1,4 @@
-"""Two installations of two workers each, one Redis or cluster, one PostgreSQL: limits are exact over all four processes."""
+"""Two installations with two workers each share one Redis or cluster and one PostgreSQL: limits are exact over all four."""
 
 import asyncio
 import os
@@ -29,14 +29,14 @@ from tests.support.running_gateway import waiting_rows
 ROUNDS = int(os.environ.get("BURST_ROUNDS", "3"))
 CLIENTS = 100
 LONGEST_S = 180.0
-# The longest that is told where nobody knows.
-GUESS_S = 2.0
+# The longest Retry-After that is a guess.
+LONGEST_GUESS_S = 2.0
 
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[FakeBackend]:
-    with FakeBackend(models=["llama3.2:latest"], name="alpha", pieces=3, pause_s=0.01) as played:
-        yield played
+    with FakeBackend(models=["llama3.2:latest"], name="alpha", pieces=3, pause_s=0.01) as fake:
+        yield fake
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def addresses(
     tmp_path_factory: pytest.TempPathFactory, shared_stores: TestStores, redis_url: str, backend: FakeBackend
 ) -> Iterator[list[str]]:
     names = environment_for(backend, DATABASE_URL=shared_stores.database_url, REDIS_URL=redis_url, GATEWAY_WORKERS="2")
-    # A machine so busy that Redis seems to be away for a moment must not make each process go by its share.
+    # If Redis seems to be away on a busy machine, processes must refuse instead of enforcing their shares.
     names["LIMITS_WITHOUT_REDIS"] = "closed"
     with ExitStack() as stack:
         found = []
@@ -71,7 +71,7 @@ def addresses(
 class Operator:
     def __init__(self, stores: TestStores, redis_url: str) -> None:
         self.settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=redis_url)
-        # The installations by a server and by a cluster share their PostgreSQL.
+        # The installations with a server and with a cluster share one PostgreSQL.
         self._suffix = f" by {urlsplit(redis_url).scheme}"
         self.key_ids: list[str] = []
 
@@ -86,11 +86,11 @@ class Operator:
         return found
 
     def limit(self, name: str, pattern: str, **limits: int) -> None:
-        async def say() -> None:
+        async def set_limits() -> None:
             async with database_of(self.settings) as database, RedisClient(self.settings.redis_url) as store:
                 await KeyStore(database, hasher_of(self.settings), store).limit(name + self._suffix, pattern, limits)
 
-        asyncio.run(say())
+        asyncio.run(set_limits())
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def operator(shared_stores: TestStores, redis_url: str) -> Operator:
 
 
 async def burst(addresses: list[str], key: str, each: int = 4) -> Counter[int]:
-    """All clients at once, each on connections of its own to both installations, each asking several times."""
+    """All clients at once; each sends several requests on its own connections to both installations."""
     statuses: Counter[int] = Counter()
     headers = {"Authorization": f"Bearer {key}"}
 
@@ -165,14 +165,14 @@ def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backe
 def test_no_minute_exceeds_the_limit_and_retry_after_is_exact(
     addresses: list[str], operator: Operator, backend: FakeBackend
 ) -> None:
-    """Asking on for more than a minute: whatever 60 seconds one looks at, the limit holds. Another key waits as it is told."""
+    """Requests for more than a minute: the limit holds within any 60 seconds. Another key waits as Retry-After says."""
     key, since, lost = operator.key("steady", rpm=50), time.monotonic(), 0
     with ThreadPoolExecutor(1) as beside:
-        waited = beside.submit(ask_when_told, addresses[1], operator.key("patient", tpm=400))
+        waited = beside.submit(ask_after_retry_after, addresses[1], operator.key("patient", tpm=400))
         while len(starts(backend, since)) + lost < 100:
             assert time.monotonic() < since + LONGEST_S
             lost += asyncio.run(burst(addresses, key, 1))[503]
-            # All the time, but more often when it frees.
+            # Continuously, but more often when the minute ends.
             time.sleep(1 if len(starts(backend, since)) > 50 or time.monotonic() > since + 55 else 5)
         asyncio.run(burst(addresses, key, 1))
     waited.result()
@@ -186,25 +186,25 @@ def starts(backend: FakeBackend, since: float) -> list[float]:
     return sorted(call.started for call in calls if call.started >= since)
 
 
-def ask_when_told(address: str, key: str) -> None:
-    """Before the time that was told it is refused, after it passes; on a path that nobody counts."""
+def ask_after_retry_after(address: str, key: str) -> None:
+    """Before the time in Retry-After requests are refused, afterwards they pass; on a path that no other test counts."""
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
-        sent, wait = time.monotonic(), told_to_wait(client)
-        while wait <= GUESS_S:
+        sent, wait = time.monotonic(), retry_after(client)
+        while wait <= LONGEST_GUESS_S:
             time.sleep(wait)
-            sent, wait = time.monotonic(), told_to_wait(client)
+            sent, wait = time.monotonic(), retry_after(client)
         received, deadline = time.monotonic(), time.monotonic() + LONGEST_S
         assert wait < 60
         time.sleep(max(0.0, wait - 2))
-        while rest := told_to_wait(client):
-            # Nobody is told a whole minute: of what frees within 61 the rest is told then.
-            assert rest <= max(GUESS_S, received + wait - time.monotonic() + 1) and time.monotonic() < deadline
+        while rest := retry_after(client):
+            # Retry-After is always below a minute; a longer wait is given in two parts.
+            assert rest <= max(LONGEST_GUESS_S, received + wait - time.monotonic() + 1) and time.monotonic() < deadline
             time.sleep(min(rest, 0.5))
         assert time.monotonic() >= sent + wait
 
 
-def told_to_wait(client: httpx.Client) -> float:
-    """0 where it passes; what is told for a moment without Redis is a guess."""
+def retry_after(client: httpx.Client) -> float:
+    """Seconds to wait; 0 if the request passes. Without Redis this is a guess."""
     body = {"model": "llama3.2", "prompt": "Say hi", "stream": False, "options": {"num_predict": 300}}
     found = client.post("/api/generate", json=body)
     assert found.status_code in (200, 429, 503)

@@ -1,4 +1,4 @@
-"""A backend, broken or hostile, stops nobody else: whatever it does, others are answered, and its own call ends in time."""
+"""A broken or hostile backend affects no other calls: they are answered, and its own calls end in time."""
 
 import asyncio
 import json
@@ -23,9 +23,8 @@ from tests.support.fake_backend.scripts import Forever, Head, Piece, Step, answe
 from tests.support.project import PROJECT
 from tests.support.running_gateway import RunningGateway
 
-ROOT = PROJECT
-# What others may wait for at most, while many calls are under way: a tenth of what it was.
-LONGEST_TURN_S = 0.3
+# The longest that other calls may wait while many are in progress: a tenth of what it once was.
+LONGEST_DELAY_S = 0.3
 TICK_S = 0.005
 AT_ONCE = 20
 
@@ -33,16 +32,16 @@ AT_ONCE = 20
 @pytest.fixture(scope="module")
 def hostile_url() -> Iterator[str]:
     command = [sys.executable, "-m", "tests.support.hostile_backend"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
         process.kill()
 
 
-class Turns:
-    """`with Turns(gateway) as turns:` — how long the gateway's loop computed before others had their turn, at the longest.
+class LoopDelays:
+    """`with LoopDelays(gateway) as delays:` — the longest time that the gateway's event loop computed without a break.
 
-    Of its processor's time, which is the same however much else the machine has to do.
+    Measured in processor time, which does not depend on the load of the machine.
     """
 
     def __init__(self, gateway: RunningGateway) -> None:
@@ -64,7 +63,7 @@ class Turns:
 
 
 def call(gateway: RunningGateway, key: str, name: str, native: bool, streamed: bool, ends: dict[str, str]) -> None:
-    """Ends as an answer, as an error, or as an error in an answer that has begun; anything else is told."""
+    """Records how the call ends: with an answer, an error, or an error within a started answer; anything else is unexpected."""
     body = {"model": hostile_backend.MODEL, "messages": [{"role": "user", "content": name}], "stream": streamed}
     what = f"{name}, {'native' if native else 'openai'}, {'stream' if streamed else 'whole'}"
     ends[what] = "nothing"
@@ -82,14 +81,14 @@ def call(gateway: RunningGateway, key: str, name: str, native: bool, streamed: b
 
 
 def in_groups(gateway: RunningGateway, key: str, ends: dict[str, str]) -> Iterator[tuple[str, list[threading.Thread]]]:
-    """Each behaviour whole and streamed, in both languages by turns; some at once, as most of their time is waiting."""
+    """Each behaviour whole and streamed, alternating between the dialects; several at once, as they mostly wait."""
     names = list(hostile_backend.BEHAVIOURS)
     for start in range(0, len(names), AT_ONCE):
         group = names[start : start + AT_ONCE]
-        ways = [(name, (start + number) % 2 == 0, streamed) for number, name in enumerate(group) for streamed in (False, True)]
+        kinds = [(name, (start + number) % 2 == 0, streamed) for number, name in enumerate(group) for streamed in (False, True)]
         calls = [
             threading.Thread(target=call, args=(gateway, key, name, native ^ streamed, streamed, ends))
-            for name, native, streamed in ways
+            for name, native, streamed in kinds
         ]
         yield ", ".join(group), calls
 
@@ -104,16 +103,16 @@ def test_other_calls_are_answered_whatever_a_backend_does(
     slow: dict[str, float] = {}
     with gateway.http(key) as client:
         for name, calls in in_groups(gateway, key, ends):
-            with Turns(gateway) as turns:
+            with LoopDelays(gateway) as delays:
                 for thread in calls:
                     thread.start()
                 while any(thread.is_alive() for thread in calls):
                     got = client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": False})
                     assert got.status_code == 200 and got.json()["message"]["content"] == "alpha heard: Say hi"
                     time.sleep(0.02)
-            slow[name] = turns.longest_s
-    assert {name: seconds for name, seconds in slow.items() if seconds > LONGEST_TURN_S} == {}
-    # A client that this machine has left no time to read a frame of megabytes is cut off, as one that stalls.
+            slow[name] = delays.longest_s
+    assert {name: seconds for name, seconds in slow.items() if seconds > LONGEST_DELAY_S} == {}
+    # A client that has no processor time to read a frame of megabytes is disconnected as stalled.
     cut = {what for what, end in ends.items() if end == "RemoteProtocolError"}
     assert len(cut) <= sum(line["detail"] == "stalled" for line in gateway.request_lines())
     assert {what: end for what, end in ends.items() if end not in ("answered", "failed") and what not in cut} == {}
@@ -123,7 +122,7 @@ def test_other_calls_are_answered_whatever_a_backend_does(
     assert (backend.in_flight, backend.unframed.used, gateway.components.held_answers.used) == (0, 0, 0)
 
 
-def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
+def test_removing_unrequested_token_counts_yields_to_other_calls(
     start_gateway: StartGateway, alpha: FakeBackend, hostile_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, sizes = OpenAI.without_usage, []
@@ -138,14 +137,14 @@ def test_counts_that_nobody_asked_for_are_looked_at_in_turns(
     gateway = start_gateway(alpha, {"name": "hostile", "base_url": hostile_url, **waits})
     key, ends = gateway.key(), dict[str, str]()
     calls = [threading.Thread(target=call, args=(gateway, key, name, False, True, ends)) for name in hostile_backend.COUNTS]
-    with Turns(gateway) as turns:
+    with LoopDelays(gateway) as delays:
         for thread in calls:
             thread.start()
         for thread in calls:
             thread.join()
     assert len(ends) == 5 and set(ends.values()) == {"failed"}
     assert 0 < max(sizes) <= READ_IN_A_TURN
-    assert turns.longest_s < LONGEST_TURN_S
+    assert delays.longest_s < LONGEST_DELAY_S
 
 
 def test_a_repeated_end_is_searched_once(
@@ -207,10 +206,10 @@ def test_large_embeddings_are_passed_on_and_counted(start_gateway: StartGateway,
         ("/api/embed", {"model": "m", "embeddings": vectors, "total_duration": 1, "prompt_eval_count": 4321}),
     ]
     with gateway.http(gateway.key()) as client:
-        for path, told in sent:
-            alpha.play(path, answer(200, told))
+        for path, body in sent:
+            alpha.play(path, answer(200, body))
             got = client.post(path, json={"model": MODEL, "input": "x"})
-            assert got.status_code == 200 and got.json() == told
+            assert got.status_code == 200 and got.json() == body
     rows = [(row["prompt_tokens"], row["completion_tokens"], row["tokens_from"]) for row in gateway.audit_rows()]
     assert rows == [(4321, 0, "reported")] * 3
 

@@ -1,4 +1,4 @@
-"""Whatever text callers, operators and backends send, the work on it grows with its length and no faster, and is forgotten."""
+"""The work on any text from callers, operators and backends grows at most linearly with its length; caches stay bounded."""
 
 import re
 import threading
@@ -39,7 +39,7 @@ ALPHA = BackendConfig("alpha", "http://alpha", auth_token="token")
 
 
 def quietly(work: Callable[[Any], object]) -> Callable[[Any], object]:
-    """The same where it refuses what it is given."""
+    """The same function, ignoring refusals."""
 
     def try_it(text: Any) -> None:
         with suppress(Exception):
@@ -60,7 +60,7 @@ def events(text: str) -> object:
     return OPENAI.without_usage(text.encode())
 
 
-# What works on texts that others choose, with texts that would make a careless expression go over them again and again.
+# Functions that process texts of others, with texts that would cause backtracking in a careless expression.
 WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("a name", canonical, "a"),
     ("schemes", canonical, "a://"),
@@ -92,7 +92,7 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
     ("usage", events, '"usage" : null '),
     ("usage in events", events, 'data: {"usage":null,"choices":\n\n'),
     ("ends of events", events, '"usage"\r\r\n\r'),
-    ("what was said", lambda text: Ollama().answer_text(text.encode()), "{}\n"),
+    ("the text of an answer", lambda text: Ollama().answer_text(text.encode()), "{}\n"),
     ("JSON", lambda text: strict_json.read_object(text.encode()), '{"a":'),
     ("a number", lambda text: strict_json.read_object(b'{"a":%b}' % text.encode()), "1"),
     ("a fraction", lambda text: strict_json.read_object(b'{"a":0.%be-9}' % text.encode()), "1"),
@@ -101,7 +101,7 @@ WORK: list[tuple[str, Callable[[Any], object], str]] = [
 
 
 def seconds(work: Callable[[Any], object], text: str) -> float:
-    """Of this thread's own: what others of the machine take says nothing."""
+    """Processor time of this thread, which does not depend on the load of the machine."""
     found = []
     for _ in range(3):
         began = time.thread_time()
@@ -113,17 +113,17 @@ def seconds(work: Callable[[Any], object], text: str) -> float:
 @pytest.mark.parametrize(("work", "piece"), [case[1:] for case in WORK], ids=[case[0] for case in WORK])
 def test_twice_the_text_takes_about_twice_the_work(work: Callable[[Any], object], piece: str) -> None:
     tried, text = quietly(work), piece * (LONG // len(piece))
-    # Quadratic work on so much takes far longer; less than this is the noise of memory.
+    # Quadratic work on this length takes far longer; less than this is noise.
     least = 0.02
     for attempt in range(3):
         once, twice = seconds(tried, text), seconds(tried, text * 2)
         if twice < max(least, 3 * once):
             break
-        # Somebody else may have had the processor.
+        # Another process may have used the processor.
         time.sleep(0.05 * attempt)
     else:
         pytest.fail(f"{once * 1000:.1f} ms for {len(text)} letters, {twice * 1000:.1f} ms for twice as many")
-    assert once < 0.5, "and what is twice a lot is a lot"
+    assert once < 0.5, "linear, but too slow"
 
 
 def test_caches_are_bounded() -> None:
@@ -135,7 +135,7 @@ def test_caches_are_bounded() -> None:
         _address.cache_clear()
         forwarded(f"{number}".ljust(LONG, "x"))
     assert canonical.cache_info().currsize == REMEMBERED_NAMES
-    assert _address.cache_info().currsize == 1, "the peer's alone"
+    assert _address.cache_info().currsize == 1, "only the peer's"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_caches_are_bounded() -> None:
         ("6.6.6.6" + ", 10.0.0.2" * 200, "10.0.0.2"),
         ("203.0.113.9, " + "9" * 5000, "10.0.0.1"),
     ],
-    ids=["a zone", "some proxies", "more proxies than anybody has", "no address"],
+    ids=["a zone", "some proxies", "too many proxies", "no address"],
 )
 def test_addresses_of_proxies_are_bounded(chain: str, client: str) -> None:
     assert forwarded(chain) == client
@@ -168,7 +168,7 @@ def test_overlong_names_of_a_backend_are_left_out(field: str) -> None:
     assert list(catalog.build([snapshot], 60).models) == ["good:latest"]
 
 
-# ── a gateway before all this ──
+# ── through a gateway ──
 
 ROUTES = [
     ("GET", "/v1/models/{}", None, 400),
@@ -205,31 +205,31 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 
 
 def test_names_are_bounded_on_every_route(gateway: RunningGateway) -> None:
-    """And nobody waits: while they are refused, others are answered."""
+    """While they are refused, other requests are answered without delay."""
     slowest, ended = [0.0], threading.Event()
 
-    def look() -> None:
+    def check_health() -> None:
         with gateway.http() as client:
             while not ended.is_set():
                 began = time.perf_counter()
                 assert client.get("/healthz").status_code == 200
                 slowest.append(time.perf_counter() - began)
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    checking = threading.Thread(target=check_health)
+    checking.start()
     try:
         with gateway.http(gateway.key(flags=(ADMIN, "admin_models"), rpm=10_000)) as client:
             for method, path, body, status in ROUTES:
                 answered = long_one(client, method, path, body)
                 assert answered.status_code == status, (path, answered.text[:200])
-                assert "a" * 1001 not in answered.text, f"{path} repeats what it was sent"
+                assert "a" * 1001 not in answered.text, f"{path} repeats the input"
             headers = {"X-Request-ID": "a" * LONG}
             assert len(client.get("/api/tags", headers=headers).headers["x-request-id"]) == 32
             assert client.get("/api/tags", headers={"User-Agent": "a" * LONG}).status_code == 200
             assert client.get("/api/tags", headers={"X-Forwarded-For": "10.0.0.1," * (LONG // 9)}).status_code == 200
     finally:
         ended.set()
-        looking.join()
+        checking.join()
     assert len(slowest) > 5 and max(slowest) < 2.0
     assert max(len(row["agent"]) for row in gateway.audit_rows()) == 200
 

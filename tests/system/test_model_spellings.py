@@ -1,4 +1,4 @@
-"""However its name was written, a model is one: in sums, overview, metrics and filters. Rows keep what was asked for."""
+"""All spellings of a model's name count as one model in sums, overview, metrics and filters; rows keep the requested name."""
 
 import asyncio
 import csv
@@ -34,28 +34,30 @@ OTHERS = (
 def test_sql_and_python_know_the_same_names(stores: TestStores) -> None:
     spellings = [*ONE_MODEL, "  llama3.2  ", *OTHERS]
 
-    async def told() -> list[Any]:
+    async def names() -> list[Any]:
         connection = await asyncpg.connect(stores.database_url)
         try:
             return await connection.fetch("SELECT canonical_model(n) AS name FROM unnest($1::text[]) AS n", spellings)
         finally:
             await connection.close()
 
-    assert [found["name"] for found in asyncio.run(told())] == [canonical(name).canonical for name in spellings]
-    assert sql(stores.database_url, "SELECT canonical_model('')") == [""], "no model is none"
+    assert [found["name"] for found in asyncio.run(names())] == [canonical(name).canonical for name in spellings]
+    assert sql(stores.database_url, "SELECT canonical_model('')") == [""], "an empty name stays empty"
 
 
 @pytest.fixture
 def asked(stores: TestStores) -> str:
-    """Rows as they are: those of before and of now, each with what was asked for."""
+    """Audit rows, each with the name as it was requested."""
     rows = [row(ago(1), model=name) for name in [*ONE_MODEL, "llama3.2:3b", "Qwen/Qwen3", "qwen/qwen3:latest", ""]]
     write(stores.database_url, rows)
     return stores.database_url
 
 
 def printed(stores: TestStores, capsys: pytest.CaptureFixture[str], *typed: str) -> list[dict[str, str]]:
-    said = main.parser().parse_args([*typed, "--csv"])
-    asyncio.run(main.VERBS[said.verb][0](settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url), said))
+    arguments = main.parser().parse_args([*typed, "--csv"])
+    asyncio.run(
+        main.VERBS[arguments.verb][0](settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url), arguments)
+    )
     return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
 
 
@@ -65,9 +67,9 @@ def test_old_rows_are_summed_with_new_ones(asked: str, stores: TestStores, capsy
         assert found == {MODEL: len(ONE_MODEL), "llama3.2:3b": 1, "qwen/qwen3:latest": 2, "": 1}
     (line,) = printed(stores, capsys, "usage", "--by", "backend")
     assert int(line["requests"]) == len(ONE_MODEL) + 4
-    assert {found["model"] for found in printed(stores, capsys, "audit")} > set(ONE_MODEL), "a row has what was asked for"
-    said = main.parser().parse_args(["audit-verify"])
-    asyncio.run(main.VERBS[said.verb][0](settings_for(DATABASE_URL=asked, REDIS_URL=stores.redis_url), said))
+    assert {found["model"] for found in printed(stores, capsys, "audit")} > set(ONE_MODEL), "a row has the requested name"
+    arguments = main.parser().parse_args(["audit-verify"])
+    asyncio.run(main.VERBS[arguments.verb][0](settings_for(DATABASE_URL=asked, REDIS_URL=stores.redis_url), arguments))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_a_filter_costs_little_more_than_reading_every_row(stores: TestStores) -
         plain = "SELECT id FROM audit WHERE model ILIKE '%gpt-oss:20b%'"
         return await best(database, database.sql("list_audit"), *asked), await best(database, plain)
 
-    # What costs more does so each time; what else the machine does comes and goes.
+    # A real cost appears every time, other load of the machine only now and then.
     found: list[tuple[float, float]] = []
     while not any(filtered < 3 * plain for filtered, plain in found) and len(found) < 5:
         found.append(in_database(stores.database_url, compare))
@@ -122,7 +124,7 @@ def test_a_filter_costs_little_more_than_reading_every_row(stores: TestStores) -
 @pytest.mark.parametrize(
     "wanted", ["*", "*:latest", "*:70b", "llama*", "llama3.2:l*", "a:*", "*/m*", "??", "x", "a:b/c", "l%_ma", "*c*t"]
 )
-def test_what_is_looked_for_first_loses_nothing(stores: TestStores, wanted: str) -> None:
+def test_the_filter_by_pattern_loses_no_row(stores: TestStores, wanted: str) -> None:
     spellings = [*ONE_MODEL, "  llama3.2  ", "llama3.2:70b", "LLAMA3.2:70B:local", "a:b/c", *OTHERS]
     write(stores.database_url, [row(ago(1), model=name) for name in spellings])
     models, *more = admin_values.model_filter(wanted)
@@ -137,11 +139,11 @@ def test_what_is_looked_for_first_loses_nothing(stores: TestStores, wanted: str)
     assert sorted(each["model"] for each in found) == sorted(in_database(stores.database_url, all_of_it))
 
 
-def test_everywhere_else(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_reports_overview_and_metrics_use_one_name(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, METRICS_TOKEN=TOKEN)
-    strangers = [f"invented-{number}" for number in range(3)]
+    unknown_models = [f"invented-{number}" for number in range(3)]
     with gateway.http(gateway.key()) as client:
-        for name in [*ONE_MODEL, *strangers]:
+        for name in [*ONE_MODEL, *unknown_models]:
             client.post("/api/chat", json={"model": name, "messages": [{"role": "user", "content": "hi"}], "stream": False})
     gateway.audit_rows()
     with gateway.http(gateway.key(flags=(ADMIN,))) as admin:
@@ -152,7 +154,7 @@ def test_everywhere_else(start_gateway: StartGateway, alpha: FakeBackend) -> Non
             return answered.json()
 
         lines = {line["model"]: line["requests"] for line in got("usage", by="model") if line["model"]}
-        assert lines == {MODEL: len(ONE_MODEL), **{f"{name}:latest": 1 for name in strangers}}
+        assert lines == {MODEL: len(ONE_MODEL), **{f"{name}:latest": 1 for name in unknown_models}}
         assert {line["model"]: line["requests"] for line in got("overview")["lately"]["models"]} == lines
         for spelling in (MODEL, "llama3.2", "LIBRARY/llama3.2"):
             assert sorted(line["model"] for line in got("audit", model=spelling)) == sorted(ONE_MODEL)

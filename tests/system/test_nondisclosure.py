@@ -1,4 +1,4 @@
-"""A model that does not exist and one that a key may not use look exactly the same: in bytes and in time."""
+"""A missing model cannot be told apart from one that a key may not use: same bytes, same time."""
 
 import statistics
 import time
@@ -46,7 +46,7 @@ def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
 
 
 def seen(got: httpx.Response) -> tuple[int, bytes, dict[str, str]]:
-    """All a caller can see, but for the clock and its own request's id."""
+    """Everything that a caller can see, except the date and its own request id."""
     return got.status_code, got.content, {k: v for k, v in got.headers.items() if k not in ("date", "x-request-id")}
 
 
@@ -60,7 +60,7 @@ def test_the_same_bytes_on_every_route_and_spelling(gateway: RunningGateway, pat
 
 
 def test_both_count_alike(gateway: RunningGateway) -> None:
-    def told(model: str) -> list[tuple[int, str, list[str | None]]]:
+    def answers(model: str) -> list[tuple[int, str, list[str | None]]]:
         limits = [
             f"x-ratelimit-{what}" for what in ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
         ]
@@ -68,8 +68,8 @@ def test_both_count_alike(gateway: RunningGateway) -> None:
             found = [client.post("/api/chat", json={"model": model, **BODIES["/api/chat"]}) for _ in range(4)]
         return [(one.status_code, one.text.partition(";")[0], [one.headers.get(name) for name in limits]) for one in found]
 
-    assert told(HIDDEN) == told(UNKNOWN)
-    assert [status for status, *_ in told(UNKNOWN)] == [403, 403, 403, 429]
+    assert answers(HIDDEN) == answers(UNKNOWN)
+    assert [status for status, *_ in answers(UNKNOWN)] == [403, 403, 403, 429]
 
 
 def test_the_same_bytes_for_one_model_of_the_list(gateway: RunningGateway) -> None:
@@ -97,7 +97,7 @@ def test_lists_show_exactly_the_models_that_would_be_admitted(gateway: RunningGa
 
 
 def test_the_same_time(gateway: RunningGateway) -> None:
-    """Interleaved, many times: the medians of both lie within the noise of the same question asked twice."""
+    """Many interleaved requests: the medians differ no more than those of equal requests."""
     with gateway.http(gateway.key("llama3.2")) as client:
 
         def ask(model: str) -> float:
@@ -114,7 +114,7 @@ def test_the_same_time(gateway: RunningGateway) -> None:
 
         for _ in range(50):
             ask(HIDDEN)
-        # What tells them apart does so each time, what else the machine does only now and then.
+        # A real difference appears every time, other load of the machine only now and then.
         ratios: list[float] = []
         while not any(0.9 < found < 1.1 for found in ratios) and len(ratios) < 4:
             ratios.append(ratio())
@@ -142,11 +142,11 @@ def test_a_missing_model_is_reported_as_ollama_does(gateway: RunningGateway) -> 
 
 
 def test_a_pulled_model_is_available_to_the_next_request(gateway: RunningGateway) -> None:
-    """As `ollama run` does it: show, pull where that is a 404, show again, chat."""
+    """Like `ollama run`: show, pull after a 404, show again, chat."""
     client = gateway.ollama(gateway.admin_key())
-    with pytest.raises(ollama.ResponseError) as told:
+    with pytest.raises(ollama.ResponseError) as raised:
         client.show("fresh")
-    assert told.value.status_code == 404
+    assert raised.value.status_code == 404
     assert [progress.status for progress in client.pull("fresh", stream=True)][-1] == "success"
     assert client.show("fresh").capabilities
     assert client.chat("fresh", [{"role": "user", "content": "Say hi"}]).message.content == "alpha heard: Say hi"

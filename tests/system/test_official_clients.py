@@ -1,4 +1,4 @@
-"""The official clients, unchanged, against two backends: each model from the right one."""
+"""The unmodified official clients use two backends through the gateway; each model's answer comes from the right one."""
 
 import json
 from collections.abc import Iterator
@@ -73,8 +73,8 @@ async def _async_answers(gateway: RunningGateway, key: str) -> list[str]:
     native = ollama.AsyncClient(host=gateway.url, headers={"Authorization": f"Bearer {key}"})
     whole = await native.chat("llama3.2", SAY_HI)
     streamed = [chunk.message.content or "" async for chunk in await native.chat("llama3.2", SAY_HI, stream=True)]
-    spoken: Any = openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=key)
-    async with spoken as client:
+    openai_client: Any = openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=key)
+    async with openai_client as client:
         answer = await client.chat.completions.create(model="llama3.2", messages=SAY_HI)
         stream = await client.chat.completions.create(model="llama3.2", messages=SAY_HI, stream=True)
         pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
@@ -90,8 +90,8 @@ def test_asynchronous_clients(gateway: RunningGateway) -> None:
 
 def test_a_key_in_the_url_works_beside_the_dummy_key_that_a_client_requires(gateway: RunningGateway) -> None:
     address = f"{gateway.url}/k/{gateway.key()}"
-    spoken: Any = openai.OpenAI(base_url=f"{address}/v1", api_key="ollama", max_retries=0, timeout=20)
-    with spoken as client:
+    openai_client: Any = openai.OpenAI(base_url=f"{address}/v1", api_key="ollama", max_retries=0, timeout=20)
+    with openai_client as client:
         assert "llama3.2:latest" in [model.id for model in client.models.list()]
         answer = client.chat.completions.create(model="llama3.2", messages=SAY_HI)
         assert answer.choices[0].message.content == "alpha heard: Say hi"
@@ -102,7 +102,7 @@ def test_a_key_in_the_url_works_beside_the_dummy_key_that_a_client_requires(gate
 
 @pytest.mark.parametrize("name", ["api_key", "auth_token"])
 def test_a_key_in_the_url_works_with_the_anthropic_client(gateway: RunningGateway, name: str) -> None:
-    # Here only: every worker would wait a second and a half for it.
+    # Imported here, as it takes a second and a half.
     import anthropic
 
     dummy: Any = {name: "ollama"}
@@ -136,9 +136,9 @@ def test_embeddings(gateway: RunningGateway) -> None:
     client = gateway.ollama(key)
     assert len(client.embed("bge", ["one", "two"]).embeddings) == 2
     assert client.embeddings("bge", "one").embedding
-    with gateway.openai(key) as spoken:
-        assert len(spoken.embeddings.create(model="bge", input=["one", "two"]).data) == 2
-        assert spoken.embeddings.create(model="bge", input="one", encoding_format="float").data[0].embedding
+    with gateway.openai(key) as openai_client:
+        assert len(openai_client.embeddings.create(model="bge", input=["one", "two"]).data) == 2
+        assert openai_client.embeddings.create(model="bge", input="one", encoding_format="float").data[0].embedding
 
 
 def test_completions(gateway: RunningGateway) -> None:
@@ -182,14 +182,14 @@ def test_errors_are_what_the_clients_expect(gateway: RunningGateway) -> None:
 
 
 def test_the_error_for_a_model_of_an_openai_server_names_the_route_to_use(gateway: RunningGateway) -> None:
-    with pytest.raises(ollama.ResponseError) as told:
+    with pytest.raises(ollama.ResponseError) as raised:
         gateway.ollama(gateway.key()).chat("qwen/qwen3-8b", SAY_HI)
-    assert told.value.status_code == 400 and "/v1/chat/completions" in told.value.error
+    assert raised.value.status_code == 400 and "/v1/chat/completions" in raised.value.error
 
 
 def test_what_the_ollama_command_line_shows_for_a_401(gateway: RunningGateway) -> None:
-    """Its `checkError` (api/client.go, since 0.12) reads a 401 into AuthorizationError, which shows the body's `status` or no
-    words at all; with a `signin_url` it would send people to sign in there. Whoever reads `error` finds the same."""
+    """Since 0.12 its `checkError` (api/client.go) reads a 401 as an AuthorizationError, which shows the body's `status` or
+    nothing; with a `signin_url` it would ask users to sign in there. Other clients read the same message from `error`."""
     wrong = gateway.key()[:-1] + "!"
     with gateway.http() as client:
         refused = [
@@ -202,7 +202,7 @@ def test_what_the_ollama_command_line_shows_for_a_401(gateway: RunningGateway) -
         "No API key was sent; send it as 'Authorization: Bearer <key>'.",
         "The API key is wrong, expired or revoked.",
     )
-    assert [found.json() for found in refused] == [{"error": told, "status": told} for told in (missing, revoked, revoked)]
+    assert [found.json() for found in refused] == [{"error": error, "status": error} for error in (missing, revoked, revoked)]
     assert {found.status_code for found in refused} == {401} and other.json().keys() == {"error"}
     with pytest.raises(ollama.ResponseError, match=r"^The API key is wrong, expired or revoked\. \(status code: 401\)$"):
         gateway.ollama(wrong).list()

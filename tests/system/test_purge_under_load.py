@@ -1,4 +1,4 @@
-"""Old rows go while requests run: nobody notices."""
+"""Old rows are purged while requests run, without slowing them noticeably."""
 
 import asyncio
 import os
@@ -20,10 +20,10 @@ from tests.support.chat_requests import WAYS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
 
-# The whole by hand: PURGED_ROWS=1000000.
+# For a large test by hand: PURGED_ROWS=1000000.
 ROWS = int(os.environ.get("PURGED_ROWS", "36000"))
 IN_BATCH = 40
-# In days, of a third of the rows each: they go one after the other, and what else runs on the machine does not slow all three.
+# In days, each of a third of the rows: they are purged one after the other, so that other load does not slow all three.
 AGES = (500, 450, 400)
 FILL = """
 WITH made AS (
@@ -55,7 +55,7 @@ async def fill(url: str) -> None:
             await connection.execute("SELECT audit_make_partition(now() - $1 * interval '1 month')", months)
         await connection.execute(FILL, ROWS, IN_BATCH, AGES)
         await connection.execute(CHAIN)
-        # One key is kept for longer, so that no month can go as a whole.
+        # One key's rows are kept longer, so that no month can be dropped as a whole.
         await connection.execute("INSERT INTO keys (id, name, audit_retention) VALUES ('k1', 'kept', interval '9999 days')")
         await connection.execute("VACUUM ANALYZE audit")
     finally:
@@ -63,7 +63,7 @@ async def fill(url: str) -> None:
 
 
 class Requests:
-    """Times of whole answers, asked one after the other."""
+    """Sends requests one after the other and measures them."""
 
     def __init__(self, gateway: RunningGateway) -> None:
         self._gateway, self._key = gateway, gateway.key()

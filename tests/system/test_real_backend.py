@@ -1,4 +1,4 @@
-"""Against llama.cpp's own server, named by LLAMA_SERVER_URL: lists, answers, streams, tools, caps, failing over to it."""
+"""Against a real llama.cpp server, whose address is in LLAMA_SERVER_URL: lists, answers, streams, limits, failover to it."""
 
 import os
 import subprocess
@@ -31,20 +31,20 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 
 
 @pytest.fixture
-def alone(start_gateway: StartGateway) -> RunningGateway:
+def only_llama(start_gateway: StartGateway) -> RunningGateway:
     return start_gateway({"name": "llama", "base_url": URL, "kind": "openai"}, OLLAMA_READ_TIMEOUT_S="20")
 
 
-def test_it_is_listed_to_both_clients(alone: RunningGateway) -> None:
-    key = alone.key()
-    with alone.openai(key) as client:
+def test_it_is_listed_to_both_clients(only_llama: RunningGateway) -> None:
+    key = only_llama.key()
+    with only_llama.openai(key) as client:
         assert [model.id for model in client.models.list()] == [MODEL]
-    assert [model.model for model in alone.ollama(key).list().models] == [MODEL]
-    assert alone.ollama(key).show(MODEL).capabilities == ["completion"]
+    assert [model.model for model in only_llama.ollama(key).list().models] == [MODEL]
+    assert only_llama.ollama(key).show(MODEL).capabilities == ["completion"]
 
 
-def test_it_answers_whole_and_streamed_with_usage(alone: RunningGateway) -> None:
-    with alone.openai(alone.key()) as client:
+def test_it_answers_whole_and_streamed_with_usage(only_llama: RunningGateway) -> None:
+    with only_llama.openai(only_llama.key()) as client:
         whole = client.chat.completions.create(model=MODEL, messages=SAY_HI, max_tokens=8)
         assert whole.choices[0].message.content is not None and whole.usage and whole.usage.completion_tokens <= 8
         stream = client.chat.completions.create(
@@ -57,7 +57,7 @@ def test_it_answers_whole_and_streamed_with_usage(alone: RunningGateway) -> None
         chunks = list(stream)
         assert chunks[-1].usage and chunks[-1].usage.completion_tokens <= 8
         assert client.completions.create(model=MODEL, prompt="Say", max_tokens=4).usage.completion_tokens <= 4
-    line = alone.request_lines()[1]
+    line = only_llama.request_lines()[1]
     assert line["completion_tokens"] and line["prompt_tokens"] and line["backend"] == "llama"
 
 
@@ -93,8 +93,8 @@ def test_it_takes_over_from_a_broken_backend(
     assert gateway.request_lines()[-1]["backend"] == "llama"
 
 
-def test_a_client_that_leaves_frees_its_slot(alone: RunningGateway) -> None:
-    with alone.http(alone.key()) as client:
+def test_a_client_that_leaves_frees_its_slot(only_llama: RunningGateway) -> None:
+    with only_llama.http(only_llama.key()) as client:
         body = {"model": MODEL, "messages": SAY_HI, "max_tokens": 4000, "stream": True, "ignore_eos": True}
         with client.stream("POST", "/v1/chat/completions", json=body) as got:
             next(got.iter_raw())

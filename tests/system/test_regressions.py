@@ -1,4 +1,4 @@
-"""What an ill-wisher, a confused client or a strange backend found: each was a defect once."""
+"""Defects that attackers, confused clients or odd backends could once trigger, and that must not come back."""
 
 import asyncio
 import hashlib
@@ -93,7 +93,7 @@ async def _forget_everything(gateway: RunningGateway) -> None:
 
 
 def authenticator_of(gateway: RunningGateway) -> Authenticator:
-    """Found among the tasks' owners: the rooms keep it to themselves."""
+    """The gateway's authenticator. No component exposes it, so it is found among the collector's objects."""
     import gc
 
     mine = [found for found in gc.get_objects() if isinstance(found, Authenticator)]
@@ -105,23 +105,23 @@ def test_a_revocation_is_not_overwritten(
 ) -> None:
     first, second = start_gateway(alpha), start_gateway(alpha)
     key = first.key(name="mine")
-    tell = Authenticator._store_in_redis
-    is_about_to_tell, is_revoked, has_told = threading.Event(), threading.Event(), threading.Event()
+    store = Authenticator._store_in_redis
+    is_storing, is_revoked, has_stored = threading.Event(), threading.Event(), threading.Event()
 
-    async def tell_late(self: Authenticator, presented: object, verified: Verified, version: bytes) -> None:
-        is_about_to_tell.set()
+    async def store_late(self: Authenticator, presented: object, verified: Verified, version: bytes) -> None:
+        is_storing.set()
         await asyncio.to_thread(is_revoked.wait, 20)
-        await tell(self, presented, verified, version)  # type: ignore[arg-type]
-        has_told.set()
+        await store(self, presented, verified, version)  # type: ignore[arg-type]
+        has_stored.set()
 
-    monkeypatch.setattr(Authenticator, "_store_in_redis", tell_late)
+    monkeypatch.setattr(Authenticator, "_store_in_redis", store_late)
     asking = threading.Thread(target=lambda: WAYS[0].ask(first, key))
     asking.start()
-    assert is_about_to_tell.wait(20)
+    assert is_storing.wait(20)
     first.call(first.key_store().revoke("mine"))
     is_revoked.set()
     asking.join()
-    assert has_told.wait(20)
+    assert has_stored.wait(20)
     monkeypatch.undo()
     for gateway in (first, second):
         with gateway.http(key) as client:
@@ -129,7 +129,7 @@ def test_a_revocation_is_not_overwritten(
 
 
 def test_cache_times_do_not_add_up(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
-    """A revocation that nobody hears of (here: straight in the database) holds after one cache time, not two."""
+    """A revocation without an announcement (here: directly in the database) takes effect after one cache time, not two."""
     first, second = (start_gateway(alpha, REDIS_KEY_CACHE_TTL_S="2") for _ in range(2))
     key = first.key()
     WAYS[0].ask(first, key)
@@ -163,7 +163,7 @@ def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_delays_no_known_k
         for thread in threads:
             thread.join()
     assert set(good) == {200}
-    # Where the machine is busy, those that wait too long for argon2 are turned away.
+    # On a busy machine, requests that wait too long for argon2 are refused.
     assert statuses.count(401) <= 10 and set(statuses) <= {401, 429, 503} and statuses.count(503) <= 10
 
 
@@ -184,9 +184,9 @@ def test_a_client_that_stops_reading_is_disconnected(
         deadline = time.monotonic() + 5
         while gateway.server.server_state.connections and time.monotonic() < deadline:
             time.sleep(0.02)
-        was_cut_off = not gateway.server.server_state.connections
+        was_disconnected = not gateway.server.server_state.connections
         connection.close()
-        assert was_cut_off
+        assert was_disconnected
         gateway.wait_idle(2)
         alpha.play("/api/chat", answer(200, large))
 
@@ -266,10 +266,10 @@ def test_odd_content_types_of_backends(start_gateway: StartGateway, alpha: FakeB
 def test_an_unneeded_upgrade_request_is_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     body = json.dumps(WAYS[0].body).encode()
-    wish = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA")
+    headers = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA")
     with connect(gateway) as connection:
         for _ in range(2):
-            connection.sendall(head(gateway, gateway.key(), body, *wish))
+            connection.sendall(head(gateway, gateway.key(), body, *headers))
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 
 
