@@ -1,4 +1,4 @@
-"""What the environment and `.env` may say, read once into one frozen dataclass."""
+"""The settings, read once from the environment and `.env` into a frozen dataclass."""
 
 import json
 import re
@@ -132,7 +132,7 @@ def redis_url(text: str) -> str:
 
 
 def _split(text: str) -> SplitResult | None:
-    """None where it is no address."""
+    """None if it is not an address."""
     parts = urls.split(text)
     hosts = [HOST_AND_PORT.fullmatch(host) for host in parts.netloc.rpartition("@")[2].split(",")]
     usable = parts.netloc.isascii() and all(host and int(host["port"] or 0) < 2**16 for host in hosts)
@@ -145,7 +145,7 @@ def _names_a_place(parts: SplitResult) -> bool:
     path = parts.path.strip("/")
     number = path.partition("/")[2] if "sentinel" in parts.scheme else path
     if "cluster" in parts.scheme and number not in ("", "0"):
-        # A cluster has no databases but the first.
+        # A cluster has one database only.
         return False
     return bool(re.fullmatch(r"\d{0,5}", number))
 
@@ -160,7 +160,7 @@ def env(default: str, read: Callable[[str], Any] = text, *, is_secret: bool = Fa
 
 @dataclass(frozen=True)
 class Settings:
-    """Every field is the environment variable of the same name in capitals, except the last two."""
+    """Each field but the last two is the environment variable of the same name in capitals."""
 
     gateway_bind_host: str = env("0.0.0.0", bind_host)  # noqa: S104 # a container listens on all its addresses  # nosec B104
     gateway_bind_port: int = env("8080", integer(0, 65535))
@@ -263,9 +263,9 @@ def known_names() -> set[str]:
 
 
 def load(environ: Mapping[str, str], env_file: Path | None, overrides: Mapping[str, tuple[str, str]] | None = None) -> Settings:
-    """Read the environment, then `.env`, then the defaults; `overrides` (name -> value, source) stand in for defaults.
+    """Reads the environment, then `.env`, then the defaults; `overrides` (name -> value, source) replace defaults.
 
-    Raises SettingsError, one line that names the variable and what would be right.
+    Raises SettingsError with one line that names the variable and valid values.
     """
     config = _config(environ, env_file)
     setting_names.refuse_unknown(config.environ, config.file_values, known_names())
@@ -313,11 +313,11 @@ def _read(declared: Any, raw: str) -> Any:
     try:
         return declared.metadata["read"](raw)
     except ValueError as wrong:
-        raise SettingsError(f"{declared.name.upper()} must be {wrong}{_told(declared, raw)}") from None
+        raise SettingsError(f"{declared.name.upper()} must be {wrong}{_quoted(declared, raw)}") from None
 
 
-def _told(declared: Any, raw: str) -> str:
-    """Not where people put secrets by mistake."""
+def _quoted(declared: Any, raw: str) -> str:
+    """The wrong value, except of variables where people put secrets by mistake."""
     if declared.metadata["secret"] or declared.name.startswith("ollama_auth_"):
         return ""
     return f", not {re.sub('//.*@', '//***@', raw)!r}"
@@ -338,7 +338,7 @@ def _backends(values: dict[str, Any]) -> tuple[BackendConfig, ...]:
 
 
 def refuse_weak_secrets(settings: Settings) -> None:
-    """Raises SettingsError on secrets that anybody could guess; a database behind a Unix socket needs none."""
+    """Raises SettingsError on secrets that anybody could guess; a database behind a Unix socket needs no password."""
     for name in ("database_url", "redis_url"):
         user, password, is_remote = _login(getattr(settings, name))
         if is_remote and (name == "database_url" or password) and _is_weak(password, user):
@@ -354,7 +354,7 @@ def refuse_weak_secrets(settings: Settings) -> None:
 
 
 def _login(url: str) -> tuple[str, str, bool]:
-    """User, password, and whether another machine may listen there."""
+    """User, password, and whether the server may be on another machine."""
     parts = urls.split(url)
     login, _, host = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")

@@ -7,17 +7,19 @@ from starlette.types import Send
 
 from gateway.core import strict_json
 
-# What needs no key must not be loaded by a page of another origin either, as a script or a picture.
+# Answers that need no key must not be loadable by pages of other origins, as a script or a picture.
 SAME_ORIGIN = [(b"cross-origin-resource-policy", b"same-origin")]
 
 
 class Connection(Protocol):
+    """A client's connection, in the scope's state as `connection`."""
+
     def watch(self, gone: Callable[[], None] | None) -> None:
-        """Call `gone` once when the client closes its connection, at once where it has; None: nobody asks any more."""
+        """Calls `gone` once when the client closes its connection, or at once if it has; None ends the watch."""
 
     @property
     def keeps_up(self) -> bool:
-        """Whether the answer's head has gone out and the client takes what comes: then `push` is allowed."""
+        """Whether the answer's head has been sent and the client reads without delay: only then may `push` be called."""
 
     def push(self, body: bytes) -> None:
         """Sends a piece of the answer at once."""

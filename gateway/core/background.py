@@ -1,4 +1,4 @@
-"""Background tasks: work that never ends by itself is kept going whatever it raises; whoever started one ends it here."""
+"""Background tasks: endless work is restarted whatever it raises, and each task is ended by its owner."""
 
 import asyncio
 import logging
@@ -9,12 +9,12 @@ from typing import Any
 LOG = logging.getLogger("gateway.tasks")
 ATTEMPTS, ATTEMPT_S = 5, 1.0
 AGAIN_S = 1.0
-# What fails less often than this is said anew, and counts as well in between.
+# After so long without a failure a task counts as healthy, and its next failure is logged again.
 FAILING_S = 120.0
 
 
 class KeptTask:
-    """Work that runs until it is ended: what it raises is logged once with its trace, and it begins again after a second."""
+    """Work that runs until its owner ends it; a failure is logged once with its traceback, and the work restarts."""
 
     def __init__(self, work: Callable[[], Awaitable[object]], name: str) -> None:
         self._work, self.name = work, name
@@ -42,7 +42,7 @@ class KeptTask:
         while True:
             try:
                 await self._work()
-            except Exception as wrong:  # noqa: BLE001 # said below
+            except Exception as wrong:  # noqa: BLE001 # logged below
                 self._note(wrong)
             await asyncio.sleep(AGAIN_S)
 
@@ -53,13 +53,13 @@ class KeptTask:
             LOG.error("the task %r failed and begins again", self.name, exc_info=wrong)
 
     def _check_end(self, task: asyncio.Task[None]) -> None:
-        # Not ended by its owner: a library has cancelled it, or the process is going down.
+        # Not ended by its owner: a library has cancelled it, or the process is ending.
         if task is self._task:
             LOG.error("the task %r has ended and nobody ended it", self.name)
 
 
 class TaskGroup:
-    """Tasks that end by themselves, as many as their owner lets in; what they raise is logged, and the owner ends the rest."""
+    """Tasks that end by themselves: their failures are logged, and the owner ends those that still run."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -84,13 +84,13 @@ class TaskGroup:
 
 
 def retrieve(ended: "asyncio.Future[Any]") -> None:
-    """For futures whose failure nobody needs to hear of: asyncio would complain about it."""
+    """A callback for futures whose failure does not matter; asyncio would log it as never retrieved."""
     if not ended.cancelled():
         ended.exception()
 
 
 async def end(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Cancel and wait; again where a library has swallowed the cancellation, as some do that arrives with a time-out."""
+    """Cancels and waits, several times, because some libraries swallow a cancellation that arrives with a time-out."""
     pending = {task for task in tasks if not task.done()}
     for _ in range(ATTEMPTS):
         if not pending:

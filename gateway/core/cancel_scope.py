@@ -1,4 +1,4 @@
-"""Ends a piece of work early, for one of several reasons that stay distinct: client gone, deadline passed, shutting down."""
+"""Ends work early for one stated reason: the client has gone, a deadline has passed, or the process is shutting down."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,10 +14,10 @@ Reason = Callable[[], Exception]
 
 
 class CancelScope:
-    """`with Guard() as guard:` — whoever calls `guard.interrupt(reason)` makes the block raise `reason` at its next wait.
+    """`with CancelScope() as guard:` — after `guard.interrupt(reason)` the block raises `reason` at its next wait.
 
-    The block's task is cancelled and the cancellation taken back at the block's end, as asyncio.timeout does it, so guards
-    nest. A deadline is kept as a number and its timer is set anew only when it fires: moving it costs an assignment.
+    As in asyncio.timeout, the block's task is cancelled and uncancelled at the end of the block, so that scopes nest. A
+    deadline is a number, and its timer is set again only when it fires: to move a deadline costs one assignment.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class CancelScope:
             self._task.cancel()
 
     def within(self, seconds: float, expired: Reason) -> None:
-        """From now on, interrupt with what `overdue` makes unless told otherwise within `seconds`."""
+        """Interrupts with what `expired` returns after `seconds`, unless the deadline is moved or removed before."""
         self._due = self._loop.time() + seconds
         self._expired = expired
         if self._timer is not None and self._timer.when() > self._due:
@@ -70,14 +70,14 @@ class CancelScope:
             try:
                 raise self._reason from None
             finally:
-                # Its traceback knows the block, and the block this guard: without an end to that they wait for the collector.
+                # Its traceback refers to the block, and the block to this scope: a cycle for the garbage collector.
                 self._reason = None
 
 
 class CallScope(CancelScope):
-    """A guard without a timer of its own: a Watch looks at it, ten times a second.
+    """A scope without a timer of its own: a ScopeTimer checks it ten times a second.
 
-    It has a deadline for the whole block and one for what is waited for at the moment, which may end in another way.
+    It has a deadline for the whole block and another for the current wait.
     """
 
     def __init__(self, active: "set[CallScope]") -> None:
@@ -96,7 +96,7 @@ class CallScope(CancelScope):
         super().__exit__(kind, error, traceback)
 
     def within(self, seconds: float, expired: Reason, act: Callable[[Exception], None] | None = None) -> None:
-        """`act` is called with what `overdue` makes, instead of interrupting the block."""
+        """`act`, if given, is called with what `expired` returns instead of interrupting the block."""
         self._due, self._expired, self._act = self._loop.time() + seconds, expired, act
 
     def end_within(self, seconds: float, too_long: Reason) -> None:
@@ -111,7 +111,7 @@ class CallScope(CancelScope):
 
 
 class ScopeTimer:
-    """`async with Watch() as watch:` — keeps the deadlines of the guards that it makes, and can end them all."""
+    """`async with ScopeTimer() as watch:` — checks the deadlines of its scopes, and can end them all."""
 
     def __init__(self) -> None:
         self._active: set[CallScope] = set()

@@ -1,9 +1,9 @@
-"""Every way a call can fail: a class's docstring is its message, `status` its HTTP status, `code` its stable name."""
+"""All errors: the docstring of a class is its message, `status` its HTTP status, `code` its stable name."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-# OpenAI's clients ask again after any 5xx unless they are told so.
+# OpenAI's clients retry after any 5xx unless this header forbids it.
 NO_RETRY = ((b"x-should-retry", b"false"),)
 
 
@@ -12,12 +12,12 @@ class GatewayError(Exception):
 
     status = 500
     code = "internal_error"
-    # The type of an error in the OpenAI API where the status alone does not tell it.
+    # The error's type in the OpenAI API if it does not follow from the status.
     kind = ""
-    # What else stands in an error of the OpenAI API, or stands there instead.
+    # Fields that are added to an error of the OpenAI API, or replace others.
     fields: Mapping[str, object] = MappingProxyType({})
     headers: Sequence[tuple[bytes, bytes]] = ()
-    # The rest of the request's body is not read: the connection ends with the answer.
+    # The rest of the request's body is not read; the connection ends with the answer.
     leaves_body = False
 
     def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
@@ -84,7 +84,7 @@ class UnknownRoute(GatewayError):
     code = "not_found"
 
     def __init__(self, message: str = "", meant: str = "") -> None:
-        """`meant`: a path whose language the caller speaks, "" where the path itself tells it."""
+        """`meant` is a path in the caller's dialect, or "" if the requested path itself has one."""
         super().__init__(message)
         self.meant = meant
 
@@ -174,7 +174,7 @@ class LimitReached(GatewayError):
     code = "rate_limit_exceeded"
     limit = ""
     may_wait = False
-    # Decided by this process without Redis, which may yet decide otherwise.
+    # Decided by this process without Redis, which may decide differently.
     is_local = False
     waited_s = 0.0
 
@@ -280,7 +280,7 @@ class ReadOnly(StoreUnavailable):
 class StoreRefused(StoreUnavailable):
     """The gateway cannot check this key at the moment; try again shortly.
 
-    PostgreSQL lives and does not do this; `reason` is what it said, for operators alone.
+    PostgreSQL answers, but refuses this statement; `reason` is its message, for operators only.
     """
 
     def __init__(self, reason: str = "") -> None:

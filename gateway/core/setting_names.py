@@ -1,4 +1,4 @@
-"""Names that are none of ours: those that begin as ours do, and in `.env` those that are nearly one."""
+"""Refuses unknown names of settings: those with our prefix, and in `.env` those that are similar to a setting."""
 
 import difflib
 import re
@@ -6,16 +6,16 @@ from collections.abc import Collection, Mapping
 
 from gateway.core.errors import SettingsError
 
-# A Kubernetes Service whose name begins with "gateway" puts these into every container; they are not ours.
+# A Kubernetes Service whose name begins with "gateway" sets these in every container.
 KUBERNETES_SERVICE_LINK = re.compile(r"GATEWAY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 KUBERNETES_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://\S+")
-# What Ollama itself reads: a `.env` may be its, too.
+# Ollama reads these; it may share the `.env`.
 OF_OLLAMA = frozenset({"OLLAMA_LOAD_TIMEOUT", "OLLAMA_HOST", "OLLAMA_MODELS"})
 NEARLY = 0.88
 
 
 def refuse_unknown(environ: Mapping[str, str], of_file: Mapping[str, str], known: Collection[str]) -> None:
-    """Raises SettingsError. Of the environment, which is everybody's, only names with our prefix are looked at."""
+    """Raises SettingsError. The environment also belongs to others, so only names with our prefix are checked there."""
     for name, value in [*environ.items(), *of_file.items()]:
         if not name.startswith("GATEWAY_") or name in known or _is_service_link(name, value):
             continue

@@ -1,4 +1,4 @@
-"""Bytes that calls hold in memory together: bounded for each caller and for all."""
+"""Bytes that calls hold in memory together: bounded for each caller and in total."""
 
 from types import TracebackType
 from typing import Self

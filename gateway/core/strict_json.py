@@ -1,4 +1,4 @@
-"""JSON as the gateway reads it: so strictly that no backend can read the same bytes as something else."""
+"""JSON, read so strictly that no backend can understand the same bytes differently."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from gateway.core.errors import BadRequest
 
 LARGEST_INTEGER = 2**63 - 1
 BLANKS = " \t\n\r"
-# Commas and opening brackets outside strings: the longest lists of tokens that clients send stay below.
+# Commas and opening brackets outside strings; the longest lists of tokens that clients send have fewer.
 MOST_VALUES = 300_000
-# What is wrong with a body of more is told without the place: finding it costs many times the reading.
+# In a larger body an error is reported without its position, which costs many times the parsing to find.
 MOST_VALUES_EXAMINED = 10_000
-# Below this an integer's digits keep it in range.
+# An integer with fewer digits is in range.
 DIGITS_OF_LARGE = 19
 AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 LARGE_INTEGER = re.compile(rb"(?<![0-9.eE+-])-?[0-9]{19,}+(?![.eE])")
@@ -26,7 +26,7 @@ def write(value: object) -> bytes:
 
 
 def write_anyhow(value: object) -> bytes:
-    """The same for texts that may be no Unicode, such as half a surrogate pair out of a client's JSON."""
+    """The same for strings that may not be valid Unicode, such as half a surrogate pair from a client's JSON."""
     try:
         return orjson.dumps(value)
     except orjson.JSONEncodeError:
@@ -34,16 +34,16 @@ def write_anyhow(value: object) -> bytes:
 
 
 def read_loosely(data: bytes) -> Any:
-    """What a backend or store said; raises ValueError where it isn't JSON."""
+    """JSON of a backend or store. Raises ValueError if it is not JSON."""
     return orjson.loads(data)
 
 
 def read_object(body: bytes, known_fields: Collection[str] = ()) -> dict[str, Any]:
-    """A client's body as a dict; raises BadRequest on anything that two JSON readers could understand differently.
+    """A client's body as a dict. Raises BadRequest on anything that two JSON parsers could understand differently.
 
     Refused: duplicate keys at any depth, NaN and Infinity, numbers beyond a signed 64-bit integer or a double, text after
     the value, invalid UTF-8, more than 300,000 values, and top-level keys that only case folding makes equal to one of
-    `known_fields` (Go's encoding/json would take them for that field).
+    `known_fields` (Go's encoding/json would read them as that field).
     """
     if _has_more_values(body, MOST_VALUES):
         raise BadRequest(f"the body has more than {MOST_VALUES} values")
@@ -78,7 +78,7 @@ def _outside_strings(plain: bytes) -> bytes:
 
 
 def _refuse_what_was_lost(body: bytes, written: bytes) -> None:
-    """Compares a body with what was read of it: raises BadRequest on keys left out as duplicates and integers out of range."""
+    """Compares a body with what was parsed. Raises BadRequest on duplicate keys and on integers out of range."""
     is_same = body.count(b":") == written.count(b":") and b"\\u003" not in body
     if is_same and b"0" * DIGITS_OF_LARGE not in body.translate(AS_ZEROS):
         return
@@ -90,7 +90,7 @@ def _refuse_what_was_lost(body: bytes, written: bytes) -> None:
 
 
 def _examined(body: bytes, wrong: Exception) -> Any:
-    """Says in full what is wrong with a body, or reads it after all: text without Unicode or nested deeply may be JSON."""
+    """Raises BadRequest with the exact error, or returns the value after all: what orjson refuses may still be JSON."""
     try:
         text = body.decode("utf-8")
         if not _has_more_values(body, MOST_VALUES_EXAMINED):
@@ -112,8 +112,8 @@ def write_strictly(value: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(value)
     except orjson.JSONEncodeError as wrong:
-        told = "is nested too deeply" if "ecursion" in str(wrong) else "has text that is not valid Unicode"
-        raise BadRequest(f"the body {told}") from None
+        reason = "is nested too deeply" if "ecursion" in str(wrong) else "has text that is not valid Unicode"
+        raise BadRequest(f"the body {reason}") from None
 
 
 def refuse_case_variants(value: dict[str, Any], known_fields: Collection[str]) -> None:
@@ -153,7 +153,7 @@ def _refused_constant(name: str) -> NoReturn:
 
 
 def _decode(text: str) -> Any:
-    """As the decoder's own `decode`, whose search for blanks costs as much as the reading of a short body."""
+    """Like the decoder's own `decode`, whose search for blanks costs as much as parsing a short body."""
     start = 0 if text.startswith("{") else len(text) - len(text.lstrip(BLANKS))
     try:
         value, end = _decoder.scan_once(text, start)  # type: ignore[attr-defined]

@@ -45,8 +45,8 @@ class Protocol(Deadlines):
     _gone: Callable[[], None] | None = None
     _is_lost = _is_refused = _is_lingering = _has_ended = _is_extra = False
 
-    def __init__(self, *, connection_limit: ConnectionLimit | None = None, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, *, connection_limit: ConnectionLimit | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self._connection_limit = connection_limit or ConnectionLimit()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

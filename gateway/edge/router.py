@@ -51,8 +51,8 @@ def router(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIAp
     async def unknown(scope: Scope, receive: Receive, send: Send) -> None:
         meant = suggest(scope["path"], public)
         page = scope["path"].rstrip("/")
-        told = meant or (page if page in PAGES and page in fixed else "")
-        raise UnknownRoute(DID_YOU_MEAN.format(told) if told else "", meant or beginning(scope["path"]))
+        target = meant or (page if page in PAGES and page in fixed else "")
+        raise UnknownRoute(DID_YOU_MEAN.format(target) if target else "", meant or beginning(scope["path"]))
 
     others = PathTable(variable, redirect_slashes=False, default=unknown)
 

@@ -1,4 +1,4 @@
-"""What is not counted as it happens but looked at once a second, for the metrics: what is under way, what waits, what is up."""
+"""Metrics that are sampled once a second: requests in progress, what waits, what is up."""
 
 import asyncio
 import time
@@ -91,7 +91,7 @@ class Gauges:
         self._add(metrics.dropped.inc, "dropped", self._settler.dropped)
 
     def _add(self, count: Callable[[float], None], name: str, total: int) -> None:
-        """What rooms have counted for themselves, as far as it has not been told yet."""
+        """Adds what a component has counted since the last sample."""
         before = self._counted.get(name, 0)
         if total > before:
             count(total - before)

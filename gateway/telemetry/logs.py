@@ -1,4 +1,4 @@
-"""Log lines as JSON or for a console: one per request, one per event; secrets never get this far."""
+"""Log lines as JSON or for a console, one per request and event; they never contain secrets."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ REST = {
     level: b'"level":"%b","logger":"gateway.request","message":"request",' % name
     for level, name in ((logging.DEBUG, b"debug"), (logging.INFO, b"info"), (logging.WARNING, b"warning"))
 }
-# Where lines of requests go as JSON, past logging; empty where logging has them.
+# The handler for the JSON lines of requests, which bypass logging; empty if they go through logging.
 _direct: "list[Lines]" = []
 
 
@@ -35,14 +35,14 @@ def json_line(when: float, level: str, logger: str, message: str, fields: dict[s
 class ConsoleLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        told = getattr(record, "fields", {})
-        facts = "  ".join(f"{name}={_word(value)}" for name, value in told.items() if value not in (None, "", []))
+        fields = getattr(record, "fields", {})
+        facts = "  ".join(f"{name}={_word(value)}" for name, value in fields.items() if value not in (None, "", []))
         line = f"{clock} {record.levelname[:4]:<4} {record.getMessage()}" + (f"  {facts}" if facts else "")
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
 
 
 def _word(value: object) -> str:
-    # A name may come from a client: control characters must not reach a terminal.
+    # A value may come from a client: control characters must not reach a terminal.
     shown = str(value)
     return shown if shown.isprintable() and " " not in shown else ascii(shown)
 
@@ -57,7 +57,7 @@ def _timestamp(when: float) -> str:
 
 
 class Lines(logging.StreamHandler[TextIO]):
-    """Lines to a stream; those of requests, which are many, are written together."""
+    """Writes lines to a stream; the many lines of requests are written in batches."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -92,14 +92,14 @@ def configure(level: str, style: str) -> None:
 
 
 def request_line(status: int, fields: dict[str, Any], as_json: bytes, usual: int = logging.INFO) -> None:
-    """One request's end; `as_json` are the fields where somebody has written them already, `usual` its level if all is well."""
+    """Logs the end of a request; `as_json` are the fields if already serialized, `usual` is the level without an error."""
     level = logging.WARNING if status >= 500 else usual
     if not REQUESTS.isEnabledFor(level):
         return
     if not _direct:
         REQUESTS.log(level, "request", extra={"fields": fields})
     elif as_json:
-        # As logging would do it, without a record and a search for the caller for each.
+        # The same line as logging makes, without a log record and a search for the caller.
         _direct[0].hold(b'{"time":"%b",%b%b' % (_timestamp(time.time()).encode(), REST[level], as_json[1:]))
     else:
         _direct[0].hold(json_line(time.time(), logging.getLevelName(level), REQUESTS.name, "request", fields))

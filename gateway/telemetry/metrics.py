@@ -1,7 +1,7 @@
-"""What Prometheus is told: every counter, gauge and histogram, declared here (home of prometheus-client).
+"""The metrics for Prometheus: every counter, gauge and histogram (the home of prometheus-client).
 
-With several workers the values lie in files of one folder, one set for each process, and whoever is asked adds them up
-(prometheus-client's multiprocess mode); the files of a worker that has ended are merged into one.
+With several workers the values are in files of one folder, one set for each process, and the worker that is scraped adds them
+up (prometheus-client's multiprocess mode); the files of a worker that has ended are merged into one.
 """
 
 import asyncio
@@ -38,13 +38,13 @@ OTHER = "other"
 ATTEMPTS, AGAIN_S = 5, 0.02
 LIMITED = frozenset(f"refused:{kind.code}" for kind in (LimitReached, BudgetSpent))
 UNKNOWN_CALLERS = frozenset(f"refused:{kind.code}" for kind in (MissingKey, WrongKey, ConflictingKeys, TooManyFailures))
-# Seconds. Whole answers of large models take minutes; what the gateway adds is a matter of milliseconds.
+# Seconds: whole answers of large models take minutes, the gateway adds milliseconds.
 LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
 SHORT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
 
 class Children(NamedTuple):
-    """Those of one combination of labels: looked up once."""
+    """The metrics of one combination of labels, looked up once."""
 
     requests: Any
     prompt: Any
@@ -57,7 +57,7 @@ class Children(NamedTuple):
 
 class Metrics:
     def __init__(self, folder: Path | None = None) -> None:
-        # The moment at which a counter began says nothing that its first scrape does not.
+        # The creation time of a counter is of no use: the first scrape shows it.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._folder = folder
         self._registry = CollectorRegistry()
@@ -143,11 +143,11 @@ class Metrics:
         self.draining = self._gauge("gateway_draining", "Processes that take no new requests", of_all="livesum")
 
     def families(self) -> list[Metric]:
-        """What there is, with its words, in the order of declaration."""
+        """All metrics with their help texts, in the order of declaration."""
         return list(self._registry.collect())
 
     def ended(self, record: Record) -> None:
-        """Counts one request, with all that became of it."""
+        """Counts one request with its outcome."""
         model = record.canonical or (OTHER if record.model else "")
         labels = (record.dialect, record.route, model, record.outcome)
         children = self._children.get(labels) or self._remembered(labels)
@@ -193,7 +193,7 @@ class Metrics:
                 self.failures.labels(attempt.backend, attempt.fault).inc()
 
     async def exposition(self) -> bytes:
-        """The text that Prometheus reads, of all workers; in a thread, as adding up many files takes its time."""
+        """The text for Prometheus, of all workers; made in a thread, because adding up many files takes time."""
         async with self._collecting:
             return await asyncio.to_thread(self._collected)
 
@@ -201,7 +201,7 @@ class Metrics:
         if self._folder is None:
             return generate_latest(self._registry)
         for _ in range(ATTEMPTS - 1):
-            # A worker that starts makes its files in steps, and one of no length yet cannot be read.
+            # A starting worker creates its files in steps, and an empty file cannot be read yet.
             with suppress(OSError, ValueError, struct.error):
                 return _of_all(self._folder)
             time.sleep(AGAIN_S)
@@ -217,14 +217,14 @@ def _of_all(folder: Path) -> bytes:
 
 @contextmanager
 def locked(folder: Path, how: int) -> Iterator[None]:
-    """Nobody adds the files up while two of them have the same counts."""
+    """Prevents adding up the files while two of them contain the same counts."""
     with (folder / LOCK).open("ab") as file:
         fcntl.flock(file, how)
         yield
 
 
 def bury(folder: Path, pid: int) -> None:
-    """A worker has ended: what it measured of its present goes, what it counted is added to that of those before it."""
+    """Removes the gauges of a worker that has ended, and adds its counts to those of earlier workers."""
     with locked(folder, fcntl.LOCK_EX), suppress(OSError):
         mark_process_dead(pid, path=str(folder))  # type: ignore[no-untyped-call]
         for kind in ("counter", "histogram"):

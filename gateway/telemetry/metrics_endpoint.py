@@ -1,4 +1,4 @@
-"""`/metrics`: for those who have the token or come from where the operator said; for all others there is no such path."""
+"""`/metrics`, for callers with the token or from an allowed address; for all others the path does not exist."""
 
 import hmac
 from collections.abc import Sequence
