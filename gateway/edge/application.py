@@ -1,4 +1,4 @@
-"""The ASGI application around all routes: request id, key in the path, errors in the caller's dialect, the log line."""
+"""The ASGI application around all endpoints: request ids, keys in paths, errors in the caller's dialect, the log line."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 KEY_IN_PATH = re.compile(r"/k/([^/]*)(/.*)?", re.DOTALL)
 HEALTH = frozenset({"/healthz", "/readyz"})
 METRICS, ADMIN = "/metrics", "/admin/"
-# What may be called from pages of any origin: where a key is needed, which no other page has.
+# Paths that pages of any origin may call: they need a key, which other pages do not have.
 API = re.compile(r"/+(v1|api)(/|$)")
 REFUSED_BODY_LINGERS_S, MOST_OF_REFUSED_BODY = 2.0, 4 * 2**20
 STATUS_OF_A_CLIENT_GONE = 499
@@ -71,7 +71,7 @@ class Application:
                 else:
                     logs.request_line(record.status, record.row(), record.row_json)
                     self._metrics.ended(record)
-            # The connection knows the scope: without this its memory would wait for the collector.
+            # The connection refers to the scope: without this the memory would wait for the garbage collector.
             scope["state"].clear()
             self._in_flight.end(by_operator)
 
@@ -122,7 +122,7 @@ class Application:
         failed_upstream = error.status >= 500 and bool(record.attempts) and not isinstance(error, BackendRefused)
         record.outcome = "backend_failed" if failed_upstream else f"refused:{error.code}"
         if reply.started:
-            # Only a fault of our own can come this late: an answer without an end tells the client so.
+            # Only an internal error can come this late; the missing end of the answer shows it to the client.
             raise error
         meant = error.meant if isinstance(error, UnknownRoute) else ""
         dialect = self._dialect_of(meant or scope["path"])
@@ -142,14 +142,14 @@ class Application:
 
 
 async def _linger(receive: Receive) -> None:
-    """Takes a little more of a body that was refused: closing at once would reset the connection under our answer."""
+    """Reads a little more of a refused body: to close at once would reset the connection and lose the answer."""
     taken = 0
     try:
         with CancelScope() as guard:
             guard.within(REFUSED_BODY_LINGERS_S, BodyTooSlow)
             while taken < MOST_OF_REFUSED_BODY:
                 message = await receive()
-                # Not to be kept until there is another.
+                # Otherwise the bytes stay in memory until the next message.
                 taken += len(message.pop("body", b""))
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):
                     return

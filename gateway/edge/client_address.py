@@ -1,4 +1,4 @@
-"""The client's address: the peer's, or what trusted proxies say of it."""
+"""The client's address: the peer's, or the one that trusted proxies report."""
 
 import asyncio
 import socket
@@ -14,7 +14,7 @@ from gateway.core.background import KeptTask
 
 RESOLVE_EVERY_S = 60.0
 NOBODY = "local"
-# Of a chain of proxies, and of an address as they write it: senders of headers decide neither.
+# Bounds of the header, which clients write: the proxies in a chain, and the length of an address.
 MOST_HOPS, LONGEST_ADDRESS = 32, 64
 
 Address = IPv4Address | IPv6Address
@@ -22,7 +22,7 @@ Network = IPv4Network | IPv6Network
 
 
 class TrustedProxies:
-    """`async with TrustedProxies(entries)`: host names among them are resolved now and then."""
+    """`async with TrustedProxies(entries)`: host names among the entries are resolved once a minute."""
 
     def __init__(self, entries: Sequence[str]) -> None:
         self._networks: list[Network] = []
@@ -55,7 +55,7 @@ class TrustedProxies:
             await asyncio.sleep(RESOLVE_EVERY_S)
 
     def client_of(self, scope: Scope) -> str:
-        """The peer, or, where the peer is a trusted proxy, the rightmost entry of X-Forwarded-For that is not."""
+        """The peer; if it is a trusted proxy, the rightmost entry of X-Forwarded-For that is not one."""
         client = scope.get("client")
         if client is None:
             return NOBODY
@@ -87,13 +87,13 @@ def _forwarded_for(scope: Scope) -> list[str]:
 
 @lru_cache(maxsize=10_000)
 def _shown(text: str) -> str:
-    """An address in its one spelling."""
+    """An address in its canonical spelling."""
     return str(_address(text) or NOBODY)
 
 
 @lru_cache(maxsize=10_000)
 def _address(text: str) -> Address | None:
-    """An address, also as proxies write it: with a port or a zone, in brackets, an IPv4 one mapped into IPv6."""
+    """Parses an address as proxies write it: with a port or a zone, in brackets, or IPv4 mapped into IPv6."""
     plain = text.partition("]")[0].removeprefix("[") if text.startswith("[") else text
     if plain.count(":") == 1:
         plain = plain.partition(":")[0]

@@ -1,4 +1,4 @@
-"""How many connections of clients a process keeps open, and which give way to others where all places are taken."""
+"""The limit of client connections in a process, and which idle connections are closed for new ones."""
 
 import logging
 import time
@@ -13,30 +13,30 @@ except ImportError:  # not on Windows, which has no such limit
 
 LOG = logging.getLogger("gateway.server")
 MOST_DESCRIPTORS = 65_536
-# For the stores, lists of models, logs and the like.
+# Descriptors for the stores, model lists, logs and the like.
 RESERVED = 64
-# Beyond all places, for those who ask whether the process is alive.
+# Connections above the limit, for health checks.
 EXTRA = 16
 LOGGED_EVERY_S = 60.0
-# Requests that wait behind an unread answer end with their connections beyond it; bodies that are read have their own bounds.
+# Above it, connections end whose next requests wait behind an unread answer; bodies that are being read have their own bounds.
 MOST_HELD_BY_ALL = 64 * 2**20
 
 
 class LimitedConnection(Protocol):
     @property
     def is_leaving(self) -> bool:
-        """Whether it has ended, and its descriptor is about to be free."""
+        """Whether it has ended, so that its descriptor will soon be free."""
 
     @property
     def idle_since(self) -> float | None:
-        """Since when it has nothing to do, by the loop's clock; None where a request is under way."""
+        """Since when it has been idle, by the loop's clock; None while a request is in progress."""
 
     @property
     def has_unsent(self) -> bool:
-        """Whether its client has not yet taken all that was sent."""
+        """Whether its client has not read all that was sent."""
 
     def give_way(self) -> None:
-        """Ends it."""
+        """Closes it at once."""
 
 
 class ConnectionLimit:
@@ -44,35 +44,37 @@ class ConnectionLimit:
         self.most, self.held = most, 0
         self._logged_at = float("-inf")
 
-    def admits(self, comer: LimitedConnection, taken: Collection[LimitedConnection]) -> bool:
-        """Whether there is a place for one who has just come, among the `taken`; some that were idle for longest give way."""
+    def admits(self, new: LimitedConnection, taken: Collection[LimitedConnection]) -> bool:
+        """Whether the `new` connection, one of `taken`, may stay; those that were idle for longest are closed for it."""
         if len(taken) <= self.most:
             return True
-        staying = [place for place in taken if not place.is_leaving]
-        idle = ((place, since) for place in staying if place is not comer and (since := place.idle_since) is not None)
-        # Several at once, for each look at all of them takes its time.
+        staying = [connection for connection in taken if not connection.is_leaving]
+        idle = (
+            (connection, since)
+            for connection in staying
+            if connection is not new and (since := connection.idle_since) is not None
+        )
+        # Several at once, because each search through all of them takes time.
         wanted = max(len(staying) - self.most, self.most // 16)
         longest = nsmallest(wanted, idle, key=lambda found: (found[0].has_unsent, found[1]))
-        for place, _ in longest:
-            place.give_way()
+        for connection, _ in longest:
+            connection.give_way()
         if time.monotonic() - self._logged_at > LOGGED_EVERY_S:
             self._logged_at = time.monotonic()
-            LOG.warning(
-                "all %d places for connections are taken: %s", self.most, "idle ones end" if longest else "none is idle"
-            )
+            LOG.warning("all %d connections are in use: %s", self.most, "idle ones are closed" if longest else "none is idle")
         return len(staying) - len(longest) <= self.most
 
     def hold(self, more: int) -> bool:
-        """Whether all connections together may hold so many bytes more of what has arrived and is not read yet."""
+        """Adds bytes that have arrived and are not read yet. Returns whether all connections together may hold so many."""
         self.held += more
         return self.held <= MOST_HELD_BY_ALL
 
     def admits_extra(self, taken: Collection[LimitedConnection]) -> bool:
-        return sum(not place.is_leaving for place in taken) <= self.most + EXTRA
+        return sum(not connection.is_leaving for connection in taken) <= self.most + EXTRA
 
 
 def most_connections() -> int:
-    """Half of the descriptors, for each request may need another one to its backend; first takes as many as are allowed."""
+    """Half of the descriptors, because each request may need another one to its backend; raises the limit as far as allowed."""
     if resource is None:
         return MOST_DESCRIPTORS // 2
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""One request and its answer over HTTP/1: uvicorn's cycle with less work for each piece, and framing for HTTP/1.0 too."""
+"""One request and its answer over HTTP/1: uvicorn's cycle with less work for each piece, and framing for HTTP/1.0."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -14,21 +14,21 @@ class Reader(Protocol):
     def watch(self, gone: Callable[[], None] | None) -> None: ...
 
     def take_more(self) -> None:
-        """Goes on reading, unless enough is waiting already."""
+        """Continues reading, unless enough data is waiting already."""
 
     def close(self) -> None:
-        """Ends the connection once what was written has gone out."""
+        """Closes the connection once all written data has been sent."""
 
 
 class Cycle(RequestResponseCycle):
-    """One request and its answer, a `gateway.connection`.
+    """One request and its answer; for the application it is the client's `Connection`.
 
-    The head goes out with the first of the body, and our own headers need no second look.
+    The head is sent with the first piece of the body; the gateway's own headers are not validated again.
     """
 
     _head = b""
     reader: Reader
-    # What is wrong with the rest of the body.
+    # The error in the rest of the body.
     refusal: GatewayError | None = None
 
     def watch(self, gone: Callable[[], None] | None) -> None:
@@ -42,7 +42,7 @@ class Cycle(RequestResponseCycle):
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body) if self.chunked_encoding else self._framed(body, more=True))
 
     async def receive(self) -> Any:
-        """Raises BadRequest where the rest of the body is no HTTP."""
+        """Raises BadRequest if the rest of the body is not valid HTTP."""
         if self.waiting_for_100_continue and not self.transport.is_closing():
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.waiting_for_100_continue = False
@@ -59,7 +59,7 @@ class Cycle(RequestResponseCycle):
         return {"type": "http.request", "body": body, "more_body": self.more_body}
 
     def refuse(self, wrong: GatewayError) -> None:
-        """The rest of the body cannot be read: whoever reads it is told, and the connection ends with the answer."""
+        """The rest of the body cannot be read: its reader gets the error, and the connection ends with the answer."""
         self.keep_alive, self.refusal = False, wrong
         self.message_event.set()
 
@@ -78,9 +78,9 @@ class Cycle(RequestResponseCycle):
             self._end()
 
     def probe(self) -> bool:
-        """Sends what no client takes for a part of its answer; False where there is no such thing."""
+        """Sends bytes that no client takes for a part of its answer. Returns False if there are none at this point."""
         if self.chunked_encoding and not self._head:
-            # The next chunk's size may have as many zeros in front as it likes.
+            # The size of the next chunk may begin with any number of zeros.
             self.transport.write(b"0")
         elif self.scope["http_version"] != "1.0" and (self._head or not self.response_started):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -1,4 +1,4 @@
-"""How long a connection may make no progress: in sending a head or the rest of a refused body, and in reading answers."""
+"""Deadlines of a connection: for the head of a request, the rest of a refused body, and the reading of answers."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ READER_DEADLINE_S = 60.0
 
 
 class Deadlines(HttpToolsProtocol):
-    """Closes connections whose head, rest of a refused body, or reading makes no progress."""
+    """Closes connections that make no progress with a head, the rest of a refused body, or the reading of an answer."""
 
     _head_timer: asyncio.TimerHandle | None = None
     _reader_timer: asyncio.TimerHandle | None = None
@@ -31,7 +31,7 @@ class Deadlines(HttpToolsProtocol):
 
     @property
     def _waits_since(self) -> float:
-        """Of a connection that is idle, or in the midst of a head."""
+        """Since when the connection has been idle or has been sending a head."""
         if self.timeout_keep_alive_task is not None:
             return float(self.timeout_keep_alive_task.when()) - self.timeout_keep_alive
         return self._head_timer.when() - HEAD_DEADLINE_S if self._head_timer is not None else 0.0
@@ -65,7 +65,7 @@ class Deadlines(HttpToolsProtocol):
             self._reader_timer = None
 
     def _check_reader(self) -> None:
-        """A slow reader may take its time; one that took nothing since the last look is gone."""
+        """A client may read slowly; one that has read nothing since the last check is gone."""
         if self.transport.get_write_buffer_size() >= self._unsent:
             self.transport.abort()
         else:

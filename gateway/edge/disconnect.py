@@ -1,19 +1,19 @@
-"""Whether a client that has sent its end is gone, or only says no more and waits for its answer."""
+"""Finds out whether a client that has closed its side has gone, or still waits for its answer."""
 
 import asyncio
 import select
 from collections.abc import Callable
 
 POLL_EVERY_S = 0.25
-ENDED = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere the end is seen only when it is read
+ENDED = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere the end is noticed only by reading
 RESET = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 class DisconnectPoll:
-    """Looks at a socket now and then, until told to stop or `gone` was called.
+    """Polls a socket until `stop` or until `gone` was called.
 
-    Both clients look alike until something is sent to them: the system of one that is gone answers with a reset.
-    `probe` sends it, once, and says False where it cannot: then the client counts as gone.
+    The two cases differ only after something is sent: the system of a client that has gone answers with a reset. `probe`
+    sends it, once, and returns False if it cannot; then the client counts as gone.
     """
 
     def __init__(self, descriptor: int, probe: Callable[[], bool], gone: Callable[[], None]) -> None:
@@ -31,9 +31,9 @@ class DisconnectPoll:
         self._timer = asyncio.get_running_loop().call_later(POLL_EVERY_S, self._check)
 
     def _check(self) -> None:
-        seen = self._events()
-        self.has_ended = self.has_ended or bool(seen & ENDED)
-        if seen & RESET or (self.has_ended and not self._has_probed and not self._probe()):
+        events = self._events()
+        self.has_ended = self.has_ended or bool(events & ENDED)
+        if events & RESET or (self.has_ended and not self._has_probed and not self._probe()):
             self._gone()
         else:
             self._has_probed = self.has_ended

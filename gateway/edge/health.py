@@ -1,4 +1,4 @@
-"""Is the process alive, and may it be given work: `/healthz` and `/readyz`."""
+"""`/healthz`: whether the process is alive; `/readyz`: whether it can take requests."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,14 +14,14 @@ from gateway.stores.migrations import is_current
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient
 
-REMEMBERED_S = 1.0
+CACHED_S = 1.0
 DEGRADED, READ_ONLY = "degraded", "degraded: takes no writes"
 
 
 class Health:
-    """A store that went away is a declared degraded mode: known keys and routing go on, so the gateway stays ready.
+    """A store that becomes unavailable is a degraded mode: known keys and routing still work, so the gateway stays ready.
 
-    A database that was never reached, or whose schema is older, is not: such a gateway knows no keys.
+    A database that was never reached, or has an older schema, makes it not ready: such a gateway knows no keys.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Health:
         await send_json(send, {"ready": is_ready, **checks}, 200 if is_ready else 503, SAME_ORIGIN)
 
     async def _schema_state(self) -> str:
-        """Asked at most once a second, because anybody may ask."""
-        if time.monotonic() - self._schema_checked_at > REMEMBERED_S:
+        """Checked at most once a second, because anybody may request it."""
+        if time.monotonic() - self._schema_checked_at > CACHED_S:
             self._schema_checked_at = time.monotonic()
             try:
                 self._schema = await self._state_of_schema()

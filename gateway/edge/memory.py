@@ -1,4 +1,4 @@
-"""What a process keeps of its memory: little of what a peak took, and no long look through what never changes."""
+"""Memory of the process: what a peak took is returned to the system, and permanent objects are not collected again."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ def trimming_task() -> KeptTask:
 
 @contextlib.asynccontextmanager
 async def kept_small(trimming: KeptTask) -> AsyncIterator[None]:
-    """From the end of the start to the end of the block; `tidying` as made by `keeper`."""
+    """For the time of serving; `trimming` is the task of `trimming_task`."""
     spare_the_collector()
     return_large_blocks()
     trimming.start()
@@ -31,14 +31,14 @@ async def kept_small(trimming: KeptTask) -> AsyncIterator[None]:
 
 
 def spare_the_collector() -> None:
-    """What is there now stays: looking through it again and again only makes requests wait."""
+    """Objects that exist now are permanent: to collect them again and again would only delay requests."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
 
 
 def return_large_blocks() -> None:
-    """Bodies of some 100 KB go back to the system when they are done with, instead of growing what is kept (mallopt(3))."""
+    """Memory of large bodies is returned to the system at once, instead of enlarging the heap (mallopt(3))."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL(None)
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
@@ -46,7 +46,7 @@ def return_large_blocks() -> None:
 
 
 def trim() -> None:
-    """What is free between the blocks in use goes back, too (malloc_trim(3)): one or two milliseconds."""
+    """Returns free memory between used blocks, too (malloc_trim(3)); takes one or two milliseconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

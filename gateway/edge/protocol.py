@@ -1,4 +1,4 @@
-"""HTTP/1 as strangers send it: read one request after another, in bounded steps, and refused in the caller's dialect."""
+"""HTTP/1 from untrusted clients: requests are read one after another, in bounded steps, and refused in the caller's dialect."""
 
 import asyncio
 import urllib.parse
@@ -18,20 +18,20 @@ from gateway.edge.request_head import LINE_ENDS, LONGEST_LINE_END, NO_HOST, faul
 
 LARGEST_HEAD, MOST_LINES = 65_536, 256
 BLANK_LINE = b"\r\n\r\n"
-# What the parser gets at once, and how many pieces and chunks in one turn of the loop: about a millisecond of work.
+# The bytes that the parser gets at once, and the pieces and chunks in one turn of the loop: about a millisecond of work.
 LARGEST_PIECE, MOST_STEPS = 2048, 200
-# How much of what frames a chunked body there may be for a byte of it; beyond that it counts as a head does.
+# Bytes of chunk framing that are free for each byte of a body; more of them count against the bound of a head.
 FRAMING_FOR_A_BYTE = 16
 MOST_HELD, MOST_AT_ONCE = 262_144, 65_536
-# What is answered in any case.
+# Health checks are answered even without a free connection.
 HEALTH = frozenset({b"/healthz", b"/readyz"})
 REFUSED_CONNECTION_LINGERS_S, MOST_DISCARDED = 2.0, 262_144
 
 
 class Protocol(Deadlines):
-    """Takes no upgrades and no trailers.
+    """Accepts no upgrades and no trailers.
 
-    The parser gets pieces that never reach past a request's end. What comes behind it is held until its answer has gone.
+    The parser gets pieces that never extend beyond a request's end; what follows is held until the answer has been sent.
     """
 
     cycle: Any
@@ -51,7 +51,7 @@ class Protocol(Deadlines):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Its lines would show paths, and with them keys, whatever the logging's configuration says.
+        # uvicorn's access log would show paths, which may contain keys, whatever the configuration of logging is.
         self.access_log = False
         self._held = bytearray()
         self.on_message_begin()
@@ -74,10 +74,10 @@ class Protocol(Deadlines):
             self._gone = None
             gone()
         elif gone is not None and self.flow.read_paused:
-            # A body that came all at once may have stopped the reading, and with it the news of the end.
+            # A body that arrived at once may have paused reading; then the end of the connection would not be noticed.
             self.take_more()
 
-    # What arrives
+    # Reading
 
     def data_received(self, data: bytes) -> None:
         if self.timeout_keep_alive_task is not None:
@@ -92,7 +92,7 @@ class Protocol(Deadlines):
             self._check_rest()
 
     def _read(self, data: bytes) -> int:
-        """How much of `data` was taken: what is behind a request waits for its answer, and a turn does not last for ever."""
+        """Parses and returns how much of `data` was used: the rest follows a request, or exceeds one turn of the loop."""
         at = self._steps = 0
         while at < len(data) and self._steps < MOST_STEPS:
             if self._in_head and self.cycle is not None and not self.cycle.response_complete:
@@ -111,7 +111,7 @@ class Protocol(Deadlines):
         return at
 
     def _cut(self, data: bytes, at: int) -> int:
-        """The end of the next piece: where there is a blank line, and with it perhaps a request's end, just behind it."""
+        """The end of the next piece: right after a blank line, which may be a request's end."""
         if self._tail:
             seam = (self._tail + data[at : at + 3]).find(BLANK_LINE)
             if seam >= 0:
@@ -134,7 +134,7 @@ class Protocol(Deadlines):
         return not self._is_refused
 
     def _note_line(self, piece: bytes) -> None:
-        """Of the first line its end, which the parser does not tell; it skips blank ones before."""
+        """Keeps the end of the request line, which the parser does not report; it skips blank lines before."""
         line, end, _ = (self._line + piece).lstrip(b"\r\n").partition(b"\n")
         self._line, self._has_line = line[-LONGEST_LINE_END:], bool(end)
 
@@ -149,7 +149,7 @@ class Protocol(Deadlines):
             self._refuse(BadRequest(f"the request is not valid HTTP{reason}"))
 
     def _take_no_upgrade(self) -> None:
-        """The head again, without its wish for another protocol, which the parser takes for the end of the request.
+        """Parses the head again without its upgrade header, which the parser takes for the end of the request.
 
         Java's HTTP client and `curl --http2` send one with each first request; RFC 9110 lets a server ignore it.
         """
@@ -174,7 +174,7 @@ class Protocol(Deadlines):
         self._connection_limit.hold(-count)
 
     def _go_on_soon(self) -> None:
-        """Where it is not an answer that is waited for."""
+        """Continues with held bytes, unless they wait for an answer."""
         if self._held and self._going_on is None and (self._is_between_answers or not self._in_head):
             self._going_on = self.loop.call_soon(self._go_on)
 
@@ -198,12 +198,12 @@ class Protocol(Deadlines):
     def take_more(self) -> None:
         if len(self._held) > MOST_HELD:
             if not self._is_between_answers:
-                # Nothing that is read tells of the client's end.
+                # While nothing is read, the client's end is not noticed.
                 self._watch_client()
         elif not self._has_ended and (self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT):
             self.flow.resume_reading()
 
-    # What the parser finds
+    # Callbacks of the parser
 
     def on_message_begin(self) -> None:
         self.url, self.headers, self.expect_100_continue = b"", [], False
@@ -211,7 +211,7 @@ class Protocol(Deadlines):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
-            return  # a trailer, which nobody asked for
+            return  # a trailer, which is ignored
         name = name.lower()
         self.headers.append((name, value))
         if name == b"host":
@@ -302,10 +302,10 @@ class Protocol(Deadlines):
         elif not cycle.keep_alive:
             self.transport.close()
 
-    # What is refused
+    # Refusing
 
     def _refuse(self, wrong: GatewayError, method: str = "-") -> None:
-        """Nothing more is read of this connection; it ends when its answer has gone out."""
+        """Reads nothing more of this connection, which ends after the answer."""
         if self._is_refused:
             return
         self._is_refused = True
@@ -329,7 +329,7 @@ class Protocol(Deadlines):
         if not self._is_refused:
             self.transport.close()
             return
-        # To close with something unread would reset the connection, and the answer may be lost on its way.
+        # To close with unread bytes would reset the connection, and the answer could be lost on its way.
         self._is_lingering = True
         with suppress(OSError, RuntimeError):
             self.transport.write_eof()
@@ -344,7 +344,7 @@ class Protocol(Deadlines):
 
     @property
     def idle_since(self) -> float | None:
-        # Who has an answer and owes the rest of its body gives way, too, and who sends on without reading.
+        # Also idle: clients that have their answer and have not sent the rest of the body, or that send without reading.
         owes = not self._in_head and self._is_between_answers
         if self._is_lingering or owes or (self._held and self.flow.write_paused):
             return 0.0
@@ -352,12 +352,12 @@ class Protocol(Deadlines):
         return None if is_busy else self._waits_since
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether the connection stays: a client may say that it has sent all, and still wait for its answers."""
+        """Whether the connection stays open: a client may close its side and still wait for answers."""
         self._has_ended = True
         return not self._is_lingering and self._still_answers()
 
     def _still_answers(self) -> bool:
-        """After the client's end. What is half there will never be whole."""
+        """After the client's end: whether answers are left to send. A request that is incomplete stays so."""
         is_answering = self._in_head and not self._is_between_answers
         if is_answering:
             self._watch_client()
@@ -366,7 +366,7 @@ class Protocol(Deadlines):
 
     @property
     def _is_between_answers(self) -> bool:
-        """No answer is under way, so what still arrives holds nothing but this connection."""
+        """No answer is in progress, so whatever arrives occupies only this connection."""
         return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
@@ -388,7 +388,7 @@ class Protocol(Deadlines):
             self._await_rest()
 
     def _watch_client(self) -> None:
-        """Also where nothing is read at the moment, or nothing is left to read."""
+        """Notices the client's end even while nothing is read."""
         if self._disconnect_poll is None:
             descriptor = self.transport.get_extra_info("socket").fileno()
             self._disconnect_poll = DisconnectPoll(descriptor, self.cycle.probe, self.transport.abort)

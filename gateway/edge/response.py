@@ -1,4 +1,4 @@
-"""The response to one request: its headers, what is noted of it, and the headers of an error."""
+"""The response to one request: its headers, its size and outcome, and the headers of an error."""
 
 from starlette.types import Message, Send
 
@@ -11,7 +11,7 @@ EXPOSED = (
     b"x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
     b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
-# What a model or a backend said is what the content type says, and no page, whatever it looks like.
+# Browsers must not take the output of a model or a backend for a page, whatever its content is.
 NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 PREFLIGHT_HEADERS = (
     b"authorization, content-type, user-agent, accept, x-requested-with, x-api-key, api-key, x-request-id, openai-beta, "
@@ -23,7 +23,7 @@ PREFLIGHT_HEADERS = (
 
 
 class Response:
-    """`send` of one request, with our headers added and what goes out counted; the head waits for the first of the body."""
+    """`send` of one request: adds our headers, counts bytes, and holds the head until the first piece of the body."""
 
     def __init__(self, record: Record, send: Send, settler: Settler, id_header: bytes, *, with_cors: bool) -> None:
         self._record, self._send, self._settler, self._id_header = record, send, settler, id_header
@@ -56,7 +56,7 @@ class Response:
         if self._record.admission is not None:
             headers += self._record.admission.headers
         if self.with_cors:
-            # Keys travel in headers or the path, never in cookies: any origin may ask.
+            # Keys are in headers or the path, never in cookies, so any origin may send requests.
             exposed = self._id_header + EXPOSED
             headers += [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", exposed)]
         return headers

@@ -1,4 +1,4 @@
-"""The table of paths: what stands here is reachable, nothing else is."""
+"""Finds the endpoint of a request in the table of all endpoints."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,7 +15,7 @@ RUNNING = b"Ollama is running"
 
 
 class PathMethods:
-    """One path's endpoints by method; HEAD is a GET whose body the server leaves out."""
+    """The endpoints of one path, by method; HEAD is a GET whose body the server omits."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -27,7 +27,7 @@ class PathMethods:
             self._endpoints.setdefault("HEAD", endpoint)
 
     def of(self, scope: Scope) -> ASGIApp:
-        """The endpoint that a request asks for. Raises MethodNotAllowed."""
+        """The endpoint for a request. Raises MethodNotAllowed."""
         record: Record = scope["state"]["record"]
         record.route = self.path
         endpoint = self._endpoints.get(scope["method"])
@@ -39,10 +39,10 @@ class PathMethods:
         await self.of(scope)(scope, receive, send)
 
 
-def router(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp]:
-    """(method, path) -> endpoint; what finds the endpoint of a request, and raises UnknownRoute or MethodNotAllowed."""
+def router(endpoints: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIApp]:
+    """A function that returns the endpoint of a request, and raises UnknownRoute or MethodNotAllowed."""
     by_path: dict[str, PathMethods] = {}
-    for (method, path), endpoint in lines.items():
+    for (method, path), endpoint in endpoints.items():
         by_path.setdefault(path, PathMethods(path)).add(method, endpoint)
     fixed = {path: methods for path, methods in by_path.items() if "{" not in path}
     variable = [Route(path, methods) for path, methods in by_path.items() if "{" in path]
@@ -57,7 +57,7 @@ def router(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIAp
     others = PathTable(variable, redirect_slashes=False, default=unknown)
 
     def find(scope: Scope) -> ASGIApp:
-        # A path without a variable part needs no matching.
+        # Paths without a variable part need no matching.
         methods = fixed.get(scope["path"])
         return others if methods is None else methods.of(scope)
 
@@ -65,7 +65,7 @@ def router(lines: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], ASGIAp
 
 
 async def running(scope: Scope, receive: Receive, send: Send) -> None:
-    """What every Ollama client asks first, without a key."""
+    """Ollama clients ask for this first, without a key."""
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(RUNNING)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": RUNNING})

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn with our protocol, and an end that first drains."""
+"""The HTTP server: uvicorn with our protocol and a graceful shutdown."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ LAST_FRAMES_S = 5.0
 
 
 class Server(uvicorn.Server):
-    """Serves until told to stop; then refuses new work, lets what runs finish within `drain_s`, and ends the rest truly."""
+    """Serves until a stop signal; then refuses new requests and lets those in progress finish within `drain_s`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: whoever runs us calls begin_drain
+        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: the owner calls begin_drain
             for number in stop_signals():
                 loop.add_signal_handler(number, self.begin_drain)
         yield
@@ -81,7 +81,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; `::` takes IPv4 as well. Raises OSError."""
+    """A listening socket; `::` accepts IPv4 as well. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if family == socket.AF_INET and not host.replace(".", "").isdigit():
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

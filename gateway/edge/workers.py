@@ -1,4 +1,4 @@
-"""Several processes on one port: started, watched, started again when they die, and ended together."""
+"""Several worker processes on one port: started, restarted when they die, and ended together."""
 
 import asyncio
 import ctypes
@@ -19,7 +19,7 @@ LONGEST_PAUSE_S = 10.0
 
 
 def end_with_parent(parent: int) -> None:
-    """Linux: a worker whose supervisor was killed must not live on. Elsewhere this does nothing."""
+    """On Linux: ends a worker whose supervisor was killed. Elsewhere this does nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
@@ -27,9 +27,9 @@ def end_with_parent(parent: int) -> None:
 
 
 class Workers:
-    """`count` copies of `command` (a worker's arguments for `python -m gateway`), each given the listening socket.
+    """`count` worker processes, each with the listening socket.
 
-    `on_end` is told the process id of each that has ended.
+    `on_end` is called with the process id of each worker that has ended.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Workers:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "gateway", "worker", descriptor, str(os.getpid())),
             pass_fds=[self._listener.fileno()],
-            # A terminal's Ctrl-C would reach the workers too, and a second signal means: at once.
+            # Otherwise a terminal's Ctrl-C would also reach the workers, and a second signal ends them at once.
             start_new_session=True,
         )
         try:
