@@ -1,7 +1,7 @@
-"""`/openapi.json`: an OpenAPI 3.1 document of the routes that are there.
+"""`/openapi.json`: an OpenAPI 3.1 document of the routes in use.
 
-Made from the route table, the dialects, the error classes and two files: `openapi/routes.json` says of each route
-(`METHOD /path`) what no code says, `openapi/schemas.json` has the shapes.
+Made from the route table, the dialects, the error classes and two files: `openapi/routes.json` describes each route
+(`METHOD /path`) where the code does not, `openapi/schemas.json` has the schemas.
 """
 
 import re
@@ -21,33 +21,33 @@ from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 FOLDER = Path(__file__).parent / "openapi"
 JSON, EVENTS = "application/json", "text/event-stream"
 DESCRIPTION = (
-    "One door in front of many model servers: clients speak Ollama or OpenAI, unchanged. What a model server refuses, with a "
-    "status from 400 to 499, reaches the caller with its words. Every answer carries a request id, by which operators find it."
+    "A gateway in front of your model servers, for clients of Ollama and of OpenAI. When a model server refuses a request with "
+    "a status from 400 to 499, the caller gets its message. Every answer has a request id, by which operators find the request."
 )
 SERVERS = [
     {"url": "/"},
     {
         "url": "/k/{key}",
-        "description": "For clients that can set an address and no key.",
+        "description": "For clients that can set a URL but no key.",
         "variables": {"key": {"default": "nz_…", "description": "The key."}},
     },
 ]
 SECURITY = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "As the OpenAI clients send a key."},
-    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password; the user is not looked at."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "As OpenAI clients send the key."},
+    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password; any user name is accepted."},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     "api-key": {"type": "apiKey", "in": "header", "name": "api-key"},
 }
 RETRY = {"Retry-After": ("Seconds, rounded up.", "integer"), "Retry-After-Ms": ("Milliseconds.", "integer")}
 RATES = {
-    "X-RateLimit-Limit-Requests": ("Requests a minute.", "integer"),
-    "X-RateLimit-Remaining-Requests": ("How many of them are left.", "integer"),
-    "X-RateLimit-Reset-Requests": ("Until all are there again, such as `1m30s`.", "string"),
-    "X-RateLimit-Limit-Tokens": ("Tokens a minute.", "integer"),
-    "X-RateLimit-Remaining-Tokens": ("How many of them are left.", "integer"),
-    "X-RateLimit-Reset-Tokens": ("Until all are there again.", "string"),
+    "X-RateLimit-Limit-Requests": ("Requests per minute.", "integer"),
+    "X-RateLimit-Remaining-Requests": ("How many of them remain.", "integer"),
+    "X-RateLimit-Reset-Requests": ("The time until all are available again, such as `1m30s`.", "string"),
+    "X-RateLimit-Limit-Tokens": ("Tokens per minute.", "integer"),
+    "X-RateLimit-Remaining-Tokens": ("How many of them remain.", "integer"),
+    "X-RateLimit-Reset-Tokens": ("The time until all are available again.", "string"),
 }
-CAPPED = {"X-Gateway-Max-Tokens": ("The most tokens of each answer, where the request asked for more.", "integer")}
+CAPPED = {"X-Gateway-Max-Tokens": ("The most tokens of each answer, if the request asked for more.", "integer")}
 Failures = tuple[type[GatewayError], ...]
 OF_A_KEY: Failures = (
     errors.ConflictingKeys,
@@ -68,7 +68,7 @@ OF_A_BODY: Failures = (
 )
 OF_BACKENDS: Failures = (errors.BackendFailed, errors.NoBackend, errors.BackendTimeout)
 OF_A_CALL: Failures = (*OF_A_BODY, errors.ModelNotAvailable, errors.ModelNotFound, errors.BudgetSpent, *OF_BACKENDS)
-# By whom a route is for.
+# By the `for` of a route.
 FAILURES: Mapping[str, Failures] = {
     "nobody": (),
     "metrics": (),
@@ -80,27 +80,32 @@ BY_CODE = {kind.code: kind for kind in vars(errors).values() if isinstance(kind,
 
 
 class ApiDocument:
-    """`dialect_of` tells in which dialect a path's errors are said; `id_header` carries the request id."""
+    """`dialect_of` gives the dialect of a path's errors; `id_header` is the header of the request id."""
 
     def __init__(self, dialect_of: Callable[[str], Dialect], id_header: str) -> None:
         self._dialect_of, self._id_header = dialect_of, id_header
         self._facts: dict[str, dict[str, Any]] = strict_json.read_loosely((FOLDER / "routes.json").read_bytes())
         shapes: dict[str, Any] = strict_json.read_loosely((FOLDER / "schemas.json").read_bytes())
         self._schemas, self._parameters = shapes["schemas"], shapes["parameters"]
-        # Many routes fail alike: each answer is told once.
+        # Many routes have the same errors: each response is described once.
         self._shared: dict[str, dict[str, Any]] = {}
 
     def of(self, table: Mapping[tuple[str, str], object]) -> dict[str, Any]:
-        """`table` is (method, path) -> endpoint, as the router has it. Raises KeyError for a route without facts."""
+        """`table` is (method, path) -> endpoint, as the router has it. Raises KeyError for a route that routes.json lacks."""
         paths: dict[str, dict[str, Any]] = {}
         calls = [path for (_, path), endpoint in table.items() if isinstance(endpoint, Exchange)]
         self._parameters["client"]["schema"]["enum"] = ["ollama", "openai", *sorted(calls)]
         for (method, route), endpoint in table.items():
-            # That other methods find nothing there is no news.
+            # Other methods of the metrics route only answer 404.
             if not isinstance(endpoint, MetricsEndpoint) or method == "GET":
                 path = route.replace(":path}", "}")
                 paths.setdefault(path, {})[method.lower()] = self._operation(method, path, endpoint)
-        headers = {self._id_header: ("The request's id: yours, or one made here.", "string"), **CAPPED, **RETRY, **RATES}
+        headers = {
+            self._id_header: ("The request's id: the caller's, or one given by the gateway.", "string"),
+            **CAPPED,
+            **RETRY,
+            **RATES,
+        }
         return {
             "openapi": "3.1.0",
             "info": {"title": "neuronetz-gateway", "version": "1", "description": DESCRIPTION},
@@ -110,7 +115,7 @@ class ApiDocument:
             "components": {
                 "schemas": self._schemas,
                 "responses": self._shared,
-                "headers": {name: _header(*told) for name, told in headers.items()},
+                "headers": {name: _header(*header) for name, header in headers.items()},
                 "securitySchemes": SECURITY,
             },
         }
@@ -151,12 +156,12 @@ class ApiDocument:
     def _responses(self, method: str, path: str, facts: dict[str, Any], endpoint: object) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if facts["for"] == "models":
-            found["default"] = self._response("What the model server answers.", {"*/*": {}}, RATES)
+            found["default"] = self._response("The model server's answer.", {"*/*": {}}, RATES)
         else:
             status = str(endpoint.status) if isinstance(endpoint, AdminRoute) else "200"
             headers = [] if facts["for"] in ("nobody", "metrics") else [*RATES]
             headers += CAPPED if isinstance(endpoint, Exchange) and endpoint.operation.clamp else ()
-            found[status] = self._response(_said_of(facts), _content(facts, endpoint), headers)
+            found[status] = self._response(_description_of(facts), _content(facts, endpoint), headers)
         error = _ref("OpenAIError" if self._dialect_of(path).name == "openai" else "OllamaError")
         if isinstance(endpoint, Exchange):
             found["4XX"] = self._response("The model server refused the request.", {JSON: {"schema": error}}, RATES)
@@ -165,28 +170,28 @@ class ApiDocument:
             headers = [*(RETRY if failed in ("429", "503") else ()), *(RATES if failed == "429" else ())]
             found[failed] = self._response(words, {JSON: {"schema": error}}, headers)
         for also, schema in facts.get("also", {}).items():
-            found[also] = self._response("Not now.", {JSON: {"schema": _ref(schema)}}, ())
+            found[also] = self._response("Not ready.", {JSON: {"schema": _ref(schema)}}, ())
         if method == "HEAD":
-            found = {status: {name: told for name, told in one.items() if name != "content"} for status, one in found.items()}
+            found = {status: {name: part for name, part in one.items() if name != "content"} for status, one in found.items()}
         return {status: self._share(status, found[status]) for status in sorted(found)}
 
     def _share(self, status: str, response: dict[str, Any]) -> dict[str, Any]:
         if status < "4":
             return response
-        alike = [name for name, told in self._shared.items() if told == response]
+        alike = [name for name, shared in self._shared.items() if shared == response]
         name = alike[0] if alike else f"{status}-{len(self._shared) + 1}"
         self._shared[name] = response
         return {"$ref": f"#/components/responses/{name}"}
 
     def _response(self, description: str, content: dict[str, Any], headers: Iterable[str]) -> dict[str, Any]:
-        told = {name: {"$ref": f"#/components/headers/{name}"} for name in (self._id_header, *headers)}
-        return {"description": description, "headers": told, "content": content}
+        references = {name: {"$ref": f"#/components/headers/{name}"} for name in (self._id_header, *headers)}
+        return {"description": description, "headers": references, "content": content}
 
 
 def _content(facts: dict[str, Any], endpoint: object) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(endpoint, Exchange) and endpoint.operation.streaming != "never":
-        # A stream has no shape as a whole; its frames are told in words.
+        # A stream as a whole has no schema; its frames are described in text.
         found[endpoint.dialect.framing.content_type] = {}
     if "media" in facts:
         found[facts["media"]] = {} if facts["media"] == EVENTS else {"schema": {"type": "string"}}
@@ -195,8 +200,8 @@ def _content(facts: dict[str, Any], endpoint: object) -> dict[str, Any]:
     return found
 
 
-def _said_of(facts: dict[str, Any]) -> str:
-    return f"Done. Of a stream: {facts['frames']}." if "frames" in facts else "Done."
+def _description_of(facts: dict[str, Any]) -> str:
+    return f"Success. A stream has {facts['frames']}." if "frames" in facts else "Success."
 
 
 def _failures(path: str, facts: dict[str, Any], endpoint: object) -> Iterable[type[GatewayError]]:
@@ -218,7 +223,7 @@ def _by_status(kinds: Iterable[type[GatewayError]]) -> dict[str, list[type[Gatew
 
 
 def _sample(method: str, path: str, facts: dict[str, Any], parameters: list[dict[str, Any]]) -> samples.Sample:
-    in_path = {told["name"]: told["example"] for told in parameters if told["in"] == "path"}
+    in_path = {parameter["name"]: parameter["example"] for parameter in parameters if parameter["in"] == "path"}
     return samples.Sample(
         method,
         samples.address(path, in_path, facts.get("query", {})),
@@ -233,7 +238,7 @@ def _sample(method: str, path: str, facts: dict[str, Any], parameters: list[dict
 def _security(whom: str) -> list[dict[str, list[str]]]:
     if whom == "nobody":
         return []
-    # Metrics may be opened to addresses: then no key is needed.
+    # Metrics may be open to some addresses, which need no key.
     found: list[dict[str, list[str]]] = [{name: []} for name in SECURITY]
     return [*found, {}] if whom == "metrics" else found
 

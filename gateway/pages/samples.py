@@ -1,4 +1,4 @@
-"""Each route's call as an operator or a developer would write it: curl, Python, JavaScript. Every one of them runs as it is."""
+"""Samples of each route's call in curl, Python and JavaScript; each of them runs as it is."""
 
 import json
 import shlex
@@ -27,7 +27,7 @@ class Sample:
         return BASE + self.address
 
     def in_all_languages(self) -> list[dict[str, str]]:
-        """As the extension `x-codeSamples` has them."""
+        """In the form of the extension `x-codeSamples`."""
         python = self._with_client() if self.client else self._python()
         return [
             {"lang": "Shell", "label": "curl", "source": self._curl()},
@@ -48,46 +48,46 @@ class Sample:
         return " \\\n  ".join(parts)
 
     def _python(self) -> str:
-        said = [json.dumps(self.url)]
+        arguments = [json.dumps(self.url)]
         if self.key_in:
-            said.append(f'headers={{"Authorization": f"Bearer {{os.environ[\'{self.key_in}\']}}"}}')
+            arguments.append(f'headers={{"Authorization": f"Bearer {{os.environ[\'{self.key_in}\']}}"}}')
         if self.body is not None:
-            said.append(f"json={json.dumps(self.body)}")
+            arguments.append(f"json={json.dumps(self.body)}")
         if self.raw:
-            said.append(f"data={json.dumps(self.raw)}")
-        said += ["stream=True", "timeout=600"] if self.streams else ["timeout=60"]
-        asked = "".join(f"    {argument},\n" for argument in said)
+            arguments.append(f"data={json.dumps(self.raw)}")
+        arguments += ["stream=True", "timeout=600"] if self.streams else ["timeout=60"]
+        listed = "".join(f"    {argument},\n" for argument in arguments)
         shown = (
             "for line in answer.iter_lines():\n    print(line.decode(), flush=True)" if self.streams else "print(answer.text)"
         )
         imports = "import os\n\nimport requests\n" if self.key_in else "import requests\n"
-        return f"{imports}\nanswer = requests.{self.method.lower()}(\n{asked})\nanswer.raise_for_status()\n{shown}"
+        return f"{imports}\nanswer = requests.{self.method.lower()}(\n{listed})\nanswer.raise_for_status()\n{shown}"
 
     def _with_client(self) -> str:
-        """By the official package."""
-        said = ", ".join(f"{name}={json.dumps(value)}" for name, value in (self.body or {}).items())
-        said = said or (json.dumps(self.address.rpartition("/")[2]) if self.client.endswith(".retrieve") else "")
+        """With the official package."""
+        arguments = ", ".join(f"{name}={json.dumps(value)}" for name, value in (self.body or {}).items())
+        arguments = arguments or (json.dumps(self.address.rpartition("/")[2]) if self.client.endswith(".retrieve") else "")
         if "." in self.client:
             made = f'from openai import OpenAI\n\nclient = OpenAI(base_url="{BASE}/v1", api_key=os.environ["{self.key_in}"])'
         else:
             bearer = f"f\"Bearer {{os.environ['{self.key_in}']}}\""
             made = f'from ollama import Client\n\nclient = Client("{BASE}", headers={{"Authorization": {bearer}}})'
-        return f"import os\n\n{made}\nanswer = client.{self.client}({said})\nprint(answer.model_dump_json(indent=2))"
+        return f"import os\n\n{made}\nanswer = client.{self.client}({arguments})\nprint(answer.model_dump_json(indent=2))"
 
     def _javascript(self) -> str:
         kind = "application/octet-stream" if self.raw else "application/json"
         headers = [f"Authorization: `Bearer ${{process.env.{self.key_in}}}`"] if self.key_in else []
         headers += [f'"Content-Type": "{kind}"'] if self._has_body else []
-        said = [f'method: "{self.method}"'] if self.method != "GET" else []
-        said += [f"headers: {{ {', '.join(headers)} }}"] if headers else []
+        options = [f'method: "{self.method}"'] if self.method != "GET" else []
+        options += [f"headers: {{ {', '.join(headers)} }}"] if headers else []
         if self._has_body:
-            said.append(f"body: {json.dumps(self.raw) if self.raw else f'JSON.stringify({json.dumps(self.body)})'}")
-        how = "".join(f"  {line},\n" for line in said)
-        options = f", {{\n{how}}}" if how else ""
-        asked = f"const answer = await fetch({json.dumps(self.url)}{options});"
+            options.append(f"body: {json.dumps(self.raw) if self.raw else f'JSON.stringify({json.dumps(self.body)})'}")
+        listed = "".join(f"  {option},\n" for option in options)
+        second = f", {{\n{listed}}}" if listed else ""
+        call = f"const answer = await fetch({json.dumps(self.url)}{second});"
         shown = "for await (const piece of answer.body) process.stdout.write(piece);"
         shown = shown if self.streams else "console.log(await answer.text());"
-        return f"{asked}\nif (!answer.ok) throw new Error(`${{answer.status}} ${{await answer.text()}}`);\n{shown}"
+        return f"{call}\nif (!answer.ok) throw new Error(`${{answer.status}} ${{await answer.text()}}`);\n{shown}"
 
     @property
     def _has_body(self) -> bool:

@@ -1,4 +1,4 @@
-"""The gateway's own pages: files of this package, whole in memory, under a policy that lets nothing in from elsewhere."""
+"""The gateway's pages: files of this package, kept in memory, with a policy that allows no content from elsewhere."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
-# An operator's own page says for itself what it needs; it must only not stand in another's frame.
+# An operator's own page decides what it loads; it must only not be framed by other sites.
 OWN_POLICY = "frame-ancestors 'none'"
 HEADERS = [
     (b"referrer-policy", b"no-referrer"),
@@ -29,8 +29,8 @@ class Page:
 
     def __init__(self, body: bytes, kind: str, policy: str = POLICY) -> None:
         self._body = body
-        told = [(b"content-type", kind.encode()), (b"content-security-policy", policy.encode())]
-        self._headers = [*told, (b"content-length", b"%d" % len(body)), *HEADERS]
+        own = [(b"content-type", kind.encode()), (b"content-security-policy", policy.encode())]
+        self._headers = [*own, (b"content-length", b"%d" % len(body)), *HEADERS]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._headers})
@@ -51,5 +51,5 @@ def own_playground(own: str) -> dict[tuple[str, str], ASGIApp]:
     """The operator's file in place of the playground. Raises SettingsError."""
     try:
         return {("GET", "/playground"): of_file(Path(own), OWN_POLICY)}
-    except OSError as wrong:
-        raise SettingsError(f"PLAYGROUND_FILE must name a readable file: {type(wrong).__name__}") from None
+    except OSError as error:
+        raise SettingsError(f"PLAYGROUND_FILE must name a readable file: {type(error).__name__}") from None
