@@ -20,19 +20,19 @@ CSV_FLAG = $(call flag,CSV,csv)
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/ready-to-run ## Serve on this machine: private stores, a backend, a key, ready to paste
+run: .venv/ready-to-run ## Serve on this machine, with private stores, a backend and a key to paste
 	@exec $(GATEWAY) run
 
 test: .venv/ready-to-test ## Run all tests against private servers
 	@PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CURDIR)/.pytest_cache/bytecode" $(BIN)/python -m pytest -n auto $(TESTS)
 
-bench: .venv/ready-to-test ## Measure the speed against plain passthroughs, and nginx if installed [LITELLM=its python]
+bench: .venv/ready-to-test ## Measure the speed against plain proxies, and nginx if installed [LITELLM=its python]
 	@$(BIN)/python -m tests.bench $(if $(LITELLM),--litellm $(LITELLM))
 
 profile: .venv/ready-to-test ## Show where the time of a request and of a chunk goes, by parts of the code and by functions
 	@$(BIN)/python -m tests.bench.profile
 
-check: .venv/ready-to-test ## Lint, format, types, security, known vulnerabilities
+check: .venv/ready-to-test ## Check lint, format, types, security and known vulnerabilities
 	$(BIN)/ruff check gateway tests
 	$(BIN)/ruff format --check gateway tests
 	$(BIN)/mypy
@@ -53,7 +53,7 @@ keys: .venv/ready-to-run ## List all keys
 rotate: .venv/ready-to-run ## Give a key a new secret: KEY= [OVERLAP=24h]
 	@$(GATEWAY) rotate $(call option,KEY,key) $(call option,OVERLAP,overlap) $(JSON_FLAG)
 
-revoke: .venv/ready-to-run ## End a key, everywhere at once: KEY=
+revoke: .venv/ready-to-run ## Revoke a key, everywhere at once: KEY=
 	@$(GATEWAY) revoke $(call option,KEY,key) $(JSON_FLAG)
 
 models: .venv/ready-to-run ## List the models of all backends
@@ -71,7 +71,7 @@ doctor: .venv/ready-to-run ## Check the whole installation: what is fine, what i
 drill: .venv/ready-to-run ## Break things on fake backends beside this installation, and report what held: [ONLY="redis revoke"]
 	@$(GATEWAY) drill $(call option,ONLY,only) $(JSON_FLAG)
 
-explain: .venv/ready-to-run ## Say where a call would go now, and why: KEY= MODEL= [CLIENT=ollama, openai or a route]
+explain: .venv/ready-to-run ## Show where a call would be sent now, and why: KEY= MODEL= [CLIENT=ollama, openai or a route]
 	@$(GATEWAY) explain $(call option,KEY,key) $(call option,MODEL,model) $(call option,CLIENT,client) $(JSON_FLAG)
 
 top: .venv/ready-to-run ## Watch the installation in the terminal, with an admin key from the environment (ADMIN_KEY) or typed in: [URL=http://host:8080] [ONCE=1]
@@ -80,10 +80,10 @@ top: .venv/ready-to-run ## Watch the installation in the terminal, with an admin
 trace: .venv/ready-to-run ## Show what happened to one request: ID= [SINCE=24h]
 	@$(GATEWAY) trace $(call option,ID,id) $(call option,SINCE,since) $(JSON_FLAG)
 
-drain: .venv/ready-to-run ## Give a backend no new requests, in every process: BACKEND=
+drain: .venv/ready-to-run ## Send a backend no new requests, in every process: BACKEND=
 	@$(GATEWAY) drain $(call option,BACKEND,backend) $(JSON_FLAG)
 
-undrain: .venv/ready-to-run ## Give a backend requests again: BACKEND=
+undrain: .venv/ready-to-run ## Send a backend requests again: BACKEND=
 	@$(GATEWAY) undrain $(call option,BACKEND,backend) $(JSON_FLAG)
 
 audit: .venv/ready-to-run ## List requests, the newest first: [KEY= MODEL="a*" SINCE=24h STATUS=4xx OUTCOME= LIMIT=] [CSV=1]
@@ -122,11 +122,11 @@ logs: ## Follow the gateway's log
 image: ## Build the container image
 	docker build --tag neuronetz-gateway .
 
-lock: .venv/made ## Pin the dependencies of setup.cfg anew, with hashes
+lock: .venv/made ## Pin the dependencies of setup.cfg again, with hashes
 	$(BIN)/python -m pip install -q uv
 	$(BIN)/python -m tests.support.lock_dependencies
 
-clean: ## Remove the virtual environment and caches; data and keys stay
+clean: ## Remove the virtual environment and caches; data and keys are kept
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 	@$(if $(wildcard .local),echo "kept the local run's data in .local")
 	@ls -d /var/lib/neuronetz-gateway/$(notdir $(CURDIR))-* 2>/dev/null | sed "s/^/kept the local run's data in /" || true
@@ -134,7 +134,7 @@ clean: ## Remove the virtual environment and caches; data and keys stay
 # Debian without python3-venv has no ensurepip: then the system's pip fills the environment.
 .venv/made:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
-	@echo "making .venv with $(PYTHON)"
+	@echo "creating .venv with $(PYTHON)"
 	@$(PYTHON) -m venv --clear .venv 2>/dev/null || $(PYTHON) -m venv --clear --without-pip .venv
 	@touch $@
 
@@ -144,7 +144,7 @@ clean: ## Remove the virtual environment and caches; data and keys stay
 	@touch $@
 
 .venv/ready-to-test: .venv/made tests/requirements.txt
-	@echo "installing the pinned dependencies and the tools of the tests (some minutes, the first time)"
+	@echo "installing the pinned dependencies and the test tools (some minutes, the first time)"
 	@$(call install,tests/requirements.txt)
 	@touch $@ .venv/ready-to-run
 

@@ -1,4 +1,4 @@
-"""`/admin/v1/events`: the overview every two seconds, as server-sent events; whoever watches, the stores are asked once."""
+"""`/admin/v1/events`: the overview as server-sent events, every two seconds; all watchers share one query of the stores."""
 
 import asyncio
 from functools import partial
@@ -15,7 +15,7 @@ from gateway.core.in_flight import InFlight
 from gateway.proxy.access import Access
 
 EVERY_S = 2.0
-LOOK_EVERY_S = 0.25
+CHECK_EVERY_S = 0.25
 READER_S = 30.0
 HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
@@ -34,28 +34,28 @@ class AdminEvents:
                 connection.watch(partial(guard.interrupt, ClientGone()))
                 try:
                     if scope["method"] != "HEAD":
-                        await self._tell(scope, send, record, guard)
+                        await self._send_events(scope, send, record, guard)
                 finally:
                     connection.watch(None)
         except GatewayError:
-            # A key that may no more, a store that is away, the end of this process: the last event was whole, and the end of
-            # the stream says enough.
+            # The key was revoked, a store is down, or the process ends: the last event was complete, and ending the stream is
+            # enough.
             record.outcome = "answered"
         await send({"type": "http.response.body", "body": b""})
 
-    async def _tell(self, scope: Scope, send: Send, record: Record, guard: CallScope) -> None:
+    async def _send_events(self, scope: Scope, send: Send, record: Record, guard: CallScope) -> None:
         while not self._in_flight.draining:
             event = b"data: " + strict_json.write(await self._overview.now()) + b"\n\n"
             guard.within(READER_S, ClientStalled)
             await send({"type": "http.response.body", "body": event, "more_body": True})
             guard.without_deadline()
             await self._pause()
-            # A key that has been revoked meanwhile sees no more.
+            # A key that was revoked meanwhile gets no further events.
             await self._access.key_of(scope, record)
 
     async def _pause(self) -> None:
-        """Who only watches must not hold up the end of the process."""
-        for _ in range(round(EVERY_S / LOOK_EVERY_S)):
+        """A watcher must not delay the end of the process."""
+        for _ in range(round(EVERY_S / CHECK_EVERY_S)):
             if self._in_flight.draining:
                 return
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(CHECK_EVERY_S)

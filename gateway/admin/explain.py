@@ -1,4 +1,4 @@
-"""Why a call would go where it would go: a dry run that asks no backend and takes nothing."""
+"""Where a call would be sent, and why: a dry run that calls no backend and counts towards no limit."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ from gateway.limits.quota import NAMES, CounterSet, Quota
 from gateway.proxy.visibility import missing
 from gateway.stores.redis_client import RedisUnavailable
 
-UNASKED = BackendState()
+UNKNOWN_STATE = BackendState()
 CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One call of a key: `prompt` and `output` are the tokens it would ask for, None for output where it names no bound."""
+    """A call of a key: `prompt` and `output` are its tokens; `output` is None if the call sets no maximum."""
 
     key: Key
     asked: str
@@ -40,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Fleet:
-    """What is known of the backends, in the operator's order."""
+    """What is known about the backends, in the order of the configuration."""
 
     configs: Sequence[BackendConfig]
     states: Mapping[str, BackendState]
@@ -58,19 +58,19 @@ def operation_of(client: str, operations: Mapping[str, Operation]) -> Operation:
 
 
 def backends(question: Question, fleet: Fleet) -> list[dict[str, Any]]:
-    """For each backend: `serves`, `order` (from 1, in which they would be tried) and, in words, why or why not."""
+    """For each backend: `serves`, `order` (the order of attempts, from 1) and the reason in words."""
     model = fleet.catalog.models.get(question.model.canonical)
     offers = {offer.backend: offer for offer in model.offers} if model else {}
     rows = [_row(config, offers.get(config.name), question, fleet) for config in fleet.configs]
     tried = [row for row in rows if row["serves"]]
-    # A breaker that is open makes a backend the last resort, in the same order.
+    # Backends whose breaker is open come last, in the same order.
     for order, row in enumerate(sorted(tried, key=lambda row: row["breaker"] == "open"), 1):
         row["order"] = order
     return rows
 
 
 def _row(config: BackendConfig, offer: Offer | None, question: Question, fleet: Fleet) -> dict[str, Any]:
-    state = fleet.states.get(config.name, UNASKED)
+    state = fleet.states.get(config.name, UNKNOWN_STATE)
     why_not = _why_not(config, offer, question, fleet, state)
     return {
         "backend": config.name,
@@ -89,13 +89,13 @@ def _why_not(config: BackendConfig, offer: Offer | None, question: Question, fle
     if offer is None:
         return _why_no_offer(config.name, fleet.catalog)
     if offer.good_until <= time.time():
-        return "its list of models is too old: it has not answered lately"
+        return "its list of models is too old: it has not answered recently"
     if config.name in fleet.drained:
-        return "drained: an operator has taken it out"
+        return "drained by an operator"
     if offer.kind not in question.operation.kinds:
         return f"has no route {question.operation.path}"
     if state.in_flight >= config.max_connections:
-        return f"full: {state.in_flight} of {config.max_connections} requests in flight"
+        return f"full: {state.in_flight} of {config.max_connections} requests in progress"
     return ""
 
 
@@ -109,14 +109,14 @@ def _why_no_offer(name: str, catalog: Catalog) -> str:
 def _why(state: BackendState) -> str:
     if state.breaker == "open":
         return f"last resort: its breaker is open for {state.open_for_s:.1f} s more"
-    return "its breaker lets one request try" if state.breaker == "half-open" else "ready"
+    return "its breaker lets one trial request through" if state.breaker == "half-open" else "ready"
 
 
 async def explain(question: Question, fleet: Fleet, limits: Limiter, defaults: Quota, most_output: int) -> dict[str, Any]:
-    """The whole story; `status` and `backend` are what the call would meet if it came now and its backend kept its word."""
+    """The whole explanation; `status` and `backend` are those of the call if it came now and the backend answered."""
     rows = backends(question, fleet)
     model = fleet.catalog.find(question.model, question.key.models)
-    told: dict[str, Any] = {
+    story: dict[str, Any] = {
         "key": {"id": question.key.id, "name": question.key.name},
         "route": question.operation.path,
         "model": question.asked,
@@ -130,16 +130,16 @@ async def explain(question: Question, fleet: Fleet, limits: Limiter, defaults: Q
         "refused_by": None,
         "passes_in_s": None,
     }
-    refusal = await _limits(question, model, limits, (defaults, most_output), told)
+    refusal = await _limits(question, model, limits, (defaults, most_output), story)
     if question.key.has_expired(time.time()):
-        return {**told, **_verdict(401, "invalid_api_key")}
+        return {**story, **_verdict(401, "invalid_api_key")}
     if refusal is not None:
-        told |= {"refused_by": refusal.limit, "passes_in_s": refusal.retry_after}
-        return {**told, **_verdict(429, refusal.code)}
+        story |= {"refused_by": refusal.limit, "passes_in_s": refusal.retry_after}
+        return {**story, **_verdict(429, refusal.code)}
     if model is None:
         refused = missing(question.asked, question.key, fleet.catalog)
-        return {**told, **_verdict(refused.status, refused.code)}
-    return {**told, **_outcome(rows, model, question)}
+        return {**story, **_verdict(refused.status, refused.code)}
+    return {**story, **_outcome(rows, model, question)}
 
 
 def _is_cloud(question: Question, catalog: Catalog) -> bool:
@@ -159,9 +159,9 @@ def _verdict(status: int, code: str, backend: str = "") -> dict[str, Any]:
 
 
 async def _limits(
-    question: Question, model: Model | None, limits: Limiter, bounds: tuple[Quota, int], told: dict[str, Any]
+    question: Question, model: Model | None, limits: Limiter, bounds: tuple[Quota, int], story: dict[str, Any]
 ) -> LimitReached | None:
-    """`bounds`: the defaults, and the most tokens of an answer. A call for a model that is not there takes a request alone."""
+    """`bounds`: the default limits, and the most tokens of an answer. A call for an unknown model counts as a request only."""
     defaults, most_output = bounds
     name = question.model.canonical if model else ""
     scopes = question.key.scopes(name, defaults)
@@ -172,13 +172,13 @@ async def _limits(
     try:
         found, used = await limits.preview(Ticket("explain", scopes, name, need, info))
     except RedisUnavailable:
-        told["limits_decided_by"] = "each process by itself: Redis is away"
-    told["limits"] = [line for scope, some in zip(scopes, used, strict=True) for line in _lines(scope, some)]
+        story["limits_decided_by"] = "each process by itself: Redis is down"
+    story["limits"] = [row for scope, some in zip(scopes, used, strict=True) for row in _limit_rows(scope, some)]
     return found if isinstance(found, LimitReached) else None
 
 
-def _lines(scope: CounterSet, used: CounterUsage | None) -> list[dict[str, Any]]:
-    """Each limit that there is, with what is used of it, where anybody knows."""
+def _limit_rows(scope: CounterSet, used: CounterUsage | None) -> list[dict[str, Any]]:
+    """Each limit that is set, with its current use if known."""
     whose = scope.name.partition("|")[2] or "all"
     return [
         {"models": whose, "limit": name, "of": getattr(scope, name), "used": getattr(used, name, None)}

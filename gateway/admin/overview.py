@@ -1,4 +1,4 @@
-"""The installation at a glance: backends, what is under way, what has happened lately, who is busy, how the stores are."""
+"""The overview of the installation: backends, requests in progress, the last 15 minutes, busy keys and models, the stores."""
 
 import asyncio
 import time
@@ -16,19 +16,19 @@ from gateway.fleet.presence import BackendState, ProcessState
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
-LATELY = timedelta(minutes=15)
+RECENT = timedelta(minutes=15)
 BUSIEST = 10
-# Whoever looks, however many, the stores are asked no more often.
-REMEMBERED_S = 2.0
-SOON_S = 2.5
-# Of each window that can be asked for: its length, and that of its steps.
+# The stores are not asked more often than this, however many operators watch.
+CACHED_S = 2.0
+DEADLINE_S = 2.5
+# The windows of a series: the length of each, and that of its steps.
 WINDOWS = {
     "15m": (timedelta(minutes=15), timedelta(seconds=15)),
     "24h": (timedelta(hours=24), timedelta(minutes=15)),
     "30d": (timedelta(days=30), timedelta(hours=6)),
 }
-KEPT_SERIES_S = 10.0
-NEVER_ASKED: dict[str, Any] = {
+SERIES_CACHED_S = 10.0
+NEVER_POLLED: dict[str, Any] = {
     "state": "unknown",
     "error": "",
     "answered_at": None,
@@ -50,34 +50,39 @@ class Overview:
     ) -> None:
         self._configs, self._discovery, self._reports, self._store = configs, discovery, reports, store
         self._database = database
-        self._asking = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._last: tuple[float, dict[str, Any]] = (0.0, {})
         self._series: dict[str, tuple[float, dict[str, Any]]] = {}
 
     async def now(self) -> dict[str, Any]:
-        """At most two seconds old. Parts that a store would have to tell are None while it is away."""
-        async with self._asking:
-            at, told = self._last
-            if time.monotonic() - at > REMEMBERED_S:
-                told = await self._look()
-                self._last = time.monotonic(), told
-            return told
+        """At most two seconds old. Parts that come from a store are None while that is down."""
+        async with self._lock:
+            at, last = self._last
+            if time.monotonic() - at > CACHED_S:
+                last = await self._collect()
+                self._last = time.monotonic(), last
+            return last
 
     async def series(self, window: str) -> dict[str, Any]:
         """Steps of one of WINDOWS. Raises StoreUnavailable."""
-        async with self._asking:
-            at, told = self._series.get(window, (0.0, {}))
-            if time.monotonic() - at > KEPT_SERIES_S:
+        async with self._lock:
+            at, series = self._series.get(window, (0.0, {}))
+            if time.monotonic() - at > SERIES_CACHED_S:
                 length, step = WINDOWS[window]
                 since = datetime.now(UTC) - length
                 rows = await self._reports.rows("series", since, step)
-                told = {"window": window, "step_s": step.total_seconds(), "since": since, "steps": [dict(row) for row in rows]}
-                self._series[window] = time.monotonic(), told
-            return told
+                series = {
+                    "window": window,
+                    "step_s": step.total_seconds(),
+                    "since": since,
+                    "steps": [dict(row) for row in rows],
+                }
+                self._series[window] = time.monotonic(), series
+            return series
 
-    async def _look(self) -> dict[str, Any]:
+    async def _collect(self) -> dict[str, Any]:
         states = await self._states()
-        lately, drained = await self._lately()
+        recent, drained = await self._recent()
         return {
             "at": datetime.now(UTC),
             "processes": None if states is None else len(states),
@@ -89,10 +94,10 @@ class Overview:
             "backends": backends(self._configs, self._discovery.catalog, presence.merged_view(states or ()), drained or {}),
             "stores": {
                 "redis": self._store.up,
-                "postgresql": lately is not None or (self._reports.up and self._database.up),
+                "postgresql": recent is not None or (self._reports.up and self._database.up),
             },
             "postgresql_takes_writes": self._database.takes_writes,
-            "lately": lately,
+            "lately": recent,
         }
 
     async def _states(self) -> list[ProcessState] | None:
@@ -101,29 +106,29 @@ class Overview:
         except RedisUnavailable:
             return None
 
-    async def _lately(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """None where PostgreSQL has no answer soon enough for who watches."""
+    async def _recent(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """None if PostgreSQL does not answer in time for a page that watches."""
         try:
-            async with asyncio.timeout(SOON_S):
+            async with asyncio.timeout(DEADLINE_S):
                 return await self._sums()
         except (StoreUnavailable, TimeoutError):
             return None, None
 
     async def _sums(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        since = datetime.now(UTC) - LATELY
+        since = datetime.now(UTC) - RECENT
         out = await self._reports.rows("drained_backends")
         sums = await self._reports.row("recent_sums", since)
         keys = await self._reports.rows("busiest_keys", since, BUSIEST)
         models = await self._reports.rows("busiest_models", since, BUSIEST)
         assert sums is not None
-        told = {**sums, "since": since, "keys": [dict(row) for row in keys], "models": [dict(row) for row in models]}
-        return told, {row["backend"]: {"at": row["at"], "by": row["by"]} for row in out}
+        recent = {**sums, "since": since, "keys": [dict(row) for row in keys], "models": [dict(row) for row in models]}
+        return recent, {row["backend"]: {"at": row["at"], "by": row["by"]} for row in out}
 
 
 def backends(
     configs: Sequence[BackendConfig], catalog: Catalog, states: Mapping[str, BackendState], drained: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """In the operator's order; addresses without tokens."""
+    """In the order of the configuration; URLs without tokens."""
     snapshots = {snapshot.backend: snapshot for snapshot in catalog.snapshots}
     return [
         {
@@ -133,15 +138,15 @@ def backends(
             "max_connections": config.max_connections,
             "drained": drained.get(config.name),
             **asdict(states.get(config.name, BackendState())),
-            **_as_asked(snapshots.get(config.name)),
+            **_as_polled(snapshots.get(config.name)),
         }
         for config in configs
     ]
 
 
-def _as_asked(snapshot: Snapshot | None) -> dict[str, Any]:
+def _as_polled(snapshot: Snapshot | None) -> dict[str, Any]:
     if snapshot is None:
-        return NEVER_ASKED
+        return NEVER_POLLED
     return {
         "state": "away" if snapshot.error else "up",
         "error": snapshot.error,

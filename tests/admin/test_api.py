@@ -39,7 +39,7 @@ def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
     return [(method, path) for method, path in table if path.startswith("/admin/")]
 
 
-def test_only_the_role_opens_it(gateway: RunningGateway) -> None:
+def test_only_keys_with_the_role_may_use_it(gateway: RunningGateway) -> None:
     user = gateway.key(flags=(ADMIN_MODELS, SHOW_BACKEND))
     routes = routes_of(gateway)
     assert len(routes) == 17
@@ -51,7 +51,7 @@ def test_only_the_role_opens_it(gateway: RunningGateway) -> None:
             assert (refused.status_code, "role admin" in refused.json()["error"]) == (403, True), where
 
 
-def test_keys_from_birth_to_end(gateway: RunningGateway, admin: httpx.Client) -> None:
+def test_the_life_of_a_key(gateway: RunningGateway, admin: httpx.Client) -> None:
     wanted = {"name": "alice", "models": ["llama3*"], "rpm": 7, "day": "unlimited", "expires": "30d", "show_backend": True}
     made = admin.post("/keys", json=wanted)
     assert made.status_code == 201
@@ -77,12 +77,12 @@ def test_keys_from_birth_to_end(gateway: RunningGateway, admin: httpx.Client) ->
         until(lambda: alice.get("/v1/models").status_code == 401, 5)
     assert admin.delete(f"/keys/{key_id}").status_code == 404
     gateway.wait_idle()
-    told = {row["detail"] for row in gateway.audit_rows() if row["route"].startswith("/admin/") and row["method"] != "GET"}
-    assert told >= {"make key alice", f"limit key {key_id}", f"rotate key {key_id}", f"revoke key {key_id}"}
+    details = {row["detail"] for row in gateway.audit_rows() if row["route"].startswith("/admin/") and row["method"] != "GET"}
+    assert details >= {"make key alice", f"limit key {key_id}", f"rotate key {key_id}", f"revoke key {key_id}"}
     assert whole not in json.dumps(gateway.audit_rows(), default=str)
 
 
-def test_an_id_is_no_name_and_a_name_is_no_id(gateway: RunningGateway, admin: httpx.Client) -> None:
+def test_an_id_is_not_taken_as_a_name_nor_a_name_as_an_id(gateway: RunningGateway, admin: httpx.Client) -> None:
     """A deletion that is sent twice must not end another key."""
     first = admin.post("/keys", json={"name": "first"}).json()["id"]
     assert admin.delete(f"/keys/{first}").status_code == 200
@@ -111,7 +111,7 @@ async def rename(gateway: RunningGateway, key_id: str, name: str) -> None:
         await connection.execute("UPDATE keys SET name = $2 WHERE id = $1", key_id, name)
 
 
-def test_backends_are_taken_out_and_tried(
+def test_backends_are_drained_and_probed(
     gateway: RunningGateway, admin: httpx.Client, alpha: FakeBackend, beta: FakeBackend
 ) -> None:
     with gateway.http(gateway.key()) as client:
@@ -130,7 +130,7 @@ def test_backends_are_taken_out_and_tried(
     assert admin.post("/backends/omega/drain").status_code == 404
 
 
-def test_at_a_glance(gateway: RunningGateway, admin: httpx.Client, beta: FakeBackend) -> None:
+def test_the_overview(gateway: RunningGateway, admin: httpx.Client, beta: FakeBackend) -> None:
     tight = gateway.key(name="tight", rpm=1)
     with gateway.http(gateway.key(name="busy")) as busy, gateway.http(tight) as limited:
         for _ in range(5):
@@ -162,13 +162,13 @@ def test_the_audit_and_one_request(gateway: RunningGateway, admin: httpx.Client)
     [refused] = admin.get("/audit", params={"key": "alice", "status": "4xx", "since": "1h", "limit": "5"}).json()
     assert refused["outcome"] == "refused:model_not_available"
     assert [row["model"] for row in admin.get("/audit", params={"model": "llama*", "outcome": "answered"}).json()] == [MODEL]
-    [told] = admin.get("/requests/a-story").json()
-    assert (told["key"], told["backend"], told["attempts"]) == ("alice", "alpha", [])
-    assert admin.get(f"/requests/{told['id']}").json() == [told]
+    [row] = admin.get("/requests/a-story").json()
+    assert (row["key"], row["backend"], row["attempts"]) == ("alice", "alpha", [])
+    assert admin.get(f"/requests/{row['id']}").json() == [row]
     [sums] = [row for row in admin.get("/usage", params={"by": "key,model"}).json() if row["model"] == MODEL]
     assert (sums["key"], sums["requests"], sums["answered"]) == ("alice", 1, 1) and "backend" not in sums
-    said = admin.get("/explain", params={"key": "alice", "model": MODEL, "client": "ollama"}).json()
-    assert (said["status"], said["backend"]) == (200, "alpha")
+    explained = admin.get("/explain", params={"key": "alice", "model": MODEL, "client": "ollama"}).json()
+    assert (explained["status"], explained["backend"]) == (200, "alpha")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_the_audit_and_one_request(gateway: RunningGateway, admin: httpx.Client)
         ("POST", "/keys/ops/rotate", {"overlap": 5}, 400, "the field 'overlap' must be a string"),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_errors_name_what_is_wrong(
     admin: httpx.Client, method: str, path: str, body: dict[str, Any] | None, status: int, words: str
 ) -> None:
     refused = admin.request(method, path, json=body)
@@ -215,14 +215,14 @@ def test_what_is_wrong_is_named(
 def test_the_rules_of_a_key_are_bounded(gateway: RunningGateway, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_store, "MOST_RULES", 3)
     key_id = admin.post("/keys", json={"name": "alice"}).json()["id"]
-    where, told = f"/keys/{key_id}", "limits for at most 3 models or globs"
+    where, message = f"/keys/{key_id}", "limits for at most 3 models or globs"
 
     def limit(number: int, rpm: int | None = 5) -> int:
         return admin.patch(where, json={"rpm": rpm, "model": f"m{number}*"}).status_code
 
     assert [limit(number) for number in (1, 2, 3, 4, 3)] == [200, 200, 200, 400, 200]
-    assert told in admin.patch(where, json={"rpm": 5, "model": "m4*"}).json()["error"]
-    with pytest.raises(CommandFailed, match=told):
+    assert message in admin.patch(where, json={"rpm": 5, "model": "m4*"}).json()["error"]
+    with pytest.raises(CommandFailed, match=message):
         gateway.call(gateway.key_store().limit("alice", "m5*", {"rpm": 5}))
     assert [limit(1, None), limit(4)] == [200, 200]
 

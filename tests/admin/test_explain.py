@@ -104,7 +104,7 @@ def in_some_state(gateway: RunningGateway, chance: random.Random) -> Iterator[No
             backend.is_drained = False
 
 
-def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
+def test_the_explanation_is_what_then_happens(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
     gateway = start_gateway(*(entry_of(backend, max_connections=FEW) for backend in fleet))
     chance = random.Random(20)
     known = []
@@ -123,14 +123,14 @@ def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[F
         with in_some_state(gateway, chance):
             settings, components = gateway.settings, gateway.components
             seen, defaults = endpoints.fleet_as_seen(settings, components), default_quota(settings)
-            said = gateway.call(explain.explain(question, seen, components.limits, defaults, settings.max_num_predict))
+            explained = gateway.call(explain.explain(question, seen, components.limits, defaults, settings.max_num_predict))
             with gateway.http(whole) as client:
                 happened = client.post(path, json=body)
         found = (happened.status_code, happened.headers.get("x-gateway-backend", ""))
-        assert (said["status"], said["backend"]) == found, json.dumps(said, indent=1)
+        assert (explained["status"], explained["backend"]) == found, json.dumps(explained, indent=1)
         if happened.status_code != 200:
-            told = happened.json()["error"]
-            assert isinstance(told, str) or told["code"] == said["outcome"]
+            error = happened.json()["error"]
+            assert isinstance(error, str) or error["code"] == explained["outcome"]
         met[found] += 1
         gateway.wait_idle()
     statuses = Counter(status for status, _ in met.elements())
@@ -138,15 +138,15 @@ def test_what_is_said_is_what_happens(start_gateway: StartGateway, fleet: list[F
     assert {backend for _, backend in met} == {"", "alpha", "beta", "gamma"}
 
 
-def test_looking_takes_nothing(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
+def test_explaining_counts_towards_no_limit(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
     gateway = start_gateway(alpha)
     whole = gateway.key(rpm=3, concurrent=1, day=1000)
     question = Question(rights_of(gateway, whole), "llama3.2", operation_of("/api/chat"), 10, 10)
     fleet, defaults = endpoints.fleet_as_seen(gateway.settings, gateway.components), default_quota(gateway.settings)
     for _ in range(10):
-        said = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
-        assert (said["status"], said["backend"]) == (200, "alpha")
-    assert {line["limit"]: line["used"] for line in said["limits"]} == {
+        explained = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
+        assert (explained["status"], explained["backend"]) == (200, "alpha")
+    assert {line["limit"]: line["used"] for line in explained["limits"]} == {
         "rpm": 0,
         "tpm": 0,
         "concurrent": 0,
@@ -161,7 +161,7 @@ def test_looking_takes_nothing(start_gateway: StartGateway, alpha: FakeBackend, 
     assert (refused["status"], refused["refused_by"]) == (429, "rpm") and 0 < refused["passes_in_s"] <= 61
 
 
-def test_limits_are_told_without_redis(
+def test_limits_are_explained_without_redis(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = start_gateway(alpha)
@@ -172,9 +172,9 @@ def test_limits_are_told_without_redis(
     monkeypatch.setattr(gateway.components.limits, "preview", away)
     question = Question(rights_of(gateway, gateway.key(rpm=3)), "llama3.2", operation_of("/api/chat"), 10, 10)
     fleet, defaults = endpoints.fleet_as_seen(gateway.settings, gateway.components), default_quota(gateway.settings)
-    said = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
-    assert said["limits"][0] == {"models": "all", "limit": "rpm", "of": 3, "used": None} and said["status"] == 200
-    assert "Redis is away" in said["limits_decided_by"]
+    explained = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
+    assert explained["limits"][0] == {"models": "all", "limit": "rpm", "of": 3, "used": None} and explained["status"] == 200
+    assert "Redis is down" in explained["limits_decided_by"]
 
 
 @pytest.fixture
@@ -195,24 +195,26 @@ def test_the_verbs_of_an_operator(
     tmp_path: Path, installation: tuple[dict[str, str], str, str], fleet: list[FakeBackend], stores: TestStores
 ) -> None:
     names, url, key = installation
-    time.sleep(1.2)  # until the process has said how it is
+    time.sleep(1.2)  # until the process has published its state
     asked = ("explain", "--key", "alice", "--model", "llama3.2", "--client", "ollama")
-    told = operate(tmp_path, names, *asked)
-    assert "now it would be sent to alpha" in told and "has no route /api/chat" in told and "running processes: 1" in told
-    assert next(line for line in told.splitlines() if " rpm " in line).split()[-3:] == ["50", "0", "50"]
+    printed = operate(tmp_path, names, *asked)
+    assert (
+        "now it would be sent to alpha" in printed and "has no route /api/chat" in printed and "running processes: 1" in printed
+    )
+    assert next(line for line in printed.splitlines() if " rpm " in line).split()[-3:] == ["50", "0", "50"]
 
     # Of a model that is not there: all that is known.
-    told = operate(tmp_path, names, "explain", "--key", "alice", "--model", "lama3.2")
-    assert "NOT KNOWN to any backend" in told and told.count("does not have this model") == 3
-    assert next(line for line in told.splitlines() if " rpm " in line).split()[:5] == ["all", "rpm", "50", "0", "50"]
-    assert told.endswith(
+    printed = operate(tmp_path, names, "explain", "--key", "alice", "--model", "lama3.2")
+    assert "NOT KNOWN to any backend" in printed and printed.count("does not have this model") == 3
+    assert next(line for line in printed.splitlines() if " rpm " in line).split()[:5] == ["all", "rpm", "50", "0", "50"]
+    assert printed.endswith(
         "refused with 403 model_not_available: no backend has this model, `make models` lists those there are\n"
     )
 
     operate(tmp_path, names, "drain", "--backend", "alpha")
     until(lambda: chat(url, key).json()["model"] and fleet[1].calls("/api/chat"), 10)
     assert json.loads(operate(tmp_path, names, *asked, "--json"))["backend"] == "beta"
-    assert "drained: an operator has taken it out" in operate(tmp_path, names, *asked)
+    assert "drained by an operator" in operate(tmp_path, names, *asked)
     before = len(fleet[0].calls("/api/chat"))
     operate(tmp_path, names, "undrain", "--backend", "alpha")
     until(lambda: chat(url, key).status_code == 200 and len(fleet[0].calls("/api/chat")) > before, 10)
@@ -228,7 +230,7 @@ def test_the_verbs_of_an_operator(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("explain", "--key", "nobody", "--model", "x"), "there is no active key 'nobody': see `make keys`"),
         (
@@ -239,29 +241,29 @@ def test_the_verbs_of_an_operator(
         (("drain", "--backend", "omega"), "there is no backend 'omega': write one of alpha"),
     ],
 )
-def test_what_is_wrong_is_named(
-    tmp_path: Path, stores: TestStores, alpha: FakeBackend, words: tuple[str, ...], told: str
+def test_errors_name_what_is_wrong(
+    tmp_path: Path, stores: TestStores, alpha: FakeBackend, words: tuple[str, ...], message: str
 ) -> None:
     names = environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     operate(tmp_path, names, "key", "--name", "alice")
     with pytest.raises(AssertionError, match="error: ") as failed:
         operate(tmp_path, names, *words)
-    assert told in str(failed.value)
+    assert message in str(failed.value)
 
 
-def test_a_key_that_no_longer_counts(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
+def test_a_key_that_is_no_longer_valid(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
     """Expired it is refused as any wrong key; revoked it is not there."""
     gateway = start_gateway(*fleet)
     gateway.key(name="over", lifetime=timedelta(seconds=-1))
     revoked = gateway.key(name="revoked").split("_")[1]
     with gateway.http(gateway.key(flags=(ADMIN,))) as admin:
         asked = {"key": "over", "model": "llama3.2"}
-        told = admin.get("/admin/v1/explain", params=asked).json()
-        assert (told["status"], told["outcome"]) == (401, "invalid_api_key")
+        explained = admin.get("/admin/v1/explain", params=asked).json()
+        assert (explained["status"], explained["outcome"]) == (401, "invalid_api_key")
         assert admin.delete(f"/admin/v1/keys/{revoked}").status_code == 200
         assert admin.get("/admin/v1/explain", params={**asked, "key": "revoked"}).status_code == 404
 
 
-def test_the_time_until_a_limit_passes_is_told_as_elsewhere() -> None:
+def test_the_time_until_a_limit_passes_is_a_duration() -> None:
     found = {"status": 429, "outcome": "budget_spent", "refused_by": "day", "passes_in_s": 26493.0}
     assert cli_explain._verdict(found).endswith("it passes in about 7h21m33s")

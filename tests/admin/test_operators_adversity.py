@@ -48,7 +48,7 @@ def fetch(url: str, query: str) -> list[Any]:
     return asyncio.run(run())
 
 
-def test_a_redis_that_takes_nothing_is_none(
+def test_a_redis_that_refuses_writes_counts_as_down(
     stores: TestStores, alpha: FakeBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a replica that nobody made primary: it answers PING and refuses to write."""
@@ -67,15 +67,15 @@ def test_a_redis_that_takes_nothing_is_none(
             assert set(answers) == {200}
             counted = "SELECT status, outcome, count(*) FROM audit GROUP BY 1, 2"
             until(lambda: sum(row[2] for row in fetch(stores.database_url, counted)) >= len(answers), 10)
-            told = [record.getMessage() for record in caplog.records if "Redis is away" in record.getMessage()]
-            assert len(told) == 1
+            messages = [record.getMessage() for record in caplog.records if "Redis is away" in record.getMessage()]
+            assert len(messages) == 1
             assert not [record for record in caplog.records if record.exc_info]
             other.execute_command("REPLICAOF", "NO", "ONE")
             until(lambda: gateway.components.store.up, 5)
             until(lambda: [tuple(row) for row in fetch(stores.database_url, counted)] == [(200, "answered", 61)], 10)
 
 
-def test_a_slow_report_stops_nobody(
+def test_a_slow_report_delays_no_request(
     start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an operator sums over takes as long as it takes; whose key must be looked up does not wait for it."""
@@ -101,7 +101,7 @@ def test_a_slow_report_stops_nobody(
         assert admin.get("/admin/v1/audit").status_code == 200
 
 
-def test_who_watches_does_not_hold_up_the_end(gateway: RunningGateway, admin: httpx.Client) -> None:
+def test_watchers_do_not_delay_the_shutdown(gateway: RunningGateway, admin: httpx.Client) -> None:
     with admin.stream("GET", "/events") as events:
         pieces = events.iter_raw()
         next(pieces)
@@ -111,9 +111,9 @@ def test_who_watches_does_not_hold_up_the_end(gateway: RunningGateway, admin: ht
         assert time.monotonic() - began < 10
 
 
-def test_the_head_of_the_events_ends(admin: httpx.Client) -> None:
-    told = admin.head("/events", timeout=5)
-    assert (told.status_code, told.headers["content-type"]) == (200, "text/event-stream")
+def test_a_head_request_for_the_events_ends(admin: httpx.Client) -> None:
+    head = admin.head("/events", timeout=5)
+    assert (head.status_code, head.headers["content-type"]) == (200, "text/event-stream")
 
 
 def test_events_end_when_the_key_cannot_be_checked(
@@ -130,7 +130,7 @@ def test_events_end_when_the_key_cannot_be_checked(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_a_key_written_where_none_belongs_is_kept_nowhere(
+def test_a_key_in_the_wrong_field_is_stored_nowhere(
     gateway: RunningGateway, admin: httpx.Client, stores: TestStores, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = gateway.key(name="leaky")
@@ -152,6 +152,6 @@ def test_a_key_written_where_none_belongs_is_kept_nowhere(
 
 
 @pytest.mark.parametrize("models", ["", False, 0, {}, "llama3*"])
-def test_what_is_no_list_of_models_is_not_all(admin: httpx.Client, models: object) -> None:
+def test_an_invalid_list_of_models_does_not_allow_all(admin: httpx.Client, models: object) -> None:
     answer = admin.post("/keys", json={"name": "odd", "models": models})
     assert (answer.status_code, "'models'" in answer.json()["error"]) == (400, True)

@@ -21,7 +21,7 @@ from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 from tests.telemetry.test_metrics import TOKEN, fresh, total
 
-LOOKS = (
+READS = (
     *("/overview", "/series?window=15m", "/backends", "/keys", "/audit", "/usage", f"/explain?key=ops&model={MODEL}"),
     *("/requests/unheard-of", "/series?window=1y"),
 )
@@ -40,12 +40,12 @@ def admin(gateway: RunningGateway) -> Iterator[httpx.Client]:
 
 
 def an_event(admin: httpx.Client) -> dict[str, Any]:
-    with admin.stream("GET", "/events") as told:
-        return dict(json.loads(next(told.iter_lines()).removeprefix("data: ")))
+    with admin.stream("GET", "/events") as events:
+        return dict(json.loads(next(events.iter_lines()).removeprefix("data: ")))
 
 
-def test_looking_leaves_nothing_and_is_not_held_up_by_the_defaults(gateway: RunningGateway, admin: httpx.Client) -> None:
-    assert [admin.get(path).status_code for path in LOOKS] == [200] * 7 + [404, 400]
+def test_reads_leave_no_trace_and_do_not_count_towards_default_limits(gateway: RunningGateway, admin: httpx.Client) -> None:
+    assert [admin.get(path).status_code for path in READS] == [200] * 7 + [404, 400]
     assert admin.head("/overview").status_code == 200
     assert an_event(admin)["lately"]["requests"] == 0
     gateway.wait_idle()
@@ -59,14 +59,14 @@ def test_looking_leaves_nothing_and_is_not_held_up_by_the_defaults(gateway: Runn
     assert [admin.post("/refresh").status_code for _ in range(4)] == [200, 200, 200, 429], "who acts has the usual limits"
 
 
-def test_acts_and_who_may_not_look_are_in_the_audit(gateway: RunningGateway, admin: httpx.Client) -> None:
+def test_actions_and_refused_reads_are_in_the_audit(gateway: RunningGateway, admin: httpx.Client) -> None:
     admin.post("/refresh")
     admin.delete("/keys/nobody")
     with gateway.http(gateway.key(name="user")) as user, gateway.http("nz_wrong") as stranger:
         assert user.get("/admin/v1/keys").status_code == 403
         assert stranger.get("/admin/v1/keys").status_code == 401
-    told = [(row["method"], row["route"], row["status"]) for row in gateway.audit_rows()]
-    assert told == [
+    audited = [(row["method"], row["route"], row["status"]) for row in gateway.audit_rows()]
+    assert audited == [
         ("POST", "/admin/v1/refresh", 200),
         ("DELETE", "/admin/v1/keys/{id}", 404),
         ("GET", "/admin/v1/keys", 403),
@@ -77,7 +77,9 @@ def test_acts_and_who_may_not_look_are_in_the_audit(gateway: RunningGateway, adm
     assert total(found, "gateway_requests_total") == 4
 
 
-def test_rows_of_looks_before_are_in_no_figure(gateway: RunningGateway, admin: httpx.Client, stores: TestStores) -> None:
+def test_audit_rows_of_reads_by_older_versions_are_in_no_figure(
+    gateway: RunningGateway, admin: httpx.Client, stores: TestStores
+) -> None:
     [ops] = [row["id"] for row in admin.get("/keys").json()]
     look = {"key_id": ops, "method": "GET", "route": "/admin/v1/overview", "model": "", "prompt_tokens": 0}
     now = datetime.now(UTC)
@@ -90,12 +92,14 @@ def test_rows_of_looks_before_are_in_no_figure(gateway: RunningGateway, admin: h
     assert len(admin.get("/audit").json()) == 2, "the audit forgets nothing"
 
 
-def test_a_dashboard_that_watches_is_not_under_way(gateway: RunningGateway, admin: httpx.Client, browser: Browser) -> None:
+def test_a_dashboard_that_watches_is_not_counted_as_in_progress(
+    gateway: RunningGateway, admin: httpx.Client, browser: Browser
+) -> None:
     with page_of(browser) as page:
         enter(page, gateway, gateway.key(flags=(ADMIN,)))
         expect(page.locator("#live")).to_have_text("● live")
         until(lambda: gateway.components.in_flight.total == 1, 10)
-        time.sleep(1.2)  # until the process has said how it is
+        time.sleep(1.2)  # until the process has published its state
         seen = page.locator("#tiles")
         until(lambda: admin.get("/overview").json()["processes"] == 1, 5)
         assert admin.get("/overview").json()["in_flight"] == 0

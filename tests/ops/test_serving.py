@@ -142,7 +142,7 @@ def test_killing_the_supervisor_ends_its_workers(stores: TestStores, alpha: Fake
         until(lambda: not any(map(is_alive, workers)), 10)
 
 
-def test_it_starts_and_stops_cleanly_with_postgres_away(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
+def test_it_starts_and_stops_cleanly_while_postgresql_is_down(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     names = names_for(stores, alpha) | {"DATABASE_URL": "postgresql://gateway:long-enough-secret@127.0.0.1:1/gateway"}
     with serving(tmp_path, names) as (process, url, _):
         assert httpx.get(f"{url}/readyz").json()["database"] == "away"
@@ -152,7 +152,7 @@ def test_it_starts_and_stops_cleanly_with_postgres_away(stores: TestStores, alph
         assert process.wait(10) == 0
 
 
-def test_a_taken_port_and_a_missing_database_say_what_to_do(tmp_path: Path, stores: TestStores) -> None:
+def test_errors_for_a_taken_port_and_a_missing_database_give_advice(tmp_path: Path, stores: TestStores) -> None:
     port = free_port()
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, "GATEWAY_BIND_PORT": str(port)}
     command = [sys.executable, "-m", "gateway", "serve"]
@@ -232,8 +232,8 @@ def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: FakeBackend) 
         assert "shown only once" not in log.read_text()
         assert httpx.get(f"{url}/api/tags", headers={"x-api-key": key}).status_code == 200
         # One person's machine: photos pass, an agent's long answers are not cut, and its turns not ended.
-        said = re.findall(r"[A-Z_]{8,}=\d+", log.read_text())
-        assert said == [f"{name}={value}" for name, value in installation.ROOM.items()]
+        printed = re.findall(r"[A-Z_]{8,}=\d+", log.read_text())
+        assert printed == [f"{name}={value}" for name, value in installation.LIMITS_OF_RUN.items()]
         body = {**WAYS[2].body, "user": "x" * 2_000_000, "max_tokens": 32_000}
         got = httpx.post(f"{url}{WAYS[2].path}", json=body, headers={"x-api-key": key})
         assert got.status_code == 200 and "x-gateway-max-tokens" not in got.headers
@@ -246,8 +246,8 @@ def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: FakeBackend) 
             check=True,
         )
         found = {row["name"]: (row["value"], row["from"]) for row in json.loads(shown.stdout)}
-        assert {name: found[name] for name in installation.ROOM} == {
-            name: (value, "local run") for name, value in installation.ROOM.items()
+        assert {name: found[name] for name in installation.LIMITS_OF_RUN} == {
+            name: (value, "local run") for name, value in installation.LIMITS_OF_RUN.items()
         }
 
 
@@ -263,10 +263,10 @@ def test_the_local_run_uses_an_ollama_that_is_configured(home: Path, alpha: Fake
         # What the operator says wins, and reaches the workers as the rest does.
         assert "DEFAULT_RPM" not in log.read_text() and "DEFAULT_TPM" in log.read_text()
         assert got.headers["x-ratelimit-limit-requests"] == "7"
-        assert got.headers["x-ratelimit-limit-tokens"] == installation.ROOM["DEFAULT_TPM"]
+        assert got.headers["x-ratelimit-limit-tokens"] == installation.LIMITS_OF_RUN["DEFAULT_TPM"]
 
 
-def told_at_the_start(folder: Path, names: dict[str, str], when_it_serves: Callable[[], object] = lambda: None) -> str:
+def start_messages(folder: Path, names: dict[str, str], when_it_serves: Callable[[], object] = lambda: None) -> str:
     with serving(folder, names, "run") as (_, _, log):
         when_it_serves()
         until(lambda: "Ctrl-C" in log.read_text(), 30)
@@ -277,14 +277,12 @@ def test_the_banner_waits_for_the_first_models(stores: TestStores, alpha: FakeBa
     """A backend that starts beside the gateway answers later than the gateway listens."""
     is_there = threading.Event()
     alpha.play("/api/tags", lambda request: [Hold(is_there), *alpha.healthy(request)])
-    told = told_at_the_start(tmp_path, names_for(stores, alpha), is_there.set)
-    assert f"backend   alpha at {alpha.url}: llama3.2:latest\n" in told and '"model":"llama3.2:latest"' in told
-    assert "  try it:\n" in told
+    printed = start_messages(tmp_path, names_for(stores, alpha), is_there.set)
+    assert f"backend   alpha at {alpha.url}: llama3.2:latest\n" in printed and '"model":"llama3.2:latest"' in printed
+    assert "  try it:\n" in printed
 
 
-def test_a_run_that_cannot_listen_makes_no_key_that_nobody_is_told(
-    stores: TestStores, alpha: FakeBackend, tmp_path: Path
-) -> None:
+def test_a_run_that_cannot_listen_creates_no_key(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     names, command = names_for(stores, alpha), [sys.executable, "-m", "gateway", "run"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = {"GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_BIND_PORT": str(taken.getsockname()[1])}
@@ -292,22 +290,22 @@ def test_a_run_that_cannot_listen_makes_no_key_that_nobody_is_told(
             command, cwd=tmp_path, env=environment({**names, **where}), capture_output=True, text=True, timeout=30, check=False
         )
     assert done.returncode == 1 and "cannot listen on 127.0.0.1:" in done.stderr
-    assert re.search(r"key +nz_\w+  \(shown only once\)", told_at_the_start(tmp_path, names))
+    assert re.search(r"key +nz_\w+  \(shown only once\)", start_messages(tmp_path, names))
 
 
-def test_the_banner_says_what_to_do_without_a_model(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
+def test_the_banner_gives_advice_without_a_model(stores: TestStores, alpha: FakeBackend, tmp_path: Path) -> None:
     alpha.models.clear()
-    told = told_at_the_start(tmp_path, names_for(stores, alpha))
-    assert f"backend   alpha at {alpha.url}: no model yet\n" in told and "`make refresh` looks again" in told
+    printed = start_messages(tmp_path, names_for(stores, alpha))
+    assert f"backend   alpha at {alpha.url}: no model yet\n" in printed and "`make refresh` polls again" in printed
     alpha.stop()
     with stores.client() as redis:
         redis.flushall()
-    told = told_at_the_start(tmp_path, names_for(stores, alpha))
-    assert "AWAY (" in told and "`make probe` says what is wrong" in told
+    printed = start_messages(tmp_path, names_for(stores, alpha))
+    assert "AWAY (" in printed and "`make probe` shows what is wrong" in printed
 
 
 @pytest.mark.long(seconds=10)
-def test_two_local_runs_in_two_folders_live_side_by_side(home: Path, alpha: FakeBackend) -> None:
+def test_two_local_runs_in_two_folders_run_side_by_side(home: Path, alpha: FakeBackend) -> None:
     (home / "one").mkdir()
     (home / "two").mkdir()
     names = {"OLLAMA_BASE_URL": alpha.url}

@@ -37,7 +37,7 @@ def seen(backends: list[dict[str, Any]], busy: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("backends", "busy"), [(0, 0), (1, 1), (3, 10), (50, 10)])
 @pytest.mark.parametrize("size", [(80, 24), (200, 60), (80, 10)])
-def test_it_fits(backends: int, busy: int, size: tuple[int, int]) -> None:
+def test_the_screen_fits_the_terminal(backends: int, busy: int, size: tuple[int, int]) -> None:
     facts = seen([backend(number) for number in range(backends)], busy)
     facts["lately"]["cached_tokens"] = 10**9
     lines = top.frame(facts, *size)
@@ -45,7 +45,7 @@ def test_it_fits(backends: int, busy: int, size: tuple[int, int]) -> None:
     assert all(line.isprintable() for line in lines)
 
 
-def test_what_is_in_trouble_is_shown() -> None:
+def test_backends_with_problems_are_shown_first() -> None:
     troubled: dict[int, dict[str, Any]] = {
         40: {"state": "away", "error": "unreachable"},
         41: {"breaker": "open", "open_for_s": 4.0},
@@ -57,13 +57,13 @@ def test_what_is_in_trouble_is_shown() -> None:
     assert "more, all fine" in text and "AT rpm (9)" in text and "postgresql AWAY" in text
 
 
-def test_a_postgresql_that_takes_no_writes_is_shown() -> None:
+def test_a_read_only_postgresql_is_shown() -> None:
     for takes_writes, state in ((True, "postgresql up"), (False, "postgresql READ-ONLY")):
         now = seen([], 0) | {"stores": {"redis": True, "postgresql": True}, "postgresql_takes_writes": takes_writes}
         assert state in "\n".join(top.frame(now, 80, 24))
 
 
-def test_without_postgresql_and_with_odd_names() -> None:
+def test_the_screen_without_postgresql_and_with_odd_names() -> None:
     odd = seen([backend(0, name="\x1b[31mred\x07")], 0) | {"lately": None}
     lines = top.frame(odd, 80, 24)
     assert "unknown while PostgreSQL is away" in "\n".join(lines) and all(line.isprintable() for line in lines)
@@ -107,7 +107,7 @@ class Odd(BaseHTTPRequestHandler):
     ("status", "body"),
     [(200, b"{}"), (200, b"[]"), (200, b"3"), (200, b"<html>"), (302, b""), (500, b'{"error": "\\u001b[31mred"}')],
 )
-def test_what_is_no_gateway_is_said_so_and_gets_the_key_once(status: int, body: bytes) -> None:
+def test_a_server_that_is_not_a_gateway_is_reported_and_gets_the_key_once(status: int, body: bytes) -> None:
     class Answering(Odd):
         pass
 
@@ -125,7 +125,7 @@ def test_what_is_no_gateway_is_said_so_and_gets_the_key_once(status: int, body: 
     assert Answering.keys == (("/admin/v1/overview", "Bearer nz_key"),)
 
 
-def test_a_key_that_no_header_can_carry_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_with_characters_that_no_header_can_carry_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CommandFailed) as failed:
         top.overview("http://127.0.0.1:1", "nz_secret\nword")
     assert "secret" not in str(failed.value)

@@ -44,7 +44,7 @@ def confirm(page: Page) -> None:
     expect(page.locator("dialog")).not_to_be_visible()
 
 
-def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_when_disabled_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http() as client:
         for path in endpoints.DASHBOARD:
@@ -84,7 +84,7 @@ def test_only_an_admin_gets_in(gateway: RunningGateway, admin: str, browser: Bro
         assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_a_slash_too_many_and_a_key_without_the_role_are_told_what_to_do(gateway: RunningGateway) -> None:
+def test_errors_for_a_trailing_slash_and_for_a_key_without_the_role_give_advice(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key()) as client:
         assert "did you mean /dashboard?" in client.get("/dashboard/").text
         assert "did you mean" not in client.get("/playground/").text, "it is not enabled"
@@ -139,7 +139,7 @@ def test_numbers_are_live_and_lead_to_their_rows(
         expect(page.locator("#plots circle").first).to_be_attached()
 
 
-def test_what_is_pressed_twice_makes_one_key_which_is_copied_without_tls_too(
+def test_a_double_click_creates_one_key_which_can_be_copied_without_tls(
     gateway: RunningGateway, admin: str, browser: Browser
 ) -> None:
     with page_of(browser) as page:
@@ -156,11 +156,11 @@ def test_what_is_pressed_twice_makes_one_key_which_is_copied_without_tls_too(
         page.focus("#find-key")
         page.keyboard.press("Control+V")
         expect(page.locator("#find-key")).to_have_value(made)
-    told = [row for row in gateway.audit_rows() if (row["method"], row["route"]) == ("POST", "/admin/v1/keys")]
-    assert [row["status"] for row in told] == [201]
+    audited = [row for row in gateway.audit_rows() if (row["method"], row["route"]) == ("POST", "/admin/v1/keys")]
+    assert [row["status"] for row in audited] == [201]
 
 
-def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_keys_are_created_limited_rotated_and_revoked(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     with page_of(browser, expecting=["status of 409", "box: 409: a key named 'ops' exists"]) as page:
         enter(page, gateway, admin)
         page.click("[data-tab=keys]")
@@ -201,11 +201,11 @@ def test_keys_are_made_limited_rotated_and_revoked(gateway: RunningGateway, admi
         expect(page.locator("#dialog-problem")).to_contain_text("a key named 'ops' exists")
         expect(page.locator("dialog [name=name]")).to_have_value("ops")
     gateway.wait_idle()
-    told = [row["detail"] for row in gateway.audit_rows() if row["method"] != "GET" and row["route"].startswith("/admin")]
-    assert [detail.split()[0] for detail in told] == ["make", "limit", "rotate", "revoke", "make"]
+    audited = [row["detail"] for row in gateway.audit_rows() if row["method"] != "GET" and row["route"].startswith("/admin")]
+    assert [detail.split()[0] for detail in audited] == ["make", "limit", "rotate", "revoke", "make"]
 
 
-def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_backends_are_drained_probed_and_refreshed(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     with page_of(browser) as page:
         enter(page, gateway, admin)
         alpha = page.locator("#backends tbody tr").filter(has_text="alpha")
@@ -223,7 +223,7 @@ def test_backends_are_drained_probed_and_asked(gateway: RunningGateway, admin: s
         expect(page.locator("dialog pre")).to_contain_text('"models": 1')
 
 
-def test_what_others_say_does_nothing(start_gateway: StartGateway, beta: FakeBackend, browser: Browser) -> None:
+def test_content_from_others_is_never_markup(start_gateway: StartGateway, beta: FakeBackend, browser: Browser) -> None:
     with FakeBackend(models=[MODEL, XSS], name="alpha") as evil:
         gateway = start_gateway(evil, beta, DASHBOARD_ENABLED="true")
         admin = gateway.key(name="ops", flags=(ADMIN,))
@@ -278,7 +278,7 @@ def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: 
         expect(page.locator("#all-keys tbody tr")).to_have_count(11)
 
 
-def test_a_revoked_admin_sees_no_more(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_a_revoked_admin_is_signed_out(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     with page_of(browser, expecting=["status of 401", "box: 401"]) as page:
         enter(page, gateway, admin)
         expect(page.locator("#live")).to_contain_text("live")

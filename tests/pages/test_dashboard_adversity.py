@@ -39,7 +39,7 @@ def next_numbers(page: Page, gateway: RunningGateway, key: str) -> None:
     page.wait_for_function("before => document.getElementById('tiles').innerText !== before", arg=before, timeout=20_000)
 
 
-def test_what_is_focused_stays_while_numbers_change(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_the_focus_stays_while_numbers_change(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     busy = gateway.key(name="busy")
     with page_of(browser) as page:
         enter(page, gateway, admin)
@@ -53,7 +53,7 @@ def test_what_is_focused_stays_while_numbers_change(gateway: RunningGateway, adm
         expect(page.locator("dialog")).to_contain_text("Stop sending new requests to beta?")
 
 
-def test_what_is_shown_once_stays_until_it_is_closed(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_a_new_key_stays_until_it_is_closed(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     """A late answer to something else does not take its place, nor does one hasty Escape; closed, it is nowhere."""
     late: list[Route] = []
     with page_of(browser, expecting=["box: This key is not copied yet"]) as page:
@@ -79,7 +79,7 @@ def test_what_is_shown_once_stays_until_it_is_closed(gateway: RunningGateway, ad
         assert made not in page.content()
 
 
-def test_nothing_stays_for_the_next(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_nothing_is_left_for_the_next_user(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     gateway.key(name="somebody of ours")
     with page_of(browser) as page:
         enter(page, gateway, admin)
@@ -89,7 +89,7 @@ def test_nothing_stays_for_the_next(gateway: RunningGateway, admin: str, browser
         assert "somebody of ours" not in page.content() and page.locator("tbody tr").count() == 0
 
 
-def test_a_gateway_that_stands_still_is_not_live(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_a_gateway_that_hangs_is_not_shown_as_live(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     """Its loop is held up, as by a machine that sleeps: the connection stands, and nothing comes."""
     with page_of(browser) as page:
         page.clock.install()
@@ -103,7 +103,7 @@ def test_a_gateway_that_stands_still_is_not_live(gateway: RunningGateway, admin:
         expect(page.locator("#live")).to_have_text("● live", timeout=15_000)
 
 
-def test_plots_show_what_was_not_asked_as_nothing(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_plots_show_steps_without_requests_as_zero(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     """Whatever clock the browser has; and one who hears the page is told the values."""
     step = {"refused": 0, "failures": 0, "prompt_tokens": 6, "completion_tokens": 6, "ttfb_p50_ms": 5.0, "ttfb_p99_ms": 5.0}
     since = "2026-01-31T12:00:00+00:00"
@@ -154,7 +154,7 @@ def test_many_loaded_models_are_folded(gateway: RunningGateway, admin: str, brow
         expect(row).not_to_contain_text("model-39", use_inner_text=True)
 
 
-def test_the_documentation_goes_where_its_address_says(gateway: RunningGateway, browser: Browser) -> None:
+def test_the_documentation_opens_the_route_in_its_url(gateway: RunningGateway, browser: Browser) -> None:
     with page_of(browser) as page:
         page.goto(f"{gateway.url}/docs#%")
         expect(page.locator(".route").first).to_be_visible()

@@ -27,7 +27,7 @@ def keep(page: Page, path: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("path", FIRST)
-def test_whatever_stands_behind_the_address(gateway: RunningGateway, path: str, browser: Browser) -> None:
+def test_the_first_visit_with_any_fragment(gateway: RunningGateway, path: str, browser: Browser) -> None:
     with page_of(browser) as page:
         for fragment in FRAGMENTS:
             # Otherwise the browser would go to another fragment of the same page.
@@ -37,7 +37,7 @@ def test_whatever_stands_behind_the_address(gateway: RunningGateway, path: str, 
             expect(page.locator("[role=alert]:visible")).to_have_count(0)
 
 
-def test_with_a_key_of_before(gateway: RunningGateway, browser: Browser) -> None:
+def test_the_first_visit_with_a_stored_key(gateway: RunningGateway, browser: Browser) -> None:
     good, user = gateway.key(flags=(ADMIN,)), gateway.key()
     for path in KEPT:
         with page_of(browser) as page:
@@ -58,7 +58,7 @@ def test_with_a_key_of_before(gateway: RunningGateway, browser: Browser) -> None
 
 
 @pytest.mark.parametrize("path", FIRST)
-def test_while_the_gateway_is_away(gateway: RunningGateway, path: str, browser: Browser) -> None:
+def test_the_first_visit_while_the_gateway_is_down(gateway: RunningGateway, path: str, browser: Browser) -> None:
     """The page has come, what it asks for does not: it says so in words."""
     key = gateway.key(flags=(ADMIN,))
     with page_of(browser, expecting=["net::ERR_CONNECTION_REFUSED", "error box: .*the gateway does not answer"]) as page:

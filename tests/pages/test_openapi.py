@@ -72,11 +72,11 @@ def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_it_is_right_by_the_specification(gateway: RunningGateway) -> None:
+def test_the_document_is_valid_openapi(gateway: RunningGateway) -> None:
     OpenAPIV31SpecValidator(document_of(gateway)).validate()
 
 
-def test_every_route_is_in_it_and_no_other(gateway: RunningGateway) -> None:
+def test_the_document_has_every_route_and_no_other(gateway: RunningGateway) -> None:
     found = operations(document_of(gateway))
     assert found.keys() == strict_json.read_loosely((FOLDER / "routes.json").read_bytes()).keys()
     table = endpoints.table(gateway.settings, gateway.components)
@@ -91,12 +91,12 @@ def test_every_route_is_in_it_and_no_other(gateway: RunningGateway) -> None:
             assert known != 405 and (known != 404 or path == "/metrics"), line
 
 
-def test_only_what_is_there_is_in_it(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_the_document_has_only_enabled_routes(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     found = operations(document_of(start_gateway(alpha, DOCS_ENABLED="true"))).keys()
     assert "GET /docs" in found and not {"GET /dashboard", "GET /playground", "GET /metrics"} & found
 
 
-def test_bodies_have_the_names_that_the_gateway_takes(gateway: RunningGateway) -> None:
+def test_bodies_have_the_fields_that_the_gateway_takes(gateway: RunningGateway) -> None:
     document = document_of(gateway)
     schemas, found = document["components"]["schemas"], operations(document)
     table = endpoints.table(gateway.settings, gateway.components)
@@ -134,11 +134,11 @@ def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> N
         for line in sorted(found, key=lambda line: (line in LAST, line.startswith("HEAD"))):
             (sample,) = [one["source"] for one in found[line]["x-codeSamples"] if one["label"] == language]
             sample = sample.replace(samples.BASE, gateway.url).replace(SOME_ID, alice.split("_")[1])
-            status, said = begin(language, sample, known) if line == UNENDING else run(sample)
+            status, output = begin(language, sample, known) if line == UNENDING else run(sample)
             if line in REFUSED:
-                assert status != 0 and "404" in said, (line, said)
+                assert status != 0 and "404" in output, (line, output)
             else:
-                assert status == 0 and (said or line.startswith(("POST /api/", "HEAD", "DELETE"))), (line, said)
+                assert status == 0 and (output or line.startswith(("POST /api/", "HEAD", "DELETE"))), (line, output)
 
 
 @contextmanager
@@ -173,8 +173,8 @@ def node(known: dict[str, str]) -> Iterator[Run]:
         def run(sample: str) -> tuple[int, str]:
             to_it.write(json.dumps(sample) + "\n")
             to_it.flush()
-            status, said, wrong = json.loads(from_it.readline())
-            return status, said + wrong
+            status, output, wrong = json.loads(from_it.readline())
+            return status, output + wrong
 
         yield run
         to_it.close()
@@ -193,12 +193,12 @@ def begin(language: str, sample: str, known: dict[str, str]) -> tuple[int, str]:
         assert started.stdin is not None and started.stdout is not None
         started.stdin.write(sample)
         started.stdin.close()
-        said = started.stdout.readline()
+        output = started.stdout.readline()
         started.kill()
-        return (0 if said.startswith("data: {") else 1), said
+        return (0 if output.startswith("data: {") else 1), output
 
 
-def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_when_disabled_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     with start_gateway(alpha).http() as client:
         nowhere = client.get("/nowhere")
         for path in [*endpoints.DOCS, "/openapi.json"]:

@@ -36,14 +36,14 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
 
 def chunks(*deltas: dict[str, str], usage: dict[str, int] | None = None) -> list[dict[str, object]]:
     head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
-    told: list[dict[str, object]] = [
+    frames: list[dict[str, object]] = [
         {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
     ]
-    told.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-    return [*told, {**head, "choices": [], "usage": usage or {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}}]
+    frames.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    return [*frames, {**head, "choices": [], "usage": usage or {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}}]
 
 
-def saying(*deltas: dict[str, str], pause_s: float = 0.0) -> list[Step]:
+def streamed(*deltas: dict[str, str], pause_s: float = 0.0) -> list[Step]:
     return stream(sse(chunks(*deltas)), pause_s=pause_s)
 
 
@@ -58,7 +58,7 @@ def ask(page: Page, words: str) -> None:
     page.press("#prompt", "Enter")
 
 
-def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_when_disabled_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http() as client:
         nowhere = client.get("/nowhere")
@@ -66,7 +66,7 @@ def test_off_it_is_an_ordinary_404(start_gateway: StartGateway, alpha: FakeBacke
             assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
 
 
-def test_an_operators_own_page(start_gateway: StartGateway, alpha: FakeBackend, tmp_path: Path) -> None:
+def test_a_playground_of_the_operator(start_gateway: StartGateway, alpha: FakeBackend, tmp_path: Path) -> None:
     own = tmp_path / "own.html"
     own.write_text("<title>Ours</title>")
     gateway = start_gateway(alpha, PLAYGROUND_ENABLED="true", PLAYGROUND_FILE=str(own))
@@ -79,17 +79,17 @@ def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
     total = 0
     with gateway.http() as client:
         for path in endpoints.PLAYGROUND:
-            told = client.get(path)
-            assert "unsafe" not in told.headers["content-security-policy"]
-            assert re.findall(r"(?:src|href)=\"(?:https?:)?//", told.text) == []
-            total += len(told.content)
+            answered = client.get(path)
+            assert "unsafe" not in answered.headers["content-security-policy"]
+            assert re.findall(r"(?:src|href)=\"(?:https?:)?//", answered.text) == []
+            total += len(answered.content)
     assert total < LARGEST_PAGE
 
 
-def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_a_chat_with_its_details(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     key = gateway.key(rpm=50, flags=(SHOW_BACKEND,))
     words = "# Yes\n\n- **one**\n- `two`\n\n```\ncode <b>\n```\n[a](https://example.org/x)"
-    alpha.play_once(CHAT, saying({"reasoning": "Hmm."}, {"content": words}, pause_s=0.05))
+    alpha.play_once(CHAT, streamed({"reasoning": "Hmm."}, {"content": words}, pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, key)
         page.locator("summary").first.click()
@@ -98,11 +98,11 @@ def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: FakeBackend,
         page.fill("#max-tokens", "77")
         page.check("#json")
         ask(page, "Is it so?")
-        said = page.locator(".answer .answer-text")
-        expect(said.locator("h3, h2")).to_have_text("Yes")
-        expect(said.locator("li strong")).to_have_text("one")
-        expect(said.locator("pre code")).to_have_text("code <b>")
-        expect(said.locator("a")).to_have_attribute("rel", "noopener noreferrer")
+        shown = page.locator(".answer .answer-text")
+        expect(shown.locator("h3, h2")).to_have_text("Yes")
+        expect(shown.locator("li strong")).to_have_text("one")
+        expect(shown.locator("pre code")).to_have_text("code <b>")
+        expect(shown.locator("a")).to_have_attribute("rel", "noopener noreferrer")
         thinking = page.locator("details.thinking")
         expect(thinking).to_have_attribute("class", "thinking")
         assert thinking.get_attribute("open") is None and "Hmm." in (thinking.text_content() or "")
@@ -122,7 +122,7 @@ def test_chat_and_what_stands_below(gateway: RunningGateway, alpha: FakeBackend,
 
 
 def test_stop_edit_and_retry(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
-    alpha.play_once(CHAT, saying(*({"content": f"{n} "} for n in range(200)), pause_s=0.05))
+    alpha.play_once(CHAT, streamed(*({"content": f"{n} "} for n in range(200)), pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         ask(page, "Count.")
@@ -209,12 +209,12 @@ def test_only_the_models_of_the_key(gateway: RunningGateway, browser: Browser) -
         expect(page.locator("#model option")).to_have_text(["qwen3:8b"])
 
 
-def test_what_servers_say_does_nothing(start_gateway: StartGateway, browser: Browser) -> None:
+def test_content_from_servers_is_never_markup(start_gateway: StartGateway, browser: Browser) -> None:
     link = '[x](javascript:alert(3)) [y](https://example.org/"onmouseover=alert(4))'
     with FakeBackend(models=[XSS], name="alpha") as evil:
         gateway = start_gateway(evil, PLAYGROUND_ENABLED="true")
         words = f"{XSS}\n\n# {XSS}\n\n- {XSS}\n\n`{XSS}`\n\n|{XSS}|b|\n|-|-|\n|{XSS}|c|\n\n{link}"
-        evil.play_once(CHAT, saying({"reasoning": XSS}, {"content": words}))
+        evil.play_once(CHAT, streamed({"reasoning": XSS}, {"content": words}))
         with page_of(browser, expecting=["status of 400", "box: 400: <img"]) as page:
             asked: list[str] = []
             page.on("request", lambda request: asked.append(request.url))
@@ -237,7 +237,7 @@ def test_what_servers_say_does_nothing(start_gateway: StartGateway, browser: Bro
 def test_nothing_is_cut(gateway: RunningGateway, alpha: FakeBackend, width: str, scheme: str, browser: Browser) -> None:
     long = "a" * 400
     table = "|one|two|three|\n|-|-|-|\n|" + "|".join(["words and words and words"] * 3) + "|"
-    alpha.play_once(CHAT, saying({"reasoning": long}, {"content": f"{long}\n\n```\n{long}\n```\n\n{table}"}))
+    alpha.play_once(CHAT, streamed({"reasoning": long}, {"content": f"{long}\n\n```\n{long}\n```\n\n{table}"}))
     with page_of(browser, width, scheme) as page:
         enter(page, gateway, gateway.key())
         ask(page, long)

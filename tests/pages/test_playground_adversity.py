@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.conftest import StartGateway
-from tests.pages.test_playground import CHAT, MODEL, PIXEL, ask, chunks, enter, saying
+from tests.pages.test_playground import CHAT, MODEL, PIXEL, ask, chunks, enter, streamed
 from tests.support.browser import page_of
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Step, answer, sse, stream
@@ -37,7 +37,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
 
 
 def in_pieces(text: str, size: int, pause_s: float = 0.0) -> list[Step]:
-    return saying(*({"content": text[at : at + size]} for at in range(0, len(text), size)), pause_s=pause_s)
+    return streamed(*({"content": text[at : at + size]} for at in range(0, len(text), size)), pause_s=pause_s)
 
 
 def is_done(page: Page) -> None:
@@ -72,8 +72,8 @@ def test_nothing_of_a_text_is_lost_in_its_nesting(gateway: RunningGateway, alpha
         expect(page.locator(".answer-text")).to_contain_text("the end")
 
 
-def test_a_done_inside_the_text_is_text(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
-    alpha.play_once(CHAT, saying({"content": "data: [DONE]\n\n"}, {"content": "[DONE]"}, {"content": " and more"}))
+def test_a_done_marker_inside_the_text_is_text(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+    alpha.play_once(CHAT, streamed({"content": "data: [DONE]\n\n"}, {"content": "[DONE]"}, {"content": " and more"}))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         ask(page, "What ends a stream?")
@@ -81,7 +81,7 @@ def test_a_done_inside_the_text_is_text(gateway: RunningGateway, alpha: FakeBack
         expect(page.locator(".answer-text")).to_contain_text("[DONE] and more")
 
 
-def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_nothing_else_starts_while_an_answer_runs(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     alpha.play_once(CHAT, in_pieces("x" * 400, 1, pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -98,7 +98,7 @@ def test_while_an_answer_runs_nothing_else_begins(gateway: RunningGateway, alpha
         expect(page.get_by_role("button", name="Retry")).to_be_visible()
 
 
-def test_start_anew_ends_what_runs(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_new_chat_ends_a_running_answer(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     alpha.play_once(CHAT, in_pieces("x" * 400, 1, pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -113,11 +113,11 @@ def test_start_anew_ends_what_runs(gateway: RunningGateway, alpha: FakeBackend, 
         expect(page.locator(".turn")).to_have_count(1)
 
 
-def test_what_is_selected_and_scrolled_stays_while_it_grows(
+def test_selection_and_scrolling_stay_while_an_answer_grows(
     gateway: RunningGateway, alpha: FakeBackend, browser: Browser
 ) -> None:
     code = "```\n" + "\n".join(f"line {n}" for n in range(200)) + "\n```\n\nfirst words here\n\n"
-    alpha.play_once(CHAT, saying({"content": code}, *({"content": f"more {n} "} for n in range(60)), pause_s=0.05))
+    alpha.play_once(CHAT, streamed({"content": code}, *({"content": f"more {n} "} for n in range(60)), pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         ask(page, "Code, please.")
@@ -130,7 +130,7 @@ def test_what_is_selected_and_scrolled_stays_while_it_grows(
         page.click("#stop")
 
 
-def test_the_focus_stays_with_who_types(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_the_focus_stays_where_the_user_types(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     alpha.play_once(CHAT, in_pieces("x" * 30, 1, pause_s=0.05))
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
@@ -149,12 +149,12 @@ def test_the_focus_stays_with_who_types(gateway: RunningGateway, alpha: FakeBack
         expect(page.locator("#prompt")).to_be_focused()
 
 
-def test_a_countdown_ends_when_the_gateway_said(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_a_countdown_ends_at_the_time_of_the_gateway(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     """It is the time of the answer that counts, not when it was last drawn."""
-    told = {"error": {"message": "Slow down.", "type": "rate_limit_error"}}
+    body = {"error": {"message": "Slow down.", "type": "rate_limit_error"}}
     with page_of(browser, expecting=["status of 429", "box: 429: Slow down.$"]) as page:
         enter(page, gateway, gateway.key())
-        page.route(f"**{CHAT}", lambda route: route.fulfill(status=429, json=told, headers={"Retry-After": "3"}), times=1)
+        page.route(f"**{CHAT}", lambda route: route.fulfill(status=429, json=body, headers={"Retry-After": "3"}), times=1)
         began = time.monotonic()
         ask(page, "Hello")
         again = page.get_by_role("button", name="Try again")
@@ -170,7 +170,7 @@ def test_a_countdown_ends_when_the_gateway_said(gateway: RunningGateway, alpha: 
         expect(page.locator(".answer .bad")).to_have_count(0)
 
 
-def test_forget_the_key_forgets_all(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_signing_out_removes_everything(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         page.locator("summary").first.click()
@@ -186,7 +186,7 @@ def test_forget_the_key_forgets_all(gateway: RunningGateway, alpha: FakeBackend,
         assert page.evaluate("sessionStorage.length + localStorage.length") == 0
 
 
-def test_a_picture_goes_to_models_that_see_and_can_be_taken_back(
+def test_an_image_is_sent_to_models_with_vision_only_and_can_be_removed(
     gateway: RunningGateway, alpha: FakeBackend, tmp_path: Path, browser: Browser
 ) -> None:
     picture, words = tmp_path / "pixel.png", tmp_path / "words.txt"
@@ -214,18 +214,18 @@ def test_a_picture_goes_to_models_that_see_and_can_be_taken_back(
     assert isinstance(sent[MODEL], list) and sent["qwen3:8b"] == "What is it?"
 
 
-def test_what_an_error_says_can_be_traced(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_an_error_shows_its_request_id(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     with page_of(browser, expecting=["status of 400", "box: 400: Too warm."]) as page:
         enter(page, gateway, gateway.key())
         alpha.play_once(CHAT, answer(400, {"error": {"message": "Too warm.", "type": "invalid_request_error"}}))
-        with page.expect_response(f"**{CHAT}") as told:
+        with page.expect_response(f"**{CHAT}") as response:
             ask(page, "Hello")
         is_done(page)
         expect(page.locator(".answer .bad")).to_have_text("400: Too warm.")
-        expect(page.locator(".facts")).to_contain_text(f"request {told.value.headers['x-request-id']}")
+        expect(page.locator(".facts")).to_contain_text(f"request {response.value.headers['x-request-id']}")
 
 
-def test_facts_say_only_what_is_known(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_details_show_only_what_is_known(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     frames = [*chunks({"content": "one"})[:-1], {"choices": [], "usage": {"prompt_tokens": 3}}]
     alpha.play_once(CHAT, stream(sse(frames)))
     with page_of(browser) as page:
@@ -234,11 +234,11 @@ def test_facts_say_only_what_is_known(gateway: RunningGateway, alpha: FakeBacken
         is_done(page)
         expect(page.locator(".facts")).to_contain_text("3 + ? tokens")
         assert "tokens/s" not in page.locator(".facts").inner_text()
-        alpha.play_once(CHAT, saying({"content": "all in one piece"}))
+        alpha.play_once(CHAT, streamed({"content": "all in one piece"}))
         ask(page, "Hello")
         is_done(page)
-        told = page.locator(".facts").last.inner_text()
-        assert "3 + 5 tokens" in told and "tokens/s" not in told and "Infinity" not in told
+        facts = page.locator(".facts").last.inner_text()
+        assert "3 + 5 tokens" in facts and "tokens/s" not in facts and "Infinity" not in facts
 
 
 def test_the_copied_curl_runs_with_a_large_picture(
@@ -267,7 +267,7 @@ def test_the_copied_curl_runs_with_a_large_picture(
     assert first == second and len(command) > 150_000
 
 
-def test_a_key_no_header_can_carry(gateway: RunningGateway, browser: Browser) -> None:
+def test_a_key_with_characters_that_no_header_can_carry(gateway: RunningGateway, browser: Browser) -> None:
     with page_of(browser, expecting=["box: This is not a key"]) as page:
         enter(page, gateway, "ключ")
         expect(page.locator("#problem")).to_contain_text("This is not a key")

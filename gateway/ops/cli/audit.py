@@ -68,7 +68,7 @@ async def sum_audit(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 def _sums(row: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of the columns to sum by those that were asked for, in that order; the key's id only for machines."""
+    """The requested groups first, in that order, then the sums; the key's id only in JSON and CSV."""
     facts = {name: (row["key"] or row["key_id"]) if name == "key" else row[name] for name in arguments.by}
     if "key" in arguments.by and (arguments.json or arguments.csv):
         facts["key_id"] = row["key_id"]
@@ -92,7 +92,7 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
     stamp = row["at"].astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     yield f"request {row['request_id']} (id {row['id']})"
     yield f"  {stamp} UTC  {row['method']} {row['route']}, {row['bytes_in']} bytes"
-    agent = console.cell(row["agent"] or "no agent named")
+    agent = console.cell(row["agent"] or "no user agent")
     yield f"  key      {row['key'] or '-'} ({row['key_id']}) from {row['client']}, {agent}"
     yield f"  model    {row['model'] or '-'}{', streamed' if row['stream'] else ''}"
     if row["queue_ms"]:
@@ -106,7 +106,9 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
     tokens = f"{row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
     yield f"  tokens   {tokens}{_billed(row)}"
     ended = (
-        "never ended by its process" if row["total_ms"] is None else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
+        "its process never finished it"
+        if row["total_ms"] is None
+        else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
     )
     yield f"  end      {row['status'] or '-'} {row['outcome']}{_detail(row)}, {ended}"
 
@@ -151,7 +153,7 @@ async def purge(settings: Settings, arguments: argparse.Namespace) -> None:
     async with current_database(settings) as database:
         went = await retention.apply(database, keep, console.notify)
     if went.is_busy_elsewhere:
-        raise CommandFailed("another process is purging at the moment: try again when it has ended")
+        raise CommandFailed("another process is purging at the moment: try again when it has finished")
     facts = {"audit_rows": went.rows, "whole_months": went.partitions, "prompts": went.prompts}
     console.show_facts(facts, as_json=arguments.json)
 

@@ -1,4 +1,4 @@
-"""What operators read: aligned tables or JSON on standard output, progress and errors on standard error."""
+"""Output for operators: aligned tables or JSON on standard output, progress and errors on standard error."""
 
 import csv
 import json
@@ -11,12 +11,12 @@ FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def notify(text: str) -> None:
-    """Progress, so that nobody waits in the dark."""
+    """A message on standard error: progress, or an error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool, empty: str) -> None:
-    """Rows as an aligned table with the keys as its head, or as a JSON list."""
+    """Rows as an aligned table with the keys as its header, or as a JSON list."""
     if as_json:
         print(json.dumps(rows, indent=2, default=_jsonable))
     elif rows:
@@ -58,7 +58,7 @@ def _jsonable(value: Any) -> Any:
 
 
 class Table:
-    """A table of any length, its columns as wide as its first page needs."""
+    """A table of any length; its first page decides the widths of the columns."""
 
     PAGE = 200
 
@@ -82,7 +82,7 @@ class Table:
 
 
 class Lines:
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def add(self, row: Mapping[str, Any]) -> None:
         print(json.dumps(dict(row), default=_jsonable))
@@ -92,7 +92,7 @@ class Lines:
 
 
 class Csv:
-    """Comma-separated values below a line of their names; nothing is written as nothing."""
+    """Comma-separated values with a header line; None is an empty field."""
 
     def __init__(self) -> None:
         self._writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -113,7 +113,7 @@ def printer(*, as_json: bool, as_csv: bool) -> Table | Lines | Csv:
 
 
 def _plain(value: Any) -> Any:
-    """A spreadsheet takes what begins so for a formula; names and agents come from anybody."""
+    """Spreadsheets treat a value that begins so as a formula; names and agents may come from anybody."""
     if isinstance(value, str) and value.startswith(FORMULAS):
         return f"'{value}"
     return json.dumps(value) if isinstance(value, list | dict) else _jsonable(value) if isinstance(value, date) else value

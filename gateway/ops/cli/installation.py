@@ -1,4 +1,4 @@
-"""Which installation a command speaks to: the one the environment names, else this folder's own local run."""
+"""The installation that a command works on: the one the environment names, else the local run of this folder."""
 
 import argparse
 import json
@@ -17,15 +17,15 @@ from gateway.settings import Settings
 
 LOCAL = settings.LOCAL_RUN
 RUN_FACTS = "run.json"
-# One person's own machine: room for photos, for agents' long prompts and answers, and for all their turns in a row.
-ROOM = {
+# For one person's own machine: photos, long prompts and answers of agents, and all their turns in a row.
+LIMITS_OF_RUN = {
     "DEFAULT_RPM": "6000",
     "DEFAULT_TPM": "100000000",
     "DEFAULT_CONCURRENT": "64",
     "MAX_REQUEST_BODY_BYTES": "33554432",
     "MAX_NUM_PREDICT": "32768",
 }
-DEFAULTS_OF_RUN = {"GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_LOG_FORMAT": "console", **ROOM}
+DEFAULTS_OF_RUN = {"GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_LOG_FORMAT": "console", **LIMITS_OF_RUN}
 OLLAMA_HERE = "http://127.0.0.1:11434"
 
 
@@ -42,7 +42,7 @@ def _of_run() -> dict[str, tuple[str, str]]:
 
 
 def shown() -> Settings:
-    """The settings in force here; of the local run where the environment names no database and this is no compose project."""
+    """The settings in force: of the local run, unless the environment names a database or this is a compose project."""
     named = read()
     is_named = named.sources["database_url"] != "default" or _is_for_containers()
     return named if is_named else read(_of_run())
@@ -50,7 +50,7 @@ def shown() -> Settings:
 
 @contextmanager
 def stores_of(*, run: bool = False) -> Iterator[Settings]:
-    """The settings in force, with the local run's defaults and private stores for what the environment does not name."""
+    """The settings in force, with the local run's defaults and private stores where the environment names none."""
     named = read(_of_run() if run else None)
     folder = local_stores.data_folder(project())
     missing = [name for name in ("database_url", "redis_url") if named.sources[name] == "default"]
@@ -59,7 +59,9 @@ def stores_of(*, run: bool = False) -> Iterator[Settings]:
         yield named
         return
     if not run and _is_for_containers():
-        console.notify("these are the local run's stores; for the containers: docker compose exec gateway python -m gateway …")
+        console.notify(
+            "these are the stores of the local run; for the containers use docker compose exec gateway python -m gateway …"
+        )
     try:
         with local_stores.stores(folder, notify=console.notify) as stores:
             found = {"DATABASE_URL": (stores.database_url, LOCAL), "REDIS_URL": (stores.redis_url, LOCAL)}
@@ -82,13 +84,13 @@ def _backend_of_run(folder: Path) -> str:
 
 
 def note_backend_of_run(url: str) -> None:
-    """Where commands beside the run find the backend it chose."""
+    """For other commands, which use the backend that the run chose."""
     folder = local_stores.data_folder(project())
     (folder / RUN_FACTS).write_text(json.dumps({"ollama_base_url": url}))
 
 
 def for_serving() -> Settings:
-    """The settings of a deployment; raises SettingsError where a store is not named or a secret can be guessed."""
+    """The settings of a deployment. Raises SettingsError if a store is not named or a secret can be guessed."""
     named = read()
     if not named.database_url:
         raise SettingsError("DATABASE_URL must be set, as postgresql+asyncpg://user:password@host/database (or use `make run`)")

@@ -32,13 +32,13 @@ from gateway.telemetry import logs, metrics
 
 LOG = logging.getLogger("gateway")
 DEMONSTRATION = [
-    "            a demonstration, not a real model: it only repeats what it hears. For real ones start Ollama here,",
-    "            or name your backends in .env (OLLAMA_BACKENDS, see .env.example), and then `make run` again",
+    "            a demonstration, not a real model: it only repeats the prompt. For real models start Ollama here, or",
+    "            name your backends in .env (OLLAMA_BACKENDS, see .env.example), and run `make run` again",
 ]
 LOCAL_HOST, FIRST_KEY = "127.0.0.1", "local"
 PROBE_S = 0.5
 STOP_MARGIN_S = 15.0
-# By then each backend has answered or has been given up.
+# By then each backend has answered or timed out.
 FIRST_LISTS_WITHIN_S = discovery.POLL_DEADLINE_S
 
 
@@ -47,7 +47,7 @@ def missing_accelerators() -> list[str]:
 
 
 def check_accelerators() -> None:
-    """The C parts make the gateway several times faster: say so where one is missing."""
+    """The C extensions make the gateway several times faster: warns where one is missing."""
     if missing := missing_accelerators():
         LOG.warning("running slowly without %s: install the pinned requirements", ", ".join(missing))
 
@@ -96,7 +96,7 @@ async def _serve_one(
 ) -> None:
     serves = asyncio.Event()
 
-    async def tell(components: Components) -> None:
+    async def report_ready(components: Components) -> None:
         await serves.wait()
         await _until_lists_are_there(components)
         on_ready(components)
@@ -105,16 +105,16 @@ async def _serve_one(
     async with app.build(settings, metrics_folder, [trimming]) as (application, components):
         parts = application, components.in_flight, components.watch
         one = server.Server(*parts, drain_s=settings.gateway_drain_s, on_ready=serves.set)
-        telling = asyncio.create_task(tell(components), name="banner")
+        reporting = asyncio.create_task(report_ready(components), name="banner")
         try:
             async with memory.kept_small(trimming):
                 await one.serve([listener])
         finally:
-            await background.end([telling])
+            await background.end([reporting])
 
 
 async def _until_lists_are_there(components: Components) -> None:
-    """A backend that has just been started with us is not asked in time for the first list."""
+    """A backend that was started just now may miss the first poll."""
     with suppress(TimeoutError):
         await asyncio.wait_for(components.discovery.has_asked_all.wait(), FIRST_LISTS_WITHIN_S)
 
@@ -129,12 +129,12 @@ def worker(settings: Settings, descriptor: int, parent: int) -> None:
 
 
 def run() -> None:
-    """One command on one's own machine: stores, schema, a backend, a key, and the gateway in front of them."""
+    """One command for a machine of one's own: stores, schema, a backend, a key and the gateway."""
     with installation.stores_of(run=True) as named, _backend(named) as base_url:
         settings = _with_backend(named, base_url) if base_url else named
         _hand_on(settings)
         is_demonstration = base_url not in ("", installation.OLLAMA_HERE)
-        # First the port: without it nobody would be told the first key.
+        # The port first: if it is taken, the first key would be created and never shown.
         with bind(settings) as listener:
             first_key = asyncio.run(_prepare(settings))
             logs.configure(settings.gateway_log_level, settings.gateway_log_format)
@@ -152,7 +152,7 @@ def _with_backend(settings: Settings, base_url: str) -> Settings:
 
 
 def _hand_on(settings: Settings) -> None:
-    """Workers read their settings from the environment: what was decided here must stand there."""
+    """Workers read their settings from the environment, so what was decided here is set there."""
     os.environ.update(DATABASE_URL=settings.database_url, REDIS_URL=settings.redis_url)
     os.environ.update(DATABASE_URL_FILE="", REDIS_URL_FILE="")
     os.environ.update({name: str(getattr(settings, name.lower())) for name in installation.DEFAULTS_OF_RUN})
@@ -160,7 +160,7 @@ def _hand_on(settings: Settings) -> None:
 
 
 async def _prepare(settings: Settings) -> str | None:
-    """The schema made current; returns a key where there was none yet."""
+    """Brings the schema up to date; returns a new key if there was none."""
     async with database_of(settings) as database:
         await migrations.migrate(database, console.notify)
         await require_schema(database)
@@ -181,9 +181,9 @@ def banner(settings: Settings, components: Components | None, first_key: str | N
         "",
         f"  key       {first_key}  (shown only once)"
         if first_key
-        else "  key       yours of before; `make key NAME=…` makes another",
+        else "  key       the one you have; `make key NAME=…` creates another",
     ]
-    lines += _room(settings)
+    lines += _wider_limits(settings)
     model = _chat_model(components)
     body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Say hello"}}]}}'
     lines += [
@@ -198,12 +198,14 @@ def banner(settings: Settings, components: Components | None, first_key: str | N
     return "\n".join(lines)
 
 
-def _room(settings: Settings) -> list[str]:
-    """What of the limits is wider than in a deployment."""
+def _wider_limits(settings: Settings) -> list[str]:
+    """The limits that are higher than in a deployment."""
     wider = [
-        f"{name}={value}" for name, value in installation.ROOM.items() if settings.sources[name.lower()] == installation.LOCAL
+        f"{name}={value}"
+        for name, value in installation.LIMITS_OF_RUN.items()
+        if settings.sources[name.lower()] == installation.LOCAL
     ]
-    words = "  limits    wider than a deployment's, for one person; set others in .env"
+    words = "  limits    higher than in a deployment, for one person; set others in .env"
     return [words, *(f"            {' '.join(wider[at : at + 3])}" for at in range(0, len(wider), 3))] if wider else []
 
 
@@ -218,12 +220,12 @@ def _seen(components: Components) -> list[str]:
 
 
 def _advice(components: Components | None) -> str:
-    """What to do before the first call, where no model is there for it."""
+    """What to do before the first call if there is no model for it."""
     if components is None:
-        return ", with a name of `make models` for MODEL"
+        return ", with a name from `make models` for MODEL"
     if components.discovery.catalog.models:
         return ""
-    return ", once there is a model (`make probe` says what is wrong, `make refresh` looks again), with its name for MODEL"
+    return ", once there is a model (`make probe` shows what is wrong, `make refresh` polls again), with its name for MODEL"
 
 
 def _chat_model(components: Components | None) -> str:
@@ -234,7 +236,7 @@ def _chat_model(components: Components | None) -> str:
 
 @contextmanager
 def _backend(settings: Settings) -> Iterator[str]:
-    """The address of a backend where none is configured: an Ollama of this machine, else the demonstration."""
+    """The URL of a backend if none is configured: an Ollama on this machine, else the demonstration backend."""
     configured = settings.ollama_backends or settings.sources["ollama_base_url"] in ("environment", ".env")
     if configured:
         yield ""
@@ -256,7 +258,7 @@ def _answers(url: str) -> bool:
 
 @contextmanager
 def demonstration() -> Iterator[str]:
-    """A small backend of our own, in a process that ends with this one."""
+    """The demonstration backend, in a process that ends with this one."""
     with server.listen(LOCAL_HOST, 0) as listener:
         descriptor, port = listener.fileno(), listener.getsockname()[1]
         command = [sys.executable, "-m", "gateway", "demo", str(descriptor), str(os.getpid())]

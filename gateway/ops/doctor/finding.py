@@ -1,4 +1,4 @@
-"""What a check of the installation finds: fine, a warning or a problem; a check that fails or hangs is a finding too."""
+"""What a check finds: it is fine, or there is a warning or a problem; a check that fails or hangs is a problem too."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -34,28 +34,28 @@ def problem(check: str, found: str, advice: str) -> Finding:
 
 
 async def guarded(check: str, work: Awaitable[list[Finding]], advice: str, *, deadline_s: float = DEADLINE_S) -> list[Finding]:
-    """What the work finds; whatever it raises, and its silence, is a problem with this advice."""
+    """The findings of the work; an exception or a timeout becomes a problem with this advice."""
     try:
         async with asyncio.timeout(deadline_s):
             return await work
     except TimeoutError:
         return [problem(check, f"no answer within {deadline_s:g} s", advice)]
-    except Exception as wrong:  # noqa: BLE001 # one check that breaks must not hide what the others find
-        return [problem(check, words(wrong), advice)]
+    except Exception as error:  # noqa: BLE001 # one failing check must not hide the findings of others
+        return [problem(check, described(error), advice)]
 
 
-def words(wrong: BaseException) -> str:
-    """The kind of what went wrong, and the first line of what it says."""
-    cause = wrong.__cause__ or wrong
+def described(error: BaseException) -> str:
+    """The exception's type and the first line of its message."""
+    cause = error.__cause__ or error
     line = str(cause).partition("\n")[0]
     return f"{type(cause).__name__}: {line[:120]}" if line else type(cause).__name__
 
 
 def clock(check: str, ahead_s: float) -> Finding:
-    """Expiry, limits and audit are timed on several machines."""
+    """Expiry, limits and audit compare the times of several machines."""
     direction = "ahead of" if ahead_s > 0 else "behind"
     found = f"{abs(ahead_s):.1f} s {direction} this machine's"
-    advice = "let one time service (NTP) set the clocks of both machines"
+    advice = "synchronize the clocks of both machines with NTP"
     if abs(ahead_s) > CLOCK_PROBLEM_S:
         return problem(check, found, advice)
     return warning(check, found, advice) if abs(ahead_s) > CLOCK_WARNING_S else ok(check, found)

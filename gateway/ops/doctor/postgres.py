@@ -1,4 +1,4 @@
-"""PostgreSQL as an installation needs it: there, current, with room for all connections and for the audit's next months."""
+"""PostgreSQL as the gateway needs it: reachable, current, with enough connections and the audit's next months."""
 
 import time
 from collections.abc import Mapping
@@ -6,27 +6,27 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway.core.errors import StoreUnavailable
-from gateway.ops.doctor.finding import Finding, clock, guarded, ok, problem, warning, words
+from gateway.ops.doctor.finding import Finding, clock, described, guarded, ok, problem, warning
 from gateway.stores import migrations
 from gateway.stores.postgres import Database
 
 NAME = "PostgreSQL"
 OLDEST_VERSION = 14
 ADVICE = "check DATABASE_URL and that the server runs"
-ADVICE_RIGHTS = "see whether the user of DATABASE_URL owns the tables"
+ADVICE_RIGHTS = "check that the user of DATABASE_URL owns the tables"
 
 
 async def examine(url: str, *, most_connections: int, migrates_itself: bool) -> list[Finding]:
     if not url:
-        return [problem(NAME, "no DATABASE_URL, and no private server", "set DATABASE_URL, or read why the private one fails")]
+        return [problem(NAME, "no DATABASE_URL, and no private server", "set DATABASE_URL, or read why the private one failed")]
     async with Database(url) as database:
         try:
-            # The first call opens the connection, which is not what the others wait for.
+            # The first call opens the connection, which must not count as latency.
             await database.row("server_facts")
             asked_at = time.time()
             facts = dict(await database.row("server_facts") or {})
-        except StoreUnavailable as away:
-            return [problem(NAME, f"does not answer: {words(away)}", ADVICE)]
+        except StoreUnavailable as error:
+            return [problem(NAME, f"does not answer: {described(error)}", ADVICE)]
         answered_at = time.time()
         found = [
             ok(NAME, f"answers in {(answered_at - asked_at) * 1000:.1f} ms"),
@@ -47,13 +47,13 @@ def _version(facts: Mapping[str, Any]) -> Finding:
 def _writes(facts: Mapping[str, Any]) -> Finding:
     check = f"{NAME} writes"
     if not facts["is_read_only"]:
-        return ok(check, "taken")
+        return ok(check, "accepted")
     advice = "name the primary in DATABASE_URL, or all servers: host1:5432,host2:5432"
-    return problem(check, "none are taken: it is a standby, or told to be read-only", advice)
+    return problem(check, "refused: it is a standby, or set to read-only", advice)
 
 
 def _connections(there: int, wanted: int) -> Finding:
-    check, found = f"{NAME} connections", f"{there} for us, one replica takes up to {wanted}"
+    check, found = f"{NAME} connections", f"{there} available, one replica uses up to {wanted}"
     if wanted <= there:
         return ok(check, found)
     return warning(
@@ -86,8 +86,8 @@ async def _schema(database: Database, *, migrates_itself: bool) -> list[Finding]
 async def _keys(database: Database) -> list[Finding]:
     count = await database.value("count_living_keys")
     if not count:
-        return [warning("keys", "none, so nobody can call", "make one: `make key NAME=…`")]
-    return [ok("keys", f"{count} living")]
+        return [warning("keys", "none, so nobody can call", "create one: `make key NAME=…`")]
+    return [ok("keys", f"{count} active")]
 
 
 def _rights(facts: Mapping[str, Any]) -> Finding:
@@ -98,7 +98,7 @@ def _rights(facts: Mapping[str, Any]) -> Finding:
     if not facts["owns_audit"]:
         advice = "ALTER TABLE audit OWNER to the user of DATABASE_URL: each month of the audit is attached to it"
         return problem(check, "does not own the table audit", advice)
-    return ok(check, "may make the audit's months")
+    return ok(check, "may create the audit's months")
 
 
 async def _months(database: Database) -> list[Finding]:
@@ -107,9 +107,9 @@ async def _months(database: Database) -> list[Finding]:
     there = {row["name"] for row in await database.rows("audit_months")}
     missing = [f"{month:%Y-%m}" for month in (now, next_month) if f"audit_{month:%Y_%m}" not in there]
     if not missing:
-        return [ok("audit months", "this and the next are there")]
-    advice = "`make purge` makes them now, a running gateway within an hour"
-    return [warning("audit months", f"not made yet: {', '.join(missing)}", advice)]
+        return [ok("audit months", "this one and the next exist")]
+    advice = "`make purge` creates them now, a running gateway within an hour"
+    return [warning("audit months", f"missing: {', '.join(missing)}", advice)]
 
 
 async def _rows(database: Database) -> list[Finding]:

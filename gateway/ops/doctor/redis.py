@@ -1,4 +1,4 @@
-"""Redis as an installation needs it: fast, writable, never evicting, kept over a restart, its audit taken away in time."""
+"""Redis as the gateway needs it: fast, writable, without eviction, persistent, its audit rows collected in time."""
 
 import asyncio
 import re
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from gateway.ops.doctor.finding import Finding, State, clock, guarded, ok, problem, warning, words
+from gateway.ops.doctor.finding import Finding, State, clock, described, guarded, ok, problem, warning
 from gateway.stores import redis_client, redis_keys
 
 NAME = "Redis"
@@ -16,18 +16,18 @@ CALL_S, CLOSE_S = 2.0, 1.0
 LONGEST_BACKLOG = 10_000
 MARK, MARK_MS = redis_keys.DOCTOR_CHECK, 1000
 ADVICE = "check REDIS_URL and that the server runs"
-ADVICE_RIGHTS = "see whether the user of REDIS_URL may use this command"
+ADVICE_RIGHTS = "check that the user of REDIS_URL may use this command"
 
 
 async def examine(url: str, *, is_needed: bool) -> list[Finding]:
-    """Without being needed (one process, no address given) its absence is a warning only."""
+    """If it is not needed (one process, no REDIS_URL), its absence is only a warning."""
     client = redis_client.connect(url, deadline_s=CALL_S)
     try:
         try:
             await client.ping()
-        except Exception as away:  # noqa: BLE001 # whatever the reason is: it cannot be used
+        except Exception as error:  # noqa: BLE001 # whatever the reason, it cannot be used
             state: State = "problem" if is_needed else "warning"
-            return [Finding(NAME, state, f"does not answer: {words(away)}", ADVICE)]
+            return [Finding(NAME, state, f"does not answer: {described(error)}", ADVICE)]
         return await _findings(client)
     finally:
         with suppress(Exception):
@@ -36,10 +36,10 @@ async def examine(url: str, *, is_needed: bool) -> list[Finding]:
 
 async def _findings(client: Any) -> list[Finding]:
     speed = await guarded(NAME, _speed(client), ADVICE)
-    let_it_write = "let it write: room in memory and on disk, the user's rights, no read-only replica"
+    how_to_accept = "make it accept writes: free memory and disk space, the user's rights, not a read-only replica"
     others = await asyncio.gather(
         guarded(f"{NAME} clock", _clock(client), ADVICE_RIGHTS),
-        guarded(f"{NAME} writes", _writes(client), let_it_write),
+        guarded(f"{NAME} writes", _writes(client), how_to_accept),
         guarded(f"{NAME} facts", _facts(client), ADVICE_RIGHTS),
         guarded("audit backlog", _backlog(client), ADVICE_RIGHTS),
         guarded("audit losses", _losses(client), ADVICE_RIGHTS),
@@ -48,14 +48,14 @@ async def _findings(client: Any) -> list[Finding]:
 
 
 async def _speed(client: Any) -> list[Finding]:
-    """The best of three: the gateway leaves Redis out where a call takes longer than its deadline."""
+    """The best of three: the gateway skips Redis when a call takes longer than its deadline."""
     times = []
     for _ in range(3):
         began = time.monotonic()
         await client.ping()
         times.append(time.monotonic() - began)
     found = f"answers in {min(times) * 1000:.1f} ms"
-    advice = f"put it nearer: a gateway waits {redis_client.CALL_DEADLINE_S * 1000:g} ms and then goes on without it"
+    advice = f"move it nearer: a gateway waits {redis_client.CALL_DEADLINE_S * 1000:g} ms and then goes on without it"
     if min(times) > redis_client.CALL_DEADLINE_S:
         return [problem(NAME, found, advice)]
     return [warning(NAME, found, advice) if min(times) > redis_client.CALL_DEADLINE_S / 2 else ok(NAME, found)]
@@ -70,19 +70,19 @@ async def _clock(client: Any) -> list[Finding]:
 async def _writes(client: Any) -> list[Finding]:
     await client.set(MARK, "", px=MARK_MS)
     await client.publish(redis_keys.SLOT_FREED, b"")
-    return [ok(f"{NAME} writes", "taken")]
+    return [ok(f"{NAME} writes", "accepted")]
 
 
 async def _facts(client: Any) -> list[Finding]:
-    """INFO tells the policy where managed services forbid CONFIG."""
+    """INFO has the policy also where managed services forbid CONFIG."""
     info = await client.info()
     return [version(info), eviction(info), persistence(info)]
 
 
 def version(info: Mapping[str, Any]) -> Finding:
-    check, spoken = f"{NAME} version", str(info.get("redis_version", "unknown"))
-    number = tuple(map(int, re.findall(r"\d+", spoken)[:2]))
-    found = f"{spoken} (Valkey {info['valkey_version']})" if "valkey_version" in info else spoken
+    check, text = f"{NAME} version", str(info.get("redis_version", "unknown"))
+    number = tuple(map(int, re.findall(r"\d+", text)[:2]))
+    found = f"{text} (Valkey {info['valkey_version']})" if "valkey_version" in info else text
     oldest = ".".join(map(str, OLDEST_VERSION))
     if number < OLDEST_VERSION:
         return problem(check, found, f"use Redis {oldest} or newer, or Valkey")
@@ -93,21 +93,27 @@ def eviction(info: Mapping[str, Any]) -> Finding:
     check, policy = f"{NAME} eviction", str(info.get("maxmemory_policy", "unknown"))
     if policy == "noeviction":
         return ok(check, policy)
-    return warning(check, policy, "set maxmemory-policy to noeviction: limits and audit rows must not be thrown away")
+    return warning(check, policy, "set maxmemory-policy to noeviction: limits and audit rows must not be evicted")
 
 
 def persistence(info: Mapping[str, Any]) -> Finding:
     check = f"{NAME} persistence"
     if info.get("aof_enabled"):
         return ok(check, "append-only file")
-    return warning(check, "no append-only file", "set appendonly to yes: else a restart loses counts and unwritten audit rows")
+    return warning(
+        check, "no append-only file", "set appendonly to yes: otherwise a restart loses counts and unwritten audit rows"
+    )
 
 
 async def _backlog(client: Any) -> list[Finding]:
     count = sum([await client.xlen(shared.rows) for shared in redis_keys.BY_SHARD])
     found = f"{count} rows wait for PostgreSQL"
     if count > LONGEST_BACKLOG:
-        return [warning("audit backlog", found, "see whether a gateway runs and PostgreSQL answers: they take the rows away")]
+        return [
+            warning(
+                "audit backlog", found, "check that a gateway runs and PostgreSQL answers: the gateway writes the rows to it"
+            )
+        ]
     return [ok("audit backlog", found)]
 
 
@@ -116,6 +122,6 @@ async def _losses(client: Any) -> list[Finding]:
     count = sum(counts.values())
     if count:
         names = " ".join(name for name, lost in counts.items() if lost)
-        advice = f"read the gateway's log for the reason; when you know it, begin anew: `redis-cli DEL {names}`"
+        advice = f"read the gateway's log for the reason, then reset the count: `redis-cli DEL {names}`"
         return [warning("audit losses", f"{count} rows were dropped", advice)]
     return [ok("audit losses", "none")]

@@ -1,4 +1,4 @@
-"""`doctor`: looks at the whole installation at once and says what is well, what is not, and what to do next."""
+"""`doctor`: checks the whole installation at once and reports what is fine, what is not, and what to do next."""
 
 import argparse
 import asyncio
@@ -21,16 +21,16 @@ from gateway.settings import Settings
 from gateway.stores.redis_client import RedisClient
 
 OLDEST_PYTHON = (3, 11)
-OF_BACKENDS = "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"
+BACKENDS_ADVICE = "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"
 SLOW_MS = 1000
-IN_ITS_ENTRY = (discovery.LEAVE_OFF_V1, discovery.IS_OPENAI, discovery.IS_IT_OPENAI)
+ENTRY_HINTS = (discovery.LEAVE_OFF_V1, discovery.IS_OPENAI, discovery.IS_IT_OPENAI)
 LISTENING = (
     "Ollama on another machine listens on 127.0.0.1 unless it has OLLAMA_HOST=0.0.0.0, llama-server needs --host 0.0.0.0"
 )
 
 
 class ForgottenThreads(ThreadPoolExecutor):
-    """Nobody waits for their end: a name server that is away holds up its question, but not us."""
+    """Nobody waits for their end: a name server that does not answer delays its own query only."""
 
     def submit(self, work: Callable[..., Any], /, *values: Any, **named: Any) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -39,7 +39,7 @@ class ForgottenThreads(ThreadPoolExecutor):
             future.set_running_or_notify_cancel()
             try:
                 future.set_result(work(*values, **named))
-            except BaseException as wrong:  # noqa: BLE001 # it belongs to who asked
+            except BaseException as wrong:  # noqa: BLE001 # the caller handles it
                 future.set_exception(wrong)
 
         Thread(target=carry_out, daemon=True).start()
@@ -48,7 +48,7 @@ class ForgottenThreads(ThreadPoolExecutor):
 
 @contextmanager
 def stores_if_any() -> Iterator[Settings]:
-    """As other commands have them; where the private stores do not start, the settings without them."""
+    """As for other commands; if the private stores do not start, the settings without them."""
     with ExitStack() as stack:
         try:
             settings = stack.enter_context(installation.stores_of())
@@ -58,32 +58,34 @@ def stores_if_any() -> Iterator[Settings]:
         yield settings
 
 
-async def examine(settings: Settings, said: argparse.Namespace) -> None:
-    """Raises CommandFailed where there is a problem; warnings are only told."""
-    findings = await look_at_all(settings)
+async def examine(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Raises CommandFailed if there is a problem; warnings are only reported."""
+    findings = await check_all(settings)
     rows = [
         {"check": found.check, "state": found.state, "found": found.found, "what_to_do": found.advice or None}
         for found in findings
     ]
-    console.show(rows, as_json=said.json, empty="")
+    console.show(rows, as_json=arguments.json, empty="")
     states = [found.state for found in findings]
-    told = f"problems: {states.count('problem')}, warnings: {states.count('warning')}"
+    summary = f"problems: {states.count('problem')}, warnings: {states.count('warning')}"
     if "problem" in states:
-        raise CommandFailed(f"{told}: see what to do above")
-    console.notify(told)
+        raise CommandFailed(f"{summary}: see what to do above")
+    console.notify(summary)
 
 
-async def look_at_all(settings: Settings) -> list[Finding]:
-    """Everything at the same time, so that what hangs holds up nothing else."""
+async def check_all(settings: Settings) -> list[Finding]:
+    """Everything concurrently, so that a check that hangs delays no other."""
     asyncio.get_running_loop().set_default_executor(ForgottenThreads())
-    looks = [
+    checks = [
         ("settings", doctor_settings.examine(settings, installation.project() / ".env"), "see .env.example"),
         ("PostgreSQL", _postgres(settings), postgres.ADVICE),
         ("Redis", _redis(settings), redis.ADVICE),
-        ("backends", _backends(settings), OF_BACKENDS),
-        ("running gateways", _running(settings), OF_BACKENDS),
+        ("backends", _backends(settings), BACKENDS_ADVICE),
+        ("running gateways", _running(settings), BACKENDS_ADVICE),
     ]
-    groups = await asyncio.gather(*(guarded(name, look, advice, deadline_s=GROUP_DEADLINE_S) for name, look, advice in looks))
+    groups = await asyncio.gather(
+        *(guarded(name, check, advice, deadline_s=GROUP_DEADLINE_S) for name, check, advice in checks)
+    )
     return [found for group in (*groups, [python(), accelerators()]) for found in group]
 
 
@@ -108,16 +110,16 @@ async def _backends(settings: Settings) -> list[Finding]:
 
 
 async def _running(settings: Settings) -> list[Finding]:
-    """Whether these settings have the backends of the gateways that run."""
+    """Whether these settings name the backends of the running gateways."""
     async with RedisClient(settings.redis_url) as store:
         try:
             fleet = await control.other_fleet(store, settings.backends)
         except CommandFailed as differ:
-            return [warning("running gateways", str(differ), OF_BACKENDS)]
+            return [warning("running gateways", str(differ), BACKENDS_ADVICE)]
     if fleet is None:
         return []
-    told = f"have other backends than these settings: {control.named_in_words(fleet)}"
-    return [warning("running gateways", told, "set OLLAMA_BACKENDS here as it is there")]
+    found = f"have other backends than these settings: {control.named_in_words(fleet)}"
+    return [warning("running gateways", found, "set OLLAMA_BACKENDS here as it is set there")]
 
 
 async def _guarded_backend(backend: Backend) -> list[Finding]:
@@ -129,22 +131,22 @@ async def _backend(backend: Backend, advice: str) -> list[Finding]:
     seen = await probe.probe(backend)
     check = f"backend {backend.name}"
     if seen["token"] in ("REFUSED", "MISSING"):
-        told = "set OLLAMA_AUTH_TOKEN, or its auth_token in OLLAMA_BACKENDS"
-        return [problem(check, f"its token is {seen['token'].lower()}", told)]
+        how = "set OLLAMA_AUTH_TOKEN, or its auth_token in OLLAMA_BACKENDS"
+        return [problem(check, f"its token is {seen['token'].lower()}", how)]
     if seen["problem"]:
         return [problem(check, seen["problem"], _advice(seen["problem"], advice))]
     found = f"{seen['models']} models in {seen['latency_ms']} ms, token {seen['token']}"
     if not seen["models"]:
         return [warning(check, found, "give it a model (Ollama: `ollama pull NAME`)")]
     if seen["latency_ms"] > SLOW_MS:
-        return [warning(check, found, "see what keeps it busy, or put it nearer")]
+        return [warning(check, found, "check what keeps it busy, or move it nearer")]
     return [ok(check, found)]
 
 
-def _advice(said: str, otherwise: str) -> str:
-    if hint := next((hint for hint in IN_ITS_ENTRY if said.endswith(hint)), ""):
+def _advice(error: str, otherwise: str) -> str:
+    if hint := next((hint for hint in ENTRY_HINTS if error.endswith(hint)), ""):
         return hint
-    return f"{otherwise}; {LISTENING}" if said.startswith("unreachable") else otherwise
+    return f"{otherwise}; {LISTENING}" if error.startswith("unreachable") else otherwise
 
 
 def python() -> Finding:
@@ -155,6 +157,6 @@ def python() -> Finding:
 
 def accelerators() -> Finding:
     if missing := serve.missing_accelerators():
-        advice = "install the pinned requirements: it runs slowly without"
+        advice = "install the pinned requirements: without them the gateway is slow"
         return warning("accelerators", f"missing: {', '.join(missing)}", advice)
     return ok("accelerators", "all there")

@@ -1,4 +1,4 @@
-"""Settings that are allowed but unwise on this machine, and secrets that others can read, guess or overhear."""
+"""Settings that are valid but unwise on this machine, and secrets that others can read, guess or intercept."""
 
 import asyncio
 import os
@@ -37,17 +37,17 @@ def readers(env_file: Path) -> Finding:
     except FileNotFoundError:
         return ok(check, "none in this folder")
     if mode & OTHERS and holds_secret(text):
-        return warning(check, f"holds secrets and others may open it (mode {mode & 0o777:o})", f"chmod 600 {env_file.name}")
+        return warning(check, f"has secrets and is readable by others (mode {mode & 0o777:o})", f"chmod 600 {env_file.name}")
     return ok(check, f"mode {mode & 0o777:o}, {'with' if holds_secret(text) else 'without'} secrets")
 
 
 def holds_secret(text: str) -> bool:
-    said = re.findall(r"^[ \t]*([A-Z_]+)[ \t]*=[ \t]*['\"]?([^\s'\"].*)$", text, re.MULTILINE)
-    return any(_is_secret(name, value) for name, value in said)
+    settings = re.findall(r"^[ \t]*([A-Z_]+)[ \t]*=[ \t]*['\"]?([^\s'\"].*)$", text, re.MULTILINE)
+    return any(_is_secret(name, value) for name, value in settings)
 
 
 def _is_secret(name: str, value: str) -> bool:
-    """An address is one where it carries a password, a list of backends where it carries a token."""
+    """A URL is a secret if it has a password, a list of backends if it has a token."""
     if name in ("DATABASE_URL", "REDIS_URL"):
         return reading.masked(name.lower(), value) != value
     if name == "OLLAMA_BACKENDS":
@@ -61,21 +61,21 @@ def passwords(settings: Settings) -> Finding:
     except SettingsError as weak:
         found, _, advice = str(weak).rpartition(": ")
         return problem("passwords", found, f"{advice} (`openssl rand -hex 24` makes a good one)")
-    return ok("passwords", "none that is short or well known")
+    return ok("passwords", "none is short or well known")
 
 
 async def listening(settings: Settings) -> Finding:
     host = settings.gateway_bind_host
     if settings.has_private_database and settings.sources["gateway_bind_host"] == "default":
-        # `make run` chooses this, and commands beside it do not see it.
+        # `make run` sets this, which other commands do not see.
         host = "127.0.0.1"
     found = f"on {host}:{settings.gateway_bind_port}"
     if is_loopback(host):
         return ok("listening", f"{found}, this machine only")
     if proxies := await other_machines(settings.gateway_trusted_proxies):
         return ok("listening", f"{found}, proxies trusted: {', '.join(proxies)}")
-    advice = "it speaks plain HTTP: put a proxy with TLS in front and name it in GATEWAY_TRUSTED_PROXIES, or bind to 127.0.0.1"
-    return warning("listening", f"{found} for everybody, no proxy known", advice)
+    advice = "it serves plain HTTP: put a proxy with TLS in front and name it in GATEWAY_TRUSTED_PROXIES, or bind to 127.0.0.1"
+    return warning("listening", f"{found}, open to all, no proxy named", advice)
 
 
 def is_loopback(host: str) -> bool:
@@ -86,7 +86,7 @@ def is_loopback(host: str) -> bool:
 
 
 async def other_machines(proxies: Iterable[str]) -> list[str]:
-    """Those entries that are networks of other machines, or names that mean other machines now."""
+    """The entries that are networks of other machines, or names that resolve to other machines now."""
     named = list(proxies)
     are_others = await asyncio.gather(*(_is_another_machine(entry) for entry in named))
     return [entry for entry, is_other in zip(named, are_others, strict=True) if is_other]
@@ -100,7 +100,7 @@ async def _is_another_machine(entry: str) -> bool:
 
 
 async def addresses(name: str) -> list[str]:
-    """What a host name means, nothing where nobody says so in time."""
+    """The addresses of a host name; none if it does not resolve in time."""
     try:
         async with asyncio.timeout(RESOLVE_S):
             answers = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -113,7 +113,7 @@ def workers(settings: Settings) -> Finding:
     cores, wanted = os.cpu_count() or 1, settings.gateway_workers
     found = f"{wanted} on {cores} cores"
     if wanted > cores:
-        return warning("workers", found, f"set GATEWAY_WORKERS to {cores} or less: more only share the same cores")
+        return warning("workers", found, f"set GATEWAY_WORKERS to {cores} or less: more workers only share the same cores")
     return ok("workers", found)
 
 
@@ -121,19 +121,19 @@ def discovery(settings: Settings) -> Finding:
     kept, every = settings.model_discovery_cache_ttl_s, settings.model_discovery_refresh_s
     found = f"asked every {every:g} s, kept for {kept:g} s"
     if kept < every:
-        advice = "set MODEL_DISCOVERY_CACHE_TTL_S above MODEL_DISCOVERY_REFRESH_S: else models vanish between two looks"
+        advice = "set MODEL_DISCOVERY_CACHE_TTL_S above MODEL_DISCOVERY_REFRESH_S: otherwise models vanish between two polls"
         return warning("discovery", found, advice)
     return ok("discovery", found)
 
 
 async def transport(backend: BackendConfig) -> Finding:
-    """A token must not cross the internet for all to read; within a private network plain HTTP is usual."""
+    """A token must not cross the internet unencrypted; within a private network plain HTTP is usual."""
     check, parts = f"transport to {backend.name}", urlsplit(backend.base_url)
     if parts.scheme == "https":
         return ok(check, "encrypted")
     if not backend.auth_token:
         return ok(check, "plain HTTP, without a token")
     if any(ip_address(address).is_global for address in await addresses(str(parts.hostname))):
-        advice = "use https:// in its base_url, or reach it through a private network"
-        return problem(check, "the token crosses the internet in clear text", advice)
+        advice = "use https:// in its base_url, or reach it over a private network"
+        return problem(check, "the token crosses the internet unencrypted", advice)
     return ok(check, "plain HTTP, in a private network")
