@@ -15,7 +15,7 @@ import pytest
 
 from gateway.auth import key_format
 from tests.conftest import StartGateway, TestStores
-from tests.core.test_background import become_standby, run_sql
+from tests.stores.test_database_errors import become_standby, run_sql
 from tests.support import fork_server
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer

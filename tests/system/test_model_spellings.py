@@ -16,10 +16,10 @@ from gateway.dialects.model_names import canonical
 from gateway.ops import main
 from gateway.stores.postgres import Database
 from tests.conftest import StartGateway, TestStores
+from tests.dialects.test_model_names import ONE_MODEL
 from tests.support.audit_rows import PLAIN, ago, in_database, row, sql, write
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import settings_for
-from tests.system.test_small_parts import ONE_MODEL
 from tests.telemetry.test_metrics import TOKEN, fresh
 
 MODEL = "llama3.2:latest"
