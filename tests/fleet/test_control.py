@@ -14,7 +14,7 @@ from gateway.ops import main
 from gateway.ops.doctor import report
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.ops.test_serving import home
+from tests.ops.test_serve import home
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import entry_of, settings_for
 from tests.support.processes import serving, until
