@@ -1,0 +1,105 @@
+"""The verbs for backends: models, refresh, probe."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import StartGateway
+from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import answer
+from tests.support.gateway_settings import entry_of
+from tests.support.operator import CANARY, Operator
+from tests.support.processes import until
+
+
+@pytest.fixture
+def gamma() -> Iterator[FakeBackend]:
+    with FakeBackend("openai", ["gamma-7b"], name="gamma", token=CANARY) as backend:
+        yield backend
+
+
+def test_models_by_backend(operator: Operator, alpha: FakeBackend, beta: FakeBackend) -> None:
+    beta.models.append("only-beta:7b")
+    operator.with_backends(alpha, beta)
+    printed = operator.gets("models")
+    rows = [line.split()[:2] for line in printed.splitlines()[1:4]]
+    assert rows == [["alpha", "llama3.2:latest"], ["beta", "llama3.2:latest"], ["beta", "only-beta:7b"]]
+    assert printed.splitlines()[-1].startswith("2 different models; ")
+    facts = operator.gets_json("models")
+    assert facts["models"] == 2
+
+
+def test_models_shows_the_age_of_the_map(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    start_gateway(alpha)
+    operator.with_backends(alpha)
+    facts = operator.gets_json("models")
+    age, size = facts["map_age_s"], facts["map_bytes"]
+    assert isinstance(age, float) and 0 <= age < 20 and isinstance(size, int) and size > 20
+
+
+def test_no_models(operator: Operator, alpha: FakeBackend) -> None:
+    alpha.stop()
+    operator.with_backends(alpha)
+    assert "no backend has a model (see `make probe`)" in operator.gets("models")
+
+
+def test_refresh_reaches_a_running_gateway_at_once(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    gateway = start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="600")
+    operator.with_backends(alpha)
+    alpha.models.append("new:latest")
+    assert "new:latest" not in gateway.components.discovery.catalog.models
+    assert operator.gets_json("refresh").rows == [{"backend": "alpha", "models": 2, "state": "up"}]
+    until(lambda: "new:latest" in gateway.components.discovery.catalog.models, 1)
+
+
+def test_refresh_without_redis_is_reported(operator: Operator, alpha: FakeBackend) -> None:
+    operator.with_backends(alpha)
+    done = operator.types("refresh", REDIS_URL="unix:///nowhere/redis.sock")
+    assert done.returncode == 0 and "running gateways refresh on their own schedule" in done.stderr
+
+
+def test_probe_of_healthy_backends(operator: Operator, alpha: FakeBackend, gamma: FakeBackend) -> None:
+    operator.names["OLLAMA_BACKENDS"] = json.dumps([entry_of(alpha), entry_of(gamma, auth_token=CANARY)])
+    first, second = operator.gets_json("probe").rows
+    assert first | {"latency_ms": 0} == {
+        "backend": "alpha",
+        "kind": "ollama",
+        "address": alpha.url,
+        "reachable": True,
+        "latency_ms": 0,
+        "version": "0.12.6",
+        "models": 1,
+        "token": "none needed",
+        "problem": None,
+    }
+    assert isinstance(first["latency_ms"], float) and first["latency_ms"] > 0
+    assert (second["token"], second["models"], second["problem"]) == ("accepted", 1, None)
+    assert CANARY not in operator.gets("probe")
+    assert not [call for backend in (alpha, gamma) for call in backend.requests if call.body and b"messages" in call.body]
+
+
+@pytest.mark.parametrize("token", ["", "stale-token"])
+def test_probe_of_a_token_that_is_refused(operator: Operator, gamma: FakeBackend, token: str) -> None:
+    operator.with_backends(gamma, auth_token=token)
+    done = operator.types("probe", "--json")
+    (row,) = json.loads(done.stdout)
+    assert done.returncode == 1 and "some backends cannot be used" in done.stderr
+    assert row["reachable"] is True and row["token"] == ("REFUSED" if token else "MISSING") and row["problem"]
+
+
+def test_probe_of_a_list_that_anybody_may_see_but_calls_that_need_a_token(operator: Operator, alpha: FakeBackend) -> None:
+    alpha.play("/api/chat", answer(401, {"error": "unauthorized"}))
+    operator.with_backends(alpha, auth_token="stale-token")
+    done = operator.types("probe", "--json")
+    (row,) = json.loads(done.stdout)
+    assert (done.returncode, row["reachable"], row["token"]) == (1, True, "REFUSED")
+
+
+def test_probe_of_a_backend_that_is_down(operator: Operator, alpha: FakeBackend, beta: FakeBackend) -> None:
+    beta.stop()
+    operator.with_backends(alpha, beta)
+    done = operator.types("probe")
+    assert done.returncode == 1 and "see their problems above" in done.stderr
+    _, first, second = done.stdout.splitlines()
+    assert "yes" in first and " no " in second and "ConnectionRefused" in second
