@@ -1,4 +1,4 @@
-"""What the environment and `.env` may say: every wrong word is refused in one line that says what would be right."""
+"""The settings: each wrong value is refused with one line that names valid values."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def load(**names: str) -> Settings:
 
 
 def refusal(**names: str) -> str:
-    """The one line that an operator reads."""
+    """The one line of the error."""
     with pytest.raises(SettingsError) as refused:
         load(**names)
     words = str(refused.value)
@@ -98,23 +98,23 @@ FREE_TEXT = {"PLAYGROUND_FILE"}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
-def test_a_wrong_value_is_refused_with_its_name_and_what_would_be_right(name: str, value: str) -> None:
+def test_a_wrong_value_is_refused_with_its_name_and_valid_values(name: str, value: str) -> None:
     assert refusal(**{name: value}).startswith(f"{name} must be ")
 
 
-def test_every_setting_that_can_be_wrong_is_in_that_list() -> None:
+def test_the_list_has_every_setting_that_can_be_wrong() -> None:
     names = {declared.name.upper() for declared in settings.declarations()}
     assert names - FREE_TEXT == set(BAD)
 
 
-def test_the_line_says_what_is_right_and_what_was_there() -> None:
+def test_the_error_has_valid_values_and_the_wrong_one() -> None:
     assert refusal(GATEWAY_BIND_PORT="http") == "GATEWAY_BIND_PORT must be an integer from 0 to 65535, not 'http'"
     assert refusal(GATEWAY_LOG_FORMAT="xml") == "GATEWAY_LOG_FORMAT must be json or console, not 'xml'"
     assert refusal(DOCS_ENABLED="oui") == "DOCS_ENABLED must be true or false, not 'oui'"
 
 
 @given(name=st.sampled_from(sorted(BAD)), value=st.text(st.characters(exclude_characters="\0"), min_size=1))
-def test_no_value_whatever_is_anything_but_taken_or_refused(name: str, value: str) -> None:
+def test_any_value_is_either_accepted_or_refused(name: str, value: str) -> None:
     try:
         load(**{name: value})
     except SettingsError as refused:
@@ -139,7 +139,7 @@ def test_an_unknown_name_is_refused_with_a_suggestion(name: str, advice: str) ->
     ("name", "meant"),
     [("OLLAMA_BACKEND", "OLLAMA_BACKENDS"), ("DEFAULT_RPMS", "DEFAULT_RPM"), ("DASHBOARD", "DASHBOARD_ENABLED")],
 )
-def test_what_is_nearly_a_setting_is_refused_in_the_file_alone(tmp_path: Path, name: str, meant: str) -> None:
+def test_names_similar_to_settings_are_refused_in_the_file_only(tmp_path: Path, name: str, meant: str) -> None:
     others = "COMPOSE_PROFILES=ollama\nPOSTGRES_PASSWORD=x\nREDIS_PASSWORD=y\nOLLAMA_LOAD_TIMEOUT=5m\nTZ=UTC\n"
     (tmp_path / ".env").write_text(others)
     settings.load({name: "5"}, tmp_path / ".env")
@@ -168,16 +168,16 @@ def test_an_unknown_name_in_the_file_is_refused_too(tmp_path: Path) -> None:
         ("GATEWAY_METRICS_PORT_90_UDP_ADDR", "10.0.0.1"),
     ],
 )
-def test_what_kubernetes_puts_there_is_no_mistake_of_the_operator(name: str, value: str) -> None:
+def test_variables_of_kubernetes_are_accepted(name: str, value: str) -> None:
     assert load(**{name: value}).gateway_bind_port == 8080
 
 
-def test_names_of_others_are_nobodys_business() -> None:
+def test_other_names_are_ignored() -> None:
     assert load(PATH="/bin", OLLAMA_MODELS="/models", REDIS_PASSWORD="x", gateway_workers="x").gateway_workers == 1
 
 
 @pytest.mark.parametrize("name", settings.COMPOSE_ONLY)
-def test_names_for_compose_alone_are_known(name: str) -> None:
+def test_names_for_compose_only_are_known(name: str) -> None:
     load(**{name: "anything"})
 
 
@@ -191,13 +191,13 @@ def test_every_secret_can_come_from_a_file(name: str, tmp_path: Path) -> None:
     assert from_file.sources[name.lower()] == f"{name}_FILE"
 
 
-def test_those_are_all_the_secrets() -> None:
+def test_the_list_has_every_secret() -> None:
     assert [n for n in SECRETS if settings.is_secret(n.lower())] == SECRETS
     assert {declared.name.upper() for declared in settings.declarations() if declared.metadata["secret"]} == set(SECRETS)
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_secret_and_its_file_are_too_much(name: str, tmp_path: Path) -> None:
+def test_a_secret_and_its_file_together_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(GOOD_SECRET[name])
     words = refusal(**{name: GOOD_SECRET[name], f"{name}_FILE": str(tmp_path / "secret")})
     assert words == f"{name} and {name}_FILE are both set: keep one"
@@ -232,7 +232,7 @@ def test_environment_before_file_before_default(tmp_path: Path) -> None:
     assert (found.max_num_predict, found.sources["max_num_predict"]) == (4096, "default")
 
 
-def test_what_stands_in_for_defaults_gives_way_to_both(tmp_path: Path) -> None:
+def test_overrides_replace_only_defaults(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("DEFAULT_TPM=8\n")
     stand_in = {"DEFAULT_RPM": ("1", "local run"), "DEFAULT_TPM": ("1", "local run"), "MAX_NUM_PREDICT": ("2", "local run")}
@@ -241,7 +241,7 @@ def test_what_stands_in_for_defaults_gives_way_to_both(tmp_path: Path) -> None:
     assert found.sources["max_num_predict"] == "local run"
 
 
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"DEFAULT_RPM=\xff\n")
     with pytest.raises(SettingsError, match=r"\.env must be a readable text file in UTF-8"):
         settings.load({}, tmp_path / ".env")
@@ -256,7 +256,7 @@ def test_settings_are_frozen() -> None:
         load().default_rpm = 3  # type: ignore[misc]
 
 
-def test_spellings_that_mean_the_same() -> None:
+def test_equivalent_spellings() -> None:
     assert [load(DOCS_ENABLED=word).docs_enabled for word in ("true", "TRUE", "1", "yes", "0", "No")] == [True] * 4 + [
         False
     ] * 2
@@ -298,7 +298,7 @@ def test_secrets_are_neither_shown_nor_represented(name: str, value: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("told", "millionths", "shown"),
+    ("written", "millionths", "shown"),
     [
         ("0.1", 100_000, "0.1"),
         (".25", 250_000, "0.25"),
@@ -308,13 +308,13 @@ def test_secrets_are_neither_shown_nor_represented(name: str, value: str) -> Non
         ("0.999999", 999_999, "0.999999"),
     ],
 )
-def test_a_weight_is_kept_exactly_and_shown_as_people_write_it(told: str, millionths: int, shown: str) -> None:
-    found = load(CACHED_TOKENS_WEIGHT=told)
+def test_a_weight_is_exact_and_shown_as_written(written: str, millionths: int, shown: str) -> None:
+    found = load(CACHED_TOKENS_WEIGHT=written)
     assert found.cached_tokens_weight == millionths
     assert ("CACHED_TOKENS_WEIGHT", shown, "environment") in found.shown()
 
 
-def test_what_is_no_secret_is_shown() -> None:
+def test_other_values_are_shown() -> None:
     found = load(**GOOD_SECRET, GATEWAY_DRAIN_S="2.50", DOCS_ENABLED="yes", OLLAMA_BASE_URL="http://h/")
     shown = {name: (value, source) for name, value, source in found.shown()}
     assert shown["DATABASE_URL"] == ("postgresql://u:***@h/d", "environment")
@@ -345,7 +345,7 @@ def test_what_is_no_secret_is_shown() -> None:
         ("OLLAMA_BACKENDS", CANARY),
     ],
 )
-def test_no_refusal_shows_a_secret(name: str, value: str) -> None:
+def test_no_error_shows_a_secret(name: str, value: str) -> None:
     words = refusal(**{name: value})
     assert words.startswith(f"{name} must be ") and CANARY not in words
 
@@ -367,7 +367,7 @@ def test_no_refusal_shows_a_secret(name: str, value: str) -> None:
         ({"OLLAMA_BACKENDS": '[{"name":"a","base_url":"http://a","auth_token":"ToKen"}]'}, "OLLAMA_BACKENDS"),
     ],
 )
-def test_secrets_that_anybody_guesses_are_refused(names: dict[str, str], variable: str) -> None:
+def test_weak_secrets_are_refused(names: dict[str, str], variable: str) -> None:
     with pytest.raises(SettingsError) as refused:
         settings.refuse_weak_secrets(load(**{"DATABASE_URL": f"postgresql://u:{CANARY}@h/d", **names}))
     assert str(refused.value).startswith(variable) and "\n" not in str(refused.value)
@@ -382,7 +382,7 @@ def test_secrets_that_anybody_guesses_are_refused(names: dict[str, str], variabl
         {"DATABASE_URL": f"postgresql://u:{CANARY}@h1:5432,h2:5432/d", "REDIS_URL": "redis+sentinel://one,two/m"},
     ],
 )
-def test_good_secrets_and_sockets_are_taken(names: dict[str, str]) -> None:
+def test_strong_secrets_and_sockets_are_accepted(names: dict[str, str]) -> None:
     settings.refuse_weak_secrets(load(**names))
 
 
@@ -422,8 +422,8 @@ def test_a_backend_has_its_own_timeouts_or_the_shared_ones() -> None:
     ],
 )
 def test_the_scheme_goes_with_authorization_only(header: str | None, scheme: str | None, sent: dict[str, str]) -> None:
-    said = {"auth_header": header, "auth_scheme": scheme}
-    entry = {"name": "a", "base_url": "http://a", "auth_token": "tt", **{k: v for k, v in said.items() if v is not None}}
+    auth = {"auth_header": header, "auth_scheme": scheme}
+    entry = {"name": "a", "base_url": "http://a", "auth_token": "tt", **{k: v for k, v in auth.items() if v is not None}}
     (backend,) = load(OLLAMA_BACKENDS=json.dumps([entry])).backends
     assert backend.auth() == sent
 
@@ -447,7 +447,7 @@ def test_the_scheme_goes_with_authorization_only(header: str | None, scheme: str
         ([{"name": "a", "base_url": "http://a", "max_connections": 1.5}], "as 'max_connections' of entry 1"),
     ],
 )
-def test_a_broken_list_of_backends_says_where(entries: list[object], advice: str) -> None:
+def test_an_invalid_list_of_backends_is_refused_with_the_place(entries: list[object], advice: str) -> None:
     assert advice in refusal(OLLAMA_BACKENDS=json.dumps(entries))
 
 
@@ -465,10 +465,10 @@ def test_a_broken_list_of_backends_says_where(entries: list[object], advice: str
         ({"REDIS_URL": f"redis://:{CANARY}@h:x/0"}, "error: REDIS_URL must be an address such as redis://"),
     ],
 )
-def test_the_real_start_stops_with_one_line(names: dict[str, str], line: str, tmp_path: Path) -> None:
-    said = environment({"DATABASE_URL": f"postgresql://u:{CANARY}@127.0.0.1:1/d", **names})
+def test_the_start_fails_with_one_line(names: dict[str, str], line: str, tmp_path: Path) -> None:
+    names = environment({"DATABASE_URL": f"postgresql://u:{CANARY}@127.0.0.1:1/d", **names})
     command = [sys.executable, "-m", "gateway", "serve"]
-    done = subprocess.run(command, cwd=tmp_path, env=said, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=names, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     (only,) = done.stderr.splitlines()
     assert only.startswith(line) and CANARY not in only

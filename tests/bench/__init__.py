@@ -1,1 +1,1 @@
-"""How fast: this gateway, governed, against plain passthroughs and nginx, on this machine, in one run. `make bench`."""
+"""The speed of the gateway with limits and audit, compared with plain proxies and nginx on this machine. `make bench`."""

@@ -1,4 +1,4 @@
-"""Where calls and time go, by the rooms of the house: what a profile says of functions, summed up."""
+"""A profile summed up by areas of the code: calls and time."""
 
 import pstats
 from collections import Counter
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 BUILT_IN = "~"
-# The packages; of two places that fit, the first.
-GATEWAY = {
+# Modules and packages by area; if several match, the first counts.
+AREAS = {
     "server": "edge/server edge/protocol edge/cycle edge/deadlines edge/request_head edge/connection_limit edge/disconnect "
     "edge/workers edge/memory ops",
-    "front": "edge core/asgi core/errors core/in_flight",
+    "application": "edge core/asgi core/errors core/in_flight",
     "keys": "auth proxy/access",
     "limits": "limits",
     "Redis": "stores/redis_connection stores/redis_shards stores/redis_client stores/redis_keys",
@@ -23,10 +23,10 @@ GATEWAY = {
     "log": "telemetry/logs",
     "metrics": "telemetry",
 }
-PLACES = {tuple(place.split("/")): room for room, places in GATEWAY.items() for place in places.split()}
-ROOM_OF_PACKAGE = {
+PLACES = {tuple(place.split("/")): area for area, places in AREAS.items() for place in places.split()}
+AREA_OF_PACKAGE = {
     "uvicorn": "server",
-    "starlette": "front",
+    "starlette": "application",
     "redis": "Redis",
     "aiohttp": "routing",
     "yarl": "routing",
@@ -47,7 +47,7 @@ class Cost(NamedTuple):
 
 @dataclass
 class Account:
-    """Calls and seconds of own time, by room and by function; what is built in belongs to whoever called it."""
+    """Calls and seconds of own time, by area and by function; built-in functions count for their callers."""
 
     calls: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
@@ -55,23 +55,23 @@ class Account:
     own: Counter[Function] = field(default_factory=Counter)
 
     def add(self, function: Function, calls: int, seconds: float) -> None:
-        room = room_of(function[0])
-        self.calls[room] += calls
-        self.seconds[room] += seconds  # type: ignore[assignment] # a counter of fractions
+        area = area_of(function[0])
+        self.calls[area] += calls
+        self.seconds[area] += seconds  # type: ignore[assignment] # a counter of fractions
         known = self.functions.get(function, Cost(0, 0))
         self.functions[function] = Cost(known.calls + calls, known.seconds + seconds)
 
     def calls_of(self, file: str, name: str) -> int:
-        """How often a function was called, without what it calls."""
+        """How often a function was called."""
         return sum(calls for (path, _, known), calls in self.own.items() if known == name and path.endswith(file))
 
 
-def room_of(path: str) -> str:
+def area_of(path: str) -> str:
     parts = Path(path).parts
     if "gateway" in parts[:-1]:
         inner = Path(path).with_suffix("").parts[parts.index("gateway") + 1 :]
-        return next((room for place, room in PLACES.items() if inner[: len(place)] == place), OTHER)
-    return next((ROOM_OF_PACKAGE[part] for part in reversed(parts) if part in ROOM_OF_PACKAGE), OTHER)
+        return next((area for place, area in PLACES.items() if inner[: len(place)] == place), OTHER)
+    return next((AREA_OF_PACKAGE[part] for part in reversed(parts) if part in AREA_OF_PACKAGE), OTHER)
 
 
 def read(file: Path) -> Account:
@@ -90,16 +90,16 @@ def read(file: Path) -> Account:
 def table(account: Account, events: float) -> list[list[str]]:
     """Per event (a request, a chunk): calls, microseconds of own time, share."""
     total = sum(account.seconds.values())
-    rows = [["room", "calls", "own time", "share"]]
-    for room, seconds in account.seconds.most_common():
-        row = [room, f"{account.calls[room] / events:.1f}", f"{seconds / events * 1e6:.1f} µs", f"{seconds / total:.0%}"]
+    rows = [["area", "calls", "own time", "share"]]
+    for area, seconds in account.seconds.most_common():
+        row = [area, f"{account.calls[area] / events:.1f}", f"{seconds / events * 1e6:.1f} µs", f"{seconds / total:.0%}"]
         rows.append(row)
     rows.append(["all", f"{sum(account.calls.values()) / events:.1f}", f"{total / events * 1e6:.1f} µs", "100%"])
     return rows
 
 
 def dearest(account: Account, events: float, most: int) -> Iterator[list[str]]:
-    """The functions that take most, what they call that is built in included."""
+    """The functions that take most time, with the built-in functions they call."""
     ranked = sorted(account.functions.items(), key=lambda item: -item[1].seconds)[:most]
     yield ["function", "calls", "own time"]
     for (path, _, name), cost in ranked:

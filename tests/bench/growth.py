@@ -1,4 +1,4 @@
-"""Whether what a request costs grows with the installation: many keys, models and backends against few."""
+"""Whether the cost of a request grows with the installation: many keys, models and backends compared with few."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ FEW, MANY = Size(10, 5, 2), Size(10_000, 1_000, 50)
 
 
 class List(BaseHTTPRequestHandler):
-    """A backend that only says which models it has: nobody asks it for more."""
+    """A backend that only lists its models."""
 
     protocol_version = "HTTP/1.1"
 
@@ -48,13 +48,13 @@ class List(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *told: Any) -> None:
-        """Nothing: this is the load, not what is measured."""
+    def log_message(self, *loaded: Any) -> None:
+        """Logs nothing."""
 
 
 @contextmanager
 def lists(models: int, backends: int) -> Iterator[list[int]]:
-    """The ports of so many backends that share so many models."""
+    """Starts backends that share the models; yields their ports."""
     each = -(-models // backends)
     names = [f"model-{number}" for number in range(models)]
     with ExitStack() as stack:
@@ -71,7 +71,7 @@ def lists(models: int, backends: int) -> Iterator[list[int]]:
 
 @contextmanager
 def installation(size: Size, mock_port: int, folder: Path) -> Iterator[tuple[Subject, Path]]:
-    """A gateway of that size, the backend that is asked the last in its order; and the file with its keys."""
+    """A gateway of that size, in front of the mock as the last backend, and the file with its keys."""
     folder.mkdir(mode=0o711)
     with lists(size.models - 1, size.backends - 1) as ports:
         addresses = [*ports, mock_port]
@@ -87,10 +87,10 @@ def installation(size: Size, mock_port: int, folder: Path) -> Iterator[tuple[Sub
 
 
 async def made(wanted: int, names: dict[str, str]) -> list[str]:
-    told = settings.load(names, None)
+    loaded = settings.load(names, None)
     gate = asyncio.Semaphore(MADE_AT_ONCE)
-    async with database_of(told) as database:
-        key_store = KeyStore(database, hasher_of(told), None)
+    async with database_of(loaded) as database:
+        key_store = KeyStore(database, hasher_of(loaded), None)
 
         async def one(number: int) -> str:
             async with gate:
@@ -100,7 +100,7 @@ async def made(wanted: int, names: dict[str, str]) -> list[str]:
 
 
 def measure(tools: Tools, mock_port: int, folder: Path) -> dict[str, float]:
-    """CPU of a request in microseconds, by size: rounds in turn, medians, every key asking."""
+    """CPU time of a request in microseconds, by size: the median of rounds in turn, with all keys in use."""
     found: dict[str, list[float]] = {}
     with ExitStack() as stack:
         grown = [(size, *stack.enter_context(installation(size, mock_port, folder / f"{size.keys}"))) for size in (FEW, MANY)]
@@ -111,8 +111,8 @@ def measure(tools: Tools, mock_port: int, folder: Path) -> dict[str, float]:
                 asked += load(tools, gateway.port, "", gateway.pids, "-k", str(keys), "-c", "16", "-t", "4", "-w", "0")["ok"]
         for _ in range(ROUNDS):
             for size, gateway, keys in grown:
-                told = load(tools, gateway.port, "", gateway.pids, "-k", str(keys), "-c", "32", "-t", "2", "-w", "0.5")
-                found.setdefault(name_of(size), []).append(told["cpu_us_req"])
+                loaded = load(tools, gateway.port, "", gateway.pids, "-k", str(keys), "-c", "32", "-t", "2", "-w", "0.5")
+                found.setdefault(name_of(size), []).append(loaded["cpu_us_req"])
     return {name: statistics.median(values) for name, values in found.items()}
 
 

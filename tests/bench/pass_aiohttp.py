@@ -1,4 +1,4 @@
-"""What is measured against: a plain Starlette and aiohttp passthrough without keys, limits or audit."""
+"""For comparison: a plain proxy with Starlette and aiohttp, without keys, limits or audit."""
 
 import os
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""What is measured against: the same plain passthrough with httpx."""
+"""For comparison: the same plain proxy with httpx."""
 
 import os
 from collections.abc import AsyncIterator

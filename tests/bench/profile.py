@@ -1,4 +1,4 @@
-"""`python -m tests.bench.profile`: where the time of a request and of a chunk goes, by rooms and by functions."""
+"""`python -m tests.bench.profile`: where the time of a request and of a chunk goes, by area and by function."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ SHOWN = 25
 
 
 class Kind(NamedTuple):
-    """What is measured: the load generator's options, and the field of its line that has the events of a second."""
+    """A measurement: the options of the load generator, and the field of its output with the events per second."""
 
     event: str
     options: Sequence[str]
@@ -34,7 +34,7 @@ STREAM = Kind("chunk", ("-s", "-n", "100", "-D", "20", "-c", "200"), "chunks_s")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make profile", description="Where the time of a request and of a chunk goes.")
     parser.add_argument("--functions", type=int, default=SHOWN, help=f"how many functions to list ({SHOWN})")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="nz-profile-") as folder:
@@ -43,7 +43,7 @@ def main() -> int:
                 print(f"{time.monotonic() - began:5.0f} s  {waiting}", file=sys.stderr, flush=True)
                 place = Path(folder) / kind.event
                 place.mkdir(mode=0o711)
-                show(kind, *measure(kind, place), asked.functions)
+                show(kind, *measure(kind, place), arguments.functions)
     except tools.CannotMeasure as missing:
         print(f"cannot measure: {missing}", file=sys.stderr)
         return 1
@@ -65,7 +65,7 @@ def measure(kind: Kind, folder: Path) -> tuple[areas.Account, float]:
 
 @contextmanager
 def counted(pids: Sequence[int], folder: Path) -> Iterator[None]:
-    """Calls are counted meanwhile; at the end the folder has what was found."""
+    """Counts calls during the block; afterwards the folder has the results."""
     (folder / COSTS).unlink(missing_ok=True)
     os.kill(min(pids), signal.SIGUSR1)
     yield

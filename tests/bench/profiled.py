@@ -32,9 +32,9 @@ class Costs:
         self._profiler.disable()
         blocks = sys.getallocatedblocks() - self._blocks
         self._profiler.dump_stats(self._folder / CALLS)
-        told = {"collected": collected() - self._collected, "blocks": blocks}
+        costs = {"collected": collected() - self._collected, "blocks": blocks}
         unfinished = self._folder / "costs"
-        unfinished.write_text(json.dumps(told))
+        unfinished.write_text(json.dumps(costs))
         unfinished.replace(self._folder / COSTS)
 
 

@@ -45,7 +45,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def goals(results: Results) -> list[tuple[str, str, str, bool | None]]:
-    """What is to be reached, what was, and whether it is; None where there was nothing to compare with."""
+    """Each goal, the result, and whether it is met; None if there was nothing to compare with."""
     return list(_goals(results))
 
 
@@ -54,32 +54,32 @@ def _goals(results: Results) -> Iterator[tuple[str, str, str, bool | None]]:
         ours, theirs = results.median(GATEWAY, scenario, *path), results.median(other, scenario, *path)
         return None if ours is None or not theirs else ours / theirs
 
-    def line(name: str, goal: str, found: float | None, is_met: Callable[[float], bool]) -> tuple[str, str, str, bool | None]:
+    def row(name: str, goal: str, found: float | None, is_met: Callable[[float], bool]) -> tuple[str, str, str, bool | None]:
         return name, goal, "-" if found is None else f"{found:.2f}", None if found is None else is_met(found)
 
-    yield line("requests/s against Starlette + aiohttp", "≥ 2.0×", ratio(PLAIN, WHOLE, "rps"), lambda x: x >= 2)
-    yield line("requests/s against nginx", "≥ 0.083×", ratio(NGINX, WHOLE, "rps"), lambda x: x >= 1 / 12)
-    yield line("p50 at 1 connection against Starlette + aiohttp", "≤ 1.0×", ratio(PLAIN, ONE, "lat", "p50"), lambda x: x <= 1)
-    yield line("p99 added at 100/s against nginx", "≤ 3×", _added(results), lambda x: x <= 3)
-    yield line("CPU per chunk against nginx", "≤ 2×", ratio(NGINX, STREAMS, "cpu_us_chunk"), lambda x: x <= 2)
+    yield row("requests/s against Starlette + aiohttp", "≥ 2.0×", ratio(PLAIN, WHOLE, "rps"), lambda x: x >= 2)
+    yield row("requests/s against nginx", "≥ 0.083×", ratio(NGINX, WHOLE, "rps"), lambda x: x >= 1 / 12)
+    yield row("p50 at 1 connection against Starlette + aiohttp", "≤ 1.0×", ratio(PLAIN, ONE, "lat", "p50"), lambda x: x <= 1)
+    yield row("p99 added at 100/s against nginx", "≤ 3×", _added(results), lambda x: x <= 3)
+    yield row("CPU per chunk against nginx", "≤ 2×", ratio(NGINX, STREAMS, "cpu_us_chunk"), lambda x: x <= 2)
     pause, first = results.median(GATEWAY, THOUSAND, "lag", "p99"), results.median(GATEWAY, STREAMS, "ovh_ttfb", "p50")
-    yield line("pause added, 1,000 streams, p99 ms", "≤ 10", pause and pause / 1000, lambda x: x <= 10)
-    yield line("first byte added, p50 ms", "≤ 0.6", first and first / 1000, lambda x: x <= 0.6)
-    own = results.alone
+    yield row("pause added, 1,000 streams, p99 ms", "≤ 10", pause and pause / 1000, lambda x: x <= 10)
+    yield row("first byte added, p50 ms", "≤ 0.6", first and first / 1000, lambda x: x <= 0.6)
+    own = results.own
     idle, after = own.get("memory idle, MiB"), own.get("memory after 1,500 bodies of 150 KB, MiB")
-    yield line("memory idle, MiB", "≤ 60", idle, lambda x: x <= 60)
-    yield line("memory of an open stream, KiB", "≤ 30", own.get("memory of an open stream, KiB"), lambda x: x <= 30)
-    yield line("memory after large bodies against idle", "≤ 1.2×", after and idle and after / idle, lambda x: x <= 1.2)
+    yield row("memory idle, MiB", "≤ 60", idle, lambda x: x <= 60)
+    yield row("memory of an open stream, KiB", "≤ 30", own.get("memory of an open stream, KiB"), lambda x: x <= 30)
+    yield row("memory after large bodies against idle", "≤ 1.2×", after and idle and after / idle, lambda x: x <= 1.2)
     quiet, loud = own.get("good p99 alone, ms"), own.get("good p99 beside the flood, ms")
-    yield line("good p99 beside 2,000 wrong keys/s", "≤ 2×", quiet and loud and loud / quiet, lambda x: x <= 2)
+    yield row("good p99 beside 2,000 wrong keys/s", "≤ 2×", quiet and loud and loud / quiet, lambda x: x <= 2)
     few, many = (own.get(growth.name_of(size)) for size in (growth.FEW, growth.MANY))
-    yield line("CPU of a request, 1,000 times the keys", "≤ 1.1×", few and many and many / few, lambda x: x <= 1.1)
+    yield row("CPU of a request, 1,000 times the keys", "≤ 1.1×", few and many and many / few, lambda x: x <= 1.1)
     pause_s = own.get("chunk's longest pause beside large bodies, ms")
-    yield line("longest pause of a chunk beside 200 KB bodies, ms", "≤ 20", pause_s, lambda x: x <= 20)
+    yield row("longest pause of a chunk beside 200 KB bodies, ms", "≤ 20", pause_s, lambda x: x <= 20)
 
 
 def _added(results: Results) -> float | None:
-    """What a request takes longer than without anybody between, against nginx."""
+    """The latency added to a direct request, compared with nginx."""
     ours, theirs, none = (results.median(who, RATE, "lat", "p99") for who in (GATEWAY, NGINX, DIRECT))
     if ours is None or theirs is None or none is None or theirs <= none:
         return None
@@ -88,13 +88,18 @@ def _added(results: Results) -> float | None:
 
 def goals_table(results: Results) -> str:
     words = {True: "met", False: "NOT met", None: "-"}
-    return aligned([["goal", "is to be", "is", ""], *([*line[:3], words[line[3]]] for line in goals(results))])
+    return aligned([["goal", "is to be", "is", ""], *([*row[:3], words[row[3]]] for row in goals(results))])
 
 
 def as_json(results: Results) -> str:
     machine = {"system": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
-    told: dict[str, Any] = {"machine": machine, "dropped_rounds": results.dropped, "alone": results.alone, "runs": results.runs}
-    return json.dumps(told, indent=1) + "\n"
+    content: dict[str, Any] = {
+        "machine": machine,
+        "dropped_rounds": results.dropped,
+        "alone": results.own,
+        "runs": results.runs,
+    }
+    return json.dumps(content, indent=1) + "\n"
 
 
 def svg(results: Results) -> str:

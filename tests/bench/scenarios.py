@@ -1,4 +1,4 @@
-"""What is measured of each subject, and how: rounds in turn, disturbed ones left out, medians."""
+"""The measurements: rounds in turn, without disturbed ones; results are medians."""
 
 import json
 import statistics
@@ -13,13 +13,13 @@ from tests.bench import growth, stores
 from tests.bench.subjects import MODEL, Subject
 from tests.bench.tools import Tools, is_disturbed, load, memory_mib
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 KEPT_AT_LEAST = 1
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """`name` of what the load generator is told to do; slow subjects are spared the heavy ones."""
+    """The options of the load generator; slow subjects run only the light scenarios."""
 
     name: str
     options: tuple[str, ...]
@@ -37,11 +37,11 @@ SLOW = frozenset({"Starlette + httpx", "LiteLLM"})
 
 @dataclass
 class Results:
-    """`runs[subject][scenario]`: what each round gave; `dropped` rounds were disturbed by others."""
+    """`runs[subject][scenario]` has the results of each round; `dropped` rounds were disturbed by other processes."""
 
     runs: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     dropped: int = 0
-    alone: dict[str, float] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
 
     def add(self, subject: str, scenario: str, found: dict[str, Any]) -> None:
         self.runs.setdefault(subject, {}).setdefault(scenario, []).append(found)
@@ -59,7 +59,7 @@ def _at(found: dict[str, Any], path: Sequence[str]) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def compare(tools: Tools, subjects: Sequence[Subject], direct: Subject, rounds: int, say: Say) -> Results:
+def compare(tools: Tools, subjects: Sequence[Subject], direct: Subject, rounds: int, progress: Progress) -> Results:
     results = Results()
     for number in range(rounds):
         for scenario in SCENARIOS:
@@ -68,7 +68,7 @@ def compare(tools: Tools, subjects: Sequence[Subject], direct: Subject, rounds: 
                     continue
                 if subject is direct and number and scenario is not RATE:
                     continue
-                say(f"round {number + 1} of {rounds}: {scenario.name}, {subject.name}")
+                progress(f"round {number + 1} of {rounds}: {scenario.name}, {subject.name}")
                 found = load(tools, subject.port, subject.key, subject.pids, *scenario.options)
                 if is_disturbed(found):
                     results.dropped += 1
@@ -77,16 +77,16 @@ def compare(tools: Tools, subjects: Sequence[Subject], direct: Subject, rounds: 
     return results
 
 
-def alone(tools: Tools, gateway: Subject, direct: Subject, folder: Path, say: Say) -> dict[str, float]:
-    """What has no counterpart: the gateway's memory, and good traffic beside bad."""
-    return dict(_of_the_gateway(tools, gateway, direct, folder, say))
+def measure_gateway(tools: Tools, gateway: Subject, direct: Subject, folder: Path, progress: Progress) -> dict[str, float]:
+    """Measurements of the gateway only: memory, and good traffic beside bad."""
+    return dict(_measures(tools, gateway, direct, folder, progress))
 
 
-def _of_the_gateway(tools: Tools, gateway: Subject, direct: Subject, folder: Path, say: Say) -> Iterator[tuple[str, float]]:
+def _measures(tools: Tools, gateway: Subject, direct: Subject, folder: Path, progress: Progress) -> Iterator[tuple[str, float]]:
     def run(*options: str, key: str = gateway.key) -> dict[str, Any]:
         return load(tools, gateway.port, key, gateway.pids, *options)
 
-    say("memory: idle, after large bodies, with 1,000 streams open")
+    progress("memory: idle, after large bodies, with 1,000 streams open")
     yield "memory idle, MiB", memory_mib(gateway.pids)
     large = folder / "large.json"
     large.write_text(_body(150_000))
@@ -100,7 +100,7 @@ def _of_the_gateway(tools: Tools, gateway: Subject, direct: Subject, folder: Pat
         yield "memory of an open stream, KiB", (memory_mib(gateway.pids) - before) * 1024 / 1000
         streams.result()
 
-    say("good traffic beside 2,000 wrong keys a second")
+    progress("good traffic beside 2,000 wrong keys a second")
     good = ("-c", "16", "-R", "100", "-t", "4", "-w", "1")
     yield "good p99 alone, ms", run(*good)["lat"]["p99"] / 1000
     with ThreadPoolExecutor(1) as beside:
@@ -109,7 +109,7 @@ def _of_the_gateway(tools: Tools, gateway: Subject, direct: Subject, folder: Pat
         yield "good p99 beside the flood, ms", run(*good)["lat"]["p99"] / 1000
         flood.result()
 
-    say("chunks of 200 streams beside bodies of 200 KB")
+    progress("chunks of 200 streams beside bodies of 200 KB")
     bigger = folder / "bigger.json"
     bigger.write_text(_body(200_000))
     with ThreadPoolExecutor(1) as beside:
@@ -118,7 +118,7 @@ def _of_the_gateway(tools: Tools, gateway: Subject, direct: Subject, folder: Pat
         yield "chunk's longest pause beside large bodies, ms", lag["max"] / 1000
         bodies.result()
 
-    say("what requests cost the stores")
+    progress("what requests cost the stores")
     redis_s, postgres_s = stores.redis_cpu_s(gateway), stores.postgres_cpu_s(folder)
     done = run("-c", "32", "-t", "4", "-w", "0")["ok"]
     yield "CPU of Redis for a request, µs", (stores.redis_cpu_s(gateway) - redis_s) / done * 1e6
@@ -129,7 +129,7 @@ def _of_the_gateway(tools: Tools, gateway: Subject, direct: Subject, folder: Pat
     yield "audit rows that one gateway moves in a second", stores.drained_rows_s(gateway)
     yield "audit row in PostgreSQL, bytes", stores.bytes_of_a_row(gateway)
 
-    say("growth: 10,000 keys, 1,000 models, 50 backends against 10, 5 and 2; making the keys takes a while")
+    progress("growth: 10,000 keys, 1,000 models, 50 backends against 10, 5 and 2; making the keys takes a while")
     yield from growth.measure(tools, direct.port, folder).items()
 
 

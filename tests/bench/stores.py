@@ -1,4 +1,4 @@
-"""What requests cost the stores, as the stores' own processes say it."""
+"""The cost of requests in the stores, measured at their processes."""
 
 import asyncio
 import os
@@ -46,7 +46,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def _stat(pid: int) -> list[str]:
-    """proc(5), from the state on; empty where the process is gone."""
+    """The fields of proc(5) from the state on; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -54,7 +54,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def drained_rows_s(gateway: Subject, rows: int = 30_000) -> float:
-    """How many rows of the audit one gateway moves from Redis to PostgreSQL in a second, with nothing else to do."""
+    """How many audit rows one otherwise idle gateway moves from Redis to PostgreSQL in a second."""
     with redis.Redis.from_url(gateway.names["REDIS_URL"]) as client:
         # All at once, as after PostgreSQL was away.
         pipe = client.pipeline(transaction=True)
@@ -74,7 +74,7 @@ def _row() -> bytes:
 
 
 def bytes_of_a_row(gateway: Subject) -> float:
-    """On disk, indexes included."""
+    """The size on disk, with indexes."""
 
     async def ask() -> float:
         connection = await asyncpg.connect(gateway.names["DATABASE_URL"])

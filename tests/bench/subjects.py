@@ -1,4 +1,4 @@
-"""Who is measured: each a server of its own on one core, in front of the same mock backend."""
+"""The servers to measure: each by itself on one core, in front of the same mock backend."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ class Subject:
 
 @contextmanager
 def running(name: str, core: int, command: Sequence[str], port: int, names: dict[str, str], folder: Path) -> Iterator[Subject]:
-    """A process with its children, up when its port answers anything."""
+    """A process with its children, ready when its port answers."""
     log = folder / f"{name.replace(' ', '_')}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -80,7 +80,7 @@ def mock(tools: Tools, folder: Path) -> Iterator[int]:
 def gateway(
     mock_port: int, folder: Path, entry: Sequence[str] = ("-m", "gateway"), more: Mapping[str, str] = NOTHING
 ) -> Iterator[Subject]:
-    """Keys, limits and audit on: limits that are counted and never reached."""
+    """The gateway with keys, audit, and limits that are counted but never reached."""
     port = free_port()
     backend = {"name": "mock", "kind": "openai", "base_url": f"http://127.0.0.1:{mock_port}", "max_connections": 10_000}
     with local_stores.stores(folder / "stores") as stores:
@@ -136,7 +136,7 @@ def nginx(mock_port: int, folder: Path) -> Iterator[Subject]:
 
 @contextmanager
 def litellm(python: str, mock_port: int, folder: Path) -> Iterator[Subject]:
-    """LiteLLM's proxy, with one key and no database, out of the virtual environment that one is told of."""
+    """LiteLLM's proxy, with one key and no database, from the given virtual environment."""
     port, key = free_port(), "sk-bench"
     target = {"model": f"openai/{MODEL}", "api_base": f"http://127.0.0.1:{mock_port}/v1", "api_key": "none"}
     listed = {"model_list": [{"model_name": MODEL, "litellm_params": target}], "general_settings": {"master_key": key}}
@@ -150,7 +150,7 @@ def litellm(python: str, mock_port: int, folder: Path) -> Iterator[Subject]:
 
 @contextmanager
 def all_of_them(tools: Tools, folder: Path, litellm_python: str = "") -> Iterator[tuple[list[Subject], Subject]]:
-    """The gateway first; and the mock itself, to know what everything takes without anybody between."""
+    """The gateway first, then the others; and the mock itself, for direct requests."""
     has_nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is not None
     with ExitStack() as stack:
         mock_port = stack.enter_context(mock(tools, folder))

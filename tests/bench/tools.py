@@ -1,4 +1,4 @@
-"""The mock backend and the load generator, built from C, and the cores that everything runs on."""
+"""The mock backend and the load generator, built from C, and the choice of cores."""
 
 import json
 import os
@@ -18,7 +18,7 @@ DISTURBED_PERCENT = 5.0
 
 
 class CannotMeasure(Exception):
-    """Says what is missing and what to do."""
+    """The message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def pinned(core: int, command: Sequence[str]) -> list[str]:
 
 
 def stay_off_the_subjects_core() -> bool:
-    """For this process and all that it starts, the stores among them."""
+    """For this process and all its children, with the stores."""
     if not {SUBJECT_CORE, OTHER_CORE} <= CORES:
         return False
     os.sched_setaffinity(0, {OTHER_CORE})
@@ -52,7 +52,7 @@ def stay_off_the_subjects_core() -> bool:
 
 
 def load(tools: Tools, port: int, key: str, pids: Sequence[int], *options: str) -> dict[str, Any]:
-    """One run of the load generator: its JSON line, times in microseconds. The key goes in where `ps` does not show it."""
+    """One run of the load generator: its JSON output, with times in microseconds. `ps` must not show the key."""
     watched = ["-P", ",".join(map(str, pids))] if pids else []
     keys = ["-k", "/dev/stdin"] if key else []
     command = pinned(OTHER_CORE, [tools.loadgen, "-u", f"127.0.0.1:{port}", *keys, *watched, *options])

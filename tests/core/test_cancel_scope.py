@@ -59,5 +59,5 @@ async def _cancelled_from_outside() -> None:
 
 
 @pytest.mark.parametrize("story", [_deadlines, _nesting, _cancelled_from_outside])
-def test_scopes(story: Callable[[], object]) -> None:
+def test_scopes_nest_and_end_with_their_own_reason(story: Callable[[], object]) -> None:
     asyncio.run(story())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The quick reading of a client's JSON is as strict as a slow one, and no body holds the process for long."""
+"""The fast parser of clients' JSON is as strict as a slow one, and no body blocks the process for long."""
 
 import json
 import time
@@ -25,7 +25,7 @@ TEXTS = st.text(alphabet='ab:,"\\[{\u00e9', max_size=4)
 
 
 class Pairs(list[Any]):
-    """An object as its pairs, so that a key may stand twice."""
+    """An object as pairs, so that a key may occur twice."""
 
 
 VALUES = st.recursive(
@@ -45,7 +45,7 @@ def written(value: Any, *, escaped: bool) -> str:
 
 
 def slowly(body: bytes) -> object:
-    """The strict decoder alone, with every hook."""
+    """The strict decoder by itself, with every hook."""
     try:
         value = strict_json._decode(body.decode())
     except (ValueError, BadRequest):
@@ -62,21 +62,21 @@ def quickly(body: bytes) -> object:
 
 @given(VALUES, st.booleans())
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-def test_as_strict_as_the_slow_decoder(value: Any, escaped: bool) -> None:
+def test_it_is_as_strict_as_the_slow_decoder(value: Any, escaped: bool) -> None:
     body = f'{{"x": {written(value, escaped=escaped)}}}'.encode()
     assert quickly(body) == slowly(body)
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12))
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-def test_as_strict_on_what_is_hardly_json(pieces: list[str]) -> None:
+def test_it_is_as_strict_on_text_that_is_nearly_json(pieces: list[str]) -> None:
     for body in ("".join(pieces).encode(), f'{{"x":[{",".join(pieces)}]}}'.encode(), f"{{{':1,'.join(pieces)}:1}}".encode()):
         assert quickly(body) == slowly(body)
 
 
-def test_what_is_lost_in_a_large_body_is_refused_without_the_slow_decoder() -> None:
+def test_duplicates_in_a_large_body_are_refused_without_the_slow_decoder() -> None:
     many = "1," * 20_000
-    for rest, told in (
+    for rest, message in (
         ('"a":1,"a":2', "twice"),
         ('"a":1,"a":"\\u003a"', "twice"),
         ('"a":9223372036854775808', "out of range"),
@@ -84,11 +84,11 @@ def test_what_is_lost_in_a_large_body_is_refused_without_the_slow_decoder() -> N
         ('"a":1e400', "not valid JSON"),
         ('"a":' + "[" * 300 + "]" * 300, "nested too deeply"),
     ):
-        with pytest.raises(BadRequest, match=told):
+        with pytest.raises(BadRequest, match=message):
             strict_json.read_object(f'{{"x":[{many}1],{rest}}}'.encode())
 
 
-def test_honest_bodies_pass() -> None:
+def test_valid_bodies_pass() -> None:
     context = list(range(100_000, 200_000))
     code = 'if (a[0], {b: "c"}): \\ "quoted", ' * 20_000
     body = {"context": context, "code": code, "seed": 2**63 - 1, "id": "12345678901234567890123", "twice": "a\\u003a:"}
@@ -97,12 +97,12 @@ def test_honest_bodies_pass() -> None:
 
 
 @pytest.mark.parametrize("unit", ["1,", "{},", '{"":1},', '"",', "[],"])
-def test_a_body_of_too_many_values_is_refused_before_it_is_read(unit: str) -> None:
+def test_a_body_with_too_many_values_is_refused_before_parsing(unit: str) -> None:
     with pytest.raises(BadRequest, match="more than 300000 values"):
         strict_json.read_object(f'{{"x":[{unit * 700_000}1]}}'.encode())
 
 
-def test_numbers_are_read_many_times_quicker_than_with_hooks() -> None:
+def test_numbers_are_parsed_much_faster_than_with_hooks() -> None:
     body = b'{"x":[' + b"1," * 100_000 + b"1]}"
 
     def quickest(read: Any) -> float:

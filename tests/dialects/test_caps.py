@@ -1,4 +1,4 @@
-"""What is sent to a backend is what was read, and no spelling of a wish lets an answer grow past the cap."""
+"""A backend is sent what was parsed, and no spelling of a limit lets an answer exceed the cap."""
 
 import json
 
@@ -27,11 +27,11 @@ def sent(dialect: Dialect, path: str, body: dict[str, object], kind: Kind) -> di
 
 @pytest.mark.parametrize("wish", ABSURD)
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
-def test_native_wishes_outside_the_cap_become_the_cap(path: str, wish: object) -> None:
+def test_ollama_limits_outside_the_cap_become_the_cap(path: str, wish: object) -> None:
     assert sent(Ollama(), path, {"options": {"num_predict": wish}}, "ollama")["options"] == {"num_predict": CAP}
 
 
-def test_native_options_are_kept_and_made_where_missing() -> None:
+def test_ollama_options_are_kept_or_created() -> None:
     assert sent(Ollama(), "/api/chat", {}, "ollama")["options"] == {"num_predict": CAP}
     assert sent(Ollama(), "/api/chat", {"options": None}, "ollama")["options"] == {"num_predict": CAP}
     given_options = {"num_predict": 7, "temperature": 0.5}
@@ -41,7 +41,7 @@ def test_native_options_are_kept_and_made_where_missing() -> None:
 @pytest.mark.parametrize("wish", ABSURD)
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_every_spelling_is_clamped_for_every_kind(path: str, field: str, wish: object) -> None:
+def test_every_spelling_of_the_limit_is_capped_for_every_kind(path: str, field: str, wish: object) -> None:
     for_ollama = sent(OpenAI(), path, {field: wish}, "ollama")
     assert for_ollama["max_tokens"] == CAP
     assert not {"max_completion_tokens", "max_new_tokens", "n_predict"} & set(for_ollama)
@@ -50,7 +50,7 @@ def test_every_spelling_is_clamped_for_every_kind(path: str, field: str, wish: o
     assert not {"max_new_tokens", "n_predict"} & set(for_others)
 
 
-def test_the_smallest_wish_counts() -> None:
+def test_the_smallest_limit_counts() -> None:
     body: dict[str, object] = {"max_tokens": 50, "max_completion_tokens": 20, "n_predict": -1}
     assert sent(OpenAI(), "/v1/chat/completions", body, "openai")["max_tokens"] == 20
 
@@ -81,17 +81,17 @@ def test_no_combination_exceeds_the_cap(wishes: dict[str, object], choices: int)
 
 
 @pytest.mark.parametrize("wish", ABSURD)
-def test_a_wish_that_was_cut_is_said_and_others_are_not(wish: object) -> None:
+def test_a_reduced_limit_is_in_a_header_and_others_are_not(wish: object) -> None:
     native = call_of(Ollama(), "/api/chat", {"options": {"num_predict": wish}})
-    spoken = call_of(OpenAI(), "/v1/chat/completions", {"max_completion_tokens": wish, "n": 4})
+    openai = call_of(OpenAI(), "/v1/chat/completions", {"max_completion_tokens": wish, "n": 4})
     beside = call_of(OpenAI(), "/v1/chat/completions", {"max_completion_tokens": wish, "max_tokens": CAP})
-    for call in (native, spoken, beside):
+    for call in (native, openai, beside):
         call.body_for("ollama", "a:latest", CAP)
     is_cut = wish is not None
-    assert (native.capped, spoken.capped, beside.capped) == (CAP * is_cut, CAP // 4 * is_cut, 0)
+    assert (native.capped, openai.capped, beside.capped) == (CAP * is_cut, CAP // 4 * is_cut, 0)
 
 
-def test_who_names_no_bound_leaves_room_for_the_prompt_where_a_server_refuses_what_does_not_fit() -> None:
+def test_without_a_limit_the_prompt_has_room_in_the_context() -> None:
     for context, wish, most in [(0, None, CAP), (40, None, 10), (40, 30, 30), (3, None, CAP), (10**6, None, CAP)]:
         call = call_of(OpenAI(), "/v1/chat/completions", {"max_tokens": wish})
         call.context = context
@@ -99,10 +99,10 @@ def test_who_names_no_bound_leaves_room_for_the_prompt_where_a_server_refuses_wh
         assert call.capped == 0
 
 
-def test_the_models_name_is_sent_plainly() -> None:
+def test_the_models_name_is_sent_in_a_plain_spelling() -> None:
     for asked, kept in [("a", "a"), ("a:latest", "a:latest"), ("A", "A"), ("library/a", "a:latest"), ("a:local", "a:latest")]:
         operation = Ollama().operations[0]
         body = json.dumps({"model": asked, "messages": []}).encode()
         assert json.loads(read_call(Ollama(), operation, body).body_for("ollama", "a:latest", CAP))["model"] == kept
-    spoken = call_of(OpenAI(), "/v1/chat/completions", {})
-    assert json.loads(spoken.body_for("openai", "A", CAP))["model"] == "A"
+    openai = call_of(OpenAI(), "/v1/chat/completions", {})
+    assert json.loads(openai.body_for("openai", "A", CAP))["model"] == "A"

@@ -1,4 +1,4 @@
-"""What leaves is of the dialect's own types, and no browser may take it for anything else."""
+"""Answers have the content types of the dialect, and no browser may take them for anything else."""
 
 import socket
 
@@ -26,13 +26,13 @@ def recorded(way: Way) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "told", ["text/html", "image/svg+xml; charset=utf-8", "application/json; charset=utf-7", "", "x" * 500]
+    "reported", ["text/html", "image/svg+xml; charset=utf-8", "application/json; charset=utf-7", "", "x" * 500]
 )
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_another_type_of_a_backend_becomes_the_dialects_own(
-    gateway: RunningGateway, alpha: FakeBackend, way: Way, told: str
+def test_unknown_content_types_become_the_dialects_own(
+    gateway: RunningGateway, alpha: FakeBackend, way: Way, reported: str
 ) -> None:
-    typed = [("Content-Type", told)] if told else []
+    typed = [("Content-Type", reported)] if reported else []
     alpha.play(way.path, [Head(200, typed, chunked=True), Piece(recorded(way)), End()])
     with gateway.http(gateway.key()) as client:
         got = client.post(way.path, json=way.body)
@@ -40,30 +40,30 @@ def test_another_type_of_a_backend_becomes_the_dialects_own(
     assert got.headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_dialects_types_stay_as_they_were_told(gateway: RunningGateway, alpha: FakeBackend) -> None:
-    """Ollama answers a call that only loads a model with one JSON object, also where a stream was asked for."""
+def test_known_content_types_stay_as_reported(gateway: RunningGateway, alpha: FakeBackend) -> None:
+    """Ollama answers a request that only loads a model with one JSON object, even if a stream was requested."""
     with gateway.http(gateway.key()) as client:
-        for way, told in [(WAYS[1], "application/json; charset=utf-8"), (WAYS[3], "text/event-stream;charset=UTF-8")]:
-            alpha.play(way.path, [Head(200, [("Content-Type", told)], chunked=True), Piece(recorded(way)), End()])
-            assert client.post(way.path, json=way.body).headers["content-type"] == told
+        for way, reported in [(WAYS[1], "application/json; charset=utf-8"), (WAYS[3], "text/event-stream;charset=UTF-8")]:
+            alpha.play(way.path, [Head(200, [("Content-Type", reported)], chunked=True), Piece(recorded(way)), End()])
+            assert client.post(way.path, json=way.body).headers["content-type"] == reported
 
 
-@pytest.mark.parametrize(("status", "told"), [(200, 502), (502, 502), (302, 502), (404, 404), (403, 403)])
-def test_a_page_in_place_of_an_answer_is_passed_on_nowhere(
-    gateway: RunningGateway, alpha: FakeBackend, status: int, told: int
+@pytest.mark.parametrize(("status", "expected"), [(200, 502), (502, 502), (302, 502), (404, 404), (403, 403)])
+def test_a_page_instead_of_an_answer_is_not_passed_on(
+    gateway: RunningGateway, alpha: FakeBackend, status: int, expected: int
 ) -> None:
     with gateway.http(gateway.key(flags=(ADMIN_MODELS,))) as client:
         for kind in (HTML, PLAIN):
             alpha.play("/api/pull", answer(status, PAGE, kind))
             got = client.post("/api/pull", json={"model": "x"})
-            assert (got.status_code, got.headers["content-type"]) == (told, "application/json")
+            assert (got.status_code, got.headers["content-type"]) == (expected, "application/json")
             assert b"<" not in got.content and got.json()["error"]
         alpha.play("/api/chat", answer(422, PAGE, HTML))
         got = client.post("/api/chat", json=WAYS[0].body)
         assert (got.status_code, got.headers["content-type"]) == (422, "application/json") and b"<" not in got.content
 
 
-def test_every_answer_says_that_it_is_not_to_be_guessed_at(gateway: RunningGateway) -> None:
+def test_every_answer_forbids_content_sniffing(gateway: RunningGateway) -> None:
     paths = ["/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/playground", "/dashboard", "/nowhere"]
     paths += ["/api/tags", "/api/ps", "/api/version", "/v1/models", "/v1/models/absent", "/admin/v1/keys", "/v1/nowhere"]
     with gateway.http(gateway.key()) as client:
@@ -72,13 +72,13 @@ def test_every_answer_says_that_it_is_not_to_be_guessed_at(gateway: RunningGatew
         answers.append(client.options("/api/chat", headers={"Origin": "http://x"}))
     with gateway.http() as client:
         answers.append(client.get("/v1/models"))
-    told = {str(got.url): got.headers.get_list("x-content-type-options") for got in answers}
-    assert {url: values for url, values in told.items() if values != ["nosniff"]} == {}
+    found = {str(got.url): got.headers.get_list("x-content-type-options") for got in answers}
+    assert {url: values for url, values in found.items() if values != ["nosniff"]} == {}
     assert answers[3].status_code == 200 and answers[9].status_code == 200
 
 
-def test_a_head_that_splits_into_two_is_none(gateway: RunningGateway, alpha: FakeBackend) -> None:
-    """A backend's header never ends a line of ours."""
+def test_a_header_with_a_line_break_is_refused(gateway: RunningGateway, alpha: FakeBackend) -> None:
+    """A backend's header never ends one of the gateway's header lines."""
     alpha.play(
         "/api/chat", [Raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\rX-Evil: 1\r\nContent-Length: 2\r\n\r\n{}")]
     )

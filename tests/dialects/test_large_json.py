@@ -1,4 +1,4 @@
-"""What is read of an answer that is too large to be read whole: its outermost fields, as if it had been."""
+"""Of an answer that is too large to be parsed the outermost fields are read, with the same values."""
 
 import json
 import time
@@ -15,7 +15,7 @@ LONG: list[Any] = ["x" * FILL, [[]] * FILL, [{"usage": {"prompt_tokens": 9}, "er
 
 @pytest.mark.parametrize("value", LONG, ids=["text", "lists", "objects", "object"])
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")], ids=["tight", "loose"])
-def test_the_outermost_fields_are_those_of_the_whole(value: Any, separators: tuple[str, str]) -> None:
+def test_the_outermost_fields_equal_those_of_the_parsed_answer(value: Any, separators: tuple[str, str]) -> None:
     small = {"done": True, "usage": {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}}}
     other = {"model": 'a"b\\', "id": None, "created": 5}
     for fields in ({**other, "data": value, **small}, {"data": value, **small}, {**small, **other, "data": value}):
@@ -23,7 +23,7 @@ def test_the_outermost_fields_are_those_of_the_whole(value: Any, separators: tup
         assert found == {**fields, "data": True}
 
 
-def test_small_answers_are_read_whole() -> None:
+def test_small_answers_are_parsed_completely() -> None:
     assert large_json.read(b'{"a":[1,{"b":[]}]}') == {"a": [1, {"b": []}]}
     for text in (b"", b"{", b"[" * 2000, b"nonsense", b'{"a":1}{}'):
         with pytest.raises(ValueError, match=r".*"):
@@ -31,7 +31,7 @@ def test_small_answers_are_read_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ['"usage":', '{"usage":{"prompt_tokens":7}}', '\\"usage\\":{\\"x\\":1}}', ',"error":"x"}'])
-def test_what_stands_in_texts_is_no_field(name: str) -> None:
+def test_text_inside_strings_is_not_a_field(name: str) -> None:
     data = json.dumps({"content": name * (FILL // 5), "done": True}).encode()
     assert large_json.read(data) == {"content": True, "done": True}
 
@@ -41,14 +41,14 @@ def test_several_answers_in_a_list() -> None:
 
 
 @pytest.mark.parametrize("data", [b"{" + b"x" * FILL, b'"' + b"x" * FILL + b'"', b"[" * FILL, b"<html>" + b"}" * FILL])
-def test_what_does_not_begin_and_end_as_an_answer_is_none(data: bytes) -> None:
+def test_text_that_does_not_begin_and_end_like_an_answer_is_not_one(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
         large_json.read(data)
 
 
 @pytest.mark.parametrize("piece", [b"[],", b'"a":1,', b'"a":{"a":', b"\\", b'"', b"{}", b'"usage":[],', b" ", b'{"', b'\\"'])
-def test_no_answer_takes_long(piece: bytes) -> None:
-    """Reading fifteen megabytes of small lists whole takes seconds."""
+def test_no_large_answer_takes_long(piece: bytes) -> None:
+    """To parse fifteen megabytes of small lists takes seconds."""
     data = b'{"a":' + piece * (15 * 2**20 // len(piece)) + b"}"
     began = time.process_time()
     with suppress(ValueError):

@@ -1,4 +1,4 @@
-"""What a request costs: the backend's own count, asked for where a stream would not carry it, guessed where there is none."""
+"""Token counts of a request: the backend's, requested if a stream would not have them, or an estimate if there are none."""
 
 import random
 import re
@@ -32,13 +32,13 @@ VOLATILE = re.compile(rb'"created":\d+')
 
 @pytest.fixture(params=["ollama", "openai"])
 def backend(request: pytest.FixtureRequest) -> Iterator[FakeBackend]:
-    with FakeBackend(kind=request.param, models=["llama3.2:latest"], name="alpha") as played:
-        yield played
+    with FakeBackend(kind=request.param, models=["llama3.2:latest"], name="alpha") as backend:
+        yield backend
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("options", [None, {"include_usage": False}, {}], ids=str)
-def test_counts_are_asked_for_and_left_out_again(
+def test_counts_are_requested_and_removed_again(
     start_gateway: StartGateway, backend: FakeBackend, route: str, options: dict[str, bool] | None
 ) -> None:
     gateway = start_gateway(backend)
@@ -55,7 +55,7 @@ def test_counts_are_asked_for_and_left_out_again(
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_counts_that_were_asked_for_stay(start_gateway: StartGateway, backend: FakeBackend, route: str) -> None:
+def test_counts_that_the_caller_requested_stay(start_gateway: StartGateway, backend: FakeBackend, route: str) -> None:
     gateway = start_gateway(backend)
     asked = {**STREAMED, "model": "llama3.2:latest", "stream_options": {"include_usage": True}}
     with gateway.http() as direct, gateway.http(gateway.key()) as client:
@@ -63,10 +63,10 @@ def test_counts_that_were_asked_for_stay(start_gateway: StartGateway, backend: F
     assert VOLATILE.sub(b"", got.content) == VOLATILE.sub(b"", plain.content) and b'"usage"' in got.content
 
 
-def test_words_that_look_like_counts_stay(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_text_that_resembles_counts_stays(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
-    said = ',"usage":null {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}'
-    choice = {"index": 0, "delta": {"content": said}}
+    text = ',"usage":null {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}'
+    choice = {"index": 0, "delta": {"content": text}}
     chunk: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "model": MODEL, "choices": [choice]}
     last = {**chunk, "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16}}
     alpha.play("/v1/chat/completions", stream(sse([chunk, last])))
@@ -76,7 +76,7 @@ def test_words_that_look_like_counts_stay(start_gateway: StartGateway, alpha: Fa
     assert gateway.audit_rows()[0]["completion_tokens"] == 9
 
 
-def test_a_whole_answer_is_not_asked_for_counts(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_counts_are_not_requested_for_whole_answers(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         assert client.post("/v1/chat/completions", json={**STREAMED, "stream": False}).status_code == 200
@@ -84,7 +84,7 @@ def test_a_whole_answer_is_not_asked_for_counts(start_gateway: StartGateway, alp
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_without_counts_they_are_guessed(start_gateway: StartGateway, alpha: FakeBackend, streamed: bool) -> None:
+def test_missing_counts_are_estimated(start_gateway: StartGateway, alpha: FakeBackend, streamed: bool) -> None:
     gateway = start_gateway(alpha)
     records = [{"model": MODEL, "message": {"role": "assistant", "content": f"word {n}"}, "done": False} for n in range(9)]
     last = {"model": MODEL, "message": {"role": "assistant", "content": "one two three four"}, "done": True}
@@ -96,7 +96,7 @@ def test_without_counts_they_are_guessed(start_gateway: StartGateway, alpha: Fak
     assert row["completion_tokens"] == (10 if streamed else 5)
 
 
-def test_legacy_embeddings_are_guessed(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_counts_of_legacy_embeddings_are_estimated(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         client.post("/api/embeddings", json={"model": MODEL, "prompt": "x" * 400})
@@ -106,7 +106,7 @@ def test_legacy_embeddings_are_guessed(start_gateway: StartGateway, alpha: FakeB
     assert (second["prompt_tokens"], second["completion_tokens"], second["tokens_from"]) == (3, 0, "reported")
 
 
-def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_client_that_leaves_pays_for_what_it_received(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces, alpha.healthy.pause_s = 200, 0.02
     with gateway.http(gateway.key()) as client, client.stream("POST", "/api/chat", json=WAYS[1].body) as got:
@@ -129,7 +129,7 @@ def test_a_client_that_leaves_pays_for_what_it_had(start_gateway: StartGateway, 
     ],
     ids=str,
 )
-def test_who_does_not_wait_for_a_whole_answer_pays_for_what_was_made(
+def test_a_client_that_leaves_before_a_whole_answer_pays_for_what_was_made(
     start_gateway: StartGateway,
     alpha: FakeBackend,
     monkeypatch: pytest.MonkeyPatch,
@@ -148,7 +148,7 @@ def test_who_does_not_wait_for_a_whole_answer_pays_for_what_was_made(
     assert (row["outcome"], row["tokens_from"], row["completion_tokens"]) == ("client_gone", "partial", made)
 
 
-def test_what_was_made_of_an_answer_is_a_matter_of_the_time_at_the_last_backend() -> None:
+def test_an_unfinished_answer_is_estimated_from_the_time_at_the_last_backend() -> None:
     record = Record(
         "id", "id", "POST", need=tokens.Need(6, None, answers=2), upstream_s=5.0, was_sent=True, outcome="client_gone"
     )
@@ -160,14 +160,14 @@ def test_what_was_made_of_an_answer_is_a_matter_of_the_time_at_the_last_backend(
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/completions"])
-def test_a_long_frame_counts_for_what_it_says(start_gateway: StartGateway, alpha: FakeBackend, path: str) -> None:
+def test_a_long_frame_counts_by_its_text(start_gateway: StartGateway, alpha: FakeBackend, path: str) -> None:
     gateway = start_gateway(alpha, MAX_NUM_PREDICT="10000")
     text, padding = "word " * 4000, {"logprobs": ["x" * 3000]}
     kind = "application/x-ndjson" if path == "/api/chat" else "text/event-stream"
     with gateway.http(gateway.key(tpm=UNLIMITED)) as client:
-        for said in (text, "a"):
-            message = {"role": "assistant", "content": said}
-            choice = {"text": said, **padding} if path == "/v1/completions" else {"delta": message, **padding}
+        for content in (text, "a"):
+            message = {"role": "assistant", "content": content}
+            choice = {"text": content, **padding} if path == "/v1/completions" else {"delta": message, **padding}
             value = {"model": MODEL, "message": message, **padding, "choices": [choice]}
             last = {"done": True, "choices": [{"index": 0, "finish_reason": "stop"}]}
             frames = ndjson([value, last]) if path == "/api/chat" else sse([value, last])
@@ -178,7 +178,7 @@ def test_a_long_frame_counts_for_what_it_says(start_gateway: StartGateway, alpha
     assert long["completion_tokens"] >= len(text) // 4 and short["completion_tokens"] <= 3
 
 
-def test_no_word_of_a_backend_costs_more_than_it_was_asked_for(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_no_count_of_a_backend_exceeds_the_requested_limit(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MAX_NUM_PREDICT="100")
     record = {"model": MODEL, "message": {"role": "assistant", "content": "hi"}, "done": False}
     counts = {"done": True, "done_reason": "stop", "prompt_eval_count": 2**53, "eval_count": 2**53}
@@ -197,21 +197,21 @@ def test_no_word_of_a_backend_costs_more_than_it_was_asked_for(start_gateway: St
     ("text", "least", "most"),
     [("", 0, 0), ("word " * 100, 100, 150), ("слово " * 50, 250, 320), ("你好世界" * 25, 100, 100), ("a", 1, 1)],
 )
-def test_guesses_are_of_the_right_size(text: str, least: int, most: int) -> None:
+def test_estimates_are_of_the_right_size(text: str, least: int, most: int) -> None:
     assert least <= tokens.of_text(text) <= most
 
 
-def test_the_overshoot_is_bounded_by_what_was_in_flight(start_gateway: StartGateway, alpha: FakeBackend) -> None:
-    """A backend that says much more than it did until now: each call in flight may exceed its reserve, no other gets in."""
+def test_the_excess_is_bounded_by_the_requests_in_flight(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    """A backend that suddenly answers with much more: each request in flight may exceed its reserve, no other is admitted."""
     most, tpm, at_once = 300, 2000, 6
     gateway = start_gateway(alpha, MAX_NUM_PREDICT=str(most))
     chance = random.Random(2)
 
     def script(request: Received) -> list[Step]:
-        said = chance.choice([10, most])
+        count = chance.choice([10, most])
         assert request.json["options"]["num_predict"] == most
         done = {"model": MODEL, "message": {"role": "assistant", "content": "x"}, "done": True}
-        return answer(200, compact({**done, "prompt_eval_count": 6, "eval_count": said}))
+        return answer(200, compact({**done, "prompt_eval_count": 6, "eval_count": count}))
 
     alpha.play("/api/chat", script)
     key = gateway.key(tpm=tpm, concurrent=at_once, day=10**12)
@@ -230,7 +230,7 @@ def test_the_overshoot_is_bounded_by_what_was_in_flight(start_gateway: StartGate
     assert tpm - most - 6 < spent <= tpm + at_once * most
 
 
-def test_a_named_bound_is_never_overshot(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_requested_limit_is_never_exceeded(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces = 50
     with gateway.http(gateway.key(tpm=500)) as client:
@@ -240,7 +240,7 @@ def test_a_named_bound_is_never_overshot(start_gateway: StartGateway, alpha: Fak
     assert 400 < spent <= 500
 
 
-def test_budgets_are_known_after_redis_has_lost_everything(
+def test_budgets_survive_the_loss_of_all_data_in_redis(
     start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores
 ) -> None:
     gateway = start_gateway(alpha)
@@ -255,7 +255,9 @@ def test_budgets_are_known_after_redis_has_lost_everything(
     assert len(gateway.audit_rows()) == before + 1
 
 
-def test_scripts_that_redis_forgot_are_told_again(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
+def test_scripts_that_redis_has_lost_are_loaded_again(
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores
+) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key(rpm=3)) as client, stores.client() as redis:
         statuses = []
@@ -285,18 +287,18 @@ WORDS = b'{"model":"m","choices":[{"index":0,"delta":{"content":"hi"},"finish_re
     ],
     ids=["alone", "null choices", "no choices", "zeros", "null first", "null with blanks", "an error", "no usage at all"],
 )
-def test_counts_nobody_asked_for_are_taken_out_whatever_their_form(sent: bytes, shown: bytes | None) -> None:
+def test_unrequested_counts_are_removed_in_any_form(sent: bytes, shown: bytes | None) -> None:
     dialect = OpenAI()
     assert dialect.without_usage(b"data: " + sent + b"\n\n") == (b"" if shown is None else b"data: " + shown + b"\n\n")
 
 
-def test_of_many_events_those_for_counts_alone_are_taken_out_and_no_other() -> None:
-    """With any end of an event, and one whose words are too many to be looked at keeps them."""
+def test_only_events_with_nothing_but_counts_are_removed() -> None:
+    """With any end of an event; an event that is too large to be examined keeps them."""
     for end in (b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\r", b"\n\r"):
-        alone, words = b'data: {"choices":[],"usage":' + COUNTS + b"}" + end, b"data: " + WORDS + end
+        counts, words = b'data: {"choices":[],"usage":' + COUNTS + b"}" + end, b"data: " + WORDS + end
         waiting, named = b'data: {"usage":null,' + WORDS[1:] + end, b'data: {"choices":[{"text":"usage"}]}' + end
         long = b'data: {"choices":[{"delta":{"content":"' + b"x" * 20_000 + b'"}}],"usage":' + COUNTS + b"}" + end
-        sent = alone + words + waiting + b": usage" + end + long + named + alone + words + alone
+        sent = counts + words + waiting + b": usage" + end + long + named + counts + words + counts
         shown = OpenAI().without_usage(sent + b"data: [DONE]" + end)
         assert shown == words + words + b": usage" + end + long + named + words + b"data: [DONE]" + end
         assert OpenAI().without_usage(sent.replace(long, b"")) == words + words + b": usage" + end + named + words
@@ -368,7 +370,7 @@ def words(value: Any) -> str:
 
 
 @pytest.mark.parametrize(("path", "body"), HIDDEN, ids=[f"{path} {words(body)}" for path, body in HIDDEN])
-def test_text_counts_wherever_it_stands(path: str, body: dict[str, Any]) -> None:
+def test_text_counts_in_any_field(path: str, body: dict[str, Any]) -> None:
     assert OF_TEXT <= need_of(path, body) <= OF_TEXT * 1.1
 
 
@@ -402,11 +404,13 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "word " *
     ],
     ids=lambda value: words(value) if isinstance(value, dict) else "",
 )
-def test_honest_requests_cost_what_they_are(path: str, body: dict[str, Any], tokens_at_most: int, tokens_at_least: int) -> None:
+def test_ordinary_requests_have_realistic_estimates(
+    path: str, body: dict[str, Any], tokens_at_most: int, tokens_at_least: int
+) -> None:
     assert tokens_at_least <= need_of(path, body) <= tokens_at_most
 
 
-def test_who_leaves_first_pays_for_what_was_sent(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_client_that_leaves_first_pays_for_what_was_sent(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces, alpha.healthy.pause_s = 200, 0.02
     message: dict[str, Any] = SAY_HI[0]
@@ -418,7 +422,7 @@ def test_who_leaves_first_pays_for_what_was_sent(start_gateway: StartGateway, al
     assert billed == [("client_gone", "partial", True)] * 2
 
 
-def test_frames_of_many_tokens_are_not_asked_for() -> None:
+def test_frames_of_many_tokens_are_not_requested() -> None:
     dialect = OpenAI()
     call = read_call(dialect, dialect.operations[0], strict_json.write({**STREAMED, "stream_interval": 1000}))
     assert strict_json.read_object(call.body_for("openai", MODEL, 100)).keys() & {"stream", "stream_interval"} == {"stream"}
@@ -459,7 +463,7 @@ COMPLETE = {"messages": SAY_HI, "prompt": "hi", "input": "hi"}
 
 
 @pytest.mark.parametrize("beyond", BEYOND, ids=words)
-def test_what_reaches_beyond_the_model_is_refused_on_every_route(beyond: dict[str, Any]) -> None:
+def test_fields_that_reach_beyond_the_model_are_refused_on_every_route(beyond: dict[str, Any]) -> None:
     for dialect in (Ollama(), OpenAI()):
         for operation in dialect.operations:
             body = {"model": "a", **COMPLETE, **beyond}
@@ -467,10 +471,10 @@ def test_what_reaches_beyond_the_model_is_refused_on_every_route(beyond: dict[st
                 read_call(dialect, operation, strict_json.write(body))
 
 
-def test_what_says_nothing_is_not_refused() -> None:
-    unsaid: dict[str, Any] = {"draft_model": None, "id_slot": -1, "lora": [], "models": [], "vllm_xargs": {"mine": 1}}
-    unsaid |= {"priority": 0, "extra_body": {"n": None, "priority": None, "extra_args": {}}, "sampling_params": None}
-    assert need_of("/v1/chat/completions", {"messages": SAY_HI, **unsaid}) < 40
+def test_empty_values_of_such_fields_are_accepted() -> None:
+    unset: dict[str, Any] = {"draft_model": None, "id_slot": -1, "lora": [], "models": [], "vllm_xargs": {"mine": 1}}
+    unset |= {"priority": 0, "extra_body": {"n": None, "priority": None, "extra_args": {}}, "sampling_params": None}
+    assert need_of("/v1/chat/completions", {"messages": SAY_HI, **unset}) < 40
 
 
 def test_extras_may_be_nested_as_deeply_as_a_body() -> None:
@@ -481,8 +485,8 @@ def test_extras_may_be_nested_as_deeply_as_a_body() -> None:
         need_of("/v1/chat/completions", {"messages": SAY_HI, **deep})
 
 
-def test_counting_is_in_proportion_to_reading() -> None:
-    """On the way of every request, in one walk: it grows with the text, whatever its form. Reading itself is the C parser's."""
+def test_estimating_takes_time_in_proportion_to_parsing() -> None:
+    """Each request is estimated in one pass whose time grows with the text, whatever its form; parsing is done in C."""
     small: list[Any] = [[], {}, "a", 1, None, {"a": ["b"]}]
     for value in ([*small] * 300, [[[[1]]]] * 300, {str(number): small for number in range(300)}):
         message = {"role": "user", "content": [{"type": "text", "x": value}] * 2, "y": value}
@@ -494,7 +498,7 @@ def test_counting_is_in_proportion_to_reading() -> None:
             strict_json.read_object(raw)
             reading.append(time.thread_time() - began)
             began = time.thread_time()
-            for name, said in body.items():
-                tokens.of_input(said) if name in ("prompt", "input") else tokens.of_field(name, said)
+            for name, each in body.items():
+                tokens.of_input(each) if name in ("prompt", "input") else tokens.of_field(name, each)
             counting.append(time.thread_time() - began)
         assert min(counting) < 10 * min(reading)

@@ -23,7 +23,7 @@ from gateway.edge.client_address import TrustedProxies
         ("::ffff:10.0.0.1", "203.0.113.9", "203.0.113.9"),
     ],
 )
-def test_the_clients_address(peer: str, forwarded: str, client: str) -> None:
+def test_the_client_is_the_last_untrusted_address(peer: str, forwarded: str, client: str) -> None:
     scope = {"client": (peer, 1), "headers": [(b"x-forwarded-for", forwarded.encode())]}
     assert TrustedProxies(["10.0.0.0/8"]).client_of(scope) == client
 

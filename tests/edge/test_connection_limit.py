@@ -1,4 +1,4 @@
-"""Idle clients take nobody else's place: neither that of a request nor that of the question whether the gateway is alive."""
+"""Idle clients do not keep others out: neither requests nor health checks."""
 
 import socket
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def held() -> Iterator[ExitStack]:
 
 
 def ask(connection: socket.socket, path: bytes) -> bytes:
-    """The answer's first bytes; none where the connection has ended."""
+    """The first bytes of the answer; none if the connection has ended."""
     with suppress(ConnectionError):
         connection.sendall(GET % path)
         return connection.recv(65_536)
@@ -44,7 +44,7 @@ def ask(connection: socket.socket, path: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /he", GET % b"/first"], ids=["nothing", "half a head", "a request before"])
-def test_those_idle_for_longest_give_way(echo: EchoServer, held: ExitStack, sent: bytes) -> None:
+def test_connections_that_were_idle_for_longest_are_closed(echo: EchoServer, held: ExitStack, sent: bytes) -> None:
     connections = []
     for _ in range(5 * MOST):
         connections.append(connection := held.enter_context(echo.connect()))
@@ -59,7 +59,7 @@ def test_those_idle_for_longest_give_way(echo: EchoServer, held: ExitStack, sent
 
 
 @pytest.mark.parametrize("owed", ["of a length", "chunked", "trailers", "not read"])
-def test_who_has_an_answer_and_owes_its_body_or_does_not_read_gives_way(echo: EchoServer, held: ExitStack, owed: str) -> None:
+def test_clients_that_owe_a_body_or_do_not_read_are_closed_first(echo: EchoServer, held: ExitStack, owed: str) -> None:
     head = b"POST /ignore HTTP/1.1\r\nHost: x\r\n"
     sent = {
         "of a length": head + b"Content-Length: 1000\r\n\r\nx",
@@ -79,7 +79,7 @@ def test_who_has_an_answer_and_owes_its_body_or_does_not_read_gives_way(echo: Ec
     until(lambda: ask(held.enter_context(echo.connect()), b"/next").startswith(b"HTTP/1.1 200"), 5)
 
 
-def test_requests_behind_unread_answers_hold_no_more_than_all_may(
+def test_requests_behind_unread_answers_are_bounded_in_total(
     echo: EchoServer, held: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.edge.connection_limit.MOST_HELD_BY_ALL", 1_500_000)
@@ -99,7 +99,7 @@ def test_requests_behind_unread_answers_hold_no_more_than_all_may(
     assert echo.held_bytes == 0
 
 
-def test_where_none_is_idle_the_gateway_is_still_alive(echo: EchoServer, held: ExitStack) -> None:
+def test_health_checks_are_answered_when_no_connection_is_idle(echo: EchoServer, held: ExitStack) -> None:
     busy = [held.enter_context(echo.connect()) for _ in range(MOST)]
     for connection in busy:
         connection.sendall(GET % b"/wait/1")
@@ -117,7 +117,7 @@ def test_where_none_is_idle_the_gateway_is_still_alive(echo: EchoServer, held: E
     assert [connection.recv(65_536)[:12] for connection in busy] == [b"HTTP/1.1 200"] * MOST
 
 
-def test_a_crowd_of_idle_clients_leaves_descriptors_for_the_rest(tmp_path: Path, stores: TestStores, held: ExitStack) -> None:
+def test_many_idle_clients_leave_descriptors_for_others(tmp_path: Path, stores: TestStores, held: ExitStack) -> None:
     alpha = held.enter_context(FakeBackend(models=["llama3.2:latest"], name="alpha"))
     names = environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     key = operate(tmp_path, names, "key", "--name", "mine").split()[-1]
@@ -128,5 +128,5 @@ def test_a_crowd_of_idle_clients_leaves_descriptors_for_the_rest(tmp_path: Path,
     body = {"model": "llama3.2", "messages": [{"role": "user", "content": "hi"}], "stream": False}
     for _ in range(5):
         assert httpx.get(f"{url}/healthz").status_code == 200
-        told = httpx.post(f"{url}/api/chat", json=body, headers={"Authorization": f"Bearer {key}"})
-        assert told.status_code == 200, told.text
+        answer = httpx.post(f"{url}/api/chat", json=body, headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == 200, answer.text

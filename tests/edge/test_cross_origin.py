@@ -1,4 +1,4 @@
-"""What a page of another origin may read in somebody's browser: the routes of the API that need a key, and nothing else."""
+"""Pages of other origins may read the routes of the API that need a key, and nothing else."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     )
 
 
-def test_what_needs_no_key_or_is_for_operators_is_for_no_other_page(gateway: RunningGateway) -> None:
+def test_pages_of_other_origins_may_not_call_what_needs_no_key_or_an_operator(gateway: RunningGateway) -> None:
     key = gateway.key(flags=(ADMIN,))
     with gateway.http(key) as client:
         for path in [*OURS_ALONE, *(f"/k/{key}{path}" for path in ("/metrics", "/readyz", "/admin/v1/keys", "/"))]:
@@ -40,8 +40,8 @@ def test_what_needs_no_key_or_is_for_operators_is_for_no_other_page(gateway: Run
             assert client.options(gateway.url + path, headers=PREFLIGHT).status_code >= 400, path
 
 
-def test_what_needs_no_key_stands_in_no_other_page(gateway: RunningGateway) -> None:
-    """Without asking for its bytes another page could still load it, as a script or a picture."""
+def test_answers_without_a_key_cannot_be_embedded_in_other_pages(gateway: RunningGateway) -> None:
+    """Even without access to its bytes another page could load it, as a script or a picture."""
     with gateway.http() as client:
         for path in (
             "/healthz",
@@ -57,7 +57,7 @@ def test_what_needs_no_key_stands_in_no_other_page(gateway: RunningGateway) -> N
             assert answer.headers["x-content-type-options"] == "nosniff", path
 
 
-def test_any_page_may_call_the_api_and_reads_what_went_wrong(gateway: RunningGateway) -> None:
+def test_pages_of_any_origin_may_call_the_api_and_read_errors(gateway: RunningGateway) -> None:
     key, spent = gateway.key(), gateway.key(rpm=0)
     body = {"model": "llama3.2", "messages": SAY_HI}
     with gateway.http() as client:

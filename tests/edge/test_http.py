@@ -1,4 +1,4 @@
-"""HTTP/1 as strangers send it: cut anywhere, with an upgrade, trailers or a pipeline, half-closed, by HTTP/1.0."""
+"""HTTP/1 from untrusted clients: split anywhere, with upgrades, trailers or pipelines, half-closed, or HTTP/1.0."""
 
 import http.client
 import io
@@ -31,7 +31,7 @@ def echo() -> Iterator[EchoServer]:
 
 
 class Answers:
-    """What comes back on one connection, read answer by answer."""
+    """Reads the answers on one connection, one after another."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._file = connection.makefile("rb")
@@ -49,7 +49,7 @@ class Answers:
 
 
 class Same:
-    """A socket that hands out one file again and again, and never closes it."""
+    """A socket that returns the same file each time and never closes it."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
@@ -82,8 +82,8 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("request_bytes", REQUESTS.values(), ids=REQUESTS)
-def test_a_request_is_the_same_wherever_it_is_cut(echo: EchoServer, request_bytes: bytes) -> None:
-    """On one connection, as a proxy shares it: what stands behind each is answered as its own."""
+def test_a_request_may_be_split_anywhere(echo: EchoServer, request_bytes: bytes) -> None:
+    """On one connection, as proxies share it: each following request is answered separately."""
     whole = request_bytes + NEXT
     expected = "" if request_bytes.startswith(b"GET") else BODY.decode()
     with echo.connect() as connection:
@@ -99,19 +99,19 @@ def test_a_request_is_the_same_wherever_it_is_cut(echo: EchoServer, request_byte
             assert (second["method"], second["path"], second["body"]) == ("GET", "/next", ""), cut
 
 
-def test_an_upgrade_byte_by_byte_and_many_in_one_piece(echo: EchoServer) -> None:
+def test_upgrades_are_ignored_in_any_split(echo: EchoServer) -> None:
     with echo.connect() as connection:
         answers = Answers(connection)
         for byte in post(BODY, WISH):
             connection.sendall(bytes([byte]))
         assert answers.json()["body"] == BODY.decode()
         connection.sendall((post(BODY, WISH) + chunked(BODY, WISH) + NEXT) * 20)
-        heard = [answers.json() for _ in range(60)]
-    assert [one["path"] for one in heard] == ["/first", "/first", "/next"] * 20
-    assert [one["body"] for one in heard] == [BODY.decode(), BODY.decode(), ""] * 20
+        answered = [answers.json() for _ in range(60)]
+    assert [one["path"] for one in answered] == ["/first", "/first", "/next"] * 20
+    assert [one["body"] for one in answered] == [BODY.decode(), BODY.decode(), ""] * 20
 
 
-def test_an_upgrade_with_a_close_closes(echo: EchoServer) -> None:
+def test_an_upgrade_with_connection_close_closes(echo: EchoServer) -> None:
     with echo.connect() as connection:
         connection.sendall(post(BODY, b"Connection: upgrade, close\r\nUpgrade: websocket\r\n") + NEXT)
         answers = Answers(connection)
@@ -155,7 +155,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("sent", "status"), REFUSED.values(), ids=REFUSED)
-def test_what_http_does_not_allow_is_refused_once_and_closed(echo: EchoServer, sent: bytes, status: int) -> None:
+def test_invalid_http_is_refused_once_and_the_connection_closed(echo: EchoServer, sent: bytes, status: int) -> None:
     with echo.connect() as connection:
         connection.sendall(sent + NEXT)
         answers = Answers(connection)
@@ -165,7 +165,7 @@ def test_what_http_does_not_allow_is_refused_once_and_closed(echo: EchoServer, s
         assert answers.is_at_end()
 
 
-def test_what_http_allows_is_taken(echo: EchoServer) -> None:
+def test_valid_http_is_accepted(echo: EchoServer) -> None:
     allowed = [
         b"GET /next HTTP/1.1\r\nHost:\r\n\r\n",
         b"GET /next HTTP/1.1\r\nhOsT: [::1]:80\r\n\r\n",
@@ -193,10 +193,10 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("path", [b"/first", b"/ignore"])
 @pytest.mark.parametrize(("begin", "again"), TOO_MUCH.values(), ids=TOO_MUCH)
-def test_what_frames_a_body_is_bounded(
+def test_the_framing_of_a_body_is_bounded(
     echo: EchoServer, monkeypatch: pytest.MonkeyPatch, begin: bytes, again: bytes, path: bytes
 ) -> None:
-    """`/ignore` has been answered by then: nothing can be said any more, but nothing is kept either."""
+    """`/ignore` has been answered by then: no error can be sent any more, but nothing is kept either."""
     monkeypatch.setattr("gateway.edge.protocol.REFUSED_CONNECTION_LINGERS_S", 0.1)
     head = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path
     with echo.connect() as connection:
@@ -208,7 +208,7 @@ def test_what_frames_a_body_is_bounded(
                 time.sleep(0.01)
 
 
-def test_trailers_within_the_bound_count_for_nothing(echo: EchoServer) -> None:
+def test_trailers_within_the_bound_are_ignored(echo: EchoServer) -> None:
     late = b"X-Api-Key: k\r\nX-Request-ID: mine\r\nHost: y\r\nExpect: 100-continue\r\n"
     with echo.connect() as connection:
         connection.sendall(chunked(b"abc", trailers=late + b"a:\r\n" * 10_000) + NEXT)
@@ -220,7 +220,7 @@ def test_trailers_within_the_bound_count_for_nothing(echo: EchoServer) -> None:
         assert answers.is_at_end()
 
 
-def test_tiny_chunks_and_blank_lines_of_a_body_arrive_whole(echo: EchoServer) -> None:
+def test_a_body_of_tiny_chunks_and_blank_lines_arrives_complete(echo: EchoServer) -> None:
     body = b"\r\n\r\n0\r\n\r\n" * 8000
     with echo.connect() as connection:
         answers = Answers(connection)
@@ -230,7 +230,7 @@ def test_tiny_chunks_and_blank_lines_of_a_body_arrive_whole(echo: EchoServer) ->
             assert answers.json()["path"] == "/next"
 
 
-def test_what_is_pipelined_is_answered_in_turn_and_bounded(echo: EchoServer) -> None:
+def test_pipelined_requests_are_answered_in_order_and_bounded(echo: EchoServer) -> None:
     large = post(b"x" * 200_000)
     with echo.connect() as connection:
         answers = Answers(connection)
@@ -254,7 +254,7 @@ BEHIND = {"nothing": b"", "a line end": b"\r\n", "a request": NEXT, "half a head
 
 @pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
 @pytest.mark.parametrize("leave", WAYS_OUT.values(), ids=WAYS_OUT)
-def test_a_client_that_leaves_is_noticed_whatever_it_sent_behind(
+def test_a_client_that_leaves_is_noticed_whatever_it_has_pipelined(
     echo: EchoServer, leave: Callable[[socket.socket], None], behind: bytes
 ) -> None:
     echo.gone.clear()
@@ -270,7 +270,7 @@ def test_a_client_that_leaves_is_noticed_whatever_it_sent_behind(
 
 
 @pytest.mark.parametrize("seconds", ["0.05", "0.4"])
-def test_a_client_that_only_says_no_more_gets_its_answers(echo: EchoServer, seconds: str) -> None:
+def test_a_client_that_only_closes_its_side_gets_its_answers(echo: EchoServer, seconds: str) -> None:
     echo.gone.clear()
     with echo.connect() as connection:
         connection.sendall(f"GET /wait/{seconds} HTTP/1.1\r\nHost: x\r\n\r\n".encode() + post(BODY, path=b"/last"))
@@ -288,7 +288,7 @@ def test_a_client_that_only_says_no_more_gets_its_answers(echo: EchoServer, seco
     assert not echo.gone
 
 
-def test_half_a_request_has_no_answer(echo: EchoServer) -> None:
+def test_an_incomplete_request_gets_no_answer(echo: EchoServer) -> None:
     for half in (b"", b"GET / HT", post(b"abc")[:-1], chunked(b"abc")[:-2]):
         with echo.connect() as connection:
             connection.sendall(half)
@@ -314,7 +314,7 @@ def test_http_1_0_is_answered_as_http_1_0(echo: EchoServer) -> None:
 
 
 def test_a_client_of_http_1_0_that_leaves_is_noticed(echo: EchoServer) -> None:
-    """There is nothing one could send it to find out; proxies that speak it never say no more without leaving."""
+    """Nothing can be sent to find out; but HTTP/1.0 proxies close their side only when they leave."""
     echo.gone.clear()
     with echo.connect() as connection:
         connection.sendall(b"GET /wait/8 HTTP/1.0\r\n\r\n")
@@ -338,12 +338,12 @@ def ask(gateway: RunningGateway, *lines: str, body: bytes = b"", path: str = "/v
         return answer
 
 
-def test_refusals_are_told_in_the_callers_dialect(gateway: RunningGateway) -> None:
+def test_errors_are_in_the_callers_dialect(gateway: RunningGateway) -> None:
     native = ask(gateway, path="/api/chat")
     assert native.status == 400 and "exactly one Host" in json.loads(native.data)["error"]  # type: ignore[attr-defined]
-    spoken = ask(gateway, "Host: x", "Transfer-Encoding: gzip, chunked", path="/k/nz_x/v1/chat/completions")
-    assert spoken.status == 501 and spoken.headers["x-should-retry"] == "false" and spoken.headers["x-request-id"]
-    error = json.loads(spoken.data)["error"]  # type: ignore[attr-defined]
+    answer = ask(gateway, "Host: x", "Transfer-Encoding: gzip, chunked", path="/k/nz_x/v1/chat/completions")
+    assert answer.status == 501 and answer.headers["x-should-retry"] == "false" and answer.headers["x-request-id"]
+    error = json.loads(answer.data)["error"]  # type: ignore[attr-defined]
     assert (error["code"], error["type"]) == ("unsupported_transfer_encoding", "invalid_request_error")
     key = f"Authorization: Bearer {gateway.key()}"
     wrong = ask(gateway, "Host: x", key, "Transfer-Encoding: chunked", body=b"xx\r\n", path="/v1/chat/completions")
@@ -355,7 +355,7 @@ def test_refusals_are_told_in_the_callers_dialect(gateway: RunningGateway) -> No
     ]
 
 
-def test_a_key_or_an_address_in_a_trailer_counts_for_nothing(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_key_or_an_address_in_a_trailer_is_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, GATEWAY_TRUSTED_PROXIES="127.0.0.1")
     key = gateway.key()
     body = json.dumps(WAYS[0].body).encode()
@@ -370,7 +370,9 @@ def test_a_key_or_an_address_in_a_trailer_counts_for_nothing(start_gateway: Star
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_call_is_let_go_when_its_client_leaves_with_a_pipeline(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
+def test_a_call_ends_when_a_client_with_pipelined_requests_leaves(
+    gateway: RunningGateway, alpha: FakeBackend, way: Way
+) -> None:
     alpha.play(way.path, FAULTS["head_timeout"](way.dialect, way.streamed))
     body = json.dumps(way.body).encode()
     head = (
@@ -387,7 +389,7 @@ def test_a_call_is_let_go_when_its_client_leaves_with_a_pipeline(gateway: Runnin
     assert gateway.components.backends["alpha"].in_flight == 0
 
 
-def test_an_upload_that_is_no_http_is_the_clients_fault(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_an_upload_of_invalid_http_is_the_clients_error(gateway: RunningGateway, alpha: FakeBackend) -> None:
     path, key = f"/api/blobs/sha256:{'0' * 64}", f"Authorization: Bearer {gateway.admin_key()}"
     got = ask(gateway, "Host: x", key, "Transfer-Encoding: chunked", body=b"3\r\nabc\r\nxx\r\n", path=path)
     assert got.status == 400 and "not valid HTTP" in json.loads(got.data)["error"]  # type: ignore[attr-defined]

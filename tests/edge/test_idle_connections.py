@@ -1,4 +1,4 @@
-"""What a backend says while nobody has asked reaches nobody: the next caller would take it for the answer."""
+"""Data that a backend sends without a request reaches no caller: the next one would take it for its answer."""
 
 import asyncio
 import socket
@@ -22,7 +22,7 @@ def whole(text: bytes) -> bytes:
 
 
 class Chatterbox:
-    """A backend on raw sockets, which answers truly, and says more when it is told to."""
+    """A backend on raw sockets that answers correctly, and sends more data on command."""
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -38,25 +38,25 @@ class Chatterbox:
                 threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        heard = b""
+        received = b""
         with suppress(OSError):
             while piece := connection.recv(65_536):
-                heard += piece
-                if heard.startswith(b"GET") and heard.endswith(b"\r\n\r\n"):
-                    heard = b""
+                received += piece
+                if received.startswith(b"GET") and received.endswith(b"\r\n\r\n"):
+                    received = b""
                     connection.sendall(whole(b""))
-                elif heard.endswith(b"}"):
-                    heard = b""
+                elif received.endswith(b"}"):
+                    received = b""
                     connection.sendall(whole(b"true"))
 
     def say_more(self, data: bytes) -> int:
-        """On each connection; returns on how many it could."""
-        said = 0
+        """Sends more on each connection; returns on how many that worked."""
+        sent = 0
         for connection in self.connections:
             with suppress(OSError):
                 connection.sendall(data)
-                said += 1
-        return said
+                sent += 1
+        return sent
 
     def end(self) -> None:
         for one in (self.listener, *self.connections):
@@ -73,7 +73,9 @@ def chatterbox() -> Iterator[Chatterbox]:
 
 
 @pytest.mark.parametrize("more", [whole(b"false"), whole(b"false")[:20]], ids=["an answer", "half a head"])
-def test_what_nobody_asked_for_is_nobodys_answer(start_gateway: StartGateway, chatterbox: Chatterbox, more: bytes) -> None:
+def test_data_on_an_idle_backend_connection_is_not_an_answer(
+    start_gateway: StartGateway, chatterbox: Chatterbox, more: bytes
+) -> None:
     gateway = start_gateway({"name": "box", "base_url": chatterbox.url, "kind": "openai"}, MODEL_DISCOVERY_REFRESH_S="3600")
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     with gateway.http(gateway.key()) as alice, gateway.http(gateway.key(name="bob")) as bob:
@@ -85,7 +87,7 @@ def test_what_nobody_asked_for_is_nobodys_answer(start_gateway: StartGateway, ch
             assert (answer.status_code, "true" in answer.text) == (200, True), answer.text
 
 
-def test_a_connection_that_ends_before_it_is_asked_is_a_fault(
+def test_a_backend_connection_that_ends_before_the_request_is_a_fault(
     start_gateway: StartGateway, chatterbox: Chatterbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connect = ConnectionPool.connect

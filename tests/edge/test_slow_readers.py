@@ -1,4 +1,4 @@
-"""A large answer is under way until its reader has it: it holds a slot and room, but no backend, and leaves others theirs."""
+"""A large answer is in progress until its client has read it: it holds a slot and memory, but no backend."""
 
 import json
 import socket
@@ -76,7 +76,7 @@ def test_a_large_last_frame_keeps_its_slot(gateway: RunningGateway, alpha: FakeB
 
 
 @pytest.mark.parametrize("is_last", [True, False])
-def test_a_reader_that_stalls_in_a_large_frame_is_not_told_that_it_had_it(
+def test_a_client_that_stalls_in_a_large_frame_has_not_had_it(
     start_gateway: StartGateway, alpha: FakeBackend, is_last: bool
 ) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.3")
@@ -93,7 +93,7 @@ def test_a_reader_that_stalls_in_a_large_frame_is_not_told_that_it_had_it(
     assert (line["outcome"], line["detail"]) == ("client_gone", "stalled")
 
 
-def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_a_client_that_leaves_while_reading_frees_everything_at_once(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key = gateway.key(concurrent=1)
     play(alpha, LARGE)
     ask_and_read_little(gateway, key).close()
@@ -103,7 +103,7 @@ def test_a_reader_that_leaves_frees_everything_at_once(gateway: RunningGateway, 
     assert [line["outcome"] for line in lines] == ["client_gone", "answered"] and lines[0]["bytes_out"] < LARGE
 
 
-def test_a_reader_that_trickles_meets_a_deadline(
+def test_a_client_that_reads_too_slowly_meets_a_deadline(
     gateway: RunningGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.proxy.relay.READ_WITHIN_S", 0.3)
@@ -119,7 +119,7 @@ def test_a_reader_that_trickles_meets_a_deadline(
     assert gateway.request_lines()[-1]["detail"] == "stalled" and gateway.components.held_answers.used == 0
 
 
-def test_who_holds_much_pays_and_no_other_key(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_memory_that_one_key_holds_does_not_limit_other_keys(gateway: RunningGateway, alpha: FakeBackend) -> None:
     greedy, modest = gateway.key(name="greedy"), gateway.key(name="modest")
     play(alpha, LARGE)
     with ask_and_read_little(gateway, greedy):
@@ -136,7 +136,7 @@ def test_who_holds_much_pays_and_no_other_key(gateway: RunningGateway, alpha: Fa
     assert gateway.components.backends["alpha"].breaker._failures == 0
 
 
-def test_no_second_backend_makes_an_answer_that_has_no_room(
+def test_an_answer_that_is_too_large_is_not_requested_from_a_second_backend(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.fleet.held_answers.MOST_HELD", 200_000)

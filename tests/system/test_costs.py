@@ -19,7 +19,7 @@ from tests.support.processes import operate, serving
 
 MODEL = "llama3.2:latest"
 REQUESTS, STREAMS, PIECES = 300, 10, 150
-REQUEST_AREAS = ("server", "front", "keys", "limits", "dialect", "exchange", "routing", "log", "metrics")
+REQUEST_AREAS = ("server", "application", "keys", "limits", "dialect", "exchange", "routing", "log", "metrics")
 # The measured counts plus a margin for other versions of Python and the libraries; more is a regression.
 MOST_CALLS, MOST_CALLS_PER_FRAME = 620, 30
 REDIS_CALLS, SQL_CALLS = 2.1, 0.1

@@ -1,4 +1,4 @@
-"""What Prometheus reads: right across workers, bounded, and only for who may."""
+"""The metrics: correct across workers, bounded, and only for allowed callers."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ def read(text: str) -> Samples:
 
 def total(samples: Samples, name: str, **labels: str) -> float:
     wanted = set(labels.items())
-    return sum(value for (found, said), value in samples.items() if found == name and wanted <= set(said))
+    return sum(value for (found, have), value in samples.items() if found == name and wanted <= set(have))
 
 
 def scraped(url: str) -> Samples:
@@ -60,13 +60,13 @@ def scraped(url: str) -> Samples:
 
 
 def fresh(gateway: RunningGateway) -> Samples:
-    """After everything has ended and has been looked at."""
+    """The metrics after all requests have ended and have been sampled."""
     gateway.wait_idle()
     time.sleep(1.2)
     return scraped(gateway.url)
 
 
-def test_what_became_of_requests(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
+def test_the_outcomes_of_requests_are_counted(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     gateway = start_gateway(alpha, beta, METRICS_TOKEN=TOKEN)
     key, tight = gateway.key(), gateway.key(rpm=1)
     alpha.healthy.cached = lambda _: 1
@@ -101,7 +101,7 @@ def test_what_became_of_requests(start_gateway: StartGateway, alpha: FakeBackend
     assert total(found, "gateway_cached_tokens_total", model=MODEL) == sum(row["cached_tokens"] or 0 for row in rows) == 4
 
 
-def test_what_is_up(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
+def test_gauges_show_what_is_up(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.stop()
     gateway = start_gateway(alpha, beta, METRICS_TOKEN=TOKEN)
     with gateway.http(gateway.key()) as client:
@@ -120,7 +120,7 @@ def test_what_is_up(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeB
 
 
 @pytest.mark.parametrize("header", ["", "Bearer wrong", f"Bearer {TOKEN}x"])
-def test_for_all_others_there_is_no_such_path(start_gateway: StartGateway, alpha: FakeBackend, header: str) -> None:
+def test_for_other_callers_the_path_does_not_exist(start_gateway: StartGateway, alpha: FakeBackend, header: str) -> None:
     gateway = start_gateway(alpha, METRICS_TOKEN=TOKEN)
     headers = {"Authorization": header} if header else {}
     with gateway.http() as client:
@@ -134,30 +134,30 @@ def test_for_all_others_there_is_no_such_path(start_gateway: StartGateway, alpha
     assert routes == ["unmatched"] * 10, "a scrape says nothing in the log, an attempt does"
 
 
-def test_off_unless_asked_for(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_metrics_are_off_by_default(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         assert client.get("/metrics").status_code == 404
 
 
-def test_addresses_that_may_come(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_allowed_addresses_may_read_metrics(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, METRICS_ALLOW="127.0.0.0/8, ::1", GATEWAY_TRUSTED_PROXIES="127.0.0.1")
     with gateway.http() as client:
         assert client.get("/metrics").status_code == 200
         assert client.get("/metrics", headers={"X-Forwarded-For": "192.0.2.7"}).status_code == 404
 
 
-def test_a_key_may_be_shown_what_the_gateway_adds(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_the_overhead_is_shown_to_keys_with_the_flag(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
-    with gateway.http(gateway.key(flags=("show_overhead",))) as told, gateway.http(gateway.key()) as untold:
-        shown = told.post("/api/chat", json=CHAT)
+    with gateway.http(gateway.key(flags=("show_overhead",))) as shown_to, gateway.http(gateway.key()) as hidden_from:
+        shown = shown_to.post("/api/chat", json=CHAT)
         assert 0 < float(shown.headers["x-gateway-overhead-ms"]) < shown.elapsed.total_seconds() * 1000
-        assert "x-gateway-overhead-ms" not in untold.post("/api/chat", json=CHAT).headers
+        assert "x-gateway-overhead-ms" not in hidden_from.post("/api/chat", json=CHAT).headers
 
 
 @contextmanager
 def scraping(url: str, into: list[Samples], wanted: int) -> Iterator[None]:
-    """So many scrapes beside what else goes on."""
+    """Scrapes in a thread during the block, at least so many."""
 
     def scrape() -> None:
         while len(into) < wanted:
@@ -173,7 +173,7 @@ def scraping(url: str, into: list[Samples], wanted: int) -> Iterator[None]:
 
 
 async def ask_many(url: str, key: str, requests: int) -> int:
-    """New connections, so that all workers get some; how many were answered."""
+    """Uses new connections, so that all workers get some; returns how many were answered."""
     gate = asyncio.Semaphore(20)
 
     async def one() -> int:
@@ -185,7 +185,7 @@ async def ask_many(url: str, key: str, requests: int) -> int:
 
 
 @pytest.mark.long(seconds=14)
-def test_workers_are_added_up_and_the_dead_are_not_forgotten(tmp_path: Path, stores: TestStores, alpha: FakeBackend) -> None:
+def test_counts_of_all_workers_are_added_up_also_of_ended_ones(tmp_path: Path, stores: TestStores, alpha: FakeBackend) -> None:
     names = environment_for(
         alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, GATEWAY_WORKERS="4", METRICS_TOKEN=TOKEN
     )
@@ -214,7 +214,7 @@ def test_workers_are_added_up_and_the_dead_are_not_forgotten(tmp_path: Path, sto
 
 
 def declared() -> dict[str, str]:
-    """Every name that a scrape can show, and of which family it is."""
+    """Every name that a scrape can show, with its family."""
     found: dict[str, str] = {}
     for family in Metrics().families():
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.type, [""])
@@ -222,7 +222,7 @@ def declared() -> dict[str, str]:
     return found
 
 
-def test_the_dashboard_and_the_alerts_ask_for_what_is_there() -> None:
+def test_the_dashboard_and_the_alerts_use_existing_metrics() -> None:
     dashboard = json.loads((OPS / "grafana.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     alerts = yaml.safe_load((OPS / "alerts.yaml").read_text())
@@ -243,7 +243,7 @@ def test_the_page_of_metrics_has_the_labels_of_each() -> None:
     assert {name.removesuffix("_total"): labels for name, labels in rows.items()} == families
 
 
-def test_a_file_that_a_worker_has_just_begun_is_waited_for(tmp_path: Path) -> None:
+def test_a_file_that_a_worker_has_just_created_is_waited_for(tmp_path: Path) -> None:
     begun = tmp_path / "counter_1.db"
     begun.touch()
     threading.Timer(0.03, begun.unlink).start()
