@@ -36,7 +36,7 @@ VERBS = {
     "probe": Verb(backends.probe, options.none, "try every backend: reachable, latency, version, models, token"),
     "audit": Verb(audit.list_audit, options.audit, "list requests, the newest first"),
     "usage": Verb(audit.sum_audit, options.usage, "sum requests and tokens"),
-    "audit-verify": Verb(audit.verify_audit, options.none, "check that the audit is as it was written"),
+    "audit-verify": Verb(audit.verify_audit, options.none, "check that the audit has not been changed"),
     "purge": Verb(audit.purge, options.none, "delete now what has outlived its retention"),
     "forget": Verb(audit.forget, options.one_key, "delete a key's prompts and answers now"),
     "explain": Verb(
@@ -49,9 +49,7 @@ VERBS = {
     "undrain": Verb(backends.undrain_backend, options.one_backend, "send a backend requests again"),
     "top": Verb(top.watch, options.top, "watch backends, requests, busy keys and models in the terminal"),
     "doctor": Verb(report.examine, options.none, "check the whole installation: what is fine, what is not, what to do"),
-    "drill": Verb(
-        command.drill, options.drill, "inject faults into fake backends beside this installation, and check what holds"
-    ),
+    "drill": Verb(command.drill, options.drill, "break things on fake backends beside this installation, and report what held"),
     "config": Verb(installation.show_config, options.none, "print the settings in force and where each comes from"),
 }
 
@@ -131,7 +129,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verb in PROGRAMS:
         return PROGRAMS[arguments.verb](arguments) or 0
     if arguments.verb == "drill":
-        command.with_names_of_its_own()
+        command.restart_with_own_names()
     stores_of = report.stores_if_any if arguments.verb == "doctor" else installation.stores_of
     with stores_of() as settings:
         if arguments.verb == "psql":

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from gateway.ops.drill.client import ClientAnswer, chat
-from gateway.ops.drill.environment import ONLY_MODEL, PLAIN, Environment, Process
+from gateway.ops.drill.environment import PLAIN, SINGLE, Environment, Process
 from gateway.ops.drill.fake_backend import CHATS
 from gateway.ops.drill.fault import OLLAMA, answered, expect
 
@@ -42,14 +42,14 @@ async def _doomed(environment: Environment, process: Process) -> ClientAnswer:
 async def unknown_is_forbidden(environment: Environment) -> None:
     for path in CHATS:
         unknown = await environment.ask(path, "drill-nowhere", "narrow", stream=False)
-        forbidden = await environment.ask(path, ONLY_MODEL, "narrow", stream=False)
+        forbidden = await environment.ask(path, SINGLE, "narrow", stream=False)
         expect(unknown.status == forbidden.status == 403, f"statuses {unknown.status} and {forbidden.status}")
         expect(unknown.body == forbidden.body, f"{path}: the answers differ")
         expect(unknown.headers.keys() == forbidden.headers.keys(), f"{path}: the headers differ")
 
 
 async def admin_verbs(environment: Environment) -> None:
-    before = len(environment.sound.heads)
+    before = len(environment.healthy.heads)
     for method, path in (("POST", "/api/pull"), ("DELETE", "/api/delete"), ("POST", "/api/create"), ("POST", "/api/copy")):
         answered(
             await environment.client.ask(
@@ -57,7 +57,7 @@ async def admin_verbs(environment: Environment) -> None:
             ),
             403,
         )
-    paths = [head.split(" ")[1] for head in environment.sound.heads[before:]]
+    paths = [head.split(" ")[1] for head in environment.healthy.heads[before:]]
     expect(set(paths) <= {"/api/tags", "/api/ps", "/api/version"}, "a backend got the request")
 
 

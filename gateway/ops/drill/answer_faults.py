@@ -6,7 +6,7 @@ from typing import Any
 
 from gateway.ops.drill import fake_backend
 from gateway.ops.drill.client import chat, until
-from gateway.ops.drill.environment import ONLY_MODEL, PLAIN, SOUND, Environment
+from gateway.ops.drill.environment import HEALTHY, PLAIN, SINGLE, Environment
 from gateway.ops.drill.fake_backend import CHATS
 from gateway.ops.drill.fault import OLLAMA, OPENAI, Broken, answered, as_sent, expect
 
@@ -18,36 +18,36 @@ async def pass_bytes(environment: Environment) -> None:
         for stream in (True, False):
             answer = await environment.ask(path, PLAIN, stream=stream)
             answered(answer)
-            [received] = environment.sound.received(answer.request_id)
+            [received] = environment.healthy.received(answer.request_id)
             expect(answer.body == as_sent(path, received), f"{path}: other bytes than the backend's")
 
 
 async def pass_pieces(environment: Environment) -> None:
     """The backend sends the rest only when the first piece has been read here."""
-    environment.sound.behaviour = fake_backend.pause_after_one_frame
+    environment.healthy.behaviour = fake_backend.pause_after_one_frame
     for path in CHATS:
-        environment.sound.go_on.clear()
+        environment.healthy.go_on.clear()
         url, body = environment.first.url + path, chat(PLAIN, stream=True)
         asking = environment.client.asking(url, environment.keys["plain"], body)
         try:
             async with asyncio.timeout(PIECE_S) as patience, asking as (answer, content):
                 first = await content.readany()
                 patience.reschedule(None)
-                environment.sound.go_on.set()
+                environment.healthy.go_on.set()
                 rest = await content.read()
         except TimeoutError:
             raise Broken(f"{path}: the first piece waited for the second") from None
-        [received] = environment.sound.received(answer.request_id)
+        [received] = environment.healthy.received(answer.request_id)
         expect(first + rest == as_sent(path, received), f"{path}: other bytes than the backend's")
 
 
-async def goes_on(environment: Environment, name: str, *, is_seen: bool = True) -> None:
+async def fails_over(environment: Environment, name: str, *, is_seen: bool = True) -> None:
     """The first backend fails, the caller gets the second one's answer, and the two never worked at once."""
-    environment.sound.behaviour = fake_backend.think_first
+    environment.healthy.behaviour = fake_backend.think_first
     for path, stream in ((OLLAMA, True), (OPENAI, False)):
         answer = await environment.ask(path, name, stream=stream)
         answered(answer)
-        later = environment.sound.received(answer.request_id)
+        later = environment.healthy.received(answer.request_id)
         expect(len(later) == 1, f"the healthy backend was called {len(later)} times")
         expect(answer.body == as_sent(path, later[0]), "other bytes than the healthy backend's")
         first = environment.backends[name].received(answer.request_id)
@@ -59,17 +59,17 @@ async def goes_on(environment: Environment, name: str, *, is_seen: bool = True) 
 
 
 async def refused(environment: Environment) -> None:
-    await goes_on(environment, "drill-refused", is_seen=False)
+    await fails_over(environment, "drill-refused", is_seen=False)
 
 
 async def frozen(environment: Environment) -> None:
     environment.backends["drill-frozen"].behaviour = fake_backend.never_answer
-    await goes_on(environment, "drill-frozen")
+    await fails_over(environment, "drill-frozen")
 
 
 async def failing(environment: Environment) -> None:
     environment.backends["drill-failing"].behaviour = fake_backend.fail
-    await goes_on(environment, "drill-failing")
+    await fails_over(environment, "drill-failing")
 
 
 async def garbage(environment: Environment) -> None:
@@ -77,7 +77,7 @@ async def garbage(environment: Environment) -> None:
     for path in CHATS:
         answer = await environment.ask(path, "drill-garbage", stream=True)
         answered(answer)
-        expect(answer.headers.get("X-Gateway-Backend") == SOUND, "the answer is the faulty backend's")
+        expect(answer.headers.get("X-Gateway-Backend") == HEALTHY, "the answer is the faulty backend's")
         expect(b"<html>" not in answer.body, "a byte of the faulty backend came through")
 
 
@@ -103,12 +103,12 @@ def _last_frame(body: bytes) -> dict[str, Any]:
 
 
 async def client_gone(environment: Environment) -> None:
-    environment.sound.behaviour = fake_backend.pause_after_one_frame
-    environment.sound.go_on.clear()
+    environment.healthy.behaviour = fake_backend.pause_after_one_frame
+    environment.healthy.go_on.clear()
     url = environment.first.url + OLLAMA
     async with environment.client.asking(url, environment.keys["plain"], chat(PLAIN, stream=True)) as (answer, content):
         await asyncio.wait_for(content.readany(), PIECE_S)
-    [received] = environment.sound.received(answer.request_id)
+    [received] = environment.healthy.received(answer.request_id)
     expect(await until(lambda: received.left, FREED_S), f"the backend still works {FREED_S:g} s after the caller left")
     environment.outcomes[answer.request_id] = "client_gone"
 
@@ -124,6 +124,6 @@ async def refusals_in_dialect(environment: Environment) -> None:
 
 
 async def all_down(environment: Environment) -> None:
-    answer = await environment.ask(OPENAI, ONLY_MODEL, stream=True)
+    answer = await environment.ask(OPENAI, SINGLE, stream=True)
     answered(answer, 503)
     expect(int(answer.headers.get("Retry-After", "0")) > 0, "it does not say when to retry")

@@ -131,7 +131,7 @@ async def inject(environment: Environment, faults: Sequence[Fault], results: lis
 
 async def inject_one(environment: Environment, fault: Fault) -> Result:
     began = time.monotonic()
-    environment.sound.behaviour = fake_backend.answer_well
+    environment.healthy.behaviour = fake_backend.answer_well
     state, detail = HELD, ""
     try:
         async with asyncio.timeout(LONGEST_FAULT_S):
@@ -143,11 +143,11 @@ async def inject_one(environment: Environment, fault: Fault) -> Result:
     except (OSError, TimeoutError, ValueError, KeyError, CommandFailed, StoreUnavailable) as wrong:
         state, detail = BROKEN, f"{type(wrong).__name__}: {wrong}".rstrip(": ")
     finally:
-        environment.sound.go_on.set()
+        environment.healthy.go_on.set()
     return Result(fault, state, time.monotonic() - began, detail)
 
 
-def with_names_of_its_own() -> None:
+def restart_with_own_names() -> None:
     """Restarts this command with names of its own in Redis, if its names are still those of the installation."""
     if redis_keys.PREFIX != "nz":
         return

@@ -38,10 +38,10 @@ from gateway.telemetry import metrics
 
 # Each has its fault and a model of its own name.
 FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing")
-ONLY_MODEL, PLAIN, SOUND = "drill-alone", "drill-plain", "drill-sound"
+SINGLE, PLAIN, HEALTHY = "drill-alone", "drill-plain", "drill-sound"
 FOLDERS = "nz-drill-"
 START_S, STOP_S, CLEAN_S = 20.0, 5.0, 10.0
-KEYS_LIVE, ROWS_LIVE = timedelta(minutes=10), timedelta(days=1)
+KEY_LIFETIME, ROW_RETENTION = timedelta(minutes=10), timedelta(days=1)
 LIMITS: Mapping[str, tuple[Quota, tuple[str, ...]]] = {
     "plain": (Quota(10_000, 10**9, 100), ()),
     "narrow": (Quota(10_000, 10**9, 100), (PLAIN,)),
@@ -75,7 +75,7 @@ async def temporary_names(redis_url: str) -> AsyncIterator[None]:
 
 
 def _is_over(name: str) -> bool:
-    return name.startswith(f"{redis_keys.PREFIX}:") or redis_keys.trial_age_s(name) > KEYS_LIVE.total_seconds()
+    return name.startswith(f"{redis_keys.PREFIX}:") or redis_keys.trial_age_s(name) > KEY_LIFETIME.total_seconds()
 
 
 def _sweep_folders() -> None:
@@ -83,7 +83,7 @@ def _sweep_folders() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDERS}*"):
         with suppress(OSError):
             found = folder.lstat()
-            if found.st_uid == os.getuid() and time.time() - found.st_mtime > KEYS_LIVE.total_seconds():
+            if found.st_uid == os.getuid() and time.time() - found.st_mtime > KEY_LIFETIME.total_seconds():
                 shutil.rmtree(folder)
 
 
@@ -135,14 +135,14 @@ class Process:
 class Environment:
     """`async with Environment(...) as environment:`; `first` and `second` are gateways that share one Redis."""
 
-    def __init__(self, of: Installation, database: Database, key_store: KeyStore, *, with_third: bool) -> None:
-        self._of, self._database, self.key_store = of, database, key_store
+    def __init__(self, installation: Installation, database: Database, key_store: KeyStore, *, with_third: bool) -> None:
+        self._installation, self._database, self.key_store = installation, database, key_store
         self._with_third = with_third
-        self.client = Client(of.id_header)
-        self.backends = {name: FakeBackend(name, name) for name in (*FAULTY, ONLY_MODEL)}
-        self.sound = self.backends[SOUND] = FakeBackend(SOUND, PLAIN, *FAULTY)
-        self.redis_proxy = RedisProxy(of.redis_url) if can_be_proxied(of.redis_url) else None
-        self.is_closed_without_redis = of.is_closed_without_redis
+        self.client = Client(installation.id_header)
+        self.backends = {name: FakeBackend(name, name) for name in (*FAULTY, SINGLE)}
+        self.healthy = self.backends[HEALTHY] = FakeBackend(HEALTHY, PLAIN, *FAULTY)
+        self.redis_proxy = RedisProxy(installation.redis_url) if can_be_proxied(installation.redis_url) else None
+        self.is_closed_without_redis = installation.is_closed_without_redis
         self.token = secrets.token_urlsafe(24)
         self.keys: dict[str, str] = {}
         self.key_ids: dict[str, str] = {}
@@ -167,7 +167,7 @@ class Environment:
                 stack.push_async_callback(process.stop)
             self.first, self.second = self.processes[:2]
             await asyncio.gather(*map(self._ready, self.processes))
-            for name in ("drill-refused", ONLY_MODEL):
+            for name in ("drill-refused", SINGLE):
                 await self.backends[name].close()
             self._stack = stack.pop_all()
         return self
@@ -177,8 +177,8 @@ class Environment:
 
     def _variables(self, folder: Path) -> dict[str, str]:
         changed = {
-            "DATABASE_URL": self._of.database_url,
-            "REDIS_URL": self.redis_proxy.url if self.redis_proxy else self._of.redis_url,
+            "DATABASE_URL": self._installation.database_url,
+            "REDIS_URL": self.redis_proxy.url if self.redis_proxy else self._installation.redis_url,
             "OLLAMA_BACKENDS": json.dumps([self._config(backend) for backend in self.backends.values()]),
             "GATEWAY_LOG_LEVEL": "WARNING",
             "GATEWAY_LOG_FORMAT": "console",
@@ -209,8 +209,8 @@ class Environment:
                 tuple(models),
                 quota,
                 flags=(DRILL, SHOW_BACKEND),
-                lifetime=KEYS_LIVE,
-                audit_retention=ROWS_LIVE,
+                lifetime=KEY_LIFETIME,
+                audit_retention=ROW_RETENTION,
             )
             self.key_ids[name], self.keys[name] = await self.key_store.make(wanted)
 
@@ -221,11 +221,11 @@ class Environment:
             with suppress(CommandFailed, StoreUnavailable):
                 await self.key_store.revoke(key_id)
         with suppress(StoreUnavailable):
-            await self.key_store.drop_drills(2 * ROWS_LIVE)
+            await self.key_store.drop_drills(2 * ROW_RETENTION)
 
     async def _ready(self, process: Process) -> None:
         """Waits until it serves. Raises CommandFailed with the end of its log."""
-        wanted = {*FAULTY, ONLY_MODEL, PLAIN}
+        wanted = {*FAULTY, SINGLE, PLAIN}
         key = self.keys["plain"]
 
         async def knows_all() -> bool:

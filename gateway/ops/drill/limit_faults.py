@@ -28,15 +28,15 @@ def _exactly(limit: int, answers: list[ClientAnswer]) -> None:
 
 
 async def slots_burst(environment: Environment) -> None:
-    environment.sound.behaviour = fake_backend.pause_after_one_frame
-    environment.sound.go_on.clear()
+    environment.healthy.behaviour = fake_backend.pause_after_one_frame
+    environment.healthy.go_on.clear()
     both = [environment.first, environment.second] * 8
     tasks = [asyncio.create_task(environment.ask(OLLAMA, PLAIN, "slots", stream=True, at=at)) for at in both]
     refused_by_then = len(tasks) - 4
     await until(lambda: sum(task.done() for task in tasks) >= refused_by_then, 5)
-    environment.sound.go_on.set()
+    environment.healthy.go_on.set()
     _exactly(4, list(await asyncio.gather(*tasks)))
-    environment.sound.behaviour = fake_backend.answer_well
+    environment.healthy.behaviour = fake_backend.answer_well
     again = await asyncio.gather(*(environment.ask(OLLAMA, PLAIN, "slots", stream=False) for _ in range(4)))
     expect(all(one.status == 200 for one in again), "slots were not released")
 
@@ -59,15 +59,15 @@ def _short() -> dict[str, Any]:
 
 async def all_or_none(environment: Environment) -> None:
     """Five requests a minute, one at once: requests refused by the slot must not count towards the five."""
-    environment.sound.behaviour = fake_backend.pause_after_one_frame
-    environment.sound.go_on.clear()
+    environment.healthy.behaviour = fake_backend.pause_after_one_frame
+    environment.healthy.go_on.clear()
     held = asyncio.create_task(environment.ask(OLLAMA, PLAIN, "one slot", stream=True))
-    await until(lambda: any(not chat.ended for chat in environment.sound.chats), 3)
+    await until(lambda: any(not chat.ended for chat in environment.healthy.chats), 3)
     for _ in range(10):
         answered(await environment.ask(OLLAMA, PLAIN, "one slot", stream=False), 429)
-    environment.sound.go_on.set()
+    environment.healthy.go_on.set()
     answered(await held)
-    environment.sound.behaviour = fake_backend.answer_well
+    environment.healthy.behaviour = fake_backend.answer_well
     for _ in range(4):
         answer = await environment.ask(OLLAMA, PLAIN, "one slot", stream=False)
         expect(answer.status == 200, "refused requests were counted")
@@ -85,8 +85,8 @@ async def killed(environment: Environment) -> None:
 async def kill_the_third(environment: Environment) -> None:
     """During a call that holds the key's only slot."""
     third = environment.processes[2]
-    environment.sound.behaviour = fake_backend.pause_after_one_frame
-    environment.sound.go_on.clear()
+    environment.healthy.behaviour = fake_backend.pause_after_one_frame
+    environment.healthy.go_on.clear()
     url = third.url + OLLAMA
     async with environment.client.asking(url, environment.keys["killed"], chat(PLAIN, stream=True)) as (answer, content):
         await asyncio.wait_for(content.readany(), PIECE_S)

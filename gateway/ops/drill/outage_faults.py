@@ -41,16 +41,16 @@ async def _until_redis_is(environment: Environment, state: str) -> None:
 
 async def drained(environment: Environment) -> None:
     """SIGTERM: the stream in progress completes, new work is refused, the process exits with 0."""
-    environment.sound.behaviour = fake_backend.pause_after_one_frame
-    environment.sound.go_on.clear()
+    environment.healthy.behaviour = fake_backend.pause_after_one_frame
+    environment.healthy.go_on.clear()
     url = environment.second.url + OLLAMA
     async with environment.client.asking(url, environment.keys["plain"], chat(PLAIN, stream=True)) as (answer, content):
         first = await asyncio.wait_for(content.readany(), PIECE_S)
         environment.second.signal(signal.SIGTERM)
         expect(await environment.second.refuses_work(3), "it accepts new work while it drains")
-        environment.sound.go_on.set()
+        environment.healthy.go_on.set()
         rest = await content.read()
-    [received] = environment.sound.received(answer.request_id)
+    [received] = environment.healthy.received(answer.request_id)
     expect(first + rest == as_sent(OLLAMA, received), "the stream in progress was not completed")
     code = await environment.second.ended(10)
     expect(code == 0, "it does not exit" if code is None else f"it exited with {code}")
