@@ -94,7 +94,7 @@ def test_what_the_quick_start_prints_is_what_make_run_prints() -> None:
     (shown,) = documents.blocks(section("README.md", "Quick start"), "text")
     local = {name: (value, installation.LOCAL) for name, value in installation.DEFAULTS_OF_RUN.items()}
     banner = serve.banner(settings.load({}, None, local), None, "nz_…").replace('"MODEL"', '"llama3.2:latest"')
-    printed = set(banner.replace(", with a name of `make models` for MODEL", "").splitlines())
+    printed = set(banner.replace(serve._advice(None), "").splitlines())
     assert {line for line in shown.splitlines() if line not in printed} == {
         "  backend   default at http://127.0.0.1:11434: llama3.2:latest"
     }
