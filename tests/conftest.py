@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -60,8 +61,11 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that at the end no worker runs one while the others are idle."""
-    items.sort(key=_seconds_of, reverse=True)
+    """Files with long tests first, so that at the end no worker runs one while the others are idle."""
+    longest: dict[Path, float] = {}
+    for item in items:
+        longest[item.path] = max(longest.get(item.path, 0.0), _seconds_of(item))
+    items.sort(key=lambda item: (longest[item.path], _seconds_of(item)), reverse=True)
 
 
 def _seconds_of(item: pytest.Item) -> float:

@@ -30,6 +30,7 @@ from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer
 from tests.support.gateway_settings import entry_of, environment_for, settings_for
 from tests.support.processes import environment
+from tests.support.project import PROJECT
 
 AWAY = "postgresql://u:canary-6f21@127.0.0.1:1/d"
 NO_REDIS = "unix:///nowhere/redis.sock"
@@ -473,5 +474,5 @@ def test_a_missing_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_make_doctor_calls_it() -> None:
-    makefile = (Path(report.__file__).parents[3] / "Makefile").read_text(encoding="utf-8")
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
     assert "\ndoctor: .venv/ready-to-run ## " in makefile and "\t@$(GATEWAY) doctor $(JSON_FLAG)\n" in makefile

@@ -26,8 +26,8 @@ def new_folder() -> Path:
 def _is_usable(place: Path) -> bool:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return False
-    has_room = shutil.disk_usage(place).free >= ENOUGH_BYTES
-    return has_room and not os.statvfs(place).f_flag & os.ST_NOEXEC
+    has_space = shutil.disk_usage(place).free >= ENOUGH_BYTES
+    return has_space and not os.statvfs(place).f_flag & os.ST_NOEXEC
 
 
 def _remove_left_over(place: Path) -> None:

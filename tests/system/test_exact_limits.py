@@ -162,6 +162,7 @@ def test_a_daily_budget_is_exact(addresses: list[str], operator: Operator, backe
 
 
 @pytest.mark.long(seconds=75)
+@pytest.mark.parametrize("redis_url", ["server"], indirect=True)
 def test_no_minute_exceeds_the_limit_and_retry_after_is_exact(
     addresses: list[str], operator: Operator, backend: FakeBackend
 ) -> None:
