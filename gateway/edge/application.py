@@ -89,13 +89,13 @@ class Application:
         request_id = presented.decode() if WELL_FORMED_ID.fullmatch(presented) else ours
         record = Record(ours, request_id, scope["method"], client=self._client_of(scope), agent=agent[:200].decode("latin-1"))
         path = scope["path"]
-        if path.startswith("/k/") and (in_path := KEY_IN_PATH.fullmatch(path)):
+        if path[:3] == "/k/" and (in_path := KEY_IN_PATH.fullmatch(path)):
             record.key_in_path = in_path[1]
             scope["path"] = in_path[2] or "/"
             scope["raw_path"] = scope["path"].encode()
         record.with_cors = from_page and API.match(scope["path"]) is not None
         record.dialect = self._dialect_of(scope["path"]).name
-        scope.setdefault("state", {})["record"] = record
+        scope["state"]["record"] = record
         return record
 
     async def _handle(self, scope: Scope, receive: Receive, reply: Response, record: Record) -> None:
