@@ -11,7 +11,7 @@ from tests.support.running_gateway import RunningGateway
 
 PAGE = {"Origin": "http://elsewhere.example"}
 PREFLIGHT = {**PAGE, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization"}
-OURS_ALONE = (
+OWN_PAGES = (
     *("/", "/healthz", "/readyz", "/metrics", "/openapi.json", *endpoints.DOCS, *endpoints.DASHBOARD, *endpoints.PLAYGROUND),
     *("/admin/v1/overview", "/admin/v1/keys", "/admin/v1/nowhere", "/nowhere", "/v1x", "/apix/tags", "//metrics"),
 )
@@ -33,7 +33,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 def test_pages_of_other_origins_may_not_call_what_needs_no_key_or_an_operator(gateway: RunningGateway) -> None:
     key = gateway.key(flags=(ADMIN,))
     with gateway.http(key) as client:
-        for path in [*OURS_ALONE, *(f"/k/{key}{path}" for path in ("/metrics", "/readyz", "/admin/v1/keys", "/"))]:
+        for path in [*OWN_PAGES, *(f"/k/{key}{path}" for path in ("/metrics", "/readyz", "/admin/v1/keys", "/"))]:
             for answer in (client.get(gateway.url + path, headers=PAGE), client.options(gateway.url + path, headers=PREFLIGHT)):
                 granted = [name for name in answer.headers if name.startswith("access-control-")]
                 assert granted == [], (path, answer.request.method, granted)

@@ -49,7 +49,7 @@ class Chatterbox:
                     received = b""
                     connection.sendall(whole(b"true"))
 
-    def say_more(self, data: bytes) -> int:
+    def send_more(self, data: bytes) -> int:
         """Sends more on each connection; returns on how many that worked."""
         sent = 0
         for connection in self.connections:
@@ -81,7 +81,7 @@ def test_data_on_an_idle_backend_connection_is_not_an_answer(
     with gateway.http(gateway.key()) as alice, gateway.http(gateway.key(name="bob")) as bob:
         for _ in range(5):
             assert alice.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == "true"
-            assert chatterbox.say_more(more) >= 1
+            assert chatterbox.send_more(more) >= 1
             gateway.call(asyncio.sleep(0.05))
             answer = bob.post("/v1/chat/completions", json=body)
             assert (answer.status_code, "true" in answer.text) == (200, True), answer.text
