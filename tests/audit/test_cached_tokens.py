@@ -23,7 +23,7 @@ from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import add_key, ago, billed, row, sql, write
-from tests.support.chat_requests import MODEL, WAYS, Way
+from tests.support.chat_requests import CHATS, MODEL, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.content import Json, prompt_tokens
 from tests.support.fake_backend.scripts import answer, recording, stream
@@ -119,11 +119,11 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores, way: Way) -> None:
+@pytest.mark.parametrize("chat", CHATS, ids=str)
+def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores, chat: Chat) -> None:
     alpha.healthy.cached = lambda _: 30
     with gateway.http(gateway.key(tpm=1000, day=10**6)) as client:
-        response = client.post(way.path, json={**CHAT, "stream": way.streamed})
+        response = client.post(chat.path, json={**CHAT, "stream": chat.streamed})
         left = client.get("/v1/models").headers["x-ratelimit-remaining-tokens"]
     (found, _) = gateway.audit_rows()
     assert (found["prompt_tokens"], found["completion_tokens"], found["tokens_from"]) == (40, 4, "reported")
@@ -131,7 +131,7 @@ def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: FakeBac
     assert stores.billed_today() == 17 and int(left) == 1000 - 17
     (line, _) = gateway.request_lines()
     assert (line["cached_tokens"], line["billed_tokens"]) == (30, 17)
-    assert (b"cached" in response.content) == (way != Way("openai", True)), "only a client that asks for usage gets it"
+    assert (b"cached" in response.content) == (chat != Chat("openai", True)), "only a client that asks for usage gets it"
 
 
 @pytest.mark.parametrize(("weight", "counted"), [("0", 14), ("1", None), ("0.5", 29), ("0.333333", 24)])
@@ -184,13 +184,13 @@ class PrefixCache:
         return prompt_tokens({"messages": again}) if again else 0
 
 
-def turns_of_an_agent(gateway: RunningGateway, way: Way, most: int) -> int:
+def turns_of_an_agent(gateway: RunningGateway, chat: Chat, most: int) -> int:
     """Each turn sends the whole conversation; returns how many turns pass a limit of tokens per minute."""
     messages: list[dict[str, str]] = [{"role": "system", "content": "word " * 300}]
     with gateway.http(gateway.key(tpm=4000)) as client:
         for turn in range(most):
             messages.append({"role": "user", "content": f"turn {turn} word word word"})
-            got = client.post(way.path, json={**CHAT, "messages": messages, "stream": way.streamed})
+            got = client.post(chat.path, json={**CHAT, "messages": messages, "stream": chat.streamed})
             if got.status_code != 200:
                 assert got.status_code == 429
                 return turn
@@ -198,12 +198,12 @@ def turns_of_an_agent(gateway: RunningGateway, way: Way, most: int) -> int:
     return most
 
 
-@pytest.mark.parametrize("way", [Way("openai", True), Way("ollama", False)], ids=str)
-def test_a_cached_history_lets_an_agent_make_more_turns(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
-    without = turns_of_an_agent(gateway, way, 60)
+@pytest.mark.parametrize("chat", [Chat("openai", True), Chat("ollama", False)], ids=str)
+def test_a_cached_history_lets_an_agent_make_more_turns(gateway: RunningGateway, alpha: FakeBackend, chat: Chat) -> None:
+    without = turns_of_an_agent(gateway, chat, 60)
     alpha.healthy.cached = PrefixCache()
     assert without < 12
-    assert turns_of_an_agent(gateway, way, 60) > 3 * without
+    assert turns_of_an_agent(gateway, chat, 60) > 3 * without
 
 
 # ── rows of the audit ──

@@ -8,7 +8,7 @@ import pytest
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limiter import until
-from tests.support.chat_requests import MODEL, WAYS, Way
+from tests.support.chat_requests import CHATS, MODEL, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
 
@@ -30,11 +30,11 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_request_and_answer_are_kept_as_text(gateway: RunningGateway, way: Way) -> None:
-    body = {**way.body, "messages": [{"role": "user", "content": f"Keep {CANARY}"}]}
+@pytest.mark.parametrize("chat", CHATS, ids=str)
+def test_request_and_answer_are_kept_as_text(gateway: RunningGateway, chat: Chat) -> None:
+    body = {**chat.body, "messages": [{"role": "user", "content": f"Keep {CANARY}"}]}
     with gateway.http(gateway.key(prompt_log=True)) as client:
-        assert client.post(way.path, json=body).status_code == 200
+        assert client.post(chat.path, json=body).status_code == 200
     until(lambda: prompts(gateway))
     (kept,) = prompts(gateway)
     assert CANARY in kept["request"] and kept["answer"] == f"alpha heard: Keep {CANARY}" and not kept["is_cut"]
@@ -45,8 +45,8 @@ def test_request_and_answer_are_kept_as_text(gateway: RunningGateway, way: Way) 
 
 def test_other_keys_keep_no_prompts(gateway: RunningGateway, stores: TestStores) -> None:
     with gateway.http(gateway.key()) as client:
-        for way in WAYS:
-            client.post(way.path, json={**way.body, "messages": [{"role": "user", "content": CANARY}]})
+        for chat in CHATS:
+            client.post(chat.path, json={**chat.body, "messages": [{"role": "user", "content": CANARY}]})
     assert prompts(gateway) == []
     assert CANARY not in str(gateway.audit_rows())
 
@@ -73,7 +73,7 @@ def test_forgotten_prompts_do_not_come_back(gateway: RunningGateway, stores: Tes
     """Also not one that was still on its way to the database."""
     with gateway.http(gateway.key(prompt_log=True)) as client, stores.client() as redis:
         redis.set("nz:audit:writer", "somebody else", px=2000)
-        client.post("/api/chat", json=WAYS[0].body)
+        client.post("/api/chat", json=CHATS[0].body)
         assert sum(redis.xlen(shared.prompts) for shared in redis_keys.BY_SHARD) == 1
 
         async def forget() -> None:
@@ -90,6 +90,6 @@ def test_a_prompt_that_is_not_text_is_refused_and_frees_its_slot(gateway: Runnin
     body = '{"model":"llama3.2","messages":[{"role":"user","content":"\\ud800 half a letter"}]}'
     with gateway.http(key, headers={"Content-Type": "application/json"}) as client:
         assert client.post("/v1/chat/completions", content=body).status_code == 400
-        assert client.post("/v1/chat/completions", json=WAYS[2].body).status_code == 200
+        assert client.post("/v1/chat/completions", json=CHATS[2].body).status_code == 200
     assert gateway.components.limits.running == 0
     assert [row["outcome"] for row in gateway.audit_rows()] == ["refused:bad_request", "answered"]

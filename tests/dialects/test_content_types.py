@@ -6,7 +6,7 @@ import pytest
 
 from gateway.auth.key import ADMIN_MODELS
 from tests.conftest import StartGateway
-from tests.support.chat_requests import MODEL, WAYS, Way
+from tests.support.chat_requests import CHATS, MODEL, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import HTML, PLAIN, End, Head, Piece, Raw, answer, recording
 from tests.support.running_gateway import RunningGateway
@@ -20,32 +20,32 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, METRICS_ALLOW="127.0.0.1")
 
 
-def recorded(way: Way) -> bytes:
-    ending = "whole.json" if not way.streamed else "stream.ndjson" if way.dialect == "ollama" else "stream.sse"
-    return recording(f"{way.dialect}_chat_{ending}")
+def recorded(chat: Chat) -> bytes:
+    ending = "whole.json" if not chat.streamed else "stream.ndjson" if chat.dialect == "ollama" else "stream.sse"
+    return recording(f"{chat.dialect}_chat_{ending}")
 
 
 @pytest.mark.parametrize(
     "reported", ["text/html", "image/svg+xml; charset=utf-8", "application/json; charset=utf-7", "", "x" * 500]
 )
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("chat", CHATS, ids=str)
 def test_unknown_content_types_become_the_dialects_own(
-    gateway: RunningGateway, alpha: FakeBackend, way: Way, reported: str
+    gateway: RunningGateway, alpha: FakeBackend, chat: Chat, reported: str
 ) -> None:
     typed = [("Content-Type", reported)] if reported else []
-    alpha.play(way.path, [Head(200, typed, chunked=True), Piece(recorded(way)), End()])
+    alpha.play(chat.path, [Head(200, typed, chunked=True), Piece(recorded(chat)), End()])
     with gateway.http(gateway.key()) as client:
-        got = client.post(way.path, json=way.body)
-    assert got.status_code == 200 and got.headers["content-type"] == OURS.get(str(way), "application/json")
+        got = client.post(chat.path, json=chat.body)
+    assert got.status_code == 200 and got.headers["content-type"] == OURS.get(str(chat), "application/json")
     assert got.headers["x-content-type-options"] == "nosniff"
 
 
 def test_known_content_types_stay_as_reported(gateway: RunningGateway, alpha: FakeBackend) -> None:
     """Ollama answers a request that only loads a model with one JSON object, even if a stream was requested."""
     with gateway.http(gateway.key()) as client:
-        for way, reported in [(WAYS[1], "application/json; charset=utf-8"), (WAYS[3], "text/event-stream;charset=UTF-8")]:
-            alpha.play(way.path, [Head(200, [("Content-Type", reported)], chunked=True), Piece(recorded(way)), End()])
-            assert client.post(way.path, json=way.body).headers["content-type"] == reported
+        for chat, reported in [(CHATS[1], "application/json; charset=utf-8"), (CHATS[3], "text/event-stream;charset=UTF-8")]:
+            alpha.play(chat.path, [Head(200, [("Content-Type", reported)], chunked=True), Piece(recorded(chat)), End()])
+            assert client.post(chat.path, json=chat.body).headers["content-type"] == reported
 
 
 @pytest.mark.parametrize(("status", "expected"), [(200, 502), (502, 502), (302, 502), (404, 404), (403, 403)])
@@ -59,7 +59,7 @@ def test_a_page_instead_of_an_answer_is_not_passed_on(
             assert (got.status_code, got.headers["content-type"]) == (expected, "application/json")
             assert b"<" not in got.content and got.json()["error"]
         alpha.play("/api/chat", answer(422, PAGE, HTML))
-        got = client.post("/api/chat", json=WAYS[0].body)
+        got = client.post("/api/chat", json=CHATS[0].body)
         assert (got.status_code, got.headers["content-type"]) == (422, "application/json") and b"<" not in got.content
 
 

@@ -21,12 +21,12 @@ from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limiter import until
-from tests.support.chat_requests import MODEL, SAY_HI, WAYS, Way, send
+from tests.support.chat_requests import CHATS, MESSAGES, MODEL, Chat, send
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Forever, Received, Step, answer, compact, ndjson, sse, stream
 
 ROUTES = ["/v1/chat/completions", "/v1/completions"]
-STREAMED = {"model": MODEL, "messages": SAY_HI, "prompt": "Say hi", "stream": True}
+STREAMED = {"model": MODEL, "messages": MESSAGES, "prompt": "Say hi", "stream": True}
 VOLATILE = re.compile(rb'"created":\d+')
 
 
@@ -90,7 +90,7 @@ def test_missing_counts_are_estimated(start_gateway: StartGateway, alpha: FakeBa
     last = {"model": MODEL, "message": {"role": "assistant", "content": "one two three four"}, "done": True}
     alpha.play("/api/chat", stream(ndjson([*records, last]), "application/x-ndjson") if streamed else answer(200, last))
     with gateway.http(gateway.key()) as client:
-        client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": streamed})
+        client.post("/api/chat", json={"model": MODEL, "messages": MESSAGES, "stream": streamed})
     (row,) = gateway.audit_rows()
     assert row["tokens_from"] == "estimated" and row["prompt_tokens"] == 6
     assert row["completion_tokens"] == (10 if streamed else 5)
@@ -109,7 +109,7 @@ def test_counts_of_legacy_embeddings_are_estimated(start_gateway: StartGateway, 
 def test_a_client_that_leaves_pays_for_what_it_received(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces, alpha.healthy.pause_s = 200, 0.02
-    with gateway.http(gateway.key()) as client, client.stream("POST", "/api/chat", json=WAYS[1].body) as got:
+    with gateway.http(gateway.key()) as client, client.stream("POST", "/api/chat", json=CHATS[1].body) as got:
         lines = got.iter_lines()
         for _ in range(5):
             next(lines)
@@ -119,13 +119,13 @@ def test_a_client_that_leaves_pays_for_what_it_received(start_gateway: StartGate
 
 
 @pytest.mark.parametrize(
-    ("way", "body", "made"),
+    ("chat", "body", "made"),
     [
-        (WAYS[0], {}, 500),
-        (WAYS[0], {"options": {"num_predict": 40}}, 40),
-        (WAYS[2], {}, 500),
-        (WAYS[2], {"n": 3, "max_tokens": 30}, 90),
-        (WAYS[3], {}, 0),
+        (CHATS[0], {}, 500),
+        (CHATS[0], {"options": {"num_predict": 40}}, 40),
+        (CHATS[2], {}, 500),
+        (CHATS[2], {"n": 3, "max_tokens": 30}, 90),
+        (CHATS[3], {}, 0),
     ],
     ids=str,
 )
@@ -133,14 +133,14 @@ def test_a_client_that_leaves_before_a_whole_answer_pays_for_what_was_made(
     start_gateway: StartGateway,
     alpha: FakeBackend,
     monkeypatch: pytest.MonkeyPatch,
-    way: Way,
+    chat: Chat,
     body: dict[str, Any],
     made: int,
 ) -> None:
     monkeypatch.setattr("gateway.audit.token_usage.TOKENS_PER_S", 10**9)
     gateway = start_gateway(alpha, MAX_NUM_PREDICT="500")
-    alpha.play(way.path, [Forever()])
-    connection = send(gateway, gateway.key(tpm=UNLIMITED), way, **body)
+    alpha.play(chat.path, [Forever()])
+    connection = send(gateway, gateway.key(tpm=UNLIMITED), chat, **body)
     until(lambda: alpha.in_flight == 1)
     connection.close()
     until(lambda: alpha.in_flight == 0)
@@ -186,7 +186,7 @@ def test_no_count_of_a_backend_exceeds_the_requested_limit(start_gateway: StartG
     with gateway.http(gateway.key(month=200_000)) as client:
         for script in (answer(200, {**record, **counts}), empty_lines, answer(200, {**record, **counts})):
             alpha.play("/api/chat", script)
-            got = client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": script is empty_lines})
+            got = client.post("/api/chat", json={"model": MODEL, "messages": MESSAGES, "stream": script is empty_lines})
             assert got.status_code == 200
     rows = gateway.audit_rows()
     assert [row["completion_tokens"] for row in rows] == [100, 100, 100]
@@ -219,7 +219,7 @@ def test_the_excess_is_bounded_by_the_requests_in_flight(start_gateway: StartGat
     def ask() -> None:
         with gateway.http(key) as client:
             for _ in range(30):
-                client.post("/api/chat", json=WAYS[0].body)
+                client.post("/api/chat", json=CHATS[0].body)
 
     threads = [threading.Thread(target=ask) for _ in range(at_once)]
     for thread in threads:
@@ -234,7 +234,7 @@ def test_a_requested_limit_is_never_exceeded(start_gateway: StartGateway, alpha:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces = 50
     with gateway.http(gateway.key(tpm=500)) as client:
-        while client.post("/api/chat", json={**WAYS[0].body, "options": {"num_predict": 50}}).status_code == 200:
+        while client.post("/api/chat", json={**CHATS[0].body, "options": {"num_predict": 50}}).status_code == 200:
             pass
     spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in gateway.audit_rows())
     assert 400 < spent <= 500
@@ -246,12 +246,12 @@ def test_budgets_survive_the_loss_of_all_data_in_redis(
     gateway = start_gateway(alpha)
     few: dict[str, Any] = {"options": {"num_predict": 20}}
     with gateway.http(gateway.key(month=60)) as client:
-        while client.post("/api/chat", json={**WAYS[0].body, **few}).status_code == 200:
+        while client.post("/api/chat", json={**CHATS[0].body, **few}).status_code == 200:
             pass
         before = len(gateway.audit_rows())
         with stores.client() as redis:
             redis.flushall()
-        assert client.post("/api/chat", json={**WAYS[0].body, **few}).status_code == 429
+        assert client.post("/api/chat", json={**CHATS[0].body, **few}).status_code == 429
     assert len(gateway.audit_rows()) == before + 1
 
 
@@ -351,10 +351,10 @@ HIDDEN_ELSEWHERE: list[tuple[str, dict[str, Any]]] = [
     ("/api/embed", {"input": ["hi", TEXT]}),
     ("/api/embeddings", {"prompt": "hi", "suffix": TEXT}),
 ]
-CHATS = ("/api/chat", "/v1/chat/completions")
+CHAT_PATHS = ("/api/chat", "/v1/chat/completions")
 HIDDEN: list[tuple[str, dict[str, Any]]] = [
-    *((path, {"messages": [{"role": "user", "content": "hi", **more}]}) for more in HIDDEN_IN_MESSAGES for path in CHATS),
-    *((path, {"messages": SAY_HI, **more}) for more in HIDDEN_BESIDE_THEM for path in CHATS),
+    *((path, {"messages": [{"role": "user", "content": "hi", **more}]}) for more in HIDDEN_IN_MESSAGES for path in CHAT_PATHS),
+    *((path, {"messages": MESSAGES, **more}) for more in HIDDEN_BESIDE_THEM for path in CHAT_PATHS),
     *HIDDEN_ELSEWHERE,
 ]
 
@@ -381,15 +381,20 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "word " *
 @pytest.mark.parametrize(
     ("path", "body", "tokens_at_most", "tokens_at_least"),
     [
-        ("/api/chat", {"messages": SAY_HI}, 6, 6),
-        ("/v1/chat/completions", {"messages": SAY_HI, "temperature": 0.5, "max_tokens": 9, "stop": ["x"], "user": "me"}, 6, 6),
+        ("/api/chat", {"messages": MESSAGES}, 6, 6),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "temperature": 0.5, "max_tokens": 9, "stop": ["x"], "user": "me"},
+            6,
+            6,
+        ),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Say hi"}]}]}, 6, 6),
-        ("/v1/chat/completions", {"messages": SAY_HI, "tools": TOOLS}, 190, 140),
-        ("/v1/chat/completions", {"messages": SAY_HI, "response_format": {"type": "json_object"}}, 12, 6),
-        ("/v1/chat/completions", {"messages": SAY_HI, "chat_template_kwargs": {"enable_thinking": False}}, 16, 6),
-        ("/api/chat", {"messages": [{**SAY_HI[0], "images": [PICTURE]}]}, 900, 774),
-        ("/api/chat", {"messages": [{**SAY_HI[0], "Images": [PICTURE, PICTURE]}]}, 1800, 1542),
-        ("/api/chat", {"messages": [{**SAY_HI[0], "images": None, "thinking": "", "tool_calls": None}]}, 6, 6),
+        ("/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS}, 190, 140),
+        ("/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_object"}}, 12, 6),
+        ("/v1/chat/completions", {"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": False}}, 16, 6),
+        ("/api/chat", {"messages": [{**MESSAGES[0], "images": [PICTURE]}]}, 900, 774),
+        ("/api/chat", {"messages": [{**MESSAGES[0], "Images": [PICTURE, PICTURE]}]}, 1800, 1542),
+        ("/api/chat", {"messages": [{**MESSAGES[0], "images": None, "thinking": "", "tool_calls": None}]}, 6, 6),
         ("/api/generate", {"prompt": "Say hi", "images": [PICTURE], "options": {"stop": [TEXT]}}, 900, 770),
         ("/api/generate", {"prompt": "Say hi", "system": "", "context": [105_154, 7] * 50}, 102, 102),
         ("/api/generate", {"prompt": "", "system": TEXT}, -1, -1),
@@ -413,9 +418,9 @@ def test_ordinary_requests_have_realistic_estimates(
 def test_a_client_that_leaves_first_pays_for_what_was_sent(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     alpha.healthy.pieces, alpha.healthy.pause_s = 200, 0.02
-    message: dict[str, Any] = SAY_HI[0]
+    message: dict[str, Any] = MESSAGES[0]
     with gateway.http(gateway.key(tpm=UNLIMITED)) as client:
-        for body in ({"messages": [{**message, "Content": TEXT}]}, {"messages": SAY_HI, "documents": [{"text": TEXT}]}):
+        for body in ({"messages": [{**message, "Content": TEXT}]}, {"messages": MESSAGES, "documents": [{"text": TEXT}]}):
             with client.stream("POST", "/v1/chat/completions", json={**STREAMED, **body}) as got:
                 next(got.iter_lines())
     billed = [(row["outcome"], row["tokens_from"], row["prompt_tokens"] >= OF_TEXT) for row in gateway.audit_rows()]
@@ -459,7 +464,7 @@ BEYOND: list[dict[str, Any]] = [
     {"sampling_params": [{"n": 8}]},
     {"extra_body": '{"n": 8}'},
 ]
-COMPLETE = {"messages": SAY_HI, "prompt": "hi", "input": "hi"}
+COMPLETE = {"messages": MESSAGES, "prompt": "hi", "input": "hi"}
 
 
 @pytest.mark.parametrize("beyond", BEYOND, ids=words)
@@ -474,7 +479,7 @@ def test_fields_that_reach_beyond_the_model_are_refused_on_every_route(beyond: d
 def test_empty_values_of_such_fields_are_accepted() -> None:
     unset: dict[str, Any] = {"draft_model": None, "id_slot": -1, "lora": [], "models": [], "vllm_xargs": {"mine": 1}}
     unset |= {"priority": 0, "extra_body": {"n": None, "priority": None, "extra_args": {}}, "sampling_params": None}
-    assert need_of("/v1/chat/completions", {"messages": SAY_HI, **unset}) < 40
+    assert need_of("/v1/chat/completions", {"messages": MESSAGES, **unset}) < 40
 
 
 def test_extras_may_be_nested_as_deeply_as_a_body() -> None:
@@ -482,7 +487,7 @@ def test_extras_may_be_nested_as_deeply_as_a_body() -> None:
     for _ in range(200):
         deep = {"extra_body": deep}
     with pytest.raises(BadRequest, match="not taken"):
-        need_of("/v1/chat/completions", {"messages": SAY_HI, **deep})
+        need_of("/v1/chat/completions", {"messages": MESSAGES, **deep})
 
 
 def test_estimating_takes_time_in_proportion_to_parsing() -> None:

@@ -5,7 +5,7 @@ import pytest
 from gateway import endpoints
 from gateway.auth.key import ADMIN
 from tests.conftest import StartGateway
-from tests.support.chat_requests import SAY_HI
+from tests.support.chat_requests import MESSAGES
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
 
@@ -59,7 +59,7 @@ def test_answers_without_a_key_cannot_be_embedded_in_other_pages(gateway: Runnin
 
 def test_pages_of_any_origin_may_call_the_api_and_read_errors(gateway: RunningGateway) -> None:
     key, spent = gateway.key(), gateway.key(rpm=0)
-    body = {"model": "llama3.2", "messages": SAY_HI}
+    body = {"model": "llama3.2", "messages": MESSAGES}
     with gateway.http() as client:
         for path in [*TO_ALL, *(f"/k/{key}{path}" for path in TO_ALL)]:
             preflight = client.options(gateway.url + path, headers=PREFLIGHT)

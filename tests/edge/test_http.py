@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.chat_requests import WAYS, Way
+from tests.support.chat_requests import CHATS, Chat
 from tests.support.echo_server import EchoServer
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import FAULTS
@@ -358,7 +358,7 @@ def test_errors_are_in_the_callers_dialect(gateway: RunningGateway) -> None:
 def test_a_key_or_an_address_in_a_trailer_is_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, GATEWAY_TRUSTED_PROXIES="127.0.0.1")
     key = gateway.key()
-    body = json.dumps(WAYS[0].body).encode()
+    body = json.dumps(CHATS[0].body).encode()
     late = f"X-Api-Key: {key}\r\nX-Forwarded-For: 192.0.2.1\r\nX-Request-ID: mine\r\n"
     chunks = b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, late.encode())
     refused = ask(gateway, "Host: x", "Transfer-Encoding: chunked", body=chunks, path="/api/chat")
@@ -369,14 +369,14 @@ def test_a_key_or_an_address_in_a_trailer_is_ignored(start_gateway: StartGateway
     assert "mine" not in [line["request_id"] for line in gateway.request_lines()]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("chat", CHATS, ids=str)
 def test_a_call_ends_when_a_client_with_pipelined_requests_leaves(
-    gateway: RunningGateway, alpha: FakeBackend, way: Way
+    gateway: RunningGateway, alpha: FakeBackend, chat: Chat
 ) -> None:
-    alpha.play(way.path, FAULTS["head_timeout"](way.dialect, way.streamed))
-    body = json.dumps(way.body).encode()
+    alpha.play(chat.path, FAULTS["head_timeout"](chat.dialect, chat.streamed))
+    body = json.dumps(chat.body).encode()
     head = (
-        f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key()}\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {chat.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key()}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
         connection.sendall(head.encode() + body + NEXT)

@@ -8,14 +8,14 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.limits.test_limiter import until
-from tests.support.chat_requests import MODEL, SAY_HI
+from tests.support.chat_requests import MESSAGES, MODEL
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer, stream
 from tests.support.running_gateway import RunningGateway
 
 # More than two sockets' buffers hold between them.
 LARGE = 16 * 2**20
-WHOLE = {"model": MODEL, "messages": SAY_HI, "stream": False}
+WHOLE = {"model": MODEL, "messages": MESSAGES, "stream": False}
 
 
 @pytest.fixture

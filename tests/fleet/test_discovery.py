@@ -12,7 +12,7 @@ import pytest
 from gateway.dialects.model_names import AllowList
 from gateway.fleet import discovery
 from tests.conftest import StartGateway, TestStores
-from tests.support.chat_requests import WAYS
+from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Forever, Steps, answer
 from tests.support.running_gateway import LISTS_S, RunningGateway
@@ -88,7 +88,7 @@ def test_a_slow_backend_does_not_delay_the_start(start_gateway: StartGateway, al
     gateway = start_gateway(beta, alpha)
     assert time.monotonic() - began < 3.0 + LISTS_S
     assert names(gateway) == {"llama3.2:latest"}
-    assert WAYS[0].ask(gateway, gateway.key()) == "alpha heard: Say hi"
+    assert CHATS[0].ask(gateway, gateway.key()) == "alpha heard: Say hi"
 
 
 def test_lists_do_not_wait_for_a_frozen_backend(start_gateway: StartGateway, alpha: FakeBackend) -> None:
@@ -111,7 +111,7 @@ def test_a_backend_that_fails_a_poll_keeps_its_models_for_a_while(start_gateway:
         time.sleep(0.6)
         assert [entry["name"] for entry in client.get("/api/tags").json()["models"]] == ["llama3.2:latest"]
         until(lambda: client.get("/api/tags").json()["models"] == [], 4.0)
-        got = client.post("/api/chat", json=WAYS[0].body)
+        got = client.post("/api/chat", json=CHATS[0].body)
         assert got.status_code == 503 and got.headers["retry-after"]
         assert client.get("/readyz").status_code == 503
         alpha.start()
@@ -127,7 +127,7 @@ def test_without_redis_each_process_polls_for_itself(
     gateways = [start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.3") for _ in range(2)]
     alpha.models.append("new:latest")
     until(lambda: all("new:latest" in names(gateway) for gateway in gateways))
-    assert WAYS[0].ask(gateways[0], gateways[0].key()) == "alpha heard: Say hi"
+    assert CHATS[0].ask(gateways[0], gateways[0].key()) == "alpha heard: Say hi"
     with gateways[0].http() as client:
         ready = client.get("/readyz")
         assert ready.status_code == 200 and ready.json()["redis"] == "degraded"

@@ -14,7 +14,7 @@ from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
 from tests.conftest import StartGateway
 from tests.limits.test_limiter import until
-from tests.support.chat_requests import MODEL, SAY_HI, WAYS
+from tests.support.chat_requests import CHATS, MESSAGES, MODEL
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import HTML, Forever, Head, Piece, Step, answer, ndjson, sse, stream
 from tests.support.running_gateway import RunningGateway
@@ -92,7 +92,7 @@ def test_what_a_backend_cannot_do_is_asked_of_one_other_and_reported(gateway: Ru
             before = asked(three, path)
             with pytest.raises(openai.APIStatusError) as caught:
                 if path == CHAT:
-                    client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=number % 2 == 0)
+                    client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=number % 2 == 0)
                 else:
                     client.embeddings.create(model=MODEL, input="x")
             assert caught.value.status_code == expected_status, error
@@ -108,7 +108,7 @@ def test_what_a_backend_cannot_do_is_asked_of_one_other_and_reported(gateway: Ru
 def test_another_build_may_be_able(gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     alpha.play(CHAT, answer(500, llamacpp(500, MMPROJ)))
     with gateway.openai(gateway.key()) as client:
-        assert client.chat.completions.create(model=MODEL, messages=SAY_HI).choices[0].message.content == "beta heard: Say hi"
+        assert client.chat.completions.create(model=MODEL, messages=MESSAGES).choices[0].message.content == "beta heard: Say hi"
     assert failures(gateway) == {0}
     assert b'reason="cannot"' not in gateway.call(gateway.components.metrics.exposition())
 
@@ -120,11 +120,11 @@ def test_one_backend_that_cannot_before_one_that_fails(
     play([alpha, gamma], CHAT, answer(500, llamacpp(500, MMPROJ)))
     beta.play(CHAT, answer(500, llamacpp(500, "CUDA error: out of memory")))
     with gateway.http(gateway.key()) as client:
-        got = client.post(CHAT, json=WAYS[2].body)
+        got = client.post(CHAT, json=CHATS[2].body)
         assert got.status_code == 400 and got.json()["error"]["message"] == MMPROJ
         assert asked([alpha, beta, gamma], CHAT) == [1, 1, 0]
         beta.stop()
-        got = client.post(CHAT, json=WAYS[2].body)
+        got = client.post(CHAT, json=CHATS[2].body)
     assert got.status_code == 400 and got.json()["error"]["message"] == MMPROJ
     assert asked([alpha, gamma], CHAT) == [2, 1]
 
@@ -132,7 +132,7 @@ def test_one_backend_that_cannot_before_one_that_fails(
 def test_other_failures_are_failures(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     play(three, CHAT, answer(500, llamacpp(500, "CUDA error: operation not supported on this device")))
     with gateway.http(gateway.key()) as client:
-        got = client.post(CHAT, json=WAYS[2].body)
+        got = client.post(CHAT, json=CHATS[2].body)
     assert got.status_code == 502 and "x-should-retry" not in got.headers
     assert asked(three, CHAT) == [1, 1, 1] and failures(gateway) == {1}
 
@@ -159,7 +159,7 @@ def test_why_a_backend_failed_is_in_the_log_and_not_in_the_answer(
 ) -> None:
     play(three, CHAT, steps)
     with gateway.http(gateway.key()) as client:
-        got = client.post(CHAT, json={**WAYS[2].body, "stream": True})
+        got = client.post(CHAT, json={**CHATS[2].body, "stream": True})
     assert got.status_code == 502 and "memory" not in got.text
     line = gateway.request_lines()[-1]
     assert line["detail"].endswith(": CUDA error, out of memory")
@@ -170,7 +170,7 @@ def test_why_a_backend_failed_is_in_the_log_and_not_in_the_answer(
 def test_busy_backends_are_reported_as_busy(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     play(three, CHAT, answer(503, {"error": "server busy, please try again.  maximum pending requests exceeded"}))
     with gateway.http(gateway.key()) as client:
-        got = client.post(CHAT, json=WAYS[2].body)
+        got = client.post(CHAT, json=CHATS[2].body)
     assert got.status_code == 503 and "can be reached or has room at the moment" in got.json()["error"]["message"]
 
 
@@ -234,7 +234,7 @@ def test_refusals_in_the_ollama_dialect(gateway: RunningGateway, three: list[Fak
         client.embed(MODEL, "x")
     assert (caught.value.status_code, caught.value.error) == (501, NO_EMBEDDINGS)
     with pytest.raises(ollama.ResponseError) as caught:
-        list(client.chat(MODEL, SAY_HI, stream=True))
+        list(client.chat(MODEL, MESSAGES, stream=True))
     assert (caught.value.status_code, caught.value.error) == (400, "this model is missing data required for image input")
     assert asked(three, "/api/embed") == asked(three, "/api/chat") == [1, 1, 0]
 
@@ -259,7 +259,7 @@ def test_an_overflow_of_the_context_keeps_the_fields_that_agents_read(
             play(three, CHAT, steps)
             before = sum(asked(three, CHAT))
             with pytest.raises(openai.BadRequestError) as caught:
-                client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=streamed)
+                client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=streamed)
             assert caught.value.body == {**OVERFLOW, "param": None}
             assert sum(asked(three, CHAT)) == before + 1
     assert failures(gateway) == {0}
@@ -268,7 +268,7 @@ def test_an_overflow_of_the_context_keeps_the_fields_that_agents_read(
 def test_an_overflow_in_the_ollama_dialect(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     play(three, "/api/chat", answer(400, {"error": json.dumps({"error": OVERFLOW})}))
     with pytest.raises(ollama.ResponseError) as caught:
-        gateway.ollama(gateway.key()).chat(MODEL, SAY_HI)
+        gateway.ollama(gateway.key()).chat(MODEL, MESSAGES)
     assert (caught.value.status_code, caught.value.error) == (400, OVERFLOW["message"])
 
 
@@ -280,11 +280,11 @@ def test_an_error_without_end_or_too_long_is_known_by_its_status(
     long = json.dumps({"detail": [{"msg": "no", "input": "x" * 300_000}]}).encode()
     with gateway.http(gateway.key()) as client:
         play(three, CHAT, answer(422, long))
-        assert client.post(CHAT, json=WAYS[2].body).status_code == 422
+        assert client.post(CHAT, json=CHATS[2].body).status_code == 422
         assert asked(three, CHAT) == [1, 0, 0] and failures(gateway) == {0}
         three[0].play(CHAT, [Head(500, [("Content-Type", HTML)], content_length=300), Piece(b"<html>"), Forever()])
         three[1].play(CHAT, None)
-        assert client.post(CHAT, json=WAYS[2].body).status_code == 200
+        assert client.post(CHAT, json=CHATS[2].body).status_code == 200
     assert gateway.components.backends["alpha"].breaker._failures == 1
 
 
@@ -299,7 +299,7 @@ def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
             play(three, CHAT, steps)
             for _ in range(4):
                 with pytest.raises(openai.InternalServerError) as caught:
-                    client.chat.completions.create(model=MODEL, messages=SAY_HI, stream=streamed)
+                    client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=streamed)
                 assert (caught.value.status_code, caught.value.code) == (502, "answer_too_large")
     assert asked(three, CHAT) == [8, 0, 0]
     assert failures(gateway) == {0}
@@ -308,7 +308,7 @@ def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
 def test_a_timeout_beside_answers_counts_against_nobody(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     """A large request takes long; a backend that answers others meanwhile works."""
     gateway = start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="0.5")
-    key, body, chat = gateway.key(), {"model": MODEL, "prompt": "x"}, WAYS[0]
+    key, body, chat = gateway.key(), {"model": MODEL, "prompt": "x"}, CHATS[0]
     breaker = gateway.components.backends["alpha"].breaker
     alpha.play("/api/generate", [Forever()])
     with gateway.http(key) as client:
@@ -337,7 +337,7 @@ def test_what_llamacpp_calls_its_own_failure_is_a_wrong_request(gateway: Running
         for words in WRONG:
             play(three, CHAT, answer(500, llamacpp(500, words)))
             before = asked(three, CHAT)
-            got = client.post(CHAT, json=WAYS[2].body)
+            got = client.post(CHAT, json=CHATS[2].body)
             assert got.status_code == 400 and got.json()["error"]["message"] == words
             assert [now - then for now, then in zip(asked(three, CHAT), before, strict=True)] == [1, 1, 0]
     assert failures(gateway) == {0}
@@ -375,7 +375,7 @@ def test_one_key_opens_no_breaker_with_requests_that_fail_everywhere(
     gateway: RunningGateway, three: list[FakeBackend], form: str, failing: list[Step]
 ) -> None:
     play(three, CHAT, failing)
-    asking = {**WAYS[2].body, "stream": form == "streamed"}
+    asking = {**CHATS[2].body, "stream": form == "streamed"}
     with gateway.http(gateway.key()) as client:
         for _ in range(5):
             assert client.post(CHAT, json=asking).status_code == 502
@@ -397,5 +397,5 @@ def test_one_key_opens_the_breaker_of_a_backend_that_fails_while_another_answers
         with gateway.http(gateway.key()) as client:
             for _ in range(3):
                 assert breaker.state == "closed"
-                assert client.post(CHAT, json=WAYS[2].body).status_code == 200
+                assert client.post(CHAT, json=CHATS[2].body).status_code == 200
         assert breaker.state == "open"

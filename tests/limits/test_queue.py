@@ -9,7 +9,7 @@ import pytest
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limiter import ask, until
-from tests.support.chat_requests import WAYS, send
+from tests.support.chat_requests import CHATS, send
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Hold, Received, Step
 from tests.support.running_gateway import RunningGateway
@@ -24,10 +24,10 @@ def hold(alpha: FakeBackend) -> Iterator[list[threading.Event]]:
         events.append(threading.Event())
         return [Hold(events[-1]), *alpha.healthy(request)]
 
-    for way in WAYS:
-        alpha.play(way.path, script)
+    for chat in CHATS:
+        alpha.play(chat.path, script)
     yield events
-    alpha.play(WAYS[0].path, None)
+    alpha.play(CHATS[0].path, None)
     for event in events:
         event.set()
 
@@ -39,7 +39,7 @@ def release(hold: list[threading.Event]) -> None:
 def ask_in_background(gateway: RunningGateway, key: str, done: list[tuple[str, int]], name: str) -> threading.Thread:
     def run() -> None:
         with gateway.http(key, headers={"X-Request-ID": name}) as client:
-            done.append((name, ask(client, WAYS[0]).status_code))
+            done.append((name, ask(client, CHATS[0]).status_code))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -68,7 +68,7 @@ def test_waiting_calls_are_admitted_in_the_order_of_arrival(
     for thread in threads:
         thread.join()
     assert [status for _, status in done] == [200] * 7
-    arrived = [call.header("x-request-id") for call in alpha.calls(WAYS[0].path)]
+    arrived = [call.header("x-request-id") for call in alpha.calls(CHATS[0].path)]
     assert arrived == ["first", *(f"waiter-{number}" for number in range(6))]
     waited = {row["request_id"]: row["queue_ms"] for row in one.audit_rows()}
     assert waited["first"] < 50 < waited["waiter-5"]
@@ -84,20 +84,20 @@ def test_a_call_that_waited_too_long_is_refused(
     until(lambda: len(hold) == 1)
     began = time.monotonic()
     with gateway.http(key) as client:
-        assert ask(client, WAYS[0]).status_code == 429
+        assert ask(client, CHATS[0]).status_code == 429
     assert time.monotonic() - began >= 0.5
     hold[0].set()
     running.join()
     with gateway.http(key) as client:
         threading.Timer(0.2, release, [hold]).start()
-        assert ask(client, WAYS[0]).status_code == 200
+        assert ask(client, CHATS[0]).status_code == 200
 
 
 def test_only_the_limit_of_calls_at_once_makes_a_call_wait(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
     with gateway.http(gateway.key(rpm=1)) as client:
         began = time.monotonic()
-        assert [ask(client, WAYS[0]).status_code for _ in range(3)] == [200, 429, 429]
+        assert [ask(client, CHATS[0]).status_code for _ in range(3)] == [200, 429, 429]
         assert time.monotonic() - began < 10
 
 
@@ -109,7 +109,7 @@ def test_a_client_that_leaves_is_removed_from_the_queue(
     done: list[tuple[str, int]] = []
     running = ask_in_background(gateway, key, done, "first")
     until(lambda: len(hold) == 1)
-    impatient = send(gateway, key, WAYS[0])
+    impatient = send(gateway, key, CHATS[0])
     wait_for_queue_of(gateway, 1)
     patient = ask_in_background(gateway, key, done, "patient")
     wait_for_queue_of(gateway, 2)
@@ -175,7 +175,7 @@ def test_a_call_that_waits_for_one_model_does_not_delay_other_models(
 
 def other_model(gateway: RunningGateway, key: str, done: list[tuple[str, int]]) -> None:
     with gateway.http(key) as client:
-        done.append(("other", ask(client, WAYS[0], model="other").status_code))
+        done.append(("other", ask(client, CHATS[0], model="other").status_code))
 
 
 def test_a_freed_slot_is_announced_while_a_call_waits(

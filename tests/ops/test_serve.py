@@ -18,7 +18,7 @@ import pytest
 
 from gateway.ops.cli import installation
 from tests.conftest import TestStores
-from tests.support.chat_requests import SAY_HI, WAYS
+from tests.support.chat_requests import CHATS, MESSAGES
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Hold
 from tests.support.gateway_settings import environment_for
@@ -40,13 +40,13 @@ def test_it_drains_on_sigterm(stores: TestStores, alpha: FakeBackend, tmp_path: 
     alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.15
     with serving(tmp_path, names) as (process, url, log):
         headers = {"Authorization": f"Bearer {key}"}
-        with httpx.stream("POST", f"{url}/api/chat", json=WAYS[1].body, headers=headers, timeout=20) as stream:
+        with httpx.stream("POST", f"{url}/api/chat", json=CHATS[1].body, headers=headers, timeout=20) as stream:
             pieces = stream.iter_lines()
             first = next(pieces)
             process.send_signal(signal.SIGTERM)
             until(lambda: httpx.get(f"{url}/readyz").status_code == 503, 2)
             assert httpx.get(f"{url}/healthz").status_code == 200
-            refused = httpx.post(f"{url}/api/chat", json=WAYS[0].body, headers=headers)
+            refused = httpx.post(f"{url}/api/chat", json=CHATS[0].body, headers=headers)
             assert refused.status_code == 503 and refused.headers["retry-after"]
             rest = list(pieces)
         assert json.loads(first)["message"] and json.loads(rest[-1])["done"] is True
@@ -67,10 +67,10 @@ def test_the_drain_limit_ends_streams_with_an_error_frame(
     names = names_for(stores, alpha, GATEWAY_DRAIN_S="0.3", GATEWAY_WORKERS=str(workers))
     key = make_key(tmp_path, names)
     alpha.healthy.pieces, alpha.healthy.pause_s = 1000, 0.05
-    way = next(way for way in WAYS if way.dialect == dialect and way.streamed)
+    chat = next(chat for chat in CHATS if chat.dialect == dialect and chat.streamed)
     with serving(tmp_path, names) as (process, url, _):
         headers = {"Authorization": f"Bearer {key}"}
-        with httpx.stream("POST", url + way.path, json=way.body, headers=headers, timeout=20) as stream:
+        with httpx.stream("POST", url + chat.path, json=chat.body, headers=headers, timeout=20) as stream:
             pieces = (line for line in stream.iter_lines() if line)
             next(pieces)
             process.send_signal(number)
@@ -106,7 +106,7 @@ def test_many_workers_share_one_port_and_are_replaced(stores: TestStores, alpha:
         until(lambda: len(descendants(process.pid)) == 3 and log.read_text().count("keys: argon2id") == 3, 20)
         with openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=20) as client:
             for _ in range(10):
-                answer = client.chat.completions.create(model="llama3.2", messages=SAY_HI)
+                answer = client.chat.completions.create(model="llama3.2", messages=MESSAGES)
                 assert answer.choices[0].message.content == "alpha heard: Say hi"
             victim = min(descendants(process.pid))
             os.kill(victim, signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_ctrl_c_lets_the_workers_finish(stores: TestStores, alpha: FakeBackend, 
     alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.1
     with serving(tmp_path, names, new_group=True) as (process, url, _):
         headers = {"Authorization": f"Bearer {key}"}
-        with httpx.stream("POST", f"{url}/api/chat", json=WAYS[1].body, headers=headers, timeout=20) as stream:
+        with httpx.stream("POST", f"{url}/api/chat", json=CHATS[1].body, headers=headers, timeout=20) as stream:
             pieces = stream.iter_lines()
             next(pieces)
             os.killpg(process.pid, signal.SIGINT)
@@ -234,8 +234,8 @@ def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: FakeBackend) 
         # One person's machine: photos pass, an agent's long answers are not cut, and its turns not ended.
         printed = re.findall(r"[A-Z_]{8,}=\d+", log.read_text())
         assert printed == [f"{name}={value}" for name, value in installation.LIMITS_OF_RUN.items()]
-        body = {**WAYS[2].body, "user": "x" * 2_000_000, "max_tokens": 32_000}
-        got = httpx.post(f"{url}{WAYS[2].path}", json=body, headers={"x-api-key": key})
+        body = {**CHATS[2].body, "user": "x" * 2_000_000, "max_tokens": 32_000}
+        got = httpx.post(f"{url}{CHATS[2].path}", json=body, headers={"x-api-key": key})
         assert got.status_code == 200 and "x-gateway-max-tokens" not in got.headers
         assert int(got.headers["x-ratelimit-limit-tokens"]) >= 10**7
         shown = subprocess.run(
@@ -257,7 +257,7 @@ def test_the_local_run_uses_an_ollama_that_is_configured(home: Path, alpha: Fake
         until(lambda: "Ctrl-C" in log.read_text(), 30)
         key, _ = printed(log)
         until(lambda: answers(f"{url}/readyz"), 10)
-        got = httpx.post(f"{url}/api/chat", json=WAYS[0].body, headers={"x-api-key": key})
+        got = httpx.post(f"{url}/api/chat", json=CHATS[0].body, headers={"x-api-key": key})
         assert got.json()["message"]["content"] == "alpha heard: Say hi"
         assert "demonstration" not in log.read_text()
         # What the operator says wins, and reaches the workers as the rest does.

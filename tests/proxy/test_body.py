@@ -18,14 +18,14 @@ from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import BodiesUnfinished, BodyTooLarge, GatewayError, Overloaded, ShuttingDown
 from gateway.proxy.body import Bodies, check_head
 from tests.conftest import StartGateway
-from tests.support.chat_requests import MODEL, SAY_HI
+from tests.support.chat_requests import MESSAGES, MODEL
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 
 LARGEST = 50_000
 # One key may hold four of the largest, all keys sixteen.
-BODY = json.dumps({"model": MODEL, "messages": SAY_HI, "stream": False}).encode().ljust(LARGEST)
+BODY = json.dumps({"model": MODEL, "messages": MESSAGES, "stream": False}).encode().ljust(LARGEST)
 BEGUN = LARGEST - 1000
 
 

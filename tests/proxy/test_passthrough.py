@@ -9,7 +9,7 @@ import pytest
 from gateway.auth.key import ADMIN_MODELS, SHOW_BACKEND
 from gateway.endpoints import PASSED_THROUGH
 from tests.conftest import StartGateway
-from tests.support.chat_requests import WAYS
+from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Head, Piece, Reset
 from tests.support.running_gateway import RunningGateway
@@ -112,9 +112,9 @@ def test_no_backend_for_these_routes(start_gateway: StartGateway) -> None:
 
 def test_keys_with_the_flag_see_which_backend_answered(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key(flags=(SHOW_BACKEND,))) as client:
-        assert client.post("/api/chat", json=WAYS[0].body).headers["x-gateway-backend"] == "alpha"
+        assert client.post("/api/chat", json=CHATS[0].body).headers["x-gateway-backend"] == "alpha"
     with gateway.http(gateway.key()) as client:
-        got: httpx.Response = client.post("/api/chat", json=WAYS[0].body)
+        got: httpx.Response = client.post("/api/chat", json=CHATS[0].body)
         assert "x-gateway-backend" not in got.headers
 
 

@@ -11,7 +11,7 @@ from gateway.auth.key import ADMIN
 from gateway.components import database_of
 from gateway.core.errors import ReadOnly, StoreRefused, StoreUnavailable
 from tests.conftest import StartGateway, TestStores
-from tests.support.chat_requests import WAYS
+from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
@@ -62,7 +62,7 @@ def test_a_read_only_database_is_a_degraded_mode(
         object.__setattr__(stores, "database_url", url.replace(f"host={host}", f"host={host},{host}"))
     gateway = start_gateway(alpha)
     known, unknown, ops = gateway.key(), gateway.key(), gateway.key(name="ops", flags=(ADMIN,))
-    assert WAYS[0].ask(gateway, known) == "alpha heard: Say hi"
+    assert CHATS[0].ask(gateway, known) == "alpha heard: Say hi"
     with gateway.http(ops) as admin:
         assert readiness(admin) == (200, "ok", "ok")
         become_standby(url)
@@ -70,7 +70,7 @@ def test_a_read_only_database_is_a_degraded_mode(
         for method, path, body in CHANGES:
             refused = admin.request(method, path.replace("{id}", known.split("_")[1]), json=body)
             assert (refused.status_code, "read-only" in refused.json()["error"]) == (503, True), (method, path)
-        assert [WAYS[0].ask(gateway, key) for key in (known, unknown)] == ["alpha heard: Say hi"] * 2
+        assert [CHATS[0].ask(gateway, key) for key in (known, unknown)] == ["alpha heard: Say hi"] * 2
         asyncio.run(asyncio.sleep(0.5))
         assert readiness(admin)[2] == "ok"
         become_primary(url)

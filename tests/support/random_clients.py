@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tests.support.chat_requests import WAYS, Way
+from tests.support.chat_requests import CHATS, Chat
 
 Behaviour = Literal["reads", "leaves at once", "leaves while waiting", "leaves in the middle", "sends half"]
 BEHAVIOURS: list[Behaviour] = [
@@ -38,7 +38,7 @@ class RandomClients:
 
     async def ask(self, url: str) -> None:
         chosen: Behaviour = self.rng.choice(self.behaviours)
-        way = self.rng.choice(WAYS)
+        chat = self.rng.choice(CHATS)
         number = f"crowd-{uuid.uuid4().hex}"
         self.sent += 1
         host, port = url.removeprefix("http://").split(":")
@@ -51,7 +51,7 @@ class RandomClients:
         try:
             began = asyncio.get_running_loop().time()
             async with asyncio.timeout(PATIENCE_S):
-                await self._converse((reader, writer), chosen, way, number)
+                await self._converse((reader, writer), chosen, chat, number)
             if chosen == "reads":
                 self.took_s.append(asyncio.get_running_loop().time() - began)
         except OSError:
@@ -60,11 +60,11 @@ class RandomClients:
             writer.close()
 
     async def _converse(
-        self, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], behaviour: Behaviour, way: Way, number: str
+        self, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], behaviour: Behaviour, chat: Chat, number: str
     ) -> None:
         reader, writer = connection
-        body = json.dumps({**way.body, "max_tokens": 20, "options": {"num_predict": 20}}).encode()
-        head = f"POST {way.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.key}\r\nX-Request-ID: {number}\r\n"
+        body = json.dumps({**chat.body, "max_tokens": 20, "options": {"num_predict": 20}}).encode()
+        head = f"POST {chat.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.key}\r\nX-Request-ID: {number}\r\n"
         head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + (body[:10] if behaviour == "sends half" else body))
         await writer.drain()
@@ -77,9 +77,9 @@ class RandomClients:
             await reader.read(300)
             self.ends["left"] += 1
         else:
-            self._judge(await reader.read(), way, number)
+            self._judge(await reader.read(), chat, number)
 
-    def _judge(self, received: bytes, way: Way, number: str) -> None:
+    def _judge(self, received: bytes, chat: Chat, number: str) -> None:
         if not received:
             self.ends["nothing"] += 1
             return
@@ -90,7 +90,7 @@ class RandomClients:
             return
         if b'"error":' in body:
             self.ends["error"] += 1
-        elif b"\ndata: [DONE]" in body or b'"done":true' in body or (not way.streamed and body.rstrip().endswith(b"}")):
+        elif b"\ndata: [DONE]" in body or b'"done":true' in body or (not chat.streamed and body.rstrip().endswith(b"}")):
             self.ends["complete"] += 1
             self.whole.add(number)
         else:

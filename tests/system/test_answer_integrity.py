@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.chat_requests import WAYS, Way
+from tests.support.chat_requests import CHATS, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import End, Forever, Head, Pause, Piece, Step, cut_at, recording
 from tests.support.running_gateway import RunningGateway
@@ -113,40 +113,42 @@ def test_a_whole_answer_cut_short_is_502(
             assert client.post(path, json=body_for(path, stream=False)).status_code in (502, 503), offset
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_the_official_clients_raise_where_a_stream_was_cut(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
-    name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
+@pytest.mark.parametrize("chat", [chat for chat in CHATS if chat.streamed], ids=str)
+def test_the_official_clients_raise_where_a_stream_was_cut(gateway: RunningGateway, alpha: FakeBackend, chat: Chat) -> None:
+    name = "ollama_chat_stream.ndjson" if chat.dialect == "ollama" else "openai_chat_stream.sse"
     data = recording(name)
-    alpha.play(way.path, cut_at(data, len(data) // 2, "close", media_of(name)))
+    alpha.play(chat.path, cut_at(data, len(data) // 2, "close", media_of(name)))
     with pytest.raises((openai.APIError, ollama.ResponseError)) as raised:
-        way.ask(gateway, gateway.key())
+        chat.ask(gateway, gateway.key())
     assert "ended early" in str(raised.value)
     line = gateway.request_lines()[-1]
     assert line["outcome"] == "truncated" and line["status"] == 200
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_a_clean_end_without_the_last_frame_is_a_failure(gateway: RunningGateway, alpha: FakeBackend, way: Way) -> None:
+@pytest.mark.parametrize("chat", [chat for chat in CHATS if chat.streamed], ids=str)
+def test_a_clean_end_without_the_last_frame_is_a_failure(gateway: RunningGateway, alpha: FakeBackend, chat: Chat) -> None:
     """Ollama ends its answer like this when it aborts repetitive output, and when its runner dies."""
-    name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
+    name = "ollama_chat_stream.ndjson" if chat.dialect == "ollama" else "openai_chat_stream.sse"
     frames = recording(name).splitlines(keepends=True)
-    alpha.play(way.path, in_pieces(b"".join(frames[:2]), [], media_of(name)))
+    alpha.play(chat.path, in_pieces(b"".join(frames[:2]), [], media_of(name)))
     with pytest.raises((openai.APIError, ollama.ResponseError)):
-        way.ask(gateway, gateway.key())
+        chat.ask(gateway, gateway.key())
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
-def test_a_stall_ends_in_an_error_but_a_slow_start_does_not(start_gateway: StartGateway, alpha: FakeBackend, way: Way) -> None:
+@pytest.mark.parametrize("chat", [chat for chat in CHATS if chat.streamed], ids=str)
+def test_a_stall_ends_in_an_error_but_a_slow_start_does_not(
+    start_gateway: StartGateway, alpha: FakeBackend, chat: Chat
+) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.4", OLLAMA_READ_TIMEOUT_S="3")
-    name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
+    name = "ollama_chat_stream.ndjson" if chat.dialect == "ollama" else "openai_chat_stream.sse"
     data, key = recording(name), gateway.key()
     slow: list[Step] = [Pause(1.0), *in_pieces(data, [], media_of(name))]
-    alpha.play(way.path, slow)
-    way.ask(gateway, key)
+    alpha.play(chat.path, slow)
+    chat.ask(gateway, key)
     half = in_pieces(data[: len(data) // 2], [], media_of(name))[:-1]
-    alpha.play(way.path, [*half, Pause(5.0), End()])
+    alpha.play(chat.path, [*half, Pause(5.0), End()])
     with pytest.raises((openai.APIError, ollama.ResponseError)) as raised:
-        way.ask(gateway, key)
+        chat.ask(gateway, key)
     assert "in time" in str(raised.value)
 
 
@@ -160,19 +162,19 @@ def test_a_total_limit_ends_an_endless_stream(start_gateway: StartGateway, alpha
     assert "error" in last_frame(got.content) and 3 < got.content.count(b"\n") < 40
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.streamed], ids=str)
+@pytest.mark.parametrize("chat", [chat for chat in CHATS if chat.streamed], ids=str)
 def test_an_answer_ends_at_its_last_frame_whatever_the_backend_sends_afterwards(
-    gateway: RunningGateway, alpha: FakeBackend, way: Way
+    gateway: RunningGateway, alpha: FakeBackend, chat: Chat
 ) -> None:
     """By then the call is counted and its slot released."""
-    name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
+    name = "ollama_chat_stream.ndjson" if chat.dialect == "ollama" else "openai_chat_stream.sse"
     data = recording(name)
-    behind = b"\n" if way.dialect == "ollama" else b": ping\n\n"
+    behind = b"\n" if chat.dialect == "ollama" else b": ping\n\n"
     more: list[Step] = [step for _ in range(20) for step in (Pause(0.1), Piece(behind * 50))]
-    alpha.play(way.path, [*in_pieces(data, [], media_of(name))[:-1], *more, Forever()])
+    alpha.play(chat.path, [*in_pieces(data, [], media_of(name))[:-1], *more, Forever()])
     with gateway.http(gateway.key(concurrent=1)) as client:
         for _ in range(2):
-            got = client.post(way.path, json=way.body)
+            got = client.post(chat.path, json=chat.body)
             assert got.status_code == 200 and len(got.content) <= len(data)
             assert got.content.endswith((b"[DONE]\n\n", b"}\n")) and b'"error"' not in got.content
     assert alpha.wait_idle()
@@ -181,12 +183,12 @@ def test_an_answer_ends_at_its_last_frame_whatever_the_backend_sends_afterwards(
 
 def test_blanks_and_comments_alone_are_no_answer(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key = gateway.key()
-    for way in (way for way in WAYS if way.streamed):
-        media = media_of("a.ndjson" if way.dialect == "ollama" else "a.sse")
+    for chat in (chat for chat in CHATS if chat.streamed):
+        media = media_of("a.ndjson" if chat.dialect == "ollama" else "a.sse")
         blanks = Piece(b"\n\n" * 20_000)
-        alpha.play(way.path, [Head(200, [("Content-Type", media)], chunked=True), *[blanks] * 200, Forever()])
+        alpha.play(chat.path, [Head(200, [("Content-Type", media)], chunked=True), *[blanks] * 200, Forever()])
         with gateway.http(key) as client:
-            assert client.post(way.path, json=way.body).status_code == 502
+            assert client.post(chat.path, json=chat.body).status_code == 502
         assert [attempt["fault"] for attempt in gateway.request_lines()[-1]["attempts"]] == ["bad_first_frame"]
 
 

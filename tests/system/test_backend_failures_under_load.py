@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.chat_requests import WAYS, Way
+from tests.support.chat_requests import CHATS, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer
 from tests.support.processes import until
@@ -51,10 +51,10 @@ def keep_asking(gateway: RunningGateway, key: str, stop: threading.Event, ask: C
 
 
 def asking(gateway: RunningGateway, key: str) -> list[Callable[[], str]]:
-    def ask_as(way: Way) -> Callable[[], str]:
-        return lambda: way.ask(gateway, key)
+    def ask_as(chat: Chat) -> Callable[[], str]:
+        return lambda: chat.ask(gateway, key)
 
-    return [ask_as(way) for way in WAYS] + ([lambda: ask_llama(gateway, key)] if LLAMA else [])
+    return [ask_as(chat) for chat in CHATS] + ([lambda: ask_llama(gateway, key)] if LLAMA else [])
 
 
 def ask_llama(gateway: RunningGateway, key: str) -> str:

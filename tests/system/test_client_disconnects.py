@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.chat_requests import WAYS, Way, send
+from tests.support.chat_requests import CHATS, Chat, send
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import FAULTS, Forever, Head, Piece, Step, recording
 from tests.support.running_gateway import RunningGateway
@@ -30,21 +30,21 @@ def wait_until(done: Callable[[], object], seconds: float = 5.0) -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("chat", CHATS, ids=str)
 @pytest.mark.parametrize("phase", ["before the head", "in the answer"])
-def test_the_backend_is_released_within_a_second(gateway: RunningGateway, alpha: FakeBackend, way: Way, phase: str) -> None:
-    name = "ollama_chat_stream.ndjson" if way.dialect == "ollama" else "openai_chat_stream.sse"
+def test_the_backend_is_released_within_a_second(gateway: RunningGateway, alpha: FakeBackend, chat: Chat, phase: str) -> None:
+    name = "ollama_chat_stream.ndjson" if chat.dialect == "ollama" else "openai_chat_stream.sse"
     first = recording(name)[: len(recording(name)) // 2]
-    kind = "application/x-ndjson" if way.dialect == "ollama" else "text/event-stream"
+    kind = "application/x-ndjson" if chat.dialect == "ollama" else "text/event-stream"
     began: list[Step] = [Head(200, [("Content-Type", kind)], chunked=True), Piece(first), Forever()]
-    alpha.play(way.path, FAULTS["head_timeout"](way.dialect, way.streamed) if phase == "before the head" else began)
-    connection = send(gateway, gateway.key(), way)
+    alpha.play(chat.path, FAULTS["head_timeout"](chat.dialect, chat.streamed) if phase == "before the head" else began)
+    connection = send(gateway, gateway.key(), chat)
     wait_until(lambda: alpha.in_flight == 1)
-    if phase == "in the answer" and way.streamed:
+    if phase == "in the answer" and chat.streamed:
         connection.recv(65536)
     connection.close()
     assert wait_until(lambda: alpha.in_flight == 0) < NOTICED_WITHIN_S
-    assert alpha.calls(way.path)[-1].outcome == "client_left"
+    assert alpha.calls(chat.path)[-1].outcome == "client_left"
     line = gateway.request_lines()[-1]
     assert line["outcome"] == "client_gone"
     assert gateway.components.backends["alpha"].in_flight == 0
@@ -56,7 +56,7 @@ def test_many_random_disconnects_leave_nothing_behind(gateway: RunningGateway, a
 
     def leave(times: int) -> None:
         for _ in range(times):
-            connection = send(gateway, key, rng.choice(WAYS))
+            connection = send(gateway, key, rng.choice(CHATS))
             time.sleep(rng.random() * 0.08)
             connection.close()
 
@@ -70,14 +70,14 @@ def test_many_random_disconnects_leave_nothing_behind(gateway: RunningGateway, a
     assert gateway.components.backends["alpha"].in_flight == 0
     assert alpha.wait_idle(1.0)
     assert {line["outcome"] for line in gateway.request_lines()} <= {"client_gone", "answered"}
-    assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
+    assert CHATS[0].ask(gateway, key) == "alpha heard: Say hi"
 
 
 def test_a_client_that_leaves_at_the_last_frame_was_answered(gateway: RunningGateway, alpha: FakeBackend) -> None:
     """openai-python closes at [DONE], while the backend's body may not have ended yet."""
     kind = [("Content-Type", "text/event-stream")]
     alpha.play("/v1/chat/completions", [Head(200, kind, chunked=True), Piece(recording("openai_chat_stream.sse")), Forever()])
-    connection = send(gateway, gateway.key(), WAYS[3])
+    connection = send(gateway, gateway.key(), CHATS[3])
     received = b""
     while b"[DONE]" not in received:
         received += connection.recv(65536)
@@ -92,9 +92,9 @@ def test_a_client_that_stops_reading_delays_only_its_own_answer(start_gateway: S
     key = gateway.key()
     line = recording("ollama_chat_stream.ndjson").splitlines(keepends=True)[0] * 500
     alpha.play_once("/api/chat", [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), *[Piece(line)] * 400])
-    connection = send(gateway, key, WAYS[1])
+    connection = send(gateway, key, CHATS[1])
     wait_until(lambda: alpha.in_flight == 1)
-    assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
+    assert CHATS[0].ask(gateway, key) == "alpha heard: Say hi"
     wait_until(lambda: gateway.components.in_flight.total == 0)
     assert gateway.request_lines()[-1]["detail"] == "stalled"
     connection.close()

@@ -17,7 +17,7 @@ from redis.crc import key_slot
 from gateway.auth.key_format import parse
 from gateway.stores import redis_keys
 from tests.conftest import TestStores
-from tests.support.chat_requests import WAYS
+from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import settings_for
 from tests.support.processes import until
@@ -73,7 +73,7 @@ def key_on(gateway: RunningGateway, node: int, **limits: Any) -> str:
 
 def ask(gateway: RunningGateway, key: str) -> int:
     with gateway.http(key) as client:
-        return client.post(WAYS[0].path, json=WAYS[0].body).status_code
+        return client.post(CHATS[0].path, json=CHATS[0].body).status_code
 
 
 def clients_of(gateway: RunningGateway, requests: int) -> RandomClients:

@@ -19,7 +19,7 @@ from gateway.components import database_of, hasher_of
 from gateway.limits.quota import Quota
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from tests.conftest import TestStores
-from tests.support.chat_requests import WAYS
+from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import environment_for, settings_for
 from tests.support.processes import descendants, serving
@@ -106,9 +106,9 @@ async def burst(addresses: list[str], key: str, each: int = 4) -> Counter[int]:
     async def client(number: int) -> None:
         async with aiohttp.ClientSession(headers=headers) as session:
             for n in range(each):
-                way = WAYS[(number + n) % 4]
-                body = {**way.body, "max_tokens": 5, "options": {"num_predict": 5}}
-                async with session.post(addresses[(number + n) % 2] + way.path, json=body) as found:
+                chat = CHATS[(number + n) % 4]
+                body = {**chat.body, "max_tokens": 5, "options": {"num_predict": 5}}
+                async with session.post(addresses[(number + n) % 2] + chat.path, json=body) as found:
                     await found.read()
                     statuses[found.status] += 1
 
@@ -183,7 +183,7 @@ def test_no_minute_exceeds_the_limit_and_retry_after_is_exact(
 
 
 def starts(backend: FakeBackend, since: float) -> list[float]:
-    calls = backend.calls(WAYS[0].path) + backend.calls(WAYS[2].path)
+    calls = backend.calls(CHATS[0].path) + backend.calls(CHATS[2].path)
     return sorted(call.started for call in calls if call.started >= since)
 
 

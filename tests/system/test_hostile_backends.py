@@ -17,7 +17,7 @@ from gateway.proxy.relay import READ_IN_A_TURN
 from tests.conftest import StartGateway
 from tests.limits.test_limiter import until
 from tests.support import hostile_backend
-from tests.support.chat_requests import MODEL, SAY_HI
+from tests.support.chat_requests import MESSAGES, MODEL
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Forever, Head, Piece, Step, answer, stream
 from tests.support.project import PROJECT
@@ -107,7 +107,7 @@ def test_other_calls_are_answered_whatever_a_backend_does(
                 for thread in calls:
                     thread.start()
                 while any(thread.is_alive() for thread in calls):
-                    got = client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI, "stream": False})
+                    got = client.post("/api/chat", json={"model": MODEL, "messages": MESSAGES, "stream": False})
                     assert got.status_code == 200 and got.json()["message"]["content"] == "alpha heard: Say hi"
                     time.sleep(0.02)
             slow[name] = delays.longest_s
@@ -161,7 +161,7 @@ def test_a_repeated_end_is_searched_once(
     frames = [hostile_backend.FRAME[False], *[hostile_backend.END[False] * 2000] * 80]
     alpha.play("/v1/chat/completions", stream(frames))
     with gateway.http(gateway.key()) as client:
-        got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": SAY_HI, "stream": True})
+        got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": MESSAGES, "stream": True})
     assert b"".join(frames).startswith(got.content) and hostile_backend.END[False] in got.content
     assert gateway.request_lines()[0]["outcome"] == "answered"
     assert sum(sizes) < len(b"".join(frames)) / 4
@@ -178,7 +178,7 @@ def test_endless_lines_of_many_streams_stay_within_the_bound_of_a_backend(
 
     def ask() -> None:
         with gateway.http(key) as client:
-            statuses.append(client.post("/api/chat", json={"model": MODEL, "messages": SAY_HI}).status_code)
+            statuses.append(client.post("/api/chat", json={"model": MODEL, "messages": MESSAGES}).status_code)
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:

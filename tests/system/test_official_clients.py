@@ -12,7 +12,7 @@ from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
 
-SAY_HI: Any = [{"role": "user", "content": "Say hi"}]
+MESSAGES: Any = [{"role": "user", "content": "Say hi"}]
 TOOL: Any = {
     "type": "function",
     "function": {
@@ -52,17 +52,17 @@ def test_ollama_lists_the_union_with_the_fields_its_clients_need(gateway: Runnin
 @pytest.mark.parametrize(("model", "backend"), [("llama3.2", "alpha"), ("qwen/qwen3-8b", "beta")])
 def test_openai_chat_comes_from_the_right_backend(gateway: RunningGateway, model: str, backend: str) -> None:
     with gateway.openai(gateway.key()) as client:
-        whole = client.chat.completions.create(model=model, messages=SAY_HI)
+        whole = client.chat.completions.create(model=model, messages=MESSAGES)
         assert whole.choices[0].message.content == f"{backend} heard: Say hi"
         assert whole.usage and whole.usage.completion_tokens > 0
-        stream = client.chat.completions.create(model=model, messages=SAY_HI, stream=True)
+        stream = client.chat.completions.create(model=model, messages=MESSAGES, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == f"{backend} heard: Say hi"
 
 
 def test_ollama_chat_and_generate(gateway: RunningGateway) -> None:
     client = gateway.ollama(gateway.key())
-    assert client.chat("llama3.2", SAY_HI).message.content == "alpha heard: Say hi"
-    chunks = list(client.chat("llama3.2", SAY_HI, stream=True))
+    assert client.chat("llama3.2", MESSAGES).message.content == "alpha heard: Say hi"
+    chunks = list(client.chat("llama3.2", MESSAGES, stream=True))
     assert "".join(chunk.message.content or "" for chunk in chunks) == "alpha heard: Say hi"
     assert chunks[-1].done and chunks[-1].eval_count
     assert client.generate("llama3.2", "Say hi").response == "alpha heard: Say hi"
@@ -71,12 +71,12 @@ def test_ollama_chat_and_generate(gateway: RunningGateway) -> None:
 
 async def _async_answers(gateway: RunningGateway, key: str) -> list[str]:
     native = ollama.AsyncClient(host=gateway.url, headers={"Authorization": f"Bearer {key}"})
-    whole = await native.chat("llama3.2", SAY_HI)
-    streamed = [chunk.message.content or "" async for chunk in await native.chat("llama3.2", SAY_HI, stream=True)]
+    whole = await native.chat("llama3.2", MESSAGES)
+    streamed = [chunk.message.content or "" async for chunk in await native.chat("llama3.2", MESSAGES, stream=True)]
     openai_client: Any = openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=key)
     async with openai_client as client:
-        answer = await client.chat.completions.create(model="llama3.2", messages=SAY_HI)
-        stream = await client.chat.completions.create(model="llama3.2", messages=SAY_HI, stream=True)
+        answer = await client.chat.completions.create(model="llama3.2", messages=MESSAGES)
+        stream = await client.chat.completions.create(model="llama3.2", messages=MESSAGES, stream=True)
         pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
     await native._client.aclose()
     return [whole.message.content or "", "".join(streamed), answer.choices[0].message.content or "", "".join(pieces)]
@@ -93,10 +93,10 @@ def test_a_key_in_the_url_works_beside_the_dummy_key_that_a_client_requires(gate
     openai_client: Any = openai.OpenAI(base_url=f"{address}/v1", api_key="ollama", max_retries=0, timeout=20)
     with openai_client as client:
         assert "llama3.2:latest" in [model.id for model in client.models.list()]
-        answer = client.chat.completions.create(model="llama3.2", messages=SAY_HI)
+        answer = client.chat.completions.create(model="llama3.2", messages=MESSAGES)
         assert answer.choices[0].message.content == "alpha heard: Say hi"
     native = ollama.Client(host=address, headers={"Authorization": "Bearer ollama"}, timeout=20)
-    assert native.chat("llama3.2", SAY_HI).message.content == "alpha heard: Say hi"
+    assert native.chat("llama3.2", MESSAGES).message.content == "alpha heard: Say hi"
     native._client.close()
 
 
@@ -126,7 +126,7 @@ def test_an_answer_reports_that_its_token_limit_was_lowered(
     gateway: RunningGateway, stream: bool, path: str, more: dict[str, Any], capped: str | None
 ) -> None:
     with gateway.http(gateway.key(), headers={"Origin": "https://page.example"}) as client:
-        got = client.post(path, json={"model": "llama3.2", "messages": SAY_HI, "stream": stream, **more})
+        got = client.post(path, json={"model": "llama3.2", "messages": MESSAGES, "stream": stream, **more})
         assert (got.status_code, got.headers.get("x-gateway-max-tokens")) == (200, capped)
         assert "x-gateway-max-tokens" in got.headers["access-control-expose-headers"].split(", ")
 
@@ -150,10 +150,10 @@ def test_completions(gateway: RunningGateway) -> None:
 
 def test_tool_calls(gateway: RunningGateway) -> None:
     key = gateway.key()
-    calls = gateway.ollama(key).chat("llama3.2", SAY_HI, tools=[TOOL]).message.tool_calls
+    calls = gateway.ollama(key).chat("llama3.2", MESSAGES, tools=[TOOL]).message.tool_calls
     assert calls and calls[0].function.name == "weather" and "city" in calls[0].function.arguments
     with gateway.openai(key) as client:
-        answer = client.chat.completions.create(model="llama3.2", messages=SAY_HI, tools=[TOOL])
+        answer = client.chat.completions.create(model="llama3.2", messages=MESSAGES, tools=[TOOL])
         assert json.loads(answer.choices[0].message.tool_calls[0].function.arguments)["city"]
 
 
@@ -167,14 +167,14 @@ def test_errors_are_what_the_clients_expect(gateway: RunningGateway) -> None:
     key = gateway.key("llama3.2")
     with gateway.openai(key) as client:
         with pytest.raises(openai.PermissionDeniedError) as refused:
-            client.chat.completions.create(model="bge", messages=SAY_HI)
+            client.chat.completions.create(model="bge", messages=MESSAGES)
         assert "not available to this key" in refused.value.message
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(model="llama3.2", messages="hi")
     with gateway.openai("nonsense") as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
     with pytest.raises(ollama.ResponseError) as native:
-        gateway.ollama(key).chat("bge", SAY_HI)
+        gateway.ollama(key).chat("bge", MESSAGES)
     assert native.value.status_code == 403 and "not available" in native.value.error
     with pytest.raises(ollama.ResponseError) as unauthorised:
         gateway.ollama("nonsense").list()
@@ -183,7 +183,7 @@ def test_errors_are_what_the_clients_expect(gateway: RunningGateway) -> None:
 
 def test_the_error_for_a_model_of_an_openai_server_names_the_route_to_use(gateway: RunningGateway) -> None:
     with pytest.raises(ollama.ResponseError) as raised:
-        gateway.ollama(gateway.key()).chat("qwen/qwen3-8b", SAY_HI)
+        gateway.ollama(gateway.key()).chat("qwen/qwen3-8b", MESSAGES)
     assert raised.value.status_code == 400 and "/v1/chat/completions" in raised.value.error
 
 

@@ -23,7 +23,7 @@ from gateway.components import database_of, hasher_of
 from gateway.limits.fallback import Share
 from gateway.limits.quota import Quota
 from gateway.stores import redis_keys
-from tests.support.chat_requests import WAYS
+from tests.support.chat_requests import CHATS
 from tests.support.durable_stores import DurableStores, durable_stores
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import environment_for, settings_for
@@ -179,7 +179,7 @@ def asked(gateway: RunningGateway, key: str) -> Counter[int]:
 
 def ask(gateway: RunningGateway, key: str) -> int:
     with gateway.http(key) as client:
-        return client.post(WAYS[0].path, json=WAYS[0].body).status_code
+        return client.post(CHATS[0].path, json=CHATS[0].body).status_code
 
 
 def test_limits_closed_without_redis_refuse_requests(stores: DurableStores, backend: FakeBackend) -> None:
@@ -188,7 +188,7 @@ def test_limits_closed_without_redis_refuse_requests(stores: DurableStores, back
         key = gateway.key()
         assert ask(gateway, key) == 200
         with stores.frozen(stores.redis), gateway.http(key) as client:
-            refused = client.post(WAYS[0].path, json=WAYS[0].body)
+            refused = client.post(CHATS[0].path, json=CHATS[0].body)
             assert refused.status_code == 503 and refused.headers["retry-after"]
         until(lambda: ask(gateway, key) == 200, 10)
 
@@ -199,16 +199,16 @@ def test_a_request_refused_by_its_share_holds_nothing_if_redis_admits_it(stores:
     with RunningGateway(settings_for(backend, **names)) as gateway:
         key = gateway.key(tpm=2000, concurrent=3)
         assert ask(gateway, key) == 200
-        large = {**WAYS[0].body, "options": {"num_predict": 1500}}
+        large = {**CHATS[0].body, "options": {"num_predict": 1500}}
         with gateway.http(key) as client:
             gateway.components.limits.share = lambda: Share(0, 4)
             with stores.frozen(stores.redis):
-                refused = client.post(WAYS[0].path, json=large)
+                refused = client.post(CHATS[0].path, json=large)
             # At least a second, however short the calls are: a client that retries at once meets the same process and share.
             assert refused.status_code == 429 and float(refused.headers["retry-after-ms"]) >= 1000
             until(lambda: gateway.components.limits.is_usable and not gateway.components.settler.backlog, 10)
             until(lambda: not held(stores), 5)
-            assert client.post(WAYS[0].path, json=large).status_code == 200
+            assert client.post(CHATS[0].path, json=large).status_code == 200
         assert [row["outcome"] for row in gateway.audit_rows()] == ["answered", "refused:rate_limit_exceeded", "answered"]
 
 

@@ -16,7 +16,7 @@ from gateway.audit import hash_chain, retention
 from gateway.stores.postgres import Database
 from tests.conftest import StartGateway, TestStores
 from tests.support.audit_rows import DAY
-from tests.support.chat_requests import WAYS
+from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
 
@@ -88,7 +88,7 @@ class Requests:
 
     def _one(self, client: httpx.Client) -> None:
         began = time.perf_counter()
-        assert client.post(WAYS[0].path, json=WAYS[0].body).status_code == 200
+        assert client.post(CHATS[0].path, json=CHATS[0].body).status_code == 200
         self.times.append(time.perf_counter() - began)
         time.sleep(0.005 + random.random() * 0.005)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import StartGateway
-from tests.support.chat_requests import SAY_HI
+from tests.support.chat_requests import MESSAGES
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import FAULTS
 from tests.support.running_gateway import RunningGateway
@@ -45,11 +45,11 @@ def test_it_is_listed_to_both_clients(only_llama: RunningGateway) -> None:
 
 def test_it_answers_whole_and_streamed_with_usage(only_llama: RunningGateway) -> None:
     with only_llama.openai(only_llama.key()) as client:
-        whole = client.chat.completions.create(model=MODEL, messages=SAY_HI, max_tokens=8)
+        whole = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8)
         assert whole.choices[0].message.content is not None and whole.usage and whole.usage.completion_tokens <= 8
         stream = client.chat.completions.create(
             model=MODEL,
-            messages=SAY_HI,
+            messages=MESSAGES,
             max_tokens=8,
             stream=True,
             stream_options={"include_usage": True},
@@ -67,7 +67,7 @@ def test_the_output_is_limited_whatever_is_requested(start_gateway: StartGateway
     )
     with gateway.http(gateway.key()) as client:
         for wish in ({}, {"n_predict": 500}, {"max_tokens": -1}, {"max_completion_tokens": 10**9, "n_predict": -1}):
-            got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": SAY_HI, **wish}).json()
+            got = client.post("/v1/chat/completions", json={"model": MODEL, "messages": MESSAGES, **wish}).json()
             assert got["usage"]["completion_tokens"] <= 6, (wish, got)
 
 
@@ -85,7 +85,7 @@ def test_it_takes_over_from_a_broken_backend(
     else:
         alpha.play("/v1/chat/completions", FAULTS[fault]("openai", streamed))
     with gateway.http(gateway.key()) as client:
-        body = {"model": MODEL, "messages": SAY_HI, "max_tokens": 4, "stream": streamed}
+        body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4, "stream": streamed}
         got = client.post("/v1/chat/completions", json=body)
     if fault == "frozen":
         alpha.thaw()
@@ -95,7 +95,7 @@ def test_it_takes_over_from_a_broken_backend(
 
 def test_a_client_that_leaves_frees_its_slot(only_llama: RunningGateway) -> None:
     with only_llama.http(only_llama.key()) as client:
-        body = {"model": MODEL, "messages": SAY_HI, "max_tokens": 4000, "stream": True, "ignore_eos": True}
+        body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4000, "stream": True, "ignore_eos": True}
         with client.stream("POST", "/v1/chat/completions", json=body) as got:
             next(got.iter_raw())
         deadline = time.monotonic() + 3

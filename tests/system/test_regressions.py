@@ -15,7 +15,7 @@ from gateway.auth.authenticator import Authenticator, Verified
 from gateway.fleet import discovery
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.support.chat_requests import SAY_HI, WAYS, Way
+from tests.support.chat_requests import CHATS, MESSAGES, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import End, Forever, Head, Pause, Piece, Raw, Step, answer, recording, sse, stream
 from tests.support.gateway_settings import settings_for
@@ -63,7 +63,7 @@ def test_odd_list_entries_do_not_hide_other_models(
     for _ in range(2):
         gateway = start_gateway(alpha, beta)
         with gateway.http(gateway.key()) as client:
-            assert client.post("/api/chat", json=WAYS[0].body).status_code == 200
+            assert client.post("/api/chat", json=CHATS[0].body).status_code == 200
             assert MODEL in {listed["name"] for listed in client.get("/api/tags").json()["models"]}
             assert client.get("/v1/models").status_code == 200
 
@@ -81,7 +81,7 @@ def test_garbage_in_redis_breaks_nothing(
         for garbage in (text, "{}", '{"digest":5}', json.dumps({"digest": hashlib.sha256(key.encode()).hexdigest()})):
             redis.set(redis_keys.verified_key(key.split("_")[1]), garbage)
             gateway.call(_forget_everything(gateway))
-            assert WAYS[0].ask(gateway, key) == "alpha heard: Say hi"
+            assert CHATS[0].ask(gateway, key) == "alpha heard: Say hi"
         redis.publish("nz:keys:changed", b"\xff\xfe")
         gateway.call(gateway.key_store().revoke("mine"))
         with gateway.http(key) as client:
@@ -115,7 +115,7 @@ def test_a_revocation_is_not_overwritten(
         has_stored.set()
 
     monkeypatch.setattr(Authenticator, "_store_in_redis", store_late)
-    asking = threading.Thread(target=lambda: WAYS[0].ask(first, key))
+    asking = threading.Thread(target=lambda: CHATS[0].ask(first, key))
     asking.start()
     assert is_storing.wait(20)
     first.call(first.key_store().revoke("mine"))
@@ -132,7 +132,7 @@ def test_cache_times_do_not_add_up(start_gateway: StartGateway, alpha: FakeBacke
     """A revocation without an announcement (here: directly in the database) takes effect after one cache time, not two."""
     first, second = (start_gateway(alpha, REDIS_KEY_CACHE_TTL_S="2") for _ in range(2))
     key = first.key()
-    WAYS[0].ask(first, key)
+    CHATS[0].ask(first, key)
     first.call(first.components.database.run("revoke_key", key.split("_")[1]))
     time.sleep(1.5)
     with second.http(key) as client:
@@ -177,7 +177,7 @@ def test_a_client_that_stops_reading_is_disconnected(
     alpha.play(
         "/api/chat", [Head(200, [("Content-Type", "application/x-ndjson")], chunked=True), Piece(line[0]), Piece(large), End()]
     )
-    for body in (WAYS[1].body, WAYS[0].body):
+    for body in (CHATS[1].body, CHATS[0].body):
         connection = connect(gateway)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(head(gateway, key, json.dumps(body).encode()))
@@ -210,7 +210,7 @@ def test_a_line_break_after_a_request_body_does_not_end_the_stream(
     gateway = start_gateway(alpha)
     alpha.healthy.pieces, alpha.healthy.pause_s = 10, 0.1
     with connect(gateway) as connection:
-        connection.sendall(head(gateway, gateway.key(), json.dumps(WAYS[1].body).encode(), "Connection: close") + b"\r\n")
+        connection.sendall(head(gateway, gateway.key(), json.dumps(CHATS[1].body).encode(), "Connection: close") + b"\r\n")
         received = b""
         while piece := connection.recv(65536):
             received += piece
@@ -233,7 +233,7 @@ def test_a_whole_answer_without_content_is_a_failure(
     gateway = start_gateway(alpha, beta)
     alpha.play(path, answer(200, content))
     with gateway.http(gateway.key()) as client:
-        got = client.post(path, json={"model": MODEL, "messages": SAY_HI, "input": "hi", "stream": False})
+        got = client.post(path, json={"model": MODEL, "messages": MESSAGES, "input": "hi", "stream": False})
     assert got.status_code == 200 and gateway.request_lines()[-1]["backend"] == "beta"
 
 
@@ -245,27 +245,27 @@ def test_a_stream_ends_only_when_all_choices_have_ended(start_gateway: StartGate
         {"choices": [{"index": 1, "delta": {"content": "b"}, "finish_reason": None}]},
     ]
     alpha.play("/v1/chat/completions", stream(sse(chunks, done=False), "text/event-stream"))
-    body = {"model": MODEL, "messages": SAY_HI, "stream": True}
+    body = {"model": MODEL, "messages": MESSAGES, "stream": True}
     with gateway.http(gateway.key()) as client:
         assert "error" in client.post("/v1/chat/completions", json={**body, "n": 2}).text
         assert "error" not in client.post("/v1/chat/completions", json=body).text
 
 
 @pytest.mark.parametrize("content_type", ["text/event-stream; x=\u20ac", "text/event-stream\xe9", "a\x0bb\x01"])
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_odd_content_types_of_backends(start_gateway: StartGateway, alpha: FakeBackend, way: Way, content_type: str) -> None:
+@pytest.mark.parametrize("chat", CHATS, ids=str)
+def test_odd_content_types_of_backends(start_gateway: StartGateway, alpha: FakeBackend, chat: Chat, content_type: str) -> None:
     gateway = start_gateway(alpha)
-    ending = "whole.json" if not way.streamed else "stream.ndjson" if way.dialect == "ollama" else "stream.sse"
-    data = recording(f"{way.dialect}_chat_{ending}")
+    ending = "whole.json" if not chat.streamed else "stream.ndjson" if chat.dialect == "ollama" else "stream.sse"
+    data = recording(f"{chat.dialect}_chat_{ending}")
     raw = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
-    alpha.play(way.path, [Raw(raw), End()])
+    alpha.play(chat.path, [Raw(raw), End()])
     with gateway.http(gateway.key()) as client:
-        assert client.post(way.path, json=way.body).status_code in (200, 502)
+        assert client.post(chat.path, json=chat.body).status_code in (200, 502)
 
 
 def test_an_unneeded_upgrade_request_is_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
-    body = json.dumps(WAYS[0].body).encode()
+    body = json.dumps(CHATS[0].body).encode()
     headers = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA")
     with connect(gateway) as connection:
         for _ in range(2):
@@ -277,7 +277,7 @@ def test_fields_that_bypass_the_allow_list_are_refused(start_gateway: StartGatew
     gateway = start_gateway(alpha)
     with gateway.http(gateway.key()) as client:
         for field in ({"draft_model": "secret"}, {"kv_transfer_params": {"remote_host": "x"}}, {"tools": [{"x": 1}]}):
-            body = {"model": MODEL, "messages": SAY_HI, **field}
+            body = {"model": MODEL, "messages": MESSAGES, **field}
             assert client.post("/v1/chat/completions", json=body).status_code == 400
         assert client.post("/api/chat", json={"model": MODEL, "options": {"use_mmap": 5}}).status_code == 400
         assert client.post("/api/chat", json={"model": MODEL, "options": {"stop": "x"}}).status_code == 400
@@ -295,7 +295,7 @@ def test_endless_comments_before_the_first_frame_cost_little(start_gateway: Star
     )
     with gateway.http(gateway.key()) as client:
         began = time.process_time()
-        got = client.post("/v1/chat/completions", json={**WAYS[3].body, "stream_options": {"include_usage": True}})
+        got = client.post("/v1/chat/completions", json={**CHATS[3].body, "stream_options": {"include_usage": True}})
         spent = time.process_time() - began
     assert got.content.endswith(data) and len(got.content) < len(data) + 200_000
     assert spent < 20, "quadratic reading took minutes"

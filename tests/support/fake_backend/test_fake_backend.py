@@ -38,8 +38,8 @@ from tests.support.fake_backend.scripts import (
     stream,
 )
 
-SAY_HI = [{"role": "user", "content": "Say hi"}]
-HEARD = "alpha heard: Say hi"
+MESSAGES = [{"role": "user", "content": "Say hi"}]
+ANSWER = "alpha heard: Say hi"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "get_weather", "description": "", "parameters": SCHEMA}}]
 
@@ -86,13 +86,13 @@ def read_all(sock: socket.socket) -> bytes:
 
 def test_the_ollama_client_talks_to_it(native: FakeBackend) -> None:
     with ollama.Client(native.url) as client:
-        assert client.chat("llama3.2", SAY_HI).message.content == HEARD
-        parts = list(client.chat("llama3.2", SAY_HI, stream=True))
-        assert "".join(part.message.content or "" for part in parts) == HEARD
+        assert client.chat("llama3.2", MESSAGES).message.content == ANSWER
+        parts = list(client.chat("llama3.2", MESSAGES, stream=True))
+        assert "".join(part.message.content or "" for part in parts) == ANSWER
         assert (len(parts), parts[-1].done, parts[-1].prompt_eval_count, parts[-1].eval_count) == (5, True, 2, 4)
-        assert client.generate("llama3.2", "Say hi").response == HEARD
+        assert client.generate("llama3.2", "Say hi").response == ANSWER
         assert client.generate("llama3.2", keep_alive=0).done_reason == "unload"
-        calls = client.chat("llama3.2", SAY_HI, tools=TOOLS).message.tool_calls
+        calls = client.chat("llama3.2", MESSAGES, tools=TOOLS).message.tool_calls
         assert calls is not None
         assert (calls[0].function.name, calls[0].function.arguments) == ("get_weather", {"city": "Zürich"})
         assert len(client.embed("bge", ["a", "bb"]).embeddings) == 2
@@ -129,12 +129,12 @@ def test_the_openai_client_talks_to_it(kind: Dialect) -> None:
         FakeBackend(kind, [model], name="alpha", token="s3cret") as backend,
         openai.OpenAI(base_url=backend.url + "/v1", api_key="s3cret", max_retries=0) as client,
     ):
-        messages: Any = SAY_HI
-        assert client.chat.completions.create(model=model, messages=messages).choices[0].message.content == HEARD
+        messages: Any = MESSAGES
+        assert client.chat.completions.create(model=model, messages=messages).choices[0].message.content == ANSWER
         options: Any = {"include_usage": True}
         with client.chat.completions.create(model=model, messages=messages, stream=True, stream_options=options) as chunks:
             seen = list(chunks)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in seen if chunk.choices) == HEARD
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in seen if chunk.choices) == ANSWER
         assert seen[-1].usage is not None
         assert seen[-1].usage.total_tokens == 6
         with client.chat.completions.create(model=model, messages=messages, stream=True, tools=TOOLS) as chunks:
@@ -143,7 +143,7 @@ def test_the_openai_client_talks_to_it(kind: Dialect) -> None:
         assert calls is not None
         assert calls[0].function is not None
         assert json.loads(calls[0].function.arguments or "") == {"city": "Zürich"}
-        assert client.completions.create(model=model, prompt="Say hi").choices[0].text == HEARD
+        assert client.completions.create(model=model, prompt="Say hi").choices[0].text == ANSWER
         by_default = client.embeddings.create(model=model, input="a").data[0].embedding
         assert by_default == client.embeddings.create(model=model, input="a", encoding_format="float").data[0].embedding
         assert [each.id for each in client.models.list()] == [model]
@@ -246,7 +246,7 @@ def test_a_reset_is_a_reset(native: FakeBackend) -> None:
 def test_pieces_and_pauses_can_be_set(native: FakeBackend) -> None:
     native.healthy.pieces, native.healthy.pause_s = 10, 0.02
     started = time.monotonic()
-    lines = httpx.post(native.url + "/api/chat", json={"model": "bge", "messages": SAY_HI}).text.splitlines()
+    lines = httpx.post(native.url + "/api/chat", json={"model": "bge", "messages": MESSAGES}).text.splitlines()
     assert (len(lines), time.monotonic() - started >= 0.2) == (11, True)
 
 
