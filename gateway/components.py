@@ -68,7 +68,7 @@ class Components:
     dialects: dict[str, Dialect]
     writer: AuditWriter
     settler: Settler
-    watch: ScopeTimer
+    scope_timer: ScopeTimer
     metrics: Metrics
     in_flight: InFlight
     bodies: Bodies
@@ -107,7 +107,7 @@ async def opened(
         writer = await enter(AuditWriter(store, limits, database, active.process_id, keep_prompts=kept_prompts(settings)))
         purging = await enter(retaining(settings))
         settler = await enter(settler_of(settings, limits, dialects, writer))
-        watch = await enter(ScopeTimer())
+        scope_timer = await enter(ScopeTimer())
         metrics, in_flight = Metrics(metrics_folder), InFlight()
         catalog = lambda: discovery.catalog  # noqa: E731
         gauges = await enter(
@@ -115,7 +115,7 @@ async def opened(
         )
         await enter(active)
         await enter(control_of(store, discovery, backends))
-        owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, watch, gauges, active]
+        owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, scope_timer, gauges, active]
 
         def background() -> list[KeptTask]:
             return [*beside, purging, *(one.background for one in owners), *store.background, *connections.background]
@@ -133,7 +133,7 @@ async def opened(
             dialects=dialects,
             writer=writer,
             settler=settler,
-            watch=watch,
+            scope_timer=scope_timer,
             metrics=metrics,
             in_flight=in_flight,
             bodies=Bodies(settings.max_request_body_bytes),

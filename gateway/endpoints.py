@@ -135,7 +135,7 @@ def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str,
             operation,
             access,
             failover,
-            parts.watch,
+            parts.scope_timer,
             parts.catalog,
             parts.settler,
             bodies=parts.bodies,
@@ -152,7 +152,7 @@ def passed_through(method: str, path: str, parts: Components, access: Access) ->
         await parts.discovery.refresh([backend], enough_s=MODELS_CHANGED_S)
 
     ollama = parts.dialects["ollama"]
-    return Passthrough(method, path, ollama, access, parts.backends, parts.watch, list_models_again, parts.bodies)
+    return Passthrough(method, path, ollama, access, parts.backends, parts.scope_timer, list_models_again, parts.bodies)
 
 
 def document_of(endpoints: Endpoints, parts: Components, id_header: str) -> static.Page:
@@ -170,11 +170,11 @@ def admin_api_of(settings: Settings, parts: Components, access: Access) -> Admin
         return await explain(question, fleet_as_seen(settings, parts), parts.limits, defaults, most)
 
     return AdminApi(
-        partial(AdminRoute, access, parts.watch, parts.bodies),
+        partial(AdminRoute, access, parts.scope_timer, parts.bodies),
         KeyHandlers(key_store),
         BackendHandlers(overview, parts.backends, parts.discovery, parts.database, parts.store),
         ReportHandlers(overview, parts.reports, key_store, registry.operations(parts.dialects), explain_now),
-        AdminEvents(access, parts.watch, overview, parts.in_flight),
+        AdminEvents(access, parts.scope_timer, overview, parts.in_flight),
     )
 
 

@@ -46,7 +46,7 @@ class AdminRoute:
     def __init__(
         self,
         access: Access,
-        watch: ScopeTimer,
+        scope_timer: ScopeTimer,
         bodies: Bodies,
         handler: Handler,
         *,
@@ -54,7 +54,7 @@ class AdminRoute:
         has_body: bool = False,
         status: int = 200,
     ) -> None:
-        self._access, self._watch, self._bodies, self._handler = access, watch, bodies, handler
+        self._access, self._scope_timer, self._bodies, self._handler = access, scope_timer, bodies, handler
         self.takes, self.has_body, self.status = takes, has_body, status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,8 +62,8 @@ class AdminRoute:
         key = await self._access.operator(scope, record)
         body: dict[str, Any] = {}
         if self.has_body:
-            with self._watch.guard() as guard:
-                body = strict_json.read_object(await self._bodies.read(scope, receive, record, guard, LONGEST_BODY))
+            with self._scope_timer.call_scope() as cancel_scope:
+                body = strict_json.read_object(await self._bodies.read(scope, receive, record, cancel_scope, LONGEST_BODY))
         query, path = _query(scope), scope.get("path_params", {})
         self._refuse_unknown(query if not self.has_body else body)
         _refuse_long({**query, **path, **body})

@@ -21,8 +21,8 @@ HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cach
 
 
 class AdminEvents:
-    def __init__(self, access: Access, watch: ScopeTimer, overview: Overview, in_flight: InFlight) -> None:
-        self._access, self._watch, self._overview, self._in_flight = access, watch, overview, in_flight
+    def __init__(self, access: Access, scope_timer: ScopeTimer, overview: Overview, in_flight: InFlight) -> None:
+        self._access, self._scope_timer, self._overview, self._in_flight = access, scope_timer, overview, in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -30,11 +30,11 @@ class AdminEvents:
         connection: Connection = scope["state"]["connection"]
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         try:
-            with self._watch.guard() as guard:
-                connection.watch(partial(guard.interrupt, ClientGone()))
+            with self._scope_timer.call_scope() as cancel_scope:
+                connection.watch(partial(cancel_scope.interrupt, ClientGone()))
                 try:
                     if scope["method"] != "HEAD":
-                        await self._send_events(scope, send, record, guard)
+                        await self._send_events(scope, send, record, cancel_scope)
                 finally:
                     connection.watch(None)
         except GatewayError:
@@ -43,12 +43,12 @@ class AdminEvents:
             record.outcome = "answered"
         await send({"type": "http.response.body", "body": b""})
 
-    async def _send_events(self, scope: Scope, send: Send, record: Record, guard: CallScope) -> None:
+    async def _send_events(self, scope: Scope, send: Send, record: Record, cancel_scope: CallScope) -> None:
         while not self._in_flight.draining:
             event = b"data: " + strict_json.write(await self._overview.now()) + b"\n\n"
-            guard.within(READER_S, ClientStalled)
+            cancel_scope.within(READER_S, ClientStalled)
             await send({"type": "http.response.body", "body": event, "more_body": True})
-            guard.without_deadline()
+            cancel_scope.without_deadline()
             await self._pause()
             # A key that was revoked meanwhile gets no further events.
             await self._access.key_of(scope, record)

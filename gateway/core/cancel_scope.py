@@ -14,7 +14,7 @@ Reason = Callable[[], Exception]
 
 
 class CancelScope:
-    """`with CancelScope() as guard:` — after `guard.interrupt(reason)` the block raises `reason` at its next wait.
+    """`with CancelScope() as guard:` — after `scope.interrupt(reason)` the block raises `reason` at its next wait.
 
     As in asyncio.timeout, the block's task is cancelled and uncancelled at the end of the block, so that scopes nest. A
     deadline is a number, and its timer is set again only when it fires: to move a deadline costs one assignment.
@@ -111,7 +111,7 @@ class CallScope(CancelScope):
 
 
 class ScopeTimer:
-    """`async with ScopeTimer() as watch:` — checks the deadlines of its scopes, and can end them all."""
+    """`async with ScopeTimer() as scope_timer:` — checks the deadlines of its scopes, and can end them all."""
 
     def __init__(self) -> None:
         self._active: set[CallScope] = set()
@@ -124,17 +124,17 @@ class ScopeTimer:
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
 
-    def guard(self) -> CallScope:
+    def call_scope(self) -> CallScope:
         return CallScope(self._active)
 
     def end_all(self, reason: Reason) -> None:
-        for guard in list(self._active):
-            guard.interrupt(reason())
+        for scope in list(self._active):
+            scope.interrupt(reason())
 
     async def _keep_checking(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             now = loop.time()
-            for guard in list(self._active):
-                guard.check(now)
+            for scope in list(self._active):
+                scope.check(now)

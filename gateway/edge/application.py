@@ -145,8 +145,8 @@ async def _linger(receive: Receive) -> None:
     """Reads a little more of a refused body: to close at once would reset the connection and lose the answer."""
     taken = 0
     try:
-        with CancelScope() as guard:
-            guard.within(REFUSED_BODY_LINGERS_S, BodyTooSlow)
+        with CancelScope() as cancel_scope:
+            cancel_scope.within(REFUSED_BODY_LINGERS_S, BodyTooSlow)
             while taken < MOST_OF_REFUSED_BODY:
                 message = await receive()
                 # Otherwise the bytes stay in memory until the next message.

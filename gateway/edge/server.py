@@ -30,7 +30,7 @@ class Server(uvicorn.Server):
         self,
         application: ASGIApp,
         in_flight: InFlight,
-        scopes: ScopeTimer,
+        scope_timer: ScopeTimer,
         *,
         drain_s: float,
         on_ready: Callable[[], None] = lambda: None,
@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
             backlog=2048,
         )
         super().__init__(config)
-        self._in_flight, self._scopes, self._drain_s, self._on_ready = in_flight, scopes, drain_s, on_ready
+        self._in_flight, self._scope_timer, self._drain_s, self._on_ready = in_flight, scope_timer, drain_s, on_ready
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
 
     def begin_drain(self) -> None:
         if self._draining is not None:
-            self._scopes.end_all(ShuttingDown)
+            self._scope_timer.end_all(ShuttingDown)
             return
         self._draining = asyncio.get_running_loop().create_task(self._drain(), name="drain")
 
@@ -75,7 +75,7 @@ class Server(uvicorn.Server):
         LOG.info("draining: %d requests in flight, at most %g s", self._in_flight.total, self._drain_s)
         if not await self._in_flight.wait_idle(self._drain_s):
             LOG.warning("the time to drain is over: ending %d requests", self._in_flight.total)
-        self._scopes.end_all(ShuttingDown)
+        self._scope_timer.end_all(ShuttingDown)
         await self._in_flight.wait_idle(LAST_FRAMES_S)
         self.should_exit = True
 

@@ -65,14 +65,14 @@ class Routing:
         self._refused: BackendCannot | None = None
         self._doubtful: list[Backend] = []
 
-    async def open(self, guard: CallScope) -> Opening:
+    async def open(self, cancel_scope: CallScope) -> Opening:
         """The beginning of the first good answer; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
         for candidate in self._candidates:
             backend, spelling = candidate
             began = time.monotonic()
             self.was_sent = True
             try:
-                opening = await self._try(candidate, guard)
+                opening = await self._try(candidate, cancel_scope)
             except BackendFault as fault:
                 self._add_fault(backend, fault, time.monotonic() - began)
                 if self._has_enough:
@@ -124,7 +124,7 @@ class Routing:
         for backend in self._doubtful:
             backend.breaker.doubted(self._caller)
 
-    async def _try(self, candidate: Candidate, guard: CallScope) -> Opening:
+    async def _try(self, candidate: Candidate, cancel_scope: CallScope) -> Opening:
         backend, spelling = candidate
         if backend.is_full:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
@@ -133,8 +133,8 @@ class Routing:
         began = time.monotonic()
         upstream = None
         try:
-            upstream = await backend.post(self._call.operation.path.encode(), self._headers, body, guard)
-            guard.within(backend.config.read_timeout_s, _no_first_byte, upstream.fail)
+            upstream = await backend.post(self._call.operation.path.encode(), self._headers, body, cancel_scope)
+            cancel_scope.within(backend.config.read_timeout_s, _no_first_byte, upstream.fail)
             lease = Lease(self._failover.held, self._caller)
             opening = await read_beginning(backend, upstream, self._call, self._dialect, lease)
             backend.breaker.succeeded()
@@ -146,7 +146,7 @@ class Routing:
             backend.give_back()
             raise
         finally:
-            guard.without_deadline()
+            cancel_scope.without_deadline()
         return opening
 
 

@@ -67,18 +67,18 @@ class Bodies:
         self.unfinished = UnfinishedBodies(largest)
 
     async def read(
-        self, scope: Scope, receive: Receive, record: Record, guard: CancelScope, largest: int | None = None
+        self, scope: Scope, receive: Receive, record: Record, cancel_scope: CancelScope, largest: int | None = None
     ) -> bytes:
-        """`guard` has the deadline; `largest`, in bytes, overrides the setting."""
+        """`cancel_scope` has the deadline; `largest`, in bytes, overrides the setting."""
         limit, setting = (self._largest, LARGEST_BODY) if largest is None else (largest, "")
         check_head(scope, limit, setting)
-        guard.within(BODY_DEADLINE_S, BodyTooSlow)
+        cancel_scope.within(BODY_DEADLINE_S, BodyTooSlow)
         message = await receive()
         if _measured(message, record, limit, setting):
             body = await self._read_on(message, receive, record, limit, setting)
         else:
             body = message.get("body", b"")
-        guard.without_deadline()
+        cancel_scope.without_deadline()
         if not body:
             raise BadRequest("the body is empty; send a JSON object")
         return body
@@ -98,11 +98,11 @@ class Bodies:
             finally:
                 body.clear()
 
-    async def parsed(self, body: bytes, parse: Callable[[bytes], Result], key_id: str, guard: CancelScope) -> Result:
+    async def parsed(self, body: bytes, parse: Callable[[bytes], Result], key_id: str, cancel_scope: CancelScope) -> Result:
         """Parses a large body with `parse`, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""
         with Lease(self.unfinished, key_id) as lease:
             lease.hold(len(body))
-            return await self._turns.run(key_id, partial(parse, body), guard)
+            return await self._turns.run(key_id, partial(parse, body), cancel_scope)
 
 
 def _measured(message: Message, record: Record, limit: int, setting: str) -> bool:

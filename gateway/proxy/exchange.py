@@ -38,7 +38,7 @@ class Exchange:
         operation: Operation,
         access: Access,
         failover: Failover,
-        scopes: ScopeTimer,
+        scope_timer: ScopeTimer,
         catalog: Callable[[], Catalog],
         settler: Settler,
         *,
@@ -47,7 +47,7 @@ class Exchange:
         describe: Callable[[Model], dict[str, Any]] | None = None,
     ) -> None:
         self.dialect, self.operation, self._describe = dialect, operation, describe
-        self._access, self._failover, self._scopes, self._catalog = access, failover, scopes, catalog
+        self._access, self._failover, self._scope_timer, self._catalog = access, failover, scope_timer, catalog
         self._settler, self._bodies, self._most_tokens = settler, bodies, most_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,19 +55,19 @@ class Exchange:
         connection: Connection = scope["state"]["connection"]
         answer: Answer | None = None
         try:
-            with self._scopes.guard() as guard:
+            with self._scope_timer.call_scope() as cancel_scope:
                 key = await self._access.key_of(scope, record)
-                call = await self._read(scope, receive, record, guard)
+                call = await self._read(scope, receive, record, cancel_scope)
                 model = self._find(call, key, record)
                 if self._describe is not None and not is_served(model, call):
                     await self._access.admit(record, model.name.canonical, takes_slot=False)
                     await send_json(send, self._describe(model))
                     return
                 answer = self._answer(call, record, send)
-                connection.watch(partial(guard.interrupt, ClientGone()))
+                connection.watch(partial(cancel_scope.interrupt, ClientGone()))
                 try:
                     await self._access.admit(record, model.name.canonical, call.needs)
-                    await answer.relay(await self._open(call, model, scope, record, guard), guard, connection)
+                    await answer.relay(await self._open(call, model, scope, record, cancel_scope), cancel_scope, connection)
                 finally:
                     # The rest is quick, and a client that leaves now has its answer.
                     connection.watch(None)
@@ -84,14 +84,14 @@ class Exchange:
                 raise
         await answer.finish()
 
-    async def _read(self, scope: Scope, receive: Receive, record: Record, guard: CallScope) -> Call:
+    async def _read(self, scope: Scope, receive: Receive, record: Record, cancel_scope: CallScope) -> Call:
         began = time.monotonic()
-        raw = await self._bodies.read(scope, receive, record, guard)
+        raw = await self._bodies.read(scope, receive, record, cancel_scope)
         record.reading_s = time.monotonic() - began
         if len(raw) <= LARGEST_WITHOUT_TURN:
             call = self._parse(raw)
         else:
-            call = await self._bodies.parsed(raw, self._parse, record.key_id, guard)
+            call = await self._bodies.parsed(raw, self._parse, record.key_id, cancel_scope)
         record.model, record.stream = call.asked_model, call.stream
         return call
 
@@ -117,12 +117,12 @@ class Exchange:
             return StreamedAnswer(self.dialect, call, record, send, self._settler)
         return WholeAnswer(self.dialect, call, record, send)
 
-    async def _open(self, call: Call, model: Model, scope: Scope, record: Record, guard: CallScope) -> Opening:
+    async def _open(self, call: Call, model: Model, scope: Scope, record: Record, cancel_scope: CallScope) -> Opening:
         """Gets an answer from a backend; notes what routing did in the record, however it ended."""
         headers = _passed_on(scope["headers"], record.request_id)
         routing = self._failover.route(call, self.dialect, model, headers, record.key_id)
         try:
-            return await routing.open(guard)
+            return await routing.open(cancel_scope)
         finally:
             record.attempts, record.detail = routing.attempts, routing.detail
             record.backend, record.answered_as = routing.backend, routing.answered_as

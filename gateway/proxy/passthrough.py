@@ -40,13 +40,13 @@ CHANGES_MODELS = frozenset({"/api/pull", "/api/create", "/api/copy", "/api/delet
 
 
 @asynccontextmanager
-async def watching(receive: Receive, guard: CancelScope) -> AsyncIterator[None]:
-    """Interrupts `guard` when the client closes its connection."""
+async def watching(receive: Receive, cancel_scope: CancelScope) -> AsyncIterator[None]:
+    """Interrupts `cancel_scope` when the client closes its connection."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        guard.interrupt(ClientGone())
+        cancel_scope.interrupt(ClientGone())
 
     task = asyncio.create_task(watch(), name="client watch")
     try:
@@ -70,12 +70,12 @@ class Passthrough:
         dialect: Dialect,
         access: Access,
         backends: Mapping[str, Backend],
-        watch: ScopeTimer,
+        scope_timer: ScopeTimer,
         models_changed: Callable[[Backend], Awaitable[None]],
         bodies: Bodies,
     ) -> None:
         self._method, self._route, self._dialect = method, route, dialect
-        self._access, self._backends, self._watch = access, backends, watch
+        self._access, self._backends, self._scope_timer = access, backends, scope_timer
         self._models_changed, self._bodies = models_changed, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,8 +123,8 @@ class Passthrough:
     async def _json(self, scope: Scope, receive: Receive, record: Record) -> bytes | None:
         if self._method in ("GET", "HEAD") or not _has_body(scope):
             return None
-        with CancelScope() as guard:
-            raw = await self._bodies.read(scope, receive, record, guard)
+        with CancelScope() as cancel_scope:
+            raw = await self._bodies.read(scope, receive, record, cancel_scope)
         read = strict_json.read_object(raw, self._dialect.known_fields)
         record.model = _model_of(read)
         return strict_json.write_strictly(read)
@@ -138,8 +138,8 @@ class Passthrough:
         answer: "PassthroughAnswer",
         receive: Receive,
     ) -> None:
-        with self._watch.guard() as guard, backend.claim():
-            async with watching(receive, guard), backend.send(self._method, path, headers, body) as upstream:
+        with self._scope_timer.call_scope() as cancel_scope, backend.claim():
+            async with watching(receive, cancel_scope), backend.send(self._method, path, headers, body) as upstream:
                 await answer.pass_on(upstream, backend.config.read_timeout_s)
 
     async def _upload(
@@ -147,12 +147,14 @@ class Passthrough:
     ) -> None:
         """Passes the body on as it comes; the deadline for the backend's answer begins when it has all of it."""
         upload = Upload(receive, answer.record)
-        with self._watch.guard() as guard, backend.claim():
-            async with watching(upload.rest, guard):
+        with self._scope_timer.call_scope() as cancel_scope, backend.claim():
+            async with watching(upload.rest, cancel_scope):
                 try:
-                    sending = backend.send(self._method, path, headers, upload.pieces(guard, backend), wait_s=LONGEST_UPLOAD_S)
+                    sending = backend.send(
+                        self._method, path, headers, upload.pieces(cancel_scope, backend), wait_s=LONGEST_UPLOAD_S
+                    )
                     async with sending as upstream:
-                        guard.without_deadline()
+                        cancel_scope.without_deadline()
                         await answer.pass_on(upstream, backend.config.read_timeout_s)
                 except BackendFault:
                     if upload.fault is not None:
@@ -168,17 +170,17 @@ class Upload:
         self._ended = asyncio.Event()
         self.fault: Exception | None = None
 
-    async def pieces(self, guard: CancelScope, backend: Backend) -> AsyncIterator[bytes]:
+    async def pieces(self, cancel_scope: CancelScope, backend: Backend) -> AsyncIterator[bytes]:
         more = True
         while more:
-            guard.within(PIECE_DEADLINE_S, BodyTooSlow)
+            cancel_scope.within(PIECE_DEADLINE_S, BodyTooSlow)
             message = await self._next()
             more = message.get("more_body", False)
             if piece := message.get("body", b""):
                 self._record.bytes_in += len(piece)
-                guard.within(backend.config.read_timeout_s, BackendTimeout)
+                cancel_scope.within(backend.config.read_timeout_s, BackendTimeout)
                 yield piece
-        guard.within(backend.config.read_timeout_s, BackendTimeout)
+        cancel_scope.within(backend.config.read_timeout_s, BackendTimeout)
         self._ended.set()
 
     async def _next(self) -> Message:
@@ -239,11 +241,11 @@ class PassthroughAnswer:
         content_type = content_type_of(upstream.content_type or "application/json", self._dialect.framing)
         headers = [(b"content-type", content_type.encode("latin-1"))]
         await self._send({"type": "http.response.start", "status": upstream.status, "headers": headers})
-        with CancelScope() as guard:
-            guard.within(silence_s, BackendTimeout)
+        with CancelScope() as cancel_scope:
+            cancel_scope.within(silence_s, BackendTimeout)
             while piece := await upstream.read():
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-                guard.within(silence_s, BackendTimeout)
+                cancel_scope.within(silence_s, BackendTimeout)
 
     async def fail(self, error: GatewayError) -> None:
         if not self.started:

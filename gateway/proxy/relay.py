@@ -61,7 +61,7 @@ class Answer(ABC):
         self.is_complete = False
 
     @abstractmethod
-    async def relay(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
+    async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
         """Passes on the answer, of a whole one all but the last piece; closes `opening`."""
 
     async def break_off(self, error: GatewayError) -> None:
@@ -104,13 +104,13 @@ class WholeAnswer(Answer):
     _body = b""
     _head: tuple[str, list[tuple[bytes, bytes]]] = "", []
 
-    async def relay(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
+    async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
         opening.give_back()
         try:
             self._take(opening)
             if len(self._body) > AT_ONCE:
                 # Until the client has taken most of it, its call is in progress.
-                guard.end_within(READ_WITHIN_S + len(self._body) / SLOWEST_READER, ClientStalled)
+                cancel_scope.end_within(READ_WITHIN_S + len(self._body) / SLOWEST_READER, ClientStalled)
                 await self._start(*self._head)
                 self._body = await self._send_most(self._body)
         finally:
@@ -148,13 +148,13 @@ class StreamedAnswer(Answer):
         self._backend: BackendConfig | None = None
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
 
-    async def relay(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
+    async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
         self._backend = opening.backend.config
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
         try:
-            guard.end_within(self._backend.total_timeout_s, BackendTimeout)
+            cancel_scope.end_within(self._backend.total_timeout_s, BackendTimeout)
             await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
-            await self._relay_frames(opening, guard, connection)
+            await self._relay_frames(opening, cancel_scope, connection)
         except BackendFault as fault:
             if not self._has_sent_last:
                 self._record.detail = str(fault)
@@ -172,7 +172,7 @@ class StreamedAnswer(Answer):
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
 
-    async def _relay_frames(self, opening: Opening, guard: CallScope, connection: Connection) -> None:
+    async def _relay_frames(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
         idle_s, upstream = opening.backend.config.idle_timeout_s, opening.upstream
         frames, is_plain, record, buffer = opening.frames, self._dialect.is_plain, self._record, opening.held
         assert isinstance(buffer, FrameBuffer)
@@ -187,17 +187,17 @@ class StreamedAnswer(Answer):
             if shown := self._process(piece):
                 connection.push(shown)
                 record.bytes_out += len(shown)
-            guard.within(idle_s, BackendTimeout)
+            cancel_scope.within(idle_s, BackendTimeout)
             return True
 
         while True:
             if self._dialect.has_last_frame(frames) and not opening.at_end:
                 buffer.rest += await self._rest_of(opening)
             if len(frames) > READ_IN_A_TURN and (self._hides_usage or IN_ERRORS in frames):
-                frames = await self._pass_most_turns(frames, guard, idle_s)
-            guard.within(idle_s, ClientStalled)
+                frames = await self._pass_most_turns(frames, cancel_scope, idle_s)
+            cancel_scope.within(idle_s, ClientStalled)
             await self._pass_on(frames)
-            guard.within(idle_s, BackendTimeout)
+            cancel_scope.within(idle_s, BackendTimeout)
             # What a backend sends after the last frame is passed to nobody and counted nowhere.
             piece = b"" if opening.at_end or self._has_sent_last else await upstream.flow(pass_at_once)
             if not piece:
@@ -205,15 +205,15 @@ class StreamedAnswer(Answer):
             frames = buffer.add(piece)
             if len(buffer.rest) > LONGEST_FRAME:
                 frames += buffer.take()
-        guard.within(idle_s, ClientStalled)
+        cancel_scope.within(idle_s, ClientStalled)
         await self._pass_on_last(buffer.take())
 
-    async def _pass_most_turns(self, frames: bytes, guard: CallScope, idle_s: float) -> bytes:
+    async def _pass_most_turns(self, frames: bytes, cancel_scope: CallScope, idle_s: float) -> bytes:
         """Passes on all pieces but the last, which it returns."""
         *turns, last = _turns(frames, self._dialect.framing)
         await asyncio.sleep(0)
         for turn in turns:
-            guard.within(idle_s, ClientStalled)
+            cancel_scope.within(idle_s, ClientStalled)
             await self._pass_on(turn)
             await asyncio.sleep(0)
         return last

@@ -30,9 +30,9 @@ class Turns:
         self._loop_lock = asyncio.Lock()
         self._callers: dict[str, Caller] = {}
 
-    async def run(self, name: str, work: Callable[[], Result], guard: CancelScope) -> Result:
+    async def run(self, name: str, work: Callable[[], Result], cancel_scope: CancelScope) -> Result:
         """Returns or raises what `work` does; raises Overloaded where its turn does not come within 20 seconds."""
-        guard.within(LONGEST_WAIT_S, lambda: Overloaded(retry_after=1))
+        cancel_scope.within(LONGEST_WAIT_S, lambda: Overloaded(retry_after=1))
         caller = self._callers.setdefault(name, Caller())
         caller.pieces += 1
         try:
@@ -40,7 +40,7 @@ class Turns:
         except BaseException:
             self._leave(name)
             raise
-        guard.without_deadline()
+        cancel_scope.without_deadline()
         began = time.perf_counter()
         try:
             return work()

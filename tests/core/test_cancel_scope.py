@@ -17,17 +17,17 @@ class Other(Exception):
 
 
 async def _deadlines() -> None:
-    with pytest.raises(Reason), CancelScope() as guard:
-        guard.within(0.01, Reason)
+    with pytest.raises(Reason), CancelScope() as cancel_scope:
+        cancel_scope.within(0.01, Reason)
         await asyncio.sleep(5)
-    with CancelScope() as guard:
-        guard.within(0.01, Reason)
-        guard.within(5, Reason)
+    with CancelScope() as cancel_scope:
+        cancel_scope.within(0.01, Reason)
+        cancel_scope.within(5, Reason)
         await asyncio.sleep(0.05)
-        guard.without_deadline()
-    with pytest.raises(Reason), CancelScope() as guard:
-        guard.within(5, Other)
-        guard.within(0.01, Reason)
+        cancel_scope.without_deadline()
+    with pytest.raises(Reason), CancelScope() as cancel_scope:
+        cancel_scope.within(5, Other)
+        cancel_scope.within(0.01, Reason)
         await asyncio.sleep(5)
 
 
@@ -47,8 +47,8 @@ async def _nesting() -> None:
 
 async def _cancelled_from_outside() -> None:
     async def work() -> None:
-        with CancelScope() as guard:
-            guard.within(5, Reason)
+        with CancelScope() as cancel_scope:
+            cancel_scope.within(5, Reason)
             await asyncio.sleep(5)
 
     task = asyncio.create_task(work())

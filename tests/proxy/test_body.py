@@ -172,7 +172,7 @@ def test_it_is_released_when_a_body_is_too_slow_its_client_leaves_or_the_process
         until(lambda: used(gateway) == 0, 10)
 
     async def end_all() -> None:
-        gateway.components.watch.end_all(ShuttingDown)
+        gateway.components.scope_timer.end_all(ShuttingDown)
 
     sender = Sender(gateway, key)
     sender.send(BODY[:BEGUN])
@@ -220,8 +220,8 @@ def test_nothing_is_left_of_a_refused_body(most: int, most_of_a_key: int, kind: 
         return {"type": "http.request", "body": b" " * (BEGUN // 3), "more_body": True}
 
     async def run() -> None:
-        with CancelScope() as guard:
-            await bodies.read({"headers": []}, receive, Record("id", "id", "POST"), guard)
+        with CancelScope() as cancel_scope:
+            await bodies.read({"headers": []}, receive, Record("id", "id", "POST"), cancel_scope)
 
     with pytest.raises(kind) as refused:
         asyncio.run(run())
@@ -234,9 +234,9 @@ def test_what_a_scope_ended_does_not_wait_for_the_garbage_collector() -> None:
 
     async def block() -> None:
         held = asyncio.Event()
-        with CancelScope() as guard:
+        with CancelScope() as cancel_scope:
             ended.append(weakref.ref(held))
-            guard.interrupt(ShuttingDown())
+            cancel_scope.interrupt(ShuttingDown())
             await asyncio.sleep(60)
 
     async def run() -> object:
@@ -260,8 +260,8 @@ def test_a_body_in_one_piece_is_never_counted_as_unfinished() -> None:
         return {"type": "http.request", "body": BODY, "more_body": False}
 
     async def run() -> bytes:
-        with CancelScope() as guard:
-            return await bodies.read({"headers": []}, receive, record, guard)
+        with CancelScope() as cancel_scope:
+            return await bodies.read({"headers": []}, receive, record, cancel_scope)
 
     # Not even for a moment: there is no counter.
     bodies.unfinished = None  # type: ignore[assignment]

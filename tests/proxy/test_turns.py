@@ -30,8 +30,8 @@ async def pieces(turns: Turns, *callers: str) -> list[str]:
         time.sleep(0.001)
 
     async def one(caller: str) -> None:
-        with CancelScope() as guard:
-            await turns.run(caller, lambda: work(caller), guard)
+        with CancelScope() as cancel_scope:
+            await turns.run(caller, lambda: work(caller), cancel_scope)
 
     await asyncio.gather(*map(one, callers))
     return done
@@ -71,8 +71,8 @@ def test_a_caller_that_stops_waiting_leaves_nothing_behind(leaves: str, monkeypa
         await turns._loop_lock.acquire()
 
         async def one(caller: str) -> None:
-            with CancelScope() as guard:
-                await turns.run(caller, lambda: None, guard)
+            with CancelScope() as cancel_scope:
+                await turns.run(caller, lambda: None, cancel_scope)
 
         waiting = [asyncio.create_task(one(caller)) for caller in "aab"]
         await asyncio.sleep(0)

@@ -109,7 +109,7 @@ class RunningGateway:
         self.loop = asyncio.get_running_loop()
         async with app.build(self.settings) as (application, components):
             self.components = components
-            parts = application, components.in_flight, components.watch
+            parts = application, components.in_flight, components.scope_timer
             self.server = server.Server(*parts, drain_s=self.settings.gateway_drain_s, on_ready=self._ready.set)
             await self.server.serve([self._listener])
 

@@ -89,15 +89,15 @@ class Backend:
         finally:
             self.give_back()
 
-    async def post(self, path: bytes, headers: bytes, body: bytes, guard: CallScope) -> BackendResponse:
+    async def post(self, path: bytes, headers: bytes, body: bytes, cancel_scope: CallScope) -> BackendResponse:
         """Sends a call to a model; returns with the head of the response, which the caller must close.
 
         `headers` are whole lines. A connection that is lost before the first byte of the response is replaced once.
         """
         try:
-            return await self._caller.post(path, headers, body, guard)
+            return await self._caller.post(path, headers, body, cancel_scope)
         except ConnectionLost:
-            return await self._fresh_caller.post(path, headers, body, guard)
+            return await self._fresh_caller.post(path, headers, body, cancel_scope)
 
     def url(self, path: str) -> URL:
         return URL(self.config.base_url + path, encoded=True)
@@ -134,8 +134,8 @@ class Backend:
         wait_s: float | None,
     ) -> BackendResponse:
         try:
-            with CancelScope() as guard:
-                guard.within(wait_s or self.config.read_timeout_s, lambda: BackendFault("head_timeout"))
+            with CancelScope() as cancel_scope:
+                cancel_scope.within(wait_s or self.config.read_timeout_s, lambda: BackendFault("head_timeout"))
                 response = await session.request(
                     method, self.url(path), data=body, headers={**headers, **self._auth}, allow_redirects=False
                 )

@@ -298,7 +298,7 @@ class HttpClient:
         lines = {"Host": url.host_port_subcomponent, **fixed}
         self._fixed = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode("latin-1")
 
-    async def post(self, path: bytes, headers: bytes, body: bytes, guard: CallScope) -> BackendResponse:
+    async def post(self, path: bytes, headers: bytes, body: bytes, cancel_scope: CallScope) -> BackendResponse:
         """Returns with the head of the response. Raises BackendFault; `headers` are whole lines."""
         connection = await self._connect()
         protocol = connection.protocol
@@ -311,13 +311,13 @@ class HttpClient:
             )
             head = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b"
             protocol.transport.write(head % (self._prefix, path, self._fixed, headers, len(body), body))
-            guard.within(self._wait_s, _no_head, protocol.set_exception)
+            cancel_scope.within(self._wait_s, _no_head, protocol.set_exception)
             message, payload = await _head(protocol)
         except BaseException:
             connection.close()
             raise
         finally:
-            guard.without_deadline()
+            cancel_scope.without_deadline()
         return BackendResponse(message.code, message.headers, payload, connection.release, connection.close)
 
     async def _connect(self) -> Connection:

@@ -103,7 +103,7 @@ async def _serve_one(
 
     trimming = memory.trimming_task()
     async with app.build(settings, metrics_folder, [trimming]) as (application, components):
-        parts = application, components.in_flight, components.watch
+        parts = application, components.in_flight, components.scope_timer
         one = server.Server(*parts, drain_s=settings.gateway_drain_s, on_ready=serves.set)
         reporting = asyncio.create_task(report_ready(components), name="banner")
         try:
