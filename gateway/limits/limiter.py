@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from gateway.core import background
 from gateway.core.errors import LimitReached, LimitsUnavailable, StoreUnavailable
-from gateway.limits import leases, queue
+from gateway.limits import lease_renewal, queue
 from gateway.limits.admission import (
     Admission,
     CounterUsage,
@@ -23,7 +23,7 @@ from gateway.limits.admission import (
 )
 from gateway.limits.estimates import MEAN_OF_UNKNOWN_MODEL, Estimates
 from gateway.limits.fallback import WHOLE, FallbackLimiter, Share
-from gateway.limits.leases import Leases
+from gateway.limits.lease_renewal import Leases
 from gateway.limits.queue import Queue
 from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
@@ -99,7 +99,7 @@ class Limiter:
 
     async def _decide(self, ticket: Ticket, may_wait: bool) -> Verdict:
         try:
-            reply = await self._reply(ticket, may_wait, leases.LEASE_MS)
+            reply = await self._reply(ticket, may_wait, lease_renewal.LEASE_MS)
         except RedisUnavailable:
             return self._decide_locally(ticket, may_wait)
         return self._read(ticket, reply)

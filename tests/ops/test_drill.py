@@ -202,9 +202,9 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         "killed",
         """
         from gateway.fleet import presence
-        from gateway.limits import leases
+        from gateway.limits import lease_renewal
         from gateway.ops.drill import limit_faults
-        leases.LEASE_MS, presence.ACTIVE_MS = 600_000, 600_000
+        lease_renewal.LEASE_MS, presence.ACTIVE_MS = 600_000, 600_000
         limit_faults.LEASE_S = 4.0
         """,
     ),
