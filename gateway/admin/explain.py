@@ -164,24 +164,26 @@ async def _limits(
     """`bounds`: the default limits, and the most tokens of an answer. A call for an unknown model counts as a request only."""
     defaults, most_output = bounds
     name = question.model.canonical if model else ""
-    scopes = question.key.scopes(name, defaults)
+    counter_sets = question.key.counter_sets(name, defaults)
     output = None if question.output is None else min(question.output, most_output)
     need, info = (Need(question.prompt, output), b"explain") if model else (NO_TOKENS, b"")
-    used: Sequence[CounterUsage | None] = [None] * len(scopes)
+    used: Sequence[CounterUsage | None] = [None] * len(counter_sets)
     found: Admission | LimitReached | None = None
     try:
-        found, used = await limits.preview(Ticket("explain", scopes, name, need, info))
+        found, used = await limits.preview(Ticket("explain", counter_sets, name, need, info))
     except RedisUnavailable:
         story["limits_decided_by"] = "each process by itself: Redis is down"
-    story["limits"] = [row for scope, some in zip(scopes, used, strict=True) for row in _limit_rows(scope, some)]
+    story["limits"] = [
+        row for counter_set, some in zip(counter_sets, used, strict=True) for row in _limit_rows(counter_set, some)
+    ]
     return found if isinstance(found, LimitReached) else None
 
 
-def _limit_rows(scope: CounterSet, used: CounterUsage | None) -> list[dict[str, Any]]:
+def _limit_rows(counter_set: CounterSet, used: CounterUsage | None) -> list[dict[str, Any]]:
     """Each limit that is set, with its current use if known."""
-    whose = scope.name.partition("|")[2] or "all"
+    whose = counter_set.name.partition("|")[2] or "all"
     return [
-        {"models": whose, "limit": name, "of": getattr(scope, name), "used": getattr(used, name, None)}
+        {"models": whose, "limit": name, "of": getattr(counter_set, name), "used": getattr(used, name, None)}
         for name in NAMES
-        if getattr(scope, name) >= 0
+        if getattr(counter_set, name) >= 0
     ]

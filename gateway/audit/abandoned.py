@@ -27,16 +27,18 @@ UNFINISHED_FIELDS = {
 }
 
 
-def call_info(scopes: Sequence[CounterSet], model: str, prompt: int, row: dict[str, Any]) -> bytes:
+def call_info(counter_sets: Sequence[CounterSet], model: str, prompt: int, row: dict[str, Any]) -> bytes:
     """What Redis keeps of a running call."""
-    return strict_json.write({"scopes": [list(scope) for scope in scopes], "model": model, "prompt": prompt, "row": row})
+    return strict_json.write(
+        {"scopes": [list(counter_set) for counter_set in counter_sets], "model": model, "prompt": prompt, "row": row}
+    )
 
 
 def settlement_of(call_id: str, info: bytes) -> Settlement:
     """`info` is preceded by the tokens that were reserved. Raises ValueError, KeyError or TypeError."""
     reserved, _, text = info.partition(b" ")
     fields = strict_json.read_loosely(text)
-    scopes = tuple(CounterSet(*scope) for scope in fields["scopes"])
+    counter_sets = tuple(CounterSet(*counter_set) for counter_set in fields["scopes"])
     used = max(0, fields["prompt"])
     row = {
         **UNFINISHED_FIELDS,
@@ -45,8 +47,8 @@ def settlement_of(call_id: str, info: bytes) -> Settlement:
         "prompt_tokens": used,
         "tokens_from": "partial" if used else "none",
     }
-    admission = Admission(call_id, scopes, fields["model"], True, "abandoned", int(reserved))
-    return Settlement(admission, used, -1, strict_json.write(row), id=call_id, key_id=scopes[0].name)
+    admission = Admission(call_id, counter_sets, fields["model"], True, "abandoned", int(reserved))
+    return Settlement(admission, used, -1, strict_json.write(row), id=call_id, key_id=counter_sets[0].name)
 
 
 async def settle_expired(limits: Limiter, since_ms: int, most: int) -> int:

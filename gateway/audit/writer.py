@@ -173,7 +173,7 @@ class AuditWriter:
         return taken
 
     async def _settle_abandoned(self) -> None:
-        if self._limits.leases.is_settled(SETTLING_S):
+        if self._limits.leases.has_been_usable(SETTLING_S):
             await abandoned.settle_expired(self._limits, EXPIRED_MS, SETTLED_AT_ONCE)
 
 

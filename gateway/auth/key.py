@@ -16,7 +16,7 @@ ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "sho
 FLAGS = (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD)
 # A key of a drill: its requests are no traffic of the installation, and it may be deleted afterwards.
 DRILL = "drill"
-MOST_CACHED_SCOPES = 1000
+MOST_CACHED_COUNTER_SETS = 1000
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class Key:
     expires_at: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_scopes", {})
+        object.__setattr__(self, "_counter_sets", {})
 
     def has_expired(self, now: float) -> bool:
         return self.expires_at is not None and now >= self.expires_at
 
-    def scopes(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
+    def counter_sets(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
         """The counters of a request: the key's own, and those of each rule that matches the model."""
-        cache = self._scopes  # type: ignore[attr-defined]
+        cache = self._counter_sets  # type: ignore[attr-defined]
         cache_key = (model if self.rules else "", defaults)
         if cache_key not in cache:
-            if len(cache) >= MOST_CACHED_SCOPES:
+            if len(cache) >= MOST_CACHED_COUNTER_SETS:
                 cache.clear()
-            cache[cache_key] = self._find_scopes(model, defaults)
+            cache[cache_key] = self._find_counter_sets(model, defaults)
         found: tuple[CounterSet, ...] = cache[cache_key]
         return found
 
-    def _find_scopes(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
+    def _find_counter_sets(self, model: str, defaults: Quota) -> tuple[CounterSet, ...]:
         own = quota.counter_set(self.id, self.quota, defaults)
         matching = (rule for rule in self.rules if model and rule.matches(model))
         return (own, *(quota.counter_set(f"{self.id}|{rule.pattern}", rule.quota, Quota()) for rule in matching))

@@ -126,11 +126,11 @@ class KeyStore:
             await self._drop_budget_count(f"{key_id}|{pattern}" if pattern else key_id)
         return key_id, quota.unpack(dict(row)), await self._announce(key_id)
 
-    async def _drop_budget_count(self, scope: str) -> None:
+    async def _drop_budget_count(self, counter_set: str) -> None:
         """Without a budget nothing was counted: its use so far is computed again from the audit."""
         if self._store is not None:
             with suppress(RedisUnavailable):
-                await self._store.call(lambda redis: redis.delete(redis_keys.budget(scope)))
+                await self._store.call(lambda redis: redis.delete(redis_keys.budget(counter_set)))
 
     async def all(self) -> Sequence[Mapping[str, Any]]:
         return [dict(row) for row in await self._database.rows("list_keys")]

@@ -28,7 +28,7 @@ class SharedBytes:
         raise NotImplementedError
 
 
-class Lease:
+class Reservation:
     """What one call holds of SharedBytes; `close` it, or use it in `with`."""
 
     __slots__ = ("_caller", "_shared", "_size")

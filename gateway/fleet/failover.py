@@ -13,7 +13,7 @@ from gateway.core.errors import (
     GatewayError,
     NoBackend,
 )
-from gateway.core.shared_bytes import Lease
+from gateway.core.shared_bytes import Reservation
 from gateway.dialects.dialect import Call, Dialect
 from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.fleet.backends.backend import Backend
@@ -135,8 +135,8 @@ class Routing:
         try:
             upstream = await backend.post(self._call.operation.path.encode(), self._headers, body, cancel_scope)
             cancel_scope.within(backend.config.read_timeout_s, _no_first_byte, upstream.fail)
-            lease = Lease(self._failover.held, self._caller)
-            opening = await read_beginning(backend, upstream, self._call, self._dialect, lease)
+            reservation = Reservation(self._failover.held, self._caller)
+            opening = await read_beginning(backend, upstream, self._call, self._dialect, reservation)
             backend.breaker.succeeded()
         except BaseException as wrong:
             if isinstance(wrong, BackendFault) and not _is_inconclusive(wrong, backend, began):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.core.errors import AnswerTooLarge, GatewayError
-from gateway.core.shared_bytes import Lease
+from gateway.core.shared_bytes import Reservation
 from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, judge_whole, read_answer, try_read
 from gateway.dialects.dialect import Call, Dialect
 from gateway.fleet import redaction, refusals
@@ -32,7 +32,7 @@ class Opening:
     backend: Backend
     upstream: BackendResponse
     frames: bytes = field(repr=False)
-    held: FrameBuffer | Lease = field(repr=False)
+    held: FrameBuffer | Reservation = field(repr=False)
     at_end: bool = False
     value: Any = field(default=None, repr=False)
 
@@ -54,8 +54,10 @@ class Busy(BackendFault):
         self.retry_after = retry_after
 
 
-async def read_beginning(backend: Backend, upstream: BackendResponse, call: Call, dialect: Dialect, lease: Lease) -> Opening:
-    """Reads until the first frame, or the whole answer, has proved to be good; `lease` is for a whole one.
+async def read_beginning(
+    backend: Backend, upstream: BackendResponse, call: Call, dialect: Dialect, reservation: Reservation
+) -> Opening:
+    """Reads until the first frame, or the whole answer, has proved to be good; `reservation` is for a whole one.
 
     Raises BackendFault where the backend failed, BackendRefused where it will not, AnswerTooLarge and AnswersUnread.
     """
@@ -64,7 +66,7 @@ async def read_beginning(backend: Backend, upstream: BackendResponse, call: Call
             raise await refusal(upstream, backend)
         if call.stream:
             return await _first_frames(backend, upstream, dialect)
-        return await _whole(backend, upstream, call, lease)
+        return await _whole(backend, upstream, call, reservation)
     except (LongFrame, TooLarge) as large:
         # As many tokens were asked for; the next backend would make them all again.
         raise AnswerTooLarge from large
@@ -76,7 +78,7 @@ async def read_beginning(backend: Backend, upstream: BackendResponse, call: Call
         raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
 
 
-async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: Lease) -> Opening:
+async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: Reservation) -> Opening:
     try:
         whole = await upstream.read_whole(hold=held.hold)
         value = read_answer(whole)

@@ -31,7 +31,7 @@ class Ticket(NamedTuple):
     """A request for admission; `info` is what Redis keeps to settle the call if its process dies, b"" if it takes no slot."""
 
     id: str
-    scopes: tuple[CounterSet, ...]
+    counter_sets: tuple[CounterSet, ...]
     model: str
     need: Need
     info: bytes
@@ -42,7 +42,7 @@ class Admission:
     """What a request holds until it is settled; `how` is "admitted" (by Redis) or "local" (by this process without Redis)."""
 
     id: str
-    scopes: tuple[CounterSet, ...]
+    counter_sets: tuple[CounterSet, ...]
     model: str
     takes_slot: bool
     how: str
@@ -53,7 +53,7 @@ class Admission:
 
 
 class WindowUsage(NamedTuple):
-    """The usage of one scope in the last minute; the resets are in milliseconds."""
+    """The usage of one counter set in the last minute; the resets are in milliseconds."""
 
     requests: int
     tokens: int
@@ -78,7 +78,7 @@ class Settlement:
 
 
 class CounterUsage(NamedTuple):
-    """The usage of one scope, under the names of its limits."""
+    """The usage of one counter set, under the names of its limits."""
 
     rpm: int
     tpm: int
@@ -91,15 +91,21 @@ Verdict = Admission | LimitReached
 
 
 def limit_error(
-    limit: str, scope: CounterSet, retry_after: float | None, headers: list[Header], tokens: int = 0, *, may_wait: bool = False
+    limit: str,
+    counter_set: CounterSet,
+    retry_after: float | None,
+    headers: list[Header],
+    tokens: int = 0,
+    *,
+    may_wait: bool = False,
 ) -> LimitReached:
     """Names the limit, when the request would pass and how to change the limit; `retry_after` None: never."""
     if retry_after is not None and LONGEST_WAIT_OF_CLIENTS_S < retry_after <= WINDOW_S:
         retry_after = LONGEST_WAIT_OF_CLIENTS_S
     kind, words = WORDS[limit]
-    most = getattr(scope, limit)
-    whose = "this model with this key" if scope.is_of_rule else "this key"
-    message = f"Limit of {most} {words} for {whose} reached{_advice(most, tokens, retry_after)} {_remedy(limit, scope)}"
+    most = getattr(counter_set, limit)
+    whose = "this model with this key" if counter_set.is_of_rule else "this key"
+    message = f"Limit of {most} {words} for {whose} reached{_advice(most, tokens, retry_after)} {_remedy(limit, counter_set)}"
     error = (BudgetSpent if limit in BUDGETS else LimitReached)(message, retry_after=retry_after)
     error.kind, error.limit, error.may_wait = kind, limit, may_wait
     is_long = retry_after is None or retry_after > LONGEST_WAIT_OF_CLIENTS_S
@@ -115,23 +121,23 @@ def _advice(most: int, tokens: int, retry_after: float | None) -> str:
     return f": this request alone may take {tokens}; ask for fewer with max_tokens or num_predict, or shorten the prompt."
 
 
-def _remedy(limit: str, scope: CounterSet) -> str:
+def _remedy(limit: str, counter_set: CounterSet) -> str:
     """The operator's command to change the limit; the id of a key in it is no secret."""
-    key_id, _, pattern = scope.name.partition("|")
+    key_id, _, pattern = counter_set.name.partition("|")
     rule = f" MODEL={shlex.quote(pattern)}" if pattern else ""
     command = f"`make limit KEY={key_id}{rule} {limit.upper()}=…` changes it"
     has_default = not pattern and limit not in BUDGETS
     return f"{command}; DEFAULT_{limit.upper()} is that of keys without their own." if has_default else f"{command}."
 
 
-def rate_limit_headers(scopes: tuple[CounterSet, ...], usages: list[WindowUsage]) -> list[Header]:
-    """The x-ratelimit headers of the OpenAI API, for the scope with the least left."""
+def rate_limit_headers(counter_sets: tuple[CounterSet, ...], usages: list[WindowUsage]) -> list[Header]:
+    """The x-ratelimit headers of the OpenAI API, for the counter set with the least left."""
     requests = tokens = None
-    for scope, usage in zip(scopes, usages, strict=True):
-        if scope.rpm >= 0 and (requests is None or scope.rpm - usage.requests < requests[0]):
-            requests = scope.rpm - usage.requests, scope.rpm, usage.requests_reset
-        if scope.tpm >= 0 and (tokens is None or scope.tpm - usage.tokens < tokens[0]):
-            tokens = scope.tpm - usage.tokens, scope.tpm, usage.tokens_reset
+    for counter_set, usage in zip(counter_sets, usages, strict=True):
+        if counter_set.rpm >= 0 and (requests is None or counter_set.rpm - usage.requests < requests[0]):
+            requests = counter_set.rpm - usage.requests, counter_set.rpm, usage.requests_reset
+        if counter_set.tpm >= 0 and (tokens is None or counter_set.tpm - usage.tokens < tokens[0]):
+            tokens = counter_set.tpm - usage.tokens, counter_set.tpm, usage.tokens_reset
     found: list[Header] = []
     for (limit, remaining, reset), left in ((REQUESTS, requests), (TOKENS, tokens)):
         if left is not None:

@@ -15,22 +15,22 @@ class Estimates:
         self.output_tokens: dict[str, float] = {}
         self._call_seconds: dict[str, float] = {}
 
-    def add(self, scope: CounterSet, seconds: float, model: str, output_tokens: int) -> None:
+    def add(self, counter_set: CounterSet, seconds: float, model: str, output_tokens: int) -> None:
         """`output_tokens` is -1 where they are not typical of the model."""
-        _move(self._call_seconds, scope.name, seconds, 0.2)
+        _move(self._call_seconds, counter_set.name, seconds, 0.2)
         if output_tokens >= 0:
             _move(self.output_tokens, model, output_tokens, 0.05)
 
     def tokens_of(self, model: str) -> int:
         return round(self.output_tokens.get(model, MEAN_OF_UNKNOWN_MODEL))
 
-    def call_s(self, scope: CounterSet) -> float:
+    def call_s(self, counter_set: CounterSet) -> float:
         """How long a call takes."""
-        return min(LONGEST_S, max(SHORTEST_S, self._call_seconds.get(scope.name, 1.0)))
+        return min(LONGEST_S, max(SHORTEST_S, self._call_seconds.get(counter_set.name, 1.0)))
 
-    def slot_s(self, scope: CounterSet) -> float:
+    def slot_s(self, counter_set: CounterSet) -> float:
         """How long until one of the calls that hold a slot ends."""
-        return max(SHORTEST_S, self.call_s(scope) / max(1, scope.concurrent))
+        return max(SHORTEST_S, self.call_s(counter_set) / max(1, counter_set.concurrent))
 
 
 def _move(means: dict[str, float], name: str, value: float, weight: float) -> None:

@@ -10,7 +10,7 @@ from gateway.limits.admission import WindowUsage
 from gateway.limits.quota import CounterSet
 
 WINDOW_S = 60
-REMEMBERED_SCOPES = 20_000
+REMEMBERED_COUNTER_SETS = 20_000
 
 
 class Share(NamedTuple):
@@ -30,7 +30,7 @@ class Refusal(NamedTuple):
     """`wait_s` is None if the request can never pass, 0 if the wait is unknown: it depends on running calls or on Redis."""
 
     limit: str
-    scope: CounterSet
+    counter_set: CounterSet
     wait_s: float | None
 
 
@@ -66,7 +66,7 @@ class Window:
 
 
 class RedisUsage(NamedTuple):
-    """The usage of a scope by Redis's last reply, and when that came."""
+    """The usage of a counter set by Redis's last reply, and when that came."""
 
     at: float = -1e9
     requests: int = 0
@@ -77,7 +77,7 @@ class RedisUsage(NamedTuple):
 
 
 class Counters:
-    """The state of one scope in this process: what it has admitted without Redis since Redis's last reply."""
+    """The state of one counter set in this process: what it has admitted without Redis since Redis's last reply."""
 
     def __init__(self) -> None:
         self.known = RedisUsage()
@@ -97,54 +97,54 @@ class FallbackLimiter:
     ):
         self._clock, self._today = clock, today
         self._counters: OrderedDict[str, Counters] = OrderedDict()
-        self._running: Counter[str] = Counter()
+        self._slots_taken: Counter[str] = Counter()
 
-    def enter(self, scopes: Sequence[CounterSet]) -> None:
+    def enter(self, counter_sets: Sequence[CounterSet]) -> None:
         """A call takes a slot in this process, whether Redis or this process admitted it."""
-        for scope in scopes:
-            self._running[scope.name] += 1
+        for counter_set in counter_sets:
+            self._slots_taken[counter_set.name] += 1
 
-    def leave(self, scopes: Sequence[CounterSet]) -> None:
-        for scope in scopes:
-            self._running[scope.name] -= 1
-            if not self._running[scope.name]:
-                del self._running[scope.name]
+    def leave(self, counter_sets: Sequence[CounterSet]) -> None:
+        for counter_set in counter_sets:
+            self._slots_taken[counter_set.name] -= 1
+            if not self._slots_taken[counter_set.name]:
+                del self._slots_taken[counter_set.name]
 
-    def slots(self, scope: CounterSet) -> int:
+    def slots(self, counter_set: CounterSet) -> int:
         """How many slots were taken by Redis's last reply, with the call that it admitted."""
-        counters = self._counters.get(scope.name)
+        counters = self._counters.get(counter_set.name)
         return counters.known.slots + 1 if counters else 1
 
-    def note(self, scope: CounterSet, usage: WindowUsage, day: int, month: int, slots: int) -> None:
+    def note(self, counter_set: CounterSet, usage: WindowUsage, day: int, month: int, slots: int) -> None:
         """Keeps the usage that Redis replied, in case it becomes unavailable."""
-        counters = self._counters.get(scope.name) or self._of(scope)
+        counters = self._counters.get(counter_set.name) or self._of(counter_set)
         counters.known = RedisUsage(self._clock(), usage.requests, usage.tokens, day, month, slots)
         counters.spent_day = counters.spent_month = 0
 
-    def admit(self, scopes: Sequence[CounterSet], tokens: int, share: Share, *, takes_slot: bool) -> Refusal | None:
-        """Takes from all scopes or from none; `tokens` is -1 if the request counts none."""
-        refusals = [found for scope in scopes if (found := self._refusal(scope, tokens, share, takes_slot))]
+    def admit(self, counter_sets: Sequence[CounterSet], tokens: int, share: Share, *, takes_slot: bool) -> Refusal | None:
+        """Takes from all counter sets or from none; `tokens` is -1 if the request counts none."""
+        refusals = [found for counter_set in counter_sets if (found := self._refusal(counter_set, tokens, share, takes_slot))]
         if refusals:
             return max(refusals, key=lambda refusal: float("inf") if refusal.wait_s is None else refusal.wait_s)
         now = self._clock()
-        for scope in scopes:
-            counters = self._of(scope)
+        for counter_set in counter_sets:
+            counters = self._of(counter_set)
             counters.requests.add(now, 1)
             counters.reserved += max(0, tokens)
         return None
 
-    def settle(self, scopes: Sequence[CounterSet], reserved: int, used: int) -> None:
-        for scope in scopes:
-            counters = self._of(scope)
+    def settle(self, counter_sets: Sequence[CounterSet], reserved: int, used: int) -> None:
+        for counter_set in counter_sets:
+            counters = self._of(counter_set)
             counters.reserved = max(0, counters.reserved - reserved)
             if used:
                 counters.tokens.add(self._clock(), used)
                 counters.spent_day += used
                 counters.spent_month += used
 
-    def usages(self, scopes: Sequence[CounterSet]) -> list[WindowUsage]:
+    def usages(self, counter_sets: Sequence[CounterSet]) -> list[WindowUsage]:
         now = self._clock()
-        return [self._usage(self._of(scope), now) for scope in scopes]
+        return [self._usage(self._of(counter_set), now) for counter_set in counter_sets]
 
     @staticmethod
     def _usage(counters: Counters, now: float) -> WindowUsage:
@@ -152,43 +152,47 @@ class FallbackLimiter:
         resets = (round(window.reset_s(now) * 1000) for window in (counters.requests, counters.tokens))
         return WindowUsage(requests, tokens, *resets)
 
-    def _of(self, scope: CounterSet) -> Counters:
-        counters = self._counters.get(scope.name)
+    def _of(self, counter_set: CounterSet) -> Counters:
+        counters = self._counters.get(counter_set.name)
         if counters is None:
-            counters = self._counters[scope.name] = Counters()
-            if len(self._counters) > REMEMBERED_SCOPES:
+            counters = self._counters[counter_set.name] = Counters()
+            if len(self._counters) > REMEMBERED_COUNTER_SETS:
                 self._counters.popitem(last=False)
         if counters.day != self._today():
             counters.day, counters.spent_day, counters.known = self._today(), 0, counters.known._replace(day=0)
-        self._counters.move_to_end(scope.name)
+        self._counters.move_to_end(counter_set.name)
         return counters
 
-    def _refusal(self, scope: CounterSet, tokens: int, share: Share, takes_slot: bool) -> Refusal | None:
-        now, counters = self._clock(), self._of(scope)
-        rpm = share.out_of(max(0, counters.left(scope.rpm, counters.known.requests, now)))
-        if scope.rpm >= 0 and (excess := counters.requests.used(now) + 1 - rpm) > 0:
-            return Refusal("rpm", scope, counters.requests.until_gone(now, excess) if scope.rpm else None)
-        if tokens >= 0 and (found := self._token_refusal(scope, counters, tokens, share, now)):
+    def _refusal(self, counter_set: CounterSet, tokens: int, share: Share, takes_slot: bool) -> Refusal | None:
+        now, counters = self._clock(), self._of(counter_set)
+        rpm = share.out_of(max(0, counters.left(counter_set.rpm, counters.known.requests, now)))
+        if counter_set.rpm >= 0 and (excess := counters.requests.used(now) + 1 - rpm) > 0:
+            return Refusal("rpm", counter_set, counters.requests.until_gone(now, excess) if counter_set.rpm else None)
+        if tokens >= 0 and (found := self._token_refusal(counter_set, counters, tokens, share, now)):
             return found
-        if takes_slot and scope.concurrent >= 0 and self._running[scope.name] >= share.out_of(scope.concurrent):
-            return Refusal("concurrent", scope, 0.0 if scope.concurrent else None)
+        if (
+            takes_slot
+            and counter_set.concurrent >= 0
+            and self._slots_taken[counter_set.name] >= share.out_of(counter_set.concurrent)
+        ):
+            return Refusal("concurrent", counter_set, 0.0 if counter_set.concurrent else None)
         return None
 
     @staticmethod
-    def _token_refusal(scope: CounterSet, counters: Counters, tokens: int, share: Share, now: float) -> Refusal | None:
+    def _token_refusal(counter_set: CounterSet, counters: Counters, tokens: int, share: Share, now: float) -> Refusal | None:
         held, known = counters.reserved + tokens, counters.known
-        tpm = share.out_of(max(0, counters.left(scope.tpm, known.tokens, now)))
-        if scope.tpm >= 0 and (excess := counters.tokens.used(now) + held - tpm) > 0:
+        tpm = share.out_of(max(0, counters.left(counter_set.tpm, known.tokens, now)))
+        if counter_set.tpm >= 0 and (excess := counters.tokens.used(now) + held - tpm) > 0:
             wait = counters.tokens.until_gone(now, excess)
-            return Refusal("tpm", scope, wait if tokens <= scope.tpm and scope.tpm else None)
-        if scope.day >= 0 and counters.spent_day + held > share.out_of(max(0, scope.day - known.day)):
-            is_spent = known.day + counters.spent_day + tokens > scope.day
+            return Refusal("tpm", counter_set, wait if tokens <= counter_set.tpm and counter_set.tpm else None)
+        if counter_set.day >= 0 and counters.spent_day + held > share.out_of(max(0, counter_set.day - known.day)):
+            is_spent = known.day + counters.spent_day + tokens > counter_set.day
             wait = _until_next("day") if is_spent else 0.0
-            return Refusal("day", scope, wait if tokens <= scope.day and scope.day else None)
-        if scope.month >= 0 and counters.spent_month + held > share.out_of(max(0, scope.month - known.month)):
-            is_spent = known.month + counters.spent_month + tokens > scope.month
+            return Refusal("day", counter_set, wait if tokens <= counter_set.day and counter_set.day else None)
+        if counter_set.month >= 0 and counters.spent_month + held > share.out_of(max(0, counter_set.month - known.month)):
+            is_spent = known.month + counters.spent_month + tokens > counter_set.month
             wait = _until_next("month") if is_spent else 0.0
-            return Refusal("month", scope, wait if tokens <= scope.month and scope.month else None)
+            return Refusal("month", counter_set, wait if tokens <= counter_set.month and counter_set.month else None)
         return None
 
 

@@ -24,16 +24,16 @@ class ExpiredCall(NamedTuple):
     info: bytes
 
 
-class Leases:
-    """`running` are the calls of this process that hold a slot; the limiter adds and removes them."""
+class LeaseRenewal:
+    """`admitted` are the calls of this process that hold a slot; the limiter adds and removes them."""
 
     def __init__(self, connections: ShardConnections) -> None:
         self._connections = connections
-        self.running: dict[str, Admission] = {}
+        self.admitted: dict[str, Admission] = {}
         self._usable_since: float | None = None
         self.background = KeptTask(self._keep_renewing, "limits")
 
-    def is_settled(self, seconds: float) -> bool:
+    def has_been_usable(self, seconds: float) -> bool:
         """Whether Redis has been in use for so long that every process has had the time to renew its leases."""
         return self._usable_since is not None and time.monotonic() - self._usable_since > seconds
 
@@ -52,9 +52,9 @@ class Leases:
 
     async def renew(self) -> None:
         of_shards: dict[int, list[tuple[str, bytes]]] = {}
-        for admission in list(self.running.values()):
-            shard = redis_keys.shard_of(admission.scopes[0].name)
-            slots = [(admission.id, redis_keys.slots(scope.name)) for scope in admission.scopes]
+        for admission in list(self.admitted.values()):
+            shard = redis_keys.shard_of(admission.counter_sets[0].name)
+            slots = [(admission.id, redis_keys.slots(counter_set.name)) for counter_set in admission.counter_sets]
             of_shards.setdefault(shard, []).extend(slots)
         for shard, slots in of_shards.items():
             with suppress(RedisUnavailable):
@@ -63,7 +63,7 @@ class Leases:
     async def _renew_in(self, shard: int, slots: Sequence[tuple[str, bytes]]) -> None:
         for start in range(0, len(slots), RENEWED_AT_ONCE):
             # A call that has ended since must not get its lease back.
-            some = [(call, slot) for call, slot in slots[start : start + RENEWED_AT_ONCE] if call in self.running]
+            some = [(call, slot) for call, slot in slots[start : start + RENEWED_AT_ONCE] if call in self.admitted]
             keys = [redis_keys.BY_SHARD[shard].leases, *(slot for _, slot in some)]
             await self._connections.for_shard(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
 

@@ -23,7 +23,7 @@ from gateway.limits.admission import (
 )
 from gateway.limits.estimates import MEAN_OF_UNKNOWN_MODEL, Estimates
 from gateway.limits.fallback import WHOLE, FallbackLimiter, Share
-from gateway.limits.lease_renewal import Leases
+from gateway.limits.lease_renewal import LeaseRenewal
 from gateway.limits.queue import Queue
 from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
@@ -52,7 +52,7 @@ class Limiter:
         self._connections, self._seed, self.share = connections, seed, share
         self._most_output, self._queue_wait_s, self._is_closed = most_output, queue_wait_s, closed_without_redis
         self.local = FallbackLimiter()
-        self.estimates, self.leases, self.queue = Estimates(), Leases(connections), Queue(connections)
+        self.estimates, self.leases, self.queue = Estimates(), LeaseRenewal(connections), Queue(connections)
         self._seeding: dict[str, asyncio.Task[None]] = {}
         self.background = self.leases.background
 
@@ -70,8 +70,8 @@ class Limiter:
         return self._connections.is_usable
 
     @property
-    def running(self) -> int:
-        return len(self.leases.running)
+    def admitted(self) -> int:
+        return len(self.leases.admitted)
 
     @property
     def waiting(self) -> int:
@@ -84,8 +84,8 @@ class Limiter:
         admission.began = time.monotonic()
         admission.queue_s = admission.began - began if self._queue_wait_s else 0.0
         if admission.takes_slot:
-            self.leases.running[admission.id] = admission
-            self.local.enter(admission.scopes)
+            self.leases.admitted[admission.id] = admission
+            self.local.enter(admission.counter_sets)
         return admission
 
     async def _admit_or_wait(self, ticket: Ticket, began: float) -> Admission:
@@ -105,56 +105,61 @@ class Limiter:
         return self._read(ticket, reply)
 
     async def preview(self, ticket: Ticket) -> tuple[Verdict, list[CounterUsage]]:
-        """What `admit` would decide now, and the usage of each scope; takes nothing. Raises RedisUnavailable."""
+        """What `admit` would decide now, and the usage of each counter set; takes nothing. Raises RedisUnavailable."""
         reply = await self._reply(ticket, may_wait=False, lease_ms=0)
         usages = []
-        for start in range(5, 5 + 7 * len(ticket.scopes), 7):
+        for start in range(5, 5 + 7 * len(ticket.counter_sets), 7):
             requests, tokens, _, _, day, month, slots = reply[start : start + 7]
             usages.append(CounterUsage(requests, tokens, slots, day, month))
         return self._read(ticket, reply), usages
 
     async def _reply(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> list[Any]:
-        connection = self._connections.for_shard(redis_keys.shard_of(ticket.scopes[0].name))
+        connection = self._connections.for_shard(redis_keys.shard_of(ticket.counter_sets[0].name))
         # The key and each of its rules has its own budget, which may first have to be read from the audit.
-        for _ in range(len(ticket.scopes) + 1):
+        for _ in range(len(ticket.counter_sets) + 1):
             reply: list[Any] = await connection.run("admit", *self._arguments(ticket, may_wait, lease_ms))
             if reply[0] != b"seed":
                 return reply
-            await self._seed_once(ticket.scopes[reply[4] - 1])
+            await self._seed_once(ticket.counter_sets[reply[4] - 1])
         raise StoreUnavailable("The gateway cannot check this key's budget at the moment; try again shortly.")
 
     def _arguments(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> tuple[list[Any], list[Any]]:
-        keys: list[Any] = [*redis_keys.BY_SHARD[redis_keys.shard_of(ticket.scopes[0].name)][:3]]
+        keys: list[Any] = [*redis_keys.BY_SHARD[redis_keys.shard_of(ticket.counter_sets[0].name)][:3]]
         wait_ms = int(self._queue_wait_s * 1000) if may_wait else 0
         prompt, output = ticket.need.prompt, -1 if ticket.need.output is None else ticket.need.output
         values: list[Any] = [ticket.id, ticket.info, lease_ms, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
-        first = ticket.scopes[0]
+        first = ticket.counter_sets[0]
         values += [self._most_output, wait_ms, queue.WAITING_PER_KEY, round(self.estimates.slot_s(first) * 1000)]
         values.append(round(self.estimates.call_s(first) * 1000))
-        for scope in ticket.scopes:
-            keys += redis_keys.counters(scope.name)
-            values += scope[1:]
+        for counter_set in ticket.counter_sets:
+            keys += redis_keys.counters(counter_set.name)
+            values += counter_set[1:]
         return keys, values
 
     def _read(self, ticket: Ticket, reply: list[Any]) -> Verdict:
-        usages = []
-        for start, scope in enumerate(ticket.scopes):
+        usages, counter_sets = [], ticket.counter_sets
+        for start, counter_set in enumerate(counter_sets):
             first = 5 + start * 7
             usage = WindowUsage(*reply[first : first + 4])
             usages.append(usage)
-            self.local.note(scope, usage, reply[first + 4], reply[first + 5], reply[first + 6])
-        headers = rate_limit_headers(ticket.scopes, usages)
+            self.local.note(counter_set, usage, reply[first + 4], reply[first + 5], reply[first + 6])
+        headers = rate_limit_headers(counter_sets, usages)
         if reply[0] == b"ok":
-            return Admission(ticket.id, ticket.scopes, ticket.model, bool(ticket.info), "admitted", reply[1], headers=headers)
-        scope = ticket.scopes[reply[4] - 1]
+            return Admission(ticket.id, counter_sets, ticket.model, bool(ticket.info), "admitted", reply[1], headers=headers)
+        limit, exceeded = reply[3].decode(), counter_sets[reply[4] - 1]
         wait_s = None if reply[2] < 0 else max(0.001, reply[2] / 1000)
-        return limit_error(reply[3].decode(), scope, wait_s, headers, self._tokens_of(ticket), may_wait=reply[0] == b"queued")
+        return limit_error(limit, exceeded, wait_s, headers, self._tokens_of(ticket), may_wait=reply[0] == b"queued")
 
     def _tokens_of(self, ticket: Ticket, share: Share = WHOLE) -> int:
         """The tokens to reserve for a request."""
         prompt, output, _ = ticket.need
         if output is None:
-            bounds = (share.out_of(limit) - prompt for scope in ticket.scopes for limit in scope.of_tokens if limit >= 0)
+            bounds = (
+                share.out_of(limit) - prompt
+                for counter_set in ticket.counter_sets
+                for limit in counter_set.of_tokens
+                if limit >= 0
+            )
             output = max(0, min((self._most_output, self.estimates.tokens_of(ticket.model), *bounds)))
         return prompt + output if prompt >= 0 else 0
 
@@ -164,29 +169,29 @@ class Limiter:
         share = self.share()
         tokens = self._tokens_of(ticket, share) if ticket.need.prompt >= 0 else -1
         takes_slot = bool(ticket.info)
-        refused = self.local.admit(ticket.scopes, tokens, share, takes_slot=takes_slot)
-        headers = rate_limit_headers(ticket.scopes, self.local.usages(ticket.scopes))
+        refused = self.local.admit(ticket.counter_sets, tokens, share, takes_slot=takes_slot)
+        headers = rate_limit_headers(ticket.counter_sets, self.local.usages(ticket.counter_sets))
         if refused is None:
-            return Admission(ticket.id, ticket.scopes, ticket.model, takes_slot, "local", max(0, tokens), headers=headers)
+            return Admission(ticket.id, ticket.counter_sets, ticket.model, takes_slot, "local", max(0, tokens), headers=headers)
         estimate = self.estimates.slot_s if refused.limit == "concurrent" else self.estimates.call_s
-        wait_s = refused.wait_s if refused.wait_s != 0.0 else estimate(refused.scope)
+        wait_s = refused.wait_s if refused.wait_s != 0.0 else estimate(refused.counter_set)
         waits = may_wait and refused.limit == "concurrent" and wait_s is not None
-        error = limit_error(refused.limit, refused.scope, wait_s, headers, max(0, tokens), may_wait=waits)
+        error = limit_error(refused.limit, refused.counter_set, wait_s, headers, max(0, tokens), may_wait=waits)
         error.is_local = True
         return error
 
-    async def _seed_once(self, scope: CounterSet) -> None:
+    async def _seed_once(self, counter_set: CounterSet) -> None:
         """Counts in Redis again what a budget has spent, from the audit; one query serves all calls that wait for it."""
-        task = self._seeding.get(scope.name)
+        task = self._seeding.get(counter_set.name)
         if task is None:
-            task = self._seeding[scope.name] = asyncio.create_task(self._run_seed(scope), name="budget")
-            task.add_done_callback(lambda _: self._seeding.pop(scope.name, None))
+            task = self._seeding[counter_set.name] = asyncio.create_task(self._run_seed(counter_set), name="budget")
+            task.add_done_callback(lambda _: self._seeding.pop(counter_set.name, None))
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(task), SEED_WAIT_S)
 
-    async def _run_seed(self, scope: CounterSet) -> None:
+    async def _run_seed(self, counter_set: CounterSet) -> None:
         with suppress(RedisUnavailable, StoreUnavailable):
-            await self._seed(scope)
+            await self._seed(counter_set)
 
     def settle(self, settlement: Settlement) -> "asyncio.Future[Any]":
         """Ends a request: frees what it held, and sends its tokens and its row to Redis. Raises RedisUnavailable.
@@ -194,13 +199,13 @@ class Limiter:
         If the future fails, call `resend`: Redis counts a settlement once.
         """
         admission = settlement.admission
-        if admission is not None and self.leases.running.pop(admission.id, None) is not None:
+        if admission is not None and self.leases.admitted.pop(admission.id, None) is not None:
             self._note_end(admission, settlement)
         return self.resend(settlement)
 
     def is_tight(self, admission: Admission) -> bool:
         """Whether the next request may need the slot that this one frees."""
-        return any(self.local.slots(scope) * 2 >= scope.concurrent >= 0 for scope in admission.scopes)
+        return any(self.local.slots(counter_set) * 2 >= counter_set.concurrent >= 0 for counter_set in admission.counter_sets)
 
     def is_flushed(self, key_id: str) -> bool:
         """Whether everything about this key has been written to the connection to Redis."""
@@ -208,7 +213,7 @@ class Limiter:
 
     def resend(self, settlement: Settlement, how: str = "") -> "asyncio.Future[Any]":
         admission = settlement.admission
-        scopes: Sequence[CounterSet] = admission.scopes if admission else ()
+        counter_sets: Sequence[CounterSet] = admission.counter_sets if admission else ()
         shard = redis_keys.shard_of(settlement.key_id)
         keys: list[Any] = [*redis_keys.BY_SHARD[shard], redis_keys.once(shard, settlement.id)]
         model = admission.model if admission else ""
@@ -217,16 +222,16 @@ class Limiter:
         reserved = admission.reserved if admission and how != "local" else -1
         values: list[Any] = [settlement.id, reserved, settlement.used, settlement.row, settlement.prompt, how]
         values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS, redis_keys.SLOT_FREED]
-        for scope in scopes:
-            keys += redis_keys.counters(scope.name)[1:]
-            values += [int(scope.tpm >= 0), int(scope.has_budget)]
+        for counter_set in counter_sets:
+            keys += redis_keys.counters(counter_set.name)[1:]
+            values += [int(counter_set.tpm >= 0), int(counter_set.has_budget)]
         return self._connections.for_shard(shard).run("settle", keys, values)
 
     def _note_end(self, admission: Admission, settlement: Settlement) -> None:
-        self.local.leave(admission.scopes)
+        self.local.leave(admission.counter_sets)
         if admission.how == "local":
-            self.local.settle(admission.scopes, admission.reserved, settlement.used)
-            for scope in admission.scopes:
-                self.queue.slot_freed(redis_keys.queue(scope.name))
+            self.local.settle(admission.counter_sets, admission.reserved, settlement.used)
+            for counter_set in admission.counter_sets:
+                self.queue.slot_freed(redis_keys.queue(counter_set.name))
         seconds = time.monotonic() - admission.began
-        self.estimates.add(admission.scopes[0], seconds, admission.model, settlement.completion)
+        self.estimates.add(admission.counter_sets[0], seconds, admission.model, settlement.completion)

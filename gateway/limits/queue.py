@@ -31,7 +31,7 @@ class Queue:
         `ask` is given whether the ticket may go on waiting.
         """
         freed = asyncio.Event()
-        queues = [self._waiting.setdefault(redis_keys.queue(scope.name), []) for scope in ticket.scopes]
+        queues = [self._waiting.setdefault(redis_keys.queue(counter_set.name), []) for counter_set in ticket.counter_sets]
         for queue in queues:
             queue.append(freed)
         self.length += 1
@@ -49,16 +49,16 @@ class Queue:
             raise
         finally:
             self.length -= 1
-            for queue, scope in zip(queues, ticket.scopes, strict=True):
+            for queue, counter_set in zip(queues, ticket.counter_sets, strict=True):
                 queue.remove(freed)
                 if not queue:
-                    self._waiting.pop(redis_keys.queue(scope.name), None)
+                    self._waiting.pop(redis_keys.queue(counter_set.name), None)
 
     def _leave(self, ticket: Ticket) -> None:
         with suppress(RedisUnavailable):
-            for scope in ticket.scopes:
-                connection = self._connections.for_shard(redis_keys.shard_of(scope.name))
-                connection.send("ZREM", redis_keys.queue(scope.name), ticket.id).add_done_callback(background.retrieve)
+            for counter_set in ticket.counter_sets:
+                connection = self._connections.for_shard(redis_keys.shard_of(counter_set.name))
+                connection.send("ZREM", redis_keys.queue(counter_set.name), ticket.id).add_done_callback(background.retrieve)
 
     def slot_freed(self, queue: bytes) -> None:
         """A call has ended in some process: the first that waits here asks again."""

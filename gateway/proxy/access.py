@@ -46,19 +46,19 @@ class Access:
         """Takes a request, its tokens and a slot from the key's limits; raises LimitReached."""
         assert record.key is not None
         record.need = need
-        scopes = record.key.scopes(model, NO_DEFAULTS if record.is_operator_read else self._defaults)
-        info = abandoned.call_info(scopes, model, need.prompt, record.opening_fields()) if takes_slot else b""
-        ticket = Ticket(record.id, scopes, model, need, info)
+        counter_sets = record.key.counter_sets(model, NO_DEFAULTS if record.is_operator_read else self._defaults)
+        info = abandoned.call_info(counter_sets, model, need.prompt, record.opening_fields()) if takes_slot else b""
+        ticket = Ticket(record.id, counter_sets, model, need, info)
         try:
             record.admission = await self._limits.admit(ticket)
         except LimitReached as reached:
             record.detail, record.waited_s = reached.limit, reached.waited_s
             if reached.is_local:
-                record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", RESERVE_UNKNOWN)
+                record.admission = Admission(record.id, counter_sets, model, takes_slot, "admitted", RESERVE_UNKNOWN)
             raise
         except (asyncio.CancelledError, LimitsUnavailable):
             # Redis may still admit this call, though nobody waits for it any more: the settlement takes it back.
-            record.admission = Admission(record.id, scopes, model, takes_slot, "admitted", RESERVE_UNKNOWN)
+            record.admission = Admission(record.id, counter_sets, model, takes_slot, "admitted", RESERVE_UNKNOWN)
             raise
 
     async def count(self, record: Record, error: Exception) -> None:

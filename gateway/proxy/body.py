@@ -17,7 +17,7 @@ from gateway.core.errors import (
     Overloaded,
     UnsupportedEncoding,
 )
-from gateway.core.shared_bytes import Lease, SharedBytes
+from gateway.core.shared_bytes import Reservation, SharedBytes
 from gateway.proxy.turns import Turns
 
 BODY_DEADLINE_S = 30.0
@@ -87,11 +87,11 @@ class Bodies:
         """Reads a body of several pieces. A refused one is cleared, here and in the messages, because the frames in the error's
         traceback live until the answer is sent."""
         body = bytearray()
-        with Lease(self.unfinished, record.key_id) as lease:
+        with Reservation(self.unfinished, record.key_id) as reservation:
             try:
                 while True:
                     body += message.pop("body", b"")
-                    lease.hold(len(body))
+                    reservation.hold(len(body))
                     message = await receive()
                     if not _measured(message, record, limit, setting):
                         return b"".join((body, message.get("body", b"")))
@@ -100,8 +100,8 @@ class Bodies:
 
     async def parsed(self, body: bytes, parse: Callable[[bytes], Result], key_id: str, cancel_scope: CancelScope) -> Result:
         """Parses a large body with `parse`, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""
-        with Lease(self.unfinished, key_id) as lease:
-            lease.hold(len(body))
+        with Reservation(self.unfinished, key_id) as reservation:
+            reservation.hold(len(body))
             return await self._turns.run(key_id, partial(parse, body), cancel_scope)
 
 

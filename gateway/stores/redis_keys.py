@@ -110,27 +110,27 @@ BY_SHARD = tuple(ShardKeys(*(_tagged(shard, name) for name in ShardKeys._fields)
 
 @lru_cache(maxsize=20_000)
 def shard_of(name: str) -> int:
-    """`name` is the id of a key, or one of its scopes."""
+    """`name` is the id of a key, or of one of its counter sets."""
     return zlib.crc32(name.partition("|")[0].encode()) % SHARDS
 
 
 @lru_cache(maxsize=20_000)
-def counters(scope: str) -> tuple[bytes, ...]:
-    """The names of a scope's requests, tokens, reserve, slots, queue and budget."""
-    shard = shard_of(scope)
-    return tuple(_tagged(shard, f"{kind}:{scope}") for kind in "wtvcqb")
+def counters(counter_set: str) -> tuple[bytes, ...]:
+    """The names of a counter set's requests, tokens, reserve, slots, queue and budget."""
+    shard = shard_of(counter_set)
+    return tuple(_tagged(shard, f"{kind}:{counter_set}") for kind in "wtvcqb")
 
 
-def slots(scope: str) -> bytes:
-    return counters(scope)[3]
+def slots(counter_set: str) -> bytes:
+    return counters(counter_set)[3]
 
 
-def queue(scope: str) -> bytes:
-    return counters(scope)[4]
+def queue(counter_set: str) -> bytes:
+    return counters(counter_set)[4]
 
 
-def budget(scope: str) -> bytes:
-    return counters(scope)[5]
+def budget(counter_set: str) -> bytes:
+    return counters(counter_set)[5]
 
 
 def once(shard: int, call: str) -> bytes:

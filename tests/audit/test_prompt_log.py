@@ -91,5 +91,5 @@ def test_a_prompt_that_is_not_text_is_refused_and_frees_its_slot(gateway: Runnin
     with gateway.http(key, headers={"Content-Type": "application/json"}) as client:
         assert client.post("/v1/chat/completions", content=body).status_code == 400
         assert client.post("/v1/chat/completions", json=CHATS[2].body).status_code == 200
-    assert gateway.components.limits.running == 0
+    assert gateway.components.limits.admitted == 0
     assert [row["outcome"] for row in gateway.audit_rows()] == ["refused:bad_request", "answered"]

@@ -290,8 +290,8 @@ def test_retry_after_of_a_minute_is_one_that_client_libraries_obey(gateway: Runn
         (63, 63, True),
         (None, None, True),
     ]:
-        scope = CounterSet("abcdefgh", 1, 1, 1, -1, -1)
-        error = admission.limit_error("tpm", scope, wait_s, [], 5)
+        counter_set = CounterSet("abcdefgh", 1, 1, 1, -1, -1)
+        error = admission.limit_error("tpm", counter_set, wait_s, [], 5)
         assert (error.retry_after, (b"x-should-retry", b"false") in error.headers) == (retry_after_s, is_final)
 
 
@@ -336,7 +336,7 @@ def test_openai_backs_off_and_succeeds(gateway: RunningGateway, held: threading.
     with gateway.http(key) as client:
         waiting = threading.Thread(target=lambda: ask(client, CHATS[2]))
         waiting.start()
-        until(lambda: gateway.components.limits.running == 1)
+        until(lambda: gateway.components.limits.admitted == 1)
         with gateway.openai(key, max_retries=20) as official:
             began = time.monotonic()
             threading.Timer(0.7, held.set).start()
@@ -362,7 +362,7 @@ def test_an_estimated_wait_is_at_least_a_second(gateway: RunningGateway, held: t
         held.clear()
         running = threading.Thread(target=lambda: ask(client, CHATS[0], options={"num_predict": 500}))
         running.start()
-        until(lambda: gateway.components.limits.running == 1)
+        until(lambda: gateway.components.limits.admitted == 1)
         refused = ask(client, CHATS[0], options={"num_predict": 500})
         held.set()
         running.join()
@@ -374,7 +374,7 @@ def test_the_ollama_client_gets_the_error_and_succeeds_later(gateway: RunningGat
     with gateway.http(key) as client:
         waiting = threading.Thread(target=lambda: ask(client, CHATS[0]))
         waiting.start()
-        until(lambda: gateway.components.limits.running == 1)
+        until(lambda: gateway.components.limits.admitted == 1)
         with pytest.raises(ResponseError, match="Limit of 1 requests at once for this key reached; try") as refused:
             gateway.ollama(key).chat(MODEL, MESSAGES)
         assert refused.value.status_code == 429
@@ -431,7 +431,7 @@ def test_a_running_call_keeps_its_slot_when_redis_loses_its_data(
     with gateway.http(gateway.key(concurrent=1)) as client:
         first = threading.Thread(target=ask, args=(client, CHATS[0]))
         first.start()
-        until(lambda: gateway.components.limits.running == 1)
+        until(lambda: gateway.components.limits.admitted == 1)
         with stores.client() as redis:
             redis.flushall()
         gateway.call(gateway.components.limits.leases.renew())
@@ -442,10 +442,10 @@ def test_a_running_call_keeps_its_slot_when_redis_loses_its_data(
 
 
 def test_the_fallback_knows_how_long_a_budget_is_spent() -> None:
-    scope = CounterSet("k", -1, -1, -1, 100, -1)
+    counter_set = CounterSet("k", -1, -1, -1, 100, -1)
     local = FallbackLimiter()
-    local.note(scope, WindowUsage(0, 0, 0, 0), 95, 95, 0)
-    refused = local.admit([scope], 10, Share(), takes_slot=True)
+    local.note(counter_set, WindowUsage(0, 0, 0, 0), 95, 95, 0)
+    refused = local.admit([counter_set], 10, Share(), takes_slot=True)
     assert refused is not None and refused.limit == "day" and refused.wait_s
     left = 86_400 - time.time() % 86_400
     assert abs(refused.wait_s - left) < 5
@@ -481,9 +481,9 @@ def test_all_scopes_reserve_the_same_estimate_and_release_it(
     with gateway.http(key) as client, stores.client() as redis:
         first = threading.Thread(target=client.post, args=(CHATS[0].path,), kwargs={"json": CHATS[0].body})
         first.start()
-        until(lambda: gateway.components.limits.running == 1)
-        (admitted,) = gateway.components.limits.leases.running.values()
-        reserves = [redis_keys.counters(scope.name)[2] for scope in admitted.scopes]
+        until(lambda: gateway.components.limits.admitted == 1)
+        (admitted,) = gateway.components.limits.leases.admitted.values()
+        reserves = [redis_keys.counters(counter_set.name)[2] for counter_set in admitted.counter_sets]
         assert (admitted.reserved, redis.mget(reserves)) == (2000, [b"2000", b"2000"])
         refused = client.post(CHATS[0].path, json=CHATS[0].body)
         assert refused.status_code == 429 and "x-should-retry" not in refused.headers
@@ -495,13 +495,13 @@ def test_all_scopes_reserve_the_same_estimate_and_release_it(
 def test_an_estimate_alone_refuses_no_request_of_a_share(gateway: RunningGateway) -> None:
     limits = gateway.components.limits
     limits.estimates.output_tokens["m"], limits.share = 4093, lambda: Share(0, 4)
-    scopes = (CounterSet("k", -1, 3000, -1, -1, -1), CounterSet("k|m", -1, -1, -1, 4000, 2800))
-    ticket = admission.Ticket("1", scopes, "m", Need(10, None), b"x")
+    counter_sets = (CounterSet("k", -1, 3000, -1, -1, -1), CounterSet("k|m", -1, -1, -1, 4000, 2800))
+    ticket = admission.Ticket("1", counter_sets, "m", Need(10, None), b"x")
 
     async def decide() -> object:
         return limits._decide_locally(ticket, may_wait=False)
 
     admitted = gateway.call(decide())
     assert isinstance(admitted, admission.Admission) and admitted.reserved == 700
-    limits.local.settle(scopes, admitted.reserved, 0)
-    assert [limits.local._of(scope).reserved for scope in scopes] == [0, 0]
+    limits.local.settle(counter_sets, admitted.reserved, 0)
+    assert [limits.local._of(counter_set).reserved for counter_set in counter_sets] == [0, 0]

@@ -65,7 +65,7 @@ def test_random_disconnects_and_failures_keep_the_accounts_balanced(gateway: Run
     lines = gateway.request_lines()
     assert clients.sent == REQUESTS == len(rows) == len(lines)
     assert len({row["id"] for row in rows}) == len(rows)
-    assert leases_left(stores) == [] and gateway.components.limits.running == 0
+    assert leases_left(stores) == [] and gateway.components.limits.admitted == 0
     assert sum(map(billed, rows)) == stores.billed_today() > 0
     discounted = {(row["dialect"], row["stream"]) for row in rows if row["billed_tokens"] is not None}
     assert discounted == {(dialect, stream) for dialect in ("ollama", "openai") for stream in (True, False)}

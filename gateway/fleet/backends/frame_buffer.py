@@ -1,6 +1,6 @@
 """Cuts what a backend sends into frames; frames that have not ended are bounded for each backend over all its calls."""
 
-from gateway.core.shared_bytes import Lease, SharedBytes
+from gateway.core.shared_bytes import Reservation, SharedBytes
 from gateway.dialects.dialect import Framing
 from gateway.fleet.backends.http_client import SMALL, BackendFault
 
@@ -16,10 +16,10 @@ class UnfinishedFrames(SharedBytes):
 class FrameBuffer:
     """Cuts a stream into frames as its pieces come and reads each byte once; `rest` is a frame that has not ended."""
 
-    __slots__ = ("_framing", "_lease", "rest")
+    __slots__ = ("_framing", "_reservation", "rest")
 
     def __init__(self, framing: Framing, unfinished: UnfinishedFrames) -> None:
-        self._framing, self._lease = framing, Lease(unfinished)
+        self._framing, self._reservation = framing, Reservation(unfinished)
         self.rest = bytearray()
 
     def add(self, piece: bytes) -> bytes:
@@ -36,15 +36,15 @@ class FrameBuffer:
         if end >= 0:
             return self.take(len(rest) - len(piece) + end)
         if len(rest) > SMALL:
-            self._lease.hold(len(rest))
+            self._reservation.hold(len(rest))
         return b""
 
     def take(self, size: int | None = None) -> bytes:
         """The first `size` bytes, or all."""
         taken = bytes(self.rest[:size])
         del self.rest[:size]
-        self._lease.close()
+        self._reservation.close()
         return taken
 
     def close(self) -> None:
-        self._lease.close()
+        self._reservation.close()

@@ -1,17 +1,19 @@
--- Admits a request if it passes all limits of all its scopes. Takes from all scopes or from none.
--- KEYS: calls, leases, means; then for each scope: requests, tokens, reserve, slots, queue, budget.
+-- Admits a request if it passes all limits of all its counter sets. Takes from all counter sets or from none.
+-- KEYS: calls, leases, means; then for each counter set: requests, tokens, reserve, slots, queue, budget.
 -- ARGV: call id; info of the call ('' if it takes no slot); ms of the lease (0: only a preview, take nothing); prompt tokens
 -- (-1: count no tokens); output tokens (-1: estimate them, by the mean of the model and what the limits leave beside the
 -- prompt); model; mean of an unknown model; largest output; ms that it may wait for a slot; most calls in the queue; ms until
--- a slot is probably free; ms until a call probably ends; then for each scope: rpm, tpm, concurrent, day, month (-1: no limit).
--- Answers {verdict: ok, refused, queued or seed (the scope's budget is missing), tokens reserved, ms until it would pass
--- (-1: never), limit reached, number of its scope, then for each scope: requests and tokens used, ms until each is zero again,
+-- a slot is probably free; ms until a call probably ends; then for each counter set: rpm, tpm, concurrent,
+-- day, month (-1: no limit).
+-- Answers {verdict: ok, refused, queued or seed (the counter set's budget is missing), tokens reserved, ms until it would pass
+-- (-1: never), limit reached, number of its counter set, then for each counter set: requests and tokens used, ms until each is
+-- zero again,
 -- tokens used of day and month, and the slots that other calls hold}.
 local id, info, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local prompt, output, wait_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[9])
 -- Estimates: until a slot is free, and until a call ends and its tokens are counted.
 local slot_ms, call_ms = tonumber(ARGV[11]), tonumber(ARGV[12])
-local scopes = (#KEYS - 3) / 6
+local counter_sets = (#KEYS - 3) / 6
 local answer = {'ok', 0, 0, '', 0}
 local longest_ms, only_slots, has_waiters, full = 0, true, {}, {}
 
@@ -58,10 +60,10 @@ local function until_gone(key, count)
     return nil
 end
 
-local function refuse(limit, scope, ms)
+local function refuse(limit, counter_set, ms)
     if limit ~= 'concurrent' then only_slots = false end
     if answer[1] == 'ok' or (longest_ms >= 0 and (ms < 0 or ms > longest_ms)) then
-        answer[1], answer[4], answer[5], longest_ms = 'refused', limit, scope, ms
+        answer[1], answer[4], answer[5], longest_ms = 'refused', limit, counter_set, ms
     end
 end
 
@@ -76,7 +78,7 @@ if prompt >= 0 then
     if output < 0 then
         output = math.min(math.floor(tonumber(redis.call('HGET', KEYS[3], ARGV[6]) or ARGV[7]) + 0.5), tonumber(ARGV[8]))
         -- An estimate alone must not refuse a request whose prompt fits.
-        for i = 1, scopes do
+        for i = 1, counter_sets do
             for _, n in ipairs({2, 4, 5}) do
                 local limit = tonumber(ARGV[12 + (i - 1) * 5 + n])
                 if limit >= 0 then output = math.min(output, limit - prompt) end
@@ -87,7 +89,7 @@ if prompt >= 0 then
     need = prompt + output
 end
 
-for i = 1, scopes do
+for i = 1, counter_sets do
     local k, a = 3 + (i - 1) * 6, 12 + (i - 1) * 5
     local requests, tokens, reserve, slots, queue, budget = KEYS[k + 1], KEYS[k + 2], KEYS[k + 3], KEYS[k + 4], KEYS[k + 5], KEYS[k + 6]
     local rpm, tpm, concurrent = tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
@@ -169,14 +171,14 @@ end
 if answer[1] == 'refused' then
     answer[3] = longest_ms
     local may_wait = only_slots and longest_ms >= 0 and wait_ms > 0
-    for i = 1, scopes do
+    for i = 1, counter_sets do
         local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[12 + (i - 1) * 5 + 3])
         if may_wait and concurrent > 0 then
             local is_in = redis.call('ZSCORE', queue, id)
             may_wait = is_in or redis.call('ZCARD', queue) < tonumber(ARGV[10])
         end
     end
-    for i = 1, scopes do
+    for i = 1, counter_sets do
         local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[12 + (i - 1) * 5 + 3])
         -- Only where slots are missing: a place in another queue would delay others for nothing.
         if may_wait and full[i] then
@@ -193,7 +195,7 @@ end
 
 answer[2] = need
 if lease_ms == 0 then return answer end
-for i = 1, scopes do
+for i = 1, counter_sets do
     local k, a, o = 3 + (i - 1) * 6, 12 + (i - 1) * 5, 5 + (i - 1) * 7
     if tonumber(ARGV[a + 1]) >= 0 then
         add_to(KEYS[k + 1], 1)

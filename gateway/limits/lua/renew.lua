@@ -1,5 +1,5 @@
 -- Renews the leases of running calls; a slot that Redis has lost is taken again.
--- KEYS: leases; then, for each scope of each call: slots.
+-- KEYS: leases; then, for each counter set of each call: slots.
 -- ARGV: ms of the lease; then, for each slot: call id.
 for i = 2, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', now + tonumber(ARGV[1]), ARGV[i])
