@@ -62,7 +62,7 @@ class Components:
     authenticator: Authenticator
     backends: dict[str, Backend]
     discovery: Discovery
-    running: RunningModels
+    running_models: RunningModels
     proxies: TrustedProxies
     limits: Limiter
     dialects: dict[str, Dialect]
@@ -92,7 +92,7 @@ async def opened(
         authenticator = await enter(authenticator_of(settings, database, store))
         backends = await enter(backends_of(settings))
         discovery = await enter(discovery_of(settings, backends, store))
-        running = await enter(RunningModels(backends.values()))
+        running_models = await enter(RunningModels(backends.values()))
         drains = await enter(Drains(database, store, backends))
         proxies = await enter(TrustedProxies(settings.gateway_trusted_proxies))
         connections = await enter(
@@ -127,7 +127,7 @@ async def opened(
             authenticator=authenticator,
             backends=backends,
             discovery=discovery,
-            running=running,
+            running_models=running_models,
             proxies=proxies,
             limits=limits,
             dialects=dialects,

@@ -26,7 +26,7 @@ from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
 from gateway.proxy.access import Access
 from gateway.proxy.exchange import Exchange
-from gateway.proxy.model_lists import ModelLists, description
+from gateway.proxy.model_lists import ModelLists, show_answer
 from gateway.proxy.passthrough import Passthrough
 from gateway.settings import Settings
 from gateway.telemetry.metrics_endpoint import MetricsEndpoint
@@ -73,11 +73,11 @@ MODELS_CHANGED_S = 2.0
 def table(settings: Settings, parts: Components) -> Endpoints:
     access = Access(parts.authenticator, parts.limits, default_quota(settings))
     calls = calls_of(settings, parts, access)
-    lists = ModelLists(access, parts.catalog, parts.running.now)
+    lists = ModelLists(access, parts.catalog, parts.running_models.now)
     health = Health(parts.database, parts.store, parts.catalog, parts.background, parts.in_flight)
     admin = admin_api_of(settings, parts, access)
     found: Endpoints = {
-        ("GET", "/"): router.running,
+        ("GET", "/"): router.ollama_banner,
         ("POST", "/api/chat"): calls["/api/chat"],
         ("POST", "/api/generate"): calls["/api/generate"],
         ("POST", "/api/embed"): calls["/api/embed"],
@@ -87,7 +87,7 @@ def table(settings: Settings, parts: Components) -> Endpoints:
         ("POST", "/v1/completions"): calls["/v1/completions"],
         ("POST", "/v1/embeddings"): calls["/v1/embeddings"],
         ("GET", "/api/tags"): lists.tags,
-        ("GET", "/api/ps"): lists.running,
+        ("GET", "/api/ps"): lists.running_models,
         ("GET", "/api/version"): lists.version,
         ("GET", "/v1/models"): lists.models,
         ("GET", "/v1/models/{id:path}"): lists.model,
@@ -140,7 +140,7 @@ def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str,
             parts.settler,
             bodies=parts.bodies,
             most_tokens=settings.max_num_predict,
-            describe=description if operation.path == "/api/show" else None,
+            describe=show_answer if operation.path == "/api/show" else None,
         )
         for dialect in parts.dialects.values()
         for operation in dialect.operations

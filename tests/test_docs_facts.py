@@ -34,7 +34,7 @@ SETTINGS = "docs/reference/settings.md"
 STATED = [
     ("docs/operations.md", "65,536 bytes, 256 lines, 10 s", {"LARGEST_HEAD": 65_536, "MOST_LINES": 256, "HEAD_DEADLINE_S": 10}),
     ("docs/operations.md", "`MAX_REQUEST_BODY_BYTES`, 30 s", {"BODY_DEADLINE_S": 30}),
-    ("docs/operations.md", "32 MiB, or four of the largest", {"MOST_OF_A_KEY": 32 * 2**20, "LARGEST_OF_A_KEY": 4}),
+    ("docs/operations.md", "32 MiB, or four of the largest", {"BYTES_PER_KEY": 32 * 2**20, "LARGEST_BODIES_PER_KEY": 4}),
     ("docs/operations.md", "bodies above 16 KiB", {"LARGEST_WITHOUT_TURN": 16_384}),
     ("docs/operations.md", "if a turn does not come in 20 s", {"LONGEST_WAIT_S": 20}),
     ("docs/operations.md", "behind unread answers | 64 MiB", {"MOST_HELD_BY_ALL": 64 * 2**20}),
@@ -45,7 +45,7 @@ STATED = [
     ),
     ("docs/operations.md", "first frame of a stream | 8 MiB", {"LONGEST_FRAME": 8 * 2**20}),
     ("docs/operations.md", "one backend | 32 MiB over all its calls", {"MOST_UNFRAMED": 32 * 2**20}),
-    ("docs/operations.md", "a minute, and a second for each 64 KiB", {"READ_WITHIN_S": 60, "SLOWEST_READER": 65_536}),
+    ("docs/operations.md", "a minute, and a second for each 64 KiB", {"READ_WITHIN_S": 60, "SLOWEST_CLIENT": 65_536}),
     ("docs/operations.md", "at most 65,536); the others are for backends", {"MOST_DESCRIPTORS": 65_536}),
     ("docs/operations.md", "work for 15 minutes after their last check", {"VALID_WITHOUT_DATABASE_S": 900}),
     (

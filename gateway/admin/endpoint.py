@@ -59,7 +59,7 @@ class AdminRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
-        key = await self._access.operator(scope, record)
+        key = await self._access.admit_operator(scope, record)
         body: dict[str, Any] = {}
         if self.has_body:
             with self._scope_timer.call_scope() as cancel_scope:

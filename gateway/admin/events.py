@@ -16,7 +16,7 @@ from gateway.proxy.access import Access
 
 EVERY_S = 2.0
 CHECK_EVERY_S = 0.25
-READER_S = 30.0
+STALL_DEADLINE_S = 30.0
 HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
@@ -26,7 +26,7 @@ class AdminEvents:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
-        await self._access.operator(scope, record)
+        await self._access.admit_operator(scope, record)
         connection: Connection = scope["state"]["connection"]
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         try:
@@ -46,7 +46,7 @@ class AdminEvents:
     async def _send_events(self, scope: Scope, send: Send, record: Record, cancel_scope: CallScope) -> None:
         while not self._in_flight.draining:
             event = b"data: " + strict_json.write(await self._overview.now()) + b"\n\n"
-            cancel_scope.within(READER_S, ClientStalled)
+            cancel_scope.within(STALL_DEADLINE_S, ClientStalled)
             await send({"type": "http.response.body", "body": event, "more_body": True})
             cancel_scope.without_deadline()
             await self._pause()

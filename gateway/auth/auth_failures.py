@@ -36,8 +36,8 @@ class AuthFailures:
         """Counts a key from this address as wrong until it is verified."""
         return self._unverified.counting(address_group(address))
 
-    async def count(self, address: str) -> GatewayError:
-        """Count one failure and return the error to raise."""
+    async def record_failure(self, address: str) -> GatewayError:
+        """Records one failure and returns the error to raise."""
         group = address_group(address)
         count, ends = self._local_count(group)
         self._counts[group] = (count + 1, ends)

@@ -90,7 +90,7 @@ class Authenticator:
         if known is None:
             self._failures.check(address)
             if parsed is None or self._refused.get(parsed.digest, 0.0) > now:
-                raise await self._failures.count(address)
+                raise await self._failures.record_failure(address)
         assert parsed is not None
         return self._accept(await self._check_once(parsed, known, address))
 
@@ -125,7 +125,7 @@ class Authenticator:
         # One at a time per id and address, whether the id exists or not: no address can fill the queue of a key of others.
         attempt = presented.secret_id, address_group(address)
         if attempt in self._attempts:
-            await self._failures.count(address)
+            await self._failures.record_failure(address)
             raise Overloaded(retry_after=1)
         self._attempts.add(attempt)
         self._uncached += 1
@@ -134,7 +134,7 @@ class Authenticator:
                 try:
                     return await self._check(presented)
                 except WrongKey as error:
-                    raise await self._failures.count(address) from error
+                    raise await self._failures.record_failure(address) from error
         finally:
             self._uncached -= 1
             self._attempts.remove(attempt)

@@ -14,7 +14,7 @@ Reason = Callable[[], Exception]
 
 
 class CancelScope:
-    """`with CancelScope() as guard:` — after `scope.interrupt(reason)` the block raises `reason` at its next wait.
+    """`with CancelScope() as scope:` — after `scope.interrupt(reason)` the block raises `reason` at its next wait.
 
     As in asyncio.timeout, the block's task is cancelled and uncancelled at the end of the block, so that scopes nest. A
     deadline is a number, and its timer is set again only when it fires: to move a deadline costs one assignment.
@@ -85,7 +85,7 @@ class CallScope(CancelScope):
         self._active = active
         self._end = NEVER
         self._too_long: Reason | None = None
-        self._act: Callable[[Exception], None] | None = None
+        self._on_expiry: Callable[[Exception], None] | None = None
 
     def __enter__(self) -> Self:
         self._active.add(self)
@@ -95,9 +95,9 @@ class CallScope(CancelScope):
         self._active.discard(self)
         super().__exit__(kind, error, traceback)
 
-    def within(self, seconds: float, expired: Reason, act: Callable[[Exception], None] | None = None) -> None:
-        """`act`, if given, is called with what `expired` returns instead of interrupting the block."""
-        self._due, self._expired, self._act = self._loop.time() + seconds, expired, act
+    def within(self, seconds: float, expired: Reason, *, on_expiry: Callable[[Exception], None] | None = None) -> None:
+        """As in CancelScope; `on_expiry`, if given, is called with what `expired` returns and the block is not interrupted."""
+        self._due, self._expired, self._on_expiry = self._loop.time() + seconds, expired, on_expiry
 
     def end_within(self, seconds: float, too_long: Reason) -> None:
         self._end, self._too_long = self._loop.time() + seconds, too_long
@@ -105,7 +105,7 @@ class CallScope(CancelScope):
     def check(self, now: float) -> None:
         if now >= self._due and self._expired is not None:
             self._due = NEVER
-            (self._act or self.interrupt)(self._expired())
+            (self._on_expiry or self.interrupt)(self._expired())
         elif now >= self._end and self._too_long is not None:
             self.interrupt(self._too_long())
 

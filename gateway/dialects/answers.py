@@ -79,13 +79,13 @@ def error_code(value: dict[str, Any]) -> str:
     return f" ({', '.join(codes)})" if codes else ""
 
 
-def count(value: object) -> int | None:
+def token_count(value: object) -> int | None:
     """A token count of a backend, None if it is not usable: null, negative or huge."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2**53:
         return None
     return int(value)
 
 
-def cached(value: object) -> int | None:
+def cached_token_count(value: object) -> int | None:
     """A count of cached tokens; only a whole number makes a call cheaper."""
     return value if value.__class__ is int and 0 <= value < 2**53 else None

@@ -6,7 +6,7 @@ from typing import Any
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import tokens
-from gateway.dialects.answers import BadFrame, cached, count, read_answer, try_read
+from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_messages, expect_tools, is_over, text_of, wish
 from gateway.dialects.refused_fields import CHECKED_FIELDS
@@ -76,9 +76,9 @@ class Ollama:
 
     def usage_of(self, answer: Any) -> Usage:
         fields = answer if isinstance(answer, dict) else {}
-        prompt, completion = count(fields.get("prompt_eval_count")), count(fields.get("eval_count"))
+        prompt, completion = token_count(fields.get("prompt_eval_count")), token_count(fields.get("eval_count"))
         # A server that reports cached tokens (Ollama 0.33.3) includes them in the prompt's count.
-        again = cached(fields[CACHED]) if CACHED in fields else None
+        again = cached_token_count(fields[CACHED]) if CACHED in fields else None
         return Usage(prompt, completion, again)
 
     def has_last_frame(self, frames: bytes) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import tokens
-from gateway.dialects.answers import BadFrame, cached, count, read_answer, try_read
+from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_messages, expect_number, expect_tools, is_over, text_of, wish
 from gateway.dialects.refused_fields import CHECKED_FIELDS
@@ -141,12 +141,12 @@ class OpenAI:
         counts = answer.get("usage")
         if isinstance(counts, dict) and (counts.get("prompt_tokens") or counts.get("completion_tokens")):
             again = _cached(counts, answer) if DETAILS in counts or "timings" in answer else None
-            return Usage(count(counts.get("prompt_tokens")), count(counts.get("completion_tokens")), again)
+            return Usage(token_count(counts.get("prompt_tokens")), token_count(counts.get("completion_tokens")), again)
         timings = answer.get("timings")
         if isinstance(timings, dict):
             # llama.cpp counts cached tokens separately here, and together with the others in `usage`.
-            before, read = count(timings.get("cache_n")) or 0, count(timings.get("prompt_n")) or 0
-            return Usage(before + read, count(timings.get("predicted_n")), cached(timings.get("cache_n")))
+            before, read = token_count(timings.get("cache_n")) or 0, token_count(timings.get("prompt_n")) or 0
+            return Usage(before + read, token_count(timings.get("predicted_n")), cached_token_count(timings.get("cache_n")))
         return UNKNOWN
 
     def has_last_frame(self, frames: bytes) -> bool:
@@ -197,9 +197,9 @@ class OpenAI:
 def _cached(usage: dict[str, Any], answer: dict[str, Any]) -> int | None:
     """Cached tokens as vLLM, Ollama and llama.cpp report them, or as older versions of llama.cpp did."""
     details, timings = usage.get(DETAILS), answer.get("timings")
-    if isinstance(details, dict) and (found := cached(details.get("cached_tokens"))) is not None:
+    if isinstance(details, dict) and (found := cached_token_count(details.get("cached_tokens"))) is not None:
         return found
-    return cached(timings.get("cache_n")) if isinstance(timings, dict) else None
+    return cached_token_count(timings.get("cache_n")) if isinstance(timings, dict) else None
 
 
 def _text(choice: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 from gateway.core.errors import GatewayError
 
 
-class Reader(Protocol):
+class RequestReader(Protocol):
     """Reads a connection's requests."""
 
     def watch(self, gone: Callable[[], None] | None) -> None: ...
@@ -27,12 +27,12 @@ class Cycle(RequestResponseCycle):
     """
 
     _head = b""
-    reader: Reader
+    request_reader: RequestReader
     # The error in the rest of the body.
     refusal: GatewayError | None = None
 
     def watch(self, gone: Callable[[], None] | None) -> None:
-        self.reader.watch(gone)
+        self.request_reader.watch(gone)
 
     @property
     def keeps_up(self) -> bool:
@@ -48,7 +48,7 @@ class Cycle(RequestResponseCycle):
             self.waiting_for_100_continue = False
         if not self.disconnected and not self.response_complete:
             if self.flow.read_paused:
-                self.reader.take_more()
+                self.request_reader.take_more()
             await self.message_event.wait()
             self.message_event.clear()
         if self.refusal is not None and not self.response_started:
@@ -121,5 +121,5 @@ class Cycle(RequestResponseCycle):
         self.response_complete = True
         self.message_event.set()
         if not self.keep_alive:
-            self.reader.close()
+            self.request_reader.close()
         self.on_response()

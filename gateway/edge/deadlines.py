@@ -5,19 +5,19 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_DEADLINE_S = 10.0
-READER_DEADLINE_S = 60.0
+STALL_DEADLINE_S = 60.0
 
 
 class Deadlines(HttpToolsProtocol):
     """Closes connections that make no progress with a head, the rest of a refused body, or the reading of an answer."""
 
     _head_timer: asyncio.TimerHandle | None = None
-    _reader_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
     _unsent = 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
-        self._stop_watching_reader()
+        self._stop_watching_for_stall()
         super().connection_lost(exc)
 
     def _await_rest(self) -> None:
@@ -49,28 +49,28 @@ class Deadlines(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._watch_for_stall()
 
     def resume_writing(self) -> None:
-        self._stop_watching_reader()
+        self._stop_watching_for_stall()
         super().resume_writing()
 
-    def _watch_reader(self) -> None:
+    def _watch_for_stall(self) -> None:
         self._unsent = self.transport.get_write_buffer_size()
-        self._reader_timer = self.loop.call_later(READER_DEADLINE_S, self._check_reader)
+        self._stall_timer = self.loop.call_later(STALL_DEADLINE_S, self._check_for_stall)
 
-    def _stop_watching_reader(self) -> None:
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None
+    def _stop_watching_for_stall(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
-    def _check_reader(self) -> None:
+    def _check_for_stall(self) -> None:
         """A client may read slowly; one that has read nothing since the last check is gone."""
         if self.transport.get_write_buffer_size() >= self._unsent:
             self.transport.abort()
         else:
-            self._watch_reader()
+            self._watch_for_stall()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self.loop.call_later(READER_DEADLINE_S, self.transport.abort)
+        self.loop.call_later(STALL_DEADLINE_S, self.transport.abort)

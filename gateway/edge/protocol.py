@@ -272,7 +272,7 @@ class Protocol(Deadlines):
             keep_alive=refusal is None and not self._is_extra and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
-        self.cycle.reader = self
+        self.cycle.request_reader = self
         self.scope["state"]["connection"] = self.cycle
         self._start_asgi_task(self.cycle, self.app)
 

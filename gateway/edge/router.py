@@ -11,7 +11,7 @@ from gateway.core.errors import MethodNotAllowed, UnknownRoute
 from gateway.proxy.suggestions import DID_YOU_MEAN, beginning, suggest
 
 PAGES = frozenset({"/dashboard", "/playground", "/docs"})
-RUNNING = b"Ollama is running"
+OLLAMA_BANNER = b"Ollama is running"
 
 
 class PathMethods:
@@ -64,8 +64,8 @@ def router(endpoints: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], AS
     return find
 
 
-async def running(scope: Scope, receive: Receive, send: Send) -> None:
+async def ollama_banner(scope: Scope, receive: Receive, send: Send) -> None:
     """Ollama clients ask for this first, without a key."""
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(RUNNING)).encode())]
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(OLLAMA_BANNER)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": RUNNING})
+    await send({"type": "http.response.body", "body": OLLAMA_BANNER})

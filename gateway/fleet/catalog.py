@@ -95,7 +95,7 @@ class Catalog:
             if model.is_listed(now) and allowed.allows(model.name.canonical, cloud=model.name.cloud)
         ]
 
-    def running(self, allowed: AllowList, reported: Mapping[str, tuple[float, Entries]]) -> list[dict[str, Any]]:
+    def running_models(self, allowed: AllowList, reported: Mapping[str, tuple[float, Entries]]) -> list[dict[str, Any]]:
         """`reported` is when each backend answered last, and with what; its snapshot counts where that is newer."""
         listed = {model.name.canonical for model in self.listed(allowed)}
         found: dict[str, dict[str, Any]] = {}

@@ -37,16 +37,16 @@ class Failover:
     def __init__(self, backends: Mapping[str, Backend], held: HeldAnswers, *, most_tokens: int) -> None:
         self._backends, self.held, self.most_tokens = backends, held, most_tokens
 
-    def route(self, call: Call, dialect: Dialect, model: Model, headers: bytes, caller: str) -> "Routing":
-        """Decides which backends are tried; `Routing.open` then asks them. `headers` are whole lines."""
+    def for_call(self, call: Call, dialect: Dialect, model: Model, headers: bytes, caller: str) -> "FailoverRun":
+        """Decides which backends are tried; sends nothing before `FailoverRun.open`. `headers` are whole lines."""
         candidates = choose(model, self._backends, call, time.time())
         if not candidates and not is_served(model, call):
             raise BadRequest("this model is served by the OpenAI-compatible routes alone: use /v1/chat/completions")
-        return Routing(self, candidates, call, dialect, headers, caller)
+        return FailoverRun(self, candidates, call, dialect, headers, caller)
 
 
-class Routing:
-    """One call on its way to a backend. What was done for it can be read at any time, also after `open` was cancelled."""
+class FailoverRun:
+    """Tries the backends for one call. What was done for it can be read at any time, also after `open` was cancelled."""
 
     def __init__(
         self, failover: Failover, candidates: list[Candidate], call: Call, dialect: Dialect, headers: bytes, caller: str
@@ -134,7 +134,7 @@ class Routing:
         upstream = None
         try:
             upstream = await backend.post(self._call.operation.path.encode(), self._headers, body, cancel_scope)
-            cancel_scope.within(backend.config.read_timeout_s, _no_first_byte, upstream.fail)
+            cancel_scope.within(backend.config.read_timeout_s, _no_first_byte, on_expiry=upstream.fail)
             reservation = Reservation(self._failover.held, self._caller)
             opening = await read_beginning(backend, upstream, self._call, self._dialect, reservation)
             backend.breaker.succeeded()

@@ -30,7 +30,7 @@ class Access:
         record.key = await self._authenticator.key_for(presented, record.client)
         return record.key
 
-    async def operator(self, scope: Scope, record: Record) -> Key:
+    async def admit_operator(self, scope: Scope, record: Record) -> Key:
         """The key of a request to the admin API; raises NotPermitted without the role.
 
         Reading is no traffic: only the key's own limits apply, so that the defaults lock nobody out of the dashboard.
@@ -61,7 +61,7 @@ class Access:
             record.admission = Admission(record.id, counter_sets, model, takes_slot, "admitted", RESERVE_UNKNOWN)
             raise
 
-    async def count(self, record: Record, error: Exception) -> None:
+    async def charge(self, record: Record, error: Exception) -> None:
         """Counts a request that ended with `error` before it was admitted; raises LimitReached where that is one too many.
 
         A request that the limits themselves refused is not counted.
@@ -74,7 +74,7 @@ class Access:
                 reached.leaves_body = isinstance(error, GatewayError) and error.leaves_body
                 raise
 
-    async def caller(self, scope: Scope, record: Record) -> Key:
+    async def admit_caller(self, scope: Scope, record: Record) -> Key:
         """The key of a request that needs no backend: it counts as a request and takes no slot."""
         key = await self.key_of(scope, record)
         await self.admit(record, takes_slot=False)

@@ -21,10 +21,10 @@ from gateway.core.shared_bytes import Reservation, SharedBytes
 from gateway.proxy.turns import Turns
 
 BODY_DEADLINE_S = 30.0
-LARGEST_BODY = "MAX_REQUEST_BODY_BYTES"
-# Bytes of unfinished bodies of one key and of all keys; more where this many bodies of the largest size need more.
-MOST_OF_A_KEY, MOST = 32 * 2**20, 128 * 2**20
-LARGEST_OF_A_KEY, LARGEST = 4, 16
+SIZE_SETTING = "MAX_REQUEST_BODY_BYTES"
+# Unfinished bodies may take so many bytes, or so many bodies of the largest size if that is more.
+BYTES_PER_KEY, BYTES_IN_ALL = 32 * 2**20, 128 * 2**20
+LARGEST_BODIES_PER_KEY, LARGEST_BODIES_IN_ALL = 4, 16
 # Any body up to this size is parsed in a few milliseconds.
 LARGEST_WITHOUT_TURN = 16_384
 
@@ -48,8 +48,8 @@ class UnfinishedBodies(SharedBytes):
     """What has come of bodies of which more is to come, or which have not been parsed."""
 
     def __init__(self, largest: int) -> None:
-        super().__init__(max(MOST, LARGEST * largest))
-        self.most_of_a_key = max(MOST_OF_A_KEY, LARGEST_OF_A_KEY * largest)
+        super().__init__(max(BYTES_IN_ALL, LARGEST_BODIES_IN_ALL * largest))
+        self.most_of_a_key = max(BYTES_PER_KEY, LARGEST_BODIES_PER_KEY * largest)
 
     def check(self, caller: str) -> None:
         """Raises BodiesUnfinished where one key holds too much, Overloaded where all do."""
@@ -70,7 +70,7 @@ class Bodies:
         self, scope: Scope, receive: Receive, record: Record, cancel_scope: CancelScope, largest: int | None = None
     ) -> bytes:
         """`cancel_scope` has the deadline; `largest`, in bytes, overrides the setting."""
-        limit, setting = (self._largest, LARGEST_BODY) if largest is None else (largest, "")
+        limit, setting = (self._largest, SIZE_SETTING) if largest is None else (largest, "")
         check_head(scope, limit, setting)
         cancel_scope.within(BODY_DEADLINE_S, BodyTooSlow)
         message = await receive()

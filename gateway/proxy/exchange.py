@@ -69,18 +69,19 @@ class Exchange:
                     await self._access.admit(record, model.name.canonical, call.needs)
                     await answer.relay(await self._open(call, model, scope, record, cancel_scope), cancel_scope, connection)
                 finally:
+                    # The key's slot is given back elsewhere: Application's `finally` calls Settler.finish, that Limiter.settle.
                     # The rest is quick, and a client that leaves now has its answer.
                     connection.watch(None)
         except GatewayError as error:
             if answer is None or not answer.started:
-                await self._access.count(record, error)
+                await self._access.charge(record, error)
                 raise
             await answer.break_off(error)
         except ClientGone as gone:
             # A client that leaves after the last frame has its answer, though the body has not ended; one that stalls has not.
             if answer is None or not answer.is_complete or isinstance(gone, ClientStalled):
                 with suppress(GatewayError):
-                    await self._access.count(record, gone)
+                    await self._access.charge(record, gone)
                 raise
         await answer.finish()
 
@@ -118,15 +119,15 @@ class Exchange:
         return WholeAnswer(self.dialect, call, record, send)
 
     async def _open(self, call: Call, model: Model, scope: Scope, record: Record, cancel_scope: CallScope) -> Opening:
-        """Gets an answer from a backend; notes what routing did in the record, however it ended."""
+        """Gets an answer from a backend; notes in the record what was done for it, however it ended."""
         headers = _passed_on(scope["headers"], record.request_id)
-        routing = self._failover.route(call, self.dialect, model, headers, record.key_id)
+        run = self._failover.for_call(call, self.dialect, model, headers, record.key_id)
         try:
-            return await routing.open(cancel_scope)
+            return await run.open(cancel_scope)
         finally:
-            record.attempts, record.detail = routing.attempts, routing.detail
-            record.backend, record.answered_as = routing.backend, routing.answered_as
-            record.upstream_s, record.was_sent = routing.upstream_s, routing.was_sent
+            record.attempts, record.detail = run.attempts, run.detail
+            record.backend, record.answered_as = run.backend, run.answered_as
+            record.upstream_s, record.was_sent = run.upstream_s, run.was_sent
 
 
 def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> bytes:

@@ -19,23 +19,23 @@ from gateway.proxy.visibility import missing
 
 OLDEST_VERSION_CLIENTS_TAKE = "0.6.4"
 
-RunningNow = Callable[[], Awaitable[Mapping[str, tuple[float, tuple[dict[str, Any], ...]]]]]
+AskRunning = Callable[[], Awaitable[Mapping[str, tuple[float, tuple[dict[str, Any], ...]]]]]
 
 
 class ModelLists:
     """The endpoints of `GET /api/tags`, `/api/ps`, `/api/version`, `/v1/models` and `/v1/models/{id}`."""
 
-    def __init__(self, access: Access, catalog: Callable[[], Catalog], running_now: RunningNow) -> None:
-        self._access, self._catalog, self._running_now = access, catalog, running_now
+    def __init__(self, access: Access, catalog: Callable[[], Catalog], ask_running: AskRunning) -> None:
+        self._access, self._catalog, self._ask_running = access, catalog, ask_running
 
     async def tags(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = await self._key(scope)
         await send_json(send, {"models": [model.native for model in self._catalog().listed(key.models)]})
 
-    async def running(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def running_models(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = await self._key(scope)
-        running = await self._running_now()
-        await send_json(send, {"models": self._catalog().running(key.models, running)})
+        running = await self._ask_running()
+        await send_json(send, {"models": self._catalog().running_models(key.models, running)})
 
     async def version(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._key(scope)
@@ -60,10 +60,10 @@ class ModelLists:
 
     async def _key(self, scope: Scope) -> Key:
         record: Record = scope["state"]["record"]
-        return await self._access.caller(scope, record)
+        return await self._access.admit_caller(scope, record)
 
 
-def description(model: Model) -> dict[str, Any]:
+def show_answer(model: Model) -> dict[str, Any]:
     """`POST /api/show` for a model that only OpenAI-compatible servers have: they have no such route.
 
     Unknown facts are left empty, never invented.

@@ -29,7 +29,7 @@ LAST_FRAME_WAITS_S = 0.05
 # Bytes that are sent at once; of more, all but the last piece waits until the client takes it.
 AT_ONCE = 65_536
 # A client must take a large whole answer within so many seconds, plus one for each so many bytes.
-READ_WITHIN_S, SLOWEST_READER = 60.0, 65_536
+READ_WITHIN_S, SLOWEST_CLIENT = 60.0, 65_536
 # Where the frames of a stream are parsed on their way: bytes that are parsed before other tasks run, and bytes of one piece.
 READ_IN_A_TURN, READ_IN_A_PIECE = 32 * 1024, 2048
 # A frame with one token is shorter in any language; only the text of longer ones is counted.
@@ -110,7 +110,7 @@ class WholeAnswer(Answer):
             self._take(opening)
             if len(self._body) > AT_ONCE:
                 # Until the client has taken most of it, its call is in progress.
-                cancel_scope.end_within(READ_WITHIN_S + len(self._body) / SLOWEST_READER, ClientStalled)
+                cancel_scope.end_within(READ_WITHIN_S + len(self._body) / SLOWEST_CLIENT, ClientStalled)
                 await self._start(*self._head)
                 self._body = await self._send_most(self._body)
         finally:

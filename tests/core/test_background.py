@@ -107,27 +107,27 @@ def test_a_stopped_gateway_leaves_no_task(start_gateway: StartGateway, alpha: Fa
     gateway = start_gateway(alpha)
     for path in ("/api/tags", "/api/ps"):
         alpha.play(path, [Forever()])
-    discovery, running = gateway.components.discovery, gateway.components.running
+    discovery, running_models = gateway.components.discovery, gateway.components.running_models
 
     async def begin() -> None:
         await discovery.refresh(enough_s=0.01)
-        await running.now()
+        await running_models.now()
 
     gateway.call(begin())
-    assert len(discovery._polls) and len(running._tasks)
+    assert len(discovery._polls) and len(running_models._tasks)
     gateway.stop()
-    assert not len(discovery._polls) and not len(running._tasks) and not len(discovery._loads)
+    assert not len(discovery._polls) and not len(running_models._tasks) and not len(discovery._loads)
 
 
 def test_readiness_lists_every_kept_task(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
 
-    async def running() -> set[str]:
+    async def names() -> set[str]:
         found: Callable[[Any], str] = lambda task: task.get_coro().__qualname__  # noqa: E731
         return {task.get_name() for task in asyncio.all_tasks() if found(task) == KeptTask._keep_going.__qualname__}
 
     listed = {kept.name for kept in gateway.components.background()}
-    assert gateway.call(running()) <= listed and {"last use of keys", "audit writer", "drains", "retention"} <= listed
+    assert gateway.call(names()) <= listed and {"last use of keys", "audit writer", "drains", "retention"} <= listed
     [kept] = [one for one in gateway.components.background() if one.name == "drains"]
     assert kept._task is not None
     gateway.loop.call_soon_threadsafe(kept._task.cancel)

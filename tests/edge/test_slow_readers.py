@@ -107,7 +107,7 @@ def test_a_client_that_reads_too_slowly_meets_a_deadline(
     gateway: RunningGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.proxy.relay.READ_WITHIN_S", 0.3)
-    monkeypatch.setattr("gateway.proxy.relay.SLOWEST_READER", LARGE * 10)
+    monkeypatch.setattr("gateway.proxy.relay.SLOWEST_CLIENT", LARGE * 10)
     play(alpha, LARGE)
     with ask_and_read_little(gateway, gateway.key()) as connection:
 

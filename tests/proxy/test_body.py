@@ -31,7 +31,7 @@ BEGUN = LARGEST - 1000
 
 @pytest.fixture
 def gateway(start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
-    for name in ("MOST_OF_A_KEY", "MOST"):
+    for name in ("BYTES_PER_KEY", "BYTES_IN_ALL"):
         monkeypatch.setattr(f"gateway.proxy.body.{name}", 0)
     return start_gateway(alpha, MAX_REQUEST_BODY_BYTES=str(LARGEST))
 

@@ -170,7 +170,7 @@ def test_a_burst_of_wrong_keys_from_one_address_is_limited_and_delays_no_known_k
 def test_a_client_that_stops_reading_is_disconnected(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.edge.deadlines.READER_DEADLINE_S", 0.5)
+    monkeypatch.setattr("gateway.edge.deadlines.STALL_DEADLINE_S", 0.5)
     gateway = start_gateway(alpha)
     key, line = gateway.key(), recording("ollama_chat_stream.ndjson").splitlines(keepends=True)
     large = b'{"model":"m","message":{"role":"assistant","content":"' + b"x" * 6_000_000 + b'"},"done":true}\n'

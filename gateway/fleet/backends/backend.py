@@ -43,8 +43,8 @@ class Backend:
         self._session = self._new_session(force_close=False)
         self._fresh_session = self._new_session(force_close=True)
         fixed = {**FIXED, **self._auth}
-        self._caller = HttpClient(self._session, self.config, fixed)
-        self._fresh_caller = HttpClient(self._fresh_session, self.config, fixed)
+        self._client = HttpClient(self._session, self.config, fixed)
+        self._fresh_client = HttpClient(self._fresh_session, self.config, fixed)
         return self
 
     async def __aexit__(
@@ -95,9 +95,9 @@ class Backend:
         `headers` are whole lines. A connection that is lost before the first byte of the response is replaced once.
         """
         try:
-            return await self._caller.post(path, headers, body, cancel_scope)
+            return await self._client.post(path, headers, body, cancel_scope)
         except ConnectionLost:
-            return await self._fresh_caller.post(path, headers, body, cancel_scope)
+            return await self._fresh_client.post(path, headers, body, cancel_scope)
 
     def url(self, path: str) -> URL:
         return URL(self.config.base_url + path, encoded=True)

@@ -311,7 +311,7 @@ class HttpClient:
             )
             head = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b"
             protocol.transport.write(head % (self._prefix, path, self._fixed, headers, len(body), body))
-            cancel_scope.within(self._wait_s, _no_head, protocol.set_exception)
+            cancel_scope.within(self._wait_s, _no_head, on_expiry=protocol.set_exception)
             message, payload = await _head(protocol)
         except BaseException:
             connection.close()
