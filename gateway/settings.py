@@ -71,7 +71,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         found = next((choice for choice in choices if choice.lower() == text.lower()), None)
         if found is None:
-            raise ValueError(" or ".join(choices))
+            raise ValueError(f"{', '.join(choices[:-1])} or {choices[-1]}")
         return found
 
     return read
@@ -88,7 +88,7 @@ def proxies(text: str) -> tuple[str, ...]:
     entries = tuple(entry.strip() for entry in text.split(",") if entry.strip())
     for entry in entries:
         if not HOST_NAME.fullmatch(entry) and not _is_network(entry):
-            raise ValueError(f"addresses, CIDRs and host names separated by commas, not {entry!r}")
+            raise ValueError(f"addresses, CIDRs and host names separated by commas ({entry!r} is none of these)")
     return entries
 
 
@@ -97,7 +97,7 @@ def networks(text: str) -> tuple[str, ...]:
     entries = tuple(entry.strip() for entry in text.split(",") if entry.strip())
     for entry in entries:
         if not _is_network(entry):
-            raise ValueError(f"addresses and CIDRs separated by commas, not {entry!r}")
+            raise ValueError(f"addresses and CIDRs separated by commas ({entry!r} is neither)")
     return entries
 
 
@@ -132,7 +132,7 @@ def redis_url(text: str) -> str:
 
 
 def _split(text: str) -> SplitResult | None:
-    """None if it is not an address."""
+    """None if it is not a URL with usable hosts and ports."""
     parts = urls.split(text)
     hosts = [HOST_AND_PORT.fullmatch(host) for host in parts.netloc.rpartition("@")[2].split(",")]
     usable = parts.netloc.isascii() and all(host and int(host["port"] or 0) < 2**16 for host in hosts)
@@ -330,9 +330,9 @@ def _backends(values: dict[str, Any]) -> tuple[BackendConfig, ...]:
         try:
             return read_backends(values["ollama_backends"], shared)
         except ValueError as wrong:
-            raise SettingsError(f"OLLAMA_BACKENDS must be {wrong}") from None
+            raise SettingsError(f"OLLAMA_BACKENDS: {wrong}") from None
         except RecursionError:
-            raise SettingsError("OLLAMA_BACKENDS must be a JSON list of backends, nested no deeper") from None
+            raise SettingsError("OLLAMA_BACKENDS: the value is nested too deeply") from None
     auth = {name: values[f"ollama_{name}"] for name in ("auth_token", "auth_header", "auth_scheme")}
     return (BackendConfig("default", values["ollama_base_url"], **auth, **shared),)
 
@@ -344,12 +344,12 @@ def refuse_weak_secrets(settings: Settings) -> None:
         if is_remote and (name == "database_url" or password) and _is_weak(password, user):
             raise SettingsError(f"{name.upper()} must carry a password nobody can guess: set one of 12 or more characters")
     if settings.metrics_token and _is_weak(settings.metrics_token, None, shortest=12):
-        raise SettingsError("METRICS_TOKEN must be one nobody can guess: set one of 12 or more characters")
+        raise SettingsError("METRICS_TOKEN must be hard to guess: set one of 12 or more characters")
     variable = "OLLAMA_BACKENDS" if settings.ollama_backends else "OLLAMA_AUTH_TOKEN"
     for backend in settings.backends:
         if backend.auth_token and _is_weak(backend.auth_token, None, shortest=1):
             raise SettingsError(
-                f"{variable}: the auth token of backend {backend.name!r} is a default anybody can guess: set another"
+                f"{variable}: the auth token of backend {backend.name!r} is a well-known default: set another"
             )
 
 

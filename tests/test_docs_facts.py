@@ -85,11 +85,11 @@ COLUMNS_OF_SPEED: list[tuple[str, tuple[str, ...], float, int]] = [
 
 
 def accepted(declared: Any) -> str:
-    """What a setting may be, in the words with which a wrong value is refused; "" where everything may stand there."""
+    """What a setting may be, in the words that refuse a wrong value; "" if it may be anything."""
     try:
         declared.metadata["read"]("\0 ;")
     except ValueError as wrong:
-        return str(wrong).partition(", not ")[0]
+        return str(wrong).partition(" ('")[0]
     return ""
 
 

@@ -99,7 +99,7 @@ FREE_TEXT = {"PLAYGROUND_FILE"}
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_a_wrong_value_is_refused_with_its_name_and_valid_values(name: str, value: str) -> None:
-    assert refusal(**{name: value}).startswith(f"{name} must be ")
+    assert refusal(**{name: value}).startswith((f"{name} must be ", "OLLAMA_BACKENDS: "))
 
 
 def test_the_list_has_every_setting_that_can_be_wrong() -> None:
@@ -118,7 +118,7 @@ def test_any_value_is_either_accepted_or_refused(name: str, value: str) -> None:
     try:
         load(**{name: value})
     except SettingsError as refused:
-        assert str(refused).startswith(f"{name} must be ") and "\n" not in str(refused)
+        assert str(refused).startswith((f"{name} must be ", "OLLAMA_BACKENDS: ")) and "\n" not in str(refused)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_other_values_are_shown() -> None:
 )
 def test_no_error_shows_a_secret(name: str, value: str) -> None:
     words = refusal(**{name: value})
-    assert words.startswith(f"{name} must be ") and CANARY not in words
+    assert words.startswith((f"{name} must be ", "OLLAMA_BACKENDS: ")) and CANARY not in words
 
 
 @pytest.mark.parametrize(
@@ -431,20 +431,20 @@ def test_the_scheme_goes_with_authorization_only(header: str | None, scheme: str
 @pytest.mark.parametrize(
     ("entries", "advice"),
     [
-        ([{"base_url": "http://a"}], "'name' in entry 1"),
-        ([{"name": "a"}], "'base_url' in entry 1"),
-        ([{"name": "a", "base_url": "http://a"}, {"name": "a", "base_url": "http://b"}], "'a' stands twice"),
-        ([{"name": "a", "base_url": "http://a"}, 3], "an object as entry 2"),
-        ([{"name": "a b", "base_url": "http://a"}], "letters, digits"),
-        ([{"name": 1, "base_url": "http://a"}], "a string as 'name' of entry 1"),
-        ([{"name": "a", "base_url": "a:80"}], "as 'base_url' of entry 1"),
-        ([{"name": "a", "base_url": "http://a", "kind": "vllm"}], "'ollama' or 'openai' as 'kind' of entry 1"),
-        ([{"name": "a", "base_url": "http://a", "token": "x"}], "not 'token'"),
-        ([{"name": "a", "base_url": "http://a", "auth_header": "A b"}], "as 'auth_header' of entry 1"),
-        ([{"name": "a", "base_url": "http://a", "read_timeout_s": 0}], "as 'read_timeout_s' of entry 1"),
-        ([{"name": "a", "base_url": "http://a", "read_timeout_s": "5"}], "as 'read_timeout_s' of entry 1"),
-        ([{"name": "a", "base_url": "http://a", "idle_timeout_s": True}], "as 'idle_timeout_s' of entry 1"),
-        ([{"name": "a", "base_url": "http://a", "max_connections": 1.5}], "as 'max_connections' of entry 1"),
+        ([{"base_url": "http://a"}], "OLLAMA_BACKENDS: entry 1 has no 'name'"),
+        ([{"name": "a"}], "entry 1 has no 'base_url'"),
+        ([{"name": "a", "base_url": "http://a"}, {"name": "a", "base_url": "http://b"}], "the name 'a' is used more than once"),
+        ([{"name": "a", "base_url": "http://a"}, 3], "entry 2 must be an object"),
+        ([{"name": "a b", "base_url": "http://a"}], "'name' of entry 1 must be 1 to 63 letters, digits"),
+        ([{"name": 1, "base_url": "http://a"}], "'name' of entry 1 must be a string"),
+        ([{"name": "a", "base_url": "a:80"}], "'base_url' of entry 1 must be an address"),
+        ([{"name": "a", "base_url": "http://a", "kind": "vllm"}], "'kind' of entry 1 must be 'ollama' or 'openai'"),
+        ([{"name": "a", "base_url": "http://a", "token": "x"}], "entry 1 has an unknown field 'token'; the fields are name"),
+        ([{"name": "a", "base_url": "http://a", "auth_header": "A b"}], "'auth_header' of entry 1 must be"),
+        ([{"name": "a", "base_url": "http://a", "read_timeout_s": 0}], "'read_timeout_s' of entry 1 must be"),
+        ([{"name": "a", "base_url": "http://a", "read_timeout_s": "5"}], "'read_timeout_s' of entry 1 must be"),
+        ([{"name": "a", "base_url": "http://a", "idle_timeout_s": True}], "'idle_timeout_s' of entry 1 must be"),
+        ([{"name": "a", "base_url": "http://a", "max_connections": 1.5}], "'max_connections' of entry 1 must be"),
     ],
 )
 def test_an_invalid_list_of_backends_is_refused_with_the_place(entries: list[object], advice: str) -> None:
@@ -459,7 +459,7 @@ def test_an_invalid_list_of_backends_is_refused_with_the_place(entries: list[obj
             {"GATEWAY_BIND_PROT": "1"},
             "error: GATEWAY_BIND_PROT is not a setting of the gateway: did you mean GATEWAY_BIND_PORT?",
         ),
-        ({"OLLAMA_BACKENDS": f'[{{"auth_token":"{CANARY}"'}, "error: OLLAMA_BACKENDS must be a JSON list of backends ("),
+        ({"OLLAMA_BACKENDS": f'[{{"auth_token":"{CANARY}"'}, "error: OLLAMA_BACKENDS: the value is not valid JSON: "),
         ({"DATABASE_URL": ""}, "error: DATABASE_URL must be set, as postgresql+asyncpg://"),
         ({"DATABASE_URL": "postgresql://u:gateway@h/d"}, "error: DATABASE_URL must carry a password nobody can guess"),
         ({"REDIS_URL": f"redis://:{CANARY}@h:x/0"}, "error: REDIS_URL must be an address such as redis://"),

@@ -71,7 +71,7 @@ def _text(value: object) -> str:
 def _name(value: object) -> str:
     name = _text(value)
     if not BACKEND_NAME.fullmatch(name):
-        raise ValueError("letters, digits, '.', '_' and '-', at most 63")
+        raise ValueError("1 to 63 letters, digits, '.', '_' or '-'")
     return name
 
 
@@ -83,13 +83,13 @@ def _kind(value: object) -> str:
 
 def _seconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 86_400:
-        raise ValueError("a number of seconds above 0")
+        raise ValueError("a number of seconds above 0, at most 86400")
     return float(value)
 
 
 def _connections(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
-        raise ValueError("an integer from 1")
+        raise ValueError("an integer from 1 to 100000")
     return value
 
 
@@ -109,31 +109,34 @@ _FIELDS: dict[str, Any] = {
 
 
 def read_backends(text: str, defaults: dict[str, Any]) -> tuple[BackendConfig, ...]:
-    """The backends in order of priority; `defaults` fill what an entry leaves out. Raises ValueError with the rule."""
+    """The backends in order of priority; `defaults` are the values of fields that an entry omits.
+
+    Raises ValueError, whose message says what is wrong, without any value that may be a secret.
+    """
     try:
         entries = json.loads(text)
     except ValueError as wrong:
-        raise ValueError(f"a JSON list of backends ({wrong})") from None
+        raise ValueError(f"the value is not valid JSON: {wrong}") from None
     if not isinstance(entries, list) or not entries:
-        raise ValueError("a JSON list of at least one {name, base_url}")
+        raise ValueError("the value must be a JSON list of at least one backend, each with 'name' and 'base_url'")
     backends = tuple(_read_backend(position, entry, defaults) for position, entry in enumerate(entries, 1))
     names = [backend.name for backend in backends]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"a different name for each backend, but {min(twice)!r} stands twice")
+        raise ValueError(f"the name {min(twice)!r} is used more than once")
     return backends
 
 
 def _read_backend(position: int, entry: object, defaults: dict[str, Any]) -> BackendConfig:
     if not isinstance(entry, dict):
-        raise ValueError(f"an object as entry {position}")
+        raise ValueError(f"entry {position} must be an object")
     if missing := [name for name in ("name", "base_url") if name not in entry]:
-        raise ValueError(f"{missing[0]!r} in entry {position}")
+        raise ValueError(f"entry {position} has no {missing[0]!r}")
     values = dict(defaults)
     for name, value in entry.items():
         if name not in _FIELDS:
-            raise ValueError(f"only {', '.join(_FIELDS)} in entry {position}, not {name!r}")
+            raise ValueError(f"entry {position} has an unknown field {name!r}; the fields are {', '.join(_FIELDS)}")
         try:
             values[name] = _FIELDS[name](value)
         except ValueError as wrong:
-            raise ValueError(f"{wrong} as {name!r} of entry {position}") from None
+            raise ValueError(f"{name!r} of entry {position} must be {wrong}") from None
     return BackendConfig(**values)
