@@ -80,10 +80,10 @@ top: .venv/ready-to-run ## Watch the installation in the terminal, with an admin
 trace: .venv/ready-to-run ## Show what happened to one request: ID= [SINCE=24h]
 	@$(GATEWAY) trace $(call option,ID,id) $(call option,SINCE,since) $(JSON_FLAG)
 
-drain: .venv/ready-to-run ## Send a backend no new requests, in every process: BACKEND=
+drain: .venv/ready-to-run ## Stop sending new requests to a backend, in every process: BACKEND=
 	@$(GATEWAY) drain $(call option,BACKEND,backend) $(JSON_FLAG)
 
-undrain: .venv/ready-to-run ## Send a backend requests again: BACKEND=
+undrain: .venv/ready-to-run ## Resume sending requests to a backend: BACKEND=
 	@$(GATEWAY) undrain $(call option,BACKEND,backend) $(JSON_FLAG)
 
 audit: .venv/ready-to-run ## List requests, the newest first: [KEY= MODEL="a*" SINCE=24h STATUS=4xx OUTCOME= LIMIT=] [CSV=1]
@@ -95,7 +95,7 @@ usage: .venv/ready-to-run ## Sum requests and tokens: [BY=key,model,backend,day]
 audit-verify: .venv/ready-to-run ## Check that the audit has not been changed
 	@$(GATEWAY) audit-verify $(JSON_FLAG)
 
-purge: .venv/ready-to-run ## Delete now what has outlived its retention
+purge: .venv/ready-to-run ## Delete expired audit rows and prompts now
 	@$(GATEWAY) purge $(JSON_FLAG)
 
 forget: .venv/ready-to-run ## Delete a key's prompts and answers now: KEY=

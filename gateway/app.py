@@ -45,18 +45,18 @@ def log_what_is_in_force(settings: Settings, components: Components) -> None:
         opened = f"with a token in {backend.auth_header}" if backend.auth_token else "without a token"
         LOG.info("backend %s: %s at %s, %s", backend.name, backend.kind, backend.base_url, opened)
     models = len(components.discovery.catalog.models)
-    LOG.info("models: %d known, asked for every %g s", models, settings.model_discovery_refresh_s)
-    LOG.info("keys: argon2id, remembered for %g s", settings.redis_key_cache_ttl_s)
+    LOG.info("models: %d known, refreshed every %g s", models, settings.model_discovery_refresh_s)
+    LOG.info("keys: argon2id, cached for %g s", settings.redis_key_cache_ttl_s)
     own = f"{settings.default_rpm} requests and {settings.default_tpm} tokens a minute, {settings.default_concurrent} at once"
-    LOG.info("limits of keys without their own: %s; without Redis: %s", own, settings.limits_without_redis)
-    LOG.info("prompt tokens that a backend had cached count %s of one", settings.cached_tokens_weight)
+    LOG.info("default limits of a key: %s; without Redis: %s", own, settings.limits_without_redis)
+    LOG.info("a cached prompt token counts as %s tokens", settings.cached_tokens_weight)
     LOG.info("audit: kept for %d days", settings.audit_log_default_retention_days)
     LOG.info("bodies: at most %d bytes; answers: at most %d tokens", settings.max_request_body_bytes, settings.max_num_predict)
-    LOG.info("Redis: %s", "in use" if components.store.up else "away, each process goes on by itself")
+    LOG.info("Redis: %s", "in use" if components.store.up else "unreachable, each process works without it")
 
 
 async def _state_of(database: Database) -> str:
     try:
         return "schema current" if await is_current(database) else "schema NOT current, run `make migrate`"
     except StoreUnavailable:
-        return "away, keys cannot be checked until it answers"
+        return "unreachable, keys cannot be checked until it answers"

@@ -203,7 +203,7 @@ def kept_prompts(settings: Settings) -> timedelta:
 
 @asynccontextmanager
 async def retaining(settings: Settings) -> AsyncIterator[KeptTask]:
-    """On a connection of its own: what is slow here must not look like a database that is away."""
+    """On a separate connection: a slow query here must not make the database look unreachable."""
     keep = timedelta(days=settings.audit_log_default_retention_days)
     async with Database(settings.database_url, size=1) as database:
         purging = KeptTask(lambda: retention.run_regularly(database, keep), "retention")

@@ -1,4 +1,4 @@
-"""Every path and what answers it: what stands here can be reached, nothing else can."""
+"""Every path with the endpoint that answers it; a path that is not listed here cannot be reached."""
 
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 
 Endpoints = dict[tuple[str, str], ASGIApp]
 
-# Ollama's routes that change a backend or act for it: for keys with the flag admin_models, passed to one backend.
+# Ollama's routes that change a backend or act on its behalf: for keys with the flag admin_models, passed to one backend.
 PASSED_THROUGH = (
     ("POST", "/api/pull"),
     ("POST", "/api/push"),
@@ -64,7 +64,7 @@ PLAYGROUND = {
     "/playground/style.css": "style.css",
 }
 DOCS = {"/docs": "docs.html", "/docs/docs.js": "docs.js", "/docs/nodes.js": "nodes.js", "/docs/style.css": "style.css"}
-# To callers that may not see the metrics no method shows that there is such a path.
+# For callers that may not see the metrics, no method reveals that the path exists.
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # How long the answer to a pull waits for the new list of models.
 MODELS_CHANGED_S = 2.0

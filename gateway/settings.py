@@ -348,9 +348,7 @@ def refuse_weak_secrets(settings: Settings) -> None:
     variable = "OLLAMA_BACKENDS" if settings.ollama_backends else "OLLAMA_AUTH_TOKEN"
     for backend in settings.backends:
         if backend.auth_token and _is_weak(backend.auth_token, None, shortest=1):
-            raise SettingsError(
-                f"{variable}: the auth token of backend {backend.name!r} is a well-known default: set another"
-            )
+            raise SettingsError(f"{variable}: the auth token of backend {backend.name!r} is a well-known default: set another")
 
 
 def _login(url: str) -> tuple[str, str, bool]:

@@ -24,7 +24,7 @@ LONGEST_VALUE, MOST_VALUES = 1000, 50
 
 @dataclass
 class AdminRequest:
-    """An operator's request, read."""
+    """An operator's request, parsed."""
 
     key: Key
     path: Mapping[str, str]
@@ -72,7 +72,7 @@ class AdminRoute:
 
     def _refuse_unknown(self, parameters: Mapping[str, Any]) -> None:
         for name in parameters.keys() - set(self.takes):
-            known = f"it takes {', '.join(sorted(self.takes))}" if self.takes else "it takes none"
+            known = f"it takes {', '.join(sorted(self.takes))}" if self.takes else "it takes no parameters"
             raise BadRequest(f"{name[:64]!a} is not a parameter of this route: {known}")
 
     async def _answer(self, request: AdminRequest) -> Any:
@@ -94,7 +94,7 @@ def _query(scope: Scope) -> dict[str, str]:
 
 
 def _refuse_long(parameters: Mapping[str, Any]) -> None:
-    """Before anything works on a text; lists have bounds of their own."""
+    """Checked before a text is used; lists have limits of their own."""
     for name, value in parameters.items():
         if isinstance(value, str) and len(value) > LONGEST_VALUE:
             raise BadRequest(f"{name!r} is longer than {LONGEST_VALUE} characters")

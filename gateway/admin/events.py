@@ -38,8 +38,8 @@ class AdminEvents:
                 finally:
                     connection.watch(None)
         except GatewayError:
-            # The key was revoked, a store is down, or the process ends: the last event was complete, and ending the stream is
-            # enough.
+            # The key was revoked, a store is unreachable, or the process ends: the last event was complete, so ending the
+            # stream is enough.
             record.outcome = "answered"
         await send({"type": "http.response.body", "body": b""})
 

@@ -172,7 +172,7 @@ async def _limits(
     try:
         found, used = await limits.preview(Ticket("explain", counter_sets, name, need, info))
     except RedisUnavailable:
-        story["limits_decided_by"] = "each process by itself: Redis is down"
+        story["limits_decided_by"] = "each process by itself: Redis is unreachable"
     story["limits"] = [
         row for counter_set, some in zip(counter_sets, used, strict=True) for row in _limit_rows(counter_set, some)
     ]

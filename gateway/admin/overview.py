@@ -18,7 +18,7 @@ from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 RECENT = timedelta(minutes=15)
 BUSIEST = 10
-# The stores are not asked more often than this, however many operators watch.
+# The stores are not queried more often than this, however many operators watch.
 CACHED_S = 2.0
 DEADLINE_S = 2.5
 # The windows of a series: the length of each, and that of its steps.
@@ -55,7 +55,7 @@ class Overview:
         self._series: dict[str, tuple[float, dict[str, Any]]] = {}
 
     async def now(self) -> dict[str, Any]:
-        """At most two seconds old. Parts that come from a store are None while that is down."""
+        """At most two seconds old. Parts that come from a store are None while the store is unreachable."""
         async with self._lock:
             at, last = self._last
             if time.monotonic() - at > CACHED_S:
@@ -107,7 +107,7 @@ class Overview:
             return None
 
     async def _recent(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """None if PostgreSQL does not answer in time for a page that watches."""
+        """None if PostgreSQL does not answer soon enough for a page that polls."""
         try:
             async with asyncio.timeout(DEADLINE_S):
                 return await self._sums()

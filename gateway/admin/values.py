@@ -50,7 +50,7 @@ def limit(text: str) -> int | None:
 def retention(text: str) -> timedelta:
     length = duration(text)
     if not length:
-        raise BadValue("a retention of no time keeps nothing: write 12h, 7d, 8w")
+        raise BadValue("a retention of 0 keeps nothing: write 12h, 7d, 8w")
     return length
 
 

@@ -52,7 +52,7 @@ def settlement_of(call_id: str, info: bytes) -> Settlement:
 
 
 async def settle_expired(limits: Limiter, since_ms: int, most: int) -> int:
-    """Settles calls whose lease ended `since_ms` ago, and removes what is no call. Returns how many were settled.
+    """Settles calls whose lease ended `since_ms` ago, and removes entries that are not calls. Returns how many were settled.
 
     Raises RedisUnavailable.
     """

@@ -91,7 +91,8 @@ async def trace(database: Database, request_id: str, since: datetime, limit: int
     if not rows:
         shown = key_format.redacted(request_id)[:64]
         raise NotThere(
-            f"no request {shown!r} in the audit: it has those with a valid key, until the key's audit retention ends"
+            f"no request {shown!r} in the audit: the audit has only requests made with a valid key, "
+            "for as long as that key's retention lasts"
         )
     return [audit_row(row) for row in rows]
 

@@ -22,7 +22,7 @@ from gateway.stores.redis_client import RedisUnavailable
 LOG = logging.getLogger("gateway.audit")
 DELIVER_EVERY_S = 0.2
 BATCH_SIZE = 500
-# Redis may be unavailable for so long before rows are written to PostgreSQL directly.
+# How long Redis may be unavailable before rows are written to PostgreSQL directly.
 DIRECT_AFTER_S = 1.0
 CLOSING_S = 8.0
 
@@ -32,7 +32,7 @@ WriteRows = Callable[[Sequence[bytes], Sequence[bytes]], Any]
 class Settler:
     """`async with Settler(...) as settler:` — `finish` never waits, `finish_before_last_bytes` at most 50 ms; neither fails.
 
-    What Redis does not take waits here, at most `size` requests. While Redis is unavailable, rows are written to PostgreSQL
+    What Redis does not accept waits here, at most `size` requests. While Redis is unavailable, rows are written to PostgreSQL
     directly; tokens and slots go to Redis when it is back. While both are unavailable the oldest are dropped, counted and
     logged.
     """
@@ -142,7 +142,9 @@ class Settler:
             self.dropped += 1
             if not self._is_dropping:
                 self._is_dropping = True
-                LOG.error("Redis and PostgreSQL are away, AUDIT_BUFFER_SIZE is reached: the oldest audit rows are dropped")
+                LOG.error(
+                    "Redis and PostgreSQL are unreachable and AUDIT_BUFFER_SIZE is reached: dropping the oldest audit rows"
+                )
         self._backlog.append(settlement)
 
     async def _keep_delivering(self) -> None:
@@ -201,4 +203,4 @@ class Settler:
     def _log_end_of_dropping(self) -> None:
         if self._is_dropping and len(self._backlog) < self._size:
             self._is_dropping = False
-            LOG.warning("%d audit rows have been dropped since the start; none are now", self.dropped)
+            LOG.warning("%d audit rows have been dropped since the start; no more are dropped now", self.dropped)

@@ -27,11 +27,12 @@ class Verification(NamedTuple):
 
 
 class Verifier:
-    """Keys with unknown ids use at most one of the two threads, half of the time. Keys with the same known id are verified one
-    at a time, so that each id has at most one key waiting for a thread.
+    """Keys with unknown ids use at most one of the two threads, and that for at most half of the time. Keys with the same known
+    id are verified one at a time, so that each id has at most one key waiting for a thread.
 
-    A wrong key waits in the queue of the unknown ids too, and takes as long there, so that response times do not show which
-    ids exist. Only while that queue is full they do: an unknown id is refused at once, a wrong key is still verified.
+    A key with a known id also takes a place in the queue of the unknown ids. If it is wrong, its answer waits for that place,
+    and takes as long there, so that response times do not reveal which ids exist. One exception: while that queue is full,
+    a key with an unknown id is refused at once, and a key with a known id only after its verification.
     """
 
     def __init__(self, hasher: PasswordHasher) -> None:
@@ -55,7 +56,7 @@ class Verifier:
         try:
             is_right, _ = await verifying
             if not is_right:
-                # Also if the queue is full the key is wrong: it is counted as a failure, and argon2 does not run for it again.
+                # Even if the queue is full, the key is wrong: it counts as a failure, and argon2 does not run for it again.
                 with suppress(Overloaded):
                     await queued
             return is_right

@@ -50,12 +50,12 @@ class KeptTask:
         is_known, self._failure = self.state == type(wrong).__name__, type(wrong).__name__
         self._failed_at = time.monotonic()
         if not is_known:
-            LOG.error("the task %r failed and begins again", self.name, exc_info=wrong)
+            LOG.error("the task %r failed; restarting", self.name, exc_info=wrong)
 
     def _check_end(self, task: asyncio.Task[None]) -> None:
         # Not ended by its owner: a library has cancelled it, or the process is ending.
         if task is self._task:
-            LOG.error("the task %r has ended and nobody ended it", self.name)
+            LOG.error("the task %r ended unexpectedly", self.name)
 
 
 class TaskGroup:

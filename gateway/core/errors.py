@@ -90,21 +90,21 @@ class UnknownRoute(GatewayError):
 
 
 class NoSuchThing(GatewayError):
-    """What the path names is not there."""
+    """The resource in the path does not exist."""
 
     status = 404
     code = "no_such_thing"
 
 
 class AlreadyThere(GatewayError):
-    """What the request would make is already there."""
+    """A resource with this name already exists."""
 
     status = 409
     code = "already_there"
 
 
 class MethodNotAllowed(GatewayError):
-    """This route does not take this method."""
+    """This route does not support this method."""
 
     status = 405
     code = "method_not_allowed"
@@ -131,7 +131,7 @@ class BodyTooLarge(GatewayError):
 
 
 class BodiesUnfinished(GatewayError):
-    """The bodies that this key is sending are too large together; let those end first, or send fewer at once."""
+    """This key's unfinished request bodies exceed the memory limit; wait for them to finish."""
 
     status = 429
     code = "bodies_unfinished"
@@ -214,7 +214,7 @@ class AnswerTooLarge(BackendRefused):
 
 
 class AnswersUnread(BackendRefused):
-    """The answers that this key is getting are too large together; read those first, or ask for less at once."""
+    """This key's unread answers exceed the memory limit; read them first."""
 
     status = 502
     code = "answers_unread"
@@ -244,14 +244,14 @@ class BackendTimeout(GatewayError):
 
 
 class NoBackend(GatewayError):
-    """No model server with this model can be reached or has room at the moment; try again shortly."""
+    """No model server with this model is reachable and free at the moment; try again shortly."""
 
     status = 503
     code = "upstream_unavailable"
 
 
 class Overloaded(GatewayError):
-    """The gateway has as much work as it can do; try again shortly."""
+    """The gateway is overloaded; try again shortly."""
 
     status = 503
     code = "overloaded"
@@ -289,7 +289,7 @@ class StoreRefused(StoreUnavailable):
 
 
 class TooSlow(StoreUnavailable):
-    """PostgreSQL takes too long for this; ask for a shorter time or for less."""
+    """PostgreSQL takes too long for this; ask for a shorter period or for less."""
 
     code = "too_slow"
 

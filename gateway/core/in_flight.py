@@ -1,4 +1,4 @@
-"""The requests in progress in this process, and whether it still takes new ones."""
+"""The requests in progress in this process, and whether it still accepts new ones."""
 
 import asyncio
 

@@ -5,7 +5,7 @@ from typing import Self
 
 
 class SharedBytes:
-    """No caller may hold more than is left, so that others can hold some; `check` has the error of each kind of bytes."""
+    """A caller may hold at most as much as is still free, so that others can hold some; subclasses define `check`."""
 
     def __init__(self, most: int) -> None:
         self.most, self.used = most, 0
@@ -29,7 +29,7 @@ class SharedBytes:
 
 
 class Reservation:
-    """What one call holds of SharedBytes; `close` it, or use it in `with`."""
+    """The part of SharedBytes that one call holds; `close` it, or use it in `with`."""
 
     __slots__ = ("_caller", "_shared", "_size")
 
@@ -37,7 +37,7 @@ class Reservation:
         self._shared, self._caller, self._size = shared, caller, 0
 
     def hold(self, size: int) -> None:
-        """From now on `size` bytes. Raises what `check` raises; they are held until `close` all the same."""
+        """Holds `size` bytes from now on, instead of those before. Raises what `check` raises; `close` is needed even then."""
         self._shared.change(self._caller, size - self._size)
         self._size = size
         self._shared.check(self._caller)

@@ -84,7 +84,7 @@ def _refuse_what_was_lost(body: bytes, written: bytes) -> None:
         return
     outside = _outside_strings(_without_escapes(body))
     if outside.count(b":") != _outside_strings(_without_escapes(written)).count(b":"):
-        raise BadRequest("a field stands twice in one object")
+        raise BadRequest("a field occurs twice in one object")
     for number in LARGE_INTEGER.findall(outside):
         _bounded_integer(number.decode())
 
@@ -131,7 +131,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise BadRequest(f"the field {_shown(twice)} stands twice in one object")
+        raise BadRequest(f"the field {_shown(twice)} occurs twice in one object")
     return found
 
 

@@ -55,7 +55,7 @@ def is_plain(name: str, canonical_name: str) -> bool:
 
 @dataclass(frozen=True)
 class AllowList:
-    """The models a key may use: globs; empty means all. A cloud model needs a pattern that names it as such."""
+    """The models that a key may use: globs; empty means all. A cloud model needs a pattern that names it as such."""
 
     patterns: tuple[str, ...] = ()
 

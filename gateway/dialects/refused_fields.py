@@ -1,4 +1,4 @@
-"""Fields that no request may have: they would reach more than the model asked for, or would evade the gateway's bounds."""
+"""Fields that no request may have: they would reach more than the requested model, or evade the gateway's limits."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 
 # They reach another model or adapter, another host, another caller's slot, request or place in the queue, an operator's corpus,
-# or the backend's code. (`session_id` only marks requests that belong together; no server mixes their texts.)
+# or change the backend's code. (`session_id` only marks requests that belong together; no server mixes their texts.)
 REFUSED_FIELDS = frozenset(
     "draft_model models fallbacks lora lora_id lora_request lora_path lora_paths adapter adapter_id adapter_source "
     "kv_transfer_params ec_transfer_params kv_router_hint bootstrap_host bootstrap_port bootstrap_room bootstrap_pair_key "
@@ -16,7 +16,7 @@ REFUSED_FIELDS = frozenset(
 )
 # Objects whose fields some servers read as the request's own.
 EXTRAS = frozenset({"extra_body", "extra_args", "vllm_xargs", "sampling_params", "custom_params"})
-# Servers serve requests of another priority than 0 before waiting ones.
+# Servers may serve requests with a priority other than 0 before those of other callers.
 PRIORITY = "priority"
 # Fields that the gateway reads, bounds or counts in the request itself.
 OWN_FIELDS = frozenset(
@@ -43,13 +43,13 @@ def refuse_fields(body: dict[str, Any]) -> None:
         _refuse_in(extra)
         for own in extra.keys() & OWN_FIELDS:
             if extra[own] is not None:
-                raise BadRequest(f"the field {own!r} is not taken in {name!r}: it belongs into the request itself")
+                raise BadRequest(f"the field {own!r} is not allowed inside {name!r}; put it at the top level of the request")
         inner += [(deeper, extra[deeper]) for deeper in extra.keys() & EXTRAS]
 
 
 def _refuse_in(value: dict[str, Any]) -> None:
     for name in value.keys() & REFUSED_FIELDS:
         if value[name] not in UNSET:
-            raise BadRequest(f"the field {name!r} is not taken here")
+            raise BadRequest(f"the field {name!r} is not allowed")
     if value.get(PRIORITY) not in (None, 0):
-        raise BadRequest(f"the field {PRIORITY!r} is not taken here: nobody is served before others")
+        raise BadRequest(f"the field {PRIORITY!r} must be 0")

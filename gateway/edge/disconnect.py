@@ -1,4 +1,4 @@
-"""Finds out whether a client that has closed its side has gone, or still waits for its answer."""
+"""Finds out whether a client that has closed its sending side has left, or still waits for its answer."""
 
 import asyncio
 import select

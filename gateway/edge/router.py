@@ -65,7 +65,7 @@ def router(endpoints: Mapping[tuple[str, str], ASGIApp]) -> Callable[[Scope], AS
 
 
 async def ollama_banner(scope: Scope, receive: Receive, send: Send) -> None:
-    """Ollama clients ask for this first, without a key."""
+    """Ollama clients request this first, without a key."""
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(OLLAMA_BANNER)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": OLLAMA_BANNER})

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-# Stands for the fault where a backend works, but cannot do what was asked.
+# The fault of a backend that works, but cannot do what the request needs.
 CANNOT = "cannot"
 
 

@@ -68,7 +68,7 @@ class Model:
 
     @cached_property
     def context(self) -> int:
-        """Tokens of prompt and answer together, where a server such as vLLM refuses a call that wants more; else 0."""
+        """Tokens of prompt and answer together if a server such as vLLM refuses a call that needs more; else 0."""
         return whole_number(self.openai.get("max_model_len"))
 
     def is_listed(self, now: float) -> bool:

@@ -65,7 +65,7 @@ class Control:
         except RedisUnavailable:
             return
         except Exception:
-            LOG.exception("%s, asked for by a command, failed", act)
+            LOG.exception("%s, requested by a command, failed", act)
 
 
 def _name(number: str, what: str) -> str:
@@ -87,7 +87,7 @@ async def ask(store: RedisClient, fleet: FleetFacts, act: str) -> Any:
                 return strict_json.read_loosely(answer)["answer"]
             await asyncio.sleep(POLL_EVERY_S)
     except RedisUnavailable:
-        raise CommandFailed("Redis went away before the running gateway had answered: try again") from None
+        raise CommandFailed("Redis became unreachable before the running gateway answered: try again") from None
     raise CommandFailed(f"the running gateway did not answer within {WAIT_S:g} s: its log says why")
 
 

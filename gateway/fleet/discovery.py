@@ -119,10 +119,10 @@ class Discovery:
             snapshot = replace(known, error=str(fault), asked_at=time.time())
         except Exception as wrong:
             # An unexpected answer of one backend must not stop the polling of the others.
-            LOG.exception("backend %s could not be asked", backend.name)
+            LOG.exception("backend %s could not be polled", backend.name)
             snapshot = replace(known, error=type(wrong).__name__, asked_at=time.time())
         if bool(snapshot.error) != bool(known.error):
-            change = f"is away: {snapshot.error}" if snapshot.error else f"answers with {len(snapshot.models)} models"
+            change = f"is down: {snapshot.error}" if snapshot.error else f"answers with {len(snapshot.models)} models"
             LOG.log(logging.WARNING if snapshot.error else logging.INFO, "backend %s %s", backend.name, change)
         self._snapshots[backend.name] = snapshot
         self._rebuild()
@@ -200,7 +200,7 @@ def _address_hash(config: BackendConfig) -> str:
 
 
 async def poll(backend: Backend) -> Snapshot:
-    """Asks one backend for its models, its running models and its version; never makes it generate. Raises BackendFault."""
+    """Polls one backend for its models, its running models and its version; never makes it generate. Raises BackendFault."""
     began = time.monotonic()
     now = time.time()
     fresh = replace(_unknown(backend), answered_at=now, asked_at=now)

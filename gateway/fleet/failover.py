@@ -1,4 +1,4 @@
-"""Finds a backend that answers a call: claims one, sends, reads the first frame; where that fails, goes on to the next."""
+"""Finds a backend that answers a call: claims one, sends, reads the first frame; if that fails, tries the next."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ RETRY_AFTER_S = 5.0
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
 NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full"})
-# Faults that a wrong request may cause, too, where the backend's words for it are unknown.
+# Faults that a wrong request may also cause, if the backend reports them in unknown words.
 DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 
 
@@ -96,7 +96,7 @@ class FailoverRun:
 
     @property
     def _has_enough(self) -> bool:
-        """Where one backend cannot do what is asked, one other is tried: it may be of another build."""
+        """If one backend cannot do what the request needs, one other is tried: it may be a different build."""
         others = [fault for fault in self._faults if fault.reason not in NOT_ASKED]
         return self._refused is not None and bool(others)
 
@@ -155,9 +155,9 @@ def _no_first_byte() -> BackendFault:
 
 
 def _is_inconclusive(fault: BackendFault, backend: Backend, began: float) -> bool:
-    """Whether a backend may work in spite of this: one that has answered others meanwhile was only asked for much.
+    """Whether a backend may be healthy despite this fault: if it answered other requests meanwhile, this was just expensive.
 
-    A doubtful fault is decided on when other backends have answered the same request, or failed as well.
+    Whether a doubtful fault counts is decided later, when other backends have answered the same request, or failed as well.
     """
     if fault.reason in TIMEOUTS:
         return backend.breaker.has_succeeded_since(began)

@@ -47,7 +47,7 @@ class Opening:
 
 
 class Busy(BackendFault):
-    """The backend takes no more requests; it may state when it will."""
+    """The backend accepts no more requests; it may state when it will."""
 
     def __init__(self, status: int, retry_after: float | None) -> None:
         super().__init__("busy", f"status {status}")
@@ -68,7 +68,7 @@ async def read_beginning(
             return await _first_frames(backend, upstream, dialect)
         return await _whole(backend, upstream, call, reservation)
     except (LongFrame, TooLarge) as large:
-        # As many tokens were asked for; the next backend would make them all again.
+        # The client asked for this much; another backend would produce the same.
         raise AnswerTooLarge from large
     except BadFrame as bad:
         reported = refusals.read(bad.error)
@@ -148,7 +148,7 @@ def _failed(reason: str, detail: str, reported: refusals.ReportedError) -> Backe
 
 
 async def _error_body(upstream: BackendResponse) -> bytes:
-    """As much as comes soon: a failure is known without its text."""
+    """As much as arrives soon: a failure is known without its text."""
     try:
         async with asyncio.timeout(ERROR_BODY_WAITS_S):
             return await upstream.read_beginning(LONGEST_ERROR_BODY)

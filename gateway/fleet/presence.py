@@ -18,7 +18,7 @@ from gateway.stores.redis_shards import ShardConnections
 
 LUA = Path(__file__).parent / "lua"
 EVERY_S = 1.0
-# For so long a killed process still counts as active.
+# How long a killed process still counts as active.
 ACTIVE_MS = 15_000
 # An active process publishes more often; an older state is of a process that was killed, and is deleted later.
 FRESH_S, FORGOTTEN_S = 5.0, 60.0

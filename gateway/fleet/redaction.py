@@ -1,4 +1,4 @@
-"""A backend's words without its token and address, which it may have repeated: before a caller gets them."""
+"""Removes a backend's token and address, which it may repeat, from what it sends before a caller gets it."""
 
 import re
 from functools import lru_cache

@@ -12,7 +12,7 @@ from gateway.fleet.redaction import redact
 # The caller's own mistakes: another backend would refuse them, too. 401, 403 and 404 are between us and that backend.
 CALLERS_FAULTS = frozenset({400, 405, 409, 411, 413, 414, 415, 416, 422, 431})
 NOT_IMPLEMENTED = 501
-# Proxies answer with these while a backend is away, with a text of their own.
+# Proxies answer with these while a backend is down, with a text of their own.
 OF_PROXIES = frozenset({502, 503, 504})
 DEEPEST_WRAPPING = 3
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -24,13 +24,13 @@ OVERFLOW = re.compile(
     r"|context (?:size|length|window) (?:has been )?exceeded|longer than the context length",
     re.IGNORECASE,
 )
-# With 5xx: what a backend, or its model, cannot do however often it is asked. As read: single blanks, no line ends.
+# With 5xx: what a backend, or its model, cannot do however often a client tries. Texts have single blanks and no line ends.
 UNABLE = (
     # llama.cpp: a model without its mmproj; routes that a flag opens. Ollama: capabilities of a model.
     r"(?:image|audio|video|vision|file) inputs? (?:is|are) not supported",
     r"does not support (?:an? )?(?:image|audio|video|vision|multimodal|embed|rerank|completion|infill|insert|tool)",
     r"does not support (?:think|chat|generat|logprob|grammar)",
-    # Ollama: pictures for a model of texts, or more than one. Both: pictures that cannot be read.
+    # Ollama: images for a model that takes text only, or more than one image. Both: images that cannot be decoded.
     r"missing data required for image input|only supports one image|messages? cannot contain images",
     r"failed to (?:load|decode|process|download) (?:the )?(?:image|audio)|decode webp image",
     # llama.cpp: texts to embed beyond its batch; messages that the model's template refuses: jinja now, minja before.
@@ -41,7 +41,7 @@ UNABLE = (
     # The same from Ollama, and from its own templates in Go.
     r"llama-server template error|no user query found in messages",
     r"^template: \S{0,80}:\d{1,9}: |^undefined (?:template specified|action in template|branch)",
-    # Ollama: options, formats and ways of thinking that are none.
+    # Ollama: invalid options, formats and thinking modes.
     r"option \"\w{1,40}\" must be|invalid format: .{0,900}; expected \"json\"",
     r"invalid thinking value|unsupported \S{1,40} reasoning",
 )
@@ -60,16 +60,16 @@ WRONG = re.compile(
     r"|invalid url (?:value|format)|url must be base64 encoded)",
     re.IGNORECASE,
 )
-# Not the backend's 5xx: the AI SDK, LangChain and others ask again after any, whatever x-should-retry says.
+# Not the backend's 5xx: the AI SDK, LangChain and others retry after any 5xx, whatever x-should-retry says.
 WRONG_STATUS = 400
-# Whatever else stands there, this is a failure, and another time or another backend may do better.
+# Whatever else the text says, this is a failure, and another time or another backend may do better.
 FAILURE = re.compile(
     r"out[ -]of[ -](?:device )?memory|outofmemory|(?:not enough|insufficient) memory|failed to allocate|allocation failed"
     r"|malloc failed|(?:cuda|hip|rocm|metal|vulkan|sycl|ggml)[ _](?:error|assert)|connection (?:refused|reset)|timed out"
     r"|has terminated|unexpectedly stopped|no longer running|encountered while running the model|panic: |fatal error: ",
     re.IGNORECASE,
 )
-# What of a failure's words may stand in the log: fixed words alone, since the rest may repeat a prompt.
+# What may be logged of a failure's text: known phrases only, because the rest may repeat a prompt.
 LOGGED = re.compile(
     r"model requires more (?:\w{3,6} )?memory|cudamalloc failed|unknown model architecture|newer version"
     r"|timed out waiting for (?:the )?(?:llama[ -]?)?(?:runner|server|model|slot)s?(?: to (?:start|load|respond|become ready))?"

@@ -1,4 +1,4 @@
-"""Which models the backends run now: asked on demand, once for all requests that come at about the same time."""
+"""Which models the backends run now: polled on demand, once for all requests that come at about the same time."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ FRESH_S = 1.0
 # How long a request waits; slower answers are for the next request.
 WAIT_S = 0.3
 DEADLINE_S = 2.0
-# How long a backend that did not answer is not asked again.
+# How long a backend that did not answer is not polled again.
 SILENT_S = 10.0
 MOST_A_SECOND = 50
 
@@ -62,7 +62,7 @@ class RunningModels:
             self._running.pop(backend.name, None)
         except Exception:
             # Unexpected: logged here, because nobody awaits this task's result; other backends are not affected.
-            LOG.exception("backend %s could not be asked what it runs", backend.name)
+            LOG.exception("backend %s could not be polled for its running models", backend.name)
             self._running.pop(backend.name, None)
         finally:
             self._ask_after[backend.name] = time.monotonic() + wait_s

@@ -127,7 +127,9 @@ def _remedy(limit: str, counter_set: CounterSet) -> str:
     rule = f" MODEL={shlex.quote(pattern)}" if pattern else ""
     command = f"`make limit KEY={key_id}{rule} {limit.upper()}=…` changes it"
     has_default = not pattern and limit not in BUDGETS
-    return f"{command}; DEFAULT_{limit.upper()} is that of keys without their own." if has_default else f"{command}."
+    return (
+        f"{command}; DEFAULT_{limit.upper()} sets it for keys without a limit of their own." if has_default else f"{command}."
+    )
 
 
 def rate_limit_headers(counter_sets: tuple[CounterSet, ...], usages: list[WindowUsage]) -> list[Header]:

@@ -12,7 +12,7 @@ from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
 
-# At most so many wait for a key in all processes together, and for all keys in this one.
+# How many calls may wait for one key in all processes together, and for all keys in this process.
 WAITING_PER_KEY, WAITING = 100, 1_000
 ASK_AGAIN_S = 0.25
 

@@ -37,16 +37,14 @@ VERBS = {
     "audit": Verb(audit.list_audit, options.audit, "list requests, the newest first"),
     "usage": Verb(audit.sum_audit, options.usage, "sum requests and tokens"),
     "audit-verify": Verb(audit.verify_audit, options.none, "check that the audit has not been changed"),
-    "purge": Verb(audit.purge, options.none, "delete now what has outlived its retention"),
+    "purge": Verb(audit.purge, options.none, "delete expired audit rows and prompts now"),
     "forget": Verb(audit.forget, options.one_key, "delete a key's prompts and answers now"),
     "explain": Verb(
         explain.explain_call, options.explanation, "show where a call would be sent now, and why; nothing is sent or counted"
     ),
     "trace": Verb(audit.trace, options.trace, "show what happened to one request"),
-    "drain": Verb(
-        backends.drain_backend, options.one_backend, "send a backend no new requests, in every process, until undrain"
-    ),
-    "undrain": Verb(backends.undrain_backend, options.one_backend, "send a backend requests again"),
+    "drain": Verb(backends.drain_backend, options.one_backend, "stop sending new requests to a backend, in every process"),
+    "undrain": Verb(backends.undrain_backend, options.one_backend, "resume sending requests to a backend"),
     "top": Verb(top.watch, options.top, "watch backends, requests, busy keys and models in the terminal"),
     "doctor": Verb(report.examine, options.none, "check the whole installation: what is fine, what is not, what to do"),
     "drill": Verb(command.drill, options.drill, "break things on fake backends beside this installation, and report what held"),

@@ -57,7 +57,7 @@ class Access:
                 record.admission = Admission(record.id, counter_sets, model, takes_slot, "admitted", RESERVE_UNKNOWN)
             raise
         except (asyncio.CancelledError, LimitsUnavailable):
-            # Redis may still admit this call, though nobody waits for it any more: the settlement takes it back.
+            # Redis may still admit this call, though its caller no longer waits: the settlement reverses that.
             record.admission = Admission(record.id, counter_sets, model, takes_slot, "admitted", RESERVE_UNKNOWN)
             raise
 

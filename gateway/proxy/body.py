@@ -22,7 +22,7 @@ from gateway.proxy.turns import Turns
 
 BODY_DEADLINE_S = 30.0
 SIZE_SETTING = "MAX_REQUEST_BODY_BYTES"
-# Unfinished bodies may take so many bytes, or so many bodies of the largest size if that is more.
+# Memory for unfinished bodies of one key and of all keys; raised if this many bodies of the maximum size need more.
 BYTES_PER_KEY, BYTES_IN_ALL = 32 * 2**20, 128 * 2**20
 LARGEST_BODIES_PER_KEY, LARGEST_BODIES_IN_ALL = 4, 16
 # Any body up to this size is parsed in a few milliseconds.
@@ -45,7 +45,7 @@ def _too_large(limit: int, setting: str) -> BodyTooLarge:
 
 
 class UnfinishedBodies(SharedBytes):
-    """What has come of bodies of which more is to come, or which have not been parsed."""
+    """The memory of bodies that have not arrived completely or have not been parsed."""
 
     def __init__(self, largest: int) -> None:
         super().__init__(max(BYTES_IN_ALL, LARGEST_BODIES_IN_ALL * largest))

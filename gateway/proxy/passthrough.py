@@ -1,4 +1,4 @@
-"""Routes that change a backend or act in its name: for keys with that flag, sent to one backend, passed through as they are."""
+"""Routes that change a backend or act on its behalf: for keys with the flag admin_models, passed to one backend unchanged."""
 
 import asyncio
 import re
@@ -111,7 +111,8 @@ class Passthrough:
         able = {name: backend for name, backend in self._backends.items() if backend.kind == "ollama"}
         backend = able.get(named) if named else next(iter(able.values()), None)
         if backend is None:
-            raise BadRequest("X-Gateway-Backend names no backend that takes this" if named else "no backend takes this")
+            wrong = "X-Gateway-Backend does not name an Ollama backend" if named else "no Ollama backend is configured"
+            raise BadRequest(wrong)
         return backend
 
     def _path(self, scope: Scope) -> str:
@@ -145,7 +146,7 @@ class Passthrough:
     async def _upload(
         self, backend: Backend, path: str, headers: dict[str, str], answer: "PassthroughAnswer", receive: Receive
     ) -> None:
-        """Passes the body on as it comes; the deadline for the backend's answer begins when it has all of it."""
+        """Passes the body on as it comes; the deadline for the backend's answer starts when the backend has all of it."""
         upload = Upload(receive, answer.record)
         with self._scope_timer.call_scope() as cancel_scope, backend.claim():
             async with watching(upload.rest, cancel_scope):
@@ -163,7 +164,7 @@ class Passthrough:
 
 
 class Upload:
-    """A request's body, read piece by piece; once it is read, `rest` returns the messages behind it, such as a disconnect."""
+    """A request's body, read piece by piece; once it is read, `rest` returns the messages after it, such as a disconnect."""
 
     def __init__(self, receive: Receive, record: Record) -> None:
         self._receive, self._record = receive, record

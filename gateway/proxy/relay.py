@@ -198,7 +198,7 @@ class StreamedAnswer(Answer):
             cancel_scope.within(idle_s, ClientStalled)
             await self._pass_on(frames)
             cancel_scope.within(idle_s, BackendTimeout)
-            # What a backend sends after the last frame is passed to nobody and counted nowhere.
+            # What a backend sends after the last frame is neither passed on nor counted.
             piece = b"" if opening.at_end or self._has_sent_last else await upstream.flow(pass_at_once)
             if not piece:
                 break

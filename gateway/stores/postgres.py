@@ -202,7 +202,9 @@ class Database:
     def _note_up(self, *, up: bool, reason: str = "") -> None:
         if self.up != up:
             self.up = up
-            LOG.log(logging.INFO if up else logging.ERROR, "PostgreSQL %s", "answers again" if up else f"is away: {reason}")
+            LOG.log(
+                logging.INFO if up else logging.ERROR, "PostgreSQL %s", "answers again" if up else f"is unreachable: {reason}"
+            )
 
     async def schema_version(self) -> int:
         """The newest migration applied, 0 if there is none; notes whether the server takes writes. Raises StoreUnavailable."""

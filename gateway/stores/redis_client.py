@@ -203,7 +203,7 @@ class RedisClient:
             self._failures = 0
         if self._logged_up != up:
             self._logged_up = up
-            LOG.log(logging.INFO if up else logging.ERROR, "Redis %s", "answers" if up else f"is away: {reason}")
+            LOG.log(logging.INFO if up else logging.ERROR, "Redis %s", "answers" if up else f"is unreachable: {reason}")
 
     async def _check(self) -> None:
         """A server that answers but takes no writes (a replica, missing rights) counts as unavailable."""

@@ -79,32 +79,30 @@ class Metrics:
 
     def _declare_requests(self) -> None:
         self.requests = self._counter(
-            "gateway_requests", "Requests that have ended, operators who look left out", "dialect", "route", "model", "outcome"
+            "gateway_requests", "Finished requests, excluding operators' read requests", "dialect", "route", "model", "outcome"
         )
-        self.tokens = self._counter("gateway_tokens", "Tokens, as counted or guessed for the audit", "kind", "model")
-        self.cached = self._counter(
-            "gateway_cached_tokens", "Those of the prompt tokens that backends reported as cached", "model"
-        )
+        self.tokens = self._counter("gateway_tokens", "Tokens, as counted or estimated for the audit", "kind", "model")
+        self.cached = self._counter("gateway_cached_tokens", "Prompt tokens that backends reported as cached", "model")
         self.duration = self._histogram(
-            "gateway_request_duration_seconds", "From a request's head to its answer's end", "dialect", buckets=LONG
+            "gateway_request_duration_seconds", "From the head of a request to the end of its answer", "dialect", buckets=LONG
         )
         self.first_byte = self._histogram(
             "gateway_time_to_first_byte_seconds",
-            "From a request's head to the first byte of its answer",
+            "From the head of a request to the first byte of its answer",
             "dialect",
             buckets=LONG,
         )
         self.overhead = self._histogram(
             "gateway_overhead_seconds",
-            "What the gateway added to the time to the first byte, waiting in a queue left out",
+            "Time that the gateway added until the first byte, excluding time in the queue",
             "dialect",
             buckets=SHORT,
         )
-        self.queue = self._histogram("gateway_queue_wait_seconds", "Waiting for a slot of the key", buckets=LONG)
+        self.queue = self._histogram("gateway_queue_wait_seconds", "Time spent waiting for a slot of the key", buckets=LONG)
         self.refused = self._counter("gateway_limit_refusals", "Requests refused by a limit", "limit")
         self.auth_failures = self._counter("gateway_auth_failures", "Requests with a wrong key, or with none")
         self.in_flight = self._gauge(
-            "gateway_requests_in_flight", "Requests under way, those to the admin API left out", of_all="livesum"
+            "gateway_requests_in_flight", "Requests in progress, excluding the admin API", of_all="livesum"
         )
         self.waiting = self._gauge("gateway_requests_waiting", "Requests that wait for a slot of their key", of_all="livesum")
 
@@ -112,11 +110,11 @@ class Metrics:
         self.attempts = self._counter("gateway_backend_attempts", "Calls sent to a backend", "backend")
         self.failures = self._counter("gateway_backend_failures", "Calls that a backend failed", "backend", "reason")
         self.backend_in_flight = self._gauge(
-            "gateway_backend_requests_in_flight", "Calls under way at a backend", "backend", of_all="livesum"
+            "gateway_backend_requests_in_flight", "Calls in progress at a backend", "backend", of_all="livesum"
         )
         self.backend_up = self._gauge(
             "gateway_backend_up",
-            "1 where a backend answered when last asked for its models",
+            "1 if a backend answered the last poll for its models",
             "backend",
             of_all="livemostrecent",
         )
@@ -125,9 +123,9 @@ class Metrics:
         )
 
     def _declare_stores(self) -> None:
-        self.store_calls = self._counter("gateway_store_calls", "Commands and queries", "store")
+        self.store_calls = self._counter("gateway_store_calls", "Commands and queries sent to a store", "store")
         self.store_errors = self._counter("gateway_store_errors", "Commands and queries without an answer", "store")
-        self.store_up = self._gauge("gateway_store_up", "1 where a store answers", "store", of_all="livemin")
+        self.store_up = self._gauge("gateway_store_up", "1 if a store is reachable", "store", of_all="livemin")
         self.degraded = self._gauge(
             "gateway_limits_degraded", "1 while processes admit their share of each limit without Redis", of_all="livemax"
         )
@@ -136,11 +134,11 @@ class Metrics:
             "gateway_audit_rows_waiting", "Audit rows that wait in Redis for PostgreSQL", of_all="livemostrecent"
         )
         self.written = self._counter("gateway_audit_rows_written", "Audit rows written to PostgreSQL")
-        self.dropped = self._counter("gateway_audit_rows_dropped", "Audit rows lost with both stores away")
+        self.dropped = self._counter("gateway_audit_rows_dropped", "Audit rows lost while both stores were unreachable")
 
     def _declare_process(self) -> None:
         self.lag = self._histogram("gateway_event_loop_lag_seconds", "How late a timer fires", buckets=SHORT)
-        self.draining = self._gauge("gateway_draining", "Processes that take no new requests", of_all="livesum")
+        self.draining = self._gauge("gateway_draining", "Processes that accept no new requests", of_all="livesum")
 
     def families(self) -> list[Metric]:
         """All metrics with their help texts, in the order of declaration."""

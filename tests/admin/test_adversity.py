@@ -67,7 +67,7 @@ def test_a_redis_that_refuses_writes_counts_as_down(
             assert set(answers) == {200}
             counted = "SELECT status, outcome, count(*) FROM audit GROUP BY 1, 2"
             until(lambda: sum(row[2] for row in fetch(stores.database_url, counted)) >= len(answers), 10)
-            messages = [record.getMessage() for record in caplog.records if "Redis is away" in record.getMessage()]
+            messages = [record.getMessage() for record in caplog.records if "Redis is unreachable" in record.getMessage()]
             assert len(messages) == 1
             assert not [record for record in caplog.records if record.exc_info]
             other.execute_command("REPLICAOF", "NO", "ONE")

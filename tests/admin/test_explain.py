@@ -174,7 +174,7 @@ def test_limits_are_explained_without_redis(
     fleet, defaults = endpoints.fleet_as_seen(gateway.settings, gateway.components), default_quota(gateway.settings)
     explained = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
     assert explained["limits"][0] == {"models": "all", "limit": "rpm", "of": 3, "used": None} and explained["status"] == 200
-    assert "Redis is down" in explained["limits_decided_by"]
+    assert "Redis is unreachable" in explained["limits_decided_by"]
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_failing_work_restarts_and_is_logged_once(monkeypatch: pytest.MonkeyPatc
     with caplog.at_level(logging.ERROR, "gateway.tasks"):
         assert asyncio.run(run()) == ["ok", "ZeroDivisionError", "ok", "ok", "dead"]
     logged = [(record.getMessage(), record.exc_info is not None) for record in caplog.records]
-    again, ended = "the task 'counting' failed and begins again", "the task 'cancelled' has ended and nobody ended it"
+    again, ended = "the task 'counting' failed; restarting", "the task 'cancelled' ended unexpectedly"
     assert logged == [(again, True), (again, True), (ended, False)]
 
 

@@ -171,7 +171,7 @@ def test_busy_backends_are_reported_as_busy(gateway: RunningGateway, three: list
     play(three, CHAT, answer(503, {"error": "server busy, please try again.  maximum pending requests exceeded"}))
     with gateway.http(gateway.key()) as client:
         got = client.post(CHAT, json=CHATS[2].body)
-    assert got.status_code == 503 and "can be reached or has room at the moment" in got.json()["error"]["message"]
+    assert got.status_code == 503 and "is reachable and free at the moment" in got.json()["error"]["message"]
 
 
 FAILURES = [

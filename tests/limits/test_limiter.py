@@ -300,7 +300,7 @@ def test_a_refusal_names_the_command_that_changes_the_limit(gateway: RunningGate
     with gateway.http(key) as client:
         ask(client, CHATS[0])
         key_id = key.split("_")[1]
-        assert f"`make limit KEY={key_id} RPM=…` changes it; DEFAULT_RPM is that of keys without" in error_message(
+        assert f"`make limit KEY={key_id} RPM=…` changes it; DEFAULT_RPM sets it for keys without" in error_message(
             ask(client, CHATS[0]), CHATS[0]
         )
         limit(gateway, "mine", rpm=None, day=0)

@@ -230,7 +230,7 @@ def test_weak_passwords() -> None:
     assert matches(found, "problem", "DATABASE_URL must carry a password", "set one of 12 or more characters")
     token = {"name": "a", "base_url": "http://a", "auth_token": "changeme"}
     found = doctor_settings.passwords(settings_for(token, DATABASE_URL=f"postgresql://u:{GOOD_PASSWORD}@h/d"))
-    assert matches(found, "problem", "backend 'a' is a default", "set another")
+    assert matches(found, "problem", "backend 'a' is a well-known default", "set another")
     assert doctor_settings.passwords(settings_for(DATABASE_URL="postgresql://u@/d?host=/run")).state == "ok"
 
 

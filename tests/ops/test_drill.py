@@ -325,7 +325,7 @@ def test_which_redis_can_be_frozen_for_the_drill_only(url: str, wired: str | Non
 
 def test_an_unknown_line_is_named(stores: TestStores, tmp_path: Path) -> None:
     status, rows, errors = drill(stores, tmp_path, "bytes teapot")
-    assert (status, rows) == (1, []) and "there is no line 'teapot'" in errors
+    assert (status, rows) == (1, []) and "unknown fault 'teapot'; choose from" in errors
 
 
 def test_a_drill_that_cannot_start_reports_what_to_do(stores: TestStores, tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_the_banner_gives_advice_without_a_model(stores: TestStores, alpha: Fake
     with stores.client() as redis:
         redis.flushall()
     printed = start_messages(tmp_path, names_for(stores, alpha))
-    assert "AWAY (" in printed and "`make probe` shows what is wrong" in printed
+    assert "DOWN (" in printed and "`make probe` shows what is wrong" in printed
 
 
 @pytest.mark.long(seconds=10)

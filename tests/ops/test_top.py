@@ -54,7 +54,7 @@ def test_backends_with_problems_are_shown_first() -> None:
     text = "\n".join(top.frame(seen([backend(number, **troubled.get(number, {})) for number in range(50)], 10), 80, 24))
     assert "backend-40" in text and "unreachable" in text and "open 4s" in text and "drained" in text
     assert "1000000000 out)" in text and "cached" not in text, "a gateway of before does not tell them"
-    assert "more, all fine" in text and "AT rpm (9)" in text and "postgresql AWAY" in text
+    assert "more, all fine" in text and "AT rpm (9)" in text and "postgresql DOWN" in text
 
 
 def test_a_read_only_postgresql_is_shown() -> None:
@@ -66,7 +66,7 @@ def test_a_read_only_postgresql_is_shown() -> None:
 def test_the_screen_without_postgresql_and_with_odd_names() -> None:
     odd = seen([backend(0, name="\x1b[31mred\x07")], 0) | {"lately": None}
     lines = top.frame(odd, 80, 24)
-    assert "unknown while PostgreSQL is away" in "\n".join(lines) and all(line.isprintable() for line in lines)
+    assert "unknown while PostgreSQL is unreachable" in "\n".join(lines) and all(line.isprintable() for line in lines)
 
 
 def test_against_a_running_gateway(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, tmp_path: Path) -> None:

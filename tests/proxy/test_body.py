@@ -102,7 +102,7 @@ def test_what_one_key_holds_is_bounded_and_does_not_affect_others(gateway: Runni
     with senders(gateway) as begin:
         first, *_ = [begin(key) for _ in range(4)]
         status, headers, error_body, ends = begin(key, is_kept=False).answer()
-        assert (status, headers[b"retry-after"], ends) == (429, b"1", True) and "too large together" in error_body["error"]
+        assert (status, headers[b"retry-after"], ends) == (429, b"1", True) and "exceed the memory limit" in error_body["error"]
         # A body in one piece is not counted, and other keys have their own bound.
         with gateway.http(key) as client:
             assert client.post("/api/chat", content=BODY.rstrip()).status_code == 200
@@ -126,7 +126,7 @@ def test_what_all_keys_hold_is_bounded_and_a_key_that_holds_little_is_served(gat
         for _ in range(2):
             begin(key)
         status, headers, error_body, ends = begin(key, is_kept=False).answer()
-        assert (status, headers[b"retry-after"], ends) == (503, b"1", True) and "as much work" in error_body["error"]
+        assert (status, headers[b"retry-after"], ends) == (503, b"1", True) and "is overloaded" in error_body["error"]
         little = begin(gateway.key())
         little.send(BODY[BEGUN:])
         assert little.answer()[0] == 200

@@ -66,7 +66,7 @@ def test_a_frozen_redis_delays_no_caller_and_is_used_again(tmp_path: Path, caplo
     assert max(waits) < CALL_DEADLINE_S + 1.0
     assert sorted(waits)[10] < CALL_DEADLINE_S / 2, "after the first failures calls fail at once"
     messages = [record.getMessage() for record in caplog.records if record.name == "gateway.store"]
-    assert len(messages) == 3 and messages[0] == messages[2] == "Redis answers" and "away" in messages[1]
+    assert len(messages) == 3 and messages[0] == messages[2] == "Redis answers" and "unreachable" in messages[1]
 
 
 def test_messages_arrive_again_after_the_connection_was_lost(tmp_path: Path) -> None:

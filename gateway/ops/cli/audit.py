@@ -102,13 +102,11 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
     if row["backend"]:
         yield f"  backend  {row['backend']}, as {row['answered_as'] or row['model']}"
     if row["ttfb_ms"] is not None:
-        yield f"  first    byte after {row['ttfb_ms']:.1f} ms"
+        yield f"  ttfb     {row['ttfb_ms']:.1f} ms"
     tokens = f"{row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
     yield f"  tokens   {tokens}{_billed(row)}"
     ended = (
-        "its process never finished it"
-        if row["total_ms"] is None
-        else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
+        "its process ended first" if row["total_ms"] is None else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
     )
     yield f"  end      {row['status'] or '-'} {row['outcome']}{_detail(row)}, {ended}"
 

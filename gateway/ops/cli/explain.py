@@ -67,7 +67,7 @@ def _show(found: Mapping[str, Any]) -> None:
     console.show(limits, as_json=False, empty="no limits")
     print(f"limits are decided by {found['limits_decided_by']}")
     print(f"\nmost tokens of an answer: {found['most_tokens']}")
-    print(f"running processes: {'unknown, Redis is away' if found['processes'] is None else found['processes']}")
+    print(f"running processes: {'unknown, Redis is unreachable' if found['processes'] is None else found['processes']}")
     print(f"\nnow it would be {_verdict(found)}")
 
 

@@ -50,7 +50,7 @@ def show_new_key(key_id: str, name: str, whole: str, *, as_json: bool) -> None:
     if as_json:
         console.show_facts({"id": key_id, "name": name, "key": whole}, as_json=True)
     else:
-        console.notify(f"key {name} ({key_id}): shown only once, stored nowhere")
+        console.notify(f"key {name} ({key_id}): shown only once; only its hash is stored")
         print(whole)
 
 

@@ -45,11 +45,15 @@ def new_key(verb: ArgumentParser) -> None:
     verb.add_argument("--admin-models", action="store_true", help="may pull, create and delete models on a backend")
     verb.add_argument("--show-backend", action="store_true", help="answers name the backend in X-Gateway-Backend")
     verb.add_argument("--role", choices=("user", "admin"), default="user", help="admin: may use /admin/v1")
-    verb.add_argument("--show-overhead", action="store_true", help="answers give the gateway's share in X-Gateway-Overhead-Ms")
+    verb.add_argument(
+        "--show-overhead", action="store_true", help="answers give the time that the gateway added in X-Gateway-Overhead-Ms"
+    )
 
 
 def limits_of_key(verb: ArgumentParser) -> None:
-    verb.add_argument("--model", default="", help="limit only models that match this name or glob, beside the key's own limits")
+    verb.add_argument(
+        "--model", default="", help="limit only models that match this name or glob, in addition to the key's own limits"
+    )
     _limits(verb, argparse.SUPPRESS)
     one_key(verb)
 
@@ -82,7 +86,7 @@ def explanation(verb: ArgumentParser) -> None:
 
 def trace(verb: ArgumentParser) -> None:
     verb.add_argument("--id", required=True, help="the request's id: X-Request-ID of its answer, or the id in the log")
-    verb.add_argument("--since", type=read_by(values.since), help="search back to then: 24h, 7d, 2026-01-31")
+    verb.add_argument("--since", type=read_by(values.since), help="how far back to search: 24h, 7d, 2026-01-31")
 
 
 def audit(verb: ArgumentParser) -> None:
@@ -91,7 +95,9 @@ def audit(verb: ArgumentParser) -> None:
     verb.add_argument("--model", type=read_by(values.model_filter), help="only for this model, or models that match a glob")
     verb.add_argument("--since", type=read_by(values.since), help="only since then: 24h, 7d, 2026-01-31")
     verb.add_argument("--status", type=read_by(values.status), help="only with this status, or of its class: 429, 4xx")
-    verb.add_argument("--outcome", type=read_by(values.words), help="only with this outcome, or one that begins so: refused")
+    verb.add_argument(
+        "--outcome", type=read_by(values.words), help="only with this outcome, or any outcome that starts with it: refused"
+    )
     verb.add_argument("--limit", type=read_by(values.count), help="at most this many")
 
 
@@ -107,4 +113,4 @@ def top(verb: ArgumentParser) -> None:
 
 
 def drill(verb: ArgumentParser) -> None:
-    verb.add_argument("--only", type=str.split, default=[], help="only these lines, by name, separated by spaces")
+    verb.add_argument("--only", type=str.split, default=[], help="only these faults, by name, separated by spaces")

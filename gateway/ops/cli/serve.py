@@ -214,7 +214,7 @@ def _seen(components: Components) -> list[str]:
     for snapshot in components.discovery.catalog.snapshots:
         names = ", ".join(entry["name"] for entry in snapshot.models[:8]) + (", …" if len(snapshot.models) > 8 else "")
         state = names or ("no model yet" if snapshot.answered_at else "has not answered yet")
-        state = f"AWAY ({snapshot.error})" if snapshot.error else state
+        state = f"DOWN ({snapshot.error})" if snapshot.error else state
         lines.append(f"  backend   {snapshot.backend} at {snapshot.base_url}: {state}")
     return lines
 

@@ -124,7 +124,7 @@ def frame(seen: Mapping[str, Any], columns: int, rows: int) -> list[str]:
 
 
 def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
-    states = {name: "up" if up else "AWAY" for name, up in seen["stores"].items()}
+    states = {name: "up" if up else "DOWN" for name, up in seen["stores"].items()}
     if states.get("postgresql") == "up" and not seen.get("postgresql_takes_writes", True):
         states["postgresql"] = "READ-ONLY"
     stores = "  ".join(f"{name} {state}" for name, state in states.items())
@@ -132,7 +132,7 @@ def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
     backlog = _known(seen["audit_backlog"])
     yield f"now      in progress {seen['in_flight']}  waiting for a slot {seen['waiting']}  audit rows waiting {backlog}"
     if not lately:
-        yield "15 min   unknown while PostgreSQL is away"
+        yield "15 min   unknown while PostgreSQL is unreachable"
         return
     yield (
         f"15 min   requests {lately['requests']}  failed {lately['failures']}  refused {lately['refused']}  "
@@ -142,7 +142,7 @@ def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
     rate, tokens = lately["requests"] / minutes, (lately["prompt_tokens"] + lately["completion_tokens"]) / minutes
     cached = f", {lately['cached_tokens']} cached" if lately.get("cached_tokens") else ""
     sums = f"{lately['prompt_tokens']} in{cached}, {lately['completion_tokens']} out"
-    yield f"a minute requests {rate:.1f}  tokens {tokens:.0f} ({sums})"
+    yield f"per min  requests {rate:.1f}  tokens {tokens:.0f} ({sums})"
 
 
 BACKENDS = ("BACKEND", 18), ("STATE", 8), ("BREAKER", 10), ("IN FLIGHT", 10), ("LATENCY", 9), ("MODELS", 6), ("", 13)

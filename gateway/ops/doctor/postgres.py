@@ -86,7 +86,7 @@ async def _schema(database: Database, *, migrates_itself: bool) -> list[Finding]
 async def _keys(database: Database) -> list[Finding]:
     count = await database.value("count_living_keys")
     if not count:
-        return [warning("keys", "none, so nobody can call", "create one: `make key NAME=…`")]
+        return [warning("keys", "none, so every call is refused", "create one: `make key NAME=…`")]
     return [ok("keys", f"{count} active")]
 
 

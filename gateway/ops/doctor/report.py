@@ -30,7 +30,7 @@ LISTENING = (
 
 
 class ForgottenThreads(ThreadPoolExecutor):
-    """Nobody waits for their end: a name server that does not answer delays its own query only."""
+    """Nothing waits for their end: a name server that does not answer delays only the query to it."""
 
     def submit(self, work: Callable[..., Any], /, *values: Any, **named: Any) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -159,4 +159,4 @@ def accelerators() -> Finding:
     if missing := serve.missing_accelerators():
         advice = "install the pinned requirements: without them the gateway is slow"
         return warning("accelerators", f"missing: {', '.join(missing)}", advice)
-    return ok("accelerators", "all there")
+    return ok("accelerators", "all installed")

@@ -111,7 +111,7 @@ def installation_of(settings: Settings) -> Installation:
 
 def chosen(only: Sequence[str]) -> list[Fault]:
     if unknown := set(only) - BY_NAME.keys():
-        raise CommandFailed(f"there is no line {min(unknown)!r}: use some of {', '.join(BY_NAME)}")
+        raise CommandFailed(f"unknown fault {min(unknown)!r}; choose from {', '.join(BY_NAME)}")
     return [fault for fault in FAULTS if not only or fault.name in only]
 
 

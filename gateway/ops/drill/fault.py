@@ -21,7 +21,7 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """`promise` is its number in the list of promises; `check` raises Broken."""
+    """`promise` is its number in the list of promises in docs/operations.md, "-" if it has none; `check` raises Broken."""
 
     name: str
     promise: str

@@ -114,7 +114,7 @@ function drawOverview() {
     tile(number(recent.refused), "refused", { ...since, outcome: "refused" }, recent.refused ? "warn" : null),
     tile(`${short(recent.prompt_tokens)} + ${short(recent.completion_tokens)}`, `tokens in + out${recent.cached_tokens ? `; ${short(recent.cached_tokens)} cached` : ""}`, since),
     tile(`${ms(recent.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(recent.ttfb_p99_ms)}`, since),
-    tile(latest.stores.redis ? "up" : "down", "Redis", null, latest.stores.redis ? "good" : "bad"),
+    tile(latest.stores.redis ? "up" : "unreachable", "Redis", null, latest.stores.redis ? "good" : "bad"),
     tile(...stateOfPostgres()),
     tile(number(latest.audit_backlog), "audit rows waiting", null, latest.audit_backlog > 10000 ? "warn" : null),
     tile(number(latest.processes), "processes"),
@@ -138,13 +138,13 @@ function drawOverview() {
     { name: "Requests", number: true, of: (row) => number(row.requests) },
     { name: "Tokens", number: true, of: (row) => short(row.tokens) },
     { name: "Limited", number: true, of: (row) => (row.limited ? link(`${row.limited} (${row.limit || "?"})`, () => showRequests({ key: row.key_id, since: "15m", status: "429" }), row.key_id) : "–") },
-  ], recent.keys || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL does not answer", true);
+  ], recent.keys || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL is unreachable", true);
   table($("busy-models"), [
     { name: "Model", wide: true, of: (row) => link(row.model, () => showRequests({ model: row.model, since: "15m" })) },
     { name: "Requests", number: true, of: (row) => number(row.requests) },
     { name: "Tokens", number: true, of: (row) => short(row.tokens) },
     { name: "First byte p50", number: true, of: (row) => ms(row.ttfb_p50_ms) },
-  ], recent.models || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL does not answer", true);
+  ], recent.models || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL is unreachable", true);
 }
 
 const LENGTHS = { "15m": 900, "24h": 86400, "30d": 2592000 };
@@ -259,7 +259,7 @@ $("dialog").addEventListener("cancel", (event) => {
 $("dialog").addEventListener("close", () => { if (!$("dialog").open) $("dialog-form").replaceChildren(); });
 
 function showNewKey(made) {
-  open("New key", [h("p", {}, "Copy the key now: it is not stored and cannot be shown again."), h("pre", { id: "new-key" }, made.key)], [button("Copy", (event) => { mayClose = true; copy(event.target, made.key); }, ""), closeButton()]);
+  open("New key", [h("p", {}, "Copy the key now: it is shown only once; only its hash is stored."), h("pre", { id: "new-key" }, made.key)], [button("Copy", (event) => { mayClose = true; copy(event.target, made.key); }, ""), closeButton()]);
   mayClose = false;
 }
 
