@@ -130,7 +130,7 @@ def test_packages_import_downwards_only() -> None:
     assert upward == set()
 
 
-def test_no_imports_go_round_within_a_package() -> None:
+def test_packages_have_no_import_cycles() -> None:
     TopologicalSorter({module: imported_of_ours(module) for module in trees()}).prepare()
 
 
@@ -151,7 +151,7 @@ def test_no_library_is_without_a_home() -> None:
     assert {(module, name) for module, name in of_others if not is_within(name, HOMES)} == set()
 
 
-def test_what_decides_makes_no_io() -> None:
+def test_decisions_make_no_io() -> None:
     pure = [module for module in trees() if is_within(module, PURE)]
     assert [place for place in PURE if not any(is_within(module, [place]) for module in pure)] == []
     ours = {(module, other) for module in pure for other in imported_of_ours(module) if not is_within(other, PURE)}
@@ -167,7 +167,7 @@ def calls(module: str) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(trees()[module]) if isinstance(node, ast.Call)}
 
 
-def test_the_environment_is_read_in_few_places() -> None:
+def test_the_environment_is_read_only_in_listed_modules() -> None:
     by_attribute = re.compile(r"Name\(id='os'[^()]*(\(\))?\), attr='(environ|getenv)'")
     readers = {module for module, tree in trees().items() if by_attribute.search(ast.dump(tree))}
     readers |= {module for module in trees() if {"os.environ", "os.getenv"} & imported(module)}

@@ -73,11 +73,11 @@ def test_env_example_has_every_setting_once() -> None:
     assert sorted(names) == sorted(set(names))
 
 
-def test_only_what_must_be_chosen_is_uncommented() -> None:
+def test_only_values_that_must_be_chosen_are_uncommented() -> None:
     assert re.findall(r"^[A-Z].*$", EXAMPLE, re.MULTILINE) == ["POSTGRES_PASSWORD=", "REDIS_PASSWORD="]
 
 
-def test_env_example_marks_secrets_and_what_compose_alone_reads() -> None:
+def test_env_example_marks_secrets_and_what_only_compose_reads() -> None:
     blocks = re.findall(r"((?:^#.*\n)*?)^(?:# )?([A-Z][A-Z0-9_]*)=.*$", EXAMPLE, re.MULTILINE)
     words: dict[str, str] = {}
     for comment, name in blocks:
@@ -134,7 +134,7 @@ def all_code() -> Iterator[tuple[str, str]]:
     return ((name, text) for name, content in PAGES.items() for text in code(content))
 
 
-def test_no_page_has_a_target_that_is_not_there() -> None:
+def test_every_target_that_a_page_names_exists() -> None:
     named = {(name, target) for name, text in all_code() for target in re.findall(r"\bmake ([a-z-]+)", text)}
     assert {(name, target) for name, target in named if target not in targets()} == set()
 
@@ -192,7 +192,7 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_have_targets(name: str) -> None:
     for link in links(PAGES[name]):
         if re.match(r"https?://|mailto:", link):
             continue
@@ -211,7 +211,7 @@ def test_every_page_is_linked_from_another() -> None:
     assert alone == [], "link it from README.md or another page"
 
 
-def test_contents_of_the_readme_has_every_section() -> None:
+def test_the_contents_of_the_readme_list_every_section() -> None:
     sections = re.findall(r"^## (.+)$", README, re.MULTILINE)
     assert re.findall(r"\[([^]]+)\]\(#", README.partition("\n## ")[0]) == sections
 
@@ -304,7 +304,7 @@ def test_the_page_of_models_has_every_admin_route() -> None:
     assert [path for _, path in endpoints.PASSED_THROUGH if path not in text] == []
 
 
-def test_the_top_folder_has_nothing_else() -> None:
+def test_the_top_folder_holds_only_listed_files() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -330,7 +330,7 @@ def names(pattern: str) -> set[tuple[str, str]]:
     return {(name, found) for name, text in all_code() for found in re.findall(pattern, re.sub(r"https?://\S+", "", text))}
 
 
-def test_names_in_capitals_are_settings_variables_or_known_of_others() -> None:
+def test_names_in_capitals_are_settings_or_known_variables() -> None:
     known = set(defaults()) | {f"{found.name.upper()}_FILE" for found in settings.declarations() if found.metadata["secret"]}
     known |= set(re.findall(r"\(call \w+,([A-Z_]+),", MAKEFILE)) | OF_OTHERS
     constants = set(re.findall(r"^([A-Z][A-Z0-9_]+)\b.*[=:]", sources(), re.MULTILINE))
@@ -338,7 +338,7 @@ def test_names_in_capitals_are_settings_variables_or_known_of_others() -> None:
     assert {(name, found) for name, found in unknown if found not in constants or name not in OF_THE_CODE} == set()
 
 
-def test_names_with_an_underline_are_in_the_sources() -> None:
+def test_names_with_an_underscore_are_in_the_sources() -> None:
     words = set(re.findall(r"\w+", sources()))
     wrong = {
         (name, found) for name, found in names(r"(?<![\w-])(?!gateway_)[a-z][a-z0-9]*(?:_[a-z0-9]+)+\b") if found not in words
@@ -350,21 +350,21 @@ def is_of_tests(name: str) -> bool:
     return any((ROOT / "tests").rglob(f"{name}.py"))
 
 
-def test_metrics_that_the_pages_name_are_there() -> None:
+def test_metrics_that_the_pages_name_exist() -> None:
     families = {family.name for family in Metrics().families()}
     ends = ("", "_total", "_bucket", "_sum", "_count")
     real = {family + end for family in families for end in ends}
     assert {(name, found) for name, found in names(r"(?<![\w-])gateway_[a-z_]+\b") if found not in real} == set()
 
 
-def test_codes_that_follow_a_status_are_those_of_errors() -> None:
+def test_every_code_beside_a_status_is_an_error_code() -> None:
     codes = {kind.code: str(kind.status) for kind in error_classes()}
     for name, text in PAGES.items():
         for status, named in re.findall(r"\b([45]\d\d) `([a-z_]+)`", text):
             assert codes.get(named) == status, f"{name} says {status} {named}"
 
 
-def test_verbs_that_the_pages_call_are_there() -> None:
+def test_verbs_that_the_pages_name_exist() -> None:
     called = names(r"python -m gateway ([a-z-]+)")
     assert called and {found for _, found in called} <= verbs().keys()
 
@@ -378,7 +378,7 @@ def options_of_target(target: str) -> set[str]:
     return {name for names_of_one in found for name in names_of_one if name}
 
 
-def test_variables_that_the_pages_give_to_a_target_are_taken_by_it() -> None:
+def test_targets_take_the_variables_that_the_pages_give_them() -> None:
     given = {
         (name, target, variable)
         for name, text in all_code()
@@ -402,11 +402,11 @@ def test_the_changelog_has_the_version() -> None:
     assert re.search(rf"^## {re.escape(version)} - ", page("docs/CHANGELOG.md"), re.MULTILINE)
 
 
-def test_the_package_describes_itself_with_the_readme() -> None:
+def test_the_package_description_is_the_readmes() -> None:
     assert "long_description = file: README.md" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
 
 
-def test_ci_runs_what_the_script_runs() -> None:
+def test_ci_and_the_script_run_the_same_checks() -> None:
     flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     steps = [step for job in flow["jobs"].values() for step in job["steps"]]
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
@@ -414,7 +414,7 @@ def test_ci_runs_what_the_script_runs() -> None:
 
 
 @pytest.mark.parametrize("form", ["bug", "feature"])
-def test_issue_forms_ask_for_the_doctor(form: str) -> None:
+def test_issue_forms_ask_for_the_doctors_output(form: str) -> None:
     found = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text(encoding="utf-8"))
     assert {"name", "description", "body"} <= found.keys()
     labels = [part["attributes"]["label"] for part in found["body"] if part["type"] != "markdown"]

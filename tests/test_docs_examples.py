@@ -90,7 +90,7 @@ def test_curl_examples_run(text: str, gateway: RunningGateway) -> None:
     assert "data: [DONE]" in done.stdout or json.loads(done.stdout)
 
 
-def test_what_the_quick_start_prints_is_what_make_run_prints() -> None:
+def test_the_quick_start_shows_what_make_run_prints() -> None:
     (shown,) = documents.blocks(section("README.md", "Quick start"), "text")
     local = {name: (value, installation.LOCAL) for name, value in installation.DEFAULTS_OF_RUN.items()}
     banner = serve.banner(settings.load({}, None, local), None, "nz_…").replace('"MODEL"', '"llama3.2:latest"')
@@ -100,7 +100,7 @@ def test_what_the_quick_start_prints_is_what_make_run_prints() -> None:
     }
 
 
-def test_every_path_is_in_the_documents(start_gateway: StartGateway) -> None:
+def test_the_documents_name_every_path(start_gateway: StartGateway) -> None:
     enabled = {f"{name}_ENABLED": "true" for name in ("DASHBOARD", "PLAYGROUND", "DOCS")}
     with FakeBackend(models=["llama3.2:latest"], name="alpha") as alpha:
         gateway = start_gateway(alpha, METRICS_TOKEN="a-token-of-the-operator", **enabled)

@@ -98,7 +98,7 @@ def rows_of_settings() -> dict[str, tuple[str, str]]:
     return {name.strip("`"): (default.strip("`"), values) for name, default, values, _ in rows}
 
 
-def test_the_page_of_settings_has_each_with_its_default_and_values() -> None:
+def test_the_page_of_settings_has_every_default_and_its_values() -> None:
     listed = rows_of_settings()
     real = {found.name.upper(): (found.metadata["default"], accepted(found)) for found in settings.declarations()}
     assert sorted(listed) == sorted(real)
@@ -113,7 +113,7 @@ def test_the_page_of_settings_marks_the_secrets() -> None:
     assert marked == {found.name.upper() for found in settings.declarations() if found.metadata["secret"]}
 
 
-def test_the_page_of_settings_has_what_compose_alone_reads() -> None:
+def test_the_page_of_settings_has_what_only_compose_reads() -> None:
     spans = set(documents.spans(section(SETTINGS, "Compose only")))
     assert {span for span in spans if span.isupper() and not span.endswith("_FILE")} == set(settings.COMPOSE_ONLY)
 
@@ -166,7 +166,7 @@ def test_numbers_of_the_pages_are_those_of_the_code(name: str, words: str, value
         assert value in known.get(constant, set()), f"{name} says {words!r}, but {constant} is {known.get(constant, 'gone')}"
 
 
-def test_the_page_of_logs_has_no_field_that_is_not_there() -> None:
+def test_the_page_of_logs_has_only_real_fields() -> None:
     rows = documents.tables(section("docs/reference/logs.md", "The line of a request"))
     listed = [field for fields, _ in rows for field in re.findall(r"`(\w+)`", fields)]
     assert sorted(listed) == sorted(Record("id", "id", "GET").row())
@@ -180,7 +180,7 @@ def test_outcomes_of_the_page_of_logs_are_in_the_code() -> None:
     assert listed >= set(re.findall(r'outcome(?:,.*?)? = (?:record\.outcome or )?"(\w+)"', code_text))
 
 
-def test_routes_of_the_page_of_clients_are_those_that_are_served() -> None:
+def test_the_page_of_clients_lists_exactly_the_served_routes() -> None:
     table = section("docs/clients.md", "Routes")
     listed = set(re.findall(r"/(?:v1|api)/[\w/{}]+", table))
     operations = {operation.path for dialect in (OpenAI(), Ollama()) for operation in dialect.operations}
@@ -228,7 +228,7 @@ def test_costs_that_the_pages_name_are_within_the_bounds_of_their_test() -> None
     assert found and tuple(map(int, found.groups())) == (test_costs.MOST_CALLS, test_costs.MOST_CALLS_PER_FRAME)
 
 
-def test_lines_of_the_drill_that_the_pages_name_are_there() -> None:
+def test_lines_of_the_drill_that_the_pages_name_exist() -> None:
     known = {fault.name for fault in faults.FAULTS}
     named = {
         name for text in documents.pages().values() for names in re.findall(r'ONLY="([a-z ]+)"', text) for name in names.split()

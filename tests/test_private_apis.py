@@ -43,7 +43,7 @@ def named() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("part", "file"), named())
-def test_a_private_part_is_in_the_library_and_used(part: str, file: str) -> None:
+def test_every_recorded_private_api_exists_and_is_used(part: str, file: str) -> None:
     name, _, attribute = part.partition(".")
     found = getattr(PARTS[name], name)
     if attribute:
@@ -54,7 +54,7 @@ def test_a_private_part_is_in_the_library_and_used(part: str, file: str) -> None
     assert re.search(rf"\b{used}\b", source), f"gateway/{file} does not use {part}: take it out of {RECORD}"
 
 
-def test_every_private_part_that_the_code_reaches_for_is_in_the_record() -> None:
+def test_every_private_api_that_the_code_uses_is_recorded() -> None:
     """The linter is silenced on those lines. What a class uses of its parent needs no such comment: see the next test."""
     lines = [
         line
@@ -67,7 +67,7 @@ def test_every_private_part_that_the_code_reaches_for_is_in_the_record() -> None
     assert reached - {part.partition(".")[2] for part, _ in named()} == set(), f"add it to {RECORD}, with what it buys"
 
 
-def test_the_parents_that_have_private_parts_are_those_of_the_record() -> None:
+def test_the_classes_with_private_apis_are_those_of_the_record() -> None:
     from gateway.edge.protocol import Protocol
     from gateway.fleet.backends.http_client import BoundedResponseHandler, ConnectionPool, DirectReader
 

@@ -68,12 +68,12 @@ def test_the_requirements_are_what_the_code_imports() -> None:
     assert named == {library.partition(".")[0] for library in HOMES} - {"yarl", "hiredis"}
 
 
-def test_no_framework_and_no_mapper() -> None:
+def test_no_web_framework_and_no_orm() -> None:
     assert required() & UNWANTED == set()
     assert locked("requirements.txt") & UNWANTED == set()
 
 
-def test_the_lock_holds_what_is_needed_and_no_more() -> None:
+def test_the_lock_holds_exactly_what_is_needed() -> None:
     pinned = locked("requirements.txt")
     assert required() - pinned == set()
     assert pinned - needed(map(Requirement, install_requires())) == set()

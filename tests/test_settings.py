@@ -177,7 +177,7 @@ def test_other_names_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("name", settings.COMPOSE_ONLY)
-def test_names_for_compose_only_are_known(name: str) -> None:
+def test_names_that_only_compose_reads_are_accepted(name: str) -> None:
     load(**{name: "anything"})
 
 
@@ -221,7 +221,7 @@ def test_other_settings_have_no_file_variant() -> None:
     assert "did you mean GATEWAY_WORKERS?" in refusal(GATEWAY_WORKERS_FILE="/x")
 
 
-def test_environment_before_file_before_default(tmp_path: Path) -> None:
+def test_the_environment_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("# comment\nDEFAULT_RPM=7\nDEFAULT_TPM=8\nGATEWAY_LOG_FORMAT='console'\n\nMAX_NUM_PREDICT=\n")
     found = settings.load({"DEFAULT_RPM": "5", "DEFAULT_CONCURRENT": ""}, file)
@@ -247,7 +247,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         settings.load({}, tmp_path / ".env")
 
 
-def test_a_missing_file_and_no_file(tmp_path: Path) -> None:
+def test_a_missing_file_counts_as_no_file(tmp_path: Path) -> None:
     assert settings.load({}, tmp_path / ".env") == settings.load({}, None)
 
 
@@ -421,7 +421,9 @@ def test_a_backend_has_its_own_timeouts_or_the_shared_ones() -> None:
         ("X-Api-Key", "Bearer", {"X-Api-Key": "tt"}),
     ],
 )
-def test_the_scheme_goes_with_authorization_only(header: str | None, scheme: str | None, sent: dict[str, str]) -> None:
+def test_an_auth_scheme_is_for_the_authorization_header_only(
+    header: str | None, scheme: str | None, sent: dict[str, str]
+) -> None:
     auth = {"auth_header": header, "auth_scheme": scheme}
     entry = {"name": "a", "base_url": "http://a", "auth_token": "tt", **{k: v for k, v in auth.items() if v is not None}}
     (backend,) = load(OLLAMA_BACKENDS=json.dumps([entry])).backends
@@ -465,7 +467,7 @@ def test_an_invalid_list_of_backends_is_refused_with_the_place(entries: list[obj
         ({"REDIS_URL": f"redis://:{CANARY}@h:x/0"}, "error: REDIS_URL must be an address such as redis://"),
     ],
 )
-def test_the_start_fails_with_one_line(names: dict[str, str], line: str, tmp_path: Path) -> None:
+def test_a_failed_start_prints_one_line(names: dict[str, str], line: str, tmp_path: Path) -> None:
     names = environment({"DATABASE_URL": f"postgresql://u:{CANARY}@127.0.0.1:1/d", **names})
     command = [sys.executable, "-m", "gateway", "serve"]
     done = subprocess.run(command, cwd=tmp_path, env=names, capture_output=True, text=True, timeout=30, check=False)

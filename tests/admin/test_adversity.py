@@ -152,6 +152,6 @@ def test_a_key_in_the_wrong_field_is_stored_nowhere(
 
 
 @pytest.mark.parametrize("models", ["", False, 0, {}, "llama3*"])
-def test_an_invalid_list_of_models_does_not_allow_all(admin: httpx.Client, models: object) -> None:
+def test_an_invalid_list_of_models_does_not_allow_every_model(admin: httpx.Client, models: object) -> None:
     answer = admin.post("/keys", json={"name": "odd", "models": models})
     assert (answer.status_code, "'models'" in answer.json()["error"]) == (400, True)

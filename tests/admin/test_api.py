@@ -82,7 +82,7 @@ def test_the_life_of_a_key(gateway: RunningGateway, admin: httpx.Client) -> None
     assert whole not in json.dumps(gateway.audit_rows(), default=str)
 
 
-def test_an_id_is_not_taken_as_a_name_nor_a_name_as_an_id(gateway: RunningGateway, admin: httpx.Client) -> None:
+def test_ids_and_names_are_not_confused(gateway: RunningGateway, admin: httpx.Client) -> None:
     """A deletion that is sent twice must not end another key."""
     first = admin.post("/keys", json={"name": "first"}).json()["id"]
     assert admin.delete(f"/keys/{first}").status_code == 200

@@ -104,7 +104,7 @@ def in_some_state(gateway: RunningGateway, chance: random.Random) -> Iterator[No
             backend.is_drained = False
 
 
-def test_the_explanation_is_what_then_happens(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
+def test_the_explanation_matches_what_happens_next(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
     gateway = start_gateway(*(entry_of(backend, max_connections=FEW) for backend in fleet))
     chance = random.Random(20)
     known = []

@@ -77,7 +77,7 @@ def test_actions_and_refused_reads_are_in_the_audit(gateway: RunningGateway, adm
     assert total(found, "gateway_requests_total") == 4
 
 
-def test_audit_rows_of_reads_by_older_versions_are_in_no_figure(
+def test_reports_ignore_reads_recorded_by_older_versions(
     gateway: RunningGateway, admin: httpx.Client, stores: TestStores
 ) -> None:
     [ops] = [row["id"] for row in admin.get("/keys").json()]

@@ -106,7 +106,7 @@ def test_an_estimated_prompt_has_no_cached_tokens() -> None:
     assert cost_of(Usage(90, None, 80), 0) == token_usage.TokenUsage(90, 3, "estimated", 80, 13)
 
 
-def test_cached_tokens_are_bounded_by_the_bound_of_the_prompt() -> None:
+def test_cached_tokens_never_exceed_the_largest_possible_prompt() -> None:
     found = cost_of(Usage(10**9, 5, 10**9), 100_000)
     assert found.cached == found.prompt < 10**6 and found.total == ceil(found.prompt / 10) + 5
 
@@ -120,7 +120,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
 
 
 @pytest.mark.parametrize("chat", CHATS, ids=str)
-def test_limits_and_audit_count_the_same(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores, chat: Chat) -> None:
+def test_limits_and_audit_agree(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores, chat: Chat) -> None:
     alpha.healthy.cached = lambda _: 30
     with gateway.http(gateway.key(tpm=1000, day=10**6)) as client:
         response = client.post(chat.path, json={**CHAT, "stream": chat.streamed})
@@ -199,7 +199,7 @@ def turns_of_an_agent(gateway: RunningGateway, chat: Chat, most: int) -> int:
 
 
 @pytest.mark.parametrize("chat", [Chat("openai", True), Chat("ollama", False)], ids=str)
-def test_a_cached_history_lets_an_agent_make_more_turns(gateway: RunningGateway, alpha: FakeBackend, chat: Chat) -> None:
+def test_an_agent_with_a_cached_history_gets_more_turns(gateway: RunningGateway, alpha: FakeBackend, chat: Chat) -> None:
     without = turns_of_an_agent(gateway, chat, 60)
     alpha.healthy.cached = PrefixCache()
     assert without < 12
@@ -221,7 +221,7 @@ def test_budgets_are_seeded_with_what_was_billed(gateway: RunningGateway, alpha:
     assert before == 51 and stores.billed_today() == 4 * 17 == sum(map(billed, gateway.audit_rows()))
 
 
-def test_rows_without_billed_tokens_are_summed_by_all_tokens(gateway: RunningGateway, stores: TestStores) -> None:
+def test_rows_without_billed_tokens_count_all_their_tokens(gateway: RunningGateway, stores: TestStores) -> None:
     now, long_ago = datetime.now(UTC), ago(70)
     add_key(stores.database_url, "k1")
     some: list[dict[str, Any]] = [{}, {"cached_tokens": None, "billed_tokens": None}, {"cached_tokens": 3, "billed_tokens": 5}]

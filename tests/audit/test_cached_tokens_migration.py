@@ -44,7 +44,7 @@ def verdict(url: str) -> tuple[int, int, int]:
     return found.count, found.batches, found.rows
 
 
-def test_old_rows_verify_and_new_rows_follow_them(url: str) -> None:
+def test_old_rows_still_verify_and_new_rows_continue_the_chain(url: str) -> None:
     hashes = sql(url, HASHES)
     migrate(url)
     assert sql(url, HASHES) == hashes and verdict(url) == (0, 2, 6)

@@ -116,7 +116,7 @@ def test_a_recomputed_batch_breaks_the_chain_after_it(url: str) -> None:
 
 
 @pytest.mark.parametrize("anchor", ["0, '\\x00'", "2, '\\x00'"])
-def test_a_forged_beginning_is_found(url: str, anchor: str) -> None:
+def test_a_forged_start_of_the_chain_is_found(url: str, anchor: str) -> None:
     sql(url, f"INSERT INTO audit_anchor (batch, digest) VALUES ({anchor})")
     assert any("broken chain" in words for _, words, _, _ in findings(url))
 
@@ -155,7 +155,7 @@ def test_the_first_of_many_findings_are_kept(url: str, monkeypatch: pytest.Monke
     assert found.count == 3 and [each.batch for each in found.findings] == [1, 2]
 
 
-def test_purging_during_the_verification_is_not_a_finding(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_purging_during_verification_is_not_reported_as_tampering(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The beginning of the chain moves past the verified part between two steps."""
     monkeypatch.setattr(hash_chain, "BATCHES_AT_ONCE", 1)
     anchor = "INSERT INTO audit_anchor SELECT true, id, digest FROM audit_batches WHERE id = 2"

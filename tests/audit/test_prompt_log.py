@@ -51,7 +51,7 @@ def test_other_keys_keep_no_prompts(gateway: RunningGateway, stores: TestStores)
     assert CANARY not in str(gateway.audit_rows())
 
 
-def test_prompts_have_the_retention_of_their_key_and_a_bound(gateway: RunningGateway) -> None:
+def test_prompts_follow_their_keys_retention_up_to_a_maximum(gateway: RunningGateway) -> None:
     long = {"role": "user", "content": "word " * 30_000, "images": ["A" * 5000]}
     with gateway.http(gateway.key(prompt_log=True, prompt_retention=timedelta(days=7))) as client:
         assert client.post("/api/chat", json={"model": MODEL, "messages": [long]}).status_code == 200

@@ -61,7 +61,7 @@ def test_nothing_is_deleted_before_it_expires(url: str) -> None:
     assert whole(url) == (1, 2, 0)
 
 
-def test_partitions_of_the_next_months_are_made(url: str) -> None:
+def test_partitions_for_the_next_months_are_created(url: str) -> None:
     assert apply(url) == Removed()
     assert sql(url, MONTHS) == months_ahead()
     apply(url)
@@ -101,7 +101,7 @@ def test_a_month_is_dropped_when_all_its_rows_have_expired(url: str) -> None:
     assert whole(url) == (1, 3, 0)
 
 
-def test_of_a_batch_in_two_months_the_hashes_of_the_dropped_month_are_kept(url: str) -> None:
+def test_a_batch_that_spans_two_months_keeps_the_hashes_of_the_dropped_month(url: str) -> None:
     border = start_of_month(14)
     before, after = border - timedelta(hours=1), border + timedelta(hours=1)
     write(url, [row(before)], [row(before), row(after), row(before)], [row(after)], [row(before), row(after)])
@@ -148,7 +148,7 @@ def test_the_chain_continues_after_all_rows_were_purged(url: str) -> None:
     assert whole(url) == (1, 1, 0)
 
 
-def test_a_late_row_of_a_dropped_month(url: str) -> None:
+def test_a_late_row_of_a_dropped_month_is_dropped_too(url: str) -> None:
     write(url, [row(ago(400))])
     assert apply(url).partitions
     write(url, [row(ago(400)), row(ago(1))])
@@ -157,7 +157,7 @@ def test_a_late_row_of_a_dropped_month(url: str) -> None:
     assert whole(url) == (1, 1, 1)
 
 
-def test_purging_does_not_hide_rows_deleted_otherwise(url: str) -> None:
+def test_purging_does_not_hide_rows_deleted_by_others(url: str) -> None:
     """Also not when the whole month is dropped."""
     write(url, [row(ago(400))], [row(ago(400)), row(ago(400))], [row(ago(400))], [row(ago(1))])
     sql(url, "DELETE FROM audit WHERE id = (SELECT id FROM audit WHERE batch = 2 LIMIT 1)")

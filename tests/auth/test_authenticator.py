@@ -67,7 +67,7 @@ def database_queries(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -
         yield asked
 
 
-def test_a_wrong_key_costs_one_database_query_and_garbage_none(
+def test_a_wrong_key_costs_one_database_query_and_a_malformed_one_none(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = start_gateway(alpha), start_gateway(alpha)
@@ -136,7 +136,7 @@ def test_an_unknown_id_takes_as_long_as_a_wrong_secret(start_gateway: StartGatew
     assert 0.6 < unknown / wrong < 1.7
 
 
-def test_all_wrong_keys_get_the_same_answer(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_every_wrong_key_gets_the_same_answer(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     revoked, expired = gateway.key(name="gone"), gateway.key(lifetime=timedelta())
     gateway.call(gateway.key_store().revoke("gone"))

@@ -82,7 +82,7 @@ def test_a_key_is_found_in_each_place(place: str) -> None:
     "value",
     [b"", b"Bearer", b"Bearer ", b"Basic", b"Basic !!", b"Basic bm9wYXNzd29yZA==", b"Basic /////w==", b"nz_without_a_scheme"],
 )
-def test_no_key_in_authorization(value: bytes) -> None:
+def test_an_authorization_header_without_a_key_is_no_key(value: bytes) -> None:
     with pytest.raises(MissingKey):
         key_format.find([(b"authorization", value)], None)
 

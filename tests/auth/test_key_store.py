@@ -76,12 +76,12 @@ def test_an_expired_key_stops_although_it_is_cached(start_gateway: StartGateway,
     gateway.call(gateway.key_store().revoke("short"))
 
 
-def test_a_lifetime_of_zero_ends_at_once(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_key_with_a_lifetime_of_zero_expires_at_once(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     assert status(gateway, gateway.key(lifetime=timedelta())) == 401
 
 
-def test_only_one_active_key_has_a_name(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_two_active_keys_cannot_have_the_same_name(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     first = gateway.key(name="mine")
     with pytest.raises(CommandFailed, match="a key named 'mine' exists"):

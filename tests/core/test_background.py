@@ -41,7 +41,7 @@ def functions_that_create_tasks() -> Iterator[tuple[str, str]]:
                     yield path.relative_to("gateway").as_posix(), function.name
 
 
-def test_each_endless_task_is_a_kept_task() -> None:
+def test_every_endless_task_is_a_kept_task() -> None:
     found = set(functions_that_create_tasks())
     assert found - ONCE == set(), "a plain task ends with the first error: use gateway.core.background.KeptTask"
     assert ("core/background.py", "start") in found

@@ -81,7 +81,7 @@ def test_no_combination_exceeds_the_cap(wishes: dict[str, object], choices: int)
 
 
 @pytest.mark.parametrize("wish", ABSURD)
-def test_a_reduced_limit_is_in_a_header_and_others_are_not(wish: object) -> None:
+def test_only_a_reduced_limit_is_reported_in_a_header(wish: object) -> None:
     native = call_of(Ollama(), "/api/chat", {"options": {"num_predict": wish}})
     openai = call_of(OpenAI(), "/v1/chat/completions", {"max_completion_tokens": wish, "n": 4})
     beside = call_of(OpenAI(), "/v1/chat/completions", {"max_completion_tokens": wish, "max_tokens": CAP})
@@ -91,7 +91,7 @@ def test_a_reduced_limit_is_in_a_header_and_others_are_not(wish: object) -> None
     assert (native.capped, openai.capped, beside.capped) == (CAP * is_cut, CAP // 4 * is_cut, 0)
 
 
-def test_without_a_limit_the_prompt_has_room_in_the_context() -> None:
+def test_without_a_limit_the_default_leaves_space_for_the_prompt() -> None:
     for context, wish, most in [(0, None, CAP), (40, None, 10), (40, 30, 30), (3, None, CAP), (10**6, None, CAP)]:
         call = call_of(OpenAI(), "/v1/chat/completions", {"max_tokens": wish})
         call.context = context
@@ -99,7 +99,7 @@ def test_without_a_limit_the_prompt_has_room_in_the_context() -> None:
         assert call.capped == 0
 
 
-def test_the_models_name_is_sent_in_a_plain_spelling() -> None:
+def test_model_names_are_sent_in_their_plain_spelling() -> None:
     for asked, kept in [("a", "a"), ("a:latest", "a:latest"), ("A", "A"), ("library/a", "a:latest"), ("a:local", "a:latest")]:
         operation = Ollama().operations[0]
         body = json.dumps({"model": asked, "messages": []}).encode()

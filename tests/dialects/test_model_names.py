@@ -55,7 +55,7 @@ def test_allow_lists(patterns: tuple[str, ...], name: str, cloud: bool, allowed:
 
 
 @given(st.text(max_size=60))
-def test_canonical_is_stable(name: str) -> None:
+def test_the_canonical_name_of_a_canonical_name_is_itself(name: str) -> None:
     once = canonical(name)
     if not once.cloud:
         assert canonical(once.canonical).canonical == once.canonical or "://" in name or ":local" in name.lower()

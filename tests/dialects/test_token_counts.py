@@ -129,7 +129,7 @@ def test_a_client_that_leaves_pays_for_what_it_received(start_gateway: StartGate
     ],
     ids=str,
 )
-def test_a_client_that_leaves_before_a_whole_answer_pays_for_what_was_made(
+def test_a_client_that_leaves_before_a_whole_answer_pays_for_what_was_generated(
     start_gateway: StartGateway,
     alpha: FakeBackend,
     monkeypatch: pytest.MonkeyPatch,
@@ -370,7 +370,7 @@ def words(value: Any) -> str:
 
 
 @pytest.mark.parametrize(("path", "body"), HIDDEN, ids=[f"{path} {words(body)}" for path, body in HIDDEN])
-def test_text_counts_in_any_field(path: str, body: dict[str, Any]) -> None:
+def test_text_in_any_field_is_counted(path: str, body: dict[str, Any]) -> None:
     assert OF_TEXT <= need_of(path, body) <= OF_TEXT * 1.1
 
 
@@ -427,7 +427,7 @@ def test_a_client_that_leaves_first_pays_for_what_was_sent(start_gateway: StartG
     assert billed == [("client_gone", "partial", True)] * 2
 
 
-def test_frames_of_many_tokens_are_not_requested() -> None:
+def test_frames_of_several_tokens_are_not_requested() -> None:
     dialect = OpenAI()
     call = read_call(dialect, dialect.operations[0], strict_json.write({**STREAMED, "stream_interval": 1000}))
     assert strict_json.read_object(call.body_for("openai", MODEL, 100)).keys() & {"stream", "stream_interval"} == {"stream"}

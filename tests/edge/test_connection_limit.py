@@ -59,7 +59,9 @@ def test_connections_that_were_idle_for_longest_are_closed(echo: EchoServer, hel
 
 
 @pytest.mark.parametrize("owed", ["of a length", "chunked", "trailers", "not read"])
-def test_clients_that_owe_a_body_or_do_not_read_are_closed_first(echo: EchoServer, held: ExitStack, owed: str) -> None:
+def test_clients_with_an_unfinished_body_or_an_unread_answer_are_closed_first(
+    echo: EchoServer, held: ExitStack, owed: str
+) -> None:
     head = b"POST /ignore HTTP/1.1\r\nHost: x\r\n"
     sent = {
         "of a length": head + b"Content-Length: 1000\r\n\r\nx",
@@ -117,7 +119,7 @@ def test_health_checks_are_answered_when_no_connection_is_idle(echo: EchoServer,
     assert [connection.recv(65_536)[:12] for connection in busy] == [b"HTTP/1.1 200"] * MOST
 
 
-def test_many_idle_clients_leave_descriptors_for_others(tmp_path: Path, stores: TestStores, held: ExitStack) -> None:
+def test_many_idle_clients_leave_file_descriptors_for_others(tmp_path: Path, stores: TestStores, held: ExitStack) -> None:
     alpha = held.enter_context(FakeBackend(models=["llama3.2:latest"], name="alpha"))
     names = environment_for(alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
     key = operate(tmp_path, names, "key", "--name", "mine").split()[-1]

@@ -30,7 +30,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     )
 
 
-def test_pages_of_other_origins_may_not_call_what_needs_no_key_or_an_operator(gateway: RunningGateway) -> None:
+def test_pages_of_other_origins_may_not_call_keyless_or_admin_routes(gateway: RunningGateway) -> None:
     key = gateway.key(flags=(ADMIN,))
     with gateway.http(key) as client:
         for path in [*OWN_PAGES, *(f"/k/{key}{path}" for path in ("/metrics", "/readyz", "/admin/v1/keys", "/"))]:

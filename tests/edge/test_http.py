@@ -355,7 +355,7 @@ def test_errors_are_in_the_callers_dialect(gateway: RunningGateway) -> None:
     ]
 
 
-def test_a_key_or_an_address_in_a_trailer_is_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_keys_and_addresses_in_trailers_are_ignored(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, GATEWAY_TRUSTED_PROXIES="127.0.0.1")
     key = gateway.key()
     body = json.dumps(CHATS[0].body).encode()

@@ -76,7 +76,7 @@ def test_a_large_last_frame_keeps_its_slot(gateway: RunningGateway, alpha: FakeB
 
 
 @pytest.mark.parametrize("is_last", [True, False])
-def test_a_client_that_stalls_in_a_large_frame_has_not_had_it(
+def test_a_client_that_stalls_in_a_large_frame_has_not_received_it(
     start_gateway: StartGateway, alpha: FakeBackend, is_last: bool
 ) -> None:
     gateway = start_gateway(alpha, OLLAMA_IDLE_TIMEOUT_S="0.3")

@@ -174,7 +174,7 @@ def test_versions_and_running_models(start_gateway: StartGateway, alpha: FakeBac
         assert client.get("/api/ps").json() == {"models": []}
 
 
-def test_a_remote_stub_is_a_cloud_model(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_model_that_runs_remotely_is_a_cloud_model(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     stub = {"name": "stub:latest", "digest": "a" * 64, "remote_host": "https://ollama.com", "remote_model": "stub"}
     alpha.models.append("stub:latest")
     alpha.play("/api/tags", answer(200, {"models": [stub]}))

@@ -76,7 +76,7 @@ TWO_LENGTHS = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 20\r\n\r
 
 @pytest.mark.parametrize("chat", CHATS, ids=str)
 @pytest.mark.parametrize("fault", ["cut_short", "not_http"])
-def test_a_body_with_endless_or_ambiguous_framing_is_no_answer(
+def test_a_body_with_endless_or_ambiguous_framing_is_rejected(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, chat: Chat, fault: str
 ) -> None:
     """Detected long before any timeout: the bytes of a chunk's extension are no progress."""
@@ -132,7 +132,7 @@ def test_a_mistake_of_the_caller_is_reported_in_its_dialect(start_gateway: Start
         assert got.status_code == 422 and got.json()["error"]["message"] == message
 
 
-def test_all_backends_down_is_503_with_a_time_to_retry(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_when_all_backends_are_down_the_answer_is_503_with_retry_after(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha)
     key = gateway.key()
     alpha.stop()
@@ -221,7 +221,7 @@ def test_a_stale_connection_is_replaced(start_gateway: StartGateway) -> None:
 
 
 @pytest.mark.parametrize("chat", CHATS[:2], ids=str)
-def test_what_was_tried_is_noted_for_a_client_that_leaves(
+def test_attempts_are_recorded_when_the_client_leaves(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, chat: Chat
 ) -> None:
     """The first backend has failed and the second is at work when the client leaves: it pays for the prompt."""

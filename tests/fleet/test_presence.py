@@ -24,7 +24,7 @@ def published(redis: Any) -> tuple[set[bytes], set[bytes]]:
     return set(redis.zrange(redis_keys.PROCESSES, 0, -1)), set(redis.hkeys(redis_keys.PROCESS_STATES))
 
 
-def test_a_process_publishes_itself_under_both_names(gateway: RunningGateway, stores: TestStores) -> None:
+def test_a_process_is_published_under_both_redis_keys(gateway: RunningGateway, stores: TestStores) -> None:
     with stores.client() as redis:
         until(lambda: [len(names) for names in published(redis)] == [1, 1], 5)
         active, described = published(redis)
@@ -32,7 +32,7 @@ def test_a_process_publishes_itself_under_both_names(gateway: RunningGateway, st
     assert gateway.components.limits.share() == Share(0, 1)
 
 
-def test_a_process_that_only_beats_counts_until_its_time_is_over(gateway: RunningGateway, stores: TestStores) -> None:
+def test_a_process_that_publishes_no_state_is_counted_until_it_expires(gateway: RunningGateway, stores: TestStores) -> None:
     """As one of an earlier version, which beats every 8 seconds and publishes its state apart."""
     limits = gateway.components.limits
     with stores.client() as redis:

@@ -46,7 +46,7 @@ def test_an_address_is_not_replaced_within_another_word(base_url: str, text: str
     assert redact(text, BackendConfig("alpha", base_url)) == expected
 
 
-def test_only_the_errors_of_frames_are_changed() -> None:
+def test_only_errors_in_frames_are_redacted() -> None:
     backend = BackendConfig("alpha", BASE_URL, auth_token=TOKEN)
     answers = ndjson([{"message": {"content": f'an "error" Bearer x {TOKEN}'}}, {"tool": {"error": f"Bearer {TOKEN}"}}])
     errors = [b'{"error":{"detail":["in \\"%b\\""]}}\n' % secret.encode() for secret in SPELLINGS if "\\" not in secret]
@@ -58,7 +58,7 @@ def test_only_the_errors_of_frames_are_changed() -> None:
     assert TOKEN.encode() not in passed_on[-1]
 
 
-def test_in_a_line_too_long_for_an_error_only_exact_secrets_are_replaced() -> None:
+def test_in_very_long_lines_only_exact_secrets_are_replaced() -> None:
     backend = BackendConfig("alpha", BASE_URL, auth_token=TOKEN)
     long = b'{"error":[%b"%b"]}\n' % (b'"x",' * 500_000, TOKEN.encode())
     passed_on = redact_frames(long, Ollama().framing, backend)

@@ -84,7 +84,9 @@ UNABLE: list[tuple[str, int, int, dict[str, Any]]] = [
 ]
 
 
-def test_what_a_backend_cannot_do_is_asked_of_one_other_and_reported(gateway: RunningGateway, three: list[FakeBackend]) -> None:
+def test_what_a_backend_cannot_do_is_tried_on_one_other_backend_and_then_reported(
+    gateway: RunningGateway, three: list[FakeBackend]
+) -> None:
     """What a retry cannot change is 400: not all clients know that a 5xx may be final."""
     with gateway.openai(gateway.key(), max_retries=2) as client:
         for number, (path, status, expected_status, error) in enumerate(UNABLE):
@@ -105,7 +107,9 @@ def test_what_a_backend_cannot_do_is_asked_of_one_other_and_reported(gateway: Ru
     assert [(attempt["backend"], attempt["fault"]) for attempt in line["attempts"]] == [("alpha", "cannot")]
 
 
-def test_another_build_may_be_able(gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
+def test_another_build_may_support_what_the_first_cannot_do(
+    gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend
+) -> None:
     alpha.play(CHAT, answer(500, llamacpp(500, MMPROJ)))
     with gateway.openai(gateway.key()) as client:
         assert client.chat.completions.create(model=MODEL, messages=MESSAGES).choices[0].message.content == "beta heard: Say hi"
@@ -113,7 +117,7 @@ def test_another_build_may_be_able(gateway: RunningGateway, alpha: FakeBackend, 
     assert b'reason="cannot"' not in gateway.call(gateway.components.metrics.exposition())
 
 
-def test_one_backend_that_cannot_before_one_that_fails(
+def test_a_backend_that_cannot_is_reported_before_one_that_fails(
     gateway: RunningGateway, alpha: FakeBackend, beta: FakeBackend, gamma: FakeBackend
 ) -> None:
     """A backend that could not be reached was not asked; where the other fails, the caller gets the text of the first."""
@@ -129,7 +133,7 @@ def test_one_backend_that_cannot_before_one_that_fails(
     assert asked([alpha, gamma], CHAT) == [2, 1]
 
 
-def test_other_failures_are_failures(gateway: RunningGateway, three: list[FakeBackend]) -> None:
+def test_other_errors_are_failures_of_the_backend(gateway: RunningGateway, three: list[FakeBackend]) -> None:
     play(three, CHAT, answer(500, llamacpp(500, "CUDA error: operation not supported on this device")))
     with gateway.http(gateway.key()) as client:
         got = client.post(CHAT, json=CHATS[2].body)
@@ -272,7 +276,7 @@ def test_an_overflow_in_the_ollama_dialect(gateway: RunningGateway, three: list[
     assert (caught.value.status_code, caught.value.error) == (400, OVERFLOW["message"])
 
 
-def test_an_error_without_end_or_too_long_is_known_by_its_status(
+def test_an_endless_or_overlong_error_is_judged_by_its_status(
     gateway: RunningGateway, three: list[FakeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FastAPI's errors repeat the input; the text of a failure may never come."""
@@ -288,7 +292,7 @@ def test_an_error_without_end_or_too_long_is_known_by_its_status(
     assert gateway.components.backends["alpha"].breaker._failures == 1
 
 
-def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
+def test_an_answer_that_is_too_large_ends_at_once_and_is_no_backends_failure(
     gateway: RunningGateway, three: list[FakeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.fleet.backends.http_client.LONGEST_WHOLE_ANSWER", 50_000)
@@ -305,7 +309,7 @@ def test_an_answer_too_large_ends_at_once_and_counts_against_nobody(
     assert failures(gateway) == {0}
 
 
-def test_a_timeout_beside_answers_counts_against_nobody(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_a_timeout_opens_no_breaker_while_other_calls_succeed(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     """A large request takes long; a backend that answers others meanwhile works."""
     gateway = start_gateway(alpha, OLLAMA_READ_TIMEOUT_S="0.5")
     key, body, chat = gateway.key(), {"model": MODEL, "prompt": "x"}, CHATS[0]
@@ -332,7 +336,9 @@ WRONG = [
 ]
 
 
-def test_what_llamacpp_calls_its_own_failure_is_a_wrong_request(gateway: RunningGateway, three: list[FakeBackend]) -> None:
+def test_wrong_requests_that_llama_cpp_reports_as_its_own_failure_are_recognized(
+    gateway: RunningGateway, three: list[FakeBackend]
+) -> None:
     with gateway.http(gateway.key()) as client:
         for words in WRONG:
             play(three, CHAT, answer(500, llamacpp(500, words)))
@@ -371,7 +377,7 @@ UNKNOWN: list[tuple[str, list[Step]]] = [
 
 
 @pytest.mark.parametrize(("form", "failing"), UNKNOWN, ids=[form for form, _ in UNKNOWN])
-def test_one_key_opens_no_breaker_with_requests_that_fail_everywhere(
+def test_requests_of_one_key_that_fail_everywhere_open_no_breaker(
     gateway: RunningGateway, three: list[FakeBackend], form: str, failing: list[Step]
 ) -> None:
     play(three, CHAT, failing)
@@ -387,7 +393,7 @@ def test_one_key_opens_no_breaker_with_requests_that_fail_everywhere(
     assert states(gateway) == {"open"}, "what fails for three keys is broken"
 
 
-def test_one_key_opens_the_breaker_of_a_backend_that_fails_while_another_answers(
+def test_requests_of_one_key_open_the_breaker_of_a_backend_that_fails_while_another_answers(
     gateway: RunningGateway, alpha: FakeBackend
 ) -> None:
     for failing in (answer(500, llamacpp(500, "words that nobody knows")), answer(500, b"<html>no</html>", HTML)):

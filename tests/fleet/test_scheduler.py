@@ -42,7 +42,7 @@ def chosen(model: Model, backends: dict[str, Backend]) -> list[str]:
     return [candidate.backend.name for candidate in choose(model, backends, call(), NOW)]
 
 
-def test_the_order_is_that_of_the_offers_with_their_spelling(backends: dict[str, Backend]) -> None:
+def test_candidates_keep_the_order_and_spelling_of_the_offers(backends: dict[str, Backend]) -> None:
     assert choose(ALL, backends, call(), NOW) == [Candidate(backends[name], f"{name}/m") for name in NAMES]
 
 
@@ -52,13 +52,13 @@ def test_a_backend_with_an_open_breaker_is_the_last_resort(backends: dict[str, B
     assert chosen(ALL, backends) == ["beta", "gamma", "alpha"]
 
 
-def test_left_out_are_drained_and_unknown_backends_old_offers_and_other_kinds(backends: dict[str, Backend]) -> None:
+def test_drained_unknown_outdated_and_unsuitable_backends_are_left_out(backends: dict[str, Backend]) -> None:
     backends["alpha"].is_drained = True
     offers = [offer("alpha"), offer("unknown"), offer("beta", good_until=NOW), offer("gamma", "openai"), offer("gamma")]
     assert chosen(model(*offers), backends) == ["gamma"]
     assert chosen(model(*offers[:3]), backends) == []
 
 
-def test_a_route_is_served_where_a_backend_has_it_though_it_is_down() -> None:
+def test_a_route_counts_as_served_even_if_its_only_backend_is_down() -> None:
     assert is_served(model(offer("alpha", good_until=0.0)), call())
     assert not is_served(model(offer("alpha", "openai")), call("/api/show"))

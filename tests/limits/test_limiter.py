@@ -276,7 +276,7 @@ def test_a_body_that_never_ends_counts_as_a_request(gateway: RunningGateway, mon
         assert client.get("/api/tags").status_code == 429
 
 
-def test_retry_after_of_a_minute_is_one_that_client_libraries_obey(gateway: RunningGateway) -> None:
+def test_retry_after_stays_within_what_client_libraries_obey(gateway: RunningGateway) -> None:
     """Most wait for 60 seconds at most, some for less; after a longer retry-after they try three times within two seconds."""
     with gateway.http(gateway.key(tpm=60)) as client:
         while (refused := ask(client, CHATS[0], **FEW_TOKENS)).status_code == 200:
@@ -312,7 +312,7 @@ def test_a_refusal_names_the_command_that_changes_the_limit(gateway: RunningGate
         )
 
 
-def test_a_request_larger_than_the_limit_is_refused_for_good(gateway: RunningGateway) -> None:
+def test_a_request_larger_than_the_limit_is_refused_without_retry_after(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key(tpm=100)) as client:
         refused = ask(client, CHATS[2], max_tokens=500)
     assert refused.status_code == 429 and refused.headers["x-should-retry"] == "false" and "retry-after" not in refused.headers
@@ -394,7 +394,7 @@ def test_a_failed_backend_costs_no_tokens(gateway: RunningGateway, alpha: FakeBa
     assert int(passed.headers["x-ratelimit-remaining-tokens"]) > 1900
 
 
-def test_a_budget_set_again_counts_what_was_spent_meanwhile(gateway: RunningGateway) -> None:
+def test_a_budget_that_is_set_again_counts_what_was_spent_in_between(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key(name="mine", day=10_000)) as client:
         assert ask(client, CHATS[0]).status_code == 200
         limit(gateway, "mine", day=UNLIMITED)
@@ -460,7 +460,7 @@ def set_mean(gateway: RunningGateway, stores: TestStores, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["tpm", "day", "month"])
-def test_an_estimate_alone_refuses_no_request(gateway: RunningGateway, stores: TestStores, name: str) -> None:
+def test_no_request_is_refused_because_of_an_estimate(gateway: RunningGateway, stores: TestStores, name: str) -> None:
     """However long the model's answers to others are."""
     set_mean(gateway, stores, 4093)
     with gateway.http(gateway.key(**limits(name, 3000))) as client, gateway.http(gateway.key(**limits(name, 3))) as other:
@@ -472,7 +472,7 @@ def test_an_estimate_alone_refuses_no_request(gateway: RunningGateway, stores: T
     assert (too_long.status_code, too_long.headers["x-should-retry"]) == (429, "false"), "the prompt is not an estimate"
 
 
-def test_all_scopes_reserve_the_same_estimate_and_release_it(
+def test_all_counter_sets_reserve_and_release_the_same_estimate(
     gateway: RunningGateway, stores: TestStores, held: threading.Event
 ) -> None:
     set_mean(gateway, stores, 4093)
@@ -492,7 +492,7 @@ def test_all_scopes_reserve_the_same_estimate_and_release_it(
         until(lambda: redis.mget(reserves) in ([None, None], [b"0", b"0"]))
 
 
-def test_an_estimate_alone_refuses_no_request_of_a_share(gateway: RunningGateway) -> None:
+def test_no_request_is_refused_because_of_an_estimate_within_a_share(gateway: RunningGateway) -> None:
     limits = gateway.components.limits
     limits.estimates.output_tokens["m"], limits.share = 4093, lambda: Share(0, 4)
     counter_sets = (CounterSet("k", -1, 3000, -1, -1, -1), CounterSet("k|m", -1, -1, -1, 4000, 2800))

@@ -93,7 +93,7 @@ def test_a_call_that_waited_too_long_is_refused(
         assert ask(client, CHATS[0]).status_code == 200
 
 
-def test_only_the_limit_of_calls_at_once_makes_a_call_wait(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_calls_wait_only_for_the_limit_of_concurrent_calls(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
     with gateway.http(gateway.key(rpm=1)) as client:
         began = time.monotonic()

@@ -143,7 +143,7 @@ def test_filters(url: str, run_verb: RunVerb, words: list[str], expected: str) -
     assert ids(run_verb("audit", "--json", *words)) == expected.split()
 
 
-def test_a_revoked_key_is_found_and_of_two_with_one_name_the_newer(url: str, run_verb: RunVerb) -> None:
+def test_a_name_finds_revoked_keys_and_the_newer_of_two_keys(url: str, run_verb: RunVerb) -> None:
     sql(url, "UPDATE keys SET revoked_at = now(), created_at = now() - interval '1 day' WHERE name = 'alice'")
     write(url, [row(ago(1), key_id="k1", request_id="old"), row(ago(1), key_id="k3", request_id="new")])
     assert ids(run_verb("audit", "--json", "--key", "alice")) == ["old"]
@@ -250,7 +250,7 @@ def test_usage_by_key(url: str, run_verb: RunVerb) -> None:
     assert second.split() == "alice 6 2 2 1 18 24 4 40 - - -".split()
 
 
-def test_usage_by_several(url: str, run_verb: RunVerb) -> None:
+def test_usage_by_several_columns(url: str, run_verb: RunVerb) -> None:
     day = ago(1).replace(hour=12)
     write(url, [row(day, model=model, backend=backend) for model, backend in (("a", "x"), ("a", "y"), ("a", "y"), ("b", "y"))])
     found = list(csv.DictReader(io.StringIO(run_verb("usage", "--csv", "--by", "model,backend,day"))))
@@ -299,7 +299,7 @@ def test_purging_now(url: str, run_verb: RunVerb) -> None:
     assert len(ids(run_verb("audit", "--json"))) == 1
 
 
-def test_purging_beside_another_purge(url: str, run_verb: RunVerb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_purging_during_another_purge(url: str, run_verb: RunVerb, monkeypatch: pytest.MonkeyPatch) -> None:
     async def busy(*_: object) -> retention.Removed:
         return retention.Removed(is_busy_elsewhere=True)
 

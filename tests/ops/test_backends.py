@@ -30,7 +30,7 @@ def test_models_by_backend(operator: Operator, alpha: FakeBackend, beta: FakeBac
     assert facts["models"] == 2
 
 
-def test_models_shows_the_age_of_the_map(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_models_shows_the_age_of_the_catalog(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     start_gateway(alpha)
     operator.with_backends(alpha)
     facts = operator.gets_json("models")
@@ -88,7 +88,7 @@ def test_probe_of_a_token_that_is_refused(operator: Operator, gamma: FakeBackend
     assert row["reachable"] is True and row["token"] == ("REFUSED" if token else "MISSING") and row["problem"]
 
 
-def test_probe_of_a_list_that_anybody_may_see_but_calls_that_need_a_token(operator: Operator, alpha: FakeBackend) -> None:
+def test_probe_of_a_backend_with_a_public_list_whose_calls_need_a_token(operator: Operator, alpha: FakeBackend) -> None:
     alpha.play("/api/chat", answer(401, {"error": "unauthorized"}))
     operator.with_backends(alpha, auth_token="stale-token")
     done = operator.types("probe", "--json")

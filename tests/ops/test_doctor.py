@@ -245,7 +245,7 @@ def test_weak_passwords() -> None:
         ("::1", "", "ok", "this machine only"),
     ],
 )
-def test_plain_http_open_to_all(host: str, proxies: str, state: str, expected: str) -> None:
+def test_plain_http_on_all_addresses(host: str, proxies: str, state: str, expected: str) -> None:
     settings = replace(settings_for(GATEWAY_BIND_HOST=host), gateway_trusted_proxies=tuple(filter(None, proxies.split(","))))
     assert matches(
         asyncio.run(doctor_settings.listening(settings)), state, expected, "plain HTTP" if state == "warning" else ""
@@ -305,7 +305,7 @@ def test_a_refusal_of_the_database_is_reported_with_its_reason(
     assert matches(found["PostgreSQL"], "problem", 'InvalidCatalogNameError: database "there_is_no_')
 
 
-def test_connections_that_are_too_many(examine: Examine, alpha: FakeBackend) -> None:
+def test_too_many_connections(examine: Examine, alpha: FakeBackend) -> None:
     found = examine(alpha, DATABASE_POOL_SIZE="300", GATEWAY_WORKERS="2")
     assert matches(found["PostgreSQL connections"], "warning", "uses up to 600", "max_connections")
 
@@ -321,7 +321,7 @@ def test_missing_and_existing_months_of_the_audit(examine: Examine, stores: Test
     assert examine(alpha)["audit months"].state == "ok"
 
 
-def test_a_user_that_may_not_make_tables(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
+def test_a_database_user_that_may_not_create_tables(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
     user = f"reader_{stores.database_url.split('/')[3].split('?')[0]}"
     sql(stores.database_url, f"CREATE ROLE {user} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {user}")
     url = stores.database_url.replace("gateway@", f"{user}@")
@@ -336,7 +336,7 @@ def test_a_user_that_may_not_make_tables(examine: Examine, stores: TestStores, a
         sql(stores.database_url, f"DROP OWNED BY {user}; DROP ROLE {user}")
 
 
-def test_an_old_server() -> None:
+def test_an_outdated_postgresql_server() -> None:
     found = postgres._version({"number": 130_011, "version": "13.11"})
     assert matches(found, "problem", "13.11", "PostgreSQL 14 or newer")
 
@@ -390,7 +390,7 @@ def test_a_redis_that_evicts_or_refuses_writes(examine: Examine, stores: TestSto
             client.config_set("maxmemory-policy", usual["maxmemory-policy"])
 
 
-def test_a_user_of_redis_who_may_do_little(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
+def test_a_redis_user_with_few_permissions(examine: Examine, stores: TestStores, alpha: FakeBackend) -> None:
     with stores.client() as client:
         client.acl_setuser("little", enabled=True, nopass=True, keys=["*"], commands=["+ping", "+set", "+client", "+hello"])
         try:
@@ -404,12 +404,12 @@ def test_a_user_of_redis_who_may_do_little(examine: Examine, stores: TestStores,
 @pytest.mark.parametrize(
     ("version", "state"), [("6.0.16", "problem"), ("5", "problem"), ("unknown", "problem"), ("6.2.0", "ok"), (7.4, "ok")]
 )
-def test_versions_of_redis(version: object, state: str) -> None:
+def test_redis_versions(version: object, state: str) -> None:
     found = redis.version({"redis_version": version})
     assert matches(found, state, str(version), "6.2" if state == "problem" else "")
 
 
-def test_valkey_by_its_own_name() -> None:
+def test_the_version_of_valkey_is_shown() -> None:
     found = redis.version({"redis_version": "7.2.4", "valkey_version": "9.1.2"})
     assert found == doctor_finding.ok("Redis version", "7.2.4 (Valkey 9.1.2)")
 

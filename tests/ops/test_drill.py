@@ -252,7 +252,7 @@ def drill(stores: TestStores, folder: Path, only: str, switch: str = "", **names
 
 @pytest.mark.long(seconds=35)
 @pytest.mark.timeout(150)
-def test_this_gateway_keeps_its_promises_and_leaves_nothing_behind(stores: TestStores, tmp_path: Path) -> None:
+def test_the_drill_passes_and_leaves_nothing_behind(stores: TestStores, tmp_path: Path) -> None:
     code, rows, errors = drill(stores, tmp_path, "")
     assert [(row["line"], row["result"], row["why"]) for row in rows] == [(name, "held", None) for name in BY_NAME], errors
     assert (code, sum(row["seconds"] for row in rows) < LONGEST_S) == (0, True)
@@ -284,7 +284,7 @@ def states_of_keys(stores: TestStores, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_a_broken_promise_fails_at_its_line(stores: TestStores, tmp_path: Path, switch: str) -> None:
+def test_a_broken_promise_fails_on_its_own_line(stores: TestStores, tmp_path: Path, switch: str) -> None:
     lines, code = SWITCHES[switch]
     # A promise that the switch does not touch still holds.
     control = "dialect" if lines != "dialect" else "down"
@@ -294,7 +294,7 @@ def test_a_broken_promise_fails_at_its_line(stores: TestStores, tmp_path: Path, 
     assert status == 1 and all(row["why"] for row in rows if row["result"] == "BROKEN")
 
 
-def test_every_line_has_a_switch_that_breaks_it() -> None:
+def test_every_line_fails_when_its_feature_is_broken() -> None:
     assert {name for lines, _ in SWITCHES.values() for name in lines.split()} == BY_NAME.keys()
 
 
@@ -312,7 +312,7 @@ def test_every_line_has_a_switch_that_breaks_it() -> None:
         ("redis+sentinel://one:26379/master/0", None),
     ],
 )
-def test_which_redis_can_be_frozen_for_the_drill_only(url: str, wired: str | None) -> None:
+def test_only_some_redis_urls_can_be_frozen_for_the_drill_alone(url: str, wired: str | None) -> None:
     assert can_be_proxied(url) is (wired is not None)
 
     async def address() -> str:

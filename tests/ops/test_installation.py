@@ -5,7 +5,7 @@ import json
 from tests.support.operator import CANARY, Operator
 
 
-def test_config_shows_values_and_their_sources(operator: Operator) -> None:
+def test_config_shows_values_and_where_they_come_from(operator: Operator) -> None:
     (operator.folder / ".env").write_text("MAX_REQUEST_BODY_BYTES=70000\n")
     (operator.folder / "token").write_text(CANARY)
     names = {"DATABASE_URL": f"postgresql://u:{CANARY}@h/d", "REDIS_URL": f"redis://:{CANARY}@h/0"}

@@ -17,7 +17,7 @@ def opens(gateway: RunningGateway, key: str) -> bool:
     return httpx.get(f"{gateway.url}/api/tags", headers={"x-api-key": key}, timeout=20).status_code == 200
 
 
-def test_the_last_line_is_the_key_only(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_the_last_line_is_nothing_but_the_key(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
     done = operator.types("key", "--name", "first")
     assert done.returncode == 0
     assert key_format.parse(done.stdout.removesuffix("\n")) is not None, "nothing else is on standard output"

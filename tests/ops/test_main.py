@@ -36,7 +36,7 @@ def test_a_wrong_setting_stops_every_command(operator: Operator, words: list[str
     assert line == "error: DEFAULT_RPM must be an integer from 0 to 1000000000, not 'many'\n"
 
 
-def test_a_reader_that_leaves_early_is_no_error(operator: Operator) -> None:
+def test_a_closed_pipe_is_not_an_error(operator: Operator) -> None:
     command = f"{sys.executable} -m gateway config | head -0"
     done = subprocess.run(
         command, shell=True, cwd=operator.folder, env=environment(operator.names), capture_output=True, text=True, check=False

@@ -101,7 +101,7 @@ def test_make_passes_everything_on(made: Path) -> None:
     assert make(made, "keys", "JSON=0") == ["keys"]
 
 
-def test_make_passes_on_what_is_asked_of_the_audit(made: Path) -> None:
+def test_make_passes_the_audits_filters_on(made: Path) -> None:
     filters = ["KEY=a b", "MODEL=a*", "SINCE=7d", "STATUS=4xx", "OUTCOME=refused", "LIMIT=5", "CSV=1"]
     assert make(made, "audit", *filters) == [
         *("audit", "--key", "a b", "--model", "a*", "--since", "7d", "--status", "4xx", "--outcome", "refused", "--limit", "5"),

@@ -225,7 +225,7 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
 
 
 @pytest.mark.long(seconds=10)
-def test_a_key_may_be_made_before_the_first_run(home: Path, alpha: FakeBackend) -> None:
+def test_a_key_may_be_created_before_the_first_run(home: Path, alpha: FakeBackend) -> None:
     key = make_key(home, {})
     with serving(home, {"OLLAMA_BASE_URL": alpha.url}, "run") as (_, url, log):
         until(lambda: "Ctrl-C" in log.read_text(), 30)

@@ -69,7 +69,9 @@ def test_the_screen_without_postgresql_and_with_odd_names() -> None:
     assert "unknown while PostgreSQL is unreachable" in "\n".join(lines) and all(line.isprintable() for line in lines)
 
 
-def test_against_a_running_gateway(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, tmp_path: Path) -> None:
+def test_top_shows_a_running_gateway(
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, tmp_path: Path
+) -> None:
     gateway = start_gateway(alpha)
     admin = gateway.key(name="ops", flags=(ADMIN,))
     with gateway.http(gateway.key(name="alice")) as client:

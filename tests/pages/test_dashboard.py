@@ -52,7 +52,7 @@ def test_when_disabled_it_is_an_ordinary_404(start_gateway: StartGateway, alpha:
             assert (here.status_code, here.content) == (404, nowhere.content)
 
 
-def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
+def test_the_content_security_policy_and_the_size(gateway: RunningGateway) -> None:
     total = 0
     with gateway.http() as client:
         for path in endpoints.DASHBOARD:
@@ -107,7 +107,7 @@ def test_no_label_of_a_plot_is_cut(gateway: RunningGateway, admin: str, browser:
         assert min(page.locator("#plots svg text").evaluate_all(lefts)) >= 0
 
 
-def test_numbers_are_live_and_lead_to_their_rows(
+def test_numbers_are_live_and_link_to_their_rows(
     gateway: RunningGateway, admin: str, alpha: FakeBackend, browser: Browser
 ) -> None:
     tight = gateway.key(name="tight", rpm=1)

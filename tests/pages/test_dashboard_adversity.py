@@ -79,7 +79,7 @@ def test_a_new_key_stays_until_it_is_closed(gateway: RunningGateway, admin: str,
         assert made not in page.content()
 
 
-def test_nothing_is_left_for_the_next_user(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+def test_signing_out_leaves_nothing_for_the_next_user(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     gateway.key(name="somebody of ours")
     with page_of(browser) as page:
         enter(page, gateway, admin)

@@ -205,7 +205,7 @@ def test_when_disabled_it_is_an_ordinary_404(start_gateway: StartGateway, alpha:
             assert (client.get(path).status_code, client.get(path).content) == (404, nowhere.content)
 
 
-def test_the_page_is_small_and_under_the_policy(gateway: RunningGateway) -> None:
+def test_the_page_is_small_and_obeys_the_content_security_policy(gateway: RunningGateway) -> None:
     with gateway.http() as client:
         answers = [client.get(path) for path in endpoints.DOCS]
     assert sum(len(answer.content) for answer in answers) < LARGEST_PAGE
@@ -217,7 +217,7 @@ def opened(page: Page, gateway: RunningGateway, operation: str) -> Any:
     return page.locator(f"#{operation}")
 
 
-def test_the_page_shows_every_operation_and_asks_nobody_else(gateway: RunningGateway, browser: Browser) -> None:
+def test_the_page_shows_every_operation_and_calls_no_other_host(gateway: RunningGateway, browser: Browser) -> None:
     found = operations(document_of(gateway))
     asked: list[str] = []
     with page_of(browser) as page:

@@ -75,7 +75,7 @@ def test_a_playground_of_the_operator(start_gateway: StartGateway, alpha: FakeBa
         assert client.get("/playground/playground.js").status_code == 404
 
 
-def test_the_policy_and_the_size(gateway: RunningGateway) -> None:
+def test_the_content_security_policy_and_the_size(gateway: RunningGateway) -> None:
     total = 0
     with gateway.http() as client:
         for path in endpoints.PLAYGROUND:
@@ -152,7 +152,7 @@ def test_two_models_side_by_side(gateway: RunningGateway, browser: Browser) -> N
         assert lefts[0] < lefts[1]
 
 
-def test_pictures_where_the_model_can_see(
+def test_images_are_offered_for_models_with_vision(
     gateway: RunningGateway, alpha: FakeBackend, tmp_path: Path, browser: Browser
 ) -> None:
     picture = tmp_path / "pixel.png"

@@ -63,7 +63,7 @@ def test_no_text_of_a_model_freezes_the_page(gateway: RunningGateway, alpha: Fak
         assert {name: ms for name, ms in worst.items() if ms > 40 * floor} == {}, (floor, worst)
 
 
-def test_nothing_of_a_text_is_lost_in_its_nesting(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
+def test_deeply_nested_text_is_shown_completely(gateway: RunningGateway, alpha: FakeBackend, browser: Browser) -> None:
     with page_of(browser) as page:
         enter(page, gateway, gateway.key())
         alpha.play_once(CHAT, in_pieces(">" * 10_000 + " the end", 5_000))
@@ -241,7 +241,7 @@ def test_details_show_only_what_is_known(gateway: RunningGateway, alpha: FakeBac
         assert "3 + 5 tokens" in facts and "tokens/s" not in facts and "Infinity" not in facts
 
 
-def test_the_copied_curl_runs_with_a_large_picture(
+def test_the_copied_curl_command_runs_with_a_large_image(
     gateway: RunningGateway, alpha: FakeBackend, tmp_path: Path, browser: Browser
 ) -> None:
     """A shell takes 128 KiB in one word: the body must not be one."""

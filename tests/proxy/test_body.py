@@ -40,7 +40,7 @@ def used(gateway: RunningGateway) -> int:
     return gateway.components.bodies.unfinished.used
 
 
-def test_blanks_around_a_length_are_ignored() -> None:
+def test_blanks_around_a_content_length_are_ignored() -> None:
     for value in (b"47 ", b"47\t", b" 47"):
         check_head({"headers": [(b"content-length", value)]}, 47)
         with pytest.raises(BodyTooLarge):
@@ -145,7 +145,7 @@ ENDS: dict[str, tuple[int, bytes]] = {
 
 
 @pytest.mark.parametrize("route", ["POST /api/chat", "POST /v1/chat/completions", "POST /api/pull"])
-def test_it_is_released_however_a_body_ends(gateway: RunningGateway, route: str) -> None:
+def test_memory_is_released_however_a_body_ends(gateway: RunningGateway, route: str) -> None:
     key = gateway.key(flags=(ADMIN_MODELS,))
     for name, (status, rest) in ENDS.items():
         sender = Sender(gateway, key, route, CHUNKED)
@@ -160,7 +160,7 @@ def test_it_is_released_however_a_body_ends(gateway: RunningGateway, route: str)
     assert gateway.components.bodies.unfinished._of == {}
 
 
-def test_it_is_released_when_a_body_is_too_slow_its_client_leaves_or_the_process_ends(
+def test_memory_is_released_when_a_body_is_too_slow_the_client_leaves_or_the_process_ends(
     gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = gateway.key(flags=(ADMIN, ADMIN_MODELS))
@@ -212,7 +212,7 @@ def held_by(error: BaseException) -> int:
     ("most", "most_of_a_key", "kind"),
     [(10**6, 10**6, BodyTooLarge), (10**6, BEGUN // 2, BodiesUnfinished), (BEGUN, 10**6, Overloaded)],
 )
-def test_nothing_is_left_of_a_refused_body(most: int, most_of_a_key: int, kind: type[GatewayError]) -> None:
+def test_a_refused_body_leaves_nothing_in_memory(most: int, most_of_a_key: int, kind: type[GatewayError]) -> None:
     bodies = Bodies(LARGEST)
     bodies.unfinished.most, bodies.unfinished.most_of_a_key = most, most_of_a_key
 
@@ -229,7 +229,7 @@ def test_nothing_is_left_of_a_refused_body(most: int, most_of_a_key: int, kind: 
     assert (bodies.unfinished.used, bodies.unfinished._of) == (0, {})
 
 
-def test_what_a_scope_ended_does_not_wait_for_the_garbage_collector() -> None:
+def test_memory_of_a_cancelled_call_does_not_wait_for_the_garbage_collector() -> None:
     ended: list[weakref.ref[object]] = []
 
     async def block() -> None:

@@ -88,7 +88,7 @@ def test_a_blob_larger_than_any_body_limit_is_streamed(gateway: RunningGateway, 
     assert posted.body == BLOB
 
 
-def test_bodies_of_admins_are_parsed_strictly_too(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_bodies_from_admins_are_parsed_strictly_too(gateway: RunningGateway, alpha: FakeBackend) -> None:
     with gateway.http(gateway.admin_key()) as client:
         for body in (b'{"model":"a","Model":"b"}', b'{"model":"a","model":"b"}', b'{"model":"a"} x'):
             assert client.post("/api/pull", content=body).status_code == 400

@@ -23,7 +23,7 @@ def test_every_name_in_the_files_is_a_query() -> None:
     assert sorted(names) == sorted(QUERIES), "a query without a sentence or a semicolon at its end is not found"
 
 
-def test_every_query_has_a_sentence() -> None:
+def test_every_query_has_a_comment() -> None:
     for path in QUERY_FILES:
         for name, sentence in re.findall(r"^-- name: (\w+)\n(.*)", path.read_text(encoding="utf-8"), re.MULTILINE):
             assert re.fullmatch(r"-- [A-Z].{10,}\.", sentence), name

@@ -32,7 +32,7 @@ def test_a_socket_and_a_port_with_a_password(stores: TestStores, tmp_path: Path)
         assert asyncio.run(set_and_get(f"redis://:secret%25word@127.0.0.1:{port}/0")) == b"value"
 
 
-def test_through_sentinels(tmp_path: Path) -> None:
+def test_a_client_that_connects_through_sentinels(tmp_path: Path) -> None:
     with server(tmp_path, "requirepass hidden-word") as (_, master):
         configuration = (f"sentinel monitor main 127.0.0.1 {master} 1", "sentinel auth-pass main hidden-word")
         with server(tmp_path, *configuration, sentinel=True) as (_, port):

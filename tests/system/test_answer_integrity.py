@@ -181,7 +181,7 @@ def test_an_answer_ends_at_its_last_frame_whatever_the_backend_sends_afterwards(
     assert [row["bytes_out"] for row in gateway.audit_rows()] == [len(got.content)] * 2
 
 
-def test_blanks_and_comments_alone_are_no_answer(gateway: RunningGateway, alpha: FakeBackend) -> None:
+def test_a_stream_of_blanks_and_comments_is_rejected(gateway: RunningGateway, alpha: FakeBackend) -> None:
     key = gateway.key()
     for chat in (chat for chat in CHATS if chat.streamed):
         media = media_of("a.ndjson" if chat.dialect == "ollama" else "a.sse")

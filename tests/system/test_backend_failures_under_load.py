@@ -64,7 +64,9 @@ def ask_llama(gateway: RunningGateway, key: str) -> str:
 
 
 @pytest.mark.parametrize("trouble", [killed, frozen, failing])
-def test_answers_continue_while_the_first_backend_is(start_gateway: StartGateway, trouble: Callable[..., object]) -> None:
+def test_answers_continue_while_the_first_backend_is_in_trouble(
+    start_gateway: StartGateway, trouble: Callable[..., object]
+) -> None:
     with ExitStack() as stack:
         alpha = stack.enter_context(FakeBackend(models=["llama3.2:latest", "only-alpha:latest"], name="alpha"))
         beta = stack.enter_context(FakeBackend(models=["llama3.2:latest"], name="beta"))

@@ -100,7 +100,7 @@ def test_a_client_that_stops_reading_delays_only_its_own_answer(start_gateway: S
     connection.close()
 
 
-def test_a_trickled_head_or_body_meets_a_deadline(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slowly_sent_head_or_body_meets_a_deadline(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.edge.deadlines.HEAD_DEADLINE_S", 0.3)
     monkeypatch.setattr("gateway.proxy.body.BODY_DEADLINE_S", 0.3)
     port = int(gateway.url.rpartition(":")[2])

@@ -69,7 +69,7 @@ def test_the_schema_finds_a_mistake() -> None:
         jsonschema.Draft202012Validator(schema).validate(wrong)
 
 
-def test_these_services_run_and_ollama_only_on_request() -> None:
+def test_the_services_of_compose_run_but_ollama_only_on_request() -> None:
     assert set(SERVICES) == {*LONG_RUNNING, "migrate"}
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
     assert profiles == {"ollama": ["ollama"], "ollama-gpu": ["ollama-gpu"]}
@@ -247,7 +247,7 @@ def test_nginx_proxy_gets_the_variables_it_reads() -> None:
 
 
 @pytest.mark.parametrize(("volume", "variable"), [("postgres", "POSTGRES_DATA_VOLUME"), ("ollama", "OLLAMA_DATA_VOLUME")])
-def test_volumes_can_be_adopted(volume: str, variable: str) -> None:
+def test_existing_volumes_can_be_used(volume: str, variable: str) -> None:
     name = COMPOSE["volumes"][volume]["name"]
     assert filled(name, COMPOSE_PROJECT_NAME="shop") == f"shop_{volume}"
     assert filled(name, COMPOSE_PROJECT_NAME="shop", **{variable: "mine"}) == "mine"

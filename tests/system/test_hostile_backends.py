@@ -122,7 +122,7 @@ def test_other_calls_are_answered_whatever_a_backend_does(
     assert (backend.in_flight, backend.unframed.used, gateway.components.held_answers.used) == (0, 0, 0)
 
 
-def test_removing_unrequested_token_counts_yields_to_other_calls(
+def test_removing_unrequested_token_counts_lets_other_calls_run(
     start_gateway: StartGateway, alpha: FakeBackend, hostile_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, sizes = OpenAI.without_usage, []
@@ -147,7 +147,7 @@ def test_removing_unrequested_token_counts_yields_to_other_calls(
     assert delays.longest_s < LONGEST_DELAY_S
 
 
-def test_a_repeated_end_is_searched_once(
+def test_a_repeated_end_marker_is_searched_for_once(
     start_gateway: StartGateway, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, sizes = ServerSentEvents.payloads, []

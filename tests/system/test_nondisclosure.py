@@ -51,7 +51,7 @@ def seen(got: httpx.Response) -> tuple[int, bytes, dict[str, str]]:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_the_same_bytes_on_every_route_and_spelling(gateway: RunningGateway, path: str) -> None:
+def test_missing_and_hidden_models_get_the_same_bytes_on_every_route(gateway: RunningGateway, path: str) -> None:
     with gateway.http(gateway.key("llama3.2", rpm=UNLIMITED, tpm=UNLIMITED)) as client:
         expected = seen(client.post(path, json={"model": UNKNOWN, **BODIES[path]}))
         assert expected[0] == 403
@@ -59,7 +59,7 @@ def test_the_same_bytes_on_every_route_and_spelling(gateway: RunningGateway, pat
             assert seen(client.post(path, json={"model": spelling, **BODIES[path]})) == expected
 
 
-def test_both_count_alike(gateway: RunningGateway) -> None:
+def test_missing_and_hidden_models_count_alike(gateway: RunningGateway) -> None:
     def answers(model: str) -> list[tuple[int, str, list[str | None]]]:
         limits = [
             f"x-ratelimit-{what}" for what in ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
@@ -72,7 +72,7 @@ def test_both_count_alike(gateway: RunningGateway) -> None:
     assert [status for status, *_ in answers(UNKNOWN)] == [403, 403, 403, 429]
 
 
-def test_the_same_bytes_for_one_model_of_the_list(gateway: RunningGateway) -> None:
+def test_one_model_of_the_list_gets_the_same_bytes(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key("llama3.2", rpm=UNLIMITED, tpm=UNLIMITED)) as client:
         assert seen(client.get(f"/v1/models/{HIDDEN}")) == seen(client.get(f"/v1/models/{UNKNOWN}"))
         assert client.get(f"/v1/models/{HIDDEN}").status_code == 403
@@ -96,7 +96,7 @@ def test_lists_show_exactly_the_models_that_would_be_admitted(gateway: RunningGa
                 assert admitted == (name in visible or f"{name}:latest" in visible), (patterns, name)
 
 
-def test_the_same_time(gateway: RunningGateway) -> None:
+def test_missing_and_hidden_models_take_the_same_time(gateway: RunningGateway) -> None:
     """Many interleaved requests: the medians differ no more than those of equal requests."""
     with gateway.http(gateway.key("llama3.2")) as client:
 

@@ -193,7 +193,7 @@ def test_limits_closed_without_redis_refuse_requests(stores: DurableStores, back
         until(lambda: ask(gateway, key) == 200, 10)
 
 
-def test_a_request_refused_by_its_share_holds_nothing_if_redis_admits_it(stores: DurableStores, backend: FakeBackend) -> None:
+def test_a_locally_refused_request_holds_nothing_if_redis_admits_it(stores: DurableStores, backend: FakeBackend) -> None:
     """A frozen Redis still runs the commands that it has received, although nobody waits for them any more."""
     names = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
     with RunningGateway(settings_for(backend, **names)) as gateway:

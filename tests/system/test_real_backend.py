@@ -35,7 +35,7 @@ def only_llama(start_gateway: StartGateway) -> RunningGateway:
     return start_gateway({"name": "llama", "base_url": URL, "kind": "openai"}, OLLAMA_READ_TIMEOUT_S="20")
 
 
-def test_it_is_listed_to_both_clients(only_llama: RunningGateway) -> None:
+def test_its_model_is_listed_to_both_clients(only_llama: RunningGateway) -> None:
     key = only_llama.key()
     with only_llama.openai(key) as client:
         assert [model.id for model in client.models.list()] == [MODEL]

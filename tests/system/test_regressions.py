@@ -71,7 +71,7 @@ def test_odd_list_entries_do_not_hide_other_models(
 @pytest.mark.parametrize(
     "text", ["not json", "[1]", '{"models":[1,2]}', '{"models":[{"name":"x"}],"answered_at":"soon"}', '{"models":[{"name":5}]}']
 )
-def test_garbage_in_redis_breaks_nothing(
+def test_invalid_data_in_redis_breaks_nothing(
     start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, text: str
 ) -> None:
     with stores.client() as redis:

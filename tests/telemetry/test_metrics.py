@@ -120,7 +120,7 @@ def test_gauges_show_what_is_up(start_gateway: StartGateway, alpha: FakeBackend,
 
 
 @pytest.mark.parametrize("header", ["", "Bearer wrong", f"Bearer {TOKEN}x"])
-def test_for_other_callers_the_path_does_not_exist(start_gateway: StartGateway, alpha: FakeBackend, header: str) -> None:
+def test_other_callers_get_404(start_gateway: StartGateway, alpha: FakeBackend, header: str) -> None:
     gateway = start_gateway(alpha, METRICS_TOKEN=TOKEN)
     headers = {"Authorization": header} if header else {}
     with gateway.http() as client:
@@ -185,7 +185,7 @@ async def ask_many(url: str, key: str, requests: int) -> int:
 
 
 @pytest.mark.long(seconds=14)
-def test_counts_of_all_workers_are_added_up_also_of_ended_ones(tmp_path: Path, stores: TestStores, alpha: FakeBackend) -> None:
+def test_counts_of_all_workers_are_summed_even_after_they_end(tmp_path: Path, stores: TestStores, alpha: FakeBackend) -> None:
     names = environment_for(
         alpha, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, GATEWAY_WORKERS="4", METRICS_TOKEN=TOKEN
     )
@@ -243,7 +243,7 @@ def test_the_page_of_metrics_has_the_labels_of_each() -> None:
     assert {name.removesuffix("_total"): labels for name, labels in rows.items()} == families
 
 
-def test_a_file_that_a_worker_has_just_created_is_waited_for(tmp_path: Path) -> None:
+def test_reading_waits_for_a_file_that_a_worker_has_just_created(tmp_path: Path) -> None:
     begun = tmp_path / "counter_1.db"
     begun.touch()
     threading.Timer(0.03, begun.unlink).start()

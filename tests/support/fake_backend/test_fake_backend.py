@@ -172,7 +172,7 @@ def test_it_remembers_what_it_received(native: FakeBackend) -> None:
     assert whole.started <= whole.finished <= chunked.started
 
 
-def test_scripts_are_played_in_their_order(native: FakeBackend) -> None:
+def test_scripts_run_in_their_order(native: FakeBackend) -> None:
     native.play("/api/tags", answer(500, b"always"))
     native.play_once("/api/tags", answer(200, b"one"), lambda request: answer(200, request.method.encode()))
     with httpx.Client(base_url=native.url) as http:
@@ -203,7 +203,7 @@ def test_a_body_may_end_with_the_connection_or_be_framed_by_hand(native: FakeBac
 
 
 @pytest.mark.parametrize(("how", "framing"), list(product(["reset", "close"], ["chunked", "mid_chunk", "length"])))
-def test_an_answer_is_cut_where_it_was_asked(native: FakeBackend, how: How, framing: Any) -> None:
+def test_an_answer_is_cut_where_requested(native: FakeBackend, how: How, framing: Any) -> None:
     data = recording("ollama_generate_stream.ndjson")
     native.play("/api/generate", cut_at(data, 100_000, how, NDJSON, framing))
     received = b""
@@ -250,7 +250,7 @@ def test_pieces_and_pauses_can_be_set(native: FakeBackend) -> None:
     assert (len(lines), time.monotonic() - started >= 0.2) == (11, True)
 
 
-def test_it_freezes_and_thaws(native: FakeBackend) -> None:
+def test_a_frozen_backend_continues_when_thawed(native: FakeBackend) -> None:
     with dial(native) as known, dial(native, 0.2) as waiting:
         ask(known)
         assert version_of(known)
@@ -280,7 +280,7 @@ def test_it_freezes_in_the_middle_of_a_stream(native: FakeBackend) -> None:
         assert read_all(sock) == b"b"
 
 
-def test_frozen_with_a_full_queue_nobody_connects(native: FakeBackend) -> None:
+def test_a_frozen_backend_with_a_full_backlog_accepts_no_connection(native: FakeBackend) -> None:
     native.freeze(accepting=False)
     with pytest.raises(TimeoutError):
         dial(native, 0.2)
@@ -310,7 +310,7 @@ PREFIX: list[Step] = [Head(200, [("Content-Type", SSE)], chunked=True), Piece(b"
 @pytest.mark.parametrize(
     "silence", [[Forever()], [*PREFIX, Pause(60)], [*PREFIX, Hold(threading.Event())], [Head(200), Piece(bytes(10**8))]]
 )
-def test_a_peer_that_leaves_is_noticed(native: FakeBackend, silence: list[Step]) -> None:
+def test_a_client_that_disconnects_is_noticed(native: FakeBackend, silence: list[Step]) -> None:
     native.play("/x", silence)
     with dial(native) as sock:
         ask(sock, "/x")
@@ -327,7 +327,7 @@ def test_a_peer_that_leaves_is_noticed(native: FakeBackend, silence: list[Step])
     assert request.finished - left < 0.5
 
 
-def test_a_test_holds_a_stream_as_long_as_it_likes(native: FakeBackend) -> None:
+def test_a_stream_can_be_held_as_long_as_a_test_needs(native: FakeBackend) -> None:
     go_on = threading.Event()
     native.play("/x", [*PREFIX, Hold(go_on), Piece(b"data: [DONE]\n\n"), End()])
     with httpx.stream("GET", native.url + "/x") as response:
