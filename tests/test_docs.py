@@ -207,8 +207,8 @@ def test_every_page_is_linked_from_another() -> None:
     linked = {
         documents.relative(name, link.partition("#")[0]).resolve() for name, text in PAGES.items() for link in links(text)
     }
-    alone = [name for name in PAGES if name.startswith("docs/") and (ROOT / name).resolve() not in linked]
-    assert alone == [], "link it from README.md or another page"
+    unlinked = [name for name in PAGES if name.startswith("docs/") and (ROOT / name).resolve() not in linked]
+    assert unlinked == [], "link it from README.md or another page"
 
 
 def test_the_contents_of_the_readme_list_every_section() -> None:

@@ -235,8 +235,8 @@ def test_the_environment_overrides_the_file_and_the_file_the_defaults(tmp_path: 
 def test_overrides_replace_only_defaults(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("DEFAULT_TPM=8\n")
-    stand_in = {"DEFAULT_RPM": ("1", "local run"), "DEFAULT_TPM": ("1", "local run"), "MAX_NUM_PREDICT": ("2", "local run")}
-    found = settings.load({"DEFAULT_RPM": "5"}, file, stand_in)
+    overrides = {"DEFAULT_RPM": ("1", "local run"), "DEFAULT_TPM": ("1", "local run"), "MAX_NUM_PREDICT": ("2", "local run")}
+    found = settings.load({"DEFAULT_RPM": "5"}, file, overrides)
     assert (found.default_rpm, found.default_tpm, found.max_num_predict) == (5, 8, 2)
     assert found.sources["max_num_predict"] == "local run"
 

@@ -45,7 +45,7 @@ class Discovery:
         self.catalog = Catalog()
         # Each backend has been polled: its models are known, or why it did not list them.
         self.has_asked_all = asyncio.Event()
-        self._polls, self._loads, self._load_turn = TaskGroup("discovery"), TaskGroup("map of models"), asyncio.Lock()
+        self._polls, self._loads, self._load_turn = TaskGroup("discovery"), TaskGroup("catalog of models"), asyncio.Lock()
         self.background = KeptTask(self._keep_refreshing, "discovery")
 
     async def __aenter__(self) -> Self:
@@ -176,7 +176,7 @@ class Discovery:
             if is_same_backend and snapshot.asked_at >= self._snapshots[backend.name].asked_at:
                 self._snapshots[backend.name] = snapshot
 
-    async def stored_map(self) -> tuple[float, int] | None:
+    async def stored_catalog(self) -> tuple[float, int] | None:
         """When the map in Redis was written and its size in bytes."""
         try:
             text = await self._store.call(lambda redis: redis.get(redis_keys.MODELS))

@@ -13,20 +13,20 @@ import zlib
 from functools import lru_cache
 from typing import NamedTuple
 
-# A trial that runs beside a gateway, on the same Redis, has a prefix of its own.
+# A drill that runs beside a gateway, on the same Redis, has a prefix of its own.
 PREFIX_VARIABLE = "NEURONETZ_NAMES_IN_REDIS"
 PREFIX = os.environ.get(PREFIX_VARIABLE) or "nz"
 # The start time, in seconds since 1970, follows. A Redis user who may use `nz:*` may use these names.
-TRIAL_PREFIX = "nz:drill-"
+DRILL_PREFIX = "nz:drill-"
 
 
-def new_trial_prefix() -> str:
-    return f"{TRIAL_PREFIX}{time.time():.0f}-{secrets.token_hex(4)}"
+def new_drill_prefix() -> str:
+    return f"{DRILL_PREFIX}{time.time():.0f}-{secrets.token_hex(4)}"
 
 
-def trial_age_s(name: str) -> float:
-    """Seconds since the start of the trial that this name belongs to; 0 if it belongs to none."""
-    found = re.match(rf"{TRIAL_PREFIX}(\d+)-", name)
+def drill_age_s(name: str) -> float:
+    """Seconds since the start of the drill that this name belongs to; 0 if it belongs to none."""
+    found = re.match(rf"{DRILL_PREFIX}(\d+)-", name)
     return time.time() - int(found[1]) if found else 0.0
 
 

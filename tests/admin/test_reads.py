@@ -81,9 +81,9 @@ def test_reports_ignore_reads_recorded_by_older_versions(
     gateway: RunningGateway, admin: httpx.Client, stores: TestStores
 ) -> None:
     [ops] = [row["id"] for row in admin.get("/keys").json()]
-    look = {"key_id": ops, "method": "GET", "route": "/admin/v1/overview", "model": "", "prompt_tokens": 0}
+    overview_read = {"key_id": ops, "method": "GET", "route": "/admin/v1/overview", "model": "", "prompt_tokens": 0}
     now = datetime.now(UTC)
-    audit_rows.write(stores.database_url, [audit_rows.row(now, **look), audit_rows.row(now, key_id=ops)])
+    audit_rows.write(stores.database_url, [audit_rows.row(now, **overview_read), audit_rows.row(now, key_id=ops)])
     until(lambda: admin.get("/overview").json()["lately"]["requests"], 10)
     lately = admin.get("/overview").json()["lately"]
     assert (lately["requests"], [row["requests"] for row in lately["keys"]]) == (1, [1])

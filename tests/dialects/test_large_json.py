@@ -41,7 +41,7 @@ def test_several_answers_in_a_list() -> None:
 
 
 @pytest.mark.parametrize("data", [b"{" + b"x" * FILL, b'"' + b"x" * FILL + b'"', b"[" * FILL, b"<html>" + b"}" * FILL])
-def test_text_that_does_not_look_like_an_answer_is_rejected(data: bytes) -> None:
+def test_text_that_does_not_resemble_an_answer_is_rejected(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
         large_json.read(data)
 

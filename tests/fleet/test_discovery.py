@@ -72,7 +72,7 @@ def test_each_gateway_polls_its_own_backends_though_others_share_its_redis(
         assert "new0:alpha" not in names(after)
 
 
-def test_the_map_in_redis_is_in_order_of_priority(
+def test_the_catalog_in_redis_is_in_order_of_priority(
     start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, stores: TestStores
 ) -> None:
     gateway = start_gateway(alpha, beta)
@@ -186,7 +186,7 @@ def test_a_model_that_runs_remotely_is_a_cloud_model(start_gateway: StartGateway
         assert client.post("/api/chat", json={"model": "stub", "messages": []}).status_code == 200
 
 
-def test_the_map_is_replaced_as_a_whole_while_it_is_read(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+def test_the_catalog_is_replaced_as_a_whole_while_it_is_read(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     gateway, stop = start_gateway(alpha), threading.Event()
     seen: set[int] = set()
 

@@ -241,7 +241,7 @@ def drill(stores: TestStores, folder: Path, only: str, switch: str = "", **names
         (folder / "sitecustomize.py").write_text("\n".join(line[margin:] for line in lines))
         names["PYTHONPATH"] = f"{folder}:{environment({})['PYTHONPATH']}"
         # Otherwise the command restarts itself to set this, which takes half of the time.
-        names[redis_keys.PREFIX_VARIABLE] = redis_keys.new_trial_prefix()
+        names[redis_keys.PREFIX_VARIABLE] = redis_keys.new_drill_prefix()
     variables = {**QUICK, "DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url, **names}
     command = [sys.executable, "-m", "gateway", "drill", "--json", "--only", only]
     done = subprocess.run(
@@ -312,7 +312,7 @@ def test_every_line_fails_when_its_feature_is_broken() -> None:
         ("redis+sentinel://one:26379/master/0", None),
     ],
 )
-def test_only_some_redis_urls_can_be_frozen_for_the_drill_alone(url: str, wired: str | None) -> None:
+def test_which_redis_urls_can_be_frozen_for_the_drill(url: str, wired: str | None) -> None:
     assert can_be_proxied(url) is (wired is not None)
 
     async def address() -> str:

@@ -36,7 +36,7 @@ Run = Callable[[str], tuple[int, str]]
 MODULES = Path(__file__).parent / "modules.mjs"
 # What runs a sample, by its language; it is read from its standard input.
 RUNS = {"curl": ["sh"], "Python": [sys.executable, "-"], "JavaScript": ["node", "--input-type=module"]}
-# The played backend has no account and no searches: that it refuses is passed on.
+# The fake backend has no account and no searches: that it refuses is passed on.
 REFUSED = {
     "GET /api/status",
     "POST /api/me",

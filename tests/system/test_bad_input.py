@@ -153,7 +153,9 @@ def test_bad_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
     ("method", "path"),
     [("POST", "/api/pull"), ("POST", "/api%2Fpull"), ("POST", "/api/%70ull"), ("DELETE", "/api/delete"), ("POST", "/api/me")],
 )
-def test_admin_verbs_are_refused_in_every_spelling(gateway: RunningGateway, alpha: FakeBackend, method: str, path: str) -> None:
+def test_admin_routes_are_refused_in_every_spelling(
+    gateway: RunningGateway, alpha: FakeBackend, method: str, path: str
+) -> None:
     with gateway.http(gateway.key()) as client:
         assert client.request(method, path, content=b'{"model":"a"}').status_code == 403
     assert not alpha.calls("/api/pull")

@@ -46,7 +46,7 @@ async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Redi
 
 async def list_models(settings: Settings, arguments: argparse.Namespace) -> None:
     async with discovering(settings) as (discovery, _, _):
-        stored = await discovery.stored_map()
+        stored = await discovery.stored_catalog()
         catalog = discovery.catalog
     rows = [
         {"backend": snapshot.backend, "model": entry["name"], "size": _size(entry["size"]), "state": snapshot.state}

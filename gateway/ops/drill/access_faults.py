@@ -48,7 +48,7 @@ async def unknown_is_forbidden(environment: Environment) -> None:
         expect(unknown.headers.keys() == forbidden.headers.keys(), f"{path}: the headers differ")
 
 
-async def admin_verbs(environment: Environment) -> None:
+async def model_routes(environment: Environment) -> None:
     before = len(environment.healthy.heads)
     for method, path in (("POST", "/api/pull"), ("DELETE", "/api/delete"), ("POST", "/api/create"), ("POST", "/api/copy")):
         answered(

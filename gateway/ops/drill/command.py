@@ -151,5 +151,5 @@ def restart_with_own_names() -> None:
     """Restarts this command with names of its own in Redis, if its names are still those of the installation."""
     if redis_keys.PREFIX != "nz":
         return
-    os.environ[redis_keys.PREFIX_VARIABLE] = redis_keys.new_trial_prefix()
+    os.environ[redis_keys.PREFIX_VARIABLE] = redis_keys.new_drill_prefix()
     os.execv(sys.executable, [sys.executable, "-m", "gateway", *sys.argv[1:]])  # noqa: S606 # our own command, once more  # nosec B606

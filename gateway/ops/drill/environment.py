@@ -71,11 +71,11 @@ async def temporary_names(redis_url: str) -> AsyncIterator[None]:
         yield
     finally:
         with suppress(RedisUnavailable):
-            await delete_names(redis_url, redis_keys.TRIAL_PREFIX, _is_over, CLEAN_S)
+            await delete_names(redis_url, redis_keys.DRILL_PREFIX, _is_over, CLEAN_S)
 
 
 def _is_over(name: str) -> bool:
-    return name.startswith(f"{redis_keys.PREFIX}:") or redis_keys.trial_age_s(name) > KEY_LIFETIME.total_seconds()
+    return name.startswith(f"{redis_keys.PREFIX}:") or redis_keys.drill_age_s(name) > KEY_LIFETIME.total_seconds()
 
 
 def _sweep_folders() -> None:

@@ -19,7 +19,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("key", "W1", "no key, a wrong key: 401", access_faults.wrong_key),
     Fault("revoke", "W1", "a revoked key stops within a second, in every process", access_faults.revoked),
     Fault("unknown", "W3", "an unknown model and a forbidden one look the same", access_faults.unknown_is_forbidden),
-    Fault("verbs", "W5", "routes that change models are closed to an ordinary key", access_faults.admin_verbs),
+    Fault("verbs", "W5", "routes that change models are closed to an ordinary key", access_faults.model_routes),
     Fault("secrets", "W6", "keys never reach backends, backends' tokens never callers", access_faults.secrets_stay),
     Fault("requests", "L1", "a burst on two processes: exactly the limit is admitted", limit_faults.requests_burst),
     Fault("slots", "L1", "more at once than allowed: exactly the limit runs", limit_faults.slots_burst),

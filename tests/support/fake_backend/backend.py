@@ -27,7 +27,7 @@ class FakeBackend:
         kind: Kind = "ollama",
         models: Iterable[str] = ("llama3.2:latest",),
         *,
-        name: str = "played",
+        name: str = "fake",
         port: int = 0,
         pieces: int = 4,
         pause_s: float = 0.0,

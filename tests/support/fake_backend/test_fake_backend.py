@@ -1,4 +1,4 @@
-"""The played backend keeps its own promises: the clients it stands in for believe it, and every bad manner really happens."""
+"""The fake backend keeps its own promises: the clients it stands in for believe it, and every bad manner really happens."""
 
 import hashlib
 import json
