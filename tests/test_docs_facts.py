@@ -37,7 +37,7 @@ STATED = [
     ("docs/operations.md", "32 MiB, or four of the largest", {"BYTES_PER_KEY": 32 * 2**20, "LARGEST_BODIES_PER_KEY": 4}),
     ("docs/operations.md", "bodies above 16 KiB", {"LARGEST_WITHOUT_TURN": 16_384}),
     ("docs/operations.md", "if a turn does not come in 20 s", {"LONGEST_WAIT_S": 20}),
-    ("docs/operations.md", "behind unread answers | 64 MiB", {"MOST_HELD_BY_ALL": 64 * 2**20}),
+    ("docs/operations.md", "earlier answers are unread | 64 MiB", {"MOST_HELD_BY_ALL": 64 * 2**20}),
     (
         "docs/operations.md",
         "not streamed | 64 MiB; above 256 KiB",
@@ -53,7 +53,7 @@ STATED = [
         "up to 25,000 for each sixteenth of the keys, and 500 prompts",
         {"MOST_ROWS": 25_000, "MOST_PROMPTS": 500},
     ),
-    ("docs/operations.md", "Every call to it ends after 50 ms", {"CALL_DEADLINE_S": 0.05}),
+    ("docs/operations.md", "Calls on the path of a request end after 50 ms", {"CALL_DEADLINE_S": 0.05}),
     ("docs/models.md", "opens after 3 failures in a row", {"FAILURES_UNTIL_OPEN": 3}),
     ("docs/models.md", "after 5 s, and later after up to 60 s", {"FIRST_PAUSE_S": 5, "LONGEST_PAUSE_S": 60}),
     ("docs/models.md", "for at most two seconds: what was pulled", {"MODELS_CHANGED_S": 2}),
@@ -234,3 +234,9 @@ def test_lines_of_the_drill_that_the_pages_name_exist() -> None:
         name for text in documents.pages().values() for names in re.findall(r'ONLY="([a-z ]+)"', text) for name in names.split()
     }
     assert named and named <= known
+
+
+def test_promises_that_the_drill_prints_are_in_the_list() -> None:
+    listed = [number for number, _ in documents.tables(section("docs/operations.md", "Promises"))]
+    printed = {fault.promise for fault in faults.FAULTS} - {"-"}
+    assert len(listed) == len(set(listed)) and printed <= set(listed)

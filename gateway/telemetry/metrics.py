@@ -124,7 +124,7 @@ class Metrics:
 
     def _declare_stores(self) -> None:
         self.store_calls = self._counter("gateway_store_calls", "Commands and queries sent to a store", "store")
-        self.store_errors = self._counter("gateway_store_errors", "Commands and queries without an answer", "store")
+        self.store_errors = self._counter("gateway_store_errors", "Commands and queries that failed", "store")
         self.store_up = self._gauge("gateway_store_up", "1 if a store is reachable", "store", of_all="livemin")
         self.degraded = self._gauge(
             "gateway_limits_degraded", "1 while processes admit their share of each limit without Redis", of_all="livemax"
