@@ -35,11 +35,11 @@ async def build(
             request_id_header=settings.gateway_request_id_header,
         )
         LOG.info("PostgreSQL: %s", await _state_of(parts.database))
-        log_what_is_in_force(settings, parts)
+        log_settings_in_force(settings, parts)
         yield application, parts
 
 
-def log_what_is_in_force(settings: Settings, components: Components) -> None:
+def log_settings_in_force(settings: Settings, components: Components) -> None:
     """One line each at start."""
     for backend in settings.backends:
         opened = f"with a token in {backend.auth_header}" if backend.auth_token else "without a token"

@@ -105,7 +105,7 @@ async def opened(
         limits = await enter(limits_of(settings, database, store, connections, share))
         dialects = registry.dialects()
         writer = await enter(AuditWriter(store, limits, database, active.process_id, keep_prompts=kept_prompts(settings)))
-        purging = await enter(retaining(settings))
+        purging = await enter(retention_task(settings))
         settler = await enter(settler_of(settings, limits, dialects, writer))
         scope_timer = await enter(ScopeTimer())
         metrics, in_flight = Metrics(metrics_folder), InFlight()
@@ -202,7 +202,7 @@ def kept_prompts(settings: Settings) -> timedelta:
 
 
 @asynccontextmanager
-async def retaining(settings: Settings) -> AsyncIterator[KeptTask]:
+async def retention_task(settings: Settings) -> AsyncIterator[KeptTask]:
     """On a separate connection: a slow query here must not make the database look unreachable."""
     keep = timedelta(days=settings.audit_log_default_retention_days)
     async with Database(settings.database_url, size=1) as database:

@@ -5,7 +5,7 @@ from typing import Any
 
 from gateway.admin.endpoint import AdminRequest
 from gateway.admin.overview import Overview
-from gateway.core.errors import NoSuchThing
+from gateway.core.errors import ResourceNotFound
 from gateway.fleet import drains
 from gateway.fleet import probe as fleet_probe
 from gateway.fleet.backends.backend import Backend
@@ -50,7 +50,7 @@ class BackendHandlers:
     def _backend(self, request: AdminRequest) -> Backend:
         backend = self._backends.get(request.path["name"])
         if backend is None:
-            raise NoSuchThing(f"there is no backend {request.path['name'][:64]!a}")
+            raise ResourceNotFound(f"there is no backend {request.path['name'][:64]!a}")
         return backend
 
     async def refresh(self, request: AdminRequest) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gateway.auth.key import Key
 from gateway.core import strict_json
 from gateway.core.asgi import send_json
 from gateway.core.cancel_scope import ScopeTimer
-from gateway.core.errors import AlreadyThere, BadRequest, CommandFailed, NameTaken, NoSuchThing, NotThere
+from gateway.core.errors import BadRequest, CommandFailed, NameTaken, NotFound, ResourceExists, ResourceNotFound
 from gateway.proxy.access import Access
 from gateway.proxy.body import Bodies
 
@@ -78,10 +78,10 @@ class AdminRoute:
     async def _answer(self, request: AdminRequest) -> Any:
         try:
             return await self._handler(request)
-        except NotThere as error:
-            raise NoSuchThing(str(error)) from error
+        except NotFound as error:
+            raise ResourceNotFound(str(error)) from error
         except NameTaken as error:
-            raise AlreadyThere(str(error)) from error
+            raise ResourceExists(str(error)) from error
         except (CommandFailed, BadValue) as error:
             raise BadRequest(str(error)) from error
 

@@ -49,7 +49,7 @@ async def verify(database: Database, report: Callable[[str], None]) -> Verdict:
     """Compares each batch with its digest and with the batch before it. Raises StoreUnavailable."""
     walk = Walk(database)
     verdict, reported_at = walk.verdict, time.monotonic()
-    await walk.go_to_beginning()
+    await walk.go_to_start()
     while await walk.step():
         if time.monotonic() - reported_at > REPORT_EVERY_S:
             reported_at = time.monotonic()
@@ -66,7 +66,7 @@ class Walk:
         self._database = database
         self.verdict = Verdict()
 
-    async def go_to_beginning(self, *, least: int = 0) -> bool:
+    async def go_to_start(self, *, least: int = 0) -> bool:
         """Begins where purging has ended; false if that is before batch `least`."""
         found = await self.fetch("audit_anchor")
         if not found or found[0]["batch"] < least:
@@ -80,7 +80,7 @@ class Walk:
         links = await self.fetch("audit_batches_after", after, BATCHES_AT_ONCE, ROWS_AT_ONCE)
         findings = list(_findings(links, after, self.verdict.digest))
         # Purging may have moved the beginning past these batches; before it the chain need not be whole.
-        if findings and await self.go_to_beginning(least=after + 1):
+        if findings and await self.go_to_start(least=after + 1):
             return True
         self._count([link for link in links if link["digest"] is not None])
         self.verdict.add(findings)

@@ -30,7 +30,7 @@ class PromptLog:
             self._size += len(piece)
 
     def entry(self, text_of: Callable[[bytes], str]) -> dict[str, Any]:
-        request = strict_json.write_anyhow(without_blobs(self._body)).decode("utf-8", "replace")
+        request = strict_json.write_with_replacements(without_blobs(self._body)).decode("utf-8", "replace")
         answer = text_of(b"".join(self._pieces))
         is_cut = self._is_cut or len(request) > LONGEST_TEXT or len(answer) > LONGEST_TEXT
         return {"request": request[:LONGEST_TEXT], "answer": answer[:LONGEST_TEXT], "is_cut": is_cut}

@@ -107,7 +107,7 @@ class Record:
         """The row of the audit as JSON, which is the log line, too."""
         self.ended_row = self._built(prompt_tokens, completion_tokens, tokens_from)
         self.ended_row["cached_tokens"], self.ended_row["billed_tokens"] = cached_tokens, billed_tokens
-        self.row_json = strict_json.write_anyhow(self.ended_row)
+        self.row_json = strict_json.write_with_replacements(self.ended_row)
         return self.row_json
 
     def row(self) -> dict[str, Any]:

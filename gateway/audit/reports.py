@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gateway.auth import key_format
 from gateway.core import strict_json
-from gateway.core.errors import NotThere
+from gateway.core.errors import NotFound
 from gateway.dialects.model_names import canonical
 from gateway.stores.postgres import Database, Row
 
@@ -65,10 +65,10 @@ def _in_every_spelling(glob: str) -> str:
 
 
 async def key_named(database: Database, id_or_name: str) -> Row:
-    """The `id` and `name` of a key, also of a revoked one. Raises NotThere."""
+    """The `id` and `name` of a key, also of a revoked one. Raises NotFound."""
     row = await database.row("find_any_key", id_or_name) if id_or_name.isprintable() else None
     if row is None:
-        raise NotThere(f"there is no key {key_format.redacted(id_or_name)[:64]!r}: see `make keys`")
+        raise NotFound(f"there is no key {key_format.redacted(id_or_name)[:64]!r}: see `make keys`")
     return row
 
 
@@ -85,12 +85,12 @@ async def stream_requests(database: Database, wanted: AuditFilter, *, timeout_s:
 
 
 async def trace(database: Database, request_id: str, since: datetime, limit: int) -> list[dict[str, Any]]:
-    """The rows of one request, by its id or by the caller's, which may not be unique. Raises NotThere."""
+    """The rows of one request, by its id or by the caller's, which may not be unique. Raises NotFound."""
     own_id = uuid_of(request_id)
     rows = await database.rows("trace_request", own_id, request_id, since, limit) if request_id.isprintable() else []
     if not rows:
         shown = key_format.redacted(request_id)[:64]
-        raise NotThere(
+        raise NotFound(
             f"no request {shown!r} in the audit: the audit has only requests made with a valid key, "
             "for as long as that key's retention lasts"
         )

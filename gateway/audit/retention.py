@@ -68,7 +68,7 @@ async def forget(database: Database, key_id: str, report: Report = quiet) -> int
     async with database.connection() as connection:
         steps = Steps(database, connection, report)
         # With the lock, every earlier writer has committed, and every later one sees the mark.
-        async with steps.holding_the_audit():
+        async with steps.audit_lock():
             until = await steps.value("forget_prompts", key_id)
         return await steps.repeat("purge_prompts_of_key", "prompts", key_id, until)
 
@@ -120,7 +120,7 @@ class Steps:
         return await self._connection.fetchval(self._sql(query), *values, timeout=STATEMENT_S)
 
     @asynccontextmanager
-    async def holding_the_audit(self) -> AsyncIterator[None]:
+    async def audit_lock(self) -> AsyncIterator[None]:
         """One transaction that locks out the other writers of the audit."""
         async with self._connection.transaction():
             await self.value("lock_audit")
@@ -172,7 +172,7 @@ class AuditPurge:
 
     async def make_months_ahead(self) -> None:
         at = datetime.now(UTC).replace(day=15)
-        async with self._steps.holding_the_audit():
+        async with self._steps.audit_lock():
             for _ in range(1 + MONTHS_AHEAD):
                 await self._steps.value("make_audit_partition", at)
                 at = (at + timedelta(days=30)).replace(day=15)
@@ -210,7 +210,7 @@ class AuditPurge:
     async def _purge(self, month: Month, rows: Sequence[Row]) -> None:
         if not rows:
             return
-        async with self._steps.sized(), self._steps.holding_the_audit():
+        async with self._steps.sized(), self._steps.audit_lock():
             places = [row["at"] for row in rows], [row["id"] for row in rows]
             self.rows += await self._steps.value("purge_audit_rows", *month, *places)
         self._steps.report(f"audit: {self.rows} rows deleted, now at {rows[-1]['at']:%Y-%m-%d}")
@@ -238,7 +238,7 @@ class AuditPurge:
             batch = rows[-1]["batch"]
 
     async def _has_dropped(self, name: str, month: Month, end: int) -> bool:
-        async with self._steps.holding_the_audit():
+        async with self._steps.audit_lock():
             newest = await self._steps.value("newest_batch_of_month", *month)
             if (newest is not None and newest > end) or not await self._steps.value("drop_audit_partition", name):
                 return False
@@ -258,7 +258,7 @@ class AuditPurge:
             end, rows = found["batch"], rows + found["rows"]
 
     async def _begin_chain_after(self, batch: int) -> None:
-        async with self._steps.holding_the_audit():
+        async with self._steps.audit_lock():
             await self._steps.value("move_audit_anchor", batch)
 
     async def _trim(self) -> None:

@@ -11,7 +11,7 @@ from argon2 import PasswordHasher
 
 from gateway.auth import key_format
 from gateway.auth.key import DRILL, Key, unpack
-from gateway.core.errors import CommandFailed, NameTaken, NotThere
+from gateway.core.errors import CommandFailed, NameTaken, NotFound
 from gateway.dialects import model_names
 from gateway.dialects.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
 from gateway.dialects.model_names import MOST_PATTERNS
@@ -92,7 +92,7 @@ class KeyStore:
         await self._database.run_all([("lock_key", (key_id,)), ("revoke_key", (key_id,))])
         return key_id, await self._announce(key_id)
 
-    async def drop_drills(self, ended_for: timedelta) -> None:
+    async def drop_drill_keys(self, ended_for: timedelta) -> None:
         """Deletes the keys of drills that ended this long ago."""
         await self._database.run("drop_drill_keys", DRILL, ended_for)
 
@@ -140,18 +140,18 @@ class KeyStore:
 
     async def active_id(self, name_or_id: str, *, by_id: bool = False, usable: bool = False) -> str:
         """The id of a key that is not revoked, by its name, its id or the id of one of its secrets; an id is never taken for a
-        name, and `by_id` takes no name. `usable`: it has not expired either. Raises NotThere."""
+        name, and `by_id` takes no name. `usable`: it has not expired either. Raises NotFound."""
         query = "find_key_by_id" if by_id else "find_living_key"
         row = await self._database.row(query, name_or_id) if name_or_id.isprintable() else None
         if row is None or (by_id and row["revoked_at"] is not None):
             shown = f"{'with the id ' if by_id else ''}{key_format.redacted(name_or_id)!r}"
-            raise NotThere(f"there is no active key {shown}: see `make keys`")
+            raise NotFound(f"there is no active key {shown}: see `make keys`")
         if usable and row["expires_at"] is not None and row["expires_at"] <= datetime.now(UTC):
             raise CommandFailed(f"the key {name_or_id!r} has expired: revoke it and make another")
         return str(row["id"])
 
     async def active_key(self, name_or_id: str) -> Key:
-        """A key that is not revoked, with its rights and limits. Raises NotThere."""
+        """A key that is not revoked, with its rights and limits. Raises NotFound."""
         row = await self._database.row("key_with_rights", await self.active_id(name_or_id))
         assert row is not None
         return unpack(dict(row))

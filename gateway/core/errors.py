@@ -89,14 +89,14 @@ class UnknownRoute(GatewayError):
         self.meant = meant
 
 
-class NoSuchThing(GatewayError):
+class ResourceNotFound(GatewayError):
     """The resource in the path does not exist."""
 
     status = 404
     code = "no_such_thing"
 
 
-class AlreadyThere(GatewayError):
+class ResourceExists(GatewayError):
     """A resource with this name already exists."""
 
     status = 409
@@ -324,7 +324,7 @@ class CommandFailed(Exception):
     """An operator's command could not be carried out; the message says what to do next."""
 
 
-class NotThere(CommandFailed):
+class NotFound(CommandFailed):
     """What an operator named does not exist."""
 
 

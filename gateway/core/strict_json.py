@@ -25,7 +25,7 @@ def write(value: object) -> bytes:
     return orjson.dumps(value)
 
 
-def write_anyhow(value: object) -> bytes:
+def write_with_replacements(value: object) -> bytes:
     """The same for strings that may not be valid Unicode, such as half a surrogate pair from a client's JSON."""
     try:
         return orjson.dumps(value)

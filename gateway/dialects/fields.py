@@ -101,4 +101,4 @@ def text_of(message: dict[str, Any], *names: str) -> str:
     """The text of a message or of a part of one, with its tool calls."""
     texts = [message[name] for name in names if isinstance(message.get(name), str)]
     calls = message.get("tool_calls")
-    return "".join(texts) + (strict_json.write_anyhow(calls).decode("utf-8", "replace") if calls else "")
+    return "".join(texts) + (strict_json.write_with_replacements(calls).decode("utf-8", "replace") if calls else "")

@@ -49,7 +49,7 @@ def of_text(text: str) -> int:
 
 
 def of_json(value: Any) -> int:
-    return of_text(strict_json.write_anyhow(value).decode("utf-8", "replace")) if value else 0
+    return of_text(strict_json.write_with_replacements(value).decode("utf-8", "replace")) if value else 0
 
 
 def of_messages(messages: list[dict[str, Any]]) -> int:
@@ -106,7 +106,7 @@ def of_media(value: Any) -> int:
 
 
 def _of_medium(value: Any) -> int:
-    letters = len(value) if isinstance(value, str) else len(strict_json.write_anyhow(value))
+    letters = len(value) if isinstance(value, str) else len(strict_json.write_with_replacements(value))
     return TOKENS_PER_IMAGE + letters // LETTERS_PER_TOKEN_OF_MEDIA
 
 

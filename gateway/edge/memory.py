@@ -19,9 +19,9 @@ def trimming_task() -> KeptTask:
 
 
 @contextlib.asynccontextmanager
-async def kept_small(trimming: KeptTask) -> AsyncIterator[None]:
+async def bounded_memory(trimming: KeptTask) -> AsyncIterator[None]:
     """For the time of serving; `trimming` is the task of `trimming_task`."""
-    spare_the_collector()
+    freeze_permanent_objects()
     return_large_blocks()
     trimming.start()
     try:
@@ -30,7 +30,7 @@ async def kept_small(trimming: KeptTask) -> AsyncIterator[None]:
         await trimming.end()
 
 
-def spare_the_collector() -> None:
+def freeze_permanent_objects() -> None:
     """Objects that exist now are permanent: to collect them again and again would only delay requests."""
     gc.collect()
     gc.freeze()

@@ -143,12 +143,12 @@ class Protocol(Deadlines):
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
             if not self._is_refused:
-                self._take_no_upgrade()
+                self._ignore_upgrade()
         except httptools.HttpParserError as wrong:
             reason = "" if isinstance(wrong, httptools.HttpParserCallbackError) else f": {wrong}"
             self._refuse(BadRequest(f"the request is not valid HTTP{reason}"))
 
-    def _take_no_upgrade(self) -> None:
+    def _ignore_upgrade(self) -> None:
         """Parses the head again without its upgrade header, which the parser takes for the end of the request.
 
         Java's HTTP client and `curl --http2` send one with each first request; RFC 9110 lets a server ignore it.

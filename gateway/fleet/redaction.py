@@ -87,4 +87,4 @@ def _redact_string(string: bytes, backend: BackendConfig) -> bytes:
     except ValueError:
         text = string[1:-1].decode("utf-8", "replace")
     redacted = redact(text, backend)
-    return string if redacted == text else strict_json.write_anyhow(redacted)
+    return string if redacted == text else strict_json.write_with_replacements(redacted)

@@ -40,7 +40,7 @@ CHANGES_MODELS = frozenset({"/api/pull", "/api/create", "/api/copy", "/api/delet
 
 
 @asynccontextmanager
-async def watching(receive: Receive, cancel_scope: CancelScope) -> AsyncIterator[None]:
+async def cancelling_on_disconnect(receive: Receive, cancel_scope: CancelScope) -> AsyncIterator[None]:
     """Interrupts `cancel_scope` when the client closes its connection."""
 
     async def watch() -> None:
@@ -140,7 +140,10 @@ class Passthrough:
         receive: Receive,
     ) -> None:
         with self._scope_timer.call_scope() as cancel_scope, backend.claim():
-            async with watching(receive, cancel_scope), backend.send(self._method, path, headers, body) as upstream:
+            async with (
+                cancelling_on_disconnect(receive, cancel_scope),
+                backend.send(self._method, path, headers, body) as upstream,
+            ):
                 await answer.pass_on(upstream, backend.config.read_timeout_s)
 
     async def _upload(
@@ -149,7 +152,7 @@ class Passthrough:
         """Passes the body on as it comes; the deadline for the backend's answer starts when the backend has all of it."""
         upload = Upload(receive, answer.record)
         with self._scope_timer.call_scope() as cancel_scope, backend.claim():
-            async with watching(upload.rest, cancel_scope):
+            async with cancelling_on_disconnect(upload.rest, cancel_scope):
                 try:
                     sending = backend.send(
                         self._method, path, headers, upload.pieces(cancel_scope, backend), wait_s=LONGEST_UPLOAD_S

@@ -248,7 +248,7 @@ class StreamedAnswer(Answer):
         self._recent.append(frames)
         size = len(frames)
         if size > LARGEST_READ_WHOLE:
-            self._forget_much()
+            self._drop_old_frames()
         count = self._dialect.framing.count(frames)
         if size > LONGEST_FRAME_OF_A_TOKEN and size > LONGEST_FRAME_OF_A_TOKEN * count:
             count = max(count, self._tokens_of(frames))
@@ -257,7 +257,7 @@ class StreamedAnswer(Answer):
             self._record.prompt_log.add(frames)
         return self._dialect.without_usage(frames) if self._hides_usage else frames
 
-    def _forget_much(self) -> None:
+    def _drop_old_frames(self) -> None:
         while len(self._recent) > 1 and sum(map(len, self._recent)) > LONGEST_FRAME:
             self._recent.popleft()
 

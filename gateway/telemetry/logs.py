@@ -29,7 +29,7 @@ class JsonLines(logging.Formatter):
 
 def json_line(when: float, level: str, logger: str, message: str, fields: dict[str, Any]) -> bytes:
     line = {"time": _timestamp(when), "level": level.lower(), "logger": logger, "message": message, **fields}
-    return strict_json.write_anyhow(line)
+    return strict_json.write_with_replacements(line)
 
 
 class ConsoleLines(logging.Formatter):

@@ -221,7 +221,7 @@ def locked(folder: Path, how: int) -> Iterator[None]:
         yield
 
 
-def bury(folder: Path, pid: int) -> None:
+def merge_ended(folder: Path, pid: int) -> None:
     """Removes the gauges of a worker that has ended, and adds its counts to those of earlier workers."""
     with locked(folder, fcntl.LOCK_EX), suppress(OSError):
         mark_process_dead(pid, path=str(folder))  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ import pytest
 from gateway import endpoints
 from gateway.auth import key_store
 from gateway.auth.key import ADMIN, ADMIN_MODELS, SHOW_BACKEND
-from gateway.core.errors import CommandFailed, NotThere
+from gateway.core.errors import CommandFailed, NotFound
 from tests.conftest import StartGateway
 from tests.support.documents import page
 from tests.support.fake_backend.backend import FakeBackend
@@ -102,7 +102,7 @@ def test_ids_and_names_are_not_confused(gateway: RunningGateway, admin: httpx.Cl
     with gateway.http(other["key"]) as client:
         assert client.post("/api/chat", json=CHAT).status_code == 200
     assert admin.delete(f"/keys/{other['id']}").status_code == 200
-    with pytest.raises(NotThere):
+    with pytest.raises(NotFound):
         gateway.call(gateway.key_store().revoke(first))
 
 

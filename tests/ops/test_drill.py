@@ -272,9 +272,9 @@ async def it_is_not_counted_as_traffic(database: Database) -> None:
     sums = await database.row("recent_sums", long_ago)
     assert sums is not None and sums["requests"] == 0
     key_store = KeyStore(database, PasswordHasher(), None)
-    await key_store.drop_drills(timedelta(hours=1))
+    await key_store.drop_drill_keys(timedelta(hours=1))
     assert len(await key_store.all()) == len(LIMITS)
-    await key_store.drop_drills(timedelta(0))
+    await key_store.drop_drill_keys(timedelta(0))
     assert await key_store.all() == []
 
 

@@ -27,11 +27,11 @@ def main(requests: socket.socket, modules: list[str]) -> None:
             watch(request, fds)
         for fd in fds:
             os.close(fd)
-        bury(os.WNOHANG)
-    bury(0)
+        reap(os.WNOHANG)
+    reap(0)
 
 
-def bury(how: int) -> None:
+def reap(how: int) -> None:
     with suppress(ChildProcessError):
         while os.waitpid(-1, how)[0]:
             pass

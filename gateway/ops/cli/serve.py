@@ -83,7 +83,7 @@ def _serve_many(settings: Settings, listener: socket.socket, on_ready: Callable[
             settings.gateway_workers,
             settings.gateway_drain_s + STOP_MARGIN_S,
             on_ready=lambda: on_ready(None),
-            on_end=partial(metrics.bury, Path(folder)),
+            on_end=partial(metrics.merge_ended, Path(folder)),
         )
         asyncio.run(workers.run())
 
@@ -107,7 +107,7 @@ async def _serve_one(
         one = server.Server(*parts, drain_s=settings.gateway_drain_s, on_ready=serves.set)
         reporting = asyncio.create_task(report_ready(components), name="banner")
         try:
-            async with memory.kept_small(trimming):
+            async with memory.bounded_memory(trimming):
                 await one.serve([listener])
         finally:
             await background.end([reporting])

@@ -26,13 +26,13 @@ async def revoked(environment: Environment) -> None:
     await environment.key_store.revoke(environment.key_ids["doomed"])
     began = time.monotonic()
     for process in processes:
-        while (await _doomed(environment, process)).status == 200:
+        while (await _try_key(environment, process)).status == 200:
             expect(time.monotonic() - began < REVOKED_S, f"the key still works {REVOKED_S:g} s later")
             await asyncio.sleep(0.05)
-        answered(await _doomed(environment, process), 401)
+        answered(await _try_key(environment, process), 401)
 
 
-async def _doomed(environment: Environment, process: Process) -> ClientAnswer:
+async def _try_key(environment: Environment, process: Process) -> ClientAnswer:
     answer = await environment.client.ask(process.url + "/api/version", environment.keys["doomed"], method="GET", counts=False)
     if answer.status == 200:
         environment.client.sent.append(answer.request_id)

@@ -221,7 +221,7 @@ class Environment:
             with suppress(CommandFailed, StoreUnavailable):
                 await self.key_store.revoke(key_id)
         with suppress(StoreUnavailable):
-            await self.key_store.drop_drills(2 * ROW_RETENTION)
+            await self.key_store.drop_drill_keys(2 * ROW_RETENTION)
 
     async def _ready(self, process: Process) -> None:
         """Waits until it serves. Raises CommandFailed with the end of its log."""

@@ -51,7 +51,7 @@ async def tags(request: Request) -> Response:
     return JSONResponse({"models": ENTRIES})
 
 
-async def running(request: Request) -> Response:
+async def running_models(request: Request) -> Response:
     return JSONResponse({"models": []})
 
 
@@ -152,7 +152,7 @@ app = Starlette(
         Route("/", alive),
         Route("/api/version", version),
         Route("/api/tags", tags),
-        Route("/api/ps", running),
+        Route("/api/ps", running_models),
         Route("/api/show", show, methods=["POST"]),
         Route("/api/chat", native, methods=["POST"]),
         Route("/api/generate", native, methods=["POST"]),
