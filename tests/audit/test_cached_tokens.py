@@ -144,8 +144,8 @@ def test_the_weight_of_cached_tokens_is_a_setting(
         assert client.post("/api/chat", json=CHAT).status_code == 200
     (found,) = gateway.audit_rows()
     assert (found["prompt_tokens"], found["cached_tokens"], found["billed_tokens"]) == (40, 30, counted)
-    logged = [record.getMessage() for record in gateway.logged.records if "had cached" in record.getMessage()]
-    assert logged == [f"prompt tokens that a backend had cached count {weight} of one"]
+    logged = [record.getMessage() for record in gateway.logged.records if "cached prompt token" in record.getMessage()]
+    assert logged == [f"a cached prompt token counts as {weight} tokens"]
 
 
 def test_the_recorded_stream_of_llama_cpp(gateway: RunningGateway, alpha: FakeBackend, stores: TestStores) -> None:
