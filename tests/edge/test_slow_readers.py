@@ -127,7 +127,7 @@ def test_memory_that_one_key_holds_does_not_limit_other_keys(gateway: RunningGat
         with gateway.http(greedy) as client:
             got = client.post("/api/chat", json=WHOLE)
         assert got.status_code == 502 and got.headers["x-should-retry"] == "false" and "retry-after" not in got.headers
-        assert "read those" in got.json()["error"] and len(alpha.calls("/api/chat")) == asked + 1
+        assert "read them first" in got.json()["error"] and len(alpha.calls("/api/chat")) == asked + 1
         play(alpha, LARGE // 2)
         assert status(gateway, modest) == 200
     until(lambda: gateway.components.held_answers.used == 0)
