@@ -59,7 +59,7 @@ revoke: .venv/ready-to-run ## Revoke a key, everywhere at once: KEY=
 models: .venv/ready-to-run ## List the models of all backends
 	@$(GATEWAY) models $(JSON_FLAG)
 
-refresh: .venv/ready-to-run ## Ask all backends for their models now
+refresh: .venv/ready-to-run ## Poll all backends for their models now
 	@$(GATEWAY) refresh $(JSON_FLAG)
 
 probe: .venv/ready-to-run ## Try every backend: reachable, latency, version, models, token

@@ -1,4 +1,4 @@
-"""`/admin/v1/backends` and `/admin/v1/refresh`: list, drain and probe backends, and ask all of them for their models."""
+"""`/admin/v1/backends` and `/admin/v1/refresh`: list, drain and probe backends, and poll all of them for their models."""
 
 from collections.abc import Mapping
 from typing import Any

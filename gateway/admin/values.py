@@ -17,7 +17,7 @@ GROUPS = ("key", "model", "backend", "day")
 
 
 class BadValue(ValueError):
-    """A text cannot be read as the value it should be; the message says what is wrong and what would be right."""
+    """A text is not a valid value; the message says what is wrong and names valid values."""
 
 
 def duration(text: str) -> timedelta:

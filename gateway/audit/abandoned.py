@@ -1,4 +1,4 @@
-"""Calls whose process is gone: what Redis keeps of a running call, and the settlement made of it."""
+"""Calls whose process has died: what Redis keeps of a running call, and the settlement that follows from it."""
 
 import logging
 from collections.abc import Sequence

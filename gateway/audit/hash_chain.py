@@ -130,7 +130,7 @@ def _fault(link: Row, previous: bytes) -> str:
         missing = expected - len(hashes)
         return f"missing rows: {missing}" if missing > 0 else f"added rows: {-missing}"
     if link["previous"] != previous:
-        return "broken chain: this batch was not made after the one before it"
+        return "broken chain: this batch does not continue the one before it"
     if not link["gone"] and hashlib.sha256(previous + b"".join(hashes)).digest() != link["digest"]:
         return "changed: at least one row is not as it was written"
     return ""

@@ -1,4 +1,4 @@
-"""Retention: deletes what has expired, in steps so small that nobody waits for them; the hash chain stays whole."""
+"""Retention: deletes what has expired, in steps so short that nothing waits for them; the hash chain stays intact."""
 
 import asyncio
 import logging

@@ -123,7 +123,7 @@ class Settler:
             entry = record.prompt_log.entry(self._dialects[record.dialect].answer_text)
             return strict_json.write_with_replacements({"id": record.id, "at": record.at, "key_id": record.key.id, **entry})
         except Exception:
-            # The settlement must go on: it frees what the request held.
+            # The settlement must continue: it frees what the request held.
             LOG.exception("the prompt of request %s could not be kept", record.request_id)
             return b""
 

@@ -1,4 +1,4 @@
-"""Moves audit rows from Redis to PostgreSQL in batches, in one process at a time; settles calls whose process is gone."""
+"""Moves audit rows from Redis to PostgreSQL in batches, in one process at a time; settles calls whose process has died."""
 
 import asyncio
 import logging
@@ -165,7 +165,7 @@ class AuditWriter:
                 taken += await table.write(self._database, some, other, self._keep_prompts) or len(other)
             except StoreUnavailable:
                 raise
-            except Exception as wrong:  # noqa: BLE001 # logged below, if other rows were taken
+            except Exception as wrong:  # noqa: BLE001 # logged below, if other rows were accepted
                 refused.append(type(wrong).__name__)
         if taken and refused:
             LOG.error("%d audit rows are refused by the database and lost: %s", len(refused), ", ".join(sorted(set(refused))))

@@ -1,4 +1,4 @@
-"""A key as a request finds it: who it belongs to, its rights and limits."""
+"""A key as requests use it: who it belongs to, its rights and limits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -139,8 +139,8 @@ class KeyStore:
         return int(await self._database.value("count_living_keys"))
 
     async def active_id(self, name_or_id: str, *, by_id: bool = False, usable: bool = False) -> str:
-        """The id of a key that is not revoked, by its name, its id or the id of one of its secrets; an id is never taken for a
-        name, and `by_id` takes no name. `usable`: it has not expired either. Raises NotFound."""
+        """The id of a key that is not revoked, by its name, its id or the id of one of its secrets; an id is never treated as
+        a name, and with `by_id` a name is not accepted. `usable`: it has not expired either. Raises NotFound."""
         query = "find_key_by_id" if by_id else "find_living_key"
         row = await self._database.row(query, name_or_id) if name_or_id.isprintable() else None
         if row is None or (by_id and row["revoked_at"] is not None):
@@ -183,7 +183,7 @@ def _check_new_key(wanted: NewKey) -> None:
     if not 0 < len(wanted.name) <= LONGEST_NAME or not wanted.name.isprintable():
         raise CommandFailed(f"a key's name must be 1 to {LONGEST_NAME} printable characters: choose another name")
     if key_format.redacted(wanted.name) != wanted.name:
-        raise CommandFailed("a key's name must not be a key: choose a name that says whose it is")
+        raise CommandFailed("a key's name must not be a key: choose a name that shows whose it is")
     if len(wanted.models) > MOST_PATTERNS:
         raise CommandFailed(f"a key's models may be at most {MOST_PATTERNS} names or globs: write globs, such as llama3*")
     for pattern in wanted.models:

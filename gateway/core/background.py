@@ -9,7 +9,7 @@ from typing import Any
 LOG = logging.getLogger("gateway.tasks")
 ATTEMPTS, ATTEMPT_S = 5, 1.0
 AGAIN_S = 1.0
-# After so long without a failure a task counts as healthy, and its next failure is logged again.
+# After this time without a failure a task counts as healthy, and its next failure is logged again.
 FAILING_S = 120.0
 
 

@@ -1,4 +1,4 @@
-"""Ends work early for one stated reason: the client has gone, a deadline has passed, or the process is shutting down."""
+"""Ends work early for one stated reason: the client has left, a deadline has passed, or the process is shutting down."""
 
 import asyncio
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class CancelScope:
             self._task.cancel()
 
     def within(self, seconds: float, expired: Reason) -> None:
-        """Interrupts with what `expired` returns after `seconds`, unless the deadline is moved or removed before."""
+        """After `seconds`, interrupts with the error that `expired` returns, unless the deadline is moved or removed before."""
         self._due = self._loop.time() + seconds
         self._expired = expired
         if self._timer is not None and self._timer.when() > self._due:
@@ -96,7 +96,7 @@ class CallScope(CancelScope):
         super().__exit__(kind, error, traceback)
 
     def within(self, seconds: float, expired: Reason, *, on_expiry: Callable[[Exception], None] | None = None) -> None:
-        """As in CancelScope; `on_expiry`, if given, is called with what `expired` returns and the block is not interrupted."""
+        """As in CancelScope; if given, `on_expiry` gets the error of `expired`, and the block is not interrupted."""
         self._due, self._expired, self._on_expiry = self._loop.time() + seconds, expired, on_expiry
 
     def end_within(self, seconds: float, too_long: Reason) -> None:

@@ -198,13 +198,13 @@ class BackendRefused(GatewayError):
 
 
 class BackendCannot(BackendRefused):
-    """The model server cannot do what the request asks for."""
+    """The model server cannot do what the request needs."""
 
     code = "upstream_cannot"
 
 
 class AnswerTooLarge(BackendRefused):
-    """The model server's answer is larger than this gateway passes on; ask for less in one request, or for a stream."""
+    """The model server's answer is too large for this gateway; ask for less in one request, or for a stream."""
 
     status = 502
     code = "answer_too_large"
@@ -317,7 +317,7 @@ class ClientStalled(ClientGone):
 
 
 class SettingsError(Exception):
-    """A setting is wrong; the message names it and says what would be right."""
+    """A setting is wrong; the message names the setting and its valid values."""
 
 
 class CommandFailed(Exception):
@@ -325,8 +325,8 @@ class CommandFailed(Exception):
 
 
 class NotFound(CommandFailed):
-    """What an operator named does not exist."""
+    """The object that an operator's command names does not exist."""
 
 
 class NameTaken(CommandFailed):
-    """What an operator wants to make exists."""
+    """An object that an operator's command would create already exists."""

@@ -28,7 +28,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Operation:
-    """One thing a client may ask of a model; `path` is the path of the gateway and of the backend.
+    """One kind of request to a model; `path` is its path at the gateway and at the backend.
 
     `clamp` limits the output tokens of a body to its third argument, or to its fourth if the caller set no limit. It returns
     the limit if the caller had asked for more, else 0.
@@ -51,7 +51,7 @@ class Call:
     """A client's request, read and checked.
 
     `context` is the model's context in tokens if the backend refuses requests that exceed it, else 0. `capped` is the limit of
-    each answer in tokens if the caller asked for more. `needs` is what the call takes of its limits, once that is known.
+    each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
     """
 
     operation: Operation
@@ -125,7 +125,7 @@ class Dialect(Protocol):
         """Whether a client may treat these frames as the end, whatever follows."""
 
     def is_plain(self, frames: bytes) -> bool:
-        """Whether these are complete frames without a last one, by a quick check that may say no in doubt."""
+        """Whether these are complete frames without a last one, by a quick check that returns False in doubt."""
 
     def hides_usage(self, call: Call) -> bool:
         """Whether the gateway asked the backend for counts that the caller did not ask for."""

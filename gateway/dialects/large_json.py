@@ -20,7 +20,7 @@ EMPTY = frozenset({b"[]", b"{}", b'""'})
 
 
 def read(data: bytes) -> Any:
-    """The parsed JSON; of a large answer only the outermost fields, with True for a value whose end is out of sight.
+    """The parsed JSON; of a large answer only the outermost fields, with True for a value whose end has not been read.
 
     Raises ValueError if it is not JSON; of a large answer only the first and last bytes are checked.
     """

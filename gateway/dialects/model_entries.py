@@ -18,7 +18,7 @@ SIZES = (
 ).split()
 CONTEXT = ("max_model_len", "loaded_context_length", "context_length", "context_window", "max_context_length")
 META = "n_ctx n_ctx_train n_vocab vocab_type n_embd n_params size".split()
-# The model behind a name; a path on the backend is not shown.
+# The model that a name refers to; a path on the backend is not shown.
 ROOT = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 LARGEST_SIZE = 2**53
 

@@ -1,7 +1,7 @@
 """Which spellings name the same model, and which models an allow-list contains.
 
-Ollama takes `llama3.2`, `LLAMA3.2:Latest`, `library/llama3.2`, `https://registry.ollama.ai/library/llama3.2` and
-`llama3.2:local` for one model (its types/model package and its `:cloud`/`:local` source suffixes); the gateway decides by
+Ollama treats `llama3.2`, `LLAMA3.2:Latest`, `library/llama3.2`, `https://registry.ollama.ai/library/llama3.2` and
+`llama3.2:local` as one model (its types/model package and its `:cloud`/`:local` source suffixes); the gateway decides by
 one canonical spelling.
 """
 

@@ -32,7 +32,7 @@ END_OF_EVENT = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
 MOST_LINES = 1000
 # An event for token counts is far smaller; a larger one is passed on unchanged.
 LARGEST_USAGE_EVENT = 16 * 1024
-# Servers that are asked for counts put an empty count into every chunk.
+# Servers that are asked for counts add an empty count to every chunk.
 NOTHING = rb'(?:null|\{"prompt_tokens"\s?:\s?0,\s?"completion_tokens"\s?:\s?0,\s?"total_tokens"\s?:\s?0\})'
 NO_USAGE = re.compile(rb',\s?"usage"\s?:\s?' + NOTHING + rb'(?=\s?[,}])|(?<=\{)"usage"\s?:\s?' + NOTHING + rb"\s?,\s?")
 NO_CHOICES = re.compile(rb'"choices"\s?:\s?(?:\[\s?\]|null)')

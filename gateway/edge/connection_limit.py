@@ -18,7 +18,7 @@ RESERVED = 64
 # Connections above the limit, for health checks.
 EXTRA = 16
 LOGGED_EVERY_S = 60.0
-# Above it, connections end whose next requests wait behind an unread answer; bodies that are being read have their own bounds.
+# Above it, connections are closed whose next requests wait for an unread answer; bodies in progress have their own bounds.
 MOST_HELD_BY_ALL = 64 * 2**20
 
 
@@ -45,7 +45,7 @@ class ConnectionLimit:
         self._logged_at = float("-inf")
 
     def admits(self, new: LimitedConnection, taken: Collection[LimitedConnection]) -> bool:
-        """Whether the `new` connection, one of `taken`, may stay; those that were idle for longest are closed for it."""
+        """Whether the `new` connection, one of `taken`, may stay; those that have been idle longest are closed for it."""
         if len(taken) <= self.most:
             return True
         staying = [connection for connection in taken if not connection.is_leaving]

@@ -78,7 +78,7 @@ class Cycle(RequestResponseCycle):
             self._end()
 
     def probe(self) -> bool:
-        """Sends bytes that no client takes for a part of its answer. Returns False if there are none at this point."""
+        """Sends bytes that no client mistakes for a part of its answer. Returns False if there are none at this point."""
         if self.chunked_encoding and not self._head:
             # The size of the next chunk may begin with any number of zeros.
             self.transport.write(b"0")

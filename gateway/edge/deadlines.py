@@ -65,7 +65,7 @@ class Deadlines(HttpToolsProtocol):
             self._stall_timer = None
 
     def _check_for_stall(self) -> None:
-        """A client may read slowly; one that has read nothing since the last check is gone."""
+        """A client may read slowly; one that has read nothing since the last check counts as gone."""
         if self.transport.get_write_buffer_size() >= self._unsent:
             self.transport.abort()
         else:

@@ -1,4 +1,4 @@
-"""`/healthz`: whether the process is alive; `/readyz`: whether it can take requests."""
+"""`/healthz`: whether the process is alive; `/readyz`: whether it can accept requests."""
 
 import time
 from collections.abc import Callable, Iterable

@@ -149,7 +149,7 @@ class Protocol(Deadlines):
             self._refuse(BadRequest(f"the request is not valid HTTP{reason}"))
 
     def _ignore_upgrade(self) -> None:
-        """Parses the head again without its upgrade header, which the parser takes for the end of the request.
+        """Parses the head again without its upgrade header, which the parser would treat as the end of the request.
 
         Java's HTTP client and `curl --http2` send one with each first request; RFC 9110 lets a server ignore it.
         """

@@ -1,4 +1,4 @@
-"""Checks of a request's head that the parser does not make."""
+"""Checks of a request's head that the parser does not perform."""
 
 import re
 

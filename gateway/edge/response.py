@@ -11,7 +11,7 @@ EXPOSED = (
     b"x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
     b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
-# Browsers must not take the output of a model or a backend for a page, whatever its content is.
+# Browsers must not treat the output of a model or a backend as a page, whatever its content is.
 NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 PREFLIGHT_HEADERS = (
     b"authorization, content-type, user-agent, accept, x-requested-with, x-api-key, api-key, x-request-id, openai-beta, "

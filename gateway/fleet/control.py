@@ -27,7 +27,7 @@ Act = Callable[[], Awaitable[Any]]
 
 
 class Control:
-    """`async with Control(store, fleet, acts)`: carries out commands for gateways with these backends; one gateway takes each.
+    """`async with Control(store, fleet, acts)`: carries out commands for gateways with these backends; one gateway runs each.
 
     `acts` are the commands by name; each answers with JSON.
     """
@@ -92,8 +92,8 @@ async def ask(store: RedisClient, fleet: FleetFacts, act: str) -> Any:
 
 
 async def other_fleet(store: RedisClient, own: Iterable[BackendConfig]) -> FleetFacts | None:
-    """The backends of the gateways that run on this Redis, where they are not those of `own`; None where one gateway has
-    those, where none runs, and while Redis is away. Raises CommandFailed where none has them and the gateways differ."""
+    """The backends of the gateways that use this Redis, if none of them has the backends of `own`. None if one has them, if no
+    gateway runs, and while Redis is unavailable. Raises CommandFailed if none has them and the gateways differ."""
     try:
         states = await presence.read(store)
     except RedisUnavailable:
@@ -105,7 +105,7 @@ async def other_fleet(store: RedisClient, own: Iterable[BackendConfig]) -> Fleet
     if any(fleet != fleets[0] for fleet in fleets):
         others = "; ".join(sorted({named_in_words(fleet) for fleet in fleets}))
         raise CommandFailed(
-            f"these settings have {named_in_words(mine)}, the running gateways {others}: set OLLAMA_BACKENDS as one of them"
+            f"these settings have {named_in_words(mine)}, the running gateways {others}: set OLLAMA_BACKENDS as in one of them"
         )
     return fleets[0]
 

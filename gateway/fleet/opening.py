@@ -16,7 +16,7 @@ from gateway.fleet.backends.http_client import BackendFault, BackendResponse, To
 
 LONGEST_RETRY_AFTER_S = 60.0
 LONGEST_ERROR_BODY, ERROR_BODY_WAITS_S = 65_536, 2.0
-# Pings before the first frame are passed on with it, but nobody needs megabytes of them.
+# Pings before the first frame are passed on with it, but no client needs megabytes of them.
 LONGEST_COMMENTS = 4096
 # A ping a second for ten minutes is a fraction of it.
 MOST_BEFORE_FIRST_FRAME = 262_144

@@ -55,7 +55,7 @@ def redact_frames(frames: bytes, framing: Framing, backend: BackendConfig) -> by
     """Whole frames, some of which may be errors: errors without the backend's secrets, all else byte for byte as it came."""
     for payload in framing.payloads(frames):
         if IN_ERRORS in payload and _is_error(try_read(payload)):
-            # No string of JSON goes over the end of a line.
+            # No string of JSON continues on the next line.
             for line in payload.split(b"\n"):
                 if (redacted := _redact_json(line, backend)) != line:
                     frames = frames.replace(line, redacted)

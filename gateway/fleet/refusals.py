@@ -117,12 +117,12 @@ def _is_count(value: object) -> bool:
 
 
 def meaning(status: int, reported: ReportedError, backend: BackendConfig) -> BackendRefused | None:
-    """The error for the caller; None where the backend has failed and another may answer.
+    """The error for the caller; None if the backend has failed and another may answer.
 
-    What a retry cannot change is 400, though the backend reports a failure of its own; 501 stays 501. A tool call that the
-    model got wrong keeps its 5xx: a retry may succeed.
+    An error that a retry cannot fix is 400, even if the backend reports a failure of its own; 501 stays 501. A tool call that
+    the model got wrong keeps its 5xx: a retry may succeed.
 
-    `status` 200: the error stood in the body, which may contain the true status.
+    `status` 200: the error was in the body, which may contain the true status.
     """
     if status == 200:
         code = reported.fields.get("code")

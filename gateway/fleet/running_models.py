@@ -61,7 +61,7 @@ class RunningModels:
         except (BackendFault, TimeoutError):
             self._running.pop(backend.name, None)
         except Exception:
-            # Unexpected: logged here, because nobody awaits this task's result; other backends are not affected.
+            # Unexpected: logged here, because nothing awaits this task's result; other backends are not affected.
             LOG.exception("backend %s could not be polled for its running models", backend.name)
             self._running.pop(backend.name, None)
         finally:

@@ -1,4 +1,4 @@
-"""Admission of a request: what it asks for, what it is given, and the error that refuses it."""
+"""Admission of a request: what it requests, what it is granted, and the error that refuses it."""
 
 import shlex
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a call will probably take, judged by earlier ones: seconds for a key's calls, output tokens for a model's answers."""
+"""What a call will probably take, estimated from earlier ones: seconds of a key's calls, output tokens of a model."""
 
 from gateway.limits.quota import CounterSet
 

@@ -111,7 +111,7 @@ class FallbackLimiter:
                 del self._slots_taken[counter_set.name]
 
     def slots(self, counter_set: CounterSet) -> int:
-        """How many slots were taken by Redis's last reply, with the call that it admitted."""
+        """How many slots were in use according to Redis's last reply, including the call that it admitted."""
         counters = self._counters.get(counter_set.name)
         return counters.known.slots + 1 if counters else 1
 

@@ -1,4 +1,4 @@
-"""Leases of running calls: renewed while their process runs, and expired once it is gone."""
+"""Leases of running calls: renewed while their process runs, and expired once it has died."""
 
 import asyncio
 import time

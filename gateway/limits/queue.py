@@ -28,7 +28,7 @@ class Queue:
     async def wait(self, ticket: Ticket, until: float, ask: Callable[[bool], Awaitable[Verdict]]) -> Verdict:
         """Asks whenever a slot may be free, until the ticket passes, is refused or its time is over.
 
-        `ask` is given whether the ticket may go on waiting.
+        `ask` is called with whether the ticket may continue to wait.
         """
         freed = asyncio.Event()
         queues = [self._waiting.setdefault(redis_keys.queue(counter_set.name), []) for counter_set in ticket.counter_sets]

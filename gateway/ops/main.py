@@ -32,7 +32,7 @@ VERBS = {
     "limit": Verb(keys.limit_key, options.limits_of_key, "set a key's limits, everywhere at once"),
     "revoke": Verb(keys.revoke_key, options.one_key, "revoke a key, everywhere at once"),
     "models": Verb(backends.list_models, options.none, "list the models of all backends"),
-    "refresh": Verb(backends.refresh, options.none, "ask all backends for their models now"),
+    "refresh": Verb(backends.refresh, options.none, "poll all backends for their models now"),
     "probe": Verb(backends.probe, options.none, "try every backend: reachable, latency, version, models, token"),
     "audit": Verb(audit.list_audit, options.audit, "list requests, the newest first"),
     "usage": Verb(audit.sum_audit, options.usage, "sum requests and tokens"),
@@ -112,13 +112,13 @@ def main(words: list[str] | None = None) -> int:
             raise
         if error.errno != errno.EPIPE:
             console.notify(f"error: the output cannot be written: {error.strerror}")
-        # Nobody reads on; what is left to write must not fail again at the exit.
+        # The output has no reader any more; what is left to write must not fail again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
 def _with_psql_options(words: list[str]) -> list[str]:
-    """What stands behind `psql` is for psql, also options, which argparse would take for ours."""
+    """All words after `psql` are for psql, including options, which argparse would treat as ours."""
     is_ours = words[:1] != ["psql"] or words[1:2] in (["-h"], ["--help"], ["--"])
     return words if is_ours else ["psql", "--", *words[1:]]
 

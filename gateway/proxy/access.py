@@ -33,7 +33,7 @@ class Access:
     async def admit_operator(self, scope: Scope, record: Record) -> Key:
         """The key of a request to the admin API; raises NotPermitted without the role.
 
-        Reading is no traffic: only the key's own limits apply, so that the defaults lock nobody out of the dashboard.
+        Reading is not traffic: only the key's own limits apply, so that the defaults lock nobody out of the dashboard.
         """
         key = await self.key_of(scope, record)
         record.is_operator_read = record.method in READS and ADMIN in key.flags

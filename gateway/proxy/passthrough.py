@@ -149,7 +149,7 @@ class Passthrough:
     async def _upload(
         self, backend: Backend, path: str, headers: dict[str, str], answer: "PassthroughAnswer", receive: Receive
     ) -> None:
-        """Passes the body on as it comes; the deadline for the backend's answer starts when the backend has all of it."""
+        """Passes the body on as it arrives; the deadline for the backend's answer starts when the backend has all of it."""
         upload = Upload(receive, answer.record)
         with self._scope_timer.call_scope() as cancel_scope, backend.claim():
             async with cancelling_on_disconnect(upload.rest, cancel_scope):
@@ -232,7 +232,7 @@ def _no_answer(upstream: BackendResponse) -> Exception:
 
 
 class PassthroughAnswer:
-    """Passes on an answer of any status and form, each piece as it comes."""
+    """Passes on an answer of any status and form, each piece as it arrives."""
 
     def __init__(self, dialect: Dialect, record: Record, send: Send) -> None:
         self._dialect, self.record, self._send = dialect, record, send

@@ -26,9 +26,9 @@ from gateway.fleet.redaction import IN_ERRORS, redact_frames
 # How many payloads at the end of a stream show whether it is complete, and how many bytes usually contain them.
 TAIL_PIECES, SHORT_TAIL = 4, 4096
 LAST_FRAME_WAITS_S = 0.05
-# Bytes that are sent at once; of more, all but the last piece waits until the client takes it.
+# Bytes that are sent at once; of more, all but the last piece waits until the client reads it.
 AT_ONCE = 65_536
-# A client must take a large whole answer within so many seconds, plus one for each so many bytes.
+# A client must read a large whole answer within this many seconds, plus one for each of this many bytes.
 READ_WITHIN_S, SLOWEST_CLIENT = 60.0, 65_536
 # Where the frames of a stream are parsed on their way: bytes that are parsed before other tasks run, and bytes of one piece.
 READ_IN_A_TURN, READ_IN_A_PIECE = 32 * 1024, 2048
@@ -82,7 +82,7 @@ class Answer(ABC):
         await self._send({"type": "http.response.start", "status": 200, "headers": [kind, *headers]})
 
     async def _send_most(self, body: bytes) -> bytes:
-        """Sends a large body as the client takes it; returns its end, for which there is space then."""
+        """Sends a large body as the client reads it; returns its end, for which there is space then."""
         last = (len(body) - 1) // AT_ONCE * AT_ONCE
         for at in range(0, last, AT_ONCE):
             await self._send({"type": "http.response.body", "body": body[at : at + AT_ONCE], "more_body": True})
@@ -109,7 +109,7 @@ class WholeAnswer(Answer):
         try:
             self._take(opening)
             if len(self._body) > AT_ONCE:
-                # Until the client has taken most of it, its call is in progress.
+                # Until the client has read most of it, its call is in progress.
                 cancel_scope.end_within(READ_WITHIN_S + len(self._body) / SLOWEST_CLIENT, ClientStalled)
                 await self._start(*self._head)
                 self._body = await self._send_most(self._body)
@@ -138,7 +138,7 @@ class WholeAnswer(Answer):
 
 
 class StreamedAnswer(Answer):
-    """The backend's bytes as they come, cut at frames only; after a failure the dialect's error frame."""
+    """The backend's bytes as they arrive, cut at frames only; after a failure the dialect's error frame."""
 
     def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send, settler: Settler) -> None:
         super().__init__(dialect, call, record, send)

@@ -1,4 +1,4 @@
-"""The route that a caller may have meant by a path that does not exist: one of the public routes."""
+"""The public route that a caller may have meant by a path that does not exist."""
 
 from collections.abc import Collection
 

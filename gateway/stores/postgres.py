@@ -188,7 +188,7 @@ class Database:
         return refused
 
     async def _reconnect_to_primary(self) -> None:
-        """A session keeps its server, while the same address may lead to a new primary by now."""
+        """A session keeps its server, but the same address may lead to a new primary by now."""
         self._note_writes(taken=False)
         assert self._pool is not None
         await self._pool.expire_connections()
@@ -235,7 +235,7 @@ def advice_for(error: StoreUnavailable) -> str:
     if isinstance(error, StoreRefused):
         return f"PostgreSQL refuses: {error.reason}: `make doctor` checks the schema and the rights"
     if isinstance(error, TooSlow):
-        return "PostgreSQL takes too long for this: ask for a shorter time or for less"
+        return "PostgreSQL takes too long for this: ask for a shorter period or for less"
     return "PostgreSQL does not answer: check DATABASE_URL and that the server runs"
 
 

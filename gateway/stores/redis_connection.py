@@ -165,7 +165,7 @@ class RedisConnection:
             command.reply.set_exception(RedisUnavailable())
 
     def _check_writes(self, deadline: float) -> None:
-        """A server that takes no writes is of no use, even if it answers."""
+        """A server that accepts no writes is of no use, even if it answers."""
         reply: asyncio.Future[Any] = self._loop.create_future()
         reply.add_done_callback(self._writes_checked)
         self._enqueue(Command(pack("EVAL", WRITE_CHECK, 1, redis_keys.CHECK, CHECK_KEPT_MS), reply, deadline, True))

@@ -44,7 +44,7 @@ CONTROL = prefixed("control")
 # What has no shard.
 AUDIT_WRITER = prefixed("audit:writer")
 MODELS = prefixed("map")
-# Written to learn whether Redis takes writes.
+# Written to find out whether Redis accepts writes.
 CHECK, DOCTOR_CHECK, DRILL_CHECK = prefixed("check"), prefixed("doctor"), prefixed("begun")
 
 

@@ -56,7 +56,7 @@ SELECT id FROM secrets WHERE key_id = $1;
 SELECT k.id, k.name, k.expires_at, k.revoked_at FROM secrets s JOIN keys k ON k.id = s.key_id WHERE s.id = $1;
 
 -- name: find_living_key
--- An active key by its id, by the id of one of its secrets or by its name; an id that exists is never taken for a name.
+-- An active key by its id, by the id of one of its secrets or by its name; an id that exists is never treated as a name.
 SELECT k.id, k.name, k.expires_at FROM keys k
 WHERE k.revoked_at IS NULL
   AND k.id = coalesce((SELECT key_id FROM secrets WHERE id = $1),

@@ -207,9 +207,7 @@ def test_the_verbs_of_an_operator(
     printed = operate(tmp_path, names, "explain", "--key", "alice", "--model", "lama3.2")
     assert "NOT KNOWN to any backend" in printed and printed.count("does not have this model") == 3
     assert next(line for line in printed.splitlines() if " rpm " in line).split()[:5] == ["all", "rpm", "50", "0", "50"]
-    assert printed.endswith(
-        "refused with 403 model_not_available: no backend has this model, `make models` lists those there are\n"
-    )
+    assert printed.endswith("refused with 403 model_not_available: no backend has this model, `make models` lists all models\n")
 
     operate(tmp_path, names, "drain", "--backend", "alpha")
     until(lambda: chat(url, key).json()["model"] and fleet[1].calls("/api/chat"), 10)

@@ -112,7 +112,7 @@ def test_a_recomputed_batch_breaks_the_chain_after_it(url: str) -> None:
         f"UPDATE audit SET status = 500 WHERE id = {A_ROW}",
         f"UPDATE audit_batches SET digest = sha256(previous || ({hashes})) WHERE id = 2",
     )
-    assert findings(url) == [(3, "broken chain: this batch was not made after the one before it", 3, 3)]
+    assert findings(url) == [(3, "broken chain: this batch does not continue the one before it", 3, 3)]
 
 
 @pytest.mark.parametrize("anchor", ["0, '\\x00'", "2, '\\x00'"])

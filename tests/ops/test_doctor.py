@@ -464,7 +464,7 @@ def test_a_backend_without_models_and_a_slow_one(
     monkeypatch.setattr(report, "SLOW_MS", 0)
     found = examine(alpha, beta)
     assert matches(found["backend alpha"], "warning", "0 models", "give it a model")
-    assert matches(found["backend beta"], "warning", "1 models in", "nearer")
+    assert matches(found["backend beta"], "warning", "1 models in", "closer")
 
 
 def test_a_missing_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ from gateway.fleet.backends.http_client import SMALL, BackendFault
 
 
 class UnfinishedFrames(SharedBytes):
-    """What all calls of one backend hold of frames that have not ended."""
+    """The unfinished frames that all calls of one backend hold."""
 
     def check(self, caller: str) -> None:
         if self.used > self.most:
-            raise BackendFault("endless_frames", f"more than {self.most} bytes held of all answers of this backend")
+            raise BackendFault("endless_frames", f"the unfinished frames of this backend's answers exceed {self.most} bytes")
 
 
 class FrameBuffer:
@@ -23,7 +23,7 @@ class FrameBuffer:
         self.rest = bytearray()
 
     def add(self, piece: bytes) -> bytes:
-        """The frames that are complete with this piece. Raises BackendFault where the backend makes us hold too much."""
+        """The frames that are complete with this piece. Raises BackendFault if the backend makes us hold too much."""
         rest = self.rest
         if not rest:
             end = self._framing.end_of_frames(piece)

@@ -59,7 +59,7 @@ class BoundedResponseHandler(ResponseHandler):
     Bytes that come while no request is open end the connection: the next request would take them for its response.
     """
 
-    # Whether the bytes that came last had some of the body for a `flow`.
+    # Whether the bytes that arrived last contained some of the body for a `flow`.
     has_yielded = False
     _in_body = False
     _head_bytes = _framing = _body_bytes = 0
@@ -142,19 +142,19 @@ class ConnectionPool(aiohttp.TCPConnector):
 
 
 class DirectReader(aiohttp.StreamReader):
-    """A body whose pieces go to a function as they arrive, without waking a task: a StreamReader turns into this for a while.
+    """A body whose pieces go to a function as they arrive, without waking a task; a StreamReader becomes this for a while.
 
-    The first piece that is not taken, the end or a failure turns it back, and all that follows is buffered.
+    The first piece that the function does not accept, the end or a failure changes it back, and what follows is buffered.
     """
 
-    # The parser keeps the reader that it has made, so its class is changed, and with it no more than methods.
+    # The parser keeps a reference to the reader that it created, so the class of that object is changed; only methods differ.
     __slots__ = ()
-    # A StreamReader has its waiting future here; this has the function, and a future for what was not taken.
+    # A StreamReader has its waiting future here; this has the function, and a future for the first piece not accepted.
     _waiter: Any
 
     @classmethod
     def begin(cls, body: aiohttp.StreamReader, take: Callable[[bytes], bool]) -> "asyncio.Future[bytes]":
-        """The future gets the first piece that was not taken, or one before which other tasks should run; b"" at the end."""
+        """The future gets the first piece not accepted, or one before which other tasks should run; b"" at the end."""
         left: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         changed: Any = body
         changed.__class__, changed._waiter = cls, [take, left, PIECES_AT_ONCE]  # noqa: SLF001
@@ -197,7 +197,7 @@ class DirectReader(aiohttp.StreamReader):
 
 
 class BackendResponse:
-    """A response whose head has come; `close` returns its connection to the pool, or closes it if there is more to read."""
+    """A response whose head has arrived; `close` returns its connection to the pool, or closes it if there is more to read."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class BackendResponse:
         self._body.set_exception(error)
 
     async def read(self) -> bytes:
-        """The next bytes as they come, b"" at the end; raises BackendFault where the response breaks off."""
+        """The next bytes as they arrive, b"" at the end; raises BackendFault if the response breaks off."""
         try:
             if self._wire is not None and self._wire._reading_paused:  # noqa: SLF001
                 await self._others_first()
@@ -232,7 +232,7 @@ class BackendResponse:
         await asyncio.sleep(0)
 
     async def flow(self, take: Callable[[bytes], bool]) -> bytes:
-        """Calls `take` with the bytes as they come and returns the first that it does not take, b"" at the end.
+        """Calls `take` with the bytes as they arrive and returns the first piece that it does not accept, b"" at the end.
 
         Raises as `read` does.
         """
@@ -304,7 +304,7 @@ class HttpClient:
         protocol = connection.protocol
         if protocol is None or protocol.transport is None:
             connection.close()
-            raise ConnectionLost("disconnected", "before it was asked")
+            raise ConnectionLost("disconnected", "before the request was sent")
         try:
             protocol.set_response_params(
                 read_until_eof=True, auto_decompress=False, max_line_size=LONGEST_LINE, max_field_size=LONGEST_LINE

@@ -1,4 +1,4 @@
--- Finds calls whose lease has expired: their process is gone.
+-- Finds calls whose lease has expired: their process has died.
 -- KEYS: leases, calls.
 -- ARGV: ms since the end of the lease; the most calls to find.
 -- Answers for each call its id and its info.

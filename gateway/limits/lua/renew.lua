@@ -1,4 +1,4 @@
--- Renews the leases of running calls; a slot that Redis has lost is taken again.
+-- Renews the leases of running calls; a slot that Redis has lost is occupied again.
 -- KEYS: leases; then, for each counter set of each call: slots.
 -- ARGV: ms of the lease; then, for each slot: call id.
 for i = 2, #ARGV do

@@ -2,7 +2,7 @@
 -- however often a call is settled.
 -- KEYS: calls, leases, means, rows, prompts, dropped, once; then for each counter set: tokens, reserve, slots, queue, budget.
 -- ARGV: call id; tokens reserved (-1: as stored with the call); tokens used; row ('' for none); prompt ('' for none);
--- how ('admitted': by Redis, 'local': by a process without Redis, 'abandoned': its process is gone); model; completion tokens
+-- how ('admitted': by Redis, 'local': by a process without Redis, 'abandoned': its process has died); model; completion tokens
 -- for the mean of the model (-1: none); most rows; most prompts; channel for freed slots; then for each counter set: whether it
 -- limits tokens per minute, whether it has a budget (1 or 0).
 -- Answers 1 if the tokens were counted now, else 0.

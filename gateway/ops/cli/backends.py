@@ -1,4 +1,4 @@
-"""The verbs for backends: list their models, ask for them again, probe, drain and undrain."""
+"""The verbs for backends: list their models, poll them again, probe, drain and undrain."""
 
 import argparse
 import time
@@ -73,7 +73,7 @@ def _size(count: object) -> str:
 
 
 async def refresh(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Asks every backend now; the running gateways take the new map at once."""
+    """Polls every backend now; the running gateways use the new map at once."""
     async with running_fleet(settings) as (store, fleet):
         if fleet is not None:
             rows = await control.ask(store, fleet, "refresh")

@@ -113,7 +113,7 @@ def printer(*, as_json: bool, as_csv: bool) -> Table | Lines | Csv:
 
 
 def _plain(value: Any) -> Any:
-    """Spreadsheets treat a value that begins so as a formula; names and agents may come from anybody."""
+    """Spreadsheets treat a value that begins like this as a formula; names and agents may come from anybody."""
     if isinstance(value, str) and value.startswith(FORMULAS):
         return f"'{value}"
     return json.dumps(value) if isinstance(value, list | dict) else _jsonable(value) if isinstance(value, date) else value

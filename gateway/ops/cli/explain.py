@@ -87,5 +87,5 @@ def _verdict(found: Mapping[str, Any]) -> str:
         passes = "never passes as it is" if wait_s is None else f"passes in about {duration(math.ceil(wait_s) * 1000)}"
         return f"refused with 429 {found['outcome']}: {found['refused_by']} is reached; it {passes}"
     is_gone = not found["model_is_known"] and found["status"] in (403, 404)
-    why = ": no backend has this model, `make models` lists those there are" if is_gone else ""
+    why = ": no backend has this model, `make models` lists all models" if is_gone else ""
     return f"refused with {found['status']} {found['outcome']}{why}"

@@ -58,7 +58,7 @@ async def list_keys(settings: Settings, arguments: argparse.Namespace) -> None:
     async with open_key_store(settings) as key_store:
         rows = await key_store.all()
     console.show(
-        [key_view.of_row(row) for row in rows], as_json=arguments.json, empty="no keys yet: `make key NAME=…` makes one"
+        [key_view.of_row(row) for row in rows], as_json=arguments.json, empty="no keys yet: `make key NAME=…` creates one"
     )
 
 

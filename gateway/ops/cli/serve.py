@@ -134,7 +134,7 @@ def run() -> None:
         settings = _with_backend(named, base_url) if base_url else named
         _hand_on(settings)
         is_demonstration = base_url not in ("", installation.OLLAMA_HERE)
-        # The port first: if it is taken, the first key would be created and never shown.
+        # The port first: if it is in use, the first key would be created and never shown.
         with bind(settings) as listener:
             first_key = asyncio.run(_prepare(settings))
             logs.configure(settings.gateway_log_level, settings.gateway_log_format)
@@ -181,7 +181,7 @@ def banner(settings: Settings, components: Components | None, first_key: str | N
         "",
         f"  key       {first_key}  (shown only once)"
         if first_key
-        else "  key       the one you have; `make key NAME=…` creates another",
+        else "  key       the one that you already have; `make key NAME=…` creates another",
     ]
     lines += _wider_limits(settings)
     model = _chat_model(components)

@@ -154,7 +154,7 @@ def _worst_first(backends: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def _backend(row: Mapping[str, Any]) -> list[str]:
-    state = "drained" if row["drained"] else row["state"]
+    state = "drained" if row["drained"] else "down" if row["state"] == "away" else row["state"]
     breaker = row["breaker"] + (f" {row['open_for_s']:.0f}s" if row["open_for_s"] else "")
     load = f"{row['in_flight']}/{row['max_connections']}"
     return [row["name"], state, breaker, load, _ms(row["latency_ms"]), str(row["models"]), row["error"]]

@@ -55,7 +55,7 @@ async def _speed(client: Any) -> list[Finding]:
         await client.ping()
         times.append(time.monotonic() - began)
     found = f"answers in {min(times) * 1000:.1f} ms"
-    advice = f"move it nearer: a gateway waits {redis_client.CALL_DEADLINE_S * 1000:g} ms and then continues without it"
+    advice = f"move it closer: a gateway waits {redis_client.CALL_DEADLINE_S * 1000:g} ms and then continues without it"
     if min(times) > redis_client.CALL_DEADLINE_S:
         return [problem(NAME, found, advice)]
     return [warning(NAME, found, advice) if min(times) > redis_client.CALL_DEADLINE_S / 2 else ok(NAME, found)]

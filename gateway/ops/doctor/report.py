@@ -139,7 +139,7 @@ async def _backend(backend: Backend, advice: str) -> list[Finding]:
     if not seen["models"]:
         return [warning(check, found, "give it a model (Ollama: `ollama pull NAME`)")]
     if seen["latency_ms"] > SLOW_MS:
-        return [warning(check, found, "check what keeps it busy, or move it nearer")]
+        return [warning(check, found, "check what keeps it busy, or move it closer")]
     return [ok(check, found)]
 
 

@@ -119,7 +119,7 @@ def workers(settings: Settings) -> Finding:
 
 def discovery(settings: Settings) -> Finding:
     kept, every = settings.model_discovery_cache_ttl_s, settings.model_discovery_refresh_s
-    found = f"asked every {every:g} s, kept for {kept:g} s"
+    found = f"polled every {every:g} s, kept for {kept:g} s"
     if kept < every:
         advice = "set MODEL_DISCOVERY_CACHE_TTL_S above MODEL_DISCOVERY_REFRESH_S: otherwise models vanish between two polls"
         return warning("discovery", found, advice)

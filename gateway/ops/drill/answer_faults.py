@@ -1,4 +1,4 @@
-"""Faults of backends and callers: what answers must look like nevertheless."""
+"""Faults of backends and callers, and what the answers must be nevertheless."""
 
 import asyncio
 import json

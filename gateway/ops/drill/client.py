@@ -78,7 +78,7 @@ class Client:
 
 
 async def fetch(url: str) -> bytes | None:
-    """The answer of a route that needs no key, over a connection of its own; None where nobody answers."""
+    """The answer of a route that needs no key, over a separate connection; None if nothing answers."""
     timeout = aiohttp.ClientTimeout(total=FETCH_S)
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:

@@ -77,7 +77,7 @@ async def killed(environment: Environment) -> None:
     """The process was killed at the start: its slot is free again when its lease ends."""
     began = time.monotonic()
     while (answer := await environment.ask(OLLAMA, PLAIN, "killed", stream=False)).status == 429:
-        expect(time.monotonic() - began < LEASE_S, f"the slot is still taken after {LEASE_S:g} s")
+        expect(time.monotonic() - began < LEASE_S, f"the slot is still in use after {LEASE_S:g} s")
         await asyncio.sleep(0.5)
     answered(answer)
 

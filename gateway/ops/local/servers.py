@@ -227,7 +227,7 @@ def _finish(process: subprocess.Popen[bytes], postgres: PostgresFiles, wait: Wai
 
 
 def postgres_server(postgres: PostgresFiles, launcher: Launcher, sockets: Path, *, durable: bool) -> Server:
-    # The lock shows that nobody serves this folder: a pid left in it belongs to another process by now.
+    # The lock shows that no server uses this folder: a pid left in it belongs to another process by now.
     (postgres.data / "postmaster.pid").unlink(missing_ok=True)
     return Server(
         name="PostgreSQL",
