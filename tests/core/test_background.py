@@ -19,7 +19,7 @@ from tests.support.processes import until
 
 # Functions whose tasks end by themselves or with their caller; all others run for ever, as a KeptTask.
 ONCE = {
-    ("proxy/passthrough.py", "watching"),
+    ("proxy/passthrough.py", "cancelling_on_disconnect"),
     ("auth/authenticator.py", "_check_once"),
     ("limits/limiter.py", "_seed_once"),
     ("edge/server.py", "begin_drain"),
