@@ -125,7 +125,7 @@ async def delete_names(url: str, prefix: str, is_wanted: Callable[[str], bool], 
 
 
 class RedisClient:
-    """`async with RedisClient(url) as store:`; a call raises RedisUnavailable within 50 ms, or at once while Redis is down."""
+    """`async with RedisClient(url) as store:`; a call raises RedisUnavailable within 50 ms, or at once after two failures."""
 
     def __init__(self, url: str) -> None:
         self._url = url
