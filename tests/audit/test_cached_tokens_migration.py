@@ -11,8 +11,8 @@ import pytest
 from gateway.audit import hash_chain
 from gateway.stores import migrations
 from gateway.stores.migrations import Migration
-from tests.limits.test_limiter import until
 from tests.support.audit_rows import ago, in_database, row, sql, write
+from tests.support.processes import until
 
 LAST_BEFORE = 6
 REAL: Callable[..., list[Migration]] = migrations.read_migrations

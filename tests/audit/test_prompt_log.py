@@ -7,9 +7,9 @@ import pytest
 
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.limits.test_limiter import until
 from tests.support.chat_requests import CHATS, MODEL, Chat
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 
 CANARY = "canary-prompt-77c1"

@@ -20,10 +20,10 @@ from gateway.dialects.openai import OpenAI
 from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway, TestStores
-from tests.limits.test_limiter import until
 from tests.support.chat_requests import CHATS, MESSAGES, MODEL, Chat, send
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Forever, Received, Step, answer, compact, ndjson, sse, stream
+from tests.support.processes import until
 
 ROUTES = ["/v1/chat/completions", "/v1/completions"]
 STREAMED = {"model": MODEL, "messages": MESSAGES, "prompt": "Say hi", "stream": True}

@@ -7,10 +7,10 @@ from contextlib import suppress
 import pytest
 
 from tests.conftest import StartGateway
-from tests.limits.test_limiter import until
 from tests.support.chat_requests import MESSAGES, MODEL
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer, stream
+from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 
 # More than two sockets' buffers hold between them.

@@ -5,7 +5,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +15,7 @@ from tests.conftest import StartGateway, TestStores
 from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Forever, Steps, answer
+from tests.support.processes import until
 from tests.support.running_gateway import LISTS_S, RunningGateway
 
 
@@ -22,13 +23,6 @@ from tests.support.running_gateway import LISTS_S, RunningGateway
 def beta() -> Iterator[FakeBackend]:
     with FakeBackend(models=["llama3.2:latest", "only-beta:7b"], name="beta") as backend:
         yield backend
-
-
-def until(done: Callable[[], object], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def names(gateway: RunningGateway) -> set[str]:
@@ -126,7 +120,7 @@ def test_without_redis_each_process_polls_for_itself(
     object.__setattr__(stores, "redis_url", dead.redis_url)
     gateways = [start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.3") for _ in range(2)]
     alpha.models.append("new:latest")
-    until(lambda: all("new:latest" in names(gateway) for gateway in gateways))
+    until(lambda: all("new:latest" in names(gateway) for gateway in gateways), 5.0)
     assert CHATS[0].ask(gateways[0], gateways[0].key()) == "alpha heard: Say hi"
     with gateways[0].http() as client:
         ready = client.get("/readyz")

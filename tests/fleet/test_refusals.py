@@ -13,10 +13,10 @@ from gateway.core.errors import BackendCannot
 from gateway.fleet import refusals
 from gateway.fleet.backends.config import BackendConfig
 from tests.conftest import StartGateway
-from tests.limits.test_limiter import until
 from tests.support.chat_requests import CHATS, MESSAGES, MODEL
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import HTML, Forever, Head, Piece, Step, answer, ndjson, sse, stream
+from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"

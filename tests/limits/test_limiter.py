@@ -23,6 +23,7 @@ from tests.conftest import StartGateway, TestStores
 from tests.support.chat_requests import CHATS, MESSAGES, MODEL, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Hold, Step, answer
+from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 
 FEW_TOKENS = {"options": {"num_predict": 20}, "max_tokens": 20}
@@ -150,13 +151,6 @@ def wait_for_status(client: httpx.Client, chat: Chat, status: int, seconds: floa
             return True
         time.sleep(0.05)
     return False
-
-
-def until(done: Any, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def test_a_changed_limit_applies_within_a_second(start_gateway: StartGateway, alpha: FakeBackend) -> None:

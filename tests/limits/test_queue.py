@@ -8,10 +8,11 @@ import pytest
 
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.limits.test_limiter import ask, until
+from tests.limits.test_limiter import ask
 from tests.support.chat_requests import CHATS, send
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Hold, Received, Step
+from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 
 
@@ -46,6 +47,15 @@ def ask_in_background(gateway: RunningGateway, key: str, done: list[tuple[str, i
     return thread
 
 
+def occupy(
+    gateway: RunningGateway, key: str, done: list[tuple[str, int]], name: str, hold: list[threading.Event]
+) -> threading.Thread:
+    """A call that holds the key's slot, at the backend."""
+    thread = ask_in_background(gateway, key, done, name)
+    until(lambda: len(hold) == 1)
+    return thread
+
+
 def wait_for_queue_of(gateway: RunningGateway, many: int) -> None:
     until(lambda: gateway.components.limits.waiting == many)
 
@@ -56,14 +66,13 @@ def test_waiting_calls_are_admitted_in_the_order_of_arrival(
     one, other = (start_gateway(alpha, MAX_QUEUE_WAIT_S="10") for _ in range(2))
     key = one.key(concurrent=1)
     done: list[tuple[str, int]] = []
-    threads = [ask_in_background(one, key, done, "first")]
-    until(lambda: len(hold) == 1)
+    threads = [occupy(one, key, done, "first", hold)]
     for number in range(6):
         gateway = (one, other)[number % 2]
         threads.append(ask_in_background(gateway, key, done, f"waiter {number}".replace(" ", "-")))
         wait_for_queue_of(gateway, number // 2 + 1)
     for number in range(7):
-        until(lambda number=number: len(hold) == number + 1)
+        until(lambda: len(hold) == number + 1)  # noqa: B023
         hold[number].set()
     for thread in threads:
         thread.join()
@@ -80,8 +89,7 @@ def test_a_call_that_waited_too_long_is_refused(
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="0.5")
     key = gateway.key(concurrent=1)
     done: list[tuple[str, int]] = []
-    running = ask_in_background(gateway, key, done, "first")
-    until(lambda: len(hold) == 1)
+    running = occupy(gateway, key, done, "first", hold)
     began = time.monotonic()
     with gateway.http(key) as client:
         assert ask(client, CHATS[0]).status_code == 429
@@ -107,8 +115,7 @@ def test_a_client_that_leaves_is_removed_from_the_queue(
     gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
     key = gateway.key(concurrent=1)
     done: list[tuple[str, int]] = []
-    running = ask_in_background(gateway, key, done, "first")
-    until(lambda: len(hold) == 1)
+    running = occupy(gateway, key, done, "first", hold)
     impatient = send(gateway, key, CHATS[0])
     wait_for_queue_of(gateway, 1)
     patient = ask_in_background(gateway, key, done, "patient")
@@ -137,7 +144,7 @@ def test_the_queue_of_a_key_is_bounded(
     until(lambda: len(done) == 4)
     assert {status for _, status in done} == {429}
     for number in range(4):
-        until(lambda number=number: len(hold) == number + 1)
+        until(lambda: len(hold) == number + 1)  # noqa: B023
         hold[number].set()
     for thread in threads:
         thread.join()
@@ -153,8 +160,7 @@ def test_a_call_that_waits_for_one_model_does_not_delay_other_models(
     key = gateway.key(name="mine", concurrent=2)
     gateway.call(gateway.key_store().limit("mine", "llama3.2", {"concurrent": 1}))
     done: list[tuple[str, int]] = []
-    threads = [ask_in_background(gateway, key, done, "runs")]
-    until(lambda: len(hold) == 1)
+    threads = [occupy(gateway, key, done, "runs", hold)]
     threads.append(ask_in_background(gateway, key, done, "waits"))
     wait_for_queue_of(gateway, 1)
     began = time.monotonic()
@@ -186,8 +192,7 @@ def test_a_freed_slot_is_announced_while_a_call_waits(
     done: list[tuple[str, int]] = []
     with stores.client() as redis, redis.pubsub(ignore_subscribe_messages=True) as channel:
         channel.subscribe(redis_keys.SLOT_FREED)
-        threads = [ask_in_background(gateway, key, done, "runs")]
-        until(lambda: len(hold) == 1)
+        threads = [occupy(gateway, key, done, "runs", hold)]
         threads.append(ask_in_background(gateway, key, done, "waits"))
         wait_for_queue_of(gateway, 1)
         hold[0].set()

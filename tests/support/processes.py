@@ -75,11 +75,11 @@ def answers(url: str) -> bool:
         return False
 
 
-def until(done: Callable[[], object], seconds: float) -> None:
+def until(done: Callable[[], object], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def descendants(pid: int) -> set[int]:

@@ -15,11 +15,11 @@ import pytest
 from gateway.dialects.openai import OpenAI, ServerSentEvents
 from gateway.proxy.relay import READ_IN_A_TURN
 from tests.conftest import StartGateway
-from tests.limits.test_limiter import until
 from tests.support import hostile_backend
 from tests.support.chat_requests import MESSAGES, MODEL
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Forever, Head, Piece, Step, answer, stream
+from tests.support.processes import until
 from tests.support.project import PROJECT
 from tests.support.running_gateway import RunningGateway
 
