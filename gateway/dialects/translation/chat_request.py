@@ -1,7 +1,8 @@
 """A prompt as the body of a chat/completions request, for every server that speaks it. No I/O.
 
 Chat templates are stricter than the API: the system message must be the first, users and assistants must alternate, the
-results of tools must follow the calls, and many templates fail on content that is a list of parts.
+results of tools must follow the calls, and many templates fail on content that is a list of parts. `chat_answer` reads what
+comes back.
 """
 
 from collections.abc import Iterable, Iterator

@@ -28,7 +28,7 @@ class Delta:
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class StartedCall:
     """`given_id` is the backend's id; `number` is the index of the call for the client, once its beginning was sent."""
 
     has_index: bool
@@ -44,9 +44,9 @@ class Call:
 
 class ToolCalls:
     def __init__(self) -> None:
-        self._calls: list[Call] = []
-        self._by_index: dict[int, Call] = {}
-        self._by_id: dict[str, Call] = {}
+        self._calls: list[StartedCall] = []
+        self._by_index: dict[int, StartedCall] = {}
+        self._by_id: dict[str, StartedCall] = {}
         self._ids: set[str] = set()
         self.count = 0
 
@@ -66,11 +66,11 @@ class ToolCalls:
         if self.count < len(self._calls):
             raise Unreadable("a tool call has no name")
 
-    def _call_of(self, delta: Delta) -> Call:
+    def _call_of(self, delta: Delta) -> StartedCall:
         call = self._find(delta)
         return self._new(delta) if call is None or _begins_another(call, delta) else call
 
-    def _find(self, delta: Delta) -> Call | None:
+    def _find(self, delta: Delta) -> StartedCall | None:
         """The call that a delta belongs to by its index or id, or else the last one; None if it is the first of its call."""
         last = self._calls[-1] if self._calls else None
         by_id = self._by_id.get(delta.id)
@@ -88,18 +88,18 @@ class ToolCalls:
             raise Unreadable("a tool call begins before the arguments of another are complete")
         return None
 
-    def _new(self, delta: Delta) -> Call:
+    def _new(self, delta: Delta) -> StartedCall:
         if len(self._calls) >= MOST_CALLS:
             raise Unreadable(f"the answer has more than {MOST_CALLS} tool calls")
         if delta.is_anonymous:
             raise Unreadable("a piece of a tool call belongs to no call")
-        call = Call(has_index=delta.index is not None)
+        call = StartedCall(has_index=delta.index is not None)
         self._calls.append(call)
         if delta.index is not None:
             self._by_index[delta.index] = call
         return call
 
-    def _add(self, call: Call, delta: Delta) -> list[ToolPiece]:
+    def _add(self, call: StartedCall, delta: Delta) -> list[ToolPiece]:
         call.name = call.name or delta.name
         if delta.id and not call.given_id:
             call.given_id = delta.id
@@ -121,7 +121,7 @@ class ToolCalls:
         return found
 
 
-def _begins_another(call: Call, delta: Delta) -> bool:
+def _begins_another(call: StartedCall, delta: Delta) -> bool:
     """Whether a delta with a name is not one more of the call that its index or id points to."""
     if not delta.name or not call.name:
         return False
