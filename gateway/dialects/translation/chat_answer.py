@@ -1,7 +1,7 @@
 """Answers of chat/completions as vLLM, llama.cpp, LM Studio, SGLang and Ollama give them, whole or in chunks. No I/O.
 
-They answer what `chat_request` wrote. Chunks are turned into events one by one. What cannot be read without doubt raises Unreadable: the caller reports it, and
-nothing wrong reaches the client.
+They answer what `chat_request` wrote. Chunks are turned into events one by one. What cannot be read without doubt raises
+Unreadable: the caller reports it, and nothing wrong reaches the client.
 """
 
 from typing import Any
