@@ -97,6 +97,7 @@ class Prompt:
     `sampling` has numbers whose names are the same everywhere: temperature, top_p, top_k, min_p, seed, presence_penalty,
     frequency_penalty, repeat_penalty.
     `dropped` names the client's fields that the answer does not depend on and that no backend is sent.
+    `continues_last` says that the last message is the beginning of the answer: the model is to go on from it.
     """
 
     messages: list[Message]
@@ -111,6 +112,7 @@ class Prompt:
     stream: bool = False
     user: str = ""
     dropped: list[str] = field(default_factory=list)
+    continues_last: bool = False
 
 
 @dataclass(slots=True)
