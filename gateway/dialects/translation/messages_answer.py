@@ -1,4 +1,4 @@
-"""Answers and errors in Anthropic's Messages API, written whole."""
+"""Answers and errors in Anthropic's Messages API, written whole; messages_stream writes them as they come."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The content blocks of Anthropic's Messages API, read as parts of the neutral form."""
+"""The content blocks of Anthropic's Messages API, read as parts of the neutral form; messages_request reads the rest."""
 
 import re
 from collections.abc import Callable, Mapping
