@@ -119,6 +119,8 @@ class EventWriter:
             # The call's block is closed, as its arguments were complete.
             return self._refuse_arguments(event.index) if event.arguments.strip() else b""
         text = self._arguments.add(event.arguments)
+        if self._arguments.is_complete and event.arguments.strip() and object_of(self._arguments.text) is None:
+            return frames + self._refuse_arguments(event.index)
         return frames + (self._delta("input_json_delta", partial_json=text) if text else b"")
 
     def _enter(self, kind: Literal["text", "thinking", "tool_use"], block: dict[str, Any]) -> bytes:
@@ -141,7 +143,8 @@ class EventWriter:
         return last + self._event("content_block_stop", index=self._index)
 
     def _end_of_arguments(self) -> bytes:
-        if object_of(self._arguments.text) is None and self._finish != "length":
+        """A complete object was examined when its last piece came."""
+        if not self._arguments.is_complete and object_of(self._arguments.text) is None and self._finish != "length":
             return self._refuse_arguments(self._call)
         return b"" if self._arguments.has_begun else self._delta("input_json_delta", partial_json="{}")
 

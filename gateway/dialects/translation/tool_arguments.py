@@ -15,7 +15,9 @@ def object_of(arguments: str) -> dict[str, Any] | None:
         return {}
     try:
         value = strict_json.read_loosely(text.encode("utf-8", "replace"))
-    except ValueError:
+        # What is nested more deeply than can be written again would fail later.
+        strict_json.write(value)
+    except (ValueError, TypeError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -1,5 +1,6 @@
 """Requests in Anthropic's Messages API as prompts: each field, what is refused, what is dropped, what stays stable."""
 
+import copy
 import json
 from typing import Any
 
@@ -430,7 +431,7 @@ def test_the_format_by_both_of_its_names() -> None:
 
 
 def test_what_only_anthropic_has_is_named_and_what_nobody_knows_is_ignored() -> None:
-    fields = {
+    fields: JSON = {
         "service_tier": "auto", "container": "c", "mcp_servers": [{"type": "url"}], "speed": "fast", "inference_geo": "eu",
         "context_management": {"edits": []}, "diagnostics": None, "betas": ["x"], "cache_control": {"type": "ephemeral"},
         "thread": {"type": "create"}, "something_new": {"a": 1},
@@ -496,7 +497,7 @@ ANYTHING = st.recursive(
 )
 NAMES = st.sampled_from(
     "model messages system tools tool_choice thinking output_config output_format metadata stop_sequences max_tokens stream "
-    "temperature thread compaction role content type text source data media_type url input id name tool_use_id is_error thinking "
+    "temperature thread compaction role content type text source data media_type url input id name tool_use_id is_error "
     "title context input_schema description strict format schema effort budget_tokens user_id".split()
 )
 KINDS = st.sampled_from(
@@ -539,7 +540,7 @@ PLACES = places(claude_code(turns=3))[1:]
 
 @given(st.sampled_from(PLACES), ANYTHING | LIKELY)
 def test_a_request_with_one_value_changed_is_read_or_refused(place: tuple[Any, ...], value: Any) -> None:
-    body = claude_code(turns=3)
+    body = copy.deepcopy(claude_code(turns=3))
     parent: Any = body
     for key in place[:-1]:
         parent = parent[key]
