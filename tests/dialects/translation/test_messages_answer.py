@@ -73,12 +73,12 @@ def streamed(events: Sequence[Event]) -> Message:
     check_protocol(frames)
     with client(frames).messages.stream(**ASKED) as stream:
         found = stream.get_final_message().model_dump(exclude={"content": {"__all__": {"parsed_output"}}})
-        message: Message = Message.model_validate(found)
-        return message
+        return Message.model_validate(found)
 
 
 def whole(reply: Reply) -> Message:
-    return client([strict_json.write(write(reply, "llama3.2", "msg_1", 25))]).messages.create(**ASKED)
+    message: Message = client([strict_json.write(write(reply, "llama3.2", "msg_1", 25))]).messages.create(**ASKED)
+    return message
 
 
 def payloads(frames: list[bytes]) -> list[dict[str, Any]]:
