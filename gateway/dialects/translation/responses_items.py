@@ -193,7 +193,7 @@ class NativeCall(CallItem):
         own = native.arguments(arguments) if arguments is not None and status == "completed" else None
         if own is None:
             return self._end_as_function(status)
-        self.item = self._item(native.item, status, {**native.fixed, native.field: own})
+        self.item = self._item(native.item, status, {**dict(native.fixed), native.field: own})
         return [
             ("response.output_item.added", {"item": {**self.item, "status": "in_progress"}}),
             ("response.output_item.done", {"item": self.item}),

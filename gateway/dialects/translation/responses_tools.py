@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from gateway.core import strict_json
@@ -33,7 +32,7 @@ class Native:
     properties: Mapping[str, Any]
     required: tuple[str, ...]
     arguments: Callable[[dict[str, Any]], dict[str, Any] | None]
-    fixed: Mapping[str, Any] = MappingProxyType({})
+    fixed: tuple[tuple[str, str], ...] = ()
 
     def schema(self) -> dict[str, Any]:
         return {"type": "object", "properties": dict(self.properties), "required": list(self.required)}
@@ -99,7 +98,7 @@ NATIVE = {
         {"query": TEXT},
         (),
         dict,
-        {"execution": "client"},
+        (("execution", "client"),),
     ),
 }
 NATIVE_ITEMS = {native.item: kind for kind, native in NATIVE.items()}
