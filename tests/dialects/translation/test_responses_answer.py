@@ -306,15 +306,19 @@ def test_a_stream_ends_with_what_the_whole_answer_has(parts: list[Any], finish: 
     for index, part in enumerate(parts):
         if isinstance(part, ToolCall):
             events.append(ToolPiece(index, part.id, part.name))
-            text, of = part.arguments, lambda piece, index=index: ToolPiece(index, arguments=piece)
-        else:
-            text, of = part.text, ThinkingPiece if isinstance(part, Thinking) else TextPiece
-        events += [of(text[at : at + size]) for at in range(0, len(text), size)]
+        text = part.arguments if isinstance(part, ToolCall) else part.text
+        events += [piece_of(part, index, text[at : at + size]) for at in range(0, len(text), size)]
     prompt = prompt_of()
     stream = written(*events, Finished(finish), COUNTED, prompt=prompt)
     whole = write(Reply(parts, finish, COUNTED.usage), prompt, "resp_ab", 7)
     assert stream[-1]["response"] == json.loads(strict_json.write_anyhow(whole))
     check_items(stream)
+
+
+def piece_of(part: Any, index: int, text: str) -> Event:
+    if isinstance(part, ToolCall):
+        return ToolPiece(index, arguments=text)
+    return ThinkingPiece(text) if isinstance(part, Thinking) else TextPiece(text)
 
 
 def check_items(stream: list[dict[str, Any]]) -> None:

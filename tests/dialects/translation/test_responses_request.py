@@ -305,7 +305,7 @@ def test_settings() -> None:
     assert prompt.stream and prompt.most_output == 16 and prompt.sampling == {"temperature": 0.5, "top_p": 1}
     assert prompt.parallel_tools is False and prompt.effort == "xhigh" and prompt.user == "u1"
     assert prompt.format == Format({"b": 1, "a": 2}, "n", strict=True)
-    assert list((prompt.format.schema or {})) == ["b", "a"]
+    assert list(prompt.format.schema or {}) == ["b", "a"]
     assert set(prompt.dropped) == {"text.verbosity", "store", "include", "prompt_cache_key", "client_metadata"}
     assert prompt.echo["store"] is False
 
@@ -359,7 +359,7 @@ def test_what_would_be_lost_is_refused_by_name(fields: dict[str, Any], words: st
 
 def test_the_estimate_counts_everything_that_a_model_reads_and_no_pictures_as_text() -> None:
     text = "word " * 1000
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"input": text},
         {"input": [user({"type": "input_text", "text": text})]},
         {"input": [{**OUTPUT, "output": text}]},
@@ -378,11 +378,12 @@ JSON = st.recursive(
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
     max_leaves=8,
 )
-FIELDS = """model input instructions tools tool_choice text reasoning stream max_output_tokens background prompt temperature user
-            metadata store include truncation parallel_tool_calls conversation""".split()
-KINDS = """message function_call function_call_output custom_tool_call custom_tool_call_output local_shell_call shell_call reasoning
-           local_shell_call_output shell_call_output apply_patch_call apply_patch_call_output tool_search_call tool_search_output
-           additional_tools item_reference other input_text input_image input_file refusal function custom namespace""".split()
+FIELDS = """model input instructions tools tool_choice text reasoning stream max_output_tokens background prompt temperature
+            user metadata store include truncation parallel_tool_calls conversation""".split()
+KINDS = """message function_call function_call_output custom_tool_call custom_tool_call_output local_shell_call reasoning
+           local_shell_call_output shell_call shell_call_output apply_patch_call apply_patch_call_output tool_search_call
+           tool_search_output additional_tools item_reference other
+           input_text input_image input_file refusal function custom namespace""".split()
 NAMES = """type role content text image_url file_data filename refusal call_id id name namespace arguments input output summary
            action operation tools status command commands path diff""".split()
 LIKELY = st.sampled_from([*KINDS, "user", "assistant", "c", PNG]) | JSON
