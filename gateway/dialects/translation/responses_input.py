@@ -77,7 +77,7 @@ class _Reader:
         }
 
     def add(self, role: Role, parts: list[Part]) -> _Turn:
-        """What an assistant says, thinks and calls is one turn until something else follows."""
+        """Texts, thoughts and calls of an assistant are one turn until something else follows."""
         last = self.turns[-1] if self.turns else None
         if last is None or role != "assistant" or last.role != role or last.results:
             last = _Turn(role)

@@ -9,7 +9,7 @@ from gateway.dialects.translation.responses_tools import NATIVE
 
 Status = Literal["in_progress", "completed", "incomplete"]
 Fields = dict[str, Any]
-# The type of an event, and the fields that it has besides those that tell its item.
+# The type of an event, and its fields besides those that name its item.
 Step = tuple[str, Fields]
 NO_ARGUMENTS = "{}"
 

@@ -82,7 +82,7 @@ class Output:
             yield from self._placed_steps(call, call.add(piece.arguments))
 
     def _new_call(self, piece: ToolPiece) -> CallItem:
-        """Clients tell calls apart by their ids, which some servers leave out or repeat."""
+        """Clients distinguish calls by their ids, which some servers leave out or repeat."""
         tool = self._names.tool_of(piece.name)
         item_id = self._new_id(PREFIXES.get(tool.kind, "call"))
         call_id = piece.id if piece.id and piece.id not in self._call_ids else self._new_id("call")

@@ -361,7 +361,7 @@ def test_codex_learns_why_a_stream_failed() -> None:
     assert codex_reads(writer.write(TextPiece("Hi")) + writer.fail(LimitReached())) == ["Hi", "rate_limit_exceeded"]
 
 
-def test_openai_tells_calls_apart_that_arrive_by_turns() -> None:
+def test_openai_keeps_calls_apart_that_arrive_by_turns() -> None:
     backend = Backend([])
     pieces = [ToolPiece(index, arguments=text) for text in ('{"city"', ':"', "x", '"}') for index in (0, 1)]
     backend.events = [ToolPiece(0, "c1", "weather"), ToolPiece(1, "c2", "apply_patch"), *pieces, Finished("tool_calls")]

@@ -123,7 +123,7 @@ def test_a_call_without_output_gets_one() -> None:
     ]
 
 
-def test_an_output_without_call_is_told_by_the_user() -> None:
+def test_an_output_without_call_becomes_a_message_of_the_user() -> None:
     assert messages_of(OUTPUT) == [Message("user", (Text(f"{EARLIER_OUTPUT}:"), Text("done")))]
     named = {"type": "function_call_output", "name": "handoff", "output": "done"}
     assert messages_of(named) == [Message("user", (Text(f"{EARLIER_OUTPUT} handoff:"), Text("done")))]
