@@ -50,8 +50,8 @@ PURE = """proxy.suggestions proxy.visibility edge.request_head audit.prompt_log 
 # A candidate is a backend, whose state the scheduler reads.
 PURE_KNOW = {("fleet.scheduler", "fleet.backends.backend")}
 WITHOUT_IO = set(
-    """base64 binascii collections dataclasses datetime difflib fnmatch functools hashlib itertools json re secrets shlex time
-       types typing urllib.parse""".split()
+    """base64 binascii collections dataclasses datetime difflib fnmatch functools hashlib itertools json re secrets shlex
+       struct time types typing urllib.parse""".split()
 )
 READ_THE_ENVIRONMENT = """ops.cli.database ops.cli.installation ops.cli.serve ops.cli.top ops.local.servers ops.drill.command
                           ops.drill.environment stores.redis_keys""".split()
