@@ -1,4 +1,4 @@
-"""The fields of a request to Ollama's own API that a server of the OpenAI API can honour, read one by one."""
+"""The fields of a request to Ollama's own API, as native_chat, native_generate and native_embed read them."""
 
 import binascii
 import re
