@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.core import strict_json
-from gateway.dialects.answers import BadFrame, error_code
-from gateway.dialects.dialect import Usage
+from gateway.dialects.answers import error_text
 from gateway.dialects.openai import UNKNOWN, OpenAI
 from gateway.dialects.translation.conversation import Counted, Event, Finish, Finished, Reply, Text, TextPiece
+from gateway.dialects.translation.unreadable import Unreadable
 
 FINISHES: dict[str, Finish] = {"length": "length", "content_filter": "content_filter"}
-DONE = b"[DONE]"
+FAILURES = frozenset({"abort", "error"})
 _openai = OpenAI()
 
 
@@ -47,10 +46,11 @@ def completion_body_of(completion: Completion, model: str) -> dict[str, Any]:
 
 
 def completion_reply_of(answer: Any) -> Reply:
-    """Raises BadFrame if it is not an answer."""
+    """A whole answer. Raises Unreadable if it is none."""
+    _refuse_errors(answer)
     choice = _choice(answer)
     if choice is None or not isinstance(choice.get("text"), str):
-        raise BadFrame("no text in it")
+        raise Unreadable("the answer has no text")
     reply_id, created = answer.get("id"), answer.get("created")
     return Reply(
         [Text(choice["text"])] if choice["text"] else [],
@@ -62,19 +62,21 @@ def completion_reply_of(answer: Any) -> Reply:
 
 
 class CompletionReader:
-    """Reads the payloads of a stream one by one."""
+    """Reads the chunks of one stream."""
 
     def __init__(self) -> None:
         self._finished = False
 
-    def read(self, payload: bytes) -> list[Event]:
-        """Raises BadFrame on an error and on what is not an answer."""
-        if payload.startswith(DONE):
-            return []
-        chunk = _read(payload)
-        events: list[Event] = self._pieces(_choice(chunk) or {})
-        usage: Usage = _openai.usage_of(chunk)
+    def read(self, chunk: Any) -> list[Event]:
+        """The events of a chunk: text, the end, counts. Raises Unreadable."""
+        _refuse_errors(chunk)
+        events = self._pieces(_choice(chunk) or {})
+        usage = _openai.usage_of(chunk)
         return events if usage is UNKNOWN else [*events, Counted(usage)]
+
+    def end(self) -> list[Event]:
+        """To be called once the stream has ended as it should: servers may omit the reason of the end."""
+        return [] if self._finished else [Finished("stop")]
 
     def _pieces(self, choice: dict[str, Any]) -> list[Event]:
         if self._finished:
@@ -87,24 +89,21 @@ class CompletionReader:
         return events
 
 
-def _read(payload: bytes) -> dict[str, Any]:
-    try:
-        chunk = strict_json.read_loosely(payload)
-    except ValueError:
-        raise BadFrame("not JSON") from None
-    if not isinstance(chunk, dict):
-        raise BadFrame("not an object")
-    if chunk.get("error"):
-        raise BadFrame(f"an error{error_code(chunk)}", chunk)
-    return chunk
+def _refuse_errors(answer: Any) -> None:
+    if not isinstance(answer, dict):
+        raise Unreadable("the answer is not an object")
+    if answer.get("error") or answer.get("object") == "error":
+        raise Unreadable(error_text(answer) or "the backend reported an error")
 
 
-def _choice(answer: Any) -> dict[str, Any] | None:
+def _choice(answer: dict[str, Any]) -> dict[str, Any] | None:
     """The first choice; more are never asked for."""
-    choices = answer.get("choices") if isinstance(answer, dict) else None
+    choices = answer.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     return first if isinstance(first, dict) else None
 
 
 def _finish(reason: object) -> Finish:
+    if isinstance(reason, str) and reason in FAILURES:
+        raise Unreadable(f"the backend ended the answer with {reason!r}")
     return FINISHES.get(reason, "stop") if isinstance(reason, str) else "stop"

@@ -5,9 +5,9 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.dialects.answers import BadFrame
 from gateway.dialects.dialect import Usage
 from gateway.dialects.openai import OpenAI
+from gateway.dialects.translation.unreadable import Unreadable
 
 BYTES_OF_NUMBER = 4
 _openai = OpenAI()
@@ -45,10 +45,10 @@ def embeddings_body_of(embedding: Embedding, model: str) -> dict[str, Any]:
 
 
 def embeddings_reply_of(answer: Any, texts: int) -> Vectors:
-    """Raises BadFrame unless the answer has a vector for each of so many texts."""
+    """Raises Unreadable unless the answer has a vector for each of so many texts."""
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list) or len(data) != texts or not all(isinstance(entry, dict) for entry in data):
-        raise BadFrame("not one vector for each text")
+        raise Unreadable("the answer has not one vector for each text")
     places = [entry.get("index") for entry in data]
     if sorted(place for place in places if place.__class__ is int) == list(range(texts)):
         data = sorted(data, key=lambda entry: entry["index"])
@@ -62,7 +62,7 @@ def _vector(embedding: Any) -> list[float]:
             data = binascii.a2b_base64(embedding.encode("ascii", "replace"), strict_mode=True)
             return list(struct.unpack(f"<{len(data) // BYTES_OF_NUMBER}f", data))
         except (binascii.Error, struct.error):
-            raise BadFrame("a vector that is not base64 of 32-bit numbers") from None
+            raise Unreadable("the answer has a vector that is not base64 of 32-bit numbers") from None
     if not isinstance(embedding, list) or not all(number.__class__ in (float, int) for number in embedding):
-        raise BadFrame("a vector that is not a list of numbers")
+        raise Unreadable("the answer has a vector that is not a list of numbers")
     return embedding

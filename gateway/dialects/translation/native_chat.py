@@ -47,8 +47,9 @@ def read_chat(body: Fields) -> Prompt:
     expect_messages(body)
     fields.refuse_lost_fields(body)
     options = fields.options_of(body)
+    messages = _messages(body.get("messages") or [])
     return Prompt(
-        messages=_messages(body.get("messages") or []),
+        messages=messages,
         tools=fields.tools_of(body),
         most_output=fields.most_output_of(options),
         stop=fields.stop_of(options),
@@ -57,6 +58,7 @@ def read_chat(body: Fields) -> Prompt:
         format=fields.format_of(body),
         stream=boolean(body, "stream", default=True),
         dropped=fields.dropped_of(body, "top_logprobs") + fields.dropped_tools_of(body),
+        continues_last=bool(messages) and _is_beginning(messages[-1]),
     )
 
 
@@ -107,6 +109,12 @@ def _message(role: str, message: Fields, ids: "_CallIds") -> Message:
     if ROLES[role] == "system" and message.get("images"):
         raise BadRequest("'images' are only taken in messages of the user and of tools")
     return Message(ROLES[role], _shown_parts(message))
+
+
+def _is_beginning(message: Message) -> bool:
+    """Ollama goes on from a last message that is the assistant's."""
+    texts = [part for part in message.parts if isinstance(part, Text) and part.text]
+    return message.role == "assistant" and bool(texts) and not any(isinstance(part, ToolCall) for part in message.parts)
 
 
 def _shown_parts(message: Fields) -> tuple[Text | Image, ...]:

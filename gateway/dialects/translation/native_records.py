@@ -41,6 +41,8 @@ class Durations(NamedTuple):
 
 
 UNTIMED = Durations()
+# What servers write for a call without arguments.
+NO_ARGUMENTS = ("", "null")
 
 
 def timestamp(nanoseconds: int) -> str:
@@ -55,11 +57,6 @@ def frame(record: Fields) -> bytes:
     for end, escaped in LINE_ENDS:
         data = data.replace(end, escaped)
     return data + b"\n"
-
-
-def error_frame(error: GatewayError) -> bytes:
-    """The end of a stream that fails."""
-    return frame({"error": error.message})
 
 
 def done_reason(finish: Finish) -> str:
@@ -90,7 +87,7 @@ def tool_calls(calls: Sequence[ToolCall], finish: Finish) -> list[Fields]:
     whole = [(call, arguments) for call, arguments in read if arguments is not None]
     if len(whole) < len(read) and finish != "length":
         name = next(call.name for call, arguments in read if arguments is None)
-        raise BackendFailed(f"the model called the tool {name!r} with arguments that are not a JSON object; try again")
+        raise BackendFailed(f"the model called the tool {name[:64]!r} with arguments that are not a JSON object; try again")
     return [
         {
             **({"id": call.id} if call.id else {}),
@@ -101,7 +98,7 @@ def tool_calls(calls: Sequence[ToolCall], finish: Finish) -> list[Fields]:
 
 
 def _arguments(text: str) -> Fields | None:
-    if not text.strip():
+    if text.strip() in NO_ARGUMENTS:
         return {}
     try:
         arguments = strict_json.read_loosely(text.encode("utf-8", "replace"))
@@ -132,7 +129,8 @@ def load_record(body: Fields, model: str, created_at: str, content: Content) -> 
 class RecordWriter:
     """Writes each event of an answer as a record at once; tool calls together when the answer is finished.
 
-    Before that no call is sure to be complete, as the pieces of several may come interleaved.
+    Before that no call is sure to be complete, as the pieces of several may come interleaved. After an error nothing more is
+    written; `failure` is its message.
     """
 
     def __init__(self, model: str, content: Content, last: Fields) -> None:
@@ -141,9 +139,12 @@ class RecordWriter:
         self._calls: dict[int, _OpenCall] = {}
         self._finish: Finish | None = None
         self._usage = Usage()
+        self._ended = False
+        self.failure = ""
 
     def write(self, event: Event, created_at: str) -> bytes:
-        """Raises BackendFailed if the model called a tool with arguments that are not an object."""
+        if self._ended:
+            return b""
         match event:
             case TextPiece(text):
                 return self._frame(created_at, text=text) if text else b""
@@ -152,24 +153,35 @@ class RecordWriter:
             case ToolPiece():
                 self._calls.setdefault(event.index, _OpenCall()).add(event)
             case Finished(finish):
-                data = self._frame_of_calls(created_at, finish)
                 self._finish = finish
-                return data
+                return self._frame_of_calls(created_at, finish)
             case Counted(usage):
                 self._usage = usage
         return b""
 
     def end(self, created_at: str, durations: Durations = UNTIMED) -> bytes:
-        """The last record. Raises AnswerCutShort if the answer was not finished."""
+        """The last record, or an error if the answer was not finished."""
+        if self._ended:
+            return b""
         if self._finish is None:
-            raise AnswerCutShort
+            return self.fail(AnswerCutShort())
+        self._ended = True
         last = last_fields(self._finish, self._usage, durations, self._last)
         return frame({"model": self._model, "created_at": created_at, **self._content("", "", []), **last})
+
+    def fail(self, error: GatewayError) -> bytes:
+        if self._ended:
+            return b""
+        self._ended, self.failure = True, error.message
+        return frame({"error": error.message})
 
     def _frame_of_calls(self, created_at: str, finish: Finish) -> bytes:
         opened = [call.complete() for _, call in sorted(self._calls.items())]
         self._calls.clear()
-        calls = tool_calls(opened, finish)
+        try:
+            calls = tool_calls(opened, finish)
+        except BackendFailed as failure:
+            return self.fail(failure)
         return self._frame(created_at, calls=calls) if calls else b""
 
     def _frame(self, created_at: str, text: str = "", thinking: str = "", calls: Sequence[Fields] = ()) -> bytes:
