@@ -524,6 +524,15 @@ def test_a_stream_with_broken_tool_calls_ends_with_an_error() -> None:
     assert writer.end(NOW) == b""
 
 
+def test_a_heartbeat_is_a_record_without_content() -> None:
+    writer = ChatWriter("m")
+    message = {"role": "assistant", "content": ""}
+    assert records(writer.ping(NOW)) == [{"model": "m", "created_at": NOW, "message": message, "done": False}]
+    writer.write(Finished("stop"), NOW)
+    writer.end(NOW)
+    assert writer.ping(NOW) == b""
+
+
 def test_a_failure_of_the_backend_is_an_error_in_the_stream() -> None:
     writer = ChatWriter("m")
     writer.write(TextPiece("x"), NOW)
