@@ -179,7 +179,7 @@ def _name(value: object) -> str:
 def _arguments(value: object) -> str:
     """The text as the backend sent it; some send an object."""
     if isinstance(value, dict):
-        return strict_json.write_anyhow(value).decode("utf-8", "replace")
+        return strict_json.write_with_replacements(value).decode("utf-8", "replace")
     if not isinstance(value, str | None):
         raise Unreadable("the arguments of a tool call are not a string")
     return value or ""

@@ -169,5 +169,5 @@ class EventWriter:
 
 
 def _frame(kind: str, **fields: Any) -> bytes:
-    data = strict_json.write_anyhow({"type": kind, **fields})
+    data = strict_json.write_with_replacements({"type": kind, **fields})
     return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"

@@ -53,7 +53,7 @@ def timestamp(nanoseconds: int) -> str:
 
 def frame(record: Fields) -> bytes:
     """A record as a line of its own that no client cuts in two."""
-    data = strict_json.write_anyhow(record)
+    data = strict_json.write_with_replacements(record)
     for end, escaped in LINE_ENDS:
         data = data.replace(end, escaped)
     return data + b"\n"

@@ -118,7 +118,7 @@ class EventWriter:
         return self._event(kind, {"response": self._response})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
-        data = strict_json.write_anyhow({"type": kind, "sequence_number": self._number, **fields})
+        data = strict_json.write_with_replacements({"type": kind, "sequence_number": self._number, **fields})
         self._number += 1
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 

@@ -228,4 +228,4 @@ def _allowed(choice: dict[str, Any], tools: list[Tool], names: ToolNames) -> set
 
 
 def json_text(value: Any) -> str:
-    return strict_json.write_anyhow(value).decode("utf-8", "replace")
+    return strict_json.write_with_replacements(value).decode("utf-8", "replace")
