@@ -182,16 +182,21 @@ def test_outcomes_of_the_page_of_logs_are_in_the_code() -> None:
 
 def test_the_page_of_clients_lists_exactly_the_served_routes() -> None:
     table = section("docs/clients.md", "Routes")
-    listed = set(re.findall(r"/(?:v1|api)/[\w/{}]+", table))
+    listed = set(re.findall(r"/(?:v1|v2|api)/[\w/{}]+|/rerank", table))
     operations = {operation.path for dialect in (OpenAI(), Ollama()) for operation in dialect.operations}
     assert listed == operations | {"/v1/models", "/v1/models/{id}", "/api/tags", "/api/ps", "/api/version"}
 
 
 def test_the_table_of_kinds_is_that_of_the_dialects() -> None:
     rows = documents.tables(section("docs/translation.md", "Which backends serve which route"))
-    listed = {route.strip("`").removeprefix("POST "): (ollama == "yes", openai == "yes") for route, ollama, openai in rows}
+    listed = {
+        route.strip("`").removeprefix("POST "): tuple(words in ("yes", "if the server has it") for words in kinds)
+        for route, *kinds in rows
+    }
+    optional = {route.strip("`").removeprefix("POST ") for route, *kinds in rows if "if the server has it" in kinds}
     operations = [operation for dialect in (OpenAI(), Ollama()) for operation in dialect.operations]
     assert listed == {operation.path: ("ollama" in operation.kinds, "openai" in operation.kinds) for operation in operations}
+    assert optional == {operation.path for operation in operations if operation.is_optional}
 
 
 def test_refused_fields_of_the_pages_are_refused() -> None:

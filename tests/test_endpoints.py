@@ -24,6 +24,10 @@ EXPECTED = {
         POST /v1/chat/completions
         POST /v1/completions
         POST /v1/embeddings
+        POST /v1/rerank
+        POST /rerank
+        POST /v2/rerank
+        POST /v1/images/generations
     """,
     ModelLists: """
         GET /api/tags

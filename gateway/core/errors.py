@@ -42,6 +42,12 @@ class ConflictingKeys(BadRequest):
     code = "conflicting_keys"
 
 
+class RouteNotServed(BadRequest):
+    """The servers with this model do not have this route."""
+
+    code = "route_not_served"
+
+
 class MissingKey(GatewayError):
     """No API key was sent; send it as 'Authorization: Bearer <key>'."""
 

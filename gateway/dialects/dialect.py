@@ -34,7 +34,7 @@ class Operation:
     the limit if the caller had asked for more, else 0.
 
     A complete answer has a true value in one of the fields `answers_with`. `need` estimates the tokens of a request; without
-    it the operation uses none.
+    it the operation uses none. Of the backends of these `kinds`, some do not have the path of an operation that `is_optional`.
     """
 
     path: str
@@ -44,6 +44,7 @@ class Operation:
     clamp: Callable[[dict[str, Any], Kind, int, int], int] | None = None
     answers_with: tuple[str, ...] = ()
     need: Callable[[dict[str, Any]], Need] | None = None
+    is_optional: bool = False
 
 
 @dataclass(slots=True)

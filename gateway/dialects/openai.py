@@ -6,7 +6,7 @@ from typing import Any
 
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
-from gateway.dialects import tokens
+from gateway.dialects import openai_media, tokens
 from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_messages, expect_number, expect_tools, is_over, text_of, wish
@@ -23,6 +23,8 @@ KNOWN_FIELDS = frozenset(
     "logit_bias response_format reasoning reasoning_effort frequency_penalty presence_penalty suffix echo user encoding_format "
     "dimensions keep_alive options include_usage".split()
 )
+# Counts of images and speech.
+INPUT, OUTPUT, TOTAL = "input_tokens", "output_tokens", "total_tokens"
 ALL_BUT_PROMPT, ALL_BUT_INPUT = tokens.SETTINGS | {"prompt"}, tokens.SETTINGS | {"input"}
 UNKNOWN = Usage()
 DETAILS = "prompt_tokens_details"
@@ -78,7 +80,7 @@ def _behind(data: bytes, mark: int) -> int:
 class OpenAI:
     name = "openai"
     framing: Framing = ServerSentEvents()
-    known_fields = KNOWN_FIELDS | CHECKED_FIELDS
+    known_fields = KNOWN_FIELDS | CHECKED_FIELDS | openai_media.FIELDS
     error_types = {  # noqa: RUF012
         400: "invalid_request_error",
         401: "invalid_request_error",
@@ -100,6 +102,7 @@ class OpenAI:
             Operation("/v1/chat/completions", "on request", kinds, _check_chat, _clamp, ("choices",), _need_of_chat),
             Operation("/v1/completions", "on request", kinds, _check_completion, _clamp, ("choices",), _need_of_completion),
             Operation("/v1/embeddings", "never", kinds, _check_embeddings, None, ("data",), _need_of_embeddings),
+            *openai_media.OPERATIONS,
         )
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
@@ -123,8 +126,11 @@ class OpenAI:
             return False
         if tail[-1].startswith(b"[DONE]"):
             return not any(try_read(payload).get("error") for payload in tail[:-1])
+        values = [try_read(payload) for payload in tail]
+        if values[-1].get("type") in openai_media.LAST_EVENTS:
+            return not any(value.get("error") for value in values)
         # Some servers omit the last line. A finished choice does not mean that the others are finished.
-        ended = any(choice.get("finish_reason") for payload in tail for choice in _choices(try_read(payload)))
+        ended = any(choice.get("finish_reason") for value in values for choice in _choices(value))
         return ended and _answers(call.body) == 1
 
     def usage(self, tail: Sequence[bytes]) -> Usage:
@@ -147,7 +153,7 @@ class OpenAI:
             # llama.cpp counts cached tokens separately here, and together with the others in `usage`.
             before, read = token_count(timings.get("cache_n")) or 0, token_count(timings.get("prompt_n")) or 0
             return Usage(before + read, token_count(timings.get("predicted_n")), cached_token_count(timings.get("cache_n")))
-        return UNKNOWN
+        return _other_counts(counts) if isinstance(counts, dict) else UNKNOWN
 
     def has_last_frame(self, frames: bytes) -> bool:
         return b"[DONE]" in frames[-16:]
@@ -157,7 +163,7 @@ class OpenAI:
 
     def hides_usage(self, call: Call) -> bool:
         options = call.body.get("stream_options") or {}
-        return call.stream and options.get("include_usage") is not True
+        return call.stream and options.get("include_usage") is not True and call.operation.clamp is not None
 
     def without_usage(self, frames: bytes) -> bytes:
         if b'"usage"' not in frames:
@@ -192,6 +198,13 @@ class OpenAI:
     def answer_text(self, data: bytes) -> str:
         payloads = [data] if data.lstrip()[:1] == b"{" else self.framing.payloads(data)
         return "".join(_text(choice) for payload in payloads for choice in _choices(try_read(payload)))
+
+
+def _other_counts(usage: dict[str, Any]) -> Usage:
+    """Counts of images and speech, or of a reranker that reports only their sum."""
+    if usage.get(INPUT) or usage.get(OUTPUT):
+        return Usage(token_count(usage.get(INPUT)), token_count(usage.get(OUTPUT)))
+    return Usage(token_count(usage[TOTAL]), 0) if usage.get(TOTAL) else UNKNOWN
 
 
 def _cached(usage: dict[str, Any], answer: dict[str, Any]) -> int | None:

@@ -6,6 +6,9 @@ from gateway.dialects.dialect import Dialect, Operation
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
 
+# Paths of the OpenAI dialect without the prefix /v1.
+RERANK = frozenset({"/rerank", "/v2/rerank"})
+
 
 def dialects() -> dict[str, Dialect]:
     """By name."""
@@ -16,7 +19,7 @@ def by_prefix(dialects: Mapping[str, Dialect]) -> Callable[[str], Dialect]:
     """A function that returns the dialect of a path: the path decides, never a header."""
 
     def find(path: str) -> Dialect:
-        return dialects["openai"] if path == "/v1" or path.startswith("/v1/") else dialects["ollama"]
+        return dialects["openai"] if path == "/v1" or path.startswith("/v1/") or path in RERANK else dialects["ollama"]
 
     return find
 

@@ -31,7 +31,7 @@ KEY_IN_PATH = re.compile(r"/k/([^/]*)(/.*)?", re.DOTALL)
 HEALTH = frozenset({"/healthz", "/readyz"})
 METRICS, ADMIN = "/metrics", "/admin/"
 # Paths that pages of any origin may call: they need a key, which other pages do not have.
-API = re.compile(r"/+(v1|api)(/|$)")
+API = re.compile(r"/+(v1|api)(/|$)|/(v2/)?rerank$")
 REFUSED_BODY_LINGERS_S, MOST_OF_REFUSED_BODY = 2.0, 4 * 2**20
 STATUS_OF_A_CLIENT_GONE = 499
 

@@ -12,6 +12,7 @@ from gateway.core.errors import (
     BadRequest,
     GatewayError,
     NoBackend,
+    RouteNotServed,
 )
 from gateway.core.shared_bytes import Reservation
 from gateway.dialects.dialect import Call, Dialect
@@ -20,13 +21,13 @@ from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.catalog import Model
 from gateway.fleet.held_answers import HeldAnswers
-from gateway.fleet.opening import Busy, Opening, read_beginning
+from gateway.fleet.opening import NO_ROUTE, Busy, Opening, read_beginning
 from gateway.fleet.scheduler import Candidate, choose, is_served
 
 RETRY_AFTER_S = 5.0
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
-NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full"})
+NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full", NO_ROUTE})
 # Faults that a wrong request may also cause, if the backend reports them in unknown words.
 DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 
@@ -161,13 +162,17 @@ def _is_inconclusive(fault: BackendFault, backend: Backend, began: float) -> boo
     """
     if fault.reason in TIMEOUTS:
         return backend.breaker.has_succeeded_since(began)
-    return fault.reason in ("model_gone", "full", *DOUBTFUL) or (isinstance(fault, Busy) and fault.detail == "status 429")
+    return fault.reason in ("model_gone", NO_ROUTE, "full", *DOUBTFUL) or (
+        isinstance(fault, Busy) and fault.detail == "status 429"
+    )
 
 
 def failure_of(faults: Sequence[BackendFault]) -> GatewayError:
     """The error for the caller when every backend failed, with the time after which to try again."""
     waits = [fault.retry_after for fault in faults if isinstance(fault, Busy) and fault.retry_after]
-    reasons = {fault.reason for fault in faults}
+    reasons = {fault.reason for fault in faults if fault.reason != NO_ROUTE}
+    if faults and not reasons:
+        return RouteNotServed()
     if reasons <= UNAVAILABLE:
         return NoBackend(retry_after=min(waits, default=RETRY_AFTER_S))
     if reasons & TIMEOUTS:

@@ -8,7 +8,7 @@ from typing import Any
 from gateway.core.errors import AnswerTooLarge, GatewayError
 from gateway.core.shared_bytes import Reservation
 from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, judge_whole, read_answer, try_read
-from gateway.dialects.dialect import Call, Dialect
+from gateway.dialects.dialect import Call, Dialect, Operation
 from gateway.fleet import redaction, refusals
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
@@ -20,6 +20,11 @@ LONGEST_ERROR_BODY, ERROR_BODY_WAITS_S = 65_536, 2.0
 LONGEST_COMMENTS = 4096
 # A ping a second for ten minutes is a fraction of it.
 MOST_BEFORE_FIRST_FRAME = 262_144
+# The fault of a backend without the route that was called.
+NO_ROUTE = "no_route"
+# LM Studio answers with status 200 and this text.
+UNKNOWN_ENDPOINT = re.compile(r"unexpected endpoint or method", re.IGNORECASE)
+OF_A_MODEL = re.compile(r"\bmodels?\b", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -63,7 +68,7 @@ async def read_beginning(
     """
     try:
         if upstream.status != 200:
-            raise await refusal(upstream, backend)
+            raise await refusal(upstream, backend, call.operation)
         if call.stream:
             return await _first_frames(backend, upstream, dialect)
         return await _whole(backend, upstream, call, reservation)
@@ -72,6 +77,8 @@ async def read_beginning(
         raise AnswerTooLarge from large
     except BadFrame as bad:
         reported = refusals.read(bad.error)
+        if call.operation.is_optional and UNKNOWN_ENDPOINT.search(reported.text):
+            raise BackendFault(NO_ROUTE, "status 200") from bad
         refused = refusals.meaning(200, reported, backend.config) if bad.error else None
         raise refused or _failed("bad_first_frame", redaction.redact(str(bad), backend.config), reported) from bad
     except BackendFault as fault:
@@ -127,11 +134,13 @@ def _error_in(data: bytes) -> dict[str, Any]:
     return reported if reported.get("error") else {}
 
 
-async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault | GatewayError:
+async def refusal(upstream: BackendResponse, backend: Backend, operation: Operation) -> BackendFault | GatewayError:
     """The error for a status other than 200."""
     status = upstream.status
     if status in (429, 503):
         return Busy(status, retry_after(upstream.headers.get("Retry-After", "")))
+    if operation.is_optional and status in (404, 405):
+        return await _missing(upstream)
     if status == 404:
         return BackendFault("model_gone", "status 404")
     if status in (401, 403):
@@ -140,6 +149,12 @@ async def refusal(upstream: BackendResponse, backend: Backend) -> BackendFault |
         return BackendFault("bad_status", f"status {status}")
     reported = refusals.read(try_read(await _error_body(upstream)))
     return refusals.meaning(status, reported, backend.config) or _failed("bad_status", f"status {status}", reported)
+
+
+async def _missing(upstream: BackendResponse) -> BackendFault:
+    """What a backend lacks that may have neither the route nor the model."""
+    reported = refusals.read(try_read(await _error_body(upstream)))
+    return BackendFault("model_gone" if OF_A_MODEL.search(reported.text) else NO_ROUTE, f"status {upstream.status}")
 
 
 def _failed(reason: str, detail: str, reported: refusals.ReportedError) -> BackendFault:

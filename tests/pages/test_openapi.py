@@ -53,8 +53,12 @@ LAST = ["DELETE /api/delete", "DELETE /admin/v1/keys/{id}"]
 
 @pytest.fixture
 def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
-    with FakeBackend(models=[MODEL, "alice/llama3.2:latest"], name="ollama") as backend:
-        yield start_gateway(backend, **EVERYTHING)
+    """A server like vLLM has the routes that Ollama lacks."""
+    with (
+        FakeBackend(models=[MODEL, "alice/llama3.2:latest"], name="ollama") as backend,
+        FakeBackend(kind="openai", models=[MODEL], name="vllm") as other,
+    ):
+        yield start_gateway(backend, other, **EVERYTHING)
 
 
 def document_of(gateway: RunningGateway) -> dict[str, Any]:

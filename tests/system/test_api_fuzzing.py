@@ -39,8 +39,13 @@ UNENDING = "/admin/v1/events"
 
 @pytest.fixture
 def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
-    with FakeBackend(models=[MODEL], name="ollama") as first, FakeBackend(models=[], name="spare") as second:
-        yield start_gateway(first, second, **EVERYTHING)
+    """A server like vLLM has the routes that Ollama lacks."""
+    with (
+        FakeBackend(models=[MODEL], name="ollama") as first,
+        FakeBackend(models=[], name="spare") as second,
+        FakeBackend(kind="openai", models=[MODEL], name="vllm") as third,
+    ):
+        yield start_gateway(first, second, third, **EVERYTHING)
 
 
 def strict_document(gateway: RunningGateway) -> dict[str, Any]:

@@ -24,6 +24,10 @@ BODIES: dict[str, dict[str, object]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
     "/v1/embeddings": {"input": "hi"},
+    "/v1/rerank": {"query": "hi", "documents": ["a"]},
+    "/rerank": {"query": "hi", "documents": ["a"]},
+    "/v2/rerank": {"query": "hi", "documents": ["a"]},
+    "/v1/images/generations": {"prompt": "hi"},
 }
 SPELLINGS = [
     "secret-model",

@@ -1,0 +1,63 @@
+"""Rerankers and images in the OpenAI API: routes that some backends have."""
+
+from typing import Any
+
+from gateway.core.errors import BadRequest
+from gateway.dialects import tokens
+from gateway.dialects.dialect import Kind, Operation
+from gateway.dialects.fields import expect
+from gateway.dialects.tokens import Need
+
+KINDS: frozenset[Kind] = frozenset({"ollama", "openai"})
+FIELDS = frozenset("query documents texts top_n size quality voice stream_format partial_images".split())
+MOST_IMAGES = 10
+OF_RERANK = tokens.SETTINGS | {"query", "documents", "texts", "top_n"}
+OF_IMAGES = tokens.SETTINGS | {"prompt", "size", "quality", "response_format", "output_format", "background", "style"}
+# The last event of a stream that has no [DONE], for each of its images.
+LAST_EVENTS = frozenset({"image_generation.completed"})
+
+
+def _documents(body: dict[str, Any]) -> Any:
+    """Under the name of Jina's and Cohere's API, or under that of Text Embeddings Inference."""
+    return body.get("documents") if body.get("documents") is not None else body.get("texts")
+
+
+def _check_rerank(body: dict[str, Any]) -> None:
+    if body.get("query") is None:
+        raise BadRequest("the field 'query' is missing")
+    expect(body, "query", (str, dict), "a string or an object")
+    if _documents(body) is None:
+        raise BadRequest("the field 'documents' is missing")
+    for name in ("documents", "texts"):
+        expect(body, name, (list, dict), "a list")
+    expect(body, "top_n", int, "an integer")
+
+
+def _need_of_rerank(body: dict[str, Any]) -> Need:
+    """The model reads the query with each document."""
+    documents = _documents(body)
+    pairs = len(documents) if isinstance(documents, list) else 1
+    query = tokens.of_input(body["query"]) * max(1, pairs)
+    return Need(query + tokens.of_input(documents) + tokens.of_fields(body, OF_RERANK), 0)
+
+
+def _check_images(body: dict[str, Any]) -> None:
+    if body.get("prompt") is None:
+        raise BadRequest("the field 'prompt' is missing")
+    expect(body, "prompt", str, "a string")
+    number = body.get("n")
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MOST_IMAGES):
+        raise BadRequest(f"the field 'n' must be an integer from 1 to {MOST_IMAGES}")
+
+
+def _need_of_images(body: dict[str, Any]) -> Need:
+    return Need(tokens.of_text(body["prompt"]) + tokens.of_fields(body, OF_IMAGES), 0)
+
+
+OPERATIONS = (
+    *(
+        Operation(path, "never", KINDS, _check_rerank, need=_need_of_rerank, is_optional=True)
+        for path in ("/v1/rerank", "/rerank", "/v2/rerank")
+    ),
+    Operation("/v1/images/generations", "on request", KINDS, _check_images, None, ("data",), _need_of_images, is_optional=True),
+)
