@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tests.support.fake_backend import openai_routes
+from tests.support.fake_backend import native_messages, native_responses, openai_routes
 from tests.support.fake_backend.content import (
     Json,
     ServerError,
@@ -51,10 +51,18 @@ class HealthyServer:
     blobs: set[str] = field(default_factory=set)
     # The number of cached prompt tokens that it reports; None reports nothing.
     cached: Callable[[Json], object] | None = None
+    # Whether it has the Messages and Responses APIs beside its own: as Ollama has them, or as llama.cpp for kind openai.
+    is_native: bool = False
+    thinking: str = ""
+    parallel_calls: int = 1
+    # Whether its answers end at their token limit.
+    is_cut: bool = False
 
     def __call__(self, request: Received) -> Steps:
         if not self._admits(request):
             return answer(401, {"error": "Unauthorized"})
+        if self.is_native and request.method == "POST" and (native := self._native(request.path)):
+            return native(self, request)
         if self.kind == "openai":
             return openai_routes.respond(self, request)
         return _respond(self, request)
@@ -64,6 +72,15 @@ class HealthyServer:
 
     def text(self, prompt: str) -> str:
         return f"{self.name} heard: {prompt}"
+
+    def _native(self, path: str) -> Callable[["HealthyServer", Received], list[Step]] | None:
+        """Ollama cannot count tokens."""
+        routes = {"/v1/messages": native_messages.respond, "/v1/responses": native_responses.respond}
+        counts = {
+            "/v1/messages/count_tokens": native_messages.respond,
+            "/v1/responses/input_tokens": native_responses.respond,
+        }
+        return (routes if self.kind == "ollama" else {**routes, **counts}).get(path)
 
     def _admits(self, request: Received) -> bool:
         guarded = self.kind == "ollama" or request.path.startswith("/v1")

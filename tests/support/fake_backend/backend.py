@@ -34,8 +34,9 @@ class FakeBackend:
         token: str | None = None,
         token_header: str = "Authorization",
         close_idle_as_request_arrives: bool = False,
+        is_native: bool = False,
     ) -> None:
-        self.healthy = HealthyServer(kind, list(models), name, pieces, pause_s, token, token_header)
+        self.healthy = HealthyServer(kind, list(models), name, pieces, pause_s, token, token_header, is_native=is_native)
         self.port = port
         self.close_idle_as_request_arrives = close_idle_as_request_arrives
         self.stale_resets = 0

@@ -131,18 +131,31 @@ def _chat(healthy: "HealthyServer", fields: Json) -> list[Step]:
     messages = fields.get("messages") or []
     if not messages:
         raise ServerError(400, "[] is too short - 'messages'")
-    calls = messages[-1].get("role") != "tool" and bool(fields.get("tools"))
-    pieces = [""] if calls else split_evenly(healthy.text(last_user_text(messages)), healthy.pieces)
-    usage = _counted(healthy, fields, len(pieces))
+    calls = [] if messages[-1].get("role") == "tool" else _tool_calls(healthy, fields)
+    pieces = [""] if calls else split_evenly(_text(healthy, fields), healthy.pieces)
+    thinking = split_evenly(healthy.thinking, 2) if healthy.thinking else []
+    usage = _counted(healthy, fields, len(thinking) + len(pieces))
+    reason = "length" if healthy.is_cut else "tool_calls" if calls else "stop"
+    reasoning = "reasoning" if healthy.kind == "ollama" else "reasoning_content"
     if fields.get("stream"):
-        deltas = _tool_deltas(fields) if calls else _text_deltas(healthy, pieces)
-        return _chat_stream(healthy, fields, deltas, "tool_calls" if calls else "stop", usage)
-    message: Json = {"role": "assistant", "content": "".join(pieces)}
+        deltas = _tool_deltas(calls) if calls else _text_deltas(healthy, pieces)
+        thoughts: list[Json] = [{"role": "assistant", "content": "", reasoning: piece} for piece in thinking]
+        return _chat_stream(healthy, fields, [*thoughts, *deltas], reason, usage)
+    thought = {reasoning: healthy.thinking} if thinking else {}
+    message: Json = {"role": "assistant", "content": "".join(pieces), **thought}
     if calls:
-        message = {"role": "assistant", "content": None, "tool_calls": [_tool_call(fields)]}
-    choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else "stop"}
+        message = {"role": "assistant", "content": None, **thought, "tool_calls": calls}
+    choice = {"index": 0, "message": message, "finish_reason": reason}
     whole = {**_common(healthy, fields, "chat.completion", "chatcmpl"), "choices": [choice], "usage": usage}
     return after_pause(answer(200, compact(whole) + b"\n", JSON), healthy.pause_s * len(pieces))
+
+
+def _text(healthy: "HealthyServer", fields: Json) -> str:
+    """With a JSON schema: an object with the required properties."""
+    schema = ((fields.get("response_format") or {}).get("json_schema") or {}).get("schema")
+    if schema is not None:
+        return json.dumps(tool_arguments({"parameters": schema}), ensure_ascii=False)
+    return healthy.text(last_user_text(fields["messages"]))
 
 
 def _text_deltas(healthy: "HealthyServer", pieces: list[str]) -> list[Json]:
@@ -152,14 +165,20 @@ def _text_deltas(healthy: "HealthyServer", pieces: list[str]) -> list[Json]:
     return [{"role": "assistant", "content": ""}, *deltas]
 
 
-def _tool_call(fields: Json) -> Json:
-    function = fields["tools"][0]["function"]
+def _tool_calls(healthy: "HealthyServer", fields: Json) -> list[Json]:
+    """The first call has the id of a recording."""
+    called = (fields.get("tools") or [])[: healthy.parallel_calls]
+    return [_tool_call(tool["function"], f"call_{n or ''}k1ujbeiw") for n, tool in enumerate(called)]
+
+
+def _tool_call(function: Json, call_id: str) -> Json:
     arguments = json.dumps(tool_arguments(function), ensure_ascii=False)
-    return {"id": "call_k1ujbeiw", "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _tool_deltas(fields: Json) -> list[Json]:
-    return [{"role": "assistant", "content": "", "tool_calls": [{"index": 0, **_tool_call(fields)}]}]
+def _tool_deltas(calls: list[Json]) -> list[Json]:
+    deltas: list[Json] = [{"tool_calls": [{"index": number, **call}]} for number, call in enumerate(calls)]
+    return [{"role": "assistant", "content": "", **deltas[0]}, *deltas[1:]]
 
 
 def _chat_stream(healthy: "HealthyServer", fields: Json, deltas: list[Json], reason: str, usage: Json) -> list[Step]:
