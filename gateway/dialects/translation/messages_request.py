@@ -5,22 +5,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from gateway.core.errors import BadRequest
-from gateway.dialects import tokens
 from gateway.dialects.fields import boolean, expect, expect_number, expect_objects
 from gateway.dialects.translation.conversation import (
     Effort,
     Format,
-    Image,
     Message,
-    Part,
     Prompt,
     Role,
     Text,
-    Thinking,
     Tool,
-    ToolCall,
-    ToolResult,
 )
+from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.messages_blocks import parts_of, shown, string
 
 # Claude Code begins its system prompt with it; its hash differs in each request, which makes any cache of prompts useless.
@@ -40,10 +35,11 @@ EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high", 
 LOW_BUDGET, MEDIUM_BUDGET = 4096, 16_384
 
 
-def read(body: dict[str, Any]) -> Prompt:
+def read(body: dict[str, Any], *, strip_volatile: bool = True) -> Prompt:
     """Raises BadRequest on what cannot be read, and on what no backend can be asked for if the answer depends on it."""
-    body = without_volatile_lines(body)
-    _refuse_what_needs_a_memory(body)
+    if strip_volatile:
+        body = without_volatile_lines(body)
+    refuse_what_needs_a_memory(body)
     dropped = [name for name in UNSUPPORTED if body.get(name) is not None]
     tools = _tools(body, dropped)
     choice = _tool_choice(body)
@@ -74,37 +70,6 @@ def without_volatile_lines(body: dict[str, Any]) -> dict[str, Any]:
     if isinstance(messages, list) and any(_is_system(message) for message in messages):
         kept["messages"] = list(_stable_messages(messages))
     return kept
-
-
-def count_estimate(body: dict[str, Any]) -> int:
-    """The tokens of a request's prompt: system, messages, images and tools. Raises BadRequest as `read` does."""
-    return estimate(read(body))
-
-
-def estimate(prompt: Prompt) -> int:
-    try:
-        found = sum(tokens.TOKENS_PER_MESSAGE + _of_parts(message.parts) for message in prompt.messages)
-        found += sum(tokens.of_json([tool.name, tool.description, tool.schema]) for tool in prompt.tools)
-        found += tokens.of_json(prompt.format.schema) if prompt.format else 0
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
-    return max(1, found)
-
-
-def _of_parts(parts: tuple[Part, ...]) -> int:
-    return sum(_of_part(part) for part in parts)
-
-
-def _of_part(part: Part) -> int:
-    match part:
-        case Text(text) | Thinking(text):
-            return tokens.of_text(text)
-        case Image():
-            return tokens.of_media(part.data or part.url)
-        case ToolCall():
-            return tokens.of_text(part.name + part.arguments)
-        case ToolResult():
-            return tokens.TOKENS_PER_MESSAGE + _of_parts(part.content)
 
 
 def _is_system(message: Any) -> bool:
@@ -148,7 +113,7 @@ def _stable_block(block: Any) -> Any:
     return {**block, "text": text} if text else None
 
 
-def _refuse_what_needs_a_memory(body: dict[str, Any]) -> None:
+def refuse_what_needs_a_memory(body: dict[str, Any]) -> None:
     thread = body.get("thread")
     if isinstance(thread, dict) and thread.get("previous_message_id") is not None:
         raise BadRequest("the field 'thread' continues an earlier answer, which is not kept here; send all messages")
@@ -206,7 +171,7 @@ def _tools(body: dict[str, Any], dropped: list[str]) -> list[Tool]:
         if kind == "custom" or isinstance(tool.get("input_schema"), dict):
             found.append(_tool(tool, where))
         else:
-            dropped.append(f"tools.{kind[:64]}")
+            drop(f"tools.{kind}", dropped)
     return found
 
 

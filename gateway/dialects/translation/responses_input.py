@@ -6,9 +6,10 @@ from typing import Any
 
 from gateway.core.errors import BadRequest
 from gateway.dialects.translation.conversation import Image, Message, Part, Role, Text, Thinking, Tool, ToolCall, ToolResult
+from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.responses_content import read_content, read_text
 from gateway.dialects.translation.responses_names import ClientTool, ToolNames
-from gateway.dialects.translation.responses_tools import INPUT, NATIVE, NATIVE_ITEMS, drop, json_text, read_tools
+from gateway.dialects.translation.responses_tools import INPUT, NATIVE, NATIVE_ITEMS, json_text, read_tools
 
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # A template that finds a call without a result fails, and so does one that finds a result without a call.

@@ -5,11 +5,13 @@ from typing import Any
 
 from gateway.core.errors import BadRequest
 from gateway.dialects import tokens
-from gateway.dialects.fields import boolean, expect
+from gateway.dialects.fields import boolean, expect, wish
+from gateway.dialects.tokens import Need
 from gateway.dialects.translation.conversation import Effort, Format, Prompt
+from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.responses_input import read_input
 from gateway.dialects.translation.responses_names import ToolNames
-from gateway.dialects.translation.responses_tools import drop, read_choice, read_tools
+from gateway.dialects.translation.responses_tools import read_choice, read_tools
 
 EFFORTS: dict[str, Effort] = {
     "none": "none",
@@ -63,7 +65,7 @@ def read(body: dict[str, Any]) -> ResponsesPrompt:
 
 
 def _read(body: dict[str, Any]) -> ResponsesPrompt:
-    _refuse_state(body)
+    refuse_state(body)
     names = ToolNames()
     prompt = ResponsesPrompt([], names=names)
     prompt.tools = read_tools(body.get("tools"), names, prompt.dropped)
@@ -84,7 +86,7 @@ def _read(body: dict[str, Any]) -> ResponsesPrompt:
     return prompt
 
 
-def _refuse_state(body: dict[str, Any]) -> None:
+def refuse_state(body: dict[str, Any]) -> None:
     for name, advice in STATE.items():
         if body.get(name) not in (None, ""):
             raise BadRequest(f"the field {name!r} cannot be used: {advice}")
@@ -185,6 +187,15 @@ def count_estimate(body: dict[str, Any]) -> int:
         return _of_input(body.get("input")) + tokens.of_fields(body, SETTINGS)
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
+
+
+def rough_need(body: dict[str, Any]) -> Need:
+    """The same for any object. Nothing that is nested too deeply to be counted is sent to a backend."""
+    try:
+        found = _of_input(body.get("input")) + tokens.of_fields(body, SETTINGS)
+    except RecursionError:
+        found = 0
+    return Need(max(1, found), wish(body.get("max_output_tokens")))
 
 
 def _of_input(given: Any) -> int:

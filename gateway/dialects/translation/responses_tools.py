@@ -7,6 +7,7 @@ from typing import Any
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects.translation.conversation import Tool
+from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.responses_names import ClientTool, ToolNames
 
 # The one parameter of a function that stands for a tool with free text.
@@ -15,7 +16,6 @@ TEXT = {"type": "string"}
 TEXTS = {"type": "array", "items": TEXT}
 NUMBER = {"type": "integer"}
 FREE_TEXT = "Call it with a JSON object whose only field, 'input', is that text as a string, complete and not wrapped further."
-MOST_NAMED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +123,10 @@ def _read(tools: list[dict[str, Any]], namespace: str, names: ToolNames, dropped
             yield from _function(tool, namespace, names, where)
         elif kind == "custom":
             yield from _custom(tool, namespace, names, where)
-        elif isinstance(kind, str) and kind in NATIVE and _runs_at_the_client(tool):
+        elif isinstance(kind, str) and kind in NATIVE and _is_run_by_client(tool):
             yield from _native(tool, kind, names)
         else:
             drop(f"{where}.{kind}", dropped)
-
-
-def drop(name: str, dropped: list[str]) -> None:
-    if (short := name[:MOST_NAMED]) not in dropped:
-        dropped.append(short)
 
 
 def _name_of(tool: dict[str, Any], where: str) -> str:
@@ -141,7 +136,13 @@ def _name_of(tool: dict[str, Any], where: str) -> str:
     return name
 
 
-def _runs_at_the_client(tool: dict[str, Any]) -> bool:
+def is_of_client(tool: dict[str, Any]) -> bool:
+    """Whether the client runs a tool itself."""
+    kind = tool.get("type", "function")
+    return kind in ("function", "custom", "namespace") or (isinstance(kind, str) and kind in NATIVE and _is_run_by_client(tool))
+
+
+def _is_run_by_client(tool: dict[str, Any]) -> bool:
     environment = tool.get("environment") or {}
     if tool["type"] == "tool_search":
         return tool.get("execution") == "client"

@@ -22,7 +22,8 @@ from gateway.dialects.translation.conversation import (
     ToolCall,
     ToolResult,
 )
-from gateway.dialects.translation.messages_request import count_estimate, read, without_volatile_lines
+from gateway.dialects.translation.messages_estimate import count_estimate
+from gateway.dialects.translation.messages_request import read, without_volatile_lines
 
 JSON = dict[str, Any]
 HELLO: list[JSON] = [{"role": "user", "content": "Hello"}]

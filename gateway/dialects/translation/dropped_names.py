@@ -1,0 +1,13 @@
+"""Names of what a request has and no backend is sent, as the audit and a header of the answer list them."""
+
+import re
+
+LONGEST_NAME, MOST_NAMES = 64, 32
+NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_.:-]")
+
+
+def drop(name: str, dropped: list[str]) -> None:
+    """Adds a name once; it may come from a client, so that it is cut and made plain."""
+    plain = NOT_IN_NAMES.sub("?", name[:LONGEST_NAME])
+    if plain not in dropped and len(dropped) < MOST_NAMES:
+        dropped.append(plain)
