@@ -1,4 +1,7 @@
-"""Requests in Anthropic's Messages API, read into the neutral form of a conversation."""
+"""Requests in Anthropic's Messages API, read into the neutral form of a conversation.
+
+`messages_estimate` counts their tokens, `messages_passthrough` prepares them for a backend that has this API itself.
+"""
 
 import re
 from collections.abc import Iterator

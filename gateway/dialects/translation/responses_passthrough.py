@@ -109,11 +109,11 @@ def _is_plain(item: Any) -> bool:
 
 
 def _is_plain_message(item: dict[str, Any]) -> bool:
-    """Of an assistant's message llama.cpp needs the type, and vLLM all that was in the answer."""
+    """Of an assistant's message llama.cpp needs the type and a list, and vLLM all that was in the answer."""
     role, content = item.get("role"), item.get("content")
     if not isinstance(role, str) or role not in PARTS:
         return False
-    if role == "assistant" and not _has_texts(item, "type", *(() if isinstance(content, str) else ("id", "status"))):
+    if role == "assistant" and (isinstance(content, str) or not _has_texts(item, "type", "id", "status")):
         return False
     return _have_kinds(content, PARTS[role])
 

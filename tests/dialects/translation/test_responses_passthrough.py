@@ -118,6 +118,7 @@ def test_tools_that_a_server_would_run_are_taken_out(tool: JSON, name: str) -> N
         {"input": [{"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "x"}]},
         {"input": [{"type": "web_search_call"}]},
         {"input": [{"role": "assistant", "content": "Hi"}]},
+        {"input": [{"type": "message", "role": "assistant", "id": "m", "status": "completed", "content": "Hi"}]},
         {"input": [{"type": "message", "role": "assistant", "content": [ANSWER]}]},
         {"input": [{"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "hm"}]}]},
         {"input": [{**CALL, "namespace": "n"}]},
@@ -143,7 +144,6 @@ def test_what_some_server_would_refuse_or_leave_out_is_better_translated(fields:
         {"input": [user(TEXT, {"type": "input_image", "image_url": PNG}), CALL, OUTPUT]},
         {"input": [{"role": "developer", "content": "Hi"}, {**OUTPUT, "output": [TEXT]}]},
         {"input": [{"type": "message", "role": "assistant", "id": "m", "status": "completed", "content": [ANSWER]}]},
-        {"input": [{"type": "message", "role": "assistant", "content": "Hi"}]},
         {"input": [{"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}]},
     ],
 )
