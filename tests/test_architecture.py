@@ -29,6 +29,9 @@ HOMES = {
     "hiredis": "stores.redis_connection",
     "argon2": "components auth",
     "aiohttp": "fleet.backends ops.drill.client",
+    "backports": "proxy.content_encoding",
+    # Of Python's own library from 3.14 on.
+    "compression": "proxy.content_encoding",
     "yarl": "fleet.backends",
     "uvicorn": "edge ops.local.demo_backend",
     "httptools": "edge.protocol",

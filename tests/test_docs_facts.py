@@ -35,7 +35,10 @@ STATED = [
     ("docs/operations.md", "65,536 bytes, 256 lines, 10 s", {"LARGEST_HEAD": 65_536, "MOST_LINES": 256, "HEAD_DEADLINE_S": 10}),
     ("docs/operations.md", "`MAX_REQUEST_BODY_BYTES`, 30 s", {"BODY_DEADLINE_S": 30}),
     ("docs/operations.md", "32 MiB, or four of the largest", {"BYTES_PER_KEY": 32 * 2**20, "LARGEST_BODIES_PER_KEY": 4}),
+    ("docs/operations.md", "128 MiB, or 16 of the largest", {"BYTES_IN_ALL": 128 * 2**20, "LARGEST_BODIES_IN_ALL": 16}),
     ("docs/operations.md", "bodies above 16 KiB", {"LARGEST_WITHOUT_TURN": 16_384}),
+    ("docs/operations.md", "in pieces of at most 256 KiB", {"LARGEST_PIECE_WRITTEN": 2**18}),
+    ("docs/operations.md", "1,000 gzip members or zstd frames; a window of 8 MiB", {"MOST_MEMBERS": 1000, "WINDOW_LOG": 23}),
     ("docs/operations.md", "if a turn does not come in 20 s", {"LONGEST_WAIT_S": 20}),
     ("docs/operations.md", "earlier answers are unread | 64 MiB", {"MOST_HELD_BY_ALL": 64 * 2**20}),
     (

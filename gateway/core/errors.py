@@ -160,10 +160,17 @@ class UnsupportedTransferEncoding(GatewayError):
 
 
 class UnsupportedEncoding(GatewayError):
-    """The body's Content-Encoding is not supported; send it unencoded."""
+    """The body's Content-Encoding is not supported; send it unencoded, or encoded once with gzip, deflate or zstd."""
 
     status = 415
     code = "unsupported_encoding"
+    headers = ((b"accept-encoding", b"gzip, deflate, zstd"),)
+
+
+class EncodedUpload(UnsupportedEncoding):
+    """The Content-Encoding of an upload is not supported; send it unencoded."""
+
+    headers = ((b"accept-encoding", b"identity"),)
 
 
 class TooManyFailures(GatewayError):

@@ -1,4 +1,4 @@
-"""Reads request bodies: bounded in size and time, refused where they are encoded, and bounded in memory while unfinished."""
+"""Reads request bodies: bounded in size and time, decompressed, and bounded in memory while unfinished."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +14,12 @@ from gateway.core.errors import (
     BodyTooLarge,
     BodyTooSlow,
     ClientGone,
+    GatewayError,
     Overloaded,
     UnsupportedEncoding,
 )
 from gateway.core.shared_bytes import Reservation, SharedBytes
+from gateway.proxy.content_encoding import LARGEST_PIECE_WRITTEN, NOT_ENCODED, Decoder, encoding_of
 from gateway.proxy.turns import Turns
 
 BODY_DEADLINE_S = 30.0
@@ -31,17 +33,22 @@ LARGEST_WITHOUT_TURN = 16_384
 Result = TypeVar("Result")
 
 
-def check_head(scope: Scope, limit: int, setting: str = "") -> None:
-    """Refuses by the headers: an encoded body, or one of more than `limit` bytes, which `setting` sets."""
+def check_head(scope: Scope, limit: int, setting: str = "") -> str:
+    """Returns how the body is encoded, if it is. Refuses one of more than `limit` bytes, which `setting` sets."""
+    encoding = ""
     for name, value in scope["headers"]:
-        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            raise UnsupportedEncoding
+        if name == b"content-encoding" and value.strip().lower() not in NOT_ENCODED:
+            if encoding:
+                raise UnsupportedEncoding
+            encoding = encoding_of(value)
         if name == b"content-length" and (not value.strip().isdigit() or int(value) > limit):
             raise _too_large(limit, setting)
+    return encoding
 
 
-def _too_large(limit: int, setting: str) -> BodyTooLarge:
-    return BodyTooLarge(f"the request's body is larger than {limit} bytes{f'; {setting} sets that' if setting else ''}")
+def _too_large(limit: int, setting: str, when: str = "") -> BodyTooLarge:
+    sets = f"; {setting} sets that" if setting else ""
+    return BodyTooLarge(f"the request's body is larger than {limit} bytes{when}{sets}")
 
 
 class UnfinishedBodies(SharedBytes):
@@ -71,7 +78,7 @@ class Bodies:
     ) -> bytes:
         """`cancel_scope` has the deadline; `largest`, in bytes, overrides the setting."""
         limit, setting = (self._largest, SIZE_SETTING) if largest is None else (largest, "")
-        check_head(scope, limit, setting)
+        encoding = check_head(scope, limit, setting)
         cancel_scope.within(BODY_DEADLINE_S, BodyTooSlow)
         message = await receive()
         if _measured(message, record, limit, setting):
@@ -79,6 +86,13 @@ class Bodies:
         else:
             body = message.get("body", b"")
         cancel_scope.without_deadline()
+        if encoding and body:
+            try:
+                body = await self._decoded(Decoder(encoding, body), record, cancel_scope, limit, setting)
+            except GatewayError as error:
+                # The body has been read; its connection can be used again.
+                error.leaves_body = False
+                raise
         if not body:
             raise BadRequest("the body is empty; send a JSON object")
         return body
@@ -97,6 +111,22 @@ class Bodies:
                         return b"".join((body, message.get("body", b"")))
             finally:
                 body.clear()
+
+    async def _decoded(self, decoder: Decoder, record: Record, cancel_scope: CancelScope, limit: int, setting: str) -> bytes:
+        """Decompresses a small body at once and a large one in turns, of which each is a short piece of work."""
+        with Reservation(self.unfinished, record.key_id) as reservation:
+            try:
+                if decoder.held <= LARGEST_WITHOUT_TURN:
+                    decoder.decode(min(LARGEST_WITHOUT_TURN, limit + 1))
+                while not decoder.is_complete and decoder.size <= limit:
+                    reservation.hold(decoder.held)
+                    work = partial(decoder.decode, min(LARGEST_PIECE_WRITTEN, limit + 1 - decoder.size))
+                    await self._turns.run(record.key_id, work, cancel_scope)
+                if decoder.size > limit:
+                    raise _too_large(limit, setting, " when decompressed")
+                return decoder.take()
+            finally:
+                decoder.close()
 
     async def parsed(self, body: bytes, parse: Callable[[bytes], Result], key_id: str, cancel_scope: CancelScope) -> Result:
         """Parses a large body with `parse`, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""

@@ -20,6 +20,7 @@ from gateway.core.errors import (
     BadRequest,
     BodyTooSlow,
     ClientGone,
+    EncodedUpload,
     GatewayError,
     NotPermitted,
 )
@@ -89,7 +90,8 @@ class Passthrough:
         headers = _passed_on(scope["headers"], record.request_id)
         try:
             if "{digest}" in self._route and self._method == "POST":
-                check_head(scope, LARGEST_BLOB)
+                if check_head(scope, LARGEST_BLOB):
+                    raise EncodedUpload
                 await self._upload(backend, self._path(scope), headers, answer, receive)
             else:
                 body = await self._json(scope, receive, record)

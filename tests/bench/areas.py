@@ -16,7 +16,7 @@ AREAS = {
     "keys": "auth proxy/access",
     "limits": "limits",
     "Redis": "stores/redis_connection stores/redis_shards stores/redis_client stores/redis_keys",
-    "dialect": "dialects proxy/body core/strict_json",
+    "dialect": "dialects proxy/body proxy/content_encoding core/strict_json",
     "exchange": "proxy core/cancel_scope audit/prompt_log",
     "routing": "fleet",
     "audit": "audit stores/postgres",

@@ -116,11 +116,11 @@ def test_errors_name_wrong_types(gateway: RunningGateway, path: str, body: dict[
 def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: RunningGateway) -> None:
     with gateway.http(gateway.key()) as client:
         for path in (OLLAMA_CHAT, OPENAI_CHAT):
-            got = client.post(path, content=b"x" * 300_000)
+            got = client.post(path, content=b"x" * 8_400_000)
             assert got.status_code == 413 and message(got).endswith(
-                "larger than 262144 bytes; MAX_REQUEST_BODY_BYTES sets that"
+                "larger than 8388608 bytes; MAX_REQUEST_BODY_BYTES sets that"
             )
-            assert client.post(path, content=iter([b"x" * 60_000] * 6)).status_code == 413
+            assert client.post(path, content=iter([b"x" * 60_000] * 140)).status_code == 413
     head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Length: 9999999999\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
         connection.settimeout(5)
@@ -131,8 +131,8 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: RunningGate
 def test_bad_encodings_routes_methods_and_keys(gateway: RunningGateway) -> None:
     key = gateway.key()
     with gateway.http(key) as client:
-        assert client.post(OLLAMA_CHAT, content=b"x", headers={"Content-Encoding": "zstd"}).status_code == 415
-        assert client.post(OLLAMA_CHAT, content=b"{}", headers={"Content-Encoding": "gzip"}).status_code == 415
+        assert client.post(OLLAMA_CHAT, content=b"x", headers={"Content-Encoding": "br"}).status_code == 415
+        assert client.post(OLLAMA_CHAT, content=b"{}", headers={"Content-Encoding": "gzip"}).status_code == 400
         assert client.get("/api/nothing").json() == {"error": "There is no such route here."}
         assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
         wrong = client.put(OPENAI_CHAT)
