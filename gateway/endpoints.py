@@ -90,6 +90,7 @@ def table(settings: Settings, parts: Components) -> Endpoints:
         ("POST", "/rerank"): calls["/rerank"],
         ("POST", "/v2/rerank"): calls["/v2/rerank"],
         ("POST", "/v1/images/generations"): calls["/v1/images/generations"],
+        ("POST", "/v1/audio/speech"): calls["/v1/audio/speech"],
         ("GET", "/api/tags"): lists.tags,
         ("GET", "/api/ps"): lists.running_models,
         ("GET", "/api/version"): lists.version,

@@ -28,6 +28,7 @@ EXPECTED = {
         POST /rerank
         POST /v2/rerank
         POST /v1/images/generations
+        POST /v1/audio/speech
     """,
     ModelLists: """
         GET /api/tags

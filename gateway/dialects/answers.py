@@ -35,6 +35,11 @@ def content_type_of(reported: str, framing: Framing | None = None) -> str:
     return "application/json" if framing is None else framing.content_type
 
 
+def media_type(content_type: str) -> str:
+    """The type without its parameters."""
+    return content_type.lower().partition(";")[0].strip()
+
+
 def read_answer(payload: bytes) -> Any:
     """A whole answer or a frame as JSON. Raises BadFrame if it is an error or not JSON."""
     try:

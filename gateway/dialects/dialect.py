@@ -12,7 +12,8 @@ from gateway.dialects.refused_fields import refuse_fields
 from gateway.dialects.tokens import NO_TOKENS, Need
 
 Kind = Literal["ollama", "openai"]
-Streaming = Literal["by default", "on request", "never"]
+# "by format": on request, with `stream_format` instead of `stream`.
+Streaming = Literal["by default", "on request", "by format", "never"]
 # An answer for which the caller set no limit gets one part in four of the model's context.
 DEFAULT_SHARE = 4
 
@@ -35,6 +36,7 @@ class Operation:
 
     A complete answer has a true value in one of the fields `answers_with`. `need` estimates the tokens of a request; without
     it the operation uses none. Of the backends of these `kinds`, some do not have the path of an operation that `is_optional`.
+    If it has `media`, its answers may have these types, or types that begin so; whether it is streamed is up to the backend.
     """
 
     path: str
@@ -45,6 +47,7 @@ class Operation:
     answers_with: tuple[str, ...] = ()
     need: Callable[[dict[str, Any]], Need] | None = None
     is_optional: bool = False
+    media: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -144,4 +147,6 @@ def read_call(dialect: Dialect, operation: Operation, raw: bytes) -> Call:
     asked = model_of(body)
     operation.check(body)
     stream = operation.streaming != "never" and boolean(body, "stream", default=operation.streaming == "by default")
+    if operation.streaming == "by format":
+        stream = body.get("stream_format") == "sse"
     return Call(operation, asked, canonical(asked), stream, body)

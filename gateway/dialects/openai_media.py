@@ -1,4 +1,4 @@
-"""Rerankers and images in the OpenAI API: routes that some backends have."""
+"""Rerankers, images and speech in the OpenAI API: routes that some backends have."""
 
 from typing import Any
 
@@ -9,12 +9,14 @@ from gateway.dialects.fields import expect
 from gateway.dialects.tokens import Need
 
 KINDS: frozenset[Kind] = frozenset({"ollama", "openai"})
-FIELDS = frozenset("query documents texts top_n size quality voice stream_format partial_images".split())
+FIELDS = frozenset("query documents texts top_n size quality voice speed stream_format partial_images".split())
 MOST_IMAGES = 10
 OF_RERANK = tokens.SETTINGS | {"query", "documents", "texts", "top_n"}
 OF_IMAGES = tokens.SETTINGS | {"prompt", "size", "quality", "response_format", "output_format", "background", "style"}
-# The last event of a stream that has no [DONE], for each of its images.
-LAST_EVENTS = frozenset({"image_generation.completed"})
+OF_SPEECH = tokens.SETTINGS | {"input", "voice", "speed", "response_format", "stream_format", "language", "task_type"}
+AUDIO = ("audio/", "application/octet-stream")
+# The last events of streams that have no [DONE].
+LAST_EVENTS = frozenset({"image_generation.completed", "speech.audio.done"})
 
 
 def _documents(body: dict[str, Any]) -> Any:
@@ -54,10 +56,24 @@ def _need_of_images(body: dict[str, Any]) -> Need:
     return Need(tokens.of_text(body["prompt"]) + tokens.of_fields(body, OF_IMAGES), 0)
 
 
+def _check_speech(body: dict[str, Any]) -> None:
+    if body.get("input") is None:
+        raise BadRequest("the field 'input' is missing")
+    expect(body, "input", str, "a string")
+    expect(body, "voice", (str, dict), "a string or an object")
+    if body.get("stream_format") not in (None, "audio", "sse"):
+        raise BadRequest("the field 'stream_format' must be 'audio' or 'sse'")
+
+
+def _need_of_speech(body: dict[str, Any]) -> Need:
+    return Need(tokens.of_text(body["input"]) + tokens.of_fields(body, OF_SPEECH), 0)
+
+
 OPERATIONS = (
     *(
         Operation(path, "never", KINDS, _check_rerank, need=_need_of_rerank, is_optional=True)
         for path in ("/v1/rerank", "/rerank", "/v2/rerank")
     ),
     Operation("/v1/images/generations", "on request", KINDS, _check_images, None, ("data",), _need_of_images, is_optional=True),
+    Operation("/v1/audio/speech", "by format", KINDS, _check_speech, need=_need_of_speech, is_optional=True, media=AUDIO),
 )

@@ -110,8 +110,9 @@ class Application:
             await self._routes(scope)(scope, receive, reply.send)
             record.outcome = record.outcome or plain_outcome(record)
         except ClientGone as gone:
-            record.outcome, record.status = record.outcome or "client_gone", record.status or STATUS_OF_A_CLIENT_GONE
-            record.detail = "stalled" if isinstance(gone, ClientStalled) else ""
+            record.status = record.status or STATUS_OF_A_CLIENT_GONE
+            if not record.outcome:
+                record.outcome, record.detail = "client_gone", "stalled" if isinstance(gone, ClientStalled) else ""
         except GatewayError as error:
             await self._refuse(error, scope, receive, reply, record)
         except Exception:

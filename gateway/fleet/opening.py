@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.core.errors import AnswerTooLarge, GatewayError
 from gateway.core.shared_bytes import Reservation
-from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, judge_whole, read_answer, try_read
+from gateway.dialects.answers import JSON, LONGEST_FRAME, BadFrame, LongFrame, judge_whole, media_type, read_answer, try_read
 from gateway.dialects.dialect import Call, Dialect, Operation
 from gateway.fleet import redaction, refusals
 from gateway.fleet.backends.backend import Backend
@@ -24,12 +24,16 @@ MOST_BEFORE_FIRST_FRAME = 262_144
 NO_ROUTE = "no_route"
 # LM Studio answers with status 200 and this text.
 UNKNOWN_ENDPOINT = re.compile(r"unexpected endpoint or method", re.IGNORECASE)
+# The transcription of silence.
+EMPTY_IF_SILENT = "text/"
 OF_A_MODEL = re.compile(r"\bmodels?\b", re.IGNORECASE)
 
 
 @dataclass(slots=True)
 class Opening:
-    """The beginning of a good answer: of a stream its first frames and what was read of the next; else all of it, parsed.
+    """The beginning of a good answer: of a stream its first frames and what was read of the next; of JSON all, parsed.
+
+    Of other media it has the first bytes, and no `value`.
 
     The owner must `close` it, or `give_back` and `held.close`.
     """
@@ -69,6 +73,8 @@ async def read_beginning(
     try:
         if upstream.status != 200:
             raise await refusal(upstream, backend, call.operation)
+        if call.operation.media:
+            return await _of_any_type(backend, upstream, call, dialect, reservation)
         if call.stream:
             return await _first_frames(backend, upstream, dialect)
         return await _whole(backend, upstream, call, reservation)
@@ -94,6 +100,26 @@ async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: 
         held.close()
         raise
     return Opening(backend, upstream, whole, held, at_end=True, value=value)
+
+
+async def _of_any_type(backend: Backend, upstream: BackendResponse, call: Call, dialect: Dialect, held: Reservation) -> Opening:
+    """As the backend names the type: it may answer with JSON or bytes where the call asks for a stream."""
+    kind, media = media_type(upstream.content_type), call.operation.media
+    call.stream = kind == dialect.framing.content_type
+    if call.stream:
+        return await _first_frames(backend, upstream, dialect)
+    if kind in JSON:
+        opening = await _whole(backend, upstream, call, held)
+        if not kind.startswith(media):
+            held.close()
+            raise BadFrame("JSON instead of what was asked for")
+        return opening
+    if not kind.startswith(media) or upstream.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise BadFrame("an answer of another type")
+    beginning = await upstream.read()
+    if not beginning and not kind.startswith(EMPTY_IF_SILENT):
+        raise BadFrame("an empty answer")
+    return Opening(backend, upstream, beginning, held, at_end=not beginning)
 
 
 async def _first_frames(backend: Backend, upstream: BackendResponse, dialect: Dialect) -> Opening:

@@ -232,6 +232,7 @@ def _sample(method: str, path: str, facts: dict[str, Any], parameters: list[dict
         facts.get("raw", ""),
         facts.get("media") == EVENTS or facts.get("frames", "").endswith("`done: true`"),
         facts.get("client", ""),
+        facts.get("saves", ""),
     )
 
 

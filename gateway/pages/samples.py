@@ -12,7 +12,8 @@ BASE = "http://127.0.0.1:8080"
 @dataclass(frozen=True)
 class Sample:
     """A call: `address` is path and query; `body` is sent as JSON, `raw` as it is; `key_in` names the environment's variable
-    with the key; `client` is the method of the `openai` or `ollama` package that makes this call."""
+    with the key; `client` is the method of the `openai` or `ollama` package that makes this call; the answer goes to the
+    file `saves`, if it has a name."""
 
     method: str
     address: str
@@ -21,6 +22,7 @@ class Sample:
     raw: str = ""
     streams: bool = False
     client: str = ""
+    saves: str = ""
 
     @property
     def url(self) -> str:
@@ -45,6 +47,8 @@ class Sample:
             parts += ["-H 'Content-Type: application/json'", f"-d {shlex.quote(json.dumps(self.body))}"]
         if self.raw:
             parts += ["-H 'Content-Type: application/octet-stream'", f"--data-binary {shlex.quote(self.raw)}"]
+        if self.saves:
+            parts.append(f"-o {self.saves}")
         return " \\\n  ".join(parts)
 
     def _python(self) -> str:
@@ -60,6 +64,8 @@ class Sample:
         shown = (
             "for line in answer.iter_lines():\n    print(line.decode(), flush=True)" if self.streams else "print(answer.text)"
         )
+        if self.saves:
+            shown = f'with open("{self.saves}", "wb") as file:\n    file.write(answer.content)'
         imports = "import os\n\nimport requests\n" if self.key_in else "import requests\n"
         return f"{imports}\nanswer = requests.{self.method.lower()}(\n{listed})\nanswer.raise_for_status()\n{shown}"
 
@@ -87,6 +93,9 @@ class Sample:
         call = f"const answer = await fetch({json.dumps(self.url)}{second});"
         shown = "for await (const piece of answer.body) process.stdout.write(piece);"
         shown = shown if self.streams else "console.log(await answer.text());"
+        if self.saves:
+            shown = f'await writeFile("{self.saves}", Buffer.from(await answer.arrayBuffer()));'
+            call = f'import {{ writeFile }} from "node:fs/promises";\n\n{call}'
         return f"{call}\nif (!answer.ok) throw new Error(`${{answer.status}} ${{await answer.text()}}`);\n{shown}"
 
     @property

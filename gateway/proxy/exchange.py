@@ -23,6 +23,7 @@ from gateway.fleet.opening import Opening
 from gateway.fleet.scheduler import is_served
 from gateway.proxy.access import Access
 from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies
+from gateway.proxy.byte_answer import ByteAnswer
 from gateway.proxy.relay import Answer, StreamedAnswer, WholeAnswer
 from gateway.proxy.visibility import missing
 
@@ -63,11 +64,12 @@ class Exchange:
                     await self._access.admit(record, model.name.canonical, takes_slot=False)
                     await send_json(send, self._describe(model))
                     return
-                answer = self._answer(call, record, send)
                 connection.watch(partial(cancel_scope.interrupt, ClientGone()))
                 try:
                     await self._access.admit(record, model.name.canonical, call.needs)
-                    await answer.relay(await self._open(call, model, scope, record, cancel_scope), cancel_scope, connection)
+                    opening = await self._open(call, model, scope, record, cancel_scope)
+                    answer = self._answer(call, opening, record, send)
+                    await answer.relay(opening, cancel_scope, connection)
                 finally:
                     # The key's slot is given back elsewhere: Application's `finally` calls Settler.finish, that Limiter.settle.
                     # The rest is quick, and a client that leaves now has its answer.
@@ -113,9 +115,11 @@ class Exchange:
             record.prompt_log = PromptLog(call.body)
         return model
 
-    def _answer(self, call: Call, record: Record, send: Send) -> Answer:
+    def _answer(self, call: Call, opening: Opening, record: Record, send: Send) -> Answer:
         if call.stream:
             return StreamedAnswer(self.dialect, call, record, send, self._settler)
+        if opening.value is None:
+            return ByteAnswer(self.dialect, call, record, send)
         return WholeAnswer(self.dialect, call, record, send)
 
     async def _open(self, call: Call, model: Model, scope: Scope, record: Record, cancel_scope: CallScope) -> Opening:

@@ -47,6 +47,8 @@ REFUSED = {
 }
 UNENDING = "GET /admin/v1/events"
 SOME_ID = "k5yq2mxa"
+SPEECH = "speech.mp3"
+SILENT = ("POST /api/", "POST /v1/audio/speech", "HEAD", "DELETE")
 # What ends a thing that other samples name.
 LAST = ["DELETE /api/delete", "DELETE /admin/v1/keys/{id}"]
 
@@ -113,7 +115,8 @@ def test_bodies_have_the_fields_that_the_gateway_takes(gateway: RunningGateway) 
             body = schemas[name_of_body(found[f"POST {operation.path}"])]
             assert body["properties"].keys() <= dialect.known_fields | {"verbose"}, operation.path
             assert "model" in body["required"]
-            assert ("stream" in body["properties"]) is (operation.streaming != "never")
+            how = body["properties"].keys() & {"stream", "stream_format"}
+            assert how == {"never": set(), "by format": {"stream_format"}}.get(operation.streaming, {"stream"})
 
 
 def name_of_body(operation: dict[str, Any]) -> str:
@@ -123,7 +126,7 @@ def name_of_body(operation: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("language", RUNS)
 @pytest.mark.timeout(240)
-def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> None:
+def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str, tmp_path: Path) -> None:
     if shutil.which(RUNS[language][0]) is None or (language == "curl" and shutil.which("curl") is None):
         pytest.skip(f"{language} is not on this machine")
     flags = (ADMIN, ADMIN_MODELS)
@@ -138,11 +141,13 @@ def test_every_sample_runs_as_it_is(gateway: RunningGateway, language: str) -> N
         for line in sorted(found, key=lambda line: (line in LAST, line.startswith("HEAD"))):
             (sample,) = [one["source"] for one in found[line]["x-codeSamples"] if one["label"] == language]
             sample = sample.replace(samples.BASE, gateway.url).replace(SOME_ID, alice.split("_")[1])
+            sample = sample.replace(SPEECH, str(tmp_path / SPEECH))
             status, output = begin(language, sample, known) if line == UNENDING else run(sample)
             if line in REFUSED:
                 assert status != 0 and "404" in output, (line, output)
             else:
-                assert status == 0 and (output or line.startswith(("POST /api/", "HEAD", "DELETE"))), (line, output)
+                assert status == 0 and (output or line.startswith(SILENT)), (line, output)
+    assert (tmp_path / SPEECH).read_bytes() == b"vllm heard: Good morning"
 
 
 @contextmanager
