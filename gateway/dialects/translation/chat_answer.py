@@ -33,8 +33,8 @@ FAILURES = frozenset({"abort", "error"})
 USAGE_OF = OpenAI().usage_of
 
 
-def reply_of(answer: Any) -> Reply:
-    """A whole answer. Raises Unreadable if it is none."""
+def reply_of(answer: Any, beginning: str = "") -> Reply:
+    """A whole answer to a prompt with this beginning of one. Raises Unreadable if it is none."""
     _refuse_errors(answer)
     choice = _first_choice(answer)
     if choice is None:
@@ -43,6 +43,8 @@ def reply_of(answer: Any) -> Reply:
     if not isinstance(message, dict):
         raise Unreadable("the answer has no message")
     thoughts, text = _thoughts_and_text(message)
+    if beginning and "timings" in answer:
+        text = text.removeprefix(beginning)
     calls = ToolCalls()
     pieces = calls.read_whole(message.get("tool_calls"))
     calls.end()

@@ -46,6 +46,14 @@ WHOLE_NUMBERS = frozenset({"top_k", "seed"})
 COMMON_EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 # vLLM, SGLang and llama.cpp hand these to the chat template. Qwen and GLM read the first, DeepSeek and Granite the second.
 WITHOUT_THINKING = {"enable_thinking": False, "thinking": False}
+# vLLM and SGLang start a new answer without the first two; llama.cpp refuses one of them alone, and gives the beginning again
+# in a stream without them. It continues no answer of a model that may think.
+CONTINUED = {
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "chat_template_kwargs": WITHOUT_THINKING,
+}
+IGNORED_BY_OLLAMA = ("top_k", "min_p", "repeat_penalty")
 URL_SCHEMES = ("https://", "http://", "data:")
 
 
@@ -55,10 +63,12 @@ def body_of(prompt: Prompt, kind: Kind) -> dict[str, Any]:
     Raises BadRequest for what no backend of this kind can carry.
     """
     body: dict[str, Any] = {"messages": list(_messages(prompt.messages, kind))}
+    if beginning := beginning_of(prompt):
+        body["messages"][-1]["content"] = beginning
     body |= _tool_fields(prompt, kind)
     if prompt.format is not None:
         body["response_format"] = _response_format(prompt.format)
-    body |= _effort_fields(prompt, kind)
+    body |= CONTINUED if beginning and kind == "openai" else _effort_fields(prompt, kind)
     if prompt.most_output is not None:
         body["max_tokens"] = prompt.most_output
     if prompt.stop:
@@ -72,17 +82,44 @@ def body_of(prompt: Prompt, kind: Kind) -> dict[str, Any]:
     return body
 
 
+def beginning_of(prompt: Prompt) -> str:
+    """The beginning of the answer if the prompt has one. Templates cut blanks at its end, which vLLM would miss."""
+    if not prompt.continues_last:
+        return ""
+    last = takewhile(_is_assistant, reversed(prompt.messages))
+    return _assistant_text(list(last)[::-1]).rstrip()
+
+
+def losses_of(prompt: Prompt, kind: Kind) -> list[str]:
+    """The client's names of what `body_of` sends and servers of this kind ignore, or what it does not send to them.
+
+    A model on Ollama that is to call a tool is given that tool alone if it has a name, but may still answer with a text. The
+    beginning of an answer leaves no place for thoughts: llama.cpp refuses both together, and so does Anthropic.
+    """
+    lost = ["reasoning_effort"] if kind == "openai" and prompt.effort not in (None, "none") and beginning_of(prompt) else []
+    if kind == "ollama":
+        lost += [name for name in IGNORED_BY_OLLAMA if name in prompt.sampling]
+        lost += ["tool_choice"] if prompt.tools and prompt.tool_choice not in ("", "auto", "none") else []
+        lost += ["parallel_tool_calls"] if prompt.tools and prompt.parallel_tools is False else []
+        lost += ["user"] if prompt.user else []
+    return [prompt.client_names.get(name, name) for name in lost]
+
+
 def _messages(messages: list[Message], kind: Kind) -> Iterator[dict[str, Any]]:
     """System messages at the beginning become one. A later one stays where it is, as part of a user's turn: moved to the
     beginning it would change the prompt from there on, and the backend would have to read all of it again."""
     leading = list(takewhile(_is_system, messages))
     if text := BETWEEN_MESSAGES.join(filter(None, map(_system_text, leading))):
         yield {"role": "system", "content": text}
-    for is_assistant, turn in groupby(messages[len(leading) :], lambda message: message.role == "assistant"):
+    for is_assistant, turn in groupby(messages[len(leading) :], _is_assistant):
         if is_assistant:
             yield _assistant_message(list(turn), kind)
         else:
             yield from _user_messages(list(turn), kind)
+
+
+def _is_assistant(message: Message) -> bool:
+    return message.role == "assistant"
 
 
 def _is_system(message: Message) -> bool:
@@ -108,14 +145,17 @@ def _name_of(part: Part) -> str:
 
 def _assistant_message(turn: list[Message], kind: Kind) -> dict[str, Any]:
     """Content is "" rather than null: servers take the two for the same, and some refuse null."""
-    texts = (BETWEEN_PARTS.join(_texts(message, "an assistant's message")) for message in turn)
     parts = [part for message in turn for part in message.parts]
-    written: dict[str, Any] = {"role": "assistant", "content": BETWEEN_MESSAGES.join(filter(None, texts))}
+    written: dict[str, Any] = {"role": "assistant", "content": _assistant_text(turn)}
     if thoughts := BETWEEN_PARTS.join(part.text for part in parts if isinstance(part, Thinking) and part.text):
         written |= dict.fromkeys(REASONING_FIELDS[kind], thoughts)
     if calls := [_tool_call(part) for part in parts if isinstance(part, ToolCall)]:
         written["tool_calls"] = calls
     return written
+
+
+def _assistant_text(turn: list[Message]) -> str:
+    return BETWEEN_MESSAGES.join(filter(None, (BETWEEN_PARTS.join(_texts(one, "an assistant's message")) for one in turn)))
 
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:

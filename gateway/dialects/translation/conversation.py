@@ -4,7 +4,7 @@ A request becomes a `Prompt`, an answer a `Reply`, a stream a sequence of events
 `Prompt.dropped`; what would be lost in meaning is refused when it is read. No I/O.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,6 +98,7 @@ class Prompt:
     frequency_penalty, repeat_penalty.
     `dropped` names the client's fields that the answer does not depend on and that no backend is sent.
     `continues_last` says that the last message is the beginning of the answer: the model is to go on from it.
+    `client_names` has the names of fields in the client's API where they differ from those of chat/completions.
     """
 
     messages: list[Message]
@@ -113,6 +114,7 @@ class Prompt:
     user: str = ""
     dropped: list[str] = field(default_factory=list)
     continues_last: bool = False
+    client_names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(slots=True)

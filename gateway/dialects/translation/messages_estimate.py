@@ -113,6 +113,9 @@ def _of_tools(tools: Any) -> int:
 
 
 def _of_tool(tool: dict[str, Any]) -> int:
+    """A tool that only Anthropic runs reaches no backend."""
+    if tool.get("type") not in (None, "custom") and not tool.get("input_schema"):
+        return 0
     return tokens.of_json([tool.get("name"), tool.get("description"), tool.get("input_schema") or {}])
 
 

@@ -17,6 +17,7 @@ from gateway.dialects.translation.conversation import (
     Role,
     Text,
     Tool,
+    ToolCall,
 )
 from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.messages_blocks import parts_of, shown, string
@@ -33,6 +34,11 @@ UNSUPPORTED = (
     "billing_policy container context_management diagnostics fallback_credit_token fallbacks inference_geo mcp_servers "
     "service_tier speed user_profile_id workspace_id"
 ).split()
+CLIENT_NAMES = {
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    "reasoning_effort": "thinking",
+    "user": "metadata.user_id",
+}
 EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}
 # Budgets of thinking below these many tokens; Claude Code has used 4000, 10,000 and 31,999.
 LOW_BUDGET, MEDIUM_BUDGET = 4096, 16_384
@@ -62,6 +68,7 @@ def read(body: dict[str, Any], *, strip_volatile: bool = True) -> Prompt:
         user=_user(body),
         dropped=dropped,
         continues_last=_continues_last(messages),
+        client_names=CLIENT_NAMES,
     )
 
 
@@ -161,7 +168,9 @@ def _system_message(content: Any, where: str) -> Message:
 
 
 def _continues_last(messages: list[Message]) -> bool:
-    return messages[-1].role == "assistant" and isinstance(messages[-1].parts[-1], Text)
+    last = messages[-1]
+    has_calls = any(isinstance(part, ToolCall) for part in last.parts)
+    return last.role == "assistant" and isinstance(last.parts[-1], Text) and not has_calls
 
 
 def _tools(body: dict[str, Any], dropped: list[str]) -> list[Tool]:

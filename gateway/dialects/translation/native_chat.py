@@ -59,6 +59,7 @@ def read_chat(body: Fields) -> Prompt:
         stream=boolean(body, "stream", default=True),
         dropped=fields.dropped_of(body, "top_logprobs") + fields.dropped_tools_of(body),
         continues_last=bool(messages) and _is_beginning(messages[-1]),
+        client_names={"reasoning_effort": "think"},
     )
 
 

@@ -43,6 +43,7 @@ DROPPED = (
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "service_tier", "store", "stream_options"),
     *("top_logprobs", "truncation"),
 )
+CLIENT_NAMES = {"reasoning_effort": "reasoning.effort"}
 # Values that ask for nothing.
 NOTHING = ("auto", "default", "disabled")
 NOT_IN_PROMPTS = frozenset("reasoning text input max_output_tokens safety_identifier parallel_tool_calls background".split())
@@ -67,7 +68,7 @@ def read(body: dict[str, Any]) -> ResponsesPrompt:
 def _read(body: dict[str, Any]) -> ResponsesPrompt:
     refuse_state(body)
     names = ToolNames()
-    prompt = ResponsesPrompt([], names=names)
+    prompt = ResponsesPrompt([], names=names, client_names=CLIENT_NAMES)
     prompt.tools = read_tools(body.get("tools"), names, prompt.dropped)
     prompt.messages = read_input(body.get("instructions"), body.get("input"), prompt.tools, names, prompt.dropped)
     prompt.tool_choice, prompt.tools = read_choice(body.get("tool_choice"), prompt.tools, names)

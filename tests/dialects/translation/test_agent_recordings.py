@@ -12,7 +12,7 @@ import pytest
 
 from gateway.core import strict_json
 from gateway.dialects.dialect import Kind
-from gateway.dialects.translation import messages_request, responses_request
+from gateway.dialects.translation import messages_estimate, messages_request, responses_request
 from gateway.dialects.translation.chat_request import body_of
 from gateway.dialects.translation.conversation import Prompt
 from tests.support import strict_chat
@@ -69,9 +69,11 @@ def test_each_request_becomes_one_that_a_strict_server_takes(name: str, kind: Ki
 def test_the_tokens_of_each_request_are_estimated(name: str) -> None:
     for request in recordings.session(name).requests:
         if request.body is not None:
-            dialect = responses_request if request.path == RESPONSES else messages_request
-            size = len(json.dumps(request.body))
+            dialect = responses_request if request.path == RESPONSES else messages_estimate
+            size, exact = len(json.dumps(request.body)), messages_estimate.estimate(READERS[request.path](request.body))
             assert 0 < dialect.count_estimate(request.body) < size / 2, request.target
+            # The line that differs in each request counts only before the request is read.
+            assert abs(dialect.rough_need(request.body).prompt - exact) <= 0.05 * exact + 30, request.target
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,6 +63,20 @@ def whole(message: Any, finish: Any = "stop", **fields: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "message": message, "finish_reason": finish}], **fields}
 
 
+@pytest.mark.parametrize(
+    ("text", "fields", "found"),
+    [
+        ("One, two, three", {"timings": {}}, ", three"),
+        (", three", {"timings": {}}, ", three"),
+        # Only llama.cpp has timings; elsewhere the model itself wrote it again.
+        ("One, two, three", {}, "One, two, three"),
+    ],
+)
+def test_the_beginning_that_llamacpp_gives_again_is_taken_off(text: str, fields: dict[str, Any], found: str) -> None:
+    assert reply_of(whole({"content": text}, **fields), "One, two").parts == [Text(found)]
+    assert reply_of(whole({"content": text}, **fields)).parts == [Text(text)]
+
+
 def reply_from(events: Iterable[Event]) -> Reply:
     """What a client puts together."""
     thoughts = text = ""

@@ -15,7 +15,7 @@ from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects.dialect import Kind
 from gateway.dialects.openai import OpenAI
-from gateway.dialects.translation.chat_request import body_of
+from gateway.dialects.translation.chat_request import beginning_of, body_of, losses_of
 from gateway.dialects.translation.conversation import (
     Effort,
     Format,
@@ -225,6 +225,65 @@ def test_an_effort_is_one_that_the_server_knows(effort: Effort, sent: str) -> No
 def test_thinking_is_switched_off_where_the_server_does_it() -> None:
     assert fields_of("ollama", effort="none") == {"reasoning_effort": "none"}
     assert fields_of("openai", effort="none") == {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
+
+
+BEGUN = [message("user", "Count"), message("assistant", "One, "), message("assistant", Thinking("hm"), "two \n")]
+
+
+def test_an_answer_that_the_client_has_begun_is_continued_without_thinking() -> None:
+    body = body_of(Prompt(BEGUN, continues_last=True, effort="high"), "openai")
+    assert body["messages"][-1]["content"] == "One, \n\ntwo"
+    assert {name: body[name] for name in body.keys() - {"messages", "stream"}} == {
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "chat_template_kwargs": {"enable_thinking": False, "thinking": False},
+    }
+
+
+def test_ollama_continues_by_its_template() -> None:
+    body = body_of(Prompt(BEGUN, continues_last=True, effort="high"), "ollama")
+    assert body.keys() == {"messages", "reasoning_effort", "stream"}
+    assert body["messages"][-1]["content"] == "One, \n\ntwo"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("messages", [BEGUN, [message("user", "Hi"), message("assistant", " \n")]])
+def test_another_last_message_is_not_continued(messages: list[Message], kind: Kind) -> None:
+    begun = Prompt(messages, continues_last=messages is not BEGUN)
+    assert body_of(begun, kind).keys() == {"messages", "stream"}
+    assert beginning_of(begun) == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({"sampling": {"temperature": 1, "top_k": 1, "min_p": 0.1, "repeat_penalty": 1}}, ["top_k", "min_p", "repeat_penalty"]),
+        ({"tools": [CLOCK], "tool_choice": "required"}, ["tool_choice"]),
+        ({"tools": [CLOCK], "tool_choice": ("clock",)}, ["tool_choice"]),
+        ({"tools": [CLOCK], "tool_choice": "none"}, []),
+        ({"tools": [CLOCK], "tool_choice": "auto"}, []),
+        ({"tools": [CLOCK], "parallel_tools": False}, ["parallel_tool_calls"]),
+        ({"tools": [CLOCK], "parallel_tools": True}, []),
+        ({"parallel_tools": False}, []),
+        ({"user": "u"}, ["user"]),
+        ({"effort": "high", "stop": ["x"], "most_output": 1, "format": Format()}, []),
+    ],
+)
+def test_what_ollama_ignores_is_named(fields: dict[str, Any], lost: list[str]) -> None:
+    prompt = Prompt([message("user", "hi")], **fields)
+    assert losses_of(prompt, "ollama") == lost
+    assert losses_of(prompt, "openai") == []
+
+
+def test_an_effort_is_lost_where_an_answer_is_continued() -> None:
+    assert losses_of(Prompt(BEGUN, continues_last=True, effort="high"), "openai") == ["reasoning_effort"]
+    assert losses_of(Prompt(BEGUN, continues_last=True, effort="none"), "openai") == []
+    assert losses_of(Prompt(BEGUN, effort="high"), "openai") == []
+
+
+def test_losses_have_the_names_of_the_client() -> None:
+    names = {"user": "metadata.user_id"}
+    assert losses_of(Prompt([message("user", "hi")], user="u", client_names=names), "ollama") == ["metadata.user_id"]
 
 
 @pytest.mark.parametrize(

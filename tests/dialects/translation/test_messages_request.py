@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects import tokens
+from gateway.dialects.translation.chat_request import losses_of
 from gateway.dialects.translation.conversation import (
     Format,
     Image,
@@ -321,6 +322,17 @@ def test_an_answer_that_is_begun_is_to_be_continued() -> None:
     assert not prompt(messages=[*begun, *HELLO]).continues_last
     call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
     assert not prompt(messages=[*HELLO, {"role": "assistant", "content": [call]}]).continues_last
+    text = {"type": "text", "text": "Then"}
+    assert not prompt(messages=[*HELLO, {"role": "assistant", "content": [call, text]}]).continues_last
+
+
+def test_what_ollama_ignores_is_named_in_the_words_of_this_api() -> None:
+    fields: JSON = {"top_k": 5, "metadata": {"user_id": "u"}, "tools": [WEATHER]}
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    lost = losses_of(prompt(**fields, tool_choice=choice), "ollama")
+    assert lost == ["top_k", "tool_choice", "tool_choice.disable_parallel_tool_use", "metadata.user_id"]
+    begun = [*HELLO, {"role": "assistant", "content": "One"}]
+    assert losses_of(prompt(messages=begun, thinking={"type": "enabled", "budget_tokens": 2048}), "openai") == ["thinking"]
 
 
 # Tools
