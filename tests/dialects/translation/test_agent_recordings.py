@@ -12,7 +12,13 @@ import pytest
 
 from gateway.core import strict_json
 from gateway.dialects.dialect import Kind
-from gateway.dialects.translation import messages_estimate, messages_request, responses_request
+from gateway.dialects.translation import (
+    messages_estimate,
+    messages_passthrough,
+    messages_request,
+    responses_passthrough,
+    responses_request,
+)
 from gateway.dialects.translation.chat_request import body_of
 from gateway.dialects.translation.conversation import Prompt
 from tests.support import strict_chat
@@ -99,19 +105,28 @@ def test_a_header_that_differs_in_each_request_changes_no_translated_byte(name: 
 @pytest.mark.parametrize("name", CLAUDE_CODE)
 def test_a_turn_that_is_passed_on_begins_with_the_turn_before_it(name: str) -> None:
     for earlier, later in itertools.pairwise(turns_of(name)):
-        before, after = (prompt_of(messages_request.without_volatile_lines(body)) for body in (earlier, later))
+        before, after = (prompt_of(passed_on(body)) for body in (earlier, later))
         assert strict_json.write(after).startswith(beginning(before, "messages") + b",")
         for field in ("system", "tools"):
             assert strict_json.write(after[field]) == strict_json.write(before[field])
         assert b"x-anthropic-billing-header" not in strict_json.write(after)
-        assert after == prompt_of(messages_request.without_volatile_lines(with_another_header(later)))
+        assert after == prompt_of(passed_on(with_another_header(later)))
 
 
 @pytest.mark.parametrize("name", CODEX)
 def test_items_that_are_passed_on_begin_with_those_of_the_turn_before(name: str) -> None:
     for earlier, later in itertools.pairwise(turns_of(name)):
-        assert strict_json.write({"input": later["input"]}).startswith(beginning(earlier, "input") + b",")
-        assert strict_json.write(later["tools"]) == strict_json.write(earlier["tools"])
+        before, after = (responses_passthrough.without_unsupported(body)[0] for body in (earlier, later))
+        assert strict_json.write({"input": after["input"]}).startswith(beginning(before, "input") + b",")
+        assert strict_json.write(after["tools"]) == strict_json.write(before["tools"])
+
+
+@pytest.mark.parametrize("name", CLAUDE_CODE + CODEX)
+def test_all_turns_of_a_session_go_one_way(name: str) -> None:
+    """A backend makes another prompt of a translated body than of one that is passed on."""
+    passthrough = responses_passthrough if name in CODEX else messages_passthrough
+    ways = [passthrough.passes_unchanged(passthrough.without_unsupported(body)[0]) for body in turns_of(name)]
+    assert ways == [ways[0]] * len(ways)
 
 
 def test_reminders_stay_where_they_were() -> None:
@@ -136,6 +151,10 @@ def with_another_header(body: Body) -> Body:
     changed = copy.deepcopy(body)
     changed["system"][0]["text"] = re.sub(r"\.[0-9a-f]{3};", ".0a1;", changed["system"][0]["text"]) + " cch=0aaa9;"
     return changed
+
+
+def passed_on(body: Body) -> Body:
+    return messages_passthrough.without_unsupported(messages_request.without_volatile_lines(body))[0]
 
 
 def prompt_of(body: Body) -> Body:
