@@ -173,6 +173,7 @@ def discovery_of(settings: Settings, backends: dict[str, Backend], store: RedisC
         store,
         refresh_s=settings.model_discovery_refresh_s,
         cache_s=settings.model_discovery_cache_ttl_s,
+        aliases=settings.aliases,
     )
 
 

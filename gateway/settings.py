@@ -14,6 +14,7 @@ from starlette.config import Config
 from gateway.core import setting_names
 from gateway.core.errors import SettingsError
 from gateway.core.millionths import MILLION, Millionths
+from gateway.fleet.aliases import NO_ALIASES, Aliases, read_aliases
 from gateway.fleet.backends.config import BackendConfig, header_name, read_backends, secret, url
 from gateway.stores import urls
 
@@ -160,7 +161,7 @@ def env(default: str, read: Callable[[str], Any] = text, *, is_secret: bool = Fa
 
 @dataclass(frozen=True)
 class Settings:
-    """Each field but the last two is the environment variable of the same name in capitals."""
+    """Each field but the last three is the environment variable of the same name in capitals."""
 
     gateway_bind_host: str = env("0.0.0.0", bind_host)  # noqa: S104 # a container listens on all its addresses  # nosec B104
     gateway_bind_port: int = env("8080", integer(0, 65535))
@@ -182,6 +183,7 @@ class Settings:
     ollama_backends: str = env("", is_secret=True)
     model_discovery_refresh_s: float = env("60", seconds(0.2, 86_400))
     model_discovery_cache_ttl_s: float = env("120", seconds(0.2, 86_400))
+    model_aliases: str = env("")
     database_url: str = env("", database_url, is_secret=True)
     database_pool_size: int = env("10", integer(1, 1000))
     database_pool_overflow: int = env("20", integer(0, 1000))
@@ -209,6 +211,7 @@ class Settings:
     playground_file: str = env("")
     docs_enabled: bool = env("false", boolean)
     backends: tuple[BackendConfig, ...] = ()
+    aliases: Aliases = NO_ALIASES
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -275,7 +278,7 @@ def load(environ: Mapping[str, str], env_file: Path | None, overrides: Mapping[s
         raw, source = _find(config, declared, overrides or {})
         values[declared.name] = _read(declared, raw)
         sources[declared.name] = source
-    return Settings(**values, backends=_backends(values), sources=sources)
+    return Settings(**values, backends=_backends(values), aliases=_aliases(values), sources=sources)
 
 
 def _config(environ: Mapping[str, str], env_file: Path | None) -> Config:
@@ -335,6 +338,13 @@ def _backends(values: dict[str, Any]) -> tuple[BackendConfig, ...]:
             raise SettingsError("OLLAMA_BACKENDS: the value is nested too deeply") from None
     auth = {name: values[f"ollama_{name}"] for name in ("auth_token", "auth_header", "auth_scheme")}
     return (BackendConfig("default", values["ollama_base_url"], **auth, **shared),)
+
+
+def _aliases(values: dict[str, Any]) -> Aliases:
+    try:
+        return read_aliases(values["model_aliases"]) if values["model_aliases"] else NO_ALIASES
+    except ValueError as wrong:
+        raise SettingsError(f"MODEL_ALIASES: {wrong}") from None
 
 
 def refuse_weak_secrets(settings: Settings) -> None:

@@ -20,7 +20,7 @@ ORDER = """__main__ | ops.main | ops.doctor ops.drill | ops.cli | ops.local | ap
            | admin edge | proxy telemetry | audit | auth | fleet limits | fleet.backends | dialects stores | core"""
 FLOOR_OF = {package: number for number, floor in enumerate(ORDER.split("|")) for package in floor.split()}
 KNOW_THE_SETTINGS = "ops app endpoints components".split()
-SETTINGS_KNOW = set("fleet.backends.config stores.urls core.errors core.millionths core.setting_names".split())
+SETTINGS_KNOW = set("fleet.aliases fleet.backends.config stores.urls core.errors core.millionths core.setting_names".split())
 # Packages and modules that may import a library.
 HOMES = {
     "orjson": "core.strict_json",
@@ -46,10 +46,11 @@ HOMES = {
     "starlette.responses": "ops.local.demo_backend",
 }
 # These decide: values in, values out. They import each other and, of Python's library, what has no I/O.
-PURE = """proxy.suggestions proxy.visibility edge.request_head audit.prompt_log audit.record audit.token_usage
-          auth.key auth.key_format auth.key_view fleet.attempt fleet.catalog fleet.redaction fleet.refusals fleet.scheduler
-          fleet.backends.circuit_breaker fleet.backends.config limits.admission limits.estimates limits.fallback limits.quota
-          dialects stores.urls core.errors core.millionths core.setting_names core.shared_bytes core.strict_json""".split()
+PURE = """proxy.suggestions proxy.visibility edge.request_head audit.prompt_log audit.record audit.token_usage auth.key
+          auth.key_format auth.key_view fleet.aliases fleet.attempt fleet.catalog fleet.redaction fleet.refusals
+          fleet.scheduler fleet.backends.circuit_breaker fleet.backends.config limits.admission limits.estimates
+          limits.fallback limits.quota dialects stores.urls core.errors core.millionths core.setting_names
+          core.shared_bytes core.strict_json""".split()
 # A candidate is a backend, whose state the scheduler reads.
 PURE_KNOW = {("fleet.scheduler", "fleet.backends.backend")}
 WITHOUT_IO = set(

@@ -20,6 +20,7 @@ from gateway.proxy.visibility import missing
 from gateway.stores.redis_client import RedisUnavailable
 
 UNKNOWN_STATE = BackendState()
+NO_OFFER: Sequence[Offer | None] = (None,)
 CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
 
 
@@ -59,14 +60,16 @@ def operation_of(client: str, operations: Mapping[str, Operation]) -> Operation:
 
 def backends(question: Question, fleet: Fleet) -> list[dict[str, Any]]:
     """For each backend: `serves`, `order` (the order of attempts, from 1) and the reason in words."""
-    model = fleet.catalog.models.get(question.model.canonical)
-    offers = {offer.backend: offer for offer in model.offers} if model else {}
-    rows = [_row(config, offers.get(config.name), question, fleet) for config in fleet.configs]
-    tried = [row for row in rows if row["serves"]]
+    model = fleet.catalog.lookup(question.model)
+    offers = list(model.offers) if model else []
+    # The models of an alias may have several offers of one backend.
+    of_each = [(config, [offer for offer in offers if offer.backend == config.name] or NO_OFFER) for config in fleet.configs]
+    found = [(offer, _row(config, offer, question, fleet)) for config, own in of_each for offer in own]
+    tried = [(row["breaker"] == "open", offers.index(offer), row) for offer, row in found if offer and row["serves"]]
     # Backends whose breaker is open come last, in the same order.
-    for order, row in enumerate(sorted(tried, key=lambda row: row["breaker"] == "open"), 1):
+    for order, (*_, row) in enumerate(sorted(tried, key=lambda one: one[:2]), 1):
         row["order"] = order
-    return rows
+    return [row for _, row in found]
 
 
 def _row(config: BackendConfig, offer: Offer | None, question: Question, fleet: Fleet) -> dict[str, Any]:
@@ -121,7 +124,8 @@ async def explain(question: Question, fleet: Fleet, limits: Limiter, defaults: Q
         "route": question.operation.path,
         "model": question.asked,
         "canonical": question.model.canonical,
-        "model_is_known": question.model.canonical in fleet.catalog.models,
+        "alias_of": _alias_of(question, fleet.catalog),
+        "model_is_known": fleet.catalog.lookup(question.model) is not None,
         "key_may_use_it": question.key.models.allows(question.model.canonical, cloud=_is_cloud(question, fleet.catalog)),
         "backends": rows,
         "most_tokens": min(most_output, question.output or most_output),
@@ -142,8 +146,15 @@ async def explain(question: Question, fleet: Fleet, limits: Limiter, defaults: Q
     return {**story, **_outcome(rows, model, question)}
 
 
+def _alias_of(question: Question, catalog: Catalog) -> list[str]:
+    """The models that an alias leads to, whether any backend has them or not."""
+    alias = catalog.aliases.of(question.model)
+    is_hidden = alias is not None and alias.is_glob and question.model.canonical in catalog.models
+    return [] if alias is None or is_hidden else list(alias.targets)
+
+
 def _is_cloud(question: Question, catalog: Catalog) -> bool:
-    known = catalog.models.get(question.model.canonical)
+    known = catalog.lookup(question.model)
     return question.model.cloud or (known is not None and known.name.cloud)
 
 

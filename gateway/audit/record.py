@@ -19,7 +19,7 @@ NOTHING_COUNTED = Usage()
 class Record:
     """Times are in seconds of the monotonic clock, `at` in microseconds since the epoch. `route` is a pattern of the route
     table, never the path that was sent. `id` is the gateway's and unique; `request_id` may be the caller's. `model` is the
-    name that was asked for, `canonical` its canonical name if the key may use it."""
+    name that was asked for, `canonical` its canonical name, or the glob of aliases that it matches, if the key may use it."""
 
     id: str
     request_id: str

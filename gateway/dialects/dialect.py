@@ -56,6 +56,7 @@ class Call:
 
     `context` is the model's context in tokens if the backend refuses requests that exceed it, else 0. `capped` is the limit of
     each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
+    Backends do not know the name of a call that `is_for_alias`, and their answers get it back.
     """
 
     operation: Operation
@@ -66,6 +67,7 @@ class Call:
     context: int = 0
     capped: int = 0
     needs: Need = NO_TOKENS
+    is_for_alias: bool = False
 
     def need(self, most_output: int) -> Need:
         try:
@@ -77,7 +79,7 @@ class Call:
     def body_for(self, kind: Kind, spelling: str, cap: int) -> bytes:
         """The body for a backend: its output limited to `cap` tokens, the model in that backend's spelling."""
         body = dict(self.body)
-        if not is_plain(self.asked_model, self.model.canonical) or kind == "openai":
+        if self.is_for_alias or not is_plain(self.asked_model, self.model.canonical) or kind == "openai":
             body["model"] = spelling
         if self.operation.clamp is not None:
             # The prompt needs room in the context, too, and a caller that set no limit must not be refused for ours.

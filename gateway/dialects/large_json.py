@@ -31,7 +31,7 @@ def read(data: bytes) -> Any:
         return [_first_fields(head[1:].lstrip())]
     if head[:1] != b"{" or tail[-1:] != b"}":
         raise ValueError("no JSON object")
-    return {**_last_fields(tail), **_first_fields(head)}
+    return {**last_fields(tail)[1], **_first_fields(head)}
 
 
 def _first_fields(head: bytes) -> dict[str, Any]:
@@ -60,13 +60,16 @@ def _last_outer_comma(head: bytes) -> int:
     return found
 
 
-def _last_fields(tail: bytes) -> dict[str, Any]:
-    """The text from an outermost key on, with a brace in front, is an object again; from any other key on it is not."""
+def last_fields(tail: bytes) -> tuple[int, dict[str, Any]]:
+    """Where the first outermost key in the last bytes begins, and the fields from there; the end of the bytes without one.
+
+    The text from an outermost key on, with a brace in front, is an object again; from any other key on it is not.
+    """
     starts = [key.start() for key in KEY.finditer(tail)]
     for start in islice(starts, max(0, len(starts) - MOST_KEYS_OF_TAIL), None):
         try:
             found: dict[str, Any] = strict_json.read_loosely(b"{" + tail[start:])
         except ValueError:
             continue
-        return found
-    return {}
+        return start, found
+    return len(tail), {}

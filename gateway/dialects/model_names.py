@@ -62,10 +62,10 @@ class AllowList:
     def __post_init__(self) -> None:
         # A pattern that is longer than any name matches none.
         usable = [pattern.strip().lower() for pattern in self.patterns if len(pattern) <= LONGEST_NAME]
-        globs = [pattern for pattern in usable if _is_glob(pattern)]
-        local = [_expression(glob) for glob in globs] if self.patterns else [".*"]
-        cloud = [_expression(glob) for glob in globs if canonical(glob).cloud]
-        names = frozenset(canonical(pattern).canonical for pattern in usable if not _is_glob(pattern))
+        globs = [pattern for pattern in usable if is_glob(pattern)]
+        local = [glob_expression(glob) for glob in globs] if self.patterns else [".*"]
+        cloud = [glob_expression(glob) for glob in globs if canonical(glob).cloud]
+        names = frozenset(canonical(pattern).canonical for pattern in usable if not is_glob(pattern))
         object.__setattr__(self, "_names", names)
         object.__setattr__(self, "_local", re.compile("|".join(local)) if local else None)
         object.__setattr__(self, "_cloud", re.compile("|".join(cloud)) if cloud else None)
@@ -78,11 +78,11 @@ class AllowList:
         return expression is not None and expression.fullmatch(name) is not None
 
 
-def _is_glob(pattern: str) -> bool:
+def is_glob(pattern: str) -> bool:
     return any(character in pattern for character in "*?[")
 
 
-def _expression(glob: str) -> str:
+def glob_expression(glob: str) -> str:
     """A glob without a tag matches every tag. fnmatch's expressions do not backtrack."""
     whole = fnmatch.translate(glob)
     return whole if ":" in glob else f"{whole}|{fnmatch.translate(glob + ':latest')}"
@@ -90,7 +90,7 @@ def _expression(glob: str) -> str:
 
 def rule_pattern(pattern: str) -> str:
     """The canonical spelling of a pattern that names one model; globs stay as they are."""
-    return pattern if not pattern or _is_glob(pattern) else canonical(pattern).canonical
+    return pattern if not pattern or is_glob(pattern) else canonical(pattern).canonical
 
 
 def split_patterns(text: str) -> tuple[str, ...]:

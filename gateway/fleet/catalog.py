@@ -8,6 +8,7 @@ from typing import Any
 
 from gateway.dialects.model_entries import has_name, native_entry, openai_entry, whole_number
 from gateway.dialects.model_names import AllowList, ModelName, canonical
+from gateway.fleet.aliases import NO_ALIASES, Alias, Aliases
 
 Entries = tuple[dict[str, Any], ...]
 
@@ -59,16 +60,24 @@ class Offer:
 
 @dataclass(frozen=True)
 class Model:
-    """One model with its offers in order of priority; its list entries are those of the first backend."""
+    """One model with its offers in order of priority; its list entries are those of the first backend.
+
+    An alias is a model, too: its offers are those of its `targets`, and calls for it are counted as its own name, or as the
+    glob which that matches.
+    """
 
     name: ModelName
     offers: tuple[Offer, ...]
     native: dict[str, Any]
     openai: dict[str, Any]
+    targets: "tuple[Model, ...]" = ()
+    counted_as: str = ""
 
     @cached_property
     def context(self) -> int:
         """Tokens of prompt and answer together if a server such as vLLM refuses a call that needs more; else 0."""
+        if self.targets:
+            return min((target.context for target in self.targets if target.context), default=0)
         return whole_number(self.openai.get("max_model_len"))
 
     def is_listed(self, now: float) -> bool:
@@ -80,12 +89,35 @@ class Catalog:
     models: Mapping[str, Model] = field(default_factory=dict)
     snapshots: tuple[Snapshot, ...] = ()
     cache_s: float = 0.0
+    aliases: Aliases = NO_ALIASES
+    # The models that globs lead to, by glob.
+    by_glob: Mapping[str, Model] = field(default_factory=dict)
 
     def find(self, name: ModelName, allowed: AllowList) -> Model | None:
         """None for an unknown model and for one that is not allowed; both take the same steps, and so the same time."""
         model = self.models.get(name.canonical)
+        alias = self.aliases.of(name) if self.aliases.globs else None
         is_allowed = allowed.allows(name.canonical, cloud=name.cloud or (model is not None and model.name.cloud))
-        return model if is_allowed else None
+        if not is_allowed:
+            return None
+        return model if model is not None or alias is None else self._by_glob(alias, name)
+
+    def lookup(self, name: ModelName) -> Model | None:
+        """The model of this name for operators, who may know of each."""
+        alias = self.aliases.of(name)
+        return self.models.get(name.canonical) or (self._by_glob(alias, name) if alias else None)
+
+    def is_known(self, name: ModelName) -> bool:
+        """Whether this is a model or an alias, also one that leads to nothing."""
+        return name.canonical in self.models or self.aliases.of(name) is not None
+
+    def reached(self, alias: Alias) -> Model | None:
+        """What an alias leads to."""
+        return (self.by_glob if alias.is_glob else self.models).get(alias.name)
+
+    def _by_glob(self, alias: Alias, name: ModelName) -> Model | None:
+        model = self.by_glob.get(alias.name)
+        return None if model is None else _named(model, name.canonical, name.canonical)
 
     def listed(self, allowed: AllowList) -> list[Model]:
         now = time.time()
@@ -97,14 +129,19 @@ class Catalog:
 
     def running_models(self, allowed: AllowList, reported: Mapping[str, tuple[float, Entries]]) -> list[dict[str, Any]]:
         """`reported` is when each backend answered last, and with what; its snapshot counts where that is newer."""
-        listed = {model.name.canonical for model in self.listed(allowed)}
+        listed = dict.fromkeys(model.name.canonical for model in self.listed(allowed))
         found: dict[str, dict[str, Any]] = {}
+        at_backends: dict[tuple[str, str], dict[str, Any]] = {}
         for snapshot in self.fresh_snapshots():
             at, entries = reported.get(snapshot.backend, (0.0, ()))
             for entry in entries if at >= snapshot.answered_at else snapshot.running:
                 name = canonical(entry["name"]).canonical
-                if name in listed:
+                at_backends.setdefault((snapshot.backend, name), entry)
+                if name in listed and not self.models[name].targets:
                     found.setdefault(name, entry)
+        for model in (self.models[name] for name in listed):
+            if model.targets and (running := _running(model, at_backends)):
+                found[model.name.canonical] = {**running, "name": model.name.canonical, "model": model.name.canonical}
         return list(found.values())
 
     def fresh_snapshots(self) -> list[Snapshot]:
@@ -122,7 +159,12 @@ def _dotted(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts) if all(part.isdecimal() and len(part) < 9 for part in parts) else ()
 
 
-def build(snapshots: Iterable[Snapshot], cache_s: float) -> Catalog:
+def _running(alias: Model, at_backends: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any] | None:
+    copies = ((offer.backend, canonical(offer.spelling).canonical) for offer in alias.offers)
+    return next((at_backends[copy] for copy in copies if copy in at_backends), None)
+
+
+def build(snapshots: Iterable[Snapshot], cache_s: float, aliases: Aliases = NO_ALIASES) -> Catalog:
     """All models, offers in order of priority: `snapshots` are in the operator's order of backends."""
     in_order = tuple(snapshots)
     found: dict[str, Model] = {}
@@ -131,7 +173,34 @@ def build(snapshots: Iterable[Snapshot], cache_s: float) -> Catalog:
             model = _model_of(snapshot, entry, cache_s)
             known = found.get(model.name.canonical)
             found[model.name.canonical] = _with_offer(known, model) if known else model
-    return Catalog(found, in_order, cache_s)
+    named, by_glob = _with_aliases(found, aliases)
+    return Catalog(named, in_order, cache_s, aliases, by_glob)
+
+
+def _with_aliases(models: dict[str, Model], aliases: Aliases) -> tuple[dict[str, Model], dict[str, Model]]:
+    """The models with the aliases of one name, which replace models of that name; and what globs lead to."""
+    reached = {alias.name: model for alias in aliases if (model := _reached(alias, models))}
+    named = {name: model for name, model in models.items() if name not in aliases.exact}
+    named |= {name: reached[name] for name in aliases.exact if name in reached}
+    return named, {alias.name: reached[alias.name] for alias in aliases.globs if alias.name in reached}
+
+
+def _reached(alias: Alias, models: Mapping[str, Model]) -> Model | None:
+    """Its entries in lists are those of the first target that a backend offers now."""
+    known = tuple(models[target] for target in alias.targets if target in models)
+    targets = tuple(model for model in known if not model.name.cloud)
+    if not targets:
+        return None
+    now = time.time()
+    shown = next((model for model in targets if model.is_listed(now)), targets[0])
+    offers = tuple(offer for model in targets for offer in model.offers)
+    name = ModelName(alias.name, cloud=False)
+    return _named(Model(name, offers, shown.native, shown.openai, targets, alias.name), alias.name, alias.written)
+
+
+def _named(alias: Model, name: str, written: str) -> Model:
+    native = {**alias.native, "name": name, "model": name}
+    return replace(alias, name=ModelName(name, cloud=False), native=native, openai={**alias.openai, "id": written})
 
 
 def _with_offer(known: Model, more: Model) -> Model:

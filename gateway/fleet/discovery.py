@@ -14,6 +14,7 @@ from gateway.core import strict_json
 from gateway.core.background import KeptTask, TaskGroup
 from gateway.dialects import model_entries
 from gateway.fleet import catalog
+from gateway.fleet.aliases import NO_ALIASES, Aliases
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.http_client import BackendFault
@@ -38,11 +39,19 @@ Answer = TypeVar("Answer")
 class Discovery:
     """`async with Discovery(...)`: `discovery.catalog` is the newest map; reading it never waits for a backend."""
 
-    def __init__(self, backends: Sequence[Backend], store: RedisClient, *, refresh_s: float, cache_s: float) -> None:
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        store: RedisClient,
+        *,
+        refresh_s: float,
+        cache_s: float,
+        aliases: Aliases = NO_ALIASES,
+    ) -> None:
         self._backends, self._store = list(backends), store
-        self._refresh_s, self._cache_s = refresh_s, cache_s
+        self._refresh_s, self._cache_s, self._aliases = refresh_s, cache_s, aliases
         self._snapshots = {backend.name: _unknown(backend) for backend in backends}
-        self.catalog = Catalog()
+        self.catalog = Catalog(aliases=aliases)
         # Each backend has been polled: its models are known, or why it did not list them.
         self.has_asked_all = asyncio.Event()
         self._polls, self._loads, self._load_turn = TaskGroup("discovery"), TaskGroup("catalog of models"), asyncio.Lock()
@@ -129,7 +138,7 @@ class Discovery:
 
     def _rebuild(self) -> None:
         in_order = [self._snapshots[backend.name] for backend in self._backends]
-        self.catalog = catalog.build(in_order, self._cache_s)
+        self.catalog = catalog.build(in_order, self._cache_s, self._aliases)
         if all(snapshot.asked_at for snapshot in in_order):
             self.has_asked_all.set()
 

@@ -109,7 +109,8 @@ class Exchange:
         model = catalog.find(call.model, key.models)
         if model is None:
             raise missing(call.asked_model, key, catalog)
-        record.canonical, call.context = model.name.canonical, model.context
+        record.canonical, call.context = model.counted_as or model.name.canonical, model.context
+        call.is_for_alias = bool(model.targets)
         record.show_backend, record.show_overhead = SHOW_BACKEND in key.flags, SHOW_OVERHEAD in key.flags
         if key.prompt_log and call.operation.need:
             record.prompt_log = PromptLog(call.body)

@@ -14,6 +14,7 @@ from gateway.core.asgi import Connection
 from gateway.core.cancel_scope import CallScope
 from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.dialects import tokens
+from gateway.dialects.answered_model import as_json, frames_renamed, renamed
 from gateway.dialects.answers import LONGEST_FRAME, content_type_of, try_read
 from gateway.dialects.dialect import Call, Dialect, Framing
 from gateway.dialects.large_json import LARGEST_READ_WHOLE
@@ -56,6 +57,8 @@ class Answer(ABC):
 
     def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send) -> None:
         self._dialect, self._call, self._record, self._send = dialect, call, record, send
+        # The name that the answer must have, if backends write another; empty if not.
+        self._name = as_json(call.asked_model) if call.is_for_alias else b""
         self.started = False
         # The client has all of the answer, though the body may not have ended.
         self.is_complete = False
@@ -117,7 +120,7 @@ class WholeAnswer(Answer):
             opening.held.close()
 
     def _take(self, opening: Opening) -> None:
-        self._body = body = opening.frames
+        self._body = body = renamed(opening.frames, self._name) if self._name else opening.frames
         self._head = content_type_of(opening.upstream.content_type), [(b"content-length", str(len(body)).encode())]
         record = self._record
         record.usage = self._dialect.usage_of(opening.value)
@@ -144,6 +147,7 @@ class StreamedAnswer(Answer):
         super().__init__(dialect, call, record, send)
         self._settler = settler
         self._hides_usage = dialect.hides_usage(call)
+        self._changes_frames = self._hides_usage or call.is_for_alias
         self._has_sent_last = False
         self._backend: BackendConfig | None = None
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
@@ -176,7 +180,7 @@ class StreamedAnswer(Answer):
         idle_s, upstream = opening.backend.config.idle_timeout_s, opening.upstream
         frames, is_plain, record, buffer = opening.frames, self._dialect.is_plain, self._record, opening.held
         assert isinstance(buffer, FrameBuffer)
-        longest = READ_IN_A_PIECE if self._hides_usage else LONGEST_FRAME
+        longest = READ_IN_A_PIECE if self._changes_frames else LONGEST_FRAME
 
         def pass_at_once(piece: bytes) -> bool:
             """Most pieces are whole frames for a client that keeps up: these are passed on without waking this task."""
@@ -193,7 +197,7 @@ class StreamedAnswer(Answer):
         while True:
             if self._dialect.has_last_frame(frames) and not opening.at_end:
                 buffer.rest += await self._rest_of(opening)
-            if len(frames) > READ_IN_A_TURN and (self._hides_usage or IN_ERRORS in frames):
+            if len(frames) > READ_IN_A_TURN and (self._changes_frames or IN_ERRORS in frames):
                 frames = await self._pass_most_turns(frames, cancel_scope, idle_s)
             cancel_scope.within(idle_s, ClientStalled)
             await self._pass_on(frames)
@@ -255,7 +259,9 @@ class StreamedAnswer(Answer):
         self._record.relayed_tokens += count
         if self._record.prompt_log is not None:
             self._record.prompt_log.add(frames)
-        return self._dialect.without_usage(frames) if self._hides_usage else frames
+        if self._hides_usage:
+            frames = self._dialect.without_usage(frames)
+        return frames_renamed(frames, self._name) if self._name else frames
 
     def _drop_old_frames(self) -> None:
         while len(self._recent) > 1 and sum(map(len, self._recent)) > LONGEST_FRAME:

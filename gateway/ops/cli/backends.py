@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from gateway.components import backends_of, discovery_of
 from gateway.core.errors import CommandFailed
@@ -11,6 +12,7 @@ from gateway.fleet import control, drains
 from gateway.fleet import probe as fleet_probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.catalog import Catalog
 from gateway.fleet.control import FleetFacts
 from gateway.fleet.discovery import Discovery
 from gateway.ops.cli import console
@@ -54,16 +56,31 @@ async def list_models(settings: Settings, arguments: argparse.Namespace) -> None
         for entry in snapshot.models
     ]
     facts = {
-        "models": len(catalog.models),
+        "models": sum(not model.targets for model in catalog.models.values()),
         "map_age_s": round(time.time() - stored[0], 1) if stored else None,
         "map_bytes": stored[1] if stored else None,
     }
+    aliases = _alias_rows(catalog)
     if arguments.json:
-        console.show_facts({**facts, "backends": rows}, as_json=True)
+        console.show_facts({**facts, "backends": rows, "aliases": aliases}, as_json=True)
         return
     console.show(rows, as_json=False, empty="no backend has a model (see `make probe`)")
+    if aliases:
+        print()
+        console.show([{**row, "targets": ", then ".join(row["targets"])} for row in aliases], as_json=False, empty="")
     age = f"map in Redis: {facts['map_age_s']} s old, {facts['map_bytes']} bytes" if stored else "no map in Redis"
     print(f"\n{facts['models']} different models; {age}")
+
+
+def _alias_rows(catalog: Catalog) -> list[dict[str, Any]]:
+    """Each alias with the models of its chain, and the copies to which a call goes, in order."""
+    now, rows = time.time(), []
+    for alias in catalog.aliases:
+        model = catalog.reached(alias)
+        offers = [offer for offer in model.offers if offer.good_until > now] if model else []
+        copies = ", ".join(f"{offer.spelling} on {offer.backend}" for offer in offers)
+        rows.append({"alias": alias.written, "targets": list(alias.targets), "leads_to": copies or "NOTHING"})
+    return rows
 
 
 def _size(count: object) -> str:

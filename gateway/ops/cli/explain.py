@@ -56,9 +56,13 @@ async def _states(store: RedisClient) -> tuple[dict[str, presence.BackendState],
 def _show(found: Mapping[str, Any]) -> None:
     known = "known" if found["model_is_known"] else "NOT KNOWN to any backend"
     allowed = "may use it" if found["key_may_use_it"] else "may NOT use it"
-    print(f"{found['route']} for {found['model']} ({found['canonical']}): {known}; the key {found['key']['name']} {allowed}\n")
+    print(f"{found['route']} for {found['model']} ({found['canonical']}): {known}; the key {found['key']['name']} {allowed}")
+    if found["alias_of"]:
+        print(f"it is an alias of {', then '.join(found['alias_of'])}")
+    print()
     rows = [
-        {"try": row["order"], "backend": row["backend"], "breaker": row["breaker"], **_load(row), "why": row["why"]}
+        {"try": row["order"], "backend": row["backend"], **_as(found, row), "breaker": row["breaker"], **_load(row)}
+        | {"why": row["why"]}
         for row in sorted(found["backends"], key=lambda row: row["order"] or 10**6)
     ]
     console.show(rows, as_json=False, empty="no backends")
@@ -69,6 +73,10 @@ def _show(found: Mapping[str, Any]) -> None:
     print(f"\nmost tokens of an answer: {found['most_tokens']}")
     print(f"running processes: {'unknown, Redis is unreachable' if found['processes'] is None else found['processes']}")
     print(f"\nnow it would be {_verdict(found)}")
+
+
+def _as(found: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
+    return {"model": row["spelling"] or "-"} if found["alias_of"] else {}
 
 
 def _load(row: Mapping[str, Any]) -> dict[str, str]:
