@@ -111,11 +111,15 @@ def _messages(messages: list[Message], kind: Kind) -> Iterator[dict[str, Any]]:
     leading = list(takewhile(_is_system, messages))
     if text := BETWEEN_MESSAGES.join(filter(None, map(_system_text, leading))):
         yield {"role": "system", "content": text}
+    called: dict[str, int] = {}
     for is_assistant, turn in groupby(messages[len(leading) :], _is_assistant):
         if is_assistant:
-            yield _assistant_message(list(turn), kind)
+            written = _assistant_message(list(turn), kind)
+            called = {call["id"]: place for place, call in enumerate(written.get("tool_calls", ()))}
+            yield written
         else:
-            yield from _user_messages(list(turn), kind)
+            yield from _user_messages(list(turn), kind, called)
+            called = {}
 
 
 def _is_assistant(message: Message) -> bool:
@@ -163,9 +167,11 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _user_messages(turn: list[Message], kind: Kind) -> Iterator[dict[str, Any]]:
-    """The results of tools, then what the user wrote, with the images of those results."""
+def _user_messages(turn: list[Message], kind: Kind, called: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """The results of tools in the order of their calls, as templates that show no ids need it; then what the user wrote, with
+    the images of those results."""
     results = [part for message in turn for part in message.parts if isinstance(part, ToolResult)]
+    results.sort(key=lambda result: called.get(result.call_id, len(called)))
     yield from map(_tool_message, results)
     images: list[Text | Image] = [part for result in results for part in result.content if isinstance(part, Image)]
     content = _content([images, *map(_user_parts, turn)], kind)

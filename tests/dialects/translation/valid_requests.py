@@ -139,3 +139,50 @@ def responses_requests(draw: st.DrawFn) -> JSON:
             )
         ),
     }
+
+
+# Ollama's /api/chat
+
+OLLAMA_OPTIONS = optional(
+    temperature=st.floats(0, 2),
+    num_predict=st.integers(-2, 999),
+    num_ctx=st.integers(512, 8192),
+    top_k=st.integers(1, 99),
+    seed=st.integers(-1, 99),
+    stop=st.lists(TEXTS, max_size=2),
+)
+
+
+@st.composite
+def ollama_messages(draw: st.DrawFn) -> list[JSON]:
+    found: list[JSON] = [{"role": "system", "content": draw(TEXTS)}] if draw(st.booleans()) else []
+    found.append({"role": "user", "content": draw(TEXTS), **draw(optional(images=st.lists(st.just(PNG), max_size=2)))})
+    for _ in range(draw(st.integers(0, 3))):
+        names = draw(st.lists(NAMES, max_size=3))
+        calls = [{"function": {"name": name, "arguments": draw(VALUES)}} for name in names]
+        found.append({"role": "assistant", "content": draw(TEXTS), **({"tool_calls": calls} if calls else {})})
+        found += [{"role": "tool", "tool_name": name, "content": draw(TEXTS)} for name in names]
+        found.append({"role": "user", "content": draw(TEXTS)})
+    return found
+
+
+@st.composite
+def ollama_requests(draw: st.DrawFn) -> JSON:
+    tools = [
+        {"type": "function", "function": {"name": name, "description": draw(TEXTS), "parameters": draw(SCHEMAS)}}
+        for name in draw(st.lists(NAMES, max_size=4, unique=True))
+    ]
+    return {
+        "model": "m",
+        "messages": draw(ollama_messages()),
+        **({"tools": tools} if tools else {}),
+        **draw(
+            optional(
+                options=OLLAMA_OPTIONS,
+                think=st.booleans() | st.sampled_from(["low", "high", "max"]),
+                format=st.sampled_from(["json", "", {"type": "object"}]),
+                keep_alive=st.sampled_from(["5m", -1, 0]),
+                stream=st.booleans(),
+            )
+        ),
+    }
