@@ -34,7 +34,8 @@ from tests.support.running_gateway import RunningGateway
 STATES = 200
 FEW = 4
 PATHS = ("/api/chat", "/v1/chat/completions")
-MODELS = ("llama3.2:latest", "llama3.2", "qwen3:8b", "only-openai", "nobody-has-it")
+MODELS = ("llama3.2:latest", "llama3.2", "qwen3:8b", "only-openai", "nobody-has-it", "llama-mini", "claude-x", "dead")
+ALIASES = '{"llama-mini": ["qwen3:8b", "llama3.2"], "claude-*": ["only-openai", "qwen3:8b"], "dead": "nobody-has-it"}'
 MESSAGES = [{"role": "user", "content": "Say hello."}]
 BODY = {"model": "llama3.2", "messages": MESSAGES, "stream": False}
 RIGHTS: tuple[dict[str, Any], ...] = (
@@ -105,7 +106,7 @@ def in_some_state(gateway: RunningGateway, chance: random.Random) -> Iterator[No
 
 
 def test_the_explanation_matches_what_happens_next(start_gateway: StartGateway, fleet: list[FakeBackend]) -> None:
-    gateway = start_gateway(*(entry_of(backend, max_connections=FEW) for backend in fleet))
+    gateway = start_gateway(*(entry_of(backend, max_connections=FEW) for backend in fleet), MODEL_ALIASES=ALIASES)
     chance = random.Random(20)
     known = []
     for number, rights in enumerate(RIGHTS):
@@ -180,7 +181,8 @@ def test_limits_are_explained_without_redis(
 @pytest.fixture
 def installation(tmp_path: Path, stores: TestStores, fleet: list[FakeBackend]) -> Iterator[tuple[dict[str, str], str, str]]:
     """A running gateway as operators have it: its settings, its address and a key named alice."""
-    names = environment_for(*fleet, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+    stored = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
+    names = environment_for(*fleet, **stored, MODEL_ALIASES=ALIASES)
     key = operate(tmp_path, names, "key", "--name", "alice", "--rpm", "50").split()[-1]
     with serving(tmp_path, names) as (_, url, _):
         yield names, url, key
@@ -208,6 +210,14 @@ def test_the_verbs_of_an_operator(
     assert "NOT KNOWN to any backend" in printed and printed.count("does not have this model") == 3
     assert next(line for line in printed.splitlines() if " rpm " in line).split()[:5] == ["all", "rpm", "50", "0", "50"]
     assert printed.endswith("refused with 403 model_not_available: no backend has this model, `make models` lists all models\n")
+
+    # Of an alias: what it leads to, and each copy.
+    printed = operate(tmp_path, names, "explain", "--key", "alice", "--model", "llama-mini", "--client", "ollama")
+    assert "it is an alias of qwen3:8b, then llama3.2:latest\n" in printed and "now it would be sent to alpha" in printed
+    rows = [line.split()[:3] for line in printed.splitlines() if line.startswith(("1", "2", "3"))]
+    assert rows == [["1", "alpha", "qwen3:8b"], ["2", "alpha", "llama3.2:latest"], ["3", "beta", "llama3.2:latest"]]
+    printed = operate(tmp_path, names, "explain", "--key", "alice", "--model", "dead")
+    assert "NOT KNOWN to any backend" in printed and "it is an alias of nobody-has-it:latest\n" in printed
 
     operate(tmp_path, names, "drain", "--backend", "alpha")
     until(lambda: chat(url, key).json()["model"] and fleet[1].calls("/api/chat"), 10)

@@ -38,6 +38,25 @@ def test_models_shows_the_age_of_the_catalog(operator: Operator, start_gateway: 
     assert isinstance(age, float) and 0 <= age < 20 and isinstance(size, int) and size > 20
 
 
+def test_models_shows_where_aliases_lead(operator: Operator, alpha: FakeBackend, beta: FakeBackend) -> None:
+    operator.with_backends(alpha, beta)
+    operator.names["MODEL_ALIASES"] = '{"Mini": ["missing", "llama3.2"], "claude-*": "missing"}'
+    printed = operator.gets("models").splitlines()
+    assert [" ".join(line.split()) for line in printed if line.startswith(("Mini", "claude"))] == [
+        "Mini missing:latest, then llama3.2:latest llama3.2:latest on alpha, llama3.2:latest on beta",
+        "claude-* missing:latest NOTHING",
+    ]
+    facts = operator.gets_json("models")
+    assert facts["models"] == 1 and facts["aliases"] == [
+        {
+            "alias": "Mini",
+            "targets": ["missing:latest", "llama3.2:latest"],
+            "leads_to": "llama3.2:latest on alpha, llama3.2:latest on beta",
+        },
+        {"alias": "claude-*", "targets": ["missing:latest"], "leads_to": "NOTHING"},
+    ]
+
+
 def test_no_models(operator: Operator, alpha: FakeBackend) -> None:
     alpha.stop()
     operator.with_backends(alpha)

@@ -431,6 +431,19 @@ def test_backends_that_cannot_be_used(examine: Examine, alpha: FakeBackend, beta
     assert matches(examine(beta)["backend beta"], "problem", "its token is missing")
 
 
+def test_aliases_that_lead_to_nothing(examine: Examine, alpha: FakeBackend) -> None:
+    assert "aliases" not in examine(alpha)
+    found = examine(alpha, MODEL_ALIASES='{"mini": ["missing", "llama3.2"], "claude-*": "missing", "gone": "missing"}')
+    assert matches(found["aliases"], "ok", "1 of 3 lead to a model")
+    for name in ("claude-*", "gone"):
+        assert matches(found[f"alias {name}"], "warning", "leads to nothing: missing:latest", "`make models` lists all")
+    assert "alias mini" not in found
+    alpha.stop()
+    time.sleep(0.3)
+    gone = examine(alpha, MODEL_ALIASES='{"mini": "llama3.2"}', MODEL_DISCOVERY_CACHE_TTL_S="0.2")
+    assert matches(gone["alias mini"], "warning", "leads to nothing")
+
+
 def test_backend_entries_with_the_wrong_kind_or_path(examine: Examine, alpha: FakeBackend) -> None:
     untold, silent, talkative = (FakeBackend("openai", name=name) for name in ("untold", "silent", "talkative"))
     with untold, silent, talkative:

@@ -1,5 +1,6 @@
 """A missing model cannot be told apart from one that a key may not use: same bytes, same time."""
 
+import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,6 +16,15 @@ from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
 
 HIDDEN, UNKNOWN = "secret-model", "no-such-model"
+# They lead to a model that the key may use, to one that it may not use, and to none.
+ALIASES = {
+    "secret-alias": "llama3.2",
+    "secret-chain": [HIDDEN, "llama3.2"],
+    "secret-dead": "missing",
+    "secret-glob-*": "llama3.2",
+    "secret-void-*": "missing",
+}
+OF_ALIASES = ["secret-alias", "SECRET-chain:latest", "secret-dead", "secret-glob-x", "secret-void-x", "secret-alias:cloud"]
 BODIES: dict[str, dict[str, object]] = {
     "/api/chat": {"messages": [{"role": "user", "content": "hi"}]},
     "/api/generate": {"prompt": "hi"},
@@ -44,9 +54,14 @@ SPELLINGS = [
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
+def alpha() -> Iterator[FakeBackend]:
     with FakeBackend(models=["llama3.2:latest", f"{HIDDEN}:latest", "gpt-oss:120b-cloud"], name="alpha") as alpha:
-        yield start_gateway(alpha)
+        yield alpha
+
+
+@pytest.fixture
+def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
+    return start_gateway(alpha, MODEL_ALIASES=json.dumps(ALIASES))
 
 
 def seen(got: httpx.Response) -> tuple[int, bytes, dict[str, str]]:
@@ -59,7 +74,7 @@ def test_missing_and_hidden_models_get_the_same_bytes_on_every_route(gateway: Ru
     with gateway.http(gateway.key("llama3.2", rpm=UNLIMITED, tpm=UNLIMITED)) as client:
         expected = seen(client.post(path, json={"model": UNKNOWN, **BODIES[path]}))
         assert expected[0] == 403
-        for spelling in SPELLINGS:
+        for spelling in (*SPELLINGS, *OF_ALIASES):
             assert seen(client.post(path, json={"model": spelling, **BODIES[path]})) == expected
 
 
@@ -80,9 +95,12 @@ def test_one_model_of_the_list_gets_the_same_bytes(gateway: RunningGateway) -> N
     with gateway.http(gateway.key("llama3.2", rpm=UNLIMITED, tpm=UNLIMITED)) as client:
         assert seen(client.get(f"/v1/models/{HIDDEN}")) == seen(client.get(f"/v1/models/{UNKNOWN}"))
         assert client.get(f"/v1/models/{HIDDEN}").status_code == 403
+        for name in OF_ALIASES:
+            assert seen(client.get(f"/v1/models/{name}")) == seen(client.get(f"/v1/models/{UNKNOWN}"))
 
 
-def test_lists_show_exactly_the_models_that_would_be_admitted(gateway: RunningGateway) -> None:
+def test_lists_show_exactly_the_models_that_would_be_admitted(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    gateway = start_gateway(alpha)
     for patterns, visible in [
         (("llama3.2",), {"llama3.2:latest"}),
         (("secret*", "llama3.2:latest"), {"llama3.2:latest", "secret-model:latest"}),
@@ -100,7 +118,8 @@ def test_lists_show_exactly_the_models_that_would_be_admitted(gateway: RunningGa
                 assert admitted == (name in visible or f"{name}:latest" in visible), (patterns, name)
 
 
-def test_missing_and_hidden_models_take_the_same_time(gateway: RunningGateway) -> None:
+@pytest.mark.parametrize("hidden", [HIDDEN, "secret-alias", "secret-glob-x"])
+def test_missing_and_hidden_models_take_the_same_time(gateway: RunningGateway, hidden: str) -> None:
     """Many interleaved requests: the medians differ no more than those of equal requests."""
     with gateway.http(gateway.key("llama3.2")) as client:
 
@@ -110,14 +129,14 @@ def test_missing_and_hidden_models_take_the_same_time(gateway: RunningGateway) -
             return time.perf_counter() - began
 
         def ratio() -> float:
-            times: dict[str, list[float]] = {HIDDEN: [], UNKNOWN: []}
+            times: dict[str, list[float]] = {hidden: [], UNKNOWN: []}
             for _ in range(250):
-                for model in (HIDDEN, UNKNOWN):
+                for model in (hidden, UNKNOWN):
                     times[model].append(ask(model))
-            return statistics.median(times[HIDDEN]) / statistics.median(times[UNKNOWN])
+            return statistics.median(times[hidden]) / statistics.median(times[UNKNOWN])
 
         for _ in range(50):
-            ask(HIDDEN)
+            ask(hidden)
         # A real difference appears every time, other load of the machine only now and then.
         ratios: list[float] = []
         while not any(0.9 < found < 1.1 for found in ratios) and len(ratios) < 4:
