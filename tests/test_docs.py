@@ -45,7 +45,7 @@ OF_THE_CODE = {"docs/architecture.md", ".github/CONTRIBUTING.md", "docs/decision
 OF_OTHERS = set(
     "OPENAI_BASE_URL OPENAI_API_KEY OLLAMA_HOST OLLAMA_CONTEXT_LENGTH LLAMA_SERVER_URL COMPOSE_PROFILES ADMIN_KEY "
     "job_name scrape_configs credentials_file static_configs proxy_read_timeout client_max_body_size http_authorization "
-    "NAME_FILE STATUS_LINE".split()
+    "NAME_FILE STATUS_LINE server_tool_use web_search_call web_search_20250305".split()
 )
 COMPOSE_DEFAULTS = {"POSTGRES_USER": "gateway", "POSTGRES_DB": "gateway"}
 
