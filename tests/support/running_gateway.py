@@ -149,6 +149,11 @@ class RunningGateway:
 
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 20, **options})
 
+    def anthropic(self, key: str, **options: Any) -> Any:
+        from anthropic import Anthropic
+
+        return Anthropic(base_url=self.url, api_key=key, **{"max_retries": 0, "timeout": 20, **options})
+
     def ollama(self, key: str) -> Any:
         from ollama import Client
 

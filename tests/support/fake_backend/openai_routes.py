@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from tests.support.fake_backend import media_routes
 from tests.support.fake_backend.content import (
     Json,
     ServerError,
@@ -37,15 +36,12 @@ def respond(healthy: "HealthyServer", request: Received) -> list[Step]:
     if path == "/health" and healthy.kind == "openai":
         return answer(200, b"", "")
     get = path == "/v1/models" or path.startswith("/v1/models/")
-    posts = {**_POSTS, **(media_routes.FORMS if healthy.kind == "ollama" else media_routes.ROUTES)}
-    if not get and path not in posts:
+    if not get and path not in _POSTS:
         return _lost(healthy, 404, "404 page not found", "Not Found")
     if method != ("GET" if get else "POST"):
         return _lost(healthy, 405, "405 method not allowed", "Method Not Allowed")
     try:
-        if path in media_routes.ROUTES:
-            return posts[path](healthy, media_routes.fields_of(healthy, request))
-        return _models(healthy, path) if get else posts[path](healthy, _fields_of(healthy, request))
+        return _models(healthy, path) if get else _POSTS[path](healthy, _fields_of(healthy, request))
     except ServerError as refused:
         return answer(refused.status, _error(healthy, refused), JSON)
 
@@ -131,7 +127,7 @@ def _chat(healthy: "HealthyServer", fields: Json) -> list[Step]:
     messages = fields.get("messages") or []
     if not messages:
         raise ServerError(400, "[] is too short - 'messages'")
-    calls = [] if messages[-1].get("role") == "tool" else _tool_calls(healthy, fields)
+    calls = [] if _is_after_tool(messages) else _tool_calls(healthy, fields)
     pieces = [""] if calls else split_evenly(_text(healthy, fields), healthy.pieces)
     thinking = split_evenly(healthy.thinking, 2) if healthy.thinking else []
     usage = _counted(healthy, fields, len(thinking) + len(pieces))
@@ -148,6 +144,12 @@ def _chat(healthy: "HealthyServer", fields: Json) -> list[Step]:
     choice = {"index": 0, "message": message, "finish_reason": reason}
     whole = {**_common(healthy, fields, "chat.completion", "chatcmpl"), "choices": [choice], "usage": usage}
     return after_pause(answer(200, compact(whole) + b"\n", JSON), healthy.pause_s * len(pieces))
+
+
+def _is_after_tool(messages: list[Json]) -> bool:
+    """Whether a tool has answered since the last message of the assistant."""
+    roles = [message.get("role") for message in messages]
+    return "tool" in roles[len(roles) - roles[::-1].index("assistant") if "assistant" in roles else 0 :]
 
 
 def _text(healthy: "HealthyServer", fields: Json) -> str:
