@@ -136,7 +136,7 @@ async def opened(
             scope_timer=scope_timer,
             metrics=metrics,
             in_flight=in_flight,
-            bodies=Bodies(settings.max_request_body_bytes),
+            bodies=Bodies(settings.max_request_body_bytes, settings.max_upload_bytes),
             held_answers=HeldAnswers(),
             background=background,
         )

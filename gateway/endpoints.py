@@ -28,6 +28,7 @@ from gateway.proxy.access import Access
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.model_lists import ModelLists, show_answer
 from gateway.proxy.passthrough import Passthrough
+from gateway.proxy.upload_exchange import UploadExchange
 from gateway.settings import Settings
 from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 
@@ -48,6 +49,16 @@ PASSED_THROUGH = (
     ("POST", "/api/experimental/web_search"),
     ("POST", "/api/experimental/web_fetch"),
     ("GET", "/api/experimental/model-recommendations"),
+)
+# Calls of models of other kinds.
+SOME_BACKENDS_HAVE = (
+    "/v1/rerank",
+    "/rerank",
+    "/v2/rerank",
+    "/v1/images/generations",
+    "/v1/audio/speech",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
 )
 # Paths of pages, and their files in pages/static.
 DASHBOARD = {
@@ -86,11 +97,7 @@ def table(settings: Settings, parts: Components) -> Endpoints:
         ("POST", "/v1/chat/completions"): calls["/v1/chat/completions"],
         ("POST", "/v1/completions"): calls["/v1/completions"],
         ("POST", "/v1/embeddings"): calls["/v1/embeddings"],
-        ("POST", "/v1/rerank"): calls["/v1/rerank"],
-        ("POST", "/rerank"): calls["/rerank"],
-        ("POST", "/v2/rerank"): calls["/v2/rerank"],
-        ("POST", "/v1/images/generations"): calls["/v1/images/generations"],
-        ("POST", "/v1/audio/speech"): calls["/v1/audio/speech"],
+        **{("POST", path): calls[path] for path in SOME_BACKENDS_HAVE},
         ("GET", "/api/tags"): lists.tags,
         ("GET", "/api/ps"): lists.running_models,
         ("GET", "/api/version"): lists.version,
@@ -135,7 +142,7 @@ def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str,
     """An exchange for each operation of a model, by path."""
     failover = Failover(parts.backends, parts.held_answers, most_tokens=settings.max_num_predict)
     return {
-        operation.path: Exchange(
+        operation.path: (UploadExchange if operation.is_form else Exchange)(
             dialect,
             operation,
             access,

@@ -196,6 +196,7 @@ class Settings:
     max_queue_wait_s: float = env("0", seconds(0, 600))
     limits_without_redis: str = env("share", one_of("share", "closed"))
     max_request_body_bytes: int = env("8388608", integer(1024, 2**30))
+    max_upload_bytes: int = env("26214400", integer(1024, 2**30))
     max_num_predict: int = env("4096", integer(1, 10**9))
     argon2_time_cost: int = env("3", integer(1, 100))
     argon2_memory_cost_kib: int = env("65536", integer(8, 4 * 2**20))

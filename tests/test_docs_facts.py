@@ -34,6 +34,8 @@ SETTINGS = "docs/reference/settings.md"
 STATED = [
     ("docs/operations.md", "65,536 bytes, 256 lines, 10 s", {"LARGEST_HEAD": 65_536, "MOST_LINES": 256, "HEAD_DEADLINE_S": 10}),
     ("docs/operations.md", "`MAX_REQUEST_BODY_BYTES`, 30 s", {"BODY_DEADLINE_S": 30}),
+    ("docs/operations.md", "60 s for each piece", {"PIECE_DEADLINE_S": 60, "UPLOAD_WITHIN_S": 60, "SLOWEST_UPLOAD": 65_536}),
+    ("docs/operations.md", "above 1 MiB they are in the folder", {"MOST_IN_MEMORY": 2**20}),
     ("docs/operations.md", "32 MiB, or four of the largest", {"BYTES_PER_KEY": 32 * 2**20, "LARGEST_BODIES_PER_KEY": 4}),
     ("docs/operations.md", "128 MiB, or 16 of the largest", {"BYTES_IN_ALL": 128 * 2**20, "LARGEST_BODIES_IN_ALL": 16}),
     ("docs/operations.md", "bodies above 16 KiB", {"LARGEST_WITHOUT_TURN": 16_384}),

@@ -8,6 +8,7 @@ from gateway.pages.static import Page
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.model_lists import ModelLists
 from gateway.proxy.passthrough import Passthrough
+from gateway.proxy.upload_exchange import UploadExchange
 from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
@@ -29,6 +30,10 @@ EXPECTED = {
         POST /v2/rerank
         POST /v1/images/generations
         POST /v1/audio/speech
+    """,
+    UploadExchange: """
+        POST /v1/audio/transcriptions
+        POST /v1/audio/translations
     """,
     ModelLists: """
         GET /api/tags

@@ -82,6 +82,7 @@ BAD = {
     "MAX_QUEUE_WAIT_S": ["-1", "601", "5s"],
     "LIMITS_WITHOUT_REDIS": ["open", "1"],
     "MAX_REQUEST_BODY_BYTES": ["1023", "256K", "-1"],
+    "MAX_UPLOAD_BYTES": ["1023", "25M", "-1"],
     "MAX_NUM_PREDICT": ["0", "-1", "x"],
     "ARGON2_TIME_COST": ["0", "101"],
     "ARGON2_MEMORY_COST_KIB": ["7", "64MiB"],

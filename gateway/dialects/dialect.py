@@ -1,6 +1,6 @@
 """What all dialects share: operations, calls, framing and the interface of a dialect. No I/O."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -36,6 +36,7 @@ class Operation:
 
     A complete answer has a true value in one of the fields `answers_with`. `need` estimates the tokens of a request; without
     it the operation uses none. Of the backends of these `kinds`, some do not have the path of an operation that `is_optional`.
+    The body of a call is a form if it `is_form`, else JSON.
     If it has `media`, its answers may have these types, or types that begin so; whether it is streamed is up to the backend.
     """
 
@@ -48,6 +49,17 @@ class Operation:
     need: Callable[[dict[str, Any]], Need] | None = None
     is_optional: bool = False
     media: tuple[str, ...] = ()
+    is_form: bool = False
+
+
+class Upload(Protocol):
+    """A form that has arrived; as often as it is sent, `model` is the name that this backend knows."""
+
+    content_type: str
+
+    def length(self, model: str) -> int: ...
+
+    def pieces(self, model: str) -> Iterator[bytes]: ...
 
 
 @dataclass(slots=True)
@@ -57,6 +69,7 @@ class Call:
     `context` is the model's context in tokens if the backend refuses requests that exceed it, else 0. `capped` is the limit of
     each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
     Backends do not know the name of a call that `is_for_alias`, and their answers get it back.
+    `upload` is the form of which `body` has the texts.
     """
 
     operation: Operation
@@ -68,6 +81,7 @@ class Call:
     capped: int = 0
     needs: Need = NO_TOKENS
     is_for_alias: bool = False
+    upload: Upload | None = None
 
     def need(self, most_output: int) -> Need:
         try:
@@ -77,7 +91,7 @@ class Call:
         return found if found.output is None else found._replace(output=min(found.output, most_output))
 
     def body_for(self, kind: Kind, spelling: str, cap: int) -> bytes:
-        """The body for a backend: its output limited to `cap` tokens, the model in that backend's spelling."""
+        """The JSON for a backend: its output limited to `cap` tokens, the model in that backend's spelling."""
         body = dict(self.body)
         if self.is_for_alias or not is_plain(self.asked_model, self.model.canonical) or kind == "openai":
             body["model"] = spelling

@@ -1,4 +1,4 @@
-"""Rerankers, images and speech in the OpenAI API: routes that some backends have."""
+"""Rerankers, images, speech and transcriptions in the OpenAI API: routes that some backends have."""
 
 from typing import Any
 
@@ -9,14 +9,15 @@ from gateway.dialects.fields import expect
 from gateway.dialects.tokens import Need
 
 KINDS: frozenset[Kind] = frozenset({"ollama", "openai"})
-FIELDS = frozenset("query documents texts top_n size quality voice speed stream_format partial_images".split())
+FIELDS = frozenset("query documents texts top_n size quality voice speed stream_format partial_images file language".split())
 MOST_IMAGES = 10
 OF_RERANK = tokens.SETTINGS | {"query", "documents", "texts", "top_n"}
 OF_IMAGES = tokens.SETTINGS | {"prompt", "size", "quality", "response_format", "output_format", "background", "style"}
 OF_SPEECH = tokens.SETTINGS | {"input", "voice", "speed", "response_format", "stream_format", "language", "task_type"}
 AUDIO = ("audio/", "application/octet-stream")
 # The last events of streams that have no [DONE].
-LAST_EVENTS = frozenset({"image_generation.completed", "speech.audio.done"})
+LAST_EVENTS = frozenset({"image_generation.completed", "speech.audio.done", "transcript.text.done"})
+TRANSCRIPTS = ("application/json", "text/plain", "text/vtt", "text/srt", "application/x-subrip")
 
 
 def _documents(body: dict[str, Any]) -> Any:
@@ -56,6 +57,10 @@ def _need_of_images(body: dict[str, Any]) -> Need:
     return Need(tokens.of_text(body["prompt"]) + tokens.of_fields(body, OF_IMAGES), 0)
 
 
+def _check_nothing(fields: dict[str, Any]) -> None:
+    """Backends refuse what is wrong with the file and its language."""
+
+
 def _check_speech(body: dict[str, Any]) -> None:
     if body.get("input") is None:
         raise BadRequest("the field 'input' is missing")
@@ -75,5 +80,9 @@ OPERATIONS = (
         for path in ("/v1/rerank", "/rerank", "/v2/rerank")
     ),
     Operation("/v1/images/generations", "on request", KINDS, _check_images, None, ("data",), _need_of_images, is_optional=True),
+    *(
+        Operation(path, "on request", KINDS, _check_nothing, is_optional=True, media=TRANSCRIPTS, is_form=True)
+        for path in ("/v1/audio/transcriptions", "/v1/audio/translations")
+    ),
     Operation("/v1/audio/speech", "by format", KINDS, _check_speech, need=_need_of_speech, is_optional=True, media=AUDIO),
 )

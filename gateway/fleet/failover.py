@@ -130,11 +130,15 @@ class FailoverRun:
         if backend.is_full:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
         body = self._call.body_for(backend.kind, spelling, self._failover.most_tokens)
+        path, upload = self._call.operation.path.encode(), self._call.upload
         backend.take()
         began = time.monotonic()
         upstream = None
         try:
-            upstream = await backend.post(self._call.operation.path.encode(), self._headers, body, cancel_scope)
+            if upload is None:
+                upstream = await backend.post(path, self._headers, body, cancel_scope)
+            else:
+                upstream = await backend.upload(path, self._headers, upload, spelling)
             cancel_scope.within(backend.config.read_timeout_s, _no_first_byte, on_expiry=upstream.fail)
             reservation = Reservation(self._failover.held, self._caller)
             opening = await read_beginning(backend, upstream, self._call, self._dialect, reservation)

@@ -19,7 +19,7 @@ from gateway.proxy.exchange import Exchange
 from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 
 FOLDER = Path(__file__).parent / "openapi"
-JSON, EVENTS = "application/json", "text/event-stream"
+JSON, EVENTS, FORM = "application/json", "text/event-stream", "multipart/form-data"
 DESCRIPTION = (
     "A gateway in front of your model servers, for clients of Ollama and of OpenAI. When a model server refuses a request with "
     "a status from 400 to 499, the caller gets its message. Every answer has a request id, by which operators find the request."
@@ -132,7 +132,7 @@ class ApiDocument:
         if parameters:
             found["parameters"] = parameters
         if "body" in facts:
-            content = {JSON: {"schema": _ref(facts["body"]), "example": facts["example"]}}
+            content = {FORM if "file" in facts else JSON: {"schema": _ref(facts["body"]), "example": facts["example"]}}
             found["requestBody"] = {"required": True, "content": content}
         elif "raw" in facts:
             content = {"application/octet-stream": {"schema": {}, "example": facts["raw"]}}
@@ -196,6 +196,8 @@ def _content(facts: dict[str, Any], endpoint: object) -> dict[str, Any]:
     if "media" in facts:
         found[facts["media"]] = {} if facts["media"] == EVENTS else {"schema": {"type": "string"}}
     else:
+        if isinstance(endpoint, Exchange):
+            found |= {kind: {"schema": {"type": "string"}} for kind in endpoint.operation.media}
         found[JSON] = {"schema": _ref(facts["answer"])}
     return found
 
@@ -233,6 +235,7 @@ def _sample(method: str, path: str, facts: dict[str, Any], parameters: list[dict
         facts.get("media") == EVENTS or facts.get("frames", "").endswith("`done: true`"),
         facts.get("client", ""),
         facts.get("saves", ""),
+        facts.get("file", ""),
     )
 
 

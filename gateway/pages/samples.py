@@ -11,9 +11,11 @@ BASE = "http://127.0.0.1:8080"
 
 @dataclass(frozen=True)
 class Sample:
-    """A call: `address` is path and query; `body` is sent as JSON, `raw` as it is; `key_in` names the environment's variable
-    with the key; `client` is the method of the `openai` or `ollama` package that makes this call; the answer goes to the
-    file `saves`, if it has a name."""
+    """A call: `address` is path and query; `body` is sent as JSON, or as a form if there is a `file`; `raw` as it is.
+
+    `key_in` names the environment's variable with the key; `client` is the method of the `openai` or `ollama` package that
+    makes this call; the answer goes to the file `saves`, if it has a name.
+    """
 
     method: str
     address: str
@@ -23,6 +25,7 @@ class Sample:
     streams: bool = False
     client: str = ""
     saves: str = ""
+    file: str = ""
 
     @property
     def url(self) -> str:
@@ -43,7 +46,9 @@ class Sample:
         parts = [f"curl {'-N ' if self.streams else ''}{how}{shlex.quote(self.url)}"]
         if self.key_in:
             parts.append(f'-H "Authorization: Bearer ${self.key_in}"')
-        if self.body is not None:
+        if self.file:
+            parts += [f"-F {shlex.quote(f'{name}={value}')}" for name, value in self.body.items()] + [f"-F file=@{self.file}"]
+        elif self.body is not None:
             parts += ["-H 'Content-Type: application/json'", f"-d {shlex.quote(json.dumps(self.body))}"]
         if self.raw:
             parts += ["-H 'Content-Type: application/octet-stream'", f"--data-binary {shlex.quote(self.raw)}"]
@@ -72,6 +77,7 @@ class Sample:
     def _with_client(self) -> str:
         """With the official package."""
         arguments = ", ".join(f"{name}={json.dumps(value)}" for name, value in (self.body or {}).items())
+        arguments += f', file=open("{self.file}", "rb")' if self.file else ""
         arguments = arguments or (json.dumps(self.address.rpartition("/")[2]) if self.client.endswith(".retrieve") else "")
         if "." in self.client:
             made = f'from openai import OpenAI\n\nclient = OpenAI(base_url="{BASE}/v1", api_key=os.environ["{self.key_in}"])'
@@ -83,10 +89,12 @@ class Sample:
     def _javascript(self) -> str:
         kind = "application/octet-stream" if self.raw else "application/json"
         headers = [f"Authorization: `Bearer ${{process.env.{self.key_in}}}`"] if self.key_in else []
-        headers += [f'"Content-Type": "{kind}"'] if self._has_body else []
+        headers += [f'"Content-Type": "{kind}"'] if self._has_body and not self.file else []
         options = [f'method: "{self.method}"'] if self.method != "GET" else []
         options += [f"headers: {{ {', '.join(headers)} }}"] if headers else []
-        if self._has_body:
+        if self.file:
+            options.append("body: form")
+        elif self._has_body:
             options.append(f"body: {json.dumps(self.raw) if self.raw else f'JSON.stringify({json.dumps(self.body)})'}")
         listed = "".join(f"  {option},\n" for option in options)
         second = f", {{\n{listed}}}" if listed else ""
@@ -96,7 +104,15 @@ class Sample:
         if self.saves:
             shown = f'await writeFile("{self.saves}", Buffer.from(await answer.arrayBuffer()));'
             call = f'import {{ writeFile }} from "node:fs/promises";\n\n{call}'
+        if self.file:
+            call = f"{self._javascript_form()}\n{call}"
         return f"{call}\nif (!answer.ok) throw new Error(`${{answer.status}} ${{await answer.text()}}`);\n{shown}"
+
+    def _javascript_form(self) -> str:
+        lines = ['import { readFile } from "node:fs/promises";', "", "const form = new FormData();"]
+        lines += [f"form.append({json.dumps(name)}, {json.dumps(value)});" for name, value in self.body.items()]
+        lines.append(f'form.append("file", new Blob([await readFile("{self.file}")]), "{self.file}");')
+        return "\n".join(lines)
 
     @property
     def _has_body(self) -> bool:

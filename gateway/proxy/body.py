@@ -69,9 +69,9 @@ class UnfinishedBodies(SharedBytes):
 class Bodies:
     """Reads the bodies of all requests of this process."""
 
-    def __init__(self, largest: int) -> None:
-        self._turns, self._largest = Turns(), largest
-        self.unfinished = UnfinishedBodies(largest)
+    def __init__(self, largest: int, largest_upload: int) -> None:
+        self._turns, self._largest, self.largest_upload = Turns(), largest, largest_upload
+        self.unfinished, self.uploads = UnfinishedBodies(largest), UnfinishedBodies(largest_upload)
 
     async def read(
         self, scope: Scope, receive: Receive, record: Record, cancel_scope: CancelScope, largest: int | None = None
@@ -81,7 +81,7 @@ class Bodies:
         encoding = check_head(scope, limit, setting)
         cancel_scope.within(BODY_DEADLINE_S, BodyTooSlow)
         message = await receive()
-        if _measured(message, record, limit, setting):
+        if measured(message, record, limit, setting):
             body = await self._read_on(message, receive, record, limit, setting)
         else:
             body = message.get("body", b"")
@@ -107,7 +107,7 @@ class Bodies:
                     body += message.pop("body", b"")
                     reservation.hold(len(body))
                     message = await receive()
-                    if not _measured(message, record, limit, setting):
+                    if not measured(message, record, limit, setting):
                         return b"".join((body, message.get("body", b"")))
             finally:
                 body.clear()
@@ -135,7 +135,7 @@ class Bodies:
             return await self._turns.run(key_id, partial(parse, body), cancel_scope)
 
 
-def _measured(message: Message, record: Record, limit: int, setting: str) -> bool:
+def measured(message: Message, record: Record, limit: int, setting: str) -> bool:
     """Whether more of the body is to come."""
     if message["type"] == "http.disconnect":
         raise ClientGone

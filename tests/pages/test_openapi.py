@@ -120,7 +120,8 @@ def test_bodies_have_the_fields_that_the_gateway_takes(gateway: RunningGateway) 
 
 
 def name_of_body(operation: dict[str, Any]) -> str:
-    reference: str = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    (content,) = operation["requestBody"]["content"].values()
+    reference: str = content["schema"]["$ref"]
     return reference.rpartition("/")[2]
 
 

@@ -213,7 +213,7 @@ def held_by(error: BaseException) -> int:
     [(10**6, 10**6, BodyTooLarge), (10**6, BEGUN // 2, BodiesUnfinished), (BEGUN, 10**6, Overloaded)],
 )
 def test_a_refused_body_leaves_nothing_in_memory(most: int, most_of_a_key: int, kind: type[GatewayError]) -> None:
-    bodies = Bodies(LARGEST)
+    bodies = Bodies(LARGEST, LARGEST)
     bodies.unfinished.most, bodies.unfinished.most_of_a_key = most, most_of_a_key
 
     async def receive() -> dict[str, Any]:
@@ -254,7 +254,7 @@ def test_memory_of_a_cancelled_call_does_not_wait_for_the_garbage_collector() ->
 
 
 def test_a_body_in_one_piece_is_never_counted_as_unfinished() -> None:
-    bodies, record = Bodies(LARGEST), Record("id", "id", "POST")
+    bodies, record = Bodies(LARGEST, LARGEST), Record("id", "id", "POST")
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": BODY, "more_body": False}

@@ -38,6 +38,9 @@ BODIES: dict[str, dict[str, object]] = {
     "/rerank": {"query": "hi", "documents": ["a"]},
     "/v2/rerank": {"query": "hi", "documents": ["a"]},
     "/v1/images/generations": {"prompt": "hi"},
+    "/v1/audio/speech": {"input": "hi"},
+    "/v1/audio/transcriptions": {},
+    "/v1/audio/translations": {},
 }
 SPELLINGS = [
     "secret-model",
@@ -64,6 +67,15 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
     return start_gateway(alpha, MODEL_ALIASES=json.dumps(ALIASES))
 
 
+FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations")
+
+
+def post(client: httpx.Client, path: str, model: str) -> httpx.Response:
+    if path in FORMS:
+        return client.post(path, data={"model": model}, files={"file": b"sound"})
+    return client.post(path, json={"model": model, **BODIES[path]})
+
+
 def seen(got: httpx.Response) -> tuple[int, bytes, dict[str, str]]:
     """Everything that a caller can see, except the date and its own request id."""
     return got.status_code, got.content, {k: v for k, v in got.headers.items() if k not in ("date", "x-request-id")}
@@ -72,10 +84,10 @@ def seen(got: httpx.Response) -> tuple[int, bytes, dict[str, str]]:
 @pytest.mark.parametrize("path", BODIES)
 def test_missing_and_hidden_models_get_the_same_bytes_on_every_route(gateway: RunningGateway, path: str) -> None:
     with gateway.http(gateway.key("llama3.2", rpm=UNLIMITED, tpm=UNLIMITED)) as client:
-        expected = seen(client.post(path, json={"model": UNKNOWN, **BODIES[path]}))
+        expected = seen(post(client, path, UNKNOWN))
         assert expected[0] == 403
         for spelling in (*SPELLINGS, *OF_ALIASES):
-            assert seen(client.post(path, json={"model": spelling, **BODIES[path]})) == expected
+            assert seen(post(client, path, spelling)) == expected
 
 
 def test_missing_and_hidden_models_count_alike(gateway: RunningGateway) -> None:
@@ -149,7 +161,7 @@ def test_only_a_key_that_may_pull_any_model_learns_that_one_is_missing(gateway: 
     def statuses(*patterns: str, flags: tuple[str, ...] = ()) -> list[int]:
         with gateway.http(gateway.key(*patterns, flags=flags)) as client:
             names = (UNKNOWN, "gpt-oss:120b-cloud", "no-such:120b-cloud")
-            return [client.post(path, json={"model": name, **BODIES[path]}).status_code for name in names]
+            return [post(client, path, name).status_code for name in names]
 
     assert statuses(flags=(ADMIN_MODELS,)) == [404, 403, 403]
     for patterns, flags in [((), ()), (("llama3.2",), (ADMIN_MODELS,)), (("*",), (ADMIN_MODELS,)), ((), (SHOW_BACKEND,))]:

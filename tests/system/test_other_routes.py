@@ -1,8 +1,12 @@
 """Rerankers, images, speech and transcriptions through the gateway: to the servers that have these routes."""
 
 import base64
+import os
+import socket
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -260,3 +264,275 @@ def test_a_client_that_leaves_during_speech_ends_the_call(gateway: RunningGatewa
         gateway.wait_idle()
         assert client.post("/v1/rerank", json=RERANK).status_code == 200
     assert gateway.audit_rows()[0]["outcome"] == "client_gone"
+
+
+# Transcriptions
+
+TRANSCRIBE = "/v1/audio/transcriptions"
+PATHS = [TRANSCRIBE, "/v1/audio/translations"]
+BOUNDARY = "x-y-z"
+CONTENT_TYPE = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+# More than stays in memory.
+RECORDING = os.urandom(1_500_000)
+LARGEST = 2_000_000
+
+
+def part(name: str, value: bytes, more: str = "") -> bytes:
+    return f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + value + b"\r\n"
+
+
+def form(*parts: bytes) -> bytes:
+    return b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
+
+
+def open_files() -> int:
+    """Temporary files that this process has open; they have no names."""
+    links = (os.path.realpath(number) for number in Path("/proc/self/fd").iterdir())
+    return sum(link.startswith(str(tempfile.tempdir)) for link in links)
+
+
+@pytest.fixture(autouse=True)
+def temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def uploads(start_gateway: StartGateway, beta: FakeBackend, gamma: FakeBackend) -> RunningGateway:
+    return start_gateway(beta, gamma, MAX_UPLOAD_BYTES=str(LARGEST))
+
+
+def test_the_official_client_transcribes(uploads: RunningGateway, beta: FakeBackend) -> None:
+    with uploads.openai(uploads.key()) as client:
+        file = ("a.wav", RECORDING)
+        whole = client.audio.transcriptions.create(model=MODEL.upper(), file=file, language="en", temperature=0.5)
+        assert whole.text == "beta heard: 1500000 bytes" and whole.usage.seconds == 2
+        with pytest.deprecated_call():
+            assert client.audio.translations.create(model=MODEL, file=file).text == whole.text
+        assert client.audio.transcriptions.create(model=MODEL, file=file, response_format="text") == whole.text
+        events = list(client.audio.transcriptions.create(model=MODEL, file=file, stream=True))
+        assert [event.type for event in events] == ["transcript.text.delta"] * 4 + ["transcript.text.done"]
+        more: Any = {"timestamp_granularities": ["word", "segment"], "response_format": "verbose_json"}
+        assert client.audio.transcriptions.create(model=MODEL, file=file, **more).text == whole.text
+    (first, *_) = beta.calls(TRANSCRIBE)
+    assert int(first.header("content-length") or 0) == len(first.body) and first.header("transfer-encoding") is None
+    assert RECORDING in first.body and MODEL.encode() in first.body and MODEL.upper().encode() not in first.body
+    rows = uploads.audit_rows()
+    assert {row["outcome"] for row in rows} == {"answered"} and {row["backend"] for row in rows} == {"beta"}
+    assert rows[0]["model"] == MODEL.upper() and rows[0]["bytes_in"] > len(RECORDING)
+    assert (rows[0]["tokens_from"], rows[3]["tokens_from"], rows[3]["stream"]) == ("none", "reported", True)
+    assert (rows[3]["prompt_tokens"], rows[3]["completion_tokens"]) == (14, 4)
+    assert not uploads.components.bodies.uploads.used and not open_files()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [0, 10, 1_500_000])
+def test_everything_but_the_model_is_sent_byte_for_byte(
+    uploads: RunningGateway, beta: FakeBackend, gamma: FakeBackend, path: str, size: int
+) -> None:
+    """Also where the model comes after the file, and a second backend spells it differently."""
+    beta.play(path, FAULTS["500"]("openai", False))
+    file = part("file", RECORDING[:size], '; filename="a.wav"')
+    with uploads.http(uploads.key(), headers=CONTENT_TYPE) as client:
+        for order in (
+            [file, part("prompt", b"tides"), part("model", MODEL.upper().encode())],
+            [part("model", MODEL.encode()), file],
+        ):
+            sent = form(*order)
+            assert client.post(path, content=sent).json()["text"] == f"gamma heard: {size} bytes"
+            seen_by = [backend.calls(path)[-1] for backend in (beta, gamma)]
+            for request, spelling in zip(seen_by, (MODEL, MODEL.lower()), strict=True):
+                asked = MODEL.upper() if order[0] is file else MODEL
+                assert request.body == sent.replace(asked.encode(), spelling.encode())
+                assert request.header("content-type") == CONTENT_TYPE["Content-Type"]
+    assert all(row["backend"] == "gamma" and "beta" in row["attempts"] for row in uploads.audit_rows())
+
+
+@pytest.mark.parametrize(("form_of", "kind"), [("text", "text/plain"), ("srt", "application/x-subrip"), ("vtt", "text/vtt")])
+def test_answers_of_other_types(uploads: RunningGateway, form_of: str, kind: str) -> None:
+    with uploads.http(uploads.key()) as client:
+        got = client.post(TRANSCRIBE, data={"model": MODEL, "response_format": form_of}, files={"file": b"sound"})
+    assert got.text == "beta heard: 5 bytes" and got.headers["content-type"].startswith(kind)
+    assert got.headers["x-content-type-options"] == "nosniff"
+
+
+def test_silence_is_an_empty_text_and_a_page_is_no_answer(uploads: RunningGateway, beta: FakeBackend) -> None:
+    beta.play_once(TRANSCRIBE, answer(200, b"", "text/plain"), answer(200, b"<html>", "text/html"))
+    with uploads.http(uploads.key()) as client:
+        assert client.post(TRANSCRIBE, data={"model": MODEL}, files={"file": b"sound"}).content == b""
+        assert client.post(TRANSCRIBE, data={"model": MODEL}, files={"file": b"sound"}).json()["text"].startswith("gamma")
+
+
+def test_ollama_answers_whole_where_a_stream_was_asked_for(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    gateway = start_gateway(alpha)
+    with gateway.http(gateway.key()) as client:
+        got = client.post(TRANSCRIBE, data={"model": "llama3.2", "stream": "True"}, files={"file": b"sound"})
+        assert got.json() == {"text": "alpha heard: 5 bytes"} and got.headers["content-length"]
+        assert client.post(PATHS[1], data={"model": "llama3.2"}, files={"file": b"sound"}).status_code == 200
+        assert (
+            client.post("/v1/audio/speech", json={"model": "llama3.2", "input": "a"}).json()["error"]["code"]
+            == "route_not_served"
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "'model' is missing"),
+        ({"model": ""}, "'model' is missing"),
+        ({"model": "x" * 400}, "'model' must be a string"),
+        ({"model": "a\tb"}, "'model' must be a string"),
+        ({"model": ["a", "b"]}, "'model' occurs twice"),
+        ({"Model": "a"}, "must be written 'model'"),
+        ({"model[]": "a"}, "'model[]' is not allowed"),
+        ({"model": MODEL, "model[0]": "a"}, "'model[0]' is not allowed"),
+        ({"model": MODEL, "lora": "a"}, "'lora' is not allowed"),
+        ({"model": MODEL, "priority": "1"}, "'priority' must be 0"),
+        ({"model": MODEL, "extra_body": "{}"}, "'extra_body' must be an object"),
+        ({"model": MODEL, "stream": "1"}, "'stream' must be true or false"),
+        ({"model": MODEL, "n": "2"}, "'n' must be 1"),
+        ({"model": MODEL, "stream_options": "{}"}, "'stream_options' is not allowed"),
+    ],
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_wrong_fields_are_named(
+    uploads: RunningGateway, beta: FakeBackend, path: str, fields: dict[str, Any], words: str
+) -> None:
+    with uploads.http(uploads.key()) as client:
+        got = client.post(path, data=fields, files={"file": b"sound"})
+    assert got.status_code == 400 and words in got.json()["error"]["message"]
+    assert not beta.calls(path) and not uploads.components.bodies.uploads.used
+
+
+def test_a_model_or_a_setting_that_is_a_file(uploads: RunningGateway) -> None:
+    with uploads.http(uploads.key()) as client:
+        got = client.post(TRANSCRIBE, files={"model": MODEL.encode()})
+        assert got.status_code == 400 and "not a file" in got.json()["error"]["message"]
+        for name in ("lora", "stream"):
+            got = client.post(TRANSCRIBE, data={"model": MODEL}, files={"file": b"sound", name: b"true"})
+            assert got.status_code == 400 and name in got.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data", "", "text/plain"])
+def test_what_is_not_a_form_is_refused(uploads: RunningGateway, content_type: str) -> None:
+    with uploads.http(uploads.key()) as client:
+        got = client.post(TRANSCRIBE, content=b'{"model": "x"}', headers={"Content-Type": content_type})
+        assert got.status_code == 400 and got.json()["error"]["code"] == "bad_request"
+        encoded = client.post(TRANSCRIBE, content=b"x", headers={**CONTENT_TYPE, "Content-Encoding": "gzip"})
+        assert (encoded.status_code, encoded.headers["accept-encoding"]) == (415, "identity")
+
+
+def test_a_form_that_is_too_large_is_refused_by_its_length_or_while_it_arrives(uploads: RunningGateway) -> None:
+    body = form(part("model", MODEL.encode()), part("file", b"x" * LARGEST, '; filename="a"'))
+    with uploads.http(uploads.key(), headers=CONTENT_TYPE) as client:
+        for content in (body, iter([body[:1_000_000], body[1_000_000:]])):
+            got = client.post(TRANSCRIBE, content=content)
+            assert got.status_code == 413 and "MAX_UPLOAD_BYTES" in got.json()["error"]["message"]
+        assert client.post(
+            TRANSCRIBE, content=form(part("model", MODEL.encode()), part("file", b"x", '; filename="a"'))
+        ).is_success
+    assert not uploads.components.bodies.uploads.used and not open_files()
+
+
+def test_forms_of_a_key_are_bounded_together(uploads: RunningGateway) -> None:
+    uploads.components.bodies.uploads.most_of_a_key = 1_000_000
+    body = form(part("model", MODEL.encode()), part("file", RECORDING, '; filename="a"'))
+    with uploads.http(uploads.key(), headers=CONTENT_TYPE) as client:
+        got = client.post(TRANSCRIBE, content=body)
+    assert (got.status_code, got.json()["error"]["code"]) == (429, "bodies_unfinished")
+    assert not uploads.components.bodies.uploads.used and not open_files()
+
+
+def head_of(key: str, length: int) -> bytes:
+    lines = [f"POST {TRANSCRIBE} HTTP/1.1", "Host: x", f"Authorization: Bearer {key}", f"Content-Length: {length}"]
+    return "\r\n".join([*lines, f"Content-Type: {CONTENT_TYPE['Content-Type']}", "", ""]).encode()
+
+
+def test_a_client_that_leaves_during_its_upload(uploads: RunningGateway, beta: FakeBackend) -> None:
+    body = form(part("model", MODEL.encode()), part("file", RECORDING, '; filename="a"'))
+    host, port = uploads.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head_of(uploads.key(), len(body)) + body[:1_200_000])
+        deadline = time.monotonic() + 5
+        while uploads.components.bodies.uploads.used < 1_200_000 - 65_536 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert uploads.components.bodies.uploads.used > 1_000_000 and open_files() == 1
+    uploads.wait_idle()
+    assert not uploads.components.bodies.uploads.used and not open_files() and not beta.calls(TRANSCRIBE)
+    (row,) = uploads.audit_rows()
+    assert row["outcome"] == "client_gone"
+
+
+def test_a_client_that_leaves_while_a_backend_transcribes(uploads: RunningGateway, beta: FakeBackend) -> None:
+    beta.play(TRANSCRIBE, [Forever()])
+    key = uploads.key(concurrent=1)
+    with uploads.http(key) as client, pytest.raises(httpx.ReadTimeout):
+        client.post(TRANSCRIBE, data={"model": MODEL}, files={"file": RECORDING}, timeout=1)
+    assert beta.wait_idle() and beta.calls(TRANSCRIBE)[0].outcome == "client_left"
+    uploads.wait_idle()
+    assert not uploads.components.bodies.uploads.used and not open_files()
+    beta.play(TRANSCRIBE, None)
+    with uploads.http(key) as client:
+        assert client.post(TRANSCRIBE, data={"model": MODEL}, files={"file": RECORDING}).is_success
+    assert [row["outcome"] for row in uploads.audit_rows()] == ["client_gone", "answered"]
+
+
+@pytest.mark.parametrize("fault", ["reset", "503", "garbage", "reset_after_head"])
+def test_a_second_backend_transcribes_after_a_failure(uploads: RunningGateway, beta: FakeBackend, fault: str) -> None:
+    beta.play(TRANSCRIBE, FAULTS[fault]("openai", False))
+    with uploads.openai(uploads.key()) as client:
+        assert client.audio.transcriptions.create(model=MODEL, file=RECORDING).text.startswith("gamma heard: 1500000")
+
+
+def test_a_backend_that_stops_reading_or_never_answers(
+    start_gateway: StartGateway, beta: FakeBackend, gamma: FakeBackend
+) -> None:
+    gateway = start_gateway(beta, gamma, OLLAMA_READ_TIMEOUT_S="3")
+    with gateway.openai(gateway.key()) as client:
+        beta.play(TRANSCRIBE, [Forever()])
+        assert client.audio.transcriptions.create(model=MODEL, file=RECORDING).text.startswith("gamma")
+        beta.freeze()
+        try:
+            assert client.audio.transcriptions.create(model=MODEL, file=RECORDING * 5).text.startswith("gamma")
+        finally:
+            beta.thaw()
+    assert not open_files()
+
+
+def test_a_transcript_that_breaks_off_ends_the_connection_or_says_so(uploads: RunningGateway, beta: FakeBackend) -> None:
+    events = b"".join(sse([{"type": "transcript.text.delta", "delta": "a"}] * 3, done=False))
+    beta.play_once(TRANSCRIBE, cut_at(b"word " * 100, 200, "close", "text/plain", "length"), cut_at(events, len(events)))
+    with uploads.http(uploads.key()) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.post(TRANSCRIBE, data={"model": MODEL}, files={"file": b"sound"})
+        got = client.post(TRANSCRIBE, data={"model": MODEL, "stream": "true"}, files={"file": b"sound"})
+        assert got.status_code == 200 and "upstream_ended_early" in got.text
+    assert [row["outcome"] for row in uploads.audit_rows()] == ["truncated"] * 2
+
+
+def test_a_full_disk_is_reported_and_nothing_is_kept(uploads: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, *rest: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", full)
+    body = form(part("model", MODEL.encode()), part("file", RECORDING, '; filename="a"'))
+    with uploads.http(uploads.key(), headers=CONTENT_TYPE) as client:
+        got = client.post(TRANSCRIBE, content=body)
+    assert (got.status_code, got.json()["error"]["code"]) == (503, "overloaded")
+    assert not uploads.components.bodies.uploads.used
+    assert any("temporary files: No space left" in record.getMessage() for record in uploads.logged.records)
+
+
+def test_forms_count_as_requests_and_take_a_slot(uploads: RunningGateway, beta: FakeBackend) -> None:
+    with uploads.http(uploads.key(rpm=2)) as client:
+        found = [client.post(TRANSCRIBE, data={"model": MODEL}, files={"file": b"sound"}) for _ in range(3)]
+    assert [got.status_code for got in found] == [200, 200, 429]
+    assert found[0].headers["x-ratelimit-remaining-requests"] == "1"
+
+
+def test_an_alias_names_the_model_of_any_route(start_gateway: StartGateway, beta: FakeBackend) -> None:
+    gateway = start_gateway(beta, MODEL_ALIASES=f'{{"whisper-1": "{MODEL}"}}')
+    with gateway.openai(gateway.key()) as client:
+        assert client.audio.transcriptions.create(model="whisper-1", file=b"sound").text == "beta heard: 5 bytes"
+        assert client.audio.speech.create(**{**SPEECH, "model": "whisper-1"}).content == SOUND
+        got = client.post("/rerank", body={**RERANK, "model": "whisper-1"}, cast_to=httpx.Response)
+        assert got.json()["model"] == "whisper-1"

@@ -9,6 +9,7 @@ import aiohttp
 from yarl import URL
 
 from gateway.core.cancel_scope import CallScope, CancelScope
+from gateway.dialects.dialect import Upload
 from gateway.fleet.backends.circuit_breaker import CircuitBreaker
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import UnfinishedFrames
@@ -99,6 +100,23 @@ class Backend:
         except ConnectionLost:
             return await self._fresh_client.post(path, headers, body, cancel_scope)
 
+    async def upload(self, path: bytes, headers: bytes, upload: Upload, model: str) -> BackendResponse:
+        """Sends a form in pieces; returns as `post`. Each piece has the deadline of an answer, which comes after them."""
+        wait_s = self.config.read_timeout_s
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for piece in upload.pieces(model):
+                yield piece
+                cancel_scope.within(wait_s, _no_head)
+
+        lines = headers.decode("latin-1").splitlines()
+        sent = {name: value for name, _, value in (line.partition(": ") for line in lines)}
+        sent |= {"Content-Type": upload.content_type, "Content-Length": str(upload.length(model))}
+        with CancelScope() as cancel_scope:
+            cancel_scope.within(wait_s, _no_head)
+            # A connection that the backend closes while it is idle would cost a second upload.
+            return await self._head(self._fresh_session, "POST", path.decode(), sent, pieces(), self.config.total_timeout_s)
+
     def url(self, path: str) -> URL:
         return URL(self.config.base_url + path, encoded=True)
 
@@ -135,7 +153,7 @@ class Backend:
     ) -> BackendResponse:
         try:
             with CancelScope() as cancel_scope:
-                cancel_scope.within(wait_s or self.config.read_timeout_s, lambda: BackendFault("head_timeout"))
+                cancel_scope.within(wait_s or self.config.read_timeout_s, _no_head)
                 response = await session.request(
                     method, self.url(path), data=body, headers={**headers, **self._auth}, allow_redirects=False
                 )
@@ -148,3 +166,7 @@ class Backend:
         except (aiohttp.ClientError, ValueError) as wrong:
             raise BackendFault("not_http", type(wrong).__name__) from wrong
         return BackendResponse(response.status, response.headers, response.content, response.release, response.close)
+
+
+def _no_head() -> BackendFault:
+    return BackendFault("head_timeout")

@@ -1,0 +1,67 @@
+"""Calls whose body is a form with a file: kept while backends are tried, because a form can name its model behind the file."""
+
+import time
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.audit.record import Record
+from gateway.core.cancel_scope import CallScope
+from gateway.core.errors import BadRequest, BodyTooSlow, UnsupportedEncoding
+from gateway.dialects import multipart
+from gateway.dialects.dialect import Call
+from gateway.dialects.form_call import read_form_call
+from gateway.dialects.multipart import FormReader
+from gateway.proxy.body import check_head, measured
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.spool import Spool, SpooledForm
+
+SIZE_SETTING = "MAX_UPLOAD_BYTES"
+# For each piece of an upload; and for all of it, with a second more for each of so many bytes that it may have.
+PIECE_DEADLINE_S, UPLOAD_WITHIN_S, SLOWEST_UPLOAD = 60.0, 60.0, 65_536
+
+
+class UploadExchange(Exchange):
+    """The ASGI endpoint of an operation whose body is a form."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with Spool(self._bodies.uploads) as spool:
+            scope["state"]["spool"] = spool
+            await super().__call__(scope, receive, send)
+
+    async def _read(self, scope: Scope, receive: Receive, record: Record, cancel_scope: CallScope) -> Call:
+        began = time.monotonic()
+        if check_head(scope, self._bodies.largest_upload, SIZE_SETTING):
+            refused = UnsupportedEncoding("a form with a file must be sent without a Content-Encoding")
+            refused.headers = ((b"accept-encoding", b"identity"),)
+            raise refused
+        boundary = multipart.boundary_of(_content_type(scope))
+        reader, spool = FormReader(boundary), scope["state"]["spool"]
+        spool.begin(record.key_id)
+        await self._read_pieces(reader, spool, receive, record, cancel_scope)
+        record.reading_s = time.monotonic() - began
+        form = reader.form()
+        call = read_form_call(self.dialect, self.operation, form, SpooledForm(spool, form, boundary))
+        record.model, record.stream = call.asked_model, call.stream
+        return call
+
+    async def _read_pieces(
+        self, reader: FormReader, spool: Spool, receive: Receive, record: Record, cancel_scope: CallScope
+    ) -> None:
+        last = time.monotonic() + UPLOAD_WITHIN_S + self._bodies.largest_upload / SLOWEST_UPLOAD
+        more = True
+        while more:
+            cancel_scope.within(min(PIECE_DEADLINE_S, last - time.monotonic()), BodyTooSlow)
+            message = await receive()
+            more = measured(message, record, self._bodies.largest_upload, SIZE_SETTING)
+            # Otherwise the error's traceback would keep it until the answer is sent.
+            piece = message.pop("body", b"")
+            reader.feed(piece)
+            spool.add(piece)
+        cancel_scope.without_deadline()
+
+
+def _content_type(scope: Scope) -> bytes:
+    found = [value for name, value in scope["headers"] if name == b"content-type"]
+    if len(found) > 1:
+        raise BadRequest("the request has more than one Content-Type")
+    return bytes(found[0]) if found else b""
