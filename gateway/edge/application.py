@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
+from gateway.core import strict_json
 from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import (
     BackendRefused,
@@ -21,7 +22,9 @@ from gateway.core.errors import (
 )
 from gateway.core.in_flight import InFlight
 from gateway.dialects.dialect import Dialect
+from gateway.dialects.translation.messages_answer import error_body
 from gateway.edge.response import Response, error_headers, plain_outcome
+from gateway.proxy.model_lists import is_from_anthropic_client
 from gateway.telemetry import logs
 from gateway.telemetry.metrics import Metrics
 
@@ -129,11 +132,15 @@ class Application:
         dialect = self._dialect_of(meant or scope["path"])
         record.dialect = dialect.name
         body = dialect.error(error, record.request_id)
+        more: list[tuple[bytes, bytes]] = []
+        if is_from_anthropic_client(scope):
+            body = strict_json.write(error_body(error.status, error.message, record.request_id))
+            more.append((b"request-id", record.request_id.encode()))
         await reply.send(
             {
                 "type": "http.response.start",
                 "status": error.status,
-                "headers": error_headers(error, body, close=error.leaves_body),
+                "headers": [*error_headers(error, body, close=error.leaves_body), *more],
             }
         )
         await reply.send({"type": "http.response.body", "body": body, "more_body": error.leaves_body})

@@ -1,8 +1,12 @@
-"""What clients ask before they chat: models, versions, details; from the catalog, but running models from the backends."""
+"""What clients ask before they chat: models, versions, details; from the catalog, but running models from the backends.
+
+`/v1/models` has the form of the client that asks: OpenAI's, with one more field for Codex, or Anthropic's.
+"""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 from starlette.types import Receive, Scope, Send
 
@@ -12,12 +16,15 @@ from gateway.core.asgi import send_json
 from gateway.core.errors import BadRequest, UnknownRoute
 from gateway.dialects.model_entries import context_of
 from gateway.dialects.model_names import NAME_RULE, canonical, is_name
+from gateway.dialects.translation.messages_models import model_info, models_page
+from gateway.dialects.translation.responses_models import codex_models
 from gateway.fleet.catalog import Catalog, Model
 from gateway.proxy.access import Access
 from gateway.proxy.suggestions import DID_YOU_MEAN
 from gateway.proxy.visibility import missing
 
 OLDEST_VERSION_CLIENTS_TAKE = "0.6.4"
+MOST_PARAMETERS = 50
 
 AskRunning = Callable[[], Awaitable[Mapping[str, tuple[float, tuple[dict[str, Any], ...]]]]]
 
@@ -43,8 +50,13 @@ class ModelLists:
 
     async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = await self._key(scope)
-        data = [model.openai for model in self._catalog().listed(key.models)]
-        await send_json(send, {"object": "list", "data": data})
+        listed = self._catalog().listed(key.models)
+        data, query = [model.openai for model in listed], _query(scope)
+        if is_from_anthropic_client(scope):
+            await send_json(send, models_page(data, query), more=[_request_id(scope)])
+            return
+        more = {"models": _for_codex(listed)} if _is_from_codex(scope, query) else {}
+        await send_json(send, {"object": "list", "data": data, **more})
 
     async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked: str = scope["path_params"]["id"]
@@ -56,11 +68,52 @@ class ModelLists:
         found = self._catalog().find(canonical(asked), key.models)
         if found is None or not found.is_listed(time.time()):
             raise missing(asked, key, self._catalog())
-        await send_json(send, {**found.openai, "id": asked})
+        entry = {**found.openai, "id": asked}
+        if is_from_anthropic_client(scope):
+            await send_json(send, model_info(entry), more=[_request_id(scope)])
+            return
+        await send_json(send, entry)
 
     async def _key(self, scope: Scope) -> Key:
         record: Record = scope["state"]["record"]
         return await self._access.admit_caller(scope, record)
+
+
+def is_from_anthropic_client(scope: Scope) -> bool:
+    """Whether a request for the list of models, or for one of them, has the header that all clients of Anthropic's API send."""
+    path = scope["path"]
+    is_for_models = path == "/v1/models" or path.startswith("/v1/models/")
+    return is_for_models and any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
+def _is_from_codex(scope: Scope, query: Mapping[str, str]) -> bool:
+    agent = next((value for name, value in scope["headers"] if name == b"user-agent"), b"")
+    return "client_version" in query or agent.lower().startswith(b"codex")
+
+
+def _for_codex(listed: Iterable[Model]) -> list[dict[str, Any]]:
+    """Without models that cannot chat, as far as that is known."""
+    able = {str(model.openai["id"]): model for model in listed if "completion" in _capabilities(model)}
+    contexts = {name: context_of(model.openai) for name, model in able.items()}
+    return codex_models(able, contexts, {name for name, model in able.items() if "vision" in _capabilities(model)})
+
+
+def _capabilities(model: Model) -> list[str]:
+    found = model.native.get("capabilities")
+    return found if isinstance(found, list) and found else ["completion"]
+
+
+def _query(scope: Scope) -> dict[str, str]:
+    try:
+        return dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MOST_PARAMETERS))
+    except ValueError:
+        raise BadRequest(f"the query has more than {MOST_PARAMETERS} parameters") from None
+
+
+def _request_id(scope: Scope) -> tuple[bytes, bytes]:
+    """As Anthropic's clients read it."""
+    record: Record = scope["state"]["record"]
+    return b"request-id", record.request_id.encode()
 
 
 def show_answer(model: Model) -> dict[str, Any]:
@@ -77,6 +130,6 @@ def show_answer(model: Model) -> dict[str, Any]:
         "template": "",
         "details": model.native["details"],
         "model_info": info,
-        "capabilities": model.native.get("capabilities") or ["completion"],
+        "capabilities": _capabilities(model),
         "modified_at": model.native["modified_at"],
     }
