@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from tests.support.fake_backend import media_routes
 from tests.support.fake_backend.content import (
     Json,
     ServerError,
@@ -36,12 +37,15 @@ def respond(healthy: "HealthyServer", request: Received) -> list[Step]:
     if path == "/health" and healthy.kind == "openai":
         return answer(200, b"", "")
     get = path == "/v1/models" or path.startswith("/v1/models/")
-    if not get and path not in _POSTS:
+    posts = {**_POSTS, **(media_routes.FORMS if healthy.kind == "ollama" else media_routes.ROUTES)}
+    if not get and path not in posts:
         return _lost(healthy, 404, "404 page not found", "Not Found")
     if method != ("GET" if get else "POST"):
         return _lost(healthy, 405, "405 method not allowed", "Method Not Allowed")
     try:
-        return _models(healthy, path) if get else _POSTS[path](healthy, _fields_of(healthy, request))
+        if path in media_routes.ROUTES:
+            return posts[path](healthy, media_routes.fields_of(healthy, request))
+        return _models(healthy, path) if get else posts[path](healthy, _fields_of(healthy, request))
     except ServerError as refused:
         return answer(refused.status, _error(healthy, refused), JSON)
 
