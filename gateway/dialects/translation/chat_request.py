@@ -57,10 +57,10 @@ IGNORED_BY_OLLAMA = ("top_k", "min_p", "repeat_penalty")
 URL_SCHEMES = ("https://", "http://", "data:")
 
 
-def body_of(prompt: Prompt, kind: Kind) -> dict[str, Any]:
+def body_of(prompt: Prompt, kind: Kind, *, thinks: bool = False) -> dict[str, Any]:
     """The body without the model. The output is not limited yet, and keys always come in the same order.
 
-    Raises BadRequest for what no backend of this kind can carry.
+    `thinks` says that the model is known to think. Raises BadRequest for what no backend of this kind can carry.
     """
     body: dict[str, Any] = {"messages": list(_messages(prompt.messages, kind))}
     if beginning := beginning_of(prompt):
@@ -68,7 +68,7 @@ def body_of(prompt: Prompt, kind: Kind) -> dict[str, Any]:
     body |= _tool_fields(prompt, kind)
     if prompt.format is not None:
         body["response_format"] = _response_format(prompt.format)
-    body |= CONTINUED if beginning and kind == "openai" else _effort_fields(prompt, kind)
+    body |= CONTINUED if beginning and kind == "openai" else _effort_fields(prompt, kind, thinks=thinks)
     if prompt.most_output is not None:
         body["max_tokens"] = prompt.most_output
     if prompt.stop:
@@ -90,13 +90,14 @@ def beginning_of(prompt: Prompt) -> str:
     return _assistant_text(list(last)[::-1]).rstrip()
 
 
-def losses_of(prompt: Prompt, kind: Kind) -> list[str]:
+def losses_of(prompt: Prompt, kind: Kind, *, thinks: bool = False) -> list[str]:
     """The client's names of what `body_of` sends and servers of this kind ignore, or what it does not send to them.
 
     A model on Ollama that is to call a tool is given that tool alone if it has a name, but may still answer with a text. The
     beginning of an answer leaves no place for thoughts: llama.cpp refuses both together, and so does Anthropic.
     """
-    lost = ["reasoning_effort"] if kind == "openai" and prompt.effort not in (None, "none") and beginning_of(prompt) else []
+    has_place = thinks if kind == "ollama" else not beginning_of(prompt)
+    lost = [] if has_place or prompt.effort in (None, "none") else ["reasoning_effort"]
     if kind == "ollama":
         lost += [name for name in IGNORED_BY_OLLAMA if name in prompt.sampling]
         lost += ["tool_choice"] if prompt.tools and prompt.tool_choice not in ("", "auto", "none") else []
@@ -269,11 +270,12 @@ def _response_format(form: Format) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": schema if form.strict is None else {**schema, "strict": form.strict}}
 
 
-def _effort_fields(prompt: Prompt, kind: Kind) -> dict[str, Any]:
+def _effort_fields(prompt: Prompt, kind: Kind, *, thinks: bool) -> dict[str, Any]:
+    """Ollama answers 400 to an effort for a model that does not think, which Claude Code sends to every model."""
     if prompt.effort is None:
         return {}
     if kind == "ollama":
-        return {"reasoning_effort": prompt.effort}
+        return {"reasoning_effort": prompt.effort} if thinks or prompt.effort == "none" else {}
     if prompt.effort == "none":
         return {"chat_template_kwargs": dict(WITHOUT_THINKING)}
     return {"reasoning_effort": COMMON_EFFORTS[prompt.effort]}

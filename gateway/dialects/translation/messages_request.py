@@ -36,7 +36,6 @@ UNSUPPORTED = (
 ).split()
 CLIENT_NAMES = {
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
-    "reasoning_effort": "thinking",
     "user": "metadata.user_id",
 }
 EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}
@@ -68,7 +67,7 @@ def read(body: dict[str, Any], *, strip_volatile: bool = True) -> Prompt:
         user=_user(body),
         dropped=dropped,
         continues_last=_continues_last(messages),
-        client_names=CLIENT_NAMES,
+        client_names=_client_names(body),
     )
 
 
@@ -252,6 +251,12 @@ def _effort(body: dict[str, Any], dropped: list[str]) -> Effort | None:
         return EFFORTS[effort]
     dropped += ["output_config.effort"] if effort else []
     return _effort_of_budget(thinking.get("budget_tokens")) if thinking.get("type") == "enabled" else None
+
+
+def _client_names(body: dict[str, Any]) -> dict[str, str]:
+    """An effort is used before a budget."""
+    has_effort = _output_config(body).get("effort") in tuple(EFFORTS)
+    return {**CLIENT_NAMES, "reasoning_effort": "output_config.effort" if has_effort else "thinking"}
 
 
 def _effort_of_budget(budget: Any) -> Effort:

@@ -219,7 +219,15 @@ def test_a_tool_chosen_by_name_is_the_only_one_and_required(kind: Kind) -> None:
 )
 def test_an_effort_is_one_that_the_server_knows(effort: Effort, sent: str) -> None:
     assert fields_of("openai", effort=effort) == {"reasoning_effort": sent}
-    assert fields_of("ollama", effort=effort) == {"reasoning_effort": effort}
+    body = body_of(Prompt([message("user", "hi")], effort=effort), "ollama", thinks=True)
+    assert body["reasoning_effort"] == effort
+
+
+def test_a_model_on_ollama_that_may_not_think_is_asked_for_no_effort() -> None:
+    assert fields_of("ollama", effort="high") == {}
+    prompt = Prompt([message("user", "hi")], effort="high")
+    assert losses_of(prompt, "ollama") == ["reasoning_effort"]
+    assert losses_of(prompt, "ollama", thinks=True) == losses_of(prompt, "openai") == []
 
 
 def test_thinking_is_switched_off_where_the_server_does_it() -> None:
@@ -241,7 +249,7 @@ def test_an_answer_that_the_client_has_begun_is_continued_without_thinking() -> 
 
 
 def test_ollama_continues_by_its_template() -> None:
-    body = body_of(Prompt(BEGUN, continues_last=True, effort="high"), "ollama")
+    body = body_of(Prompt(BEGUN, continues_last=True, effort="high"), "ollama", thinks=True)
     assert body.keys() == {"messages", "reasoning_effort", "stream"}
     assert body["messages"][-1]["content"] == "One, \n\ntwo"
 
@@ -266,7 +274,7 @@ def test_another_last_message_is_not_continued(messages: list[Message], kind: Ki
         ({"tools": [CLOCK], "parallel_tools": True}, []),
         ({"parallel_tools": False}, []),
         ({"user": "u"}, ["user"]),
-        ({"effort": "high", "stop": ["x"], "most_output": 1, "format": Format()}, []),
+        ({"effort": "none", "stop": ["x"], "most_output": 1, "format": Format()}, []),
     ],
 )
 def test_what_ollama_ignores_is_named(fields: dict[str, Any], lost: list[str]) -> None:

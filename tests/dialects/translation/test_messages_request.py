@@ -331,6 +331,7 @@ def test_what_ollama_ignores_is_named_in_the_words_of_this_api() -> None:
     choice = {"type": "any", "disable_parallel_tool_use": True}
     lost = losses_of(prompt(**fields, tool_choice=choice), "ollama")
     assert lost == ["top_k", "tool_choice", "tool_choice.disable_parallel_tool_use", "metadata.user_id"]
+    assert losses_of(prompt(output_config={"effort": "high"}), "ollama") == ["output_config.effort"]
     begun = [*HELLO, {"role": "assistant", "content": "One"}]
     assert losses_of(prompt(messages=begun, thinking={"type": "enabled", "budget_tokens": 2048}), "openai") == ["thinking"]
 
