@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects import tokens
-from gateway.dialects.translation.chat_request import losses_of
+from gateway.dialects.dialect import Kind
+from gateway.dialects.translation.chat_request import body_of, losses_of
 from gateway.dialects.translation.conversation import (
     Format,
     Image,
@@ -26,6 +27,7 @@ from gateway.dialects.translation.conversation import (
 from gateway.dialects.translation.messages_estimate import count_estimate
 from gateway.dialects.translation.messages_request import read, without_volatile_lines
 
+BACKENDS: tuple[Kind, ...] = ("ollama", "openai")
 JSON = dict[str, Any]
 HELLO: list[JSON] = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "object", "properties": {"zone": {"type": "string"}, "city": {"type": "string"}}, "required": ["city"]}
@@ -527,6 +529,9 @@ def reads_or_refuses(body: JSON) -> None:
     try:
         found = read(body)
         assert count_estimate(body) >= 1
+        for kind in BACKENDS:
+            body_of(found, kind)
+            losses_of(found, kind)
     except BadRequest as refused:
         assert refused.message
         return

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gateway.core import strict_json
 from gateway.core.errors import AnswerCutShort, BackendFailed, BadRequest
 from gateway.dialects.dialect import Usage
+from gateway.dialects.translation.chat_request import body_of
 from gateway.dialects.translation.conversation import (
     Counted,
     Finish,
@@ -598,6 +599,10 @@ def test_any_json_is_read_or_refused(body: dict[str, Any]) -> None:
         assert refusal.message
         return
     assert all(message.parts for message in prompt.messages)
+    try:
+        body_of(prompt, "openai")
+    except BadRequest as refusal:
+        assert refusal.message
 
 
 PARTS = st.lists(

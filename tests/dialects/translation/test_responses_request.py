@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest
+from gateway.dialects.dialect import Kind
+from gateway.dialects.translation.chat_request import body_of
 from gateway.dialects.translation.conversation import (
     Format,
     Image,
@@ -24,6 +26,7 @@ from gateway.dialects.translation.responses import ResponsesPrompt, count_estima
 from gateway.dialects.translation.responses_input import EARLIER_OUTPUT, UNANSWERED
 from gateway.dialects.translation.responses_names import ClientTool
 
+BACKENDS: tuple[Kind, ...] = ("ollama", "openai")
 USER = Message("user", (Text("Hi"),))
 CALL = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "shell", "arguments": '{"a": 1}'}
 OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "done"}
@@ -412,6 +415,11 @@ def check_is_read_or_refused(body: dict[str, Any]) -> None:
     results = [part.call_id for message in prompt.messages for part in message.parts if isinstance(part, ToolResult)]
     assert sorted(calls) == sorted(results)
     assert count_estimate(body) >= 0
+    for kind in BACKENDS:
+        try:
+            body_of(prompt, kind)
+        except BadRequest as refused:
+            assert refused.message
 
 
 VALID: dict[str, Any] = {
