@@ -4,6 +4,7 @@ import base64
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -430,6 +431,7 @@ def test_a_form_that_is_too_large_is_refused_by_its_length_or_while_it_arrives(u
         assert client.post(
             TRANSCRIBE, content=form(part("model", MODEL.encode()), part("file", b"x", '; filename="a"'))
         ).is_success
+    uploads.wait_idle()
     assert not uploads.components.bodies.uploads.used and not open_files()
 
 
@@ -495,6 +497,7 @@ def test_a_backend_that_stops_reading_or_never_answers(
             assert client.audio.transcriptions.create(model=MODEL, file=RECORDING * 5).text.startswith("gamma")
         finally:
             beta.thaw()
+    gateway.wait_idle()
     assert not open_files()
 
 
@@ -536,3 +539,39 @@ def test_an_alias_names_the_model_of_any_route(start_gateway: StartGateway, beta
         assert client.audio.speech.create(**{**SPEECH, "model": "whisper-1"}).content == SOUND
         got = client.post("/rerank", body={**RERANK, "model": "whisper-1"}, cast_to=httpx.Response)
         assert got.json()["model"] == "whisper-1"
+
+
+def test_a_large_body_that_is_no_form_is_refused_at_its_beginning(uploads: RunningGateway) -> None:
+    with uploads.http(uploads.key(), headers=CONTENT_TYPE) as client:
+        for _ in range(3):
+            got = client.post(TRANSCRIBE, content=RECORDING)
+            assert got.status_code == 400 and "does not begin with the boundary" in got.json()["error"]["message"]
+    assert {row["bytes_in"] < len(RECORDING) for row in uploads.audit_rows()} == {True}
+
+
+@pytest.mark.parametrize("end", [b"", b"Connection: close\r\n"])
+def test_a_backend_that_answers_before_it_has_the_form(
+    start_gateway: StartGateway, gamma: FakeBackend, beta: FakeBackend, end: bytes
+) -> None:
+    """It is closed, whatever else it has not read, and nothing of the form is kept."""
+    gateway = start_gateway(beta, gamma)
+    refusal = b'{"error": {"message": "the disk is full", "type": "server_error"}}'
+    head = b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n"
+    beta.stop()
+    with socket.create_server(("127.0.0.1", beta.port)) as listener:
+
+        def answer_at_once() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(head % (end, len(refusal)) + refusal)
+                time.sleep(0.5)
+
+        thread = threading.Thread(target=answer_at_once, daemon=True)
+        thread.start()
+        with gateway.openai(gateway.key()) as client:
+            assert client.audio.transcriptions.create(model=MODEL, file=RECORDING * 5).text.startswith("gamma heard")
+        thread.join(5)
+    gateway.wait_idle()
+    assert not gateway.components.bodies.uploads.used and not open_files()
+    assert not [record for record in gateway.logged.records if record.levelname == "ERROR" and record.name != "gateway.store"]
