@@ -39,9 +39,9 @@ check: .venv/ready-to-test ## Check lint, format, types, security and known vuln
 	$(BIN)/bandit -q --ini setup.cfg -r gateway
 	@$(BIN)/python -m tests.support.audit_dependencies
 
-key: .venv/ready-to-run ## Create a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1]
-	@$(call only,NAME MODELS EXPIRES PROMPT_LOG RETENTION AUDIT_RETENTION ROLE ADMIN_MODELS SHOW_BACKEND SHOW_OVERHEAD)
-	@$(GATEWAY) key $(call option,NAME,name) $(call option,MODELS,models) $(call option,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call option,RETENTION,retention) $(call option,AUDIT_RETENTION,audit-retention) $(call option,ROLE,role) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(JSON_FLAG)
+key: .venv/ready-to-run ## Create a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1 KEEP_VOLATILE_LINES=1]
+	@$(call only,NAME MODELS EXPIRES PROMPT_LOG RETENTION AUDIT_RETENTION ROLE ADMIN_MODELS SHOW_BACKEND SHOW_OVERHEAD KEEP_VOLATILE_LINES)
+	@$(GATEWAY) key $(call option,NAME,name) $(call option,MODELS,models) $(call option,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call option,RETENTION,retention) $(call option,AUDIT_RETENTION,audit-retention) $(call option,ROLE,role) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(call flag,KEEP_VOLATILE_LINES,keep-volatile-lines) $(JSON_FLAG)
 
 limit: .venv/ready-to-run ## Set a key's limits: KEY= [MODEL="a*"] RPM= TPM= CONCURRENT= DAY= MONTH= (a number, unlimited or unset)
 	@$(call only,KEY MODEL)

@@ -26,7 +26,8 @@ from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
 from gateway.proxy.access import Access
 from gateway.proxy.exchange import Exchange
-from gateway.proxy.model_lists import ModelLists, show_answer
+from gateway.proxy.local_answers import ANSWERS
+from gateway.proxy.model_lists import ModelLists
 from gateway.proxy.passthrough import Passthrough
 from gateway.proxy.upload_exchange import UploadExchange
 from gateway.settings import Settings
@@ -34,6 +35,21 @@ from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 
 Endpoints = dict[tuple[str, str], ASGIApp]
 
+# Calls to a model.
+CALLS = (
+    "/api/chat",
+    "/api/generate",
+    "/api/embed",
+    "/api/embeddings",
+    "/api/show",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/responses",
+    "/v1/responses/input_tokens",
+)
 # Ollama's routes that change a backend or act on its behalf: for keys with the flag admin_models, passed to one backend.
 PASSED_THROUGH = (
     ("POST", "/api/pull"),
@@ -89,15 +105,7 @@ def table(settings: Settings, parts: Components) -> Endpoints:
     admin = admin_api_of(settings, parts, access)
     found: Endpoints = {
         ("GET", "/"): router.ollama_banner,
-        ("POST", "/api/chat"): calls["/api/chat"],
-        ("POST", "/api/generate"): calls["/api/generate"],
-        ("POST", "/api/embed"): calls["/api/embed"],
-        ("POST", "/api/embeddings"): calls["/api/embeddings"],
-        ("POST", "/api/show"): calls["/api/show"],
-        ("POST", "/v1/chat/completions"): calls["/v1/chat/completions"],
-        ("POST", "/v1/completions"): calls["/v1/completions"],
-        ("POST", "/v1/embeddings"): calls["/v1/embeddings"],
-        **{("POST", path): calls[path] for path in SOME_BACKENDS_HAVE},
+        **{("POST", path): calls[path] for path in (*CALLS, *SOME_BACKENDS_HAVE)},
         ("GET", "/api/tags"): lists.tags,
         ("GET", "/api/ps"): lists.running_models,
         ("GET", "/api/version"): lists.version,
@@ -140,7 +148,7 @@ def table(settings: Settings, parts: Components) -> Endpoints:
 
 def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str, Exchange]:
     """An exchange for each operation of a model, by path."""
-    failover = Failover(parts.backends, parts.held_answers, most_tokens=settings.max_num_predict)
+    failover = Failover(parts.backends, parts.held_answers, parts.bodies.in_turn, most_tokens=settings.max_num_predict)
     return {
         operation.path: (UploadExchange if operation.is_form else Exchange)(
             dialect,
@@ -152,7 +160,8 @@ def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str,
             parts.settler,
             bodies=parts.bodies,
             most_tokens=settings.max_num_predict,
-            describe=show_answer if operation.path == "/api/show" else None,
+            answer_here=ANSWERS.get(operation.path),
+            strips_volatile=settings.strip_volatile_prompt_lines,
         )
         for dialect in parts.dialects.values()
         for operation in dialect.operations

@@ -288,6 +288,7 @@ def test_the_page_of_errors_has_every_error_with_its_status() -> None:
     # The status of a refusal is the backend's, if the caller may know it.
     of_backends: dict[type[GatewayError], tuple[str, ...]] = {
         errors.BackendRefused: ("4xx",),
+        errors.PromptTooLong: ("4xx",),
         errors.BackendCannot: ("400", "5xx"),
     }
     real = {(kind.code, status) for kind in ours for status in of_backends.get(kind, (str(kind.status),))}

@@ -15,6 +15,8 @@ from gateway.audit.record import Record
 from gateway.dialects import refused_fields
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
+from gateway.dialects.registry import dialects
+from gateway.dialects.translation.translators import TRANSLATORS
 from gateway.ops.cli import installation
 from gateway.ops.drill import faults
 from tests.support import documents
@@ -199,9 +201,11 @@ def test_the_table_of_kinds_is_that_of_the_dialects() -> None:
         for route, *kinds in rows
     }
     optional = {route.strip("`").removeprefix("POST ") for route, *kinds in rows if "if the server has it" in kinds}
-    operations = [operation for dialect in (OpenAI(), Ollama()) for operation in dialect.operations]
+    operations = [operation for dialect in dialects().values() for operation in dialect.operations]
     assert listed == {operation.path: ("ollama" in operation.kinds, "openai" in operation.kinds) for operation in operations}
-    assert optional == {operation.path for operation in operations if operation.is_optional}
+    assert optional == {operation.path for operation in operations if operation.is_optional and operation.kinds}
+    translated = {route.strip("`").removeprefix("POST ") for route, *kinds in rows if "translated" in " ".join(kinds)}
+    assert translated == TRANSLATORS.keys()
 
 
 def test_refused_fields_of_the_pages_are_refused() -> None:

@@ -25,6 +25,10 @@ EXPECTED = {
         POST /v1/chat/completions
         POST /v1/completions
         POST /v1/embeddings
+        POST /v1/messages
+        POST /v1/messages/count_tokens
+        POST /v1/responses
+        POST /v1/responses/input_tokens
         POST /v1/rerank
         POST /rerank
         POST /v2/rerank

@@ -84,6 +84,7 @@ BAD = {
     "MAX_REQUEST_BODY_BYTES": ["1023", "256K", "-1"],
     "MAX_UPLOAD_BYTES": ["1023", "25M", "-1"],
     "MAX_NUM_PREDICT": ["0", "-1", "x"],
+    "STRIP_VOLATILE_PROMPT_LINES": ["maybe"],
     "ARGON2_TIME_COST": ["0", "101"],
     "ARGON2_MEMORY_COST_KIB": ["7", "64MiB"],
     "ARGON2_PARALLELISM": ["0", "65"],
@@ -233,7 +234,7 @@ def test_the_environment_overrides_the_file_and_the_file_the_defaults(tmp_path: 
     assert (found.default_tpm, found.sources["default_tpm"]) == (8, ".env")
     assert (found.gateway_log_format, found.sources["gateway_log_format"]) == ("console", ".env")
     assert (found.default_concurrent, found.sources["default_concurrent"]) == (8, "default")
-    assert (found.max_num_predict, found.sources["max_num_predict"]) == (4096, "default")
+    assert (found.max_num_predict, found.sources["max_num_predict"]) == (32768, "default")
 
 
 def test_overrides_replace_only_defaults(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.auth.key import Key
-from gateway.core.errors import CommandFailed, LimitReached
-from gateway.dialects.dialect import Operation
+from gateway.core.errors import CommandFailed, LimitReached, RouteNotServed
+from gateway.dialects.dialect import Call, Operation
 from gateway.dialects.model_names import ModelName, canonical
 from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Model, Offer
 from gateway.fleet.presence import BackendState
+from gateway.fleet.ways import Way, way_of
 from gateway.limits.admission import Admission, CounterUsage, Ticket
 from gateway.limits.limiter import Limiter
 from gateway.limits.quota import NAMES, CounterSet, Quota
@@ -21,7 +22,14 @@ from gateway.stores.redis_client import RedisUnavailable
 
 UNKNOWN_STATE = BackendState()
 NO_OFFER: Sequence[Offer | None] = (None,)
-CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions"}
+# A body that asks for an answer in every API.
+ORDINARY = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x"}
+CHATS = {
+    "ollama": "/api/chat",
+    "openai": "/v1/chat/completions",
+    "anthropic": "/v1/messages",
+    "responses": "/v1/responses",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,10 @@ class Question:
     @property
     def model(self) -> ModelName:
         return canonical(self.asked)
+
+    def way(self, offer: Offer) -> Way | None:
+        """How a backend would be asked for the answer to an ordinary call."""
+        return way_of(offer, Call(self.operation, self.asked, self.model, False, ORDINARY))
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ def operation_of(client: str, operations: Mapping[str, Operation]) -> Operation:
     path = CHATS.get(client, client)
     if path not in operations:
         routes = ", ".join(sorted(operations))
-        raise CommandFailed(f"{client[:64]!r} is not a client or a route: write ollama, openai, or one of {routes}")
+        raise CommandFailed(f"{client[:64]!r} is not a client or a route: write {', '.join(CHATS)}, or one of {routes}")
     return operations[path]
 
 
@@ -75,12 +87,14 @@ def backends(question: Question, fleet: Fleet) -> list[dict[str, Any]]:
 def _row(config: BackendConfig, offer: Offer | None, question: Question, fleet: Fleet) -> dict[str, Any]:
     state = fleet.states.get(config.name, UNKNOWN_STATE)
     why_not = _why_not(config, offer, question, fleet, state)
+    way = question.way(offer) if offer else None
     return {
         "backend": config.name,
         "serves": not why_not,
         "order": None,
         "why": why_not or _why(state),
         "spelling": offer.spelling if offer else None,
+        "translated_to": way.path if way and way.translator else None,
         "breaker": state.breaker,
         "open_for_s": state.open_for_s,
         "in_flight": state.in_flight,
@@ -95,7 +109,7 @@ def _why_not(config: BackendConfig, offer: Offer | None, question: Question, fle
         return "its list of models is too old: it has not answered recently"
     if config.name in fleet.drained:
         return "drained by an operator"
-    if offer.kind not in question.operation.kinds:
+    if question.way(offer) is None:
         return f"has no route {question.operation.path}"
     if state.in_flight >= config.max_connections:
         return f"full: {state.in_flight} of {config.max_connections} requests in progress"
@@ -159,8 +173,8 @@ def _is_cloud(question: Question, catalog: Catalog) -> bool:
 
 
 def _outcome(rows: Sequence[Mapping[str, Any]], model: Model, question: Question) -> dict[str, Any]:
-    if not any(offer.kind in question.operation.kinds for offer in model.offers):
-        return _verdict(400, "bad_request")
+    if not any(question.way(offer) for offer in model.offers):
+        return _verdict(400, RouteNotServed.code)
     first = min((row for row in rows if row["serves"]), key=lambda row: row["order"], default=None)
     return _verdict(503, "upstream_unavailable") if first is None else _verdict(200, "answered", first["backend"])
 

@@ -20,6 +20,8 @@ UNFINISHED_FIELDS = {
     "completion_tokens": 0,
     "cached_tokens": None,
     "billed_tokens": None,
+    "translated_to": "",
+    "dropped": "",
     "bytes_out": 0,
     "queue_ms": 0.0,
     "ttfb_ms": None,

@@ -44,6 +44,9 @@ class Record:
     show_overhead: bool = False
     with_cors: bool = False
     was_sent: bool = False
+    # The path at the backend, "" if bytes are passed through; and fields of the request that the backend did not get.
+    translated_to: str = ""
+    dropped: list[str] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     status: int = 0
     outcome: str = ""
@@ -124,6 +127,8 @@ class Record:
         row["prompt_tokens"] = prompt_tokens
         row["completion_tokens"] = completion_tokens
         row["cached_tokens"] = row["billed_tokens"] = None
+        row["translated_to"] = self.translated_to
+        row["dropped"] = ", ".join(self.dropped) if self.dropped else ""
         row["tokens_from"] = tokens_from
         row["bytes_out"] = self.bytes_out
         row["queue_ms"] = round(self.queue_ms, 3)

@@ -13,7 +13,9 @@ from gateway.limits.quota import CounterSet, Quota, Rule
 # The role that opens the admin API.
 ADMIN = "admin"
 ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "show_overhead"
-FLAGS = (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD)
+# Lines of a system prompt that differ in each request are passed on.
+KEEP_VOLATILE_LINES = "keep_volatile_lines"
+FLAGS = (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD, KEEP_VOLATILE_LINES)
 # A key of a drill: its requests are no traffic of the installation, and it may be deleted afterwards.
 DRILL = "drill"
 MOST_CACHED_COUNTER_SETS = 1000

@@ -17,6 +17,8 @@ class GatewayError(Exception):
     # Fields that are added to an error of the OpenAI API, or replace others.
     fields: Mapping[str, object] = MappingProxyType({})
     headers: Sequence[tuple[bytes, bytes]] = ()
+    # The prompt is too long for the model.
+    is_of_context = False
     # The rest of the request's body is not read; the connection ends with the answer.
     leaves_body = False
 
@@ -43,7 +45,7 @@ class ConflictingKeys(BadRequest):
 
 
 class RouteNotServed(BadRequest):
-    """The servers with this model do not have this route."""
+    """The servers with this model do not have this route; all of them have /v1/chat/completions."""
 
     code = "route_not_served"
 
@@ -208,6 +210,12 @@ class BackendRefused(GatewayError):
         self.status, self.fields = status, fields
         if status >= 500:
             self.headers = NO_RETRY
+
+
+class PromptTooLong(BackendRefused):
+    """The prompt is too long for the model's context."""
+
+    is_of_context = True
 
 
 class BackendCannot(BackendRefused):

@@ -8,7 +8,7 @@ from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects.fields import boolean, model_of
 from gateway.dialects.model_names import ModelName, canonical, is_plain
-from gateway.dialects.refused_fields import refuse_fields
+from gateway.dialects.refused_fields import refuse_fields, take_fields_out
 from gateway.dialects.tokens import NO_TOKENS, Need
 
 Kind = Literal["ollama", "openai"]
@@ -35,13 +35,18 @@ class Operation:
     the limit if the caller had asked for more, else 0.
 
     A complete answer has a true value in one of the fields `answers_with`. `need` estimates the tokens of a request; without
-    it the operation uses none. Of the backends of these `kinds`, some do not have the path of an operation that `is_optional`.
-    The body of a call is a form if it `is_form`, else JSON.
-    If it has `media`, its answers may have these types, or types that begin so; whether it is streamed is up to the backend.
+    it the operation uses none. An operation that `is_optional` is one whose path some backends of its `kinds` do not have, and
+    some of other kinds have. If it has `media`, its answers may have these types, or types that begin so; the backend decides
+    whether it is streamed. The body of a call is a form if it `is_form`, else JSON.
+
+    `trim` returns a body as a backend gets it that has the path, and what was taken out.
+    `passes` returns whether such a backend of that kind understands all of a body. `without_volatile` returns a body without
+    the lines that differ in each request. `estimate` is for operations that count a prompt's tokens.
     """
 
     path: str
     streaming: Streaming
+    # The kinds of backends that always have the path; of others discovery finds out whether they have it.
     kinds: frozenset[Kind]
     check: Callable[[dict[str, Any]], None]
     clamp: Callable[[dict[str, Any], Kind, int, int], int] | None = None
@@ -50,6 +55,10 @@ class Operation:
     is_optional: bool = False
     media: tuple[str, ...] = ()
     is_form: bool = False
+    trim: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str]]] | None = None
+    passes: Callable[[dict[str, Any], Kind], bool] | None = None
+    without_volatile: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    estimate: Callable[[dict[str, Any]], int] | None = None
 
 
 class Upload(Protocol):
@@ -70,6 +79,7 @@ class Call:
     each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
     Backends do not know the name of a call that `is_for_alias`, and their answers get it back.
     `upload` is the form of which `body` has the texts.
+    `dropped` names fields of the request that no backend got.
     """
 
     operation: Operation
@@ -82,6 +92,11 @@ class Call:
     needs: Need = NO_TOKENS
     is_for_alias: bool = False
     upload: Upload | None = None
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def estimate(self) -> int:
+        return self.operation.estimate(self.body) if self.operation.estimate else 0
 
     def need(self, most_output: int) -> Need:
         try:
@@ -95,6 +110,9 @@ class Call:
         body = dict(self.body)
         if self.is_for_alias or not is_plain(self.asked_model, self.model.canonical) or kind == "openai":
             body["model"] = spelling
+        if self.operation.trim is not None:
+            body, taken_out = self.operation.trim(body)
+            self.dropped += [name for name in taken_out if name not in self.dropped]
         if self.operation.clamp is not None:
             # The prompt needs room in the context, too, and a caller that set no limit must not be refused for ours.
             default = min(cap, self.context // DEFAULT_SHARE) or cap if self.context else cap
@@ -124,10 +142,15 @@ class Dialect(Protocol):
     framing: Framing
     operations: Sequence[Operation]
     known_fields: frozenset[str]
+    # Fields that no request may have are taken out of a request instead of refusing it.
+    tolerates_fields: bool
+    # The first frame of a stream has counts that the last frames lack.
+    counts_first: bool
 
     def error(self, error: GatewayError, request_id: str) -> bytes: ...
 
-    def error_frame(self, error: GatewayError) -> bytes: ...
+    def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
+        """The frame that ends a stream after these payloads; nothing if they show a failure and nothing may follow."""
 
     def judge_frame(self, payload: bytes) -> None:
         """Raises BadFrame if the first frame of a stream is not an answer."""
@@ -159,10 +182,14 @@ class Dialect(Protocol):
 
 def read_call(dialect: Dialect, operation: Operation, raw: bytes) -> Call:
     body = strict_json.read_object(raw, dialect.known_fields)
-    refuse_fields(body)
+    if dialect.tolerates_fields:
+        dropped = take_fields_out(body)
+    else:
+        refuse_fields(body)
+        dropped = []
     asked = model_of(body)
     operation.check(body)
     stream = operation.streaming != "never" and boolean(body, "stream", default=operation.streaming == "by default")
     if operation.streaming == "by format":
         stream = body.get("stream_format") == "sse"
-    return Call(operation, asked, canonical(asked), stream, body)
+    return Call(operation, asked, canonical(asked), stream, body, dropped=dropped)

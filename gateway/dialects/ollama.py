@@ -43,6 +43,7 @@ class Ollama:
     name = "ollama"
     framing: Framing = Ndjson()
     known_fields = KNOWN_FIELDS | CHECKED_FIELDS
+    tolerates_fields = counts_first = False
 
     def __init__(self) -> None:
         kinds: frozenset[Kind] = frozenset({"ollama"})
@@ -60,7 +61,7 @@ class Ollama:
         words = {"error": error.message}
         return strict_json.write({**words, "status": error.message} if error.status == 401 else words)
 
-    def error_frame(self, error: GatewayError) -> bytes:
+    def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         return strict_json.write({"error": error.message}) + b"\n"
 
     def judge_frame(self, payload: bytes) -> None:

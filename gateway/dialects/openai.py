@@ -81,6 +81,7 @@ class OpenAI:
     name = "openai"
     framing: Framing = ServerSentEvents()
     known_fields = KNOWN_FIELDS | CHECKED_FIELDS | openai_media.FIELDS
+    tolerates_fields = counts_first = False
     error_types = {  # noqa: RUF012
         400: "invalid_request_error",
         401: "invalid_request_error",
@@ -110,7 +111,7 @@ class OpenAI:
         fields = {"message": error.message, "type": kind, "param": None, "code": error.code, **error.fields}
         return strict_json.write({"error": fields})
 
-    def error_frame(self, error: GatewayError) -> bytes:
+    def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         return b"data: " + self.error(error, "") + b"\n\n"
 
     def judge_frame(self, payload: bytes) -> None:

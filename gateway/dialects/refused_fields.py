@@ -47,6 +47,12 @@ def refuse_fields(body: dict[str, Any]) -> None:
         inner += [(deeper, extra[deeper]) for deeper in extra.keys() & EXTRAS]
 
 
+def take_fields_out(body: dict[str, Any]) -> list[str]:
+    """Takes such fields out of a body, with all extras; returns the names of those that asked for something."""
+    found = [name for name in body if name in CHECKED_FIELDS]
+    return [name for name in found if body.pop(name) not in (*UNSET, 0)]
+
+
 def _refuse_in(value: dict[str, Any]) -> None:
     for name in value.keys() & REFUSED_FIELDS:
         if value[name] not in UNSET:

@@ -2,9 +2,14 @@
 
 from collections.abc import Callable, Mapping
 
+from gateway.dialects.anthropic import Anthropic
 from gateway.dialects.dialect import Dialect, Operation
 from gateway.dialects.ollama import Ollama
 from gateway.dialects.openai import OpenAI
+from gateway.dialects.responses import Responses
+
+# Paths of the OpenAI API's prefix that belong to other dialects.
+OTHERS = {"messages": "anthropic", "responses": "responses"}
 
 # Paths of the OpenAI dialect without the prefix /v1.
 RERANK = frozenset({"/rerank", "/v2/rerank"})
@@ -12,14 +17,16 @@ RERANK = frozenset({"/rerank", "/v2/rerank"})
 
 def dialects() -> dict[str, Dialect]:
     """By name."""
-    return {"ollama": Ollama(), "openai": OpenAI()}
+    return {"ollama": Ollama(), "openai": OpenAI(), "anthropic": Anthropic(), "responses": Responses()}
 
 
 def by_prefix(dialects: Mapping[str, Dialect]) -> Callable[[str], Dialect]:
     """A function that returns the dialect of a path: the path decides, never a header."""
 
     def find(path: str) -> Dialect:
-        return dialects["openai"] if path == "/v1" or path.startswith("/v1/") or path in RERANK else dialects["ollama"]
+        if path == "/v1" or path.startswith("/v1/"):
+            return dialects[OTHERS.get(path[4:].partition("/")[0], "openai")]
+        return dialects["openai"] if path in RERANK else dialects["ollama"]
 
     return find
 

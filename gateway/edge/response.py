@@ -1,16 +1,26 @@
 """The response to one request: its headers, its size and outcome, and the headers of an error."""
 
+import re
+from collections.abc import Sequence
+
 from starlette.types import Message, Send
 
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
 from gateway.core.errors import GatewayError, MethodNotAllowed
+from gateway.edge import anthropic_headers
 
 EXPOSED = (
     b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-overhead-ms, x-gateway-max-tokens, "
     b"x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
-    b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
+    b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens, x-gateway-translated-to, x-gateway-dropped, x-gateway-estimated, "
+    b"request-id, anthropic-ratelimit-requests-limit, anthropic-ratelimit-requests-remaining, "
+    b"anthropic-ratelimit-requests-reset, anthropic-ratelimit-tokens-limit, anthropic-ratelimit-tokens-remaining, "
+    b"anthropic-ratelimit-tokens-reset"
 )
+ANTHROPIC = "anthropic"
+UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
+MOST_NAMES, LONGEST_NAMES = 20, 500
 # Browsers must not treat the output of a model or a backend as a page, whatever its content is.
 NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 PREFLIGHT_HEADERS = (
@@ -36,6 +46,8 @@ class Response:
             self.started = True
             self._record.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self._own_headers()]
+            if self._record.dialect == ANTHROPIC:
+                message["headers"] += anthropic_headers.of(message["headers"], self._record.request_id)
             self._head = message
             return
         self._record.bytes_out += len(message.get("body", b""))
@@ -51,6 +63,10 @@ class Response:
         headers = [(self._id_header, self._record.request_id.encode()), NO_SNIFFING]
         if self._record.show_backend and self._record.backend:
             headers.append((b"x-gateway-backend", self._record.backend.encode()))
+            if self._record.translated_to:
+                headers.append((b"x-gateway-translated-to", self._record.translated_to.encode()))
+            if self._record.dropped:
+                headers.append((b"x-gateway-dropped", _names(self._record.dropped)))
         if self._record.show_overhead:
             headers.append((b"x-gateway-overhead-ms", b"%.2f" % (self._record.overhead_s * 1000)))
         if self._record.admission is not None:
@@ -69,6 +85,12 @@ class Response:
         ]
         await self.send({"type": "http.response.start", "status": 204, "headers": headers})
         await self.send({"type": "http.response.body", "body": b""})
+
+
+def _names(dropped: Sequence[str]) -> bytes:
+    """Names of fields and types, which clients choose, as the value of a header."""
+    text = ", ".join(dropped[:MOST_NAMES])
+    return UNPRINTABLE.sub("?", text)[:LONGEST_NAMES].encode()
 
 
 def plain_outcome(record: Record) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,9 @@ class Snapshot:
     error: str = ""
     latency_ms: float = 0.0
     asked_at: float = 0.0
+    # The optional paths that it has, and when that was found out.
+    routes: tuple[str, ...] = ()
+    routes_at: float = 0.0
 
     @property
     def state(self) -> str:
@@ -36,10 +39,17 @@ class Snapshot:
         return asdict(self)
 
 
+# A process of a later version may store more.
+SNAPSHOT_FIELDS = frozenset(declared.name for declared in fields(Snapshot))
+
+
 def unpack(packed: Mapping[str, Any]) -> Snapshot:
     """A snapshot from Redis, which anybody may have written: raises ValueError, TypeError or KeyError where it is invalid."""
     lists = {name: tuple(_checked(entry) for entry in packed[name]) for name in ("models", "running")}
-    return Snapshot(**{**packed, **lists, "answered_at": float(packed["answered_at"]), "asked_at": float(packed["asked_at"])})
+    routes = tuple(route for route in packed.get("routes", ()) if isinstance(route, str))
+    times = {name: float(packed[name]) for name in ("answered_at", "asked_at")}
+    known = {name: value for name, value in packed.items() if name in SNAPSHOT_FIELDS}
+    return Snapshot(**{**known, **lists, **times, "routes": routes, "routes_at": float(packed.get("routes_at", 0.0))})
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +66,7 @@ class Offer:
     kind: str
     spelling: str
     good_until: float
+    routes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -169,8 +180,9 @@ def build(snapshots: Iterable[Snapshot], cache_s: float, aliases: Aliases = NO_A
     in_order = tuple(snapshots)
     found: dict[str, Model] = {}
     for snapshot in in_order:
+        routes = frozenset(snapshot.routes)
         for entry in snapshot.models:
-            model = _model_of(snapshot, entry, cache_s)
+            model = _model_of(snapshot, entry, cache_s, routes)
             known = found.get(model.name.canonical)
             found[model.name.canonical] = _with_offer(known, model) if known else model
     named, by_glob = _with_aliases(found, aliases)
@@ -211,10 +223,10 @@ def _with_offer(known: Model, more: Model) -> Model:
     return Model(name, known.offers + more.offers, known.native, known.openai)
 
 
-def _model_of(snapshot: Snapshot, entry: dict[str, Any], cache_s: float) -> Model:
+def _model_of(snapshot: Snapshot, entry: dict[str, Any], cache_s: float, routes: frozenset[str]) -> Model:
     spelling = entry["name"]
     name, cloud = canonical(spelling)
-    offer = Offer(snapshot.backend, snapshot.kind, spelling, snapshot.answered_at + cache_s)
+    offer = Offer(snapshot.backend, snapshot.kind, spelling, snapshot.answered_at + cache_s, routes)
     shown = dict(entry)
     shown.pop("openai", None)
     is_remote = bool(entry.get("remote_host") or entry.get("remote_model"))

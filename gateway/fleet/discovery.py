@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 from gateway.core import strict_json
 from gateway.core.background import KeptTask, TaskGroup
 from gateway.dialects import model_entries
-from gateway.fleet import catalog
+from gateway.fleet import catalog, routes
 from gateway.fleet.aliases import NO_ALIASES, Aliases
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
@@ -123,7 +123,7 @@ class Discovery:
     async def _poll_and_keep(self, backend: Backend) -> None:
         known = self._snapshots[backend.name]
         try:
-            snapshot = catalog.keep_created(await poll(backend), known)
+            snapshot = routes.with_known(catalog.keep_created(await poll(backend), known), known)
         except BackendFault as fault:
             snapshot = replace(known, error=str(fault), asked_at=time.time())
         except Exception as wrong:
@@ -135,6 +135,11 @@ class Discovery:
             LOG.log(logging.WARNING if snapshot.error else logging.INFO, "backend %s %s", backend.name, change)
         self._snapshots[backend.name] = snapshot
         self._rebuild()
+        if not snapshot.error and not snapshot.routes_at:
+            # Until then calls for such paths are translated.
+            found = await routes.find(backend, known)
+            self._snapshots[backend.name] = replace(self._snapshots[backend.name], routes=found, routes_at=time.time())
+            self._rebuild()
 
     def _rebuild(self) -> None:
         in_order = [self._snapshots[backend.name] for backend in self._backends]

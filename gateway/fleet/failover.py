@@ -1,9 +1,10 @@
 """Finds a backend that answers a call: claims one, sends, reads the first frame; if that fails, tries the next."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 
-from gateway.core.cancel_scope import CallScope
+from gateway.core.cancel_scope import CallScope, CancelScope
 from gateway.core.errors import (
     BackendCannot,
     BackendFailed,
@@ -16,33 +17,42 @@ from gateway.core.errors import (
 )
 from gateway.core.shared_bytes import Reservation
 from gateway.dialects.dialect import Call, Dialect
+from gateway.dialects.translation.translation import Translation
+from gateway.dialects.translation.translators import Translator
 from gateway.fleet.attempt import CANNOT, Attempt
 from gateway.fleet.backends.backend import Backend
-from gateway.fleet.backends.http_client import BackendFault
+from gateway.fleet.backends.http_client import BackendFault, BackendResponse
 from gateway.fleet.catalog import Model
 from gateway.fleet.held_answers import HeldAnswers
-from gateway.fleet.opening import NO_ROUTE, Busy, Opening, read_beginning
+from gateway.fleet.opening import NO_ROUTE, Busy, Opening, Upstream, read_beginning
 from gateway.fleet.scheduler import Candidate, choose, is_served
+from gateway.fleet.translated_response import TranslatedResponse
 
 RETRY_AFTER_S = 5.0
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
+# A prompt of so many tokens, as estimated, is translated in a few milliseconds.
+SMALL_PROMPT = 4096
 NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full", NO_ROUTE})
 # Faults that a wrong request may also cause, if the backend reports them in unknown words.
 DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 
 
+# Runs work that may block the event loop, in its turn among that of all callers: the caller's name, the work, its scope.
+InTurn = Callable[[str, Callable[[], Translation], CancelScope], Awaitable[Translation]]
+
+
 class Failover:
     """Finds an answer to a call among the backends that have its model."""
 
-    def __init__(self, backends: Mapping[str, Backend], held: HeldAnswers, *, most_tokens: int) -> None:
-        self._backends, self.held, self.most_tokens = backends, held, most_tokens
+    def __init__(self, backends: Mapping[str, Backend], held: HeldAnswers, in_turn: InTurn, *, most_tokens: int) -> None:
+        self._backends, self.held, self.in_turn, self.most_tokens = backends, held, in_turn, most_tokens
 
     def for_call(self, call: Call, dialect: Dialect, model: Model, headers: bytes, caller: str) -> "FailoverRun":
         """Decides which backends are tried; sends nothing before `FailoverRun.open`. `headers` are whole lines."""
         candidates = choose(model, self._backends, call, time.time())
         if not candidates and not is_served(model, call):
-            raise BadRequest("this model is served by the OpenAI-compatible routes alone: use /v1/chat/completions")
+            raise RouteNotServed
         return FailoverRun(self, candidates, call, dialect, headers, caller)
 
 
@@ -64,12 +74,15 @@ class FailoverRun:
         self.backend = self.answered_as = ""
         self._faults: list[BackendFault] = []
         self._refused: BackendCannot | None = None
+        self._untranslatable: BadRequest | None = None
+        # How the call reached the backend that answered, refused it or failed last.
+        self.translation: Translation | None = None
         self._doubtful: list[Backend] = []
 
     async def open(self, cancel_scope: CallScope) -> Opening:
         """The beginning of the first good answer; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
         for candidate in self._candidates:
-            backend, spelling = candidate
+            backend, spelling, _ = candidate
             began = time.monotonic()
             self.was_sent = True
             try:
@@ -84,6 +97,9 @@ class FailoverRun:
                 self.backend = backend.name
                 self._doubt()
                 raise
+            except BadRequest as wrong:
+                # It cannot be translated; another backend may have the path itself.
+                self._untranslatable, self.was_sent = wrong, False
             else:
                 self.backend, self.answered_as = backend.name, spelling
                 # The request was right, so it did not cause the doubtful faults.
@@ -93,7 +109,7 @@ class FailoverRun:
             finally:
                 self.upstream_s += time.monotonic() - began
         self._doubt()
-        raise self._refused or failure_of(self._faults)
+        raise self._refused or self._untranslatable or failure_of(self._faults)
 
     @property
     def _has_enough(self) -> bool:
@@ -126,19 +142,26 @@ class FailoverRun:
             backend.breaker.doubted(self._caller)
 
     async def _try(self, candidate: Candidate, cancel_scope: CallScope) -> Opening:
-        backend, spelling = candidate
+        backend, spelling, translator = candidate
         if backend.is_full:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
-        body = self._call.body_for(backend.kind, spelling, self._failover.most_tokens)
-        path, upload = self._call.operation.path.encode(), self._call.upload
+        call = self._call
+        self.translation = None
+        if translator is not None:
+            self.translation = await self._translate(translator, backend, cancel_scope)
+            call = self.translation.call
+        body = call.body_for(backend.kind, spelling, self._failover.most_tokens)
+        path, upload = call.operation.path.encode(), call.upload
         backend.take()
         began = time.monotonic()
-        upstream = None
+        upstream: Upstream | None = None
         try:
             if upload is None:
                 upstream = await backend.post(path, self._headers, body, cancel_scope)
             else:
                 upstream = await backend.upload(path, self._headers, upload, spelling)
+            if self.translation is not None:
+                upstream = self._translated(upstream, self.translation, backend)
             cancel_scope.within(backend.config.read_timeout_s, _no_first_byte, on_expiry=upstream.fail)
             reservation = Reservation(self._failover.held, self._caller)
             opening = await read_beginning(backend, upstream, self._call, self._dialect, reservation)
@@ -153,6 +176,16 @@ class FailoverRun:
         finally:
             cancel_scope.without_deadline()
         return opening
+
+    async def _translate(self, translator: Translator, backend: Backend, cancel_scope: CallScope) -> Translation:
+        work = partial(translator.translate, self._call, backend.kind)
+        if self._call.needs.prompt <= SMALL_PROMPT:
+            return work()
+        return await self._failover.in_turn(self._caller, work, cancel_scope)
+
+    def _translated(self, upstream: BackendResponse, translation: Translation, backend: Backend) -> TranslatedResponse:
+        self._call.capped = translation.call.capped
+        return TranslatedResponse(upstream, translation, self._dialect.framing, backend.config, backend.unframed)
 
 
 def _no_first_byte() -> BackendFault:

@@ -13,6 +13,7 @@ from gateway.fleet import redaction, refusals
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse, TooLarge
+from gateway.fleet.translated_response import TranslatedResponse
 
 LONGEST_RETRY_AFTER_S = 60.0
 LONGEST_ERROR_BODY, ERROR_BODY_WAITS_S = 65_536, 2.0
@@ -28,6 +29,8 @@ UNKNOWN_ENDPOINT = re.compile(r"unexpected endpoint or method", re.IGNORECASE)
 EMPTY_IF_SILENT = "text/"
 OF_A_MODEL = re.compile(r"\bmodels?\b", re.IGNORECASE)
 
+Upstream = BackendResponse | TranslatedResponse
+
 
 @dataclass(slots=True)
 class Opening:
@@ -39,7 +42,7 @@ class Opening:
     """
 
     backend: Backend
-    upstream: BackendResponse
+    upstream: Upstream
     frames: bytes = field(repr=False)
     held: FrameBuffer | Reservation = field(repr=False)
     at_end: bool = False
@@ -64,7 +67,7 @@ class Busy(BackendFault):
 
 
 async def read_beginning(
-    backend: Backend, upstream: BackendResponse, call: Call, dialect: Dialect, reservation: Reservation
+    backend: Backend, upstream: Upstream, call: Call, dialect: Dialect, reservation: Reservation
 ) -> Opening:
     """Reads until the first frame, or the whole answer, has proved to be good; `reservation` is for a whole one.
 
@@ -91,7 +94,7 @@ async def read_beginning(
         raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
 
 
-async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: Reservation) -> Opening:
+async def _whole(backend: Backend, upstream: Upstream, call: Call, held: Reservation) -> Opening:
     try:
         whole = await upstream.read_whole(hold=held.hold)
         value = read_answer(whole)
@@ -102,7 +105,7 @@ async def _whole(backend: Backend, upstream: BackendResponse, call: Call, held: 
     return Opening(backend, upstream, whole, held, at_end=True, value=value)
 
 
-async def _of_any_type(backend: Backend, upstream: BackendResponse, call: Call, dialect: Dialect, held: Reservation) -> Opening:
+async def _of_any_type(backend: Backend, upstream: Upstream, call: Call, dialect: Dialect, held: Reservation) -> Opening:
     """As the backend names the type: it may answer with JSON or bytes where the call asks for a stream."""
     kind, media = media_type(upstream.content_type), call.operation.media
     call.stream = kind == dialect.framing.content_type
@@ -122,7 +125,7 @@ async def _of_any_type(backend: Backend, upstream: BackendResponse, call: Call, 
     return Opening(backend, upstream, beginning, held, at_end=not beginning)
 
 
-async def _first_frames(backend: Backend, upstream: BackendResponse, dialect: Dialect) -> Opening:
+async def _first_frames(backend: Backend, upstream: Upstream, dialect: Dialect) -> Opening:
     buffer = FrameBuffer(dialect.framing, backend.unframed)
     try:
         frames, at_end = await _until_first(buffer, upstream, dialect)
@@ -132,7 +135,7 @@ async def _first_frames(backend: Backend, upstream: BackendResponse, dialect: Di
     return Opening(backend, upstream, frames, buffer, at_end=at_end)
 
 
-async def _until_first(buffer: FrameBuffer, upstream: BackendResponse, dialect: Dialect) -> tuple[bytes, bool]:
+async def _until_first(buffer: FrameBuffer, upstream: Upstream, dialect: Dialect) -> tuple[bytes, bool]:
     """The first frames with the comments before them, and whether the stream ended with them."""
     comments, framing, silence = b"", dialect.framing, 0
     while piece := await upstream.read():
@@ -160,7 +163,7 @@ def _error_in(data: bytes) -> dict[str, Any]:
     return reported if reported.get("error") else {}
 
 
-async def refusal(upstream: BackendResponse, backend: Backend, operation: Operation) -> BackendFault | GatewayError:
+async def refusal(upstream: Upstream, backend: Backend, operation: Operation) -> BackendFault | GatewayError:
     """The error for a status other than 200."""
     status = upstream.status
     if status in (429, 503):
@@ -177,7 +180,7 @@ async def refusal(upstream: BackendResponse, backend: Backend, operation: Operat
     return refusals.meaning(status, reported, backend.config) or _failed("bad_status", f"status {status}", reported)
 
 
-async def _missing(upstream: BackendResponse) -> BackendFault:
+async def _missing(upstream: Upstream) -> BackendFault:
     """What a backend lacks that may have neither the route nor the model."""
     reported = refusals.read(try_read(await _error_body(upstream)))
     return BackendFault("model_gone" if OF_A_MODEL.search(reported.text) else NO_ROUTE, f"status {upstream.status}")
@@ -188,7 +191,7 @@ def _failed(reason: str, detail: str, reported: refusals.ReportedError) -> Backe
     return BackendFault(reason, f"{detail}: {known}" if known else detail)
 
 
-async def _error_body(upstream: BackendResponse) -> bytes:
+async def _error_body(upstream: Upstream) -> bytes:
     """As much as arrives soon: a failure is known without its text."""
     try:
         async with asyncio.timeout(ERROR_BODY_WAITS_S):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gateway.core.errors import BackendCannot, BackendRefused
+from gateway.core.errors import BackendCannot, BackendRefused, PromptTooLong
 from gateway.dialects.answers import error_text, try_read
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.redaction import redact
@@ -129,7 +129,7 @@ def meaning(status: int, reported: ReportedError, backend: BackendConfig) -> Bac
         status = code if isinstance(code, int) and 400 <= code <= 599 else 500
     text = redact(reported.text, backend)
     if OVERFLOW.search(f"{reported.text} {reported.fields.get('type')} {reported.fields.get('code')}"):
-        return BackendRefused(
+        return PromptTooLong(
             text,
             WRONG_STATUS if status >= 500 else status,
             {name: _redacted(value, backend) for name, value in reported.fields.items()},

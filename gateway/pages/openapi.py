@@ -76,6 +76,8 @@ FAILURES: Mapping[str, Failures] = {
     "admin": (*OF_A_KEY, errors.BadRequest, errors.NotPermitted, errors.TooSlow, errors.ReadOnly),
     "models": (*OF_A_KEY, *OF_A_BODY, errors.NotPermitted, *OF_BACKENDS),
 }
+# The schemas of errors, by dialect.
+ERRORS = {"ollama": "OllamaError", "openai": "OpenAIError", "responses": "OpenAIError", "anthropic": "AnthropicError"}
 BY_CODE = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GatewayError)}
 
 
@@ -94,7 +96,7 @@ class ApiDocument:
         """`table` is (method, path) -> endpoint, as the router has it. Raises KeyError for a route that routes.json lacks."""
         paths: dict[str, dict[str, Any]] = {}
         calls = [path for (_, path), endpoint in table.items() if isinstance(endpoint, Exchange)]
-        self._parameters["client"]["schema"]["enum"] = ["ollama", "openai", *sorted(calls)]
+        self._parameters["client"]["schema"]["enum"] = ["ollama", "openai", "anthropic", "responses", *sorted(calls)]
         for (method, route), endpoint in table.items():
             # Other methods of the metrics route only answer 404.
             if not isinstance(endpoint, MetricsEndpoint) or method == "GET":
@@ -162,7 +164,7 @@ class ApiDocument:
             headers = [] if facts["for"] in ("nobody", "metrics") else [*RATES]
             headers += CAPPED if isinstance(endpoint, Exchange) and endpoint.operation.clamp else ()
             found[status] = self._response(_description_of(facts), _content(facts, endpoint), headers)
-        error = _ref("OpenAIError" if self._dialect_of(path).name == "openai" else "OllamaError")
+        error = _ref(ERRORS[self._dialect_of(path).name])
         if isinstance(endpoint, Exchange):
             found["4XX"] = self._response("The model server refused the request.", {JSON: {"schema": error}}, RATES)
         for failed, kinds in _by_status(_failures(path, facts, endpoint)).items():
@@ -234,8 +236,9 @@ def _sample(method: str, path: str, facts: dict[str, Any], parameters: list[dict
         facts.get("raw", ""),
         facts.get("media") == EVENTS or facts.get("frames", "").endswith("`done: true`"),
         facts.get("client", ""),
-        facts.get("saves", ""),
-        facts.get("file", ""),
+        saves=facts.get("saves", ""),
+        file=facts.get("file", ""),
+        package=facts.get("package", "openai" if "." in facts.get("client", "") else "ollama"),
     )
 
 

@@ -13,8 +13,8 @@ BASE = "http://127.0.0.1:8080"
 class Sample:
     """A call: `address` is path and query; `body` is sent as JSON, or as a form if there is a `file`; `raw` as it is.
 
-    `key_in` names the environment's variable with the key; `client` is the method of the `openai` or `ollama` package that
-    makes this call; the answer goes to the file `saves`, if it has a name.
+    `key_in` names the environment's variable with the key; `client` is the method of `package` (openai, anthropic or
+    ollama) that makes this call; the answer goes to the file `saves`, if it has a name.
     """
 
     method: str
@@ -26,6 +26,7 @@ class Sample:
     client: str = ""
     saves: str = ""
     file: str = ""
+    package: str = ""
 
     @property
     def url(self) -> str:
@@ -79,8 +80,11 @@ class Sample:
         arguments = ", ".join(f"{name}={json.dumps(value)}" for name, value in (self.body or {}).items())
         arguments += f', file=open("{self.file}", "rb")' if self.file else ""
         arguments = arguments or (json.dumps(self.address.rpartition("/")[2]) if self.client.endswith(".retrieve") else "")
-        if "." in self.client:
+        if self.package == "openai":
             made = f'from openai import OpenAI\n\nclient = OpenAI(base_url="{BASE}/v1", api_key=os.environ["{self.key_in}"])'
+        elif self.package == "anthropic":
+            made = "from anthropic import Anthropic\n\n"
+            made += f'client = Anthropic(base_url="{BASE}", auth_token=os.environ["{self.key_in}"])'
         else:
             bearer = f"f\"Bearer {{os.environ['{self.key_in}']}}\""
             made = f'from ollama import Client\n\nclient = Client("{BASE}", headers={{"Authorization": {bearer}}})'

@@ -128,6 +128,10 @@ class Bodies:
             finally:
                 decoder.close()
 
+    async def in_turn(self, key_id: str, work: Callable[[], Result], cancel_scope: CancelScope) -> Result:
+        """Runs work that may block the event loop, in its turn. Raises Overloaded."""
+        return await self._turns.run(key_id, work, cancel_scope)
+
     async def parsed(self, body: bytes, parse: Callable[[bytes], Result], key_id: str, cancel_scope: CancelScope) -> Result:
         """Parses a large body with `parse`, in its turn. Raises what that raises, BodiesUnfinished and Overloaded."""
         with Reservation(self.unfinished, key_id) as reservation:

@@ -3,8 +3,8 @@
 from gateway.core.asgi import Connection
 from gateway.core.cancel_scope import CallScope
 from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
-from gateway.fleet.backends.http_client import BackendFault, BackendResponse
-from gateway.fleet.opening import Opening
+from gateway.fleet.backends.http_client import BackendFault
+from gateway.fleet.opening import Opening, Upstream
 from gateway.proxy.relay import Answer
 
 
@@ -39,7 +39,7 @@ class ByteAnswer(Answer):
         await self._send({"type": "http.response.body", "body": b""})
 
 
-def _length_of(upstream: BackendResponse) -> list[tuple[bytes, bytes]]:
+def _length_of(upstream: Upstream) -> list[tuple[bytes, bytes]]:
     """Players show the length of what they play."""
     length = upstream.headers.get("Content-Length", "")
     return [(b"content-length", length.encode())] if length.isascii() and length.isdigit() else []

@@ -4,17 +4,25 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from gateway.audit.prompt_log import PromptLog
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
-from gateway.auth.key import SHOW_BACKEND, SHOW_OVERHEAD, Key
+from gateway.auth.key import KEEP_VOLATILE_LINES, SHOW_BACKEND, SHOW_OVERHEAD, Key
 from gateway.core.asgi import Connection, send_json
 from gateway.core.cancel_scope import CallScope, ScopeTimer
-from gateway.core.errors import ClientGone, ClientStalled, GatewayError
+from gateway.core.errors import (
+    BackendCannot,
+    BackendFailed,
+    BackendTimeout,
+    ClientGone,
+    ClientStalled,
+    GatewayError,
+    NoBackend,
+    RouteNotServed,
+)
 from gateway.dialects.dialect import Call, Dialect, Operation, read_call
 from gateway.fleet.backends.http_client import UNSAFE
 from gateway.fleet.catalog import Catalog, Model
@@ -24,14 +32,22 @@ from gateway.fleet.scheduler import is_served
 from gateway.proxy.access import Access
 from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.proxy.byte_answer import ByteAnswer
+from gateway.proxy.local_answers import AnswerHere, LocalAnswer
 from gateway.proxy.relay import Answer, StreamedAnswer, WholeAnswer
 from gateway.proxy.visibility import missing
 
-PASSED_ON = {b"user-agent": b"User-Agent: %b\r\n", b"accept": b"Accept: %b\r\n"}
+PASSED_ON = {
+    b"user-agent": b"User-Agent: %b\r\n",
+    b"accept": b"Accept: %b\r\n",
+    b"anthropic-version": b"Anthropic-Version: %b\r\n",
+    b"anthropic-beta": b"Anthropic-Beta: %b\r\n",
+}
+# Failures after which the gateway may have an answer of its own.
+NO_ANSWER = (RouteNotServed, NoBackend, BackendFailed, BackendTimeout, BackendCannot)
 
 
 class Exchange:
-    """The ASGI endpoint of one operation; `describe` answers for models whose backends have no such route."""
+    """The ASGI endpoint of one operation; `answer_here` may answer for models whose backends cannot."""
 
     def __init__(
         self,
@@ -45,9 +61,13 @@ class Exchange:
         *,
         bodies: Bodies,
         most_tokens: int,
-        describe: Callable[[Model], dict[str, Any]] | None = None,
+        answer_here: AnswerHere | None = None,
+        strips_volatile: bool = True,
     ) -> None:
-        self.dialect, self.operation, self._describe = dialect, operation, describe
+        self.dialect, self.operation = dialect, operation
+        self._answer_here, self._strips_volatile = answer_here, strips_volatile
+        # What takes no tokens is answered without a slot of the key.
+        self._asks_no_backend = answer_here is not None and operation.need is None
         self._access, self._failover, self._scope_timer, self._catalog = access, failover, scope_timer, catalog
         self._settler, self._bodies, self._most_tokens = settler, bodies, most_tokens
 
@@ -55,25 +75,28 @@ class Exchange:
         record: Record = scope["state"]["record"]
         connection: Connection = scope["state"]["connection"]
         answer: Answer | None = None
+        local: LocalAnswer | None = None
         try:
             with self._scope_timer.call_scope() as cancel_scope:
                 key = await self._access.key_of(scope, record)
                 call = await self._read(scope, receive, record, cancel_scope)
                 model = self._find(call, key, record)
-                if self._describe is not None and not is_served(model, call):
+                if self._asks_no_backend and not is_served(model, call):
+                    local = self._answer_here(model, call)  # type: ignore[misc]
                     await self._access.admit(record, model.name.canonical, takes_slot=False)
-                    await send_json(send, self._describe(model))
-                    return
-                connection.watch(partial(cancel_scope.interrupt, ClientGone()))
-                try:
-                    await self._access.admit(record, model.name.canonical, call.needs)
-                    opening = await self._open(call, model, scope, record, cancel_scope)
-                    answer = self._answer(call, opening, record, send)
-                    await answer.relay(opening, cancel_scope, connection)
-                finally:
-                    # The key's slot is given back elsewhere: Application's `finally` calls Settler.finish, that Limiter.settle.
-                    # The rest is quick, and a client that leaves now has its answer.
-                    connection.watch(None)
+                else:
+                    connection.watch(partial(cancel_scope.interrupt, ClientGone()))
+                    try:
+                        await self._access.admit(record, model.name.canonical, call.needs)
+                        opening = await self._open(call, model, scope, record, cancel_scope)
+                        answer = self._answer(call, opening, record, send)
+                        await answer.relay(opening, cancel_scope, connection)
+                    except NO_ANSWER as failure:
+                        local = self._instead_of(failure, model, call)
+                    finally:
+                        # The key's slot is given back elsewhere: Application's `finally` calls Settler.finish, that
+                        # Limiter.settle. The rest is quick, and a client that leaves now has its answer.
+                        connection.watch(None)
         except GatewayError as error:
             if answer is None or not answer.started:
                 await self._access.charge(record, error)
@@ -85,7 +108,18 @@ class Exchange:
                 with suppress(GatewayError):
                     await self._access.charge(record, gone)
                 raise
-        await answer.finish()
+        if local is not None:
+            await send_json(send, local.value, more=local.headers)
+        elif answer is not None:
+            await answer.finish()
+
+    def _instead_of(self, failure: GatewayError, model: Model, call: Call) -> LocalAnswer:
+        """The gateway's own answer instead of a failure; raises the failure if there is none."""
+        may_answer = isinstance(failure, RouteNotServed) or call.operation.estimate is not None
+        local = self._answer_here(model, call) if may_answer and self._answer_here is not None else None
+        if local is None:
+            raise failure
+        return local
 
     async def _read(self, scope: Scope, receive: Receive, record: Record, cancel_scope: CallScope) -> Call:
         began = time.monotonic()
@@ -111,6 +145,9 @@ class Exchange:
             raise missing(call.asked_model, key, catalog)
         record.canonical, call.context = model.counted_as or model.name.canonical, model.context
         call.is_for_alias = bool(model.targets)
+        stable = call.operation.without_volatile
+        if stable is not None and self._strips_volatile and KEEP_VOLATILE_LINES not in key.flags:
+            call.body = stable(call.body)
         record.show_backend, record.show_overhead = SHOW_BACKEND in key.flags, SHOW_OVERHEAD in key.flags
         if key.prompt_log and call.operation.need:
             record.prompt_log = PromptLog(call.body)
@@ -131,6 +168,10 @@ class Exchange:
             return await run.open(cancel_scope)
         finally:
             record.attempts, record.detail = run.attempts, run.detail
+            record.dropped = call.dropped
+            if run.translation is not None:
+                record.translated_to = run.translation.call.operation.path
+                record.dropped = [*call.dropped, *run.translation.dropped]
             record.backend, record.answered_as = run.backend, run.answered_as
             record.upstream_s, record.was_sent = run.upstream_s, run.was_sent
 

@@ -114,22 +114,3 @@ def _request_id(scope: Scope) -> tuple[bytes, bytes]:
     """As Anthropic's clients read it."""
     record: Record = scope["state"]["record"]
     return b"request-id", record.request_id.encode()
-
-
-def show_answer(model: Model) -> dict[str, Any]:
-    """`POST /api/show` for a model that only OpenAI-compatible servers have: they have no such route.
-
-    Unknown facts are left empty, never invented.
-    """
-    info: dict[str, Any] = {"general.architecture": "unknown"}
-    if length := context_of(model.openai):
-        info["unknown.context_length"] = length
-    return {
-        "modelfile": "",
-        "parameters": "",
-        "template": "",
-        "details": model.native["details"],
-        "model_info": info,
-        "capabilities": _capabilities(model),
-        "modified_at": model.native["modified_at"],
-    }

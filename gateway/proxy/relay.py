@@ -151,10 +151,13 @@ class StreamedAnswer(Answer):
         self._has_sent_last = False
         self._backend: BackendConfig | None = None
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
+        self._first: list[bytes] = []
 
     async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
         self._backend = opening.backend.config
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
+        if self._dialect.counts_first:
+            self._first = self._dialect.framing.payloads(opening.frames)[:1]
         try:
             cancel_scope.end_within(self._backend.total_timeout_s, BackendTimeout)
             await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
@@ -162,7 +165,7 @@ class StreamedAnswer(Answer):
         except BackendFault as fault:
             if not self._has_sent_last:
                 self._record.detail = str(fault)
-                raise AnswerCutShort from fault
+                raise AnswerCutShort(fault.for_client) from fault
         finally:
             opening.close()
             self._read_end()
@@ -171,7 +174,7 @@ class StreamedAnswer(Answer):
 
     def _read_end(self) -> bool:
         """Takes the usage from the last frames; returns whether they complete the answer."""
-        tail = self._tail()
+        tail = [*self._first, *self._tail()]
         self._record.usage = self._dialect.usage(tail)
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
@@ -287,7 +290,9 @@ class StreamedAnswer(Answer):
 
     async def break_off(self, error: GatewayError) -> None:
         await super().break_off(error)
-        await self._send({"type": "http.response.body", "body": self._dialect.error_frame(error), "more_body": True})
+        await self._send(
+            {"type": "http.response.body", "body": self._dialect.error_frame(error, self._tail()), "more_body": True}
+        )
 
     async def finish(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})

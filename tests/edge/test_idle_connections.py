@@ -45,7 +45,7 @@ class Chatterbox:
                 if received.startswith(b"GET") and received.endswith(b"\r\n\r\n"):
                     received = b""
                     connection.sendall(whole(b""))
-                elif received.endswith(b"}"):
+                elif received.endswith((b"}", b"[]")):
                     received = b""
                     connection.sendall(whole(b"true"))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from gateway.dialects.model_names import AllowList
-from gateway.fleet import discovery
+from gateway.fleet import discovery, routes
 from tests.conftest import StartGateway, TestStores
 from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
@@ -143,7 +143,10 @@ def test_a_backend_with_an_invalid_list_has_no_models(start_gateway: StartGatewa
 def test_health_checks_never_generate(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     start_gateway(alpha, MODEL_DISCOVERY_REFRESH_S="0.2")
     time.sleep(0.8)
-    assert {request.path for request in alpha.requests} <= {"/api/tags", "/api/ps", "/api/version"}
+    asked = [request for request in alpha.requests if request.path not in ("/api/tags", "/api/ps", "/api/version")]
+    assert {request.path for request in asked} == set(routes.OPTIONAL)
+    assert {(request.method, request.body) for request in asked} == {("POST", b"[]")}
+    assert len(asked) == len(routes.OPTIONAL), "what is known is not asked for again"
 
 
 def test_versions_and_running_models(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:

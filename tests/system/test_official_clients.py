@@ -114,11 +114,11 @@ def test_a_key_in_the_url_works_with_the_anthropic_client(gateway: RunningGatewa
 @pytest.mark.parametrize(
     ("path", "more", "capped"),
     [
-        ("/v1/chat/completions", {"max_tokens": 32_000}, "4096"),
-        ("/v1/chat/completions", {"max_tokens": 32_000, "n": 2}, "2048"),
-        ("/v1/chat/completions", {"max_tokens": 4096}, None),
+        ("/v1/chat/completions", {"max_tokens": 64_000}, "32768"),
+        ("/v1/chat/completions", {"max_tokens": 64_000, "n": 2}, "16384"),
+        ("/v1/chat/completions", {"max_tokens": 32_768}, None),
         ("/v1/chat/completions", {}, None),
-        ("/api/chat", {"options": {"num_predict": -1}}, "4096"),
+        ("/api/chat", {"options": {"num_predict": -1}}, "32768"),
         ("/api/chat", {"options": {"num_predict": 5}}, None),
     ],
 )
@@ -181,10 +181,12 @@ def test_errors_are_what_the_clients_expect(gateway: RunningGateway) -> None:
     assert unauthorised.value.status_code == 401
 
 
-def test_the_error_for_a_model_of_an_openai_server_names_the_route_to_use(gateway: RunningGateway) -> None:
-    with pytest.raises(ollama.ResponseError) as raised:
-        gateway.ollama(gateway.key()).chat("qwen/qwen3-8b", MESSAGES)
-    assert raised.value.status_code == 400 and "/v1/chat/completions" in raised.value.error
+def test_ollama_chats_with_a_model_of_an_openai_server(gateway: RunningGateway) -> None:
+    client = gateway.ollama(gateway.key())
+    assert client.chat("qwen/qwen3-8b", MESSAGES).message.content == "beta heard: Say hi"
+    chunks = list(client.chat("qwen/qwen3-8b", MESSAGES, stream=True))
+    assert "".join(chunk.message.content or "" for chunk in chunks) == "beta heard: Say hi"
+    assert chunks[-1].done_reason == "stop" and chunks[-1].eval_count
 
 
 def test_what_the_ollama_command_line_shows_for_a_401(gateway: RunningGateway) -> None:

@@ -36,7 +36,7 @@ def write(reply: Reply, model: str, id: str, input_tokens_estimate: int = 0) -> 
     if not has_calls and not any(block["type"] == "text" for block in content):
         # Callers read the text of the first block without asking whether there is one.
         content.append({"type": "text", "text": ""})
-    usage = usage_of(reply.usage, input_tokens_estimate, _estimate(reply.parts))
+    usage = usage_of(reply.usage, input_tokens_estimate, estimate_of(reply.parts))
     return message(model, id, content, stop_reason(reply.finish, has_calls=has_calls), usage)
 
 
@@ -109,5 +109,5 @@ def _block(part: Thinking | Text | ToolCall, number: int, finish: Finish, messag
     return {"type": "tool_use", "id": tool_id(part.id, message_id, number), "name": part.name, "input": value}
 
 
-def _estimate(parts: Sequence[Thinking | Text | ToolCall]) -> int:
+def estimate_of(parts: Sequence[Thinking | Text | ToolCall]) -> int:
     return sum(tokens.of_text(part.name + part.arguments if isinstance(part, ToolCall) else part.text) for part in parts)

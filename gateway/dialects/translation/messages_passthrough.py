@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from gateway.dialects.dialect import Kind
 from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.messages_request import refuse_what_needs_a_memory
 
@@ -23,6 +24,7 @@ BLOCKS: Mapping[str, frozenset[str]] = MappingProxyType(
         "assistant": frozenset({"text", "thinking", "redacted_thinking", "tool_use"}),
     }
 )
+BLOCKS_OF_OLLAMA = MappingProxyType({**BLOCKS, "system": frozenset({"text"})})
 RESULTS = frozenset({"text", "image"})
 EFFORTS = (None, "low", "medium", "high", "xhigh", "max")
 
@@ -58,8 +60,8 @@ def _is_kept(tool: Any, dropped: list[str]) -> bool:
     return False
 
 
-def passes_unchanged(body: dict[str, Any]) -> bool:
-    """Whether every server with this API does what `body` asks for; else the request is better translated.
+def passes_unchanged(body: dict[str, Any], kind: Kind) -> bool:
+    """Whether every server of this kind with this API does what `body` asks for; else the request is better translated.
 
     `body` is what `without_unsupported` returns. Servers leave out, without a word: a format (Ollama, llama.cpp), a choice of
     one tool or of none (Ollama, llama.cpp), thinking that is off (vLLM, llama.cpp), blocks that they do not know.
@@ -69,22 +71,25 @@ def passes_unchanged(body: dict[str, Any]) -> bool:
         return False
     if choice.get("type") not in (None, "auto", "any") or (choice.get("type") == "any" and not body.get("tools")):
         return False
-    if thinking.get("type") not in (None, "enabled", "adaptive") or config.get("effort") not in EFFORTS:
+    is_ollama = kind == "ollama"
+    if not is_ollama and thinking.get("type") not in (None, "enabled", "adaptive"):
+        return False
+    if config.get("effort") not in EFFORTS:
         return False
     if config.get("format") or body.get("output_format"):
         return False
-    return _are_plain(body.get("messages"))
+    return _are_plain(body.get("messages"), BLOCKS_OF_OLLAMA if is_ollama else BLOCKS)
 
 
-def _are_plain(messages: Any) -> bool:
-    return isinstance(messages, list) and all(_is_plain(message) for message in messages)
+def _are_plain(messages: Any, blocks: Mapping[str, frozenset[str]]) -> bool:
+    return isinstance(messages, list) and all(_is_plain(message, blocks) for message in messages)
 
 
-def _is_plain(message: Any) -> bool:
-    """Templates refuse a system message that is not the first, and some servers do not know the role."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message["role"] not in BLOCKS:
+def _is_plain(message: Any, blocks: Mapping[str, frozenset[str]]) -> bool:
+    """Templates that llama.cpp and vLLM use refuse a system message that is not the first; those of Ollama do not."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message["role"] not in blocks:
         return False
-    return _have_kinds(message.get("content"), BLOCKS[message["role"]])
+    return _have_kinds(message.get("content"), blocks[message["role"]])
 
 
 def _have_kinds(content: Any, kinds: frozenset[str]) -> bool:

@@ -118,9 +118,22 @@ class EventWriter:
         return self._event(kind, {"response": self._response})
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
-        data = strict_json.write_with_replacements({"type": kind, "sequence_number": self._number, **fields})
         self._number += 1
-        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+        return _frame(kind, self._number - 1, fields)
+
+
+def error_events(error: GatewayError, number: int) -> bytes:
+    """The end of a stream of which only the number of the next event is known."""
+    found = {"code": _code(error), "message": error.message, "param": None}
+    first = _frame("error", number, {**found, "error": {"type": error.kind or "server_error", **found}})
+    failed: dict[str, Any] = {"id": "", "object": "response", "status": "failed", "output": [], "usage": None}
+    failed["error"] = {"code": found["code"], "message": error.message}
+    return first + _frame("response.failed", number + 1, {"response": failed})
+
+
+def _frame(kind: str, number: int, fields: dict[str, Any]) -> bytes:
+    data = strict_json.write_with_replacements({"type": kind, "sequence_number": number, **fields})
+    return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 
 
 def _code(error: GatewayError) -> str:

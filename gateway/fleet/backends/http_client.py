@@ -37,6 +37,9 @@ UNSAFE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 class BackendFault(Exception):
     """A backend did not answer as it should; `reason` is a word for logs and metrics."""
 
+    # The backend's own words, if a client that has the beginning of an answer may have them.
+    for_client = ""
+
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail

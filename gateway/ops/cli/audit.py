@@ -101,6 +101,10 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"  attempt  {attempt['backend']}: {attempt['fault']}{_detail(attempt)} after {attempt['ms']:.1f} ms"
     if row["backend"]:
         yield f"  backend  {row['backend']}, as {row['answered_as'] or row['model']}"
+    if row["translated_to"]:
+        yield f"  way      translated to {row['translated_to']}"
+    if row["dropped"]:
+        yield f"  dropped  {console.cell(row['dropped'])}"
     if row["ttfb_ms"] is not None:
         yield f"  ttfb     {row['ttfb_ms']:.1f} ms"
     tokens = f"{row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"

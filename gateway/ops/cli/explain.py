@@ -62,7 +62,7 @@ def _show(found: Mapping[str, Any]) -> None:
     print()
     rows = [
         {"try": row["order"], "backend": row["backend"], **_as(found, row), "breaker": row["breaker"], **_load(row)}
-        | {"why": row["why"]}
+        | {"why": _why(row)}
         for row in sorted(found["backends"], key=lambda row: row["order"] or 10**6)
     ]
     console.show(rows, as_json=False, empty="no backends")
@@ -77,6 +77,10 @@ def _show(found: Mapping[str, Any]) -> None:
 
 def _as(found: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
     return {"model": row["spelling"] or "-"} if found["alias_of"] else {}
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    return f"{row['why']}; translated to {row['translated_to']}" if row["serves"] and row["translated_to"] else str(row["why"])
 
 
 def _load(row: Mapping[str, Any]) -> dict[str, str]:

@@ -44,6 +44,11 @@ def new_key(verb: ArgumentParser) -> None:
     verb.add_argument("--audit-retention", type=read_by(values.retention), help="how long its audit rows are kept: 90d")
     verb.add_argument("--admin-models", action="store_true", help="may pull, create and delete models on a backend")
     verb.add_argument("--show-backend", action="store_true", help="answers name the backend in X-Gateway-Backend")
+    verb.add_argument(
+        "--keep-volatile-lines",
+        action="store_true",
+        help="pass on lines of a system prompt that differ in each request, such as Claude Code's billing header",
+    )
     verb.add_argument("--role", choices=("user", "admin"), default="user", help="admin: may use /admin/v1")
     verb.add_argument(
         "--show-overhead", action="store_true", help="answers give the time that the gateway added in X-Gateway-Overhead-Ms"
@@ -81,7 +86,8 @@ def one_backend(verb: ArgumentParser) -> None:
 def explanation(verb: ArgumentParser) -> None:
     one_key(verb)
     verb.add_argument("--model", required=True, type=read_by(values.model_name), help="the model, as a client would write it")
-    verb.add_argument("--client", default="openai", help="ollama, openai, or a route such as /v1/embeddings")
+    clients = "ollama, openai, anthropic, responses, or a route such as /v1/embeddings"
+    verb.add_argument("--client", default="openai", help=clients)
 
 
 def trace(verb: ArgumentParser) -> None:

@@ -1,0 +1,128 @@
+"""One call in one client API on its way to a backend of another, and its answer on the way back. No I/O."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from gateway.core import strict_json
+from gateway.core.errors import BackendFailed
+from gateway.dialects.answers import BadFrame, judge_whole
+from gateway.dialects.dialect import Call, Dialect
+from gateway.dialects.openai import OpenAI
+from gateway.dialects.translation.conversation import Event
+from gateway.dialects.translation.unreadable import Unreadable
+
+OPENAI = OpenAI()
+OPERATIONS = {operation.path: operation for operation in OPENAI.operations}
+DONE = b"[DONE]"
+
+
+class Reader(Protocol):
+    """Reads the chunks of a backend's stream; the last is followed by `end`. Raises Unreadable."""
+
+    def read(self, chunk: Any) -> list[Event]: ...
+
+    def end(self) -> list[Event]: ...
+
+
+class Writer(Protocol):
+    """Writes frames for the client. After a failure `failure` is its message, and what was written last does not count."""
+
+    @property
+    def failure(self) -> str: ...
+
+    def start(self) -> bytes: ...
+
+    def write(self, event: Event) -> bytes: ...
+
+    def ping(self) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+
+class Translation:
+    """`call` is what the backend is asked, in the OpenAI API; `dropped` names fields of the client that it does not get.
+
+    `whole` turns a whole answer into the client's body, `frames` one payload of a stream into frames of the client.
+    """
+
+    dialect: Dialect = OPENAI
+
+    def __init__(
+        self,
+        call: Call,
+        dropped: Sequence[str],
+        write_whole: Callable[[Any], dict[str, Any]],
+        stream: tuple[Reader, Writer] | None = None,
+    ) -> None:
+        self.call, self.dropped, self._write_whole = call, list(dropped), write_whole
+        self._stream = stream
+        self._has_begun = self.is_ended = False
+        self._tail: list[bytes] = []
+
+    def whole(self, answer: Any) -> bytes:
+        """Raises BadFrame if it is no answer."""
+        try:
+            judge_whole(answer, self.call.operation)
+            return strict_json.write_with_replacements(self._write_whole(answer))
+        except Unreadable as wrong:
+            raise BadFrame("an answer that cannot be translated", {"error": str(wrong)}) from wrong
+        except BackendFailed as wrong:
+            raise BadFrame("a tool call that is not JSON", {"error": wrong.message}) from wrong
+
+    def frames(self, payload: bytes) -> bytes:
+        """Raises BadFrame if the answer does not begin as one or cannot be translated."""
+        reader, writer = self._parts
+        if self.is_ended:
+            return b""
+        if payload.startswith(DONE):
+            return self._ended()
+        begun = b""
+        if not self._has_begun:
+            self.dialect.judge_frame(payload)
+            self._has_begun, begun = True, writer.start()
+        self._tail = [*self._tail[-1:], payload]
+        return begun + self._written(lambda: reader.read(strict_json.read_loosely(payload)))
+
+    def end(self) -> bytes:
+        """The frames at the end of the backend's stream; nothing if its answer is not complete."""
+        is_complete = not self.is_ended and self.dialect.is_complete(self._tail, self.call)
+        return self._ended() if is_complete else b""
+
+    def ping(self) -> bytes:
+        """A sign of life between frames; none before the first."""
+        return self._parts[1].ping() if self._has_begun and not self.is_ended else b""
+
+    @property
+    def _parts(self) -> tuple[Reader, Writer]:
+        assert self._stream is not None
+        return self._stream
+
+    def _ended(self) -> bytes:
+        reader, writer = self._parts
+        last = self._written(reader.end)
+        self.is_ended = True
+        return last + self._accepted(writer.end())
+
+    def _written(self, read: Callable[[], list[Event]]) -> bytes:
+        try:
+            events = read()
+        except Unreadable as wrong:
+            raise BadFrame("an answer that cannot be translated", {"error": str(wrong)}) from wrong
+        except ValueError:
+            raise BadFrame("not JSON") from None
+        writer = self._parts[1]
+        return b"".join([self._accepted(writer.write(event)) for event in events])
+
+    def _accepted(self, frames: bytes) -> bytes:
+        if failure := self._parts[1].failure:
+            raise BadFrame("an answer that cannot be translated", {"error": failure})
+        return frames
+
+
+def inner_call(call: Call, path: str, body: dict[str, Any]) -> Call:
+    """What a backend is asked instead of `call`. Agents ask for longer answers than fit into the context beside the prompt."""
+    body = {"model": call.asked_model, **body}
+    left = call.context - call.needs.prompt - call.needs.prompt // 4
+    if call.context and left > 0 and body.get("max_tokens", 0) > left:
+        body["max_tokens"] = left
+    return Call(OPERATIONS[path], call.asked_model, call.model, call.stream, body, context=call.context)

@@ -1,0 +1,58 @@
+"""Which optional paths a backend has, found out without generating anything."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+from gateway.dialects import registry
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.http_client import BackendFault
+from gateway.fleet.catalog import Snapshot
+
+# Every server refuses a body that is no object. A broken one could be refused before the path is considered; and from an
+# object without fields some servers would generate with their defaults.
+PROBE = b"[]"
+HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
+DEADLINE_S = 3.0
+FRESH_S = 600.0
+# Servers whose events of a path official clients cannot read: these have neither numbers nor indexes.
+POOR = {"/v1/responses": "llama.cpp"}
+# LM Studio answers any unknown path with 200.
+ABSENT = frozenset({200, 404, 405, 501})
+# Statuses that say nothing about the path: the token is wrong, or the server is busy or starts.
+UNKNOWN = frozenset({401, 403, 408, 429, 502, 503, 504})
+OPERATIONS = registry.operations(registry.dialects()).values()
+# Those that no kind of backend has always.
+OPTIONAL = tuple(operation.path for operation in OPERATIONS if operation.is_optional and not operation.kinds)
+
+
+def with_known(fresh: Snapshot, known: Snapshot) -> Snapshot:
+    """A new snapshot with the paths that are known, unless they may have changed: then its `routes_at` is 0."""
+    is_same = bool(known.routes_at) and not known.error and known.version == fresh.version
+    is_fresh = is_same and time.time() - known.routes_at < FRESH_S
+    return replace(fresh, routes=known.routes, routes_at=known.routes_at if is_fresh else 0.0)
+
+
+async def find(backend: Backend, known: Snapshot) -> tuple[str, ...]:
+    """Asks for each path; what an answer does not show is as it was."""
+    found = await asyncio.gather(*(has_path(backend, path) for path in OPTIONAL))
+    return tuple(path for path, has in zip(OPTIONAL, found, strict=True) if has or (has is None and path in known.routes))
+
+
+async def has_path(backend: Backend, path: str) -> bool | None:
+    """None if the answer does not show it."""
+    try:
+        async with backend.send("POST", path, HEADERS, PROBE, wait_s=DEADLINE_S) as upstream:
+            if POOR.get(path, "-") in upstream.headers.get("Server", ""):
+                return False
+            return verdict(upstream.status, upstream.headers.get("Content-Type", ""))
+    except BackendFault:
+        return None
+
+
+def verdict(status: int, content_type: str) -> bool | None:
+    """llama.cpp answers 500 where a field is missing, as JSON."""
+    if status in UNKNOWN:
+        return None
+    is_json = content_type.lower().partition(";")[0].strip() == "application/json"
+    return status >= 400 and status not in ABSENT and is_json

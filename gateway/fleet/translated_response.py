@@ -1,0 +1,99 @@
+"""A backend's response in the client's dialect: everything that reads it sees an answer as the client gets it."""
+
+from collections.abc import Callable
+
+from gateway.core import strict_json
+from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, error_code, error_text
+from gateway.dialects.dialect import Framing
+from gateway.dialects.translation.translation import Translation
+from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.backends.frame_buffer import FrameBuffer, UnfinishedFrames
+from gateway.fleet.backends.http_client import BackendFault, BackendResponse
+from gateway.fleet.redaction import redact
+
+
+class TranslatedResponse:
+    """Has the methods of BackendResponse; `read_beginning`, which is for errors, returns the backend's own bytes."""
+
+    def __init__(
+        self,
+        upstream: BackendResponse,
+        translation: Translation,
+        framing: Framing,
+        config: BackendConfig,
+        bound: UnfinishedFrames,
+    ) -> None:
+        self._upstream, self._translation, self._config = upstream, translation, config
+        self.status, self.headers = upstream.status, upstream.headers
+        self.content_type = framing.content_type if translation.call.stream else "application/json"
+        self._framing = translation.dialect.framing
+        self._buffer = FrameBuffer(self._framing, bound)
+        self._has_yielded = self._at_end = False
+
+    def fail(self, error: Exception) -> None:
+        self._upstream.fail(error)
+
+    async def read(self) -> bytes:
+        """The next frames for the client, b"" at the end. Raises BackendFault; before the first frame BadFrame, LongFrame."""
+        while not self._at_end:
+            try:
+                frames = self._translated(await self._upstream.read())
+            except BadFrame as bad:
+                if not self._has_yielded:
+                    raise
+                raise self._fault(bad) from bad
+            if frames:
+                self._has_yielded = True
+                return frames
+        return b""
+
+    async def flow(self, take: Callable[[bytes], bool]) -> bytes:
+        """As BackendResponse.flow: calls `take` with frames and returns the first that it does not accept."""
+        while (frames := await self.read()) and take(frames):
+            pass
+        return frames
+
+    async def read_whole(self, limit: int | None = None, hold: Callable[[int], None] | None = None) -> bytes:
+        """Raises as BackendResponse.read_whole does, and BadFrame."""
+        whole = await self._upstream.read_whole(limit, hold)
+        try:
+            answer = strict_json.read_loosely(whole)
+        except ValueError:
+            raise BadFrame("not JSON") from None
+        if isinstance(answer, dict) and answer.get("error"):
+            raise BadFrame(f"an error{error_code(answer)}", answer)
+        return self._translation.whole(answer)
+
+    async def read_beginning(self, limit: int) -> bytes:
+        return await self._upstream.read_beginning(limit)
+
+    def close(self) -> None:
+        self._buffer.close()
+        self._upstream.close()
+
+    def _translated(self, piece: bytes) -> bytes:
+        """The client's frames for what the backend sent; b"" if they are still to come."""
+        if not piece:
+            self._at_end = True
+            return self._payloads(self._buffer.take()) + self._translation.end()
+        frames = self._payloads(self._buffer.add(piece))
+        if len(self._buffer.rest) > LONGEST_FRAME:
+            raise BackendFault("endless_frames") if self._has_yielded else LongFrame("no end of a frame")
+        if self._translation.is_ended:
+            self._at_end = True
+        return frames
+
+    def _payloads(self, frames: bytes) -> bytes:
+        if not frames:
+            return b""
+        payloads = self._framing.payloads(frames)
+        if not payloads:
+            # Comments, by which servers show that they are at work.
+            return self._translation.ping()
+        return b"".join([self._translation.frames(payload) for payload in payloads])
+
+    def _fault(self, bad: BadFrame) -> BackendFault:
+        fault = BackendFault("bad_frame", str(bad))
+        if reported := redact(error_text(bad.error), self._config):
+            fault.for_client = f"The model server's answer ended with an error: {reported}"
+        return fault
