@@ -125,4 +125,6 @@ def inner_call(call: Call, path: str, body: dict[str, Any]) -> Call:
     left = call.context - call.needs.prompt - call.needs.prompt // 4
     if call.context and left > 0 and body.get("max_tokens", 0) > left:
         body["max_tokens"] = left
-    return Call(OPERATIONS[path], call.asked_model, call.model, call.stream, body, context=call.context)
+    inner = Call(OPERATIONS[path], call.asked_model, call.model, call.stream, body, context=call.context)
+    inner.is_for_alias = call.is_for_alias
+    return inner
