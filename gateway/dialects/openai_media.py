@@ -57,8 +57,9 @@ def _need_of_images(body: dict[str, Any]) -> Need:
     return Need(tokens.of_text(body["prompt"]) + tokens.of_fields(body, OF_IMAGES), 0)
 
 
-def _check_nothing(fields: dict[str, Any]) -> None:
-    """Backends refuse what is wrong with the file and its language."""
+def _check_recording(fields: dict[str, Any]) -> None:
+    if "file" not in fields:
+        raise BadRequest("the field 'file' is missing")
 
 
 def _check_speech(body: dict[str, Any]) -> None:
@@ -81,7 +82,7 @@ OPERATIONS = (
     ),
     Operation("/v1/images/generations", "on request", KINDS, _check_images, None, ("data",), _need_of_images, is_optional=True),
     *(
-        Operation(path, "on request", KINDS, _check_nothing, is_optional=True, media=TRANSCRIPTS, is_form=True)
+        Operation(path, "on request", KINDS, _check_recording, is_optional=True, media=TRANSCRIPTS, is_form=True)
         for path in ("/v1/audio/transcriptions", "/v1/audio/translations")
     ),
     Operation("/v1/audio/speech", "by format", KINDS, _check_speech, need=_need_of_speech, is_optional=True, media=AUDIO),

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from gateway.dialects.openai_media import LAST_EVENTS
+from gateway.proxy import upload_exchange
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.media_routes import PIXEL
@@ -404,8 +405,10 @@ def test_wrong_fields_are_named(
     assert not beta.calls(path) and not uploads.components.bodies.uploads.used
 
 
-def test_a_model_or_a_setting_that_is_a_file(uploads: RunningGateway) -> None:
+def test_a_model_or_a_setting_that_is_a_file_and_a_form_without_one(uploads: RunningGateway) -> None:
     with uploads.http(uploads.key()) as client:
+        got = client.post(TRANSCRIBE, content=form(part("model", MODEL.encode())), headers=CONTENT_TYPE)
+        assert got.status_code == 400 and "'file' is missing" in got.json()["error"]["message"]
         got = client.post(TRANSCRIBE, files={"model": MODEL.encode()})
         assert got.status_code == 400 and "not a file" in got.json()["error"]["message"]
         for name in ("lora", "stream"):
@@ -462,6 +465,17 @@ def test_a_client_that_leaves_during_its_upload(uploads: RunningGateway, beta: F
     assert not uploads.components.bodies.uploads.used and not open_files() and not beta.calls(TRANSCRIBE)
     (row,) = uploads.audit_rows()
     assert row["outcome"] == "client_gone"
+
+
+def test_a_client_that_stops_sending(uploads: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload_exchange, "PIECE_DEADLINE_S", 0.5)
+    host, port = uploads.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.settimeout(10)
+        connection.sendall(head_of(uploads.key(), 1000) + part("model", MODEL.encode()))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+    uploads.wait_idle()
+    assert not uploads.components.bodies.uploads.used
 
 
 def test_a_client_that_leaves_while_a_backend_transcribes(uploads: RunningGateway, beta: FakeBackend) -> None:
