@@ -89,7 +89,7 @@ undrain: .venv/ready-to-run ## Resume sending requests to a backend: BACKEND=
 audit: .venv/ready-to-run ## List requests, the newest first: [KEY= MODEL="a*" SINCE=24h STATUS=4xx OUTCOME= LIMIT=] [CSV=1]
 	@$(GATEWAY) audit $(call option,KEY,key) $(call option,MODEL,model) $(call option,SINCE,since) $(call option,STATUS,status) $(call option,OUTCOME,outcome) $(call option,LIMIT,limit) $(JSON_FLAG) $(CSV_FLAG)
 
-usage: .venv/ready-to-run ## Sum requests and tokens: [BY=key,model,backend,day] [SINCE=30d] [CSV=1]
+usage: .venv/ready-to-run ## Sum requests and tokens: [BY=key,model,answered_as,backend,day] [SINCE=30d] [CSV=1]
 	@$(GATEWAY) usage $(call option,BY,by) $(call option,SINCE,since) $(JSON_FLAG) $(CSV_FLAG)
 
 audit-verify: .venv/ready-to-run ## Check that the audit has not been changed

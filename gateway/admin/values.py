@@ -13,7 +13,7 @@ from gateway.limits.quota import UNLIMITED
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 LONGEST = timedelta(days=36_500)
-GROUPS = ("key", "model", "backend", "day")
+GROUPS = ("key", "model", "answered_as", "backend", "day")
 
 
 class BadValue(ValueError):

@@ -15,7 +15,7 @@ from gateway.dialects.model_names import canonical
 from gateway.stores.postgres import Database, Row
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-GROUP_COLUMNS = ("day", "key_id", "key", "model", "backend")
+GROUP_COLUMNS = ("day", "key_id", "key", "model", "answered_as", "backend")
 
 
 class ModelFilter(NamedTuple):
@@ -112,7 +112,7 @@ def audit_row(row: Row) -> dict[str, Any]:
 async def usage(
     database: Database, by: Sequence[str], since: datetime, *, timeout_s: float | None = None
 ) -> list[dict[str, Any]]:
-    """Sums by any of key, model, backend and day, with only the columns of these."""
+    """Sums by any of key, model, answered_as, backend and day, with only the columns of these."""
     async with database.connection() as connection:
         rows = await connection.fetch(database.sql("sum_audit"), by, since, timeout=timeout_s)
     left_out = {*GROUP_COLUMNS} - {*by, *(("key_id",) if "key" in by else ())}

@@ -4,6 +4,7 @@ The bytes around it stay as they are.
 """
 
 import re
+from typing import NamedTuple
 
 from gateway.core import strict_json
 from gateway.dialects.large_json import HEAD, LARGEST_READ_WHOLE, TAIL, TOKEN, last_fields
@@ -12,16 +13,28 @@ MODEL = b'"model"'
 # The objects that have the name in the first event of Anthropic's streams, and in events of the Responses API.
 CONTAINERS = frozenset({b'"message"', b'"response"'})
 OBJECT = re.compile(rb"[{\[]")
+# A frame whose fields before the name are texts and numbers, as most servers write it.
+SIMPLE = re.compile(
+    rb'(?m)^((?:data: ?)?\{(?:(?!"model")"\w++": ?(?:"[^"\\]*+"|[\w.+-]++), ?)*+"model": ?)"[^"\\]*+"', re.MULTILINE
+)
 VALUE = re.compile(rb'\s*+:\s*+("[^"\\]*+(?:\\.[^"\\]*+)*+")', re.DOTALL)
 
 
-def as_json(name: str) -> bytes:
-    """The name as `renamed` and `frames_renamed` take it."""
-    return strict_json.write(name)
+class AskedName(NamedTuple):
+    """The name as JSON, and what SIMPLE is replaced with."""
+
+    text: bytes
+    template: bytes
 
 
-def renamed(answer: bytes, name: bytes) -> bytes:
+def asked_name(name: str) -> AskedName:
+    text = strict_json.write(name)
+    return AskedName(text, rb"\g<1>" + text.replace(b"\\", rb"\\"))
+
+
+def renamed(answer: bytes, asked: AskedName) -> bytes:
     """A whole answer; of a large one only the first and last kilobytes are searched, where the outermost fields are."""
+    name = asked.text
     if len(answer) <= LARGEST_READ_WHOLE:
         return _renamed(answer, name)
     head = _renamed(answer[:HEAD], name)
@@ -32,11 +45,14 @@ def renamed(answer: bytes, name: bytes) -> bytes:
     return answer[:-TAIL] + tail[:start] + _renamed(b"{" + tail[start:], name)[1:]
 
 
-def frames_renamed(frames: bytes, name: bytes) -> bytes:
+def frames_renamed(frames: bytes, asked: AskedName) -> bytes:
     """Whole lines of JSON, or whole server-sent events."""
     if MODEL not in frames:
         return frames
-    return b"".join(_renamed(line, name) for line in frames.splitlines(keepends=True))
+    shown, count = SIMPLE.subn(asked.template, frames)
+    if count == frames.count(MODEL):
+        return shown
+    return b"".join([_renamed(line, asked.text) for line in frames.splitlines(keepends=True)])
 
 
 def _renamed(text: bytes, name: bytes) -> bytes:

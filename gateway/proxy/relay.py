@@ -14,7 +14,7 @@ from gateway.core.asgi import Connection
 from gateway.core.cancel_scope import CallScope
 from gateway.core.errors import AnswerCutShort, BackendTimeout, ClientGone, ClientStalled, GatewayError
 from gateway.dialects import tokens
-from gateway.dialects.answered_model import as_json, frames_renamed, renamed
+from gateway.dialects.answered_model import asked_name, frames_renamed, renamed
 from gateway.dialects.answers import LONGEST_FRAME, content_type_of, try_read
 from gateway.dialects.dialect import Call, Dialect, Framing
 from gateway.dialects.large_json import LARGEST_READ_WHOLE
@@ -57,8 +57,8 @@ class Answer(ABC):
 
     def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send) -> None:
         self._dialect, self._call, self._record, self._send = dialect, call, record, send
-        # The name that the answer must have, if backends write another; empty if not.
-        self._name = as_json(call.asked_model) if call.is_for_alias else b""
+        # The name that the answer must have, if backends write another.
+        self._name = asked_name(call.asked_model) if call.is_for_alias else None
         self.started = False
         # The client has all of the answer, though the body may not have ended.
         self.is_complete = False
@@ -120,7 +120,7 @@ class WholeAnswer(Answer):
             opening.held.close()
 
     def _take(self, opening: Opening) -> None:
-        self._body = body = renamed(opening.frames, self._name) if self._name else opening.frames
+        self._body = body = renamed(opening.frames, self._name) if self._name is not None else opening.frames
         self._head = content_type_of(opening.upstream.content_type), [(b"content-length", str(len(body)).encode())]
         record = self._record
         record.usage = self._dialect.usage_of(opening.value)
@@ -264,7 +264,7 @@ class StreamedAnswer(Answer):
             self._record.prompt_log.add(frames)
         if self._hides_usage:
             frames = self._dialect.without_usage(frames)
-        return frames_renamed(frames, self._name) if self._name else frames
+        return frames_renamed(frames, self._name) if self._name is not None else frames
 
     def _drop_old_frames(self) -> None:
         while len(self._recent) > 1 and sum(map(len, self._recent)) > LONGEST_FRAME:

@@ -27,18 +27,21 @@ ORDER BY a.at DESC, a.id DESC
 LIMIT $7;
 
 -- name: sum_audit
--- Sums of the audit since a time, by any of key, model, backend and day; the times are of requests that were answered.
+-- Sums of the audit since a time, by any of key, model, answered_as, backend and day; the times are of requests that were answered.
 -- Rows of operators' reads in the admin API, which earlier versions wrote, are not traffic and not counted.
 -- All spellings of a model count as one; each spelling is resolved once.
 WITH names AS MATERIALIZED (
-    SELECT asked.model, canonical_model(asked.model) AS name
-    FROM (SELECT DISTINCT model FROM audit WHERE at >= $2 AND 'model' = ANY ($1::text[])) AS asked
+    SELECT found.spelling, canonical_model(found.spelling) AS name
+    FROM (SELECT model AS spelling FROM audit WHERE at >= $2 AND 'model' = ANY ($1::text[])
+          UNION
+          SELECT answered_as FROM audit WHERE at >= $2 AND 'answered_as' = ANY ($1) AND answered_as <> '') AS found
 )
-SELECT s.day, s.key_id, k.name AS key, s.model, s.backend, s.requests, s.answered, s.failures, s.refused, s.prompt_tokens,
+SELECT s.day, s.key_id, k.name AS key, s.model, s.answered_as, s.backend, s.requests, s.answered, s.failures, s.refused, s.prompt_tokens,
        s.completion_tokens, s.cached_tokens, s.billed_tokens, s.ttfb[1] AS ttfb_p50, s.ttfb[2] AS ttfb_p95, s.ttfb[3] AS ttfb_p99
 FROM (SELECT CASE WHEN 'day' = ANY ($1) THEN (at AT TIME ZONE 'UTC')::date END AS day,
              CASE WHEN 'key' = ANY ($1) THEN key_id END AS key_id,
-             names.name AS model,
+             CASE WHEN 'model' = ANY ($1) THEN asked.name END AS model,
+             CASE WHEN 'answered_as' = ANY ($1) THEN served.name END AS answered_as,
              CASE WHEN 'backend' = ANY ($1) THEN backend END AS backend,
              count(*) AS requests,
              count(*) FILTER (WHERE outcome = 'answered') AS answered,
@@ -49,11 +52,11 @@ FROM (SELECT CASE WHEN 'day' = ANY ($1) THEN (at AT TIME ZONE 'UTC')::date END A
              coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
              sum(coalesce(billed_tokens, prompt_tokens + completion_tokens))::bigint AS billed_tokens,
              percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb
-      FROM audit LEFT JOIN names USING (model)
+      FROM audit LEFT JOIN names asked ON asked.spelling = model LEFT JOIN names served ON served.spelling = answered_as
       WHERE at >= $2 AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'))
-      GROUP BY 1, 2, 3, 4) AS s
+      GROUP BY 1, 2, 3, 4, 5) AS s
 LEFT JOIN keys k ON k.id = s.key_id
-ORDER BY s.day DESC, s.requests DESC, k.name, s.key_id, s.model, s.backend;
+ORDER BY s.day DESC, s.requests DESC, k.name, s.key_id, s.model, s.answered_as, s.backend;
 
 -- name: trace_request
 -- The rows of one request: by our id, or by its caller's, which may not be unique.

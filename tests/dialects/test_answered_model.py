@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.dialects.answered_model import as_json, frames_renamed, renamed
+from gateway.dialects.answered_model import asked_name, frames_renamed, renamed
 from gateway.dialects.large_json import LARGEST_READ_WHOLE
 
-NAME = as_json("asked")
+NAME = asked_name("asked")
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(['"model":"x"', "model", '\\"model\\":', "{", "}"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["model", "message", "b"]), inner, max_size=3),
@@ -54,8 +54,8 @@ FRAMES = {
 @pytest.mark.parametrize("server", FRAMES)
 def test_frames_of_each_server(server: str) -> None:
     frame = FRAMES[server]
-    assert frames_renamed(frame, NAME) == frame.replace(b'"served:1b"', NAME)
-    assert frames_renamed(frame * 3, NAME) == frame.replace(b'"served:1b"', NAME) * 3
+    assert frames_renamed(frame, NAME) == frame.replace(b'"served:1b"', NAME.text)
+    assert frames_renamed(frame * 3, NAME) == frame.replace(b'"served:1b"', NAME.text) * 3
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_a_large_answer_is_searched_at_both_ends() -> None:
 
 
 def test_names_are_written_as_json() -> None:
-    assert frames_renamed(b'{"model":"a"}\n', as_json('q"\\ü')) == '{"model":"q\\"\\\\ü"}\n'.encode()
+    assert frames_renamed(b'{"model":"a"}\n', asked_name('q"\\ü')) == '{"model":"q\\"\\\\ü"}\n'.encode()

@@ -66,12 +66,12 @@ def test_the_list_shows_the_main_columns(url: str, run_verb: RunVerb) -> None:
         ],
     )
     head, first, second = run_verb("audit").splitlines()
-    assert head.split() == "TIME KEY CLIENT MODEL BACKEND STATUS OUTCOME TOKENS CACHED COUNTED TTFB MS TOTAL MS".split()
+    assert head.split() == "TIME KEY CLIENT MODEL AS BACKEND STATUS OUTCOME TOKENS CACHED COUNTED TTFB MS TOTAL MS".split()
     assert (
         first.split()
-        == "2026-01-02 03:04:05 alice 192.0.2.7 llama3.2:latest alpha 200 answered 3+4 2 reported 12.5 99.1".split()
+        == "2026-01-02 03:04:05 alice 192.0.2.7 llama3.2:latest - alpha 200 answered 3+4 2 reported 12.5 99.1".split()
     )
-    assert second.split() == "2026-01-02 02:04:05 gone 192.0.2.7 llama3.2:latest - - answered 3+4 - reported - 99.1".split()
+    assert second.split() == "2026-01-02 02:04:05 gone 192.0.2.7 llama3.2:latest - - - answered 3+4 - reported - 99.1".split()
     assert head.index("CLIENT") == first.index("192.") == second.index("192.")
 
 
@@ -263,6 +263,29 @@ def test_usage_by_several_columns(url: str, run_verb: RunVerb) -> None:
     (sums,) = lines(run_verb("usage", "--json", "--by", "day", "--since", "2d"))
     assert (sums["day"], sums["requests"]) == (f"{day:%Y-%m-%d}", 4)
     assert run_verb("usage", "--since", "0") == ""
+
+
+def test_aliases_have_both_names(url: str, run_verb: RunVerb) -> None:
+    pairs = [
+        ("mini", "llama3.2:latest"),
+        ("MINI", "Llama3.2"),
+        ("mini", "gemma3:4b"),
+        ("llama3.2", "llama3.2:latest"),
+        ("x", ""),
+    ]
+    write(url, [row(ago(1), model=model, answered_as=answered) for model, answered in pairs])
+    found = lines(run_verb("usage", "--json", "--by", "model,answered_as"))
+    assert {(one["model"], one["answered_as"]): one["requests"] for one in found} == {
+        ("mini:latest", "llama3.2:latest"): 2,
+        ("mini:latest", "gemma3:4b"): 1,
+        ("llama3.2:latest", "llama3.2:latest"): 1,
+        ("x:latest", None): 1,
+    }
+    served = lines(run_verb("usage", "--json", "--by", "answered_as"))
+    assert {one["answered_as"]: one["requests"] for one in served} == {"llama3.2:latest": 3, "gemma3:4b": 1, None: 1}
+    assert "model" not in served[0]
+    shown = {tuple(line.split()[-10:-8]) for line in run_verb("audit").splitlines()[1:]}
+    assert shown == {("mini", "llama3.2:latest"), ("MINI", "Llama3.2"), ("mini", "gemma3:4b"), ("llama3.2", "-"), ("x", "-")}
 
 
 # ── verification ──

@@ -130,6 +130,16 @@ def test_allow_lists_and_limits_are_those_of_the_alias(gateway: RunningGateway) 
         assert [status(client, name) for name in ("gpt-4o-mini", "llama3.2")] == [403, 200]
 
 
+def test_limits_for_some_models_are_those_of_the_name(gateway: RunningGateway) -> None:
+    key = gateway.key(name="mine")
+    for pattern in ("gpt-4o-mini", "claude-*"):
+        gateway.call(gateway.key_store().limit("mine", pattern, {"rpm": 1}))
+    with gateway.http(key) as client:
+        names = ("gpt-4o-mini", "GPT-4o-mini:latest", "claude-1", "claude-2", "llama3.2", "llama3.2")
+        answers = [client.post("/v1/chat/completions", json={"model": name, "messages": MESSAGES}) for name in names]
+    assert [one.status_code for one in answers] == [200, 429, 200, 429, 200, 200]
+
+
 def test_an_alias_to_nothing_is_a_model_that_does_not_exist(gateway: RunningGateway) -> None:
     def seen(client: httpx.Client, path: str, name: str) -> tuple[int, bytes, dict[str, str]]:
         got = client.post(path, json={"model": name, "messages": MESSAGES})

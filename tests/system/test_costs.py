@@ -17,11 +17,13 @@ from tests.support.fake_backend.backend import FakeBackend
 from tests.support.gateway_settings import environment_for
 from tests.support.processes import operate, serving
 
-MODEL = "llama3.2:latest"
+MODEL, ALIAS = "llama3.2:latest", "mini"
 REQUESTS, STREAMS, PIECES = 300, 10, 150
 REQUEST_AREAS = ("server", "application", "keys", "limits", "dialect", "exchange", "routing", "log", "metrics")
 # The measured counts plus a margin for other versions of Python and the libraries; more is a regression.
 MOST_CALLS, MOST_CALLS_PER_FRAME = 620, 30
+# The name in each frame of an answer to a call for an alias.
+MORE_OF_AN_ALIAS_PER_FRAME = 8
 REDIS_CALLS, SQL_CALLS = 2.1, 0.1
 GARBAGE, BLOCKS = 0.5, 20.0
 
@@ -63,7 +65,7 @@ class Counting:
     def ask(self, path: str, times: int, **more: Any) -> None:
         messages = [{"role": "user", "content": "Say something."}]
         for _ in range(times):
-            answer = self.client.post(path, json={"model": MODEL, "messages": messages, **more})
+            answer = self.client.post(path, json={"model": MODEL, "messages": messages} | more)
             assert answer.status_code == 200, answer.text
 
 
@@ -71,7 +73,8 @@ class Counting:
 def counting(tmp_path: Path, stores: TestStores, request: pytest.FixtureRequest) -> Iterator[Counting]:
     pieces, pause_s = getattr(request, "param", (3, 0.0))
     with FakeBackend(models=[MODEL], name="alpha", pieces=3) as backend:
-        names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url)
+        aliases = {"MODEL_ALIASES": json.dumps({ALIAS: MODEL})}
+        names = environment_for(backend, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **aliases)
         key = operate(tmp_path, names, "key", "--name", "counted").split()[-1]
         entry = ("-m", "tests.bench.profiled", str(tmp_path))
         with serving(tmp_path, names, entry=entry) as (process, url, _):
@@ -103,4 +106,14 @@ def test_the_cost_of_a_stream(counting: Counting, path: str) -> None:
     costs = counting.least(lambda: counting.ask(path, STREAMS, stream=True), GARBAGE * STREAMS, most_calls)
     assert costs.account.calls_of("edge/cycle.py", "push") >= STREAMS * PIECES / 2, "the frames were counted at all"
     assert costs.calls / (STREAMS * PIECES) <= MOST_CALLS_PER_FRAME
+    assert costs.collected / STREAMS <= GARBAGE
+
+
+@pytest.mark.parametrize("counting", [(PIECES, 0.002)], indirect=True)
+def test_the_cost_of_an_alias(counting: Counting) -> None:
+    path, frames = "/v1/chat/completions", STREAMS * PIECES
+    most = (MOST_CALLS_PER_FRAME + MORE_OF_AN_ALIAS_PER_FRAME) * frames
+    costs = counting.least(lambda: counting.ask(path, STREAMS, stream=True, model=ALIAS), GARBAGE * STREAMS, most)
+    assert costs.account.calls_of("dialects/answered_model.py", "frames_renamed") >= STREAMS, "the names were written at all"
+    assert costs.calls / frames <= MOST_CALLS_PER_FRAME + MORE_OF_AN_ALIAS_PER_FRAME
     assert costs.collected / STREAMS <= GARBAGE

@@ -9,6 +9,7 @@ from typing import Any
 from gateway.audit import hash_chain, reports, retention
 from gateway.audit.reports import AuditFilter
 from gateway.core.errors import CommandFailed
+from gateway.dialects.model_names import canonical
 from gateway.ops.cli import console
 from gateway.ops.cli.database import current_database
 from gateway.settings import Settings
@@ -43,13 +44,20 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "time": row["at"].astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"),
         "key": row["key"] or row["key_id"],
-        **{name: row[name] or None for name in ("client", "model", "backend", "status", "outcome")},
+        **{name: row[name] or None for name in ("client", "model")},
+        "as": row["answered_as"] if _is_another(row) else None,
+        **{name: row[name] or None for name in ("backend", "status", "outcome")},
         "tokens": f"{row['prompt_tokens']}+{row['completion_tokens']}",
         "cached": row["cached_tokens"],
         "counted": row["tokens_from"],
         "ttfb_ms": _rounded(row["ttfb_ms"]),
         "total_ms": _rounded(row["total_ms"]),
     }
+
+
+def _is_another(row: Mapping[str, Any]) -> bool:
+    """Whether a model of another name answered."""
+    return bool(row["answered_as"]) and canonical(row["answered_as"]) != canonical(row["model"])
 
 
 def _rounded(milliseconds: float | None) -> float | None:
