@@ -43,7 +43,9 @@ TOP_LEVEL = {
 OF_THE_CODE = {"docs/architecture.md", ".github/CONTRIBUTING.md", "docs/decisions/0005-private-apis-for-speed.md"}
 # Names of others that the pages speak of: variables of clients, tools and servers; fields and options of theirs.
 OF_OTHERS = set(
-    "OPENAI_BASE_URL OPENAI_API_KEY OLLAMA_HOST OLLAMA_CONTEXT_LENGTH LLAMA_SERVER_URL COMPOSE_PROFILES ADMIN_KEY "
+    "OPENAI_BASE_URL OPENAI_API_KEY OLLAMA_HOST ANTHROPIC_BASE_URL ANTHROPIC_AUTH_TOKEN ANTHROPIC_API_KEY ANTHROPIC_MODEL "
+    "ANTHROPIC_DEFAULT_HAIKU_MODEL CLAUDE_CODE_MAX_CONTEXT_TOKENS GATEWAY_KEY model_provider model_providers wire_api env_key "
+    "model_context_window model_catalog_json OLLAMA_CONTEXT_LENGTH LLAMA_SERVER_URL COMPOSE_PROFILES ADMIN_KEY "
     "job_name scrape_configs credentials_file static_configs proxy_read_timeout client_max_body_size http_authorization "
     "NAME_FILE STATUS_LINE server_tool_use web_search_call web_search_20250305".split()
 )
