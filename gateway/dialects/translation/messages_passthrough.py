@@ -64,7 +64,8 @@ def passes_unchanged(body: dict[str, Any], kind: Kind) -> bool:
     """Whether every server of this kind with this API does what `body` asks for; else the request is better translated.
 
     `body` is what `without_unsupported` returns. Servers leave out, without a word: a format (Ollama, llama.cpp), a choice of
-    one tool or of none (Ollama, llama.cpp), thinking that is off (vLLM, llama.cpp), blocks that they do not know.
+    one tool or of none (Ollama, llama.cpp), thinking that is off (vLLM, llama.cpp), blocks that they do not know. The
+    beginning of an answer is given again by llama.cpp, and not continued by others.
     """
     choice, config, thinking = (body.get(name) or {} for name in ("tool_choice", "output_config", "thinking"))
     if not all(isinstance(value, dict) for value in (choice, config, thinking)):
@@ -78,11 +79,13 @@ def passes_unchanged(body: dict[str, Any], kind: Kind) -> bool:
         return False
     if config.get("format") or body.get("output_format"):
         return False
-    return _are_plain(body.get("messages"), BLOCKS_OF_OLLAMA if is_ollama else BLOCKS)
+    if not _are_plain(body.get("messages"), BLOCKS_OF_OLLAMA if is_ollama else BLOCKS):
+        return False
+    return is_ollama or body["messages"][-1]["role"] != "assistant"
 
 
 def _are_plain(messages: Any, blocks: Mapping[str, frozenset[str]]) -> bool:
-    return isinstance(messages, list) and all(_is_plain(message, blocks) for message in messages)
+    return isinstance(messages, list) and bool(messages) and all(_is_plain(message, blocks) for message in messages)
 
 
 def _is_plain(message: Any, blocks: Mapping[str, frozenset[str]]) -> bool:

@@ -53,8 +53,9 @@ def find(call: Call, kind: str) -> Translator | None:
 
 def _chat(call: Call, prompt: Prompt, kind: Kind, write: WriteReply, writer: Writer) -> Translation:
     inner = inner_call(call, CHAT, chat_request.body_of(prompt, kind))
+    dropped, beginning = prompt.dropped + chat_request.losses_of(prompt, kind), chat_request.beginning_of(prompt)
     stream = (chat_answer.ChunkReader(), writer)
-    return Translation(inner, prompt.dropped, lambda answer: write(chat_answer.reply_of(answer)), stream)
+    return Translation(inner, dropped, lambda answer: write(chat_answer.reply_of(answer, beginning)), stream)
 
 
 def _messages(call: Call, kind: Kind) -> Translation:

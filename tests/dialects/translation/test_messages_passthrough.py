@@ -118,6 +118,8 @@ DOCUMENT = {"type": "document", "source": {"type": "text", "media_type": "text/p
         {"messages": [{"role": "assistant", "content": [{"type": "server_tool_use"}]}]},
         {"messages": [{"role": [], "content": "x"}]},
         {"messages": {}},
+        {"messages": []},
+        {"messages": [*HELLO, {"role": "assistant", "content": "One"}]},
     ],
 )
 def test_what_some_server_would_leave_out_is_better_translated(fields: JSON) -> None:
@@ -140,6 +142,16 @@ def test_what_some_server_would_leave_out_is_better_translated(fields: JSON) -> 
 )
 def test_what_every_server_reads_passes(fields: JSON) -> None:
     assert passes_unchanged({"model": "m", "messages": HELLO, **fields}, "openai")
+
+
+def test_what_ollama_does_beyond_others_passes_there() -> None:
+    for fields in (
+        {"thinking": {"type": "disabled"}},
+        {"messages": [*HELLO, {"role": "system", "content": "x"}]},
+        {"messages": [*HELLO, {"role": "assistant", "content": "One"}]},
+    ):
+        body: JSON = {"model": "m", "messages": HELLO, **fields}
+        assert passes_unchanged(body, "ollama") and not passes_unchanged(body, "openai")
 
 
 @QUICK
