@@ -122,7 +122,7 @@ def test_servers_without_the_route_are_skipped_and_not_punished(
             "/v1/chat/completions", json={"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
         ).is_success
     assert (got.status_code, got.json()["error"]["code"]) == (400, "route_not_served")
-    assert got.json()["error"]["message"] == "The servers with this model do not have this route."
+    assert got.json()["error"]["message"].startswith("The servers with this model do not have this route")
     assert all(backend.breaker.state == "closed" for backend in gateway.components.backends.values())
 
 
