@@ -88,8 +88,8 @@ class TranslatedResponse:
             return b""
         payloads = self._framing.payloads(frames)
         if not payloads:
-            # Comments, by which servers show that they are at work.
-            return self._translation.ping()
+            # Comments show that a server is at work; a line's end alone, or the first letters of a field, show nothing.
+            return self._translation.ping() if frames.lstrip().startswith(b":") else b""
         return b"".join([self._translation.frames(payload) for payload in payloads])
 
     def _fault(self, bad: BadFrame) -> BackendFault:
