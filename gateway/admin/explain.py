@@ -13,7 +13,7 @@ from gateway.dialects.tokens import NO_TOKENS, Need
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Model, Offer
 from gateway.fleet.presence import BackendState
-from gateway.fleet.ways import Way, way_of
+from gateway.fleet.ways import CHATS, Way, way_of
 from gateway.limits.admission import Admission, CounterUsage, Ticket
 from gateway.limits.limiter import Limiter
 from gateway.limits.quota import NAMES, CounterSet, Quota
@@ -24,12 +24,6 @@ UNKNOWN_STATE = BackendState()
 NO_OFFER: Sequence[Offer | None] = (None,)
 # A body that asks for an answer in every API.
 ORDINARY = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x"}
-CHATS = {
-    "ollama": "/api/chat",
-    "openai": "/v1/chat/completions",
-    "anthropic": "/v1/messages",
-    "responses": "/v1/responses",
-}
 
 
 @dataclass(frozen=True)

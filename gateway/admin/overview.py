@@ -13,6 +13,7 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Snapshot
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.presence import BackendState, ProcessState
+from gateway.fleet.ways import speaks
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
@@ -35,6 +36,7 @@ NEVER_POLLED: dict[str, Any] = {
     "latency_ms": None,
     "version": "",
     "models": 0,
+    "speaks": [],
     "running": [],
 }
 
@@ -154,5 +156,6 @@ def _as_polled(snapshot: Snapshot | None) -> dict[str, Any]:
         "latency_ms": snapshot.latency_ms,
         "version": snapshot.version,
         "models": len(snapshot.models),
+        "speaks": speaks(snapshot.kind, snapshot.routes),
         "running": [entry["name"] for entry in snapshot.running],
     }

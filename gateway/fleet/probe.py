@@ -1,12 +1,14 @@
-"""Tries a backend: whether it answers, how fast, with what, and whether it accepts the token."""
+"""Tries a backend: whether it answers, how fast, with what, in which dialects, and whether it accepts the token."""
 
 import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from gateway.fleet import routes
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.discovery import poll, takes_token
+from gateway.fleet.ways import speaks
 
 
 async def probe_all(backends: Mapping[str, Backend]) -> list[dict[str, Any]]:
@@ -20,11 +22,12 @@ async def probe(backend: Backend) -> dict[str, Any]:
     try:
         found = await poll(backend)
         is_open = await takes_token(backend)
+        dialects = speaks(backend.kind, await routes.find(backend, found)) if is_open else None
     except BackendFault as fault:
         refused = fault.reason == "token_refused"
         verdict = {"token": _token_words(has_token, is_open=False) if refused else None, "problem": str(fault)}
-        return {**facts, "reachable": refused, "latency_ms": None, "version": None, "models": None, **verdict}
-    seen = {"latency_ms": found.latency_ms, "version": found.version or None, "models": len(found.models)}
+        return {**facts, "reachable": refused, "latency_ms": None, "version": None, "models": None, "speaks": None, **verdict}
+    seen = {"latency_ms": found.latency_ms, "version": found.version or None, "models": len(found.models), "speaks": dialects}
     problem = None if is_open else "refuses to answer calls"
     return {**facts, "reachable": True, **seen, "token": _token_words(has_token, is_open=is_open), "problem": problem}
 

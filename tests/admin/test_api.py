@@ -126,6 +126,7 @@ def test_backends_are_drained_and_probed(
         assert len(alpha.calls("/api/chat")) == 1
     probed = admin.post("/backends/beta/probe").json()
     assert (probed["backend"], probed["reachable"], probed["models"], probed["problem"]) == ("beta", True, 1, None)
+    assert probed["speaks"] == ["ollama", "openai"] == admin.get("/backends").json()[1]["speaks"]
     assert [row["models"] for row in admin.post("/refresh").json()["backends"]] == [1, 1]
     assert admin.post("/backends/omega/drain").status_code == 404
 

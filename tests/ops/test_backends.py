@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,28 @@ def test_models_by_backend(operator: Operator, alpha: FakeBackend, beta: FakeBac
     assert printed.splitlines()[-1].startswith("2 different models; ")
     facts = operator.gets_json("models")
     assert facts["models"] == 2
+
+
+def test_models_shows_what_is_native_and_what_is_translated(operator: Operator, alpha: FakeBackend, gamma: FakeBackend) -> None:
+    with FakeBackend("openai", ["delta:8b"], name="delta", is_native=True) as delta:
+        entries = [entry_of(alpha), entry_of(gamma, auth_token=CANARY), entry_of(delta)]
+        operator.names["OLLAMA_BACKENDS"] = json.dumps(entries)
+        header, *lines = operator.gets("models").splitlines()
+        facts = operator.gets_json("models")
+    assert header.split() == ["BACKEND", "MODEL", "SIZE", "NATIVE", "TRANSLATED", "STATE"]
+    for column, values in (
+        ("NATIVE", ["ollama openai  ", "openai  ", "openai anthropic  "]),
+        ("TRANSLATED", ["anthropic responses  ", "ollama anthropic responses  ", "ollama responses  "]),
+        ("STATE", ["up", "up", "up"]),
+    ):
+        at = header.index(column)
+        assert all(line[at:].startswith(value) for line, value in zip(lines, values, strict=False)), column
+    rows: Any = facts["backends"]
+    assert [(row["native"], row["translated"]) for row in rows] == [
+        (["ollama", "openai"], ["anthropic", "responses"]),
+        (["openai"], ["ollama", "anthropic", "responses"]),
+        (["openai", "anthropic"], ["ollama", "responses"]),
+    ]
 
 
 def test_models_shows_the_age_of_the_catalog(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
@@ -89,13 +112,25 @@ def test_probe_of_healthy_backends(operator: Operator, alpha: FakeBackend, gamma
         "latency_ms": 0,
         "version": "0.12.6",
         "models": 1,
+        "speaks": ["ollama", "openai"],
         "token": "none needed",
         "problem": None,
     }
     assert isinstance(first["latency_ms"], float) and first["latency_ms"] > 0
     assert (second["token"], second["models"], second["problem"]) == ("accepted", 1, None)
+    assert second["speaks"] == ["openai"]
     assert CANARY not in operator.gets("probe")
     assert not [call for backend in (alpha, gamma) for call in backend.requests if call.body and b"messages" in call.body]
+
+
+def test_probe_finds_out_what_a_backend_speaks(operator: Operator) -> None:
+    with FakeBackend(is_native=True) as ollama, FakeBackend("openai", name="llama", is_native=True) as openai:
+        operator.with_backends(ollama, openai)
+        first, second = operator.gets_json("probe").rows
+        assert first["speaks"] == ["ollama", "openai", "anthropic", "responses"]
+        # The events of llama.cpp's Responses API are not what official clients read.
+        assert second["speaks"] == ["openai", "anthropic"]
+        assert " ollama openai anthropic responses " in operator.gets("probe")
 
 
 @pytest.mark.parametrize("token", ["", "stale-token"])
@@ -105,6 +140,7 @@ def test_probe_of_a_token_that_is_refused(operator: Operator, gamma: FakeBackend
     (row,) = json.loads(done.stdout)
     assert done.returncode == 1 and "some backends cannot be used" in done.stderr
     assert row["reachable"] is True and row["token"] == ("REFUSED" if token else "MISSING") and row["problem"]
+    assert row["speaks"] is None
 
 
 def test_probe_of_a_backend_with_a_public_list_whose_calls_need_a_token(operator: Operator, alpha: FakeBackend) -> None:

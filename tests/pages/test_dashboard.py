@@ -209,6 +209,7 @@ def test_backends_are_drained_probed_and_refreshed(gateway: RunningGateway, admi
     with page_of(browser) as page:
         enter(page, gateway, admin)
         alpha = page.locator("#backends tbody tr").filter(has_text="alpha")
+        expect(alpha.locator('[data-label="Speaks"]')).to_have_text("ollama, openai")
         alpha.get_by_role("button", name="Drain").click()
         confirm(page)
         expect(alpha).to_contain_text("drained")
@@ -218,6 +219,7 @@ def test_backends_are_drained_probed_and_refreshed(gateway: RunningGateway, admi
         expect(alpha).not_to_contain_text("drained")
         alpha.get_by_role("button", name="Probe").click()
         expect(page.locator("dialog pre")).to_contain_text('"reachable": true')
+        expect(page.locator("dialog pre")).to_contain_text('"speaks"')
         page.keyboard.press("Escape")
         page.click("#refresh")
         expect(page.locator("dialog pre")).to_contain_text('"models": 1')

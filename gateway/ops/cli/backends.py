@@ -15,6 +15,7 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog
 from gateway.fleet.control import FleetFacts
 from gateway.fleet.discovery import Discovery
+from gateway.fleet.ways import speaks, translated
 from gateway.ops.cli import console
 from gateway.ops.cli.database import current_database
 from gateway.settings import Settings
@@ -51,7 +52,14 @@ async def list_models(settings: Settings, arguments: argparse.Namespace) -> None
         stored = await discovery.stored_catalog()
         catalog = discovery.catalog
     rows = [
-        {"backend": snapshot.backend, "model": entry["name"], "size": _size(entry["size"]), "state": snapshot.state}
+        {
+            "backend": snapshot.backend,
+            "model": entry["name"],
+            "size": _size(entry["size"]),
+            "native": speaks(snapshot.kind, snapshot.routes),
+            "translated": translated(snapshot.kind, snapshot.routes),
+            "state": snapshot.state,
+        }
         for snapshot in catalog.snapshots
         for entry in snapshot.models
     ]
