@@ -21,7 +21,7 @@ def dialects() -> dict[str, Dialect]:
 
 
 def by_prefix(dialects: Mapping[str, Dialect]) -> Callable[[str], Dialect]:
-    """A function that returns the dialect of a path: the path decides, never a header."""
+    """A function that returns the dialect of a path: the path decides, never a header but for `/v1/models`."""
 
     def find(path: str) -> Dialect:
         if path == "/v1" or path.startswith("/v1/"):

@@ -9,7 +9,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
-from gateway.core import strict_json
 from gateway.core.cancel_scope import CancelScope
 from gateway.core.errors import (
     BackendRefused,
@@ -22,9 +21,7 @@ from gateway.core.errors import (
 )
 from gateway.core.in_flight import InFlight
 from gateway.dialects.dialect import Dialect
-from gateway.dialects.translation.messages_answer import error_body
-from gateway.edge.response import Response, error_headers, plain_outcome
-from gateway.proxy.model_lists import is_from_anthropic_client
+from gateway.edge.response import ANTHROPIC, Response, error_headers, plain_outcome
 from gateway.telemetry import logs
 from gateway.telemetry.metrics import Metrics
 
@@ -33,6 +30,9 @@ WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 KEY_IN_PATH = re.compile(r"/k/([^/]*)(/.*)?", re.DOTALL)
 HEALTH = frozenset({"/healthz", "/readyz"})
 METRICS, ADMIN = "/metrics", "/admin/"
+# Clients of Anthropic's API ask for these with a header by which they are known.
+LIST_OF_MODELS = re.compile(r"/v1/models(/.*)?", re.DOTALL)
+ANTHROPIC_PATH = "/v1/messages"
 # Paths that pages of any origin may call: they need a key, which other pages do not have.
 API = re.compile(r"/+(v1|api)(/|$)|/(v2/)?rerank$")
 REFUSED_BODY_LINGERS_S, MOST_OF_REFUSED_BODY = 2.0, 4 * 2**20
@@ -80,7 +80,7 @@ class Application:
 
     def _begin(self, scope: Scope) -> Record:
         presented = agent = b""
-        from_page = False
+        from_page = is_versioned = False
         for name, value in scope["headers"]:
             if name == self._id_header:
                 presented = presented or value
@@ -88,6 +88,8 @@ class Application:
                 agent = value
             elif name == b"origin":
                 from_page = True
+            elif name == b"anthropic-version":
+                is_versioned = True
         ours = os.urandom(16).hex()
         request_id = presented.decode() if WELL_FORMED_ID.fullmatch(presented) else ours
         record = Record(ours, request_id, scope["method"], client=self._client_of(scope), agent=agent[:200].decode("latin-1"))
@@ -98,6 +100,8 @@ class Application:
             scope["raw_path"] = scope["path"].encode()
         record.with_cors = from_page and API.match(scope["path"]) is not None
         record.dialect = self._dialect_of(scope["path"]).name
+        if is_versioned and LIST_OF_MODELS.fullmatch(scope["path"]):
+            record.dialect = ANTHROPIC
         scope["state"]["record"] = record
         return record
 
@@ -129,18 +133,14 @@ class Application:
             # Only an internal error can come this late; the missing end of the answer shows it to the client.
             raise error
         meant = error.meant if isinstance(error, UnknownRoute) else ""
-        dialect = self._dialect_of(meant or scope["path"])
+        dialect = self._dialect_of(ANTHROPIC_PATH if record.dialect == ANTHROPIC else meant or scope["path"])
         record.dialect = dialect.name
         body = dialect.error(error, record.request_id)
-        more: list[tuple[bytes, bytes]] = []
-        if is_from_anthropic_client(scope):
-            body = strict_json.write(error_body(error.status, error.message, record.request_id))
-            more.append((b"request-id", record.request_id.encode()))
         await reply.send(
             {
                 "type": "http.response.start",
                 "status": error.status,
-                "headers": [*error_headers(error, body, close=error.leaves_body), *more],
+                "headers": error_headers(error, body, close=error.leaves_body),
             }
         )
         await reply.send({"type": "http.response.body", "body": body, "more_body": error.leaves_body})

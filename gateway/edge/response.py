@@ -24,11 +24,12 @@ MOST_NAMES, LONGEST_NAMES = 20, 500
 # Browsers must not treat the output of a model or a backend as a page, whatever its content is.
 NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 PREFLIGHT_HEADERS = (
-    b"authorization, content-type, user-agent, accept, x-requested-with, x-api-key, api-key, x-request-id, openai-beta, "
-    b"openai-organization, openai-project, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, "
-    b"x-gateway-backend, x-stainless-arch, x-stainless-async, x-stainless-custom-poll-interval, x-stainless-helper-method, "
-    b"x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-poll-helper, x-stainless-read-timeout, "
-    b"x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"
+    b"authorization, content-type, content-encoding, user-agent, accept, x-requested-with, x-api-key, api-key, "
+    b"x-request-id, openai-beta, openai-organization, openai-project, anthropic-version, anthropic-beta, "
+    b"anthropic-dangerous-direct-browser-access, x-gateway-backend, x-stainless-arch, x-stainless-async, "
+    b"x-stainless-custom-poll-interval, x-stainless-helper-method, x-stainless-lang, x-stainless-os, "
+    b"x-stainless-package-version, x-stainless-poll-helper, x-stainless-read-timeout, x-stainless-retry-count, "
+    b"x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"
 )
 
 

@@ -14,6 +14,7 @@ from gateway.audit.record import Record
 from gateway.auth.key import Key
 from gateway.core.asgi import send_json
 from gateway.core.errors import BadRequest, UnknownRoute
+from gateway.dialects.anthropic import Anthropic
 from gateway.dialects.model_entries import context_of
 from gateway.dialects.model_names import NAME_RULE, canonical, is_name
 from gateway.dialects.translation.messages_models import model_info, models_page
@@ -52,8 +53,8 @@ class ModelLists:
         key = await self._key(scope)
         listed = self._catalog().listed(key.models)
         data, query = [model.openai for model in listed], _query(scope)
-        if is_from_anthropic_client(scope):
-            await send_json(send, models_page(data, query), more=[_request_id(scope)])
+        if _is_anthropic(scope):
+            await send_json(send, models_page(data, query))
             return
         more = {"models": _for_codex(listed)} if _is_from_codex(scope, query) else {}
         await send_json(send, {"object": "list", "data": data, **more})
@@ -69,8 +70,8 @@ class ModelLists:
         if found is None or not found.is_listed(time.time()):
             raise missing(asked, key, self._catalog())
         entry = {**found.openai, "id": asked}
-        if is_from_anthropic_client(scope):
-            await send_json(send, model_info(entry), more=[_request_id(scope)])
+        if _is_anthropic(scope):
+            await send_json(send, model_info(entry))
             return
         await send_json(send, entry)
 
@@ -79,11 +80,9 @@ class ModelLists:
         return await self._access.admit_caller(scope, record)
 
 
-def is_from_anthropic_client(scope: Scope) -> bool:
-    """Whether a request for the list of models, or for one of them, has the header that all clients of Anthropic's API send."""
-    path = scope["path"]
-    is_for_models = path == "/v1/models" or path.startswith("/v1/models/")
-    return is_for_models and any(name == b"anthropic-version" for name, _ in scope["headers"])
+def _is_anthropic(scope: Scope) -> bool:
+    record: Record = scope["state"]["record"]
+    return record.dialect == Anthropic.name
 
 
 def _is_from_codex(scope: Scope, query: Mapping[str, str]) -> bool:
@@ -108,9 +107,3 @@ def _query(scope: Scope) -> dict[str, str]:
         return dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MOST_PARAMETERS))
     except ValueError:
         raise BadRequest(f"the query has more than {MOST_PARAMETERS} parameters") from None
-
-
-def _request_id(scope: Scope) -> tuple[bytes, bytes]:
-    """As Anthropic's clients read it."""
-    record: Record = scope["state"]["record"]
-    return b"request-id", record.request_id.encode()

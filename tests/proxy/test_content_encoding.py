@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from gateway.auth.key import ADMIN, ADMIN_MODELS
 from gateway.core.errors import BadRequest, UnsupportedEncoding
+from gateway.dialects import registry
 from gateway.proxy import content_encoding
 from gateway.proxy.content_encoding import Decoder, encoding_of
 from tests.conftest import StartGateway
 from tests.support.chat_requests import MESSAGES, MODEL
+from tests.support.coding_agents import recordings
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
 
@@ -195,6 +197,26 @@ def post(client: httpx.Client, path: str, encoding: str, body: bytes) -> httpx.R
 def error_of(answer: httpx.Response) -> str:
     error = answer.json()["error"]
     return str(error if isinstance(error, str) else error["message"])
+
+
+def test_every_route_that_reads_json_takes_compressed_bodies(client: httpx.Client) -> None:
+    """An empty object is refused for what is missing, which shows that it has been read."""
+    paths = [path for path, operation in registry.operations(registry.dialects()).items() if "/audio/t" not in path]
+    assert len(paths) > 15
+    for path in paths:
+        for encoding, encode in FORMS.values():
+            answer = post(client, path, encoding, encode(b"{}"))
+            assert answer.status_code == 400 and "model" in error_of(answer), (path, encoding, answer.text)
+
+
+def test_the_requests_of_codex_are_read_as_it_compresses_them(client: httpx.Client, alpha: FakeBackend) -> None:
+    turns = recordings.session("codex").turns("/v1/responses")
+    for turn in turns:
+        body = json.dumps({**turn, "model": MODEL}).encode()
+        for encoded in (zstd.compress(body, 3), streamed_zstd(body)):
+            answer = post(client, "/v1/responses", "zstd", encoded)
+            assert answer.status_code == 200 and "response.completed" in answer.text, answer.text[:500]
+    assert len(turns) > 1 and len(alpha.calls("/v1/chat/completions")) == 2 * len(turns)
 
 
 @pytest.mark.parametrize("path", ROUTES)

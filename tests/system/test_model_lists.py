@@ -42,6 +42,8 @@ def test_the_official_client_lists_all_models(client: anthropic.Anthropic) -> No
     for size in (1, 2, 3, 6, 1000):
         assert [model.id for model in client.models.list(limit=size)] == every
     model = page.data[0]
+    raw = client.models.with_raw_response.list()
+    assert raw.headers["request-id"] == raw.headers["x-request-id"] and "anthropic-ratelimit-requests-limit" in raw.headers
     assert (model.type, model.display_name, model.lifecycle) == ("model", NAMES[0], "active")
     assert datetime(1970, 1, 1, tzinfo=UTC) <= model.created_at <= datetime.now(UTC)
 
