@@ -17,6 +17,7 @@ from gateway.core.errors import (
 )
 from gateway.core.shared_bytes import Reservation
 from gateway.dialects.dialect import Call, Dialect
+from gateway.dialects.translation import translators
 from gateway.dialects.translation.translation import Translation
 from gateway.dialects.translation.translators import Translator
 from gateway.fleet.attempt import CANNOT, Attempt
@@ -89,6 +90,8 @@ class FailoverRun:
                 opening = await self._try(candidate, cancel_scope)
             except BackendFault as fault:
                 self._add_fault(backend, fault, time.monotonic() - began)
+                if fault.reason == NO_ROUTE and self._can_translate(candidate):
+                    continue
                 if self._has_enough:
                     break
             except BackendCannot as refused:
@@ -110,6 +113,14 @@ class FailoverRun:
                 self.upstream_s += time.monotonic() - began
         self._doubt()
         raise self._refused or self._untranslatable or failure_of(self._faults)
+
+    def _can_translate(self, candidate: Candidate) -> bool:
+        """Whether a backend that had the path when it was last looked for is tried once more, with a translation."""
+        translator = None if candidate.translator else translators.find(self._call, candidate.backend.kind)
+        if translator is None or not self._call.operation.is_optional:
+            return False
+        self._candidates.insert(self._candidates.index(candidate) + 1, candidate._replace(translator=translator))
+        return True
 
     @property
     def _has_enough(self) -> bool:

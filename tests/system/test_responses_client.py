@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import StartGateway
 from tests.support.fake_backend import native_responses
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.scripts import FAULTS, Close, End, Forever, Head, Piece, Reset, Step, recording
+from tests.support.fake_backend.scripts import FAULTS, PLAIN, Close, End, Forever, Head, Piece, Reset, Step, answer, recording
 from tests.support.model_servers import CHAT, CHAT_ONLY, LLAMACPP, MODEL, OLLAMA, PNG, SCHEMA, SERVERS, ModelServer, asked
 from tests.support.running_gateway import RunningGateway
 
@@ -304,6 +304,20 @@ def test_a_second_backend_answers_in_the_other_way(
         assert asked(good)[-1].path == second.responses
         row = gateway.audit_rows()[-1]
         assert (row["backend"], row["translated_to"] or "") == ("second", "" if second is OLLAMA else CHAT)
+
+
+@pytest.mark.parametrize("status", [404, 405, 200])
+def test_a_server_that_has_lost_the_path_is_asked_in_the_other_way(start_gateway: StartGateway, status: int) -> None:
+    """Its list of paths may be some minutes old. LM Studio answers 200 on paths that it does not have."""
+    words = {"error": "Unexpected endpoint or method. (POST /v1/responses)"}
+    with OLLAMA.backend() as backend:
+        gateway = start_gateway(backend)
+        backend.play("/v1/responses", answer(status, words) if status == 200 else answer(status, b"not here", PLAIN))
+        with gateway.openai(gateway.key()) as client:
+            assert whole(client).output_text == ANSWER
+        assert [request.path for request in asked(backend)] == ["/v1/responses", CHAT]
+        row = gateway.audit_rows()[-1]
+        assert (row["status"], row["translated_to"]) == (200, CHAT) and "no_route" in row["attempts"]
 
 
 def test_what_is_refused_and_how(gateway: RunningGateway, client: Any, alpha: FakeBackend) -> None:
