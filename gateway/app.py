@@ -44,7 +44,7 @@ def log_settings_in_force(settings: Settings, components: Components) -> None:
     for backend in settings.backends:
         opened = f"with a token in {backend.auth_header}" if backend.auth_token else "without a token"
         LOG.info("backend %s: %s at %s, %s", backend.name, backend.kind, backend.base_url, opened)
-    models = len(components.discovery.catalog.models)
+    models = components.discovery.catalog.size
     LOG.info("models: %d known, refreshed every %g s", models, settings.model_discovery_refresh_s)
     LOG.info("keys: argon2id, cached for %g s", settings.redis_key_cache_ttl_s)
     own = f"{settings.default_rpm} requests and {settings.default_tpm} tokens a minute, {settings.default_concurrent} at once"

@@ -58,4 +58,4 @@ class BackendHandlers:
         await self._discovery.refresh()
         catalog = self._discovery.catalog
         rows = [{"backend": found.backend, "models": len(found.models), "error": found.error} for found in catalog.snapshots]
-        return {"models": len(catalog.models), "backends": rows}
+        return {"models": catalog.size, "backends": rows}

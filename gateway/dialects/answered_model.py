@@ -52,7 +52,7 @@ def frames_renamed(frames: bytes, asked: AskedName) -> bytes:
     shown, count = SIMPLE.subn(asked.template, frames)
     if count == frames.count(MODEL):
         return shown
-    return b"".join([_renamed(line, asked.text) for line in frames.splitlines(keepends=True)])
+    return b"".join([renamed(line, asked) for line in frames.splitlines(keepends=True)])
 
 
 def _renamed(text: bytes, name: bytes) -> bytes:

@@ -122,6 +122,11 @@ class Catalog:
         """Whether this is a model or an alias, also one that leads to nothing."""
         return name.canonical in self.models or self.aliases.of(name) is not None
 
+    @property
+    def size(self) -> int:
+        """How many models there are, without aliases."""
+        return sum(not model.targets for model in self.models.values())
+
     def reached(self, alias: Alias) -> Model | None:
         """What an alias leads to."""
         return (self.by_glob if alias.is_glob else self.models).get(alias.name)

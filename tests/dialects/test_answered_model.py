@@ -1,6 +1,7 @@
 """The name that was asked for in answers to calls for an alias: one value is replaced, every other byte stays."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -102,6 +103,19 @@ def test_a_large_answer_is_searched_at_both_ends() -> None:
         text = json.dumps(unnamed).encode()
         assert renamed(text, NAME) == text
     assert renamed(json.dumps([numbers]).encode(), NAME) == json.dumps([numbers]).encode()
+
+
+def test_a_large_frame_is_searched_at_both_ends_and_in_bounded_time() -> None:
+    text = "word " * LARGEST_READ_WHOLE
+    for fields in ({"choices": [text], "model": "served"}, {"id": [], "model": "served", "choices": [text]}):
+        for begin, end in ((b"", b"\n"), (b"data: ", b"\n\n")):
+            shown = frames_renamed(begin + json.dumps(fields).encode() + end, NAME)
+            assert shown.startswith(begin) and shown.endswith(end)
+            assert json.loads(shown[len(begin) :]) == {**fields, "model": "asked"}
+    hostile = b'{"a":' + b"[" * 4 * 2**20 + b'"model":"x"}\n'
+    began = time.process_time()
+    assert frames_renamed(hostile, NAME).startswith(b'{"a":[[')
+    assert time.process_time() - began < 0.2
 
 
 def test_names_are_written_as_json() -> None:

@@ -1,21 +1,26 @@
 """Compressed request bodies: decoded exactly, in bounded pieces, and never beyond the bound of the whole."""
 
+import asyncio
 import gzip
 import json
 import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gateway.audit.record import Record
 from gateway.auth.key import ADMIN, ADMIN_MODELS
-from gateway.core.errors import BadRequest, UnsupportedEncoding
+from gateway.core.cancel_scope import CancelScope
+from gateway.core.errors import BadRequest, ClientGone, UnsupportedEncoding
 from gateway.dialects import registry
 from gateway.proxy import content_encoding
+from gateway.proxy.body import Bodies
 from gateway.proxy.content_encoding import Decoder, encoding_of
 from tests.conftest import StartGateway
 from tests.support.chat_requests import MESSAGES, MODEL
@@ -170,6 +175,56 @@ def test_a_piece_reads_no_more_than_its_part_of_the_body() -> None:
         decoder.decode(LIMIT)
         pieces += 1
     assert pieces == -(-len(body) // content_encoding.LARGEST_PIECE_READ)
+
+
+async def reading(bodies: Bodies, body: bytes, encoding: bytes, cancel_scope: CancelScope) -> bytes:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    scope = {"headers": [(b"content-encoding", encoding)]}
+    return await bodies.read(scope, receive, Record("id", "id", "POST"), cancel_scope)
+
+
+def test_other_tasks_run_between_the_pieces() -> None:
+    async def run() -> tuple[int, int]:
+        bodies, others = Bodies(LIMIT * 10, LIMIT), 0
+
+        async def count() -> None:
+            nonlocal others
+            while True:
+                await asyncio.sleep(0)
+                others += 1
+
+        counting = asyncio.create_task(count())
+        with CancelScope() as cancel_scope:
+            size = len(await reading(bodies, gzip.compress(b"0" * LIMIT * 9), b"gzip", cancel_scope))
+        counting.cancel()
+        assert (bodies.unfinished.used, bodies.unfinished._of) == (0, {})
+        return size, others
+
+    size, others = asyncio.run(run())
+    assert size == LIMIT * 9 and others > size / content_encoding.LARGEST_PIECE_WRITTEN
+
+
+def test_a_client_that_leaves_meanwhile_holds_nothing() -> None:
+    bodies = Bodies(LIMIT * 10, LIMIT)
+
+    async def run() -> None:
+        with CancelScope() as cancel_scope:
+            asyncio.get_running_loop().call_later(0.01, cancel_scope.interrupt, ClientGone())
+            await reading(bodies, dynamic_blocks(LIMIT), b"deflate", cancel_scope)
+
+    with pytest.raises(ClientGone):
+        asyncio.run(run())
+    assert (bodies.unfinished.used, bodies.unfinished._of) == (0, {})
+
+
+def dynamic_blocks(size: int) -> bytes:
+    """Many small blocks, each with a code of its own: the most work for the least output."""
+    stream, made = zlib.compressobj(level=9, wbits=-zlib.MAX_WBITS), bytearray()
+    while len(made) < size:
+        made += stream.compress(bytes(range(256)) + b"0" * 300) + stream.flush(zlib.Z_FULL_FLUSH)
+    return bytes(made) + stream.flush()
 
 
 # ── Through a gateway ───────────────────────────────────────────────────────────────────────────────────────

@@ -64,7 +64,7 @@ async def list_models(settings: Settings, arguments: argparse.Namespace) -> None
         for entry in snapshot.models
     ]
     facts = {
-        "models": sum(not model.targets for model in catalog.models.values()),
+        "models": catalog.size,
         "map_age_s": round(time.time() - stored[0], 1) if stored else None,
         "map_bytes": stored[1] if stored else None,
     }
