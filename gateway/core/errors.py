@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-# OpenAI's clients retry after any 5xx unless this header forbids it.
+# OpenAI's and Anthropic's clients retry after any 5xx unless this header forbids it, and Claude Code for minutes after a 401.
 NO_RETRY = ((b"x-should-retry", b"false"),)
 
 
@@ -55,6 +55,7 @@ class MissingKey(GatewayError):
 
     status = 401
     code = "missing_api_key"
+    headers = NO_RETRY
 
 
 class WrongKey(GatewayError):
@@ -62,6 +63,7 @@ class WrongKey(GatewayError):
 
     status = 401
     code = "invalid_api_key"
+    headers = NO_RETRY
 
 
 class ModelNotAvailable(GatewayError):

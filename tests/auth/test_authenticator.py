@@ -48,6 +48,7 @@ def test_a_placeholder_counts_as_a_failure_only_if_there_is_no_key(start_gateway
         assert [client.get(f"/k/{key}/v1/models").status_code for _ in range(6)] == [200] * 6
         rejected = client.get("/v1/models")
         assert (rejected.status_code, rejected.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert rejected.headers["x-should-retry"] == "false", "Claude Code would try for minutes"
         assert client.get("/k/ollama/v1/models", headers={"x-api-key": "dummy"}).status_code == 401
         assert [client.get("/v1/models").status_code for _ in range(2)] == [401, 429]
 

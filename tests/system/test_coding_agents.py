@@ -181,6 +181,18 @@ def test_claude_code_as_the_readme_sets_it_up(
 
 
 @pytest.mark.skipif(not sessions.executable("claude"), reason="Claude Code is not installed")
+def test_claude_code_shows_at_once_that_the_key_is_wrong(
+    start_gateway: StartGateway, strict: FakeBackend, tmp_path: Path
+) -> None:
+    gateway = start_gateway(strict)
+    wrong = gateway.key()[:-1] + "!"
+    lines = documented("README.md", "sh", "ANTHROPIC_BASE_URL", gateway, f"'{wrong}'")
+    with pytest.raises(AssertionError, match="401 "):
+        sessions.claude_code(lines, "Say hello", tmp_path)
+    assert [line["status"] for line in gateway.request_lines() if line["dialect"] == "anthropic"] in ([401], [401, 401])
+
+
+@pytest.mark.skipif(not sessions.executable("claude"), reason="Claude Code is not installed")
 def test_subagents_of_claude_code_use_the_same_model(start_gateway: StartGateway, strict: FakeBackend, tmp_path: Path) -> None:
     search = Call("Agent", {"description": "Look", "prompt": "Look at the notes", "subagent_type": "Explore"})
     played.play_strict_chat(strict, Plan((search,), text="Claude Code is done."))
