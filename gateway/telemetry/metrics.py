@@ -82,6 +82,9 @@ class Metrics:
             "gateway_requests", "Finished requests, excluding operators' read requests", "dialect", "route", "model", "outcome"
         )
         self.tokens = self._counter("gateway_tokens", "Tokens, as counted or estimated for the audit", "kind", "model")
+        self.translated = self._counter(
+            "gateway_translated_requests", "Requests that were translated for a backend, to its path `to`", "dialect", "to"
+        )
         self.cached = self._counter("gateway_cached_tokens", "Prompt tokens that backends reported as cached", "model")
         self.duration = self._histogram(
             "gateway_request_duration_seconds", "From the head of a request to the end of its answer", "dialect", buckets=LONG
@@ -157,6 +160,8 @@ class Metrics:
             children.completion.inc(record.spent_completion)
         if record.spent_cached:
             children.cached.inc(record.spent_cached)
+        if record.translated_to:
+            self.translated.labels(record.dialect, record.translated_to).inc()
         if record.first_byte_at is not None:
             children.first_byte.observe(record.first_byte_at - record.began)
             children.overhead.observe(record.overhead_s)

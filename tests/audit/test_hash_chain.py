@@ -47,6 +47,8 @@ def test_an_empty_audit_verifies(stores: TestStores) -> None:
         "prompt_tokens = prompt_tokens + 1",
         "cached_tokens = 0",
         "billed_tokens = 7",
+        "translated_to = '/v1/completions'",
+        "dropped = 'metadata'",
         "ttfb_ms = NULL",
         "total_ms = total_ms + 0.0000000000001",
         "attempts = '[{}]'",

@@ -82,7 +82,8 @@ def test_an_empty_list(url: str, run_verb: RunVerb, capsys: pytest.CaptureFixtur
 def test_json_and_csv_have_every_column(url: str, run_verb: RunVerb) -> None:
     attempts = [{"backend": "beta", "fault": "refused", "ms": 1.5}]
     odd = {"detail": 'a "quoted", detail\nof two lines', "model": "\x1b[31mred"}
-    written = row(ago(0.5), key_id="k1", attempts=attempts, cached_tokens=2, billed_tokens=6, **odd)
+    way = {"translated_to": "/v1/chat/completions", "dropped": "tools.web_search, metadata"}
+    written = row(ago(0.5), key_id="k1", attempts=attempts, cached_tokens=2, billed_tokens=6, **way, **odd)
     write(url, [written])
     (found,) = lines(run_verb("audit", "--json"))
     (plain,) = csv.DictReader(io.StringIO(run_verb("audit", "--csv")))

@@ -225,6 +225,24 @@ def test_backends_are_drained_probed_and_refreshed(gateway: RunningGateway, admi
         expect(page.locator("dialog pre")).to_contain_text('"models": 1')
 
 
+def test_requests_show_how_they_were_translated(start_gateway: StartGateway, alpha: FakeBackend, browser: Browser) -> None:
+    with FakeBackend("openai", ["plain:7b"], name="plain") as plain:
+        gateway = start_gateway(alpha, plain, DASHBOARD_ENABLED="true")
+        with gateway.http(gateway.key()) as client:
+            client.post("/api/chat", json=CHAT)
+            sent = {**CHAT, "model": "plain:7b", "max_tokens": 9, "tools": [{"type": f"{XSS}_2025", "name": "a"}]}
+            assert client.post("/v1/messages", json=sent).status_code == 200
+        with page_of(browser) as page:
+            enter(page, gateway, gateway.key(name="ops", flags=(ADMIN,)))
+            page.click("[data-tab=audit]")
+            cells = page.locator('#rows [data-label="Backend"]')
+            expect(cells).to_have_count(2)
+            expect(cells.nth(0)).to_contain_text("translated to /v1/chat/completions, dropped tools.?img?src?x")
+            expect(cells.nth(1)).to_have_text("alpha")
+            page.locator("#rows tbody button").first.click()
+            expect(page.locator("dialog pre")).to_contain_text('"translated_to": "/v1/chat/completions"')
+
+
 def test_content_from_others_is_never_markup(start_gateway: StartGateway, beta: FakeBackend, browser: Browser) -> None:
     with FakeBackend(models=[MODEL, XSS], name="alpha") as evil:
         gateway = start_gateway(evil, beta, DASHBOARD_ENABLED="true")

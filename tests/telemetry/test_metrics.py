@@ -101,6 +101,36 @@ def test_the_outcomes_of_requests_are_counted(start_gateway: StartGateway, alpha
     assert total(found, "gateway_cached_tokens_total", model=MODEL) == sum(row["cached_tokens"] or 0 for row in rows) == 4
 
 
+def test_requests_of_each_dialect_and_their_translations_are_counted(start_gateway: StartGateway) -> None:
+    with (
+        FakeBackend(models=["native:4b"], is_native=True) as native,
+        FakeBackend("openai", ["plain:7b"], name="plain") as plain,
+    ):
+        gateway = start_gateway(native, plain, METRICS_TOKEN=TOKEN)
+        until(lambda: all(found.routes_at for found in gateway.components.discovery.catalog.snapshots))
+        with gateway.http(gateway.key()) as client:
+            for model in ("native:4b", "plain:7b"):
+                assert client.post("/v1/messages", json={**CHAT, "model": model, "max_tokens": 9}).status_code == 200
+                assert client.post("/v1/responses", json={"model": model, "input": "Hello"}).status_code == 200
+            for _ in range(2):
+                assert client.post("/api/chat", json={**CHAT, "model": "plain:7b"}).status_code == 200
+            assert client.post("/api/embed", json={"model": "plain:7b", "input": "Hello"}).status_code == 200
+            assert client.post("/v1/messages", json={**CHAT, "model": "missing", "max_tokens": 9}).status_code == 403
+        found = fresh(gateway)
+    for dialect, route in (("anthropic", "/v1/messages"), ("responses", "/v1/responses")):
+        assert total(found, "gateway_requests_total", dialect=dialect, route=route, outcome="answered") == 2
+        for name in ("time_to_first_byte", "overhead"):
+            assert total(found, f"gateway_{name}_seconds_count", dialect=dialect) == 2
+    assert total(found, "gateway_request_duration_seconds_count", dialect="anthropic") == 3
+    translated = {labels: count for (name, labels), count in found.items() if name == "gateway_translated_requests_total"}
+    assert {(dict(labels)["dialect"], dict(labels)["to"]): count for labels, count in translated.items()} == {
+        ("anthropic", "/v1/chat/completions"): 1,
+        ("responses", "/v1/chat/completions"): 1,
+        ("ollama", "/v1/chat/completions"): 2,
+        ("ollama", "/v1/embeddings"): 1,
+    }
+
+
 def test_gauges_show_what_is_up(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     beta.stop()
     gateway = start_gateway(alpha, beta, METRICS_TOKEN=TOKEN)

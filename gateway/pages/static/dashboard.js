@@ -329,6 +329,9 @@ function drawKeys() {
 
 // ── audit ──
 
+// How a request reached its backend, if not byte for byte.
+const wayOf = (row) => [row.translated_to && `translated to ${row.translated_to}`, row.dropped && `dropped ${row.dropped}`].filter(Boolean).join(", ");
+
 async function loadRows() {
   const query = new URLSearchParams();
   for (const item of $("filter").elements) if (item.name && item.value.trim()) query.set(item.name, item.value.trim());
@@ -338,7 +341,7 @@ async function loadRows() {
     { name: "Time", of: (row) => link(when(row.at), () => showResult(`Request ${row.request_id}`, () => request("GET", `/requests/${encodeURIComponent(row.id)}`)), row.id) },
     { name: "Key", wide: true, of: (row) => row.key || row.key_id },
     { name: "Model", wide: true, of: (row) => row.model || "–" },
-    { name: "Backend", of: (row) => row.backend || "–" },
+    { name: "Backend", wide: true, of: (row) => h("div", {}, row.backend || "–", wayOf(row) && h("div", { class: "dim" }, wayOf(row))) },
     { name: "Status", number: true, of: (row) => h("span", { class: row.status >= 500 ? "bad" : row.status >= 400 ? "warn" : null }, row.status || "–") },
     { name: "Outcome", wide: true, of: (row) => row.outcome + (row.detail ? ` (${row.detail})` : "") },
     { name: "Tokens", number: true, of: (row) => `${row.prompt_tokens}${row.cached_tokens ? ` (${row.cached_tokens} cached)` : ""} + ${row.completion_tokens}` },
