@@ -45,7 +45,7 @@ class ConflictingKeys(BadRequest):
 
 
 class RouteNotServed(BadRequest):
-    """The servers with this model do not have this route; all of them have /v1/chat/completions."""
+    """The servers with this model do not have this route."""
 
     code = "route_not_served"
 

@@ -176,6 +176,7 @@ class FailoverRun:
             cancel_scope.within(backend.config.read_timeout_s, _no_first_byte, on_expiry=upstream.fail)
             reservation = Reservation(self._failover.held, self._caller)
             opening = await read_beginning(backend, upstream, self._call, self._dialect, reservation)
+            opening.translation = self.translation
             backend.breaker.succeeded()
         except BaseException as wrong:
             if isinstance(wrong, BackendFault) and not _is_inconclusive(wrong, backend, began):

@@ -9,6 +9,7 @@ from gateway.core.errors import AnswerTooLarge, GatewayError
 from gateway.core.shared_bytes import Reservation
 from gateway.dialects.answers import JSON, LONGEST_FRAME, BadFrame, LongFrame, judge_whole, media_type, read_answer, try_read
 from gateway.dialects.dialect import Call, Dialect, Operation
+from gateway.dialects.translation.translation import Translation
 from gateway.fleet import redaction, refusals
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
@@ -47,6 +48,7 @@ class Opening:
     held: FrameBuffer | Reservation = field(repr=False)
     at_end: bool = False
     value: Any = field(default=None, repr=False)
+    translation: Translation | None = None
 
     def give_back(self) -> None:
         """Returns the backend's connection; what was read is still held."""

@@ -1,5 +1,6 @@
 """A backend's response in the client's dialect: everything that reads it sees an answer as the client gets it."""
 
+import time
 from collections.abc import Callable
 
 from gateway.core import strict_json
@@ -10,6 +11,9 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer, UnfinishedFrames
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse
 from gateway.fleet.redaction import redact
+
+# How long a client gets nothing while the backend sends.
+SILENT_S = 10.0
 
 
 class TranslatedResponse:
@@ -29,6 +33,7 @@ class TranslatedResponse:
         self._framing = translation.dialect.framing
         self._buffer = FrameBuffer(self._framing, bound)
         self._has_yielded = self._at_end = False
+        self._written_at = 0.0
 
     def fail(self, error: Exception) -> None:
         self._upstream.fail(error)
@@ -43,7 +48,7 @@ class TranslatedResponse:
                     raise
                 raise self._fault(bad) from bad
             if frames:
-                self._has_yielded = True
+                self._has_yielded, self._written_at = True, time.monotonic()
                 return frames
         return b""
 
@@ -79,8 +84,9 @@ class TranslatedResponse:
         frames = self._payloads(self._buffer.add(piece))
         if len(self._buffer.rest) > LONGEST_FRAME:
             raise BackendFault("endless_frames") if self._has_yielded else LongFrame("no end of a frame")
-        if self._translation.is_ended:
-            self._at_end = True
+        if not frames and self._has_yielded and time.monotonic() - self._written_at > SILENT_S:
+            # The backend is at work, but what it sends cannot be written before it is complete, such as a tool call.
+            return self._translation.ping()
         return frames
 
     def _payloads(self, frames: bytes) -> bytes:

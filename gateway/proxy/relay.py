@@ -18,6 +18,7 @@ from gateway.dialects.answered_model import asked_name, frames_renamed, renamed
 from gateway.dialects.answers import LONGEST_FRAME, content_type_of, try_read
 from gateway.dialects.dialect import Call, Dialect, Framing
 from gateway.dialects.large_json import LARGEST_READ_WHOLE
+from gateway.dialects.translation.translation import Translation
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault
@@ -123,7 +124,8 @@ class WholeAnswer(Answer):
         self._body = body = renamed(opening.frames, self._name) if self._name is not None else opening.frames
         self._head = content_type_of(opening.upstream.content_type), [(b"content-length", str(len(body)).encode())]
         record = self._record
-        record.usage = self._dialect.usage_of(opening.value)
+        translation = opening.translation
+        record.usage = self._dialect.usage_of(opening.value) if translation is None else translation.usage
         if record.usage.completion_tokens is None and record.need.output != 0:
             record.relayed_tokens = self._tokens_of(body)
         if record.prompt_log is not None:
@@ -152,9 +154,10 @@ class StreamedAnswer(Answer):
         self._backend: BackendConfig | None = None
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
         self._first: list[bytes] = []
+        self._translation: Translation | None = None
 
     async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
-        self._backend = opening.backend.config
+        self._backend, self._translation = opening.backend.config, opening.translation
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
         if self._dialect.counts_first:
             self._first = self._dialect.framing.payloads(opening.frames)[:1]
@@ -175,7 +178,7 @@ class StreamedAnswer(Answer):
     def _read_end(self) -> bool:
         """Takes the usage from the last frames; returns whether they complete the answer."""
         tail = [*self._first, *self._tail()]
-        self._record.usage = self._dialect.usage(tail)
+        self._record.usage = self._dialect.usage(tail) if self._translation is None else self._translation.usage
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
 

@@ -217,7 +217,7 @@ def _image_part(image: Image, kind: Kind) -> dict[str, Any]:
     if not url.startswith(URL_SCHEMES):
         raise BadRequest("an image must have a URL that begins with https://, http:// or data:")
     if kind == "ollama" and not url.startswith("data:"):
-        raise BadRequest("this model takes images only as base64 data, not as a URL")
+        raise BadRequest("the field 'url' of an image cannot be used: this model takes images only as base64 data")
     return {"type": "image_url", "image_url": {"url": url, "detail": image.detail} if image.detail else {"url": url}}
 
 

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 from gateway.core import strict_json
 from gateway.core.errors import BackendFailed
 from gateway.dialects.answers import BadFrame, judge_whole
-from gateway.dialects.dialect import Call, Dialect
+from gateway.dialects.dialect import Call, Dialect, Usage
 from gateway.dialects.openai import OpenAI
-from gateway.dialects.translation.conversation import Event
+from gateway.dialects.translation.conversation import Counted, Event
 from gateway.dialects.translation.unreadable import Unreadable
 
 OPENAI = OpenAI()
@@ -57,12 +57,15 @@ class Translation:
         self.call, self.dropped, self._write_whole = call, list(dropped), write_whole
         self._stream = stream
         self._has_begun = self.is_ended = False
+        # As the backend reported it; what the client gets may be estimated.
+        self.usage = Usage()
         self._tail: list[bytes] = []
 
     def whole(self, answer: Any) -> bytes:
         """Raises BadFrame if it is no answer."""
         try:
             judge_whole(answer, self.call.operation)
+            self.usage = self.dialect.usage_of(answer)
             return strict_json.write_with_replacements(self._write_whole(answer))
         except Unreadable as wrong:
             raise BadFrame("an answer that cannot be translated", {"error": str(wrong)}) from wrong
@@ -111,6 +114,9 @@ class Translation:
         except ValueError:
             raise BadFrame("not JSON") from None
         writer = self._parts[1]
+        for event in events:
+            if isinstance(event, Counted):
+                self.usage = event.usage
         return b"".join([self._accepted(writer.write(event)) for event in events])
 
     def _accepted(self, frames: bytes) -> bytes:
