@@ -63,7 +63,6 @@ class Anthropic:
                 answers_with=("input_tokens",),
                 is_optional=True,
                 trim=messages_passthrough.without_unsupported,
-                passes=_passes,
                 without_volatile=messages_request.without_volatile_lines,
                 estimate=_estimate,
             ),

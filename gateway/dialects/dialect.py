@@ -1,6 +1,6 @@
 """What all dialects share: operations, calls, framing and the interface of a dialect. No I/O."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -79,7 +79,7 @@ class Call:
     each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
     Backends do not know the name of a call that `is_for_alias`, and their answers get it back.
     `upload` is the form of which `body` has the texts.
-    `dropped` names fields of the request that no backend got.
+    `dropped` names fields of the request that no backend got. `entry` is the model's in the list of models.
     """
 
     operation: Operation
@@ -93,6 +93,7 @@ class Call:
     is_for_alias: bool = False
     upload: Upload | None = None
     dropped: list[str] = field(default_factory=list)
+    entry: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def estimate(self) -> int:

@@ -64,7 +64,6 @@ class Responses:
                 answers_with=("input_tokens",),
                 is_optional=True,
                 trim=responses_passthrough.without_unsupported,
-                passes=_passes,
                 estimate=_estimate,
             ),
         )

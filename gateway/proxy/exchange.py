@@ -14,8 +14,8 @@ from gateway.auth.key import KEEP_VOLATILE_LINES, SHOW_BACKEND, SHOW_OVERHEAD, K
 from gateway.core.asgi import Connection, send_json
 from gateway.core.cancel_scope import CallScope, ScopeTimer
 from gateway.core.errors import (
-    BackendCannot,
     BackendFailed,
+    BackendRefused,
     BackendTimeout,
     ClientGone,
     ClientStalled,
@@ -43,7 +43,7 @@ PASSED_ON = {
     b"anthropic-beta": b"Anthropic-Beta: %b\r\n",
 }
 # Failures after which the gateway may have an answer of its own.
-NO_ANSWER = (RouteNotServed, NoBackend, BackendFailed, BackendTimeout, BackendCannot)
+NO_ANSWER = (RouteNotServed, NoBackend, BackendFailed, BackendTimeout, BackendRefused)
 
 
 class Exchange:
@@ -144,7 +144,7 @@ class Exchange:
         if model is None:
             raise missing(call.asked_model, key, catalog)
         record.canonical, call.context = model.counted_as or model.name.canonical, model.context
-        call.is_for_alias = bool(model.targets)
+        call.is_for_alias, call.entry = bool(model.targets), model.native
         stable = call.operation.without_volatile
         if stable is not None and self._strips_volatile and KEEP_VOLATILE_LINES not in key.flags:
             call.body = stable(call.body)

@@ -107,7 +107,8 @@ def test_an_answer_that_breaks_off_ends_with_an_error(
 ) -> None:
     end = [Piece(step.data.replace(b"{url}", beta.url.encode())) if isinstance(step, Piece) else step for step in end]
     head = Head(200, [("Content-Type", SSE)], chunked=True)
-    beta.play(CHAT, [head, chunk({"role": "assistant", "content": "Once upon"}), Pause(0.05), *end])
+    steps: list[Step] = [head, chunk({"role": "assistant", "content": "Once upon"}), Pause(0.05), *end]
+    beta.play(CHAT, steps)
     with client_of(gateway) as client:
         if not words:
             with client.messages.stream(**QUESTION) as events:
@@ -123,7 +124,7 @@ def test_an_answer_that_breaks_off_ends_with_an_error(
 def test_nothing_is_sent_before_the_backend_has_proved_to_answer(start_gateway: StartGateway, beta: FakeBackend) -> None:
     with FakeBackend(kind="ollama", models=[MODEL], name="alpha") as alpha:
         gateway = start_gateway(alpha, beta)
-        bad = [
+        bad: list[Step] = [
             Head(200, [("Content-Type", SSE)], chunked=True),
             Piece(b'data: {"error":{"message":"no","code":500}}\n\n'),
             End(),

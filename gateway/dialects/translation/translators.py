@@ -52,8 +52,11 @@ def find(call: Call, kind: str) -> Translator | None:
 
 
 def _chat(call: Call, prompt: Prompt, kind: Kind, write: WriteReply, writer: Writer) -> Translation:
-    inner = inner_call(call, CHAT, chat_request.body_of(prompt, kind))
-    dropped, beginning = prompt.dropped + chat_request.losses_of(prompt, kind), chat_request.beginning_of(prompt)
+    capabilities = call.entry.get("capabilities")
+    thinks = isinstance(capabilities, list) and "thinking" in capabilities
+    inner = inner_call(call, CHAT, chat_request.body_of(prompt, kind, thinks=thinks))
+    dropped = prompt.dropped + chat_request.losses_of(prompt, kind, thinks=thinks)
+    beginning = chat_request.beginning_of(prompt)
     stream = (chat_answer.ChunkReader(), writer)
     return Translation(inner, dropped, lambda answer: write(chat_answer.reply_of(answer, beginning)), stream)
 
