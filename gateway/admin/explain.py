@@ -22,8 +22,15 @@ from gateway.stores.redis_client import RedisUnavailable
 
 UNKNOWN_STATE = BackendState()
 NO_OFFER: Sequence[Offer | None] = (None,)
-# A body that asks for an answer in every API.
-ORDINARY = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x"}
+# Bodies that ask for an answer: servers that have the routes of an agent's API may not take what is of another.
+MESSAGES, INPUT = {"messages": [{"role": "user", "content": "x"}]}, {"input": "x"}
+ORDINARY: Mapping[str, dict[str, Any]] = {
+    "/v1/messages": MESSAGES,
+    "/v1/messages/count_tokens": MESSAGES,
+    "/v1/responses": INPUT,
+    "/v1/responses/input_tokens": INPUT,
+}
+IN_OTHER_APIS = {**MESSAGES, **INPUT, "prompt": "x"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Question:
 
     def way(self, offer: Offer) -> Way | None:
         """How a backend would be asked for the answer to an ordinary call."""
-        return way_of(offer, Call(self.operation, self.asked, self.model, False, ORDINARY))
+        body = ORDINARY.get(self.operation.path, IN_OTHER_APIS)
+        return way_of(offer, Call(self.operation, self.asked, self.model, False, body))
 
 
 @dataclass(frozen=True)

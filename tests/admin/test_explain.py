@@ -21,6 +21,7 @@ from gateway.components import default_quota
 from gateway.dialects import registry
 from gateway.dialects.dialect import Operation
 from gateway.fleet.backends.circuit_breaker import FAILURES_UNTIL_OPEN, CircuitBreaker
+from gateway.fleet.ways import CHATS
 from gateway.ops.cli import explain as cli_explain
 from gateway.stores.redis_client import RedisUnavailable
 from tests.conftest import StartGateway, TestStores
@@ -31,12 +32,19 @@ from tests.support.gateway_settings import entry_of, environment_for
 from tests.support.processes import operate, serving, until
 from tests.support.running_gateway import RunningGateway
 
-STATES = 200
+STATES = 300
 FEW = 4
-PATHS = ("/api/chat", "/v1/chat/completions")
+PATHS = tuple(CHATS.values())
 MODELS = ("llama3.2:latest", "llama3.2", "qwen3:8b", "only-openai", "nobody-has-it", "llama-mini", "claude-x", "dead")
 ALIASES = '{"llama-mini": ["qwen3:8b", "llama3.2"], "claude-*": ["only-openai", "qwen3:8b"], "dead": "nobody-has-it"}'
 MESSAGES = [{"role": "user", "content": "Say hello."}]
+# An ordinary call of each route, with a limit of seven tokens.
+LIMITED: dict[str, dict[str, Any]] = {
+    "/api/chat": {"messages": MESSAGES, "options": {"num_predict": 7}},
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 7},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 7},
+    "/v1/responses": {"input": "Say hello.", "max_output_tokens": 7},
+}
 BODY = {"model": "llama3.2", "messages": MESSAGES, "stream": False}
 RIGHTS: tuple[dict[str, Any], ...] = (
     {},
@@ -58,7 +66,7 @@ RIGHTS: tuple[dict[str, Any], ...] = (
 def fleet() -> Iterator[list[FakeBackend]]:
     with (
         FakeBackend(models=["llama3.2:latest", "qwen3:8b"], name="alpha") as alpha,
-        FakeBackend(models=["llama3.2:latest"], name="beta") as beta,
+        FakeBackend(models=["llama3.2:latest"], name="beta", is_native=True) as beta,
         FakeBackend(models=["llama3.2:latest", "only-openai"], name="gamma", kind="openai") as gamma,
     ):
         yield [alpha, beta, gamma]
@@ -114,9 +122,10 @@ def test_the_explanation_matches_what_happens_next(start_gateway: StartGateway, 
         limits = {name: value for name, value in rights.items() if name != "models"}
         known.append(gateway.key(*models, name=f"key {number}", flags=("show_backend",), **limits))
     met: Counter[tuple[int, str]] = Counter()
+    ways: Counter[tuple[str, bool]] = Counter()
     for _ in range(STATES):
         whole, path, model = chance.choice(known), chance.choice(PATHS), chance.choice(MODELS)
-        body = {"model": model, "messages": MESSAGES, "stream": False, "max_tokens": 7, "options": {"num_predict": 7}}
+        body = {"model": model, **LIMITED[path], "stream": False}
         operation = operation_of(path)
         assert operation.need is not None
         need = operation.need(body)
@@ -131,12 +140,45 @@ def test_the_explanation_matches_what_happens_next(start_gateway: StartGateway, 
         assert (explained["status"], explained["backend"]) == found, json.dumps(explained, indent=1)
         if happened.status_code != 200:
             error = happened.json()["error"]
-            assert isinstance(error, str) or error["code"] == explained["outcome"]
+            assert isinstance(error, str) or error.get("code", explained["outcome"]) == explained["outcome"]
+        else:
+            [row] = [row for row in explained["backends"] if row["order"] == 1]
+            assert (row["translated_to"] or "") == happened.headers.get("x-gateway-translated-to", ""), row
+            ways[path, bool(row["translated_to"])] += 1
         met[found] += 1
         gateway.wait_idle()
     statuses = Counter(status for status, _ in met.elements())
     assert set(statuses) == {200, 403, 429, 503}, met
     assert {backend for _, backend in met} == {"", "alpha", "beta", "gamma"}
+    either = {(path, is_translated) for path in PATHS for is_translated in (False, True)}
+    assert ways.keys() == either - {("/v1/chat/completions", True)}
+
+
+@pytest.mark.parametrize("path", [*registry.operations(registry.dialects())])
+def test_every_route_is_explained(start_gateway: StartGateway, path: str) -> None:
+    """Also where a server has the route: it may not take what is of another API."""
+    with (
+        FakeBackend(models=["x"], name="old") as old,
+        FakeBackend(models=["x"], name="native", is_native=True) as native,
+        FakeBackend("openai", ["x"], name="llama", is_native=True) as llama,
+    ):
+        gateway = start_gateway(old, native, llama)
+        question = Question(rights_of(gateway, gateway.key()), "x", operation_of(path))
+        fleet, defaults = endpoints.fleet_as_seen(gateway.settings, gateway.components), default_quota(gateway.settings)
+        explained = gateway.call(explain.explain(question, fleet, gateway.components.limits, defaults, 4096))
+        assert (explained["status"], explained["route"]) in ((200, path), (400, path))
+        if path in CHATS.values():
+            ways = [row["translated_to"] for row in explained["backends"]]
+            to = "/v1/chat/completions"
+            assert (
+                ways
+                == {
+                    "/api/chat": [None, None, to],
+                    "/v1/chat/completions": [None, None, None],
+                    "/v1/messages": [to, None, None],
+                    "/v1/responses": [to, None, to],
+                }[path]
+            )
 
 
 def test_explaining_counts_towards_no_limit(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
