@@ -162,7 +162,7 @@ def _check(body: dict[str, Any]) -> None:
 
 
 def _passes(body: dict[str, Any], kind: Kind) -> bool:
-    return responses_passthrough.passes_unchanged(responses_passthrough.without_unsupported(body)[0])
+    return responses_passthrough.passes_unchanged(responses_passthrough.without_unsupported(body)[0], kind)
 
 
 def _estimate(body: dict[str, Any]) -> int:

@@ -306,6 +306,33 @@ def test_a_second_backend_answers_in_the_other_way(
         assert (row["backend"], row["translated_to"] or "") == ("second", "" if second is OLLAMA else CHAT)
 
 
+@pytest.mark.parametrize(("capabilities", "effort"), [(["completion"], None), (["completion", "thinking"], "medium")], ids=str)
+def test_an_effort_reaches_only_those_of_ollamas_models_that_think(
+    start_gateway: StartGateway, capabilities: list[str], effort: str | None
+) -> None:
+    """Others would answer 400 to it, and Codex sends it to every model."""
+    with OLLAMA.backend() as backend:
+        listed = {"name": MODEL, "model": MODEL, "capabilities": capabilities}
+        backend.play("/api/tags", answer(200, {"models": [listed]}))
+        gateway = start_gateway(backend)
+        with gateway.openai(gateway.key()) as client:
+            assert whole(client, reasoning={"effort": "medium"}).output_text == ANSWER
+        with gateway.anthropic(gateway.key()) as other:
+            thinking: Any = {"type": "enabled", "budget_tokens": 5000}
+            form: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+            other.messages.create(
+                model=MODEL,
+                max_tokens=8000,
+                messages=[{"role": "user", "content": "hi"}],
+                thinking=thinking,
+                output_config=form,
+            )
+        assert [request.path for request in asked(backend)] == [CHAT, CHAT]
+        assert [request.json.get("reasoning_effort") for request in asked(backend)] == [effort, effort]
+        dropped = [row["dropped"] or "" for row in gateway.audit_rows()]
+        assert dropped == (["", ""] if effort else ["reasoning.effort", "thinking"])
+
+
 @pytest.mark.parametrize("status", [404, 405, 200])
 def test_a_server_that_has_lost_the_path_is_asked_in_the_other_way(start_gateway: StartGateway, status: int) -> None:
     """Its list of paths may be some minutes old. LM Studio answers 200 on paths that it does not have."""

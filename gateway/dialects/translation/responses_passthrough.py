@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from gateway.dialects.dialect import Kind
 from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.responses_request import NOTHING, refuse_state
 from gateway.dialects.translation.responses_tools import is_of_client
@@ -28,7 +29,9 @@ PARTS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 OUTPUTS, THOUGHTS = frozenset({"input_text"}), frozenset({"reasoning_text"})
-EFFORTS = (None, "low", "medium", "high")
+EFFORTS: Mapping[Kind, tuple[str | None, ...]] = MappingProxyType(
+    {"openai": (None, "low", "medium", "high"), "ollama": (None,)}
+)
 
 
 def without_unsupported(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -61,17 +64,18 @@ def _is_kept(tool: Any, dropped: list[str]) -> bool:
     return False
 
 
-def passes_unchanged(body: dict[str, Any]) -> bool:
+def passes_unchanged(body: dict[str, Any], kind: Kind = "openai") -> bool:
     """Whether every server with this API does what `body` asks for; else the request is better translated.
 
     `body` is what `without_unsupported` returns. Servers refuse tools and items that chat/completions does not have, or take
     such tools for functions without parameters. They leave out, without a word: a format (llama.cpp, and Ollama if it has no
-    schema), a choice of tools (Ollama). Some efforts are a 400 of vLLM's.
+    schema), a choice of tools (Ollama). Some efforts are a 400 of vLLM's, and any is
+    one of Ollama's for a model that does not think.
     """
     text, reasoning = (body.get(name) or {} for name in ("text", "reasoning"))
     if not isinstance(text, dict) or not isinstance(reasoning, dict):
         return False
-    if text.get("format") not in (None, {"type": "text"}) or reasoning.get("effort") not in EFFORTS:
+    if text.get("format") not in (None, {"type": "text"}) or reasoning.get("effort") not in EFFORTS[kind]:
         return False
     if body.get("tool_choice") not in (None, "auto"):
         return False
