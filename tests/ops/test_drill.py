@@ -60,7 +60,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "the first backend is the only one": (
-        "refused frozen failing garbage",
+        "refused frozen failing garbage native",
         """
         from gateway.fleet import failover
         choose = failover.choose
@@ -86,7 +86,34 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         "dying",
         """
         from gateway.dialects import ollama
-        ollama.Ollama.error_frame = lambda self, error: b'{"done":true,"done_reason":"stop"}\\n'
+        ollama.Ollama.error_frame = lambda self, error, tail=(): b'{"done":true,"done_reason":"stop"}\\n'
+        """,
+    ),
+    "a backend's API is not found out": (
+        "native",
+        """
+        from gateway.fleet import routes
+        from gateway.ops.drill import agent_faults
+        async def find_none(backend, known):
+            return ()
+        routes.find, agent_faults.FOUND_S = find_none, 1.0
+        """,
+    ),
+    "a cut stream of an agent looks complete": (
+        "cut",
+        """
+        from gateway.dialects import anthropic
+        frame = b'event: message_stop\\ndata: {"type":"message_stop"}\\n\\n'
+        anthropic.Anthropic.error_frame = lambda self, error, tail=(): frame
+        """,
+    ),
+    "a cut stream of an agent ends as if it were another's": (
+        "cut",
+        """
+        from gateway.dialects import openai
+        from gateway.dialects import responses
+        error_frame = openai.OpenAI.error_frame
+        responses.Responses.error_frame = lambda self, error, tail=(): error_frame(self._openai, error)
         """,
     ),
     "nobody checks whether the caller is there": (
@@ -138,6 +165,15 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
                 raise errors.UnknownRoute
             return find(self, name, patterns)
         catalog.Catalog.find = find_or_reveal
+        """,
+    ),
+    "an unknown model can be told from a forbidden one by an agent": (
+        "unknown",
+        """
+        import itertools
+        from gateway.dialects import anthropic
+        error, number = anthropic.Anthropic.error, itertools.count()
+        anthropic.Anthropic.error = lambda self, *of: error(self, *of) + b" " * next(number)
         """,
     ),
     "any key may change models": (

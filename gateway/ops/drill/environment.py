@@ -28,6 +28,7 @@ from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.edge import server
 from gateway.limits.quota import Quota
+from gateway.ops.drill.agent_answers import request_of
 from gateway.ops.drill.client import Client, ClientAnswer, chat, fetch
 from gateway.ops.drill.fake_backend import HOST, FakeBackend
 from gateway.ops.drill.redis_proxy import RedisProxy, can_be_proxied
@@ -37,7 +38,8 @@ from gateway.stores.redis_client import RedisUnavailable, delete_names
 from gateway.telemetry import metrics
 
 # Each has its fault and a model of its own name.
-FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing")
+NATIVE = "drill-native"
+FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing", NATIVE)
 SINGLE, PLAIN, HEALTHY = "drill-alone", "drill-plain", "drill-sound"
 FOLDERS = "nz-drill-"
 START_S, STOP_S, CLEAN_S = 20.0, 5.0, 10.0
@@ -139,7 +141,7 @@ class Environment:
         self._installation, self._database, self.key_store = installation, database, key_store
         self._with_third = with_third
         self.client = Client(installation.id_header)
-        self.backends = {name: FakeBackend(name, name) for name in (*FAULTY, SINGLE)}
+        self.backends = {name: FakeBackend(name, name, is_native=name == NATIVE) for name in (*FAULTY, SINGLE)}
         self.healthy = self.backends[HEALTHY] = FakeBackend(HEALTHY, PLAIN, *FAULTY)
         self.redis_proxy = RedisProxy(installation.redis_url) if can_be_proxied(installation.redis_url) else None
         self.is_closed_without_redis = installation.is_closed_without_redis
@@ -245,7 +247,7 @@ class Environment:
 
     async def ask(self, path: str, model: str, key: str = "plain", *, stream: bool, at: Process | None = None) -> ClientAnswer:
         url = (at or self.first).url + path
-        return await self.client.ask(url, self.keys[key], chat(model, stream=stream))
+        return await self.client.ask(url, self.keys[key], request_of(path, chat(model, stream=stream)))
 
     async def rows(self) -> dict[str, list[dict[str, Any]]]:
         """The audit's rows of the drill's keys, by request id."""

@@ -8,13 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from gateway.ops.drill import agent_answers
+from gateway.ops.drill.agent_answers import AGENTS
+
 HOST = "127.0.0.1"
 LONGEST_HEAD, LONGEST_WAIT_S = 65_536, 60.0
 THOUGHT_S = 0.3
 MOMENT = "2026-01-01T00:00:00Z"
 REFUSAL = "this message is the model server's"
 WORDS = ("The ", "tide ", "comes ", "in.")
-CHATS = {"/api/chat": "application/x-ndjson", "/v1/chat/completions": "text/event-stream"}
+CHATS = ("/api/chat", "/v1/chat/completions")
 
 
 @dataclass
@@ -38,10 +41,14 @@ Behaviour = Callable[["FakeBackend", ReceivedCall, Writer], Awaitable[None]]
 
 
 class FakeBackend:
-    """`async with FakeBackend(name, model) as backend:`; `behaviour` answers each chat."""
+    """`async with FakeBackend(name, model) as backend:`; `behaviour` answers each chat.
 
-    def __init__(self, name: str, *models: str) -> None:
+    One that `is_native` has the APIs of coding agents, too.
+    """
+
+    def __init__(self, name: str, *models: str, is_native: bool = False) -> None:
         self.name, self.models = name, models
+        self._paths = CHATS + (AGENTS if is_native else ())
         self.behaviour: Behaviour = answer_well
         self.chats: list[ReceivedCall] = []
         self.heads: list[str] = []
@@ -92,10 +99,15 @@ class FakeBackend:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         path = first.split(" ")[1]
-        if path not in CHATS:
+        if path not in self._paths:
             await send_whole(writer, 200, self._fact(path))
             return True
-        chat = ReceivedCall(path, headers, json.loads(body), time.monotonic())
+        fields = json.loads(body)
+        if not isinstance(fields, dict):
+            # By this the gateway finds out which paths there are.
+            await send_whole(writer, 400, {"error": "not an object"})
+            return True
+        chat = ReceivedCall(path, headers, fields, time.monotonic())
         self.chats.append(chat)
         watch = asyncio.create_task(self._watch(reader, chat, writer))
         try:
@@ -129,7 +141,7 @@ async def send_whole(writer: Writer, status: int, value: Any, kind: str = "appli
 
 async def begin_stream(chat: ReceivedCall, writer: Writer) -> None:
     """In chunks, as HTTP/1.1 has them."""
-    kind = CHATS[chat.path].encode()
+    kind = b"application/x-ndjson" if chat.path == "/api/chat" else b"text/event-stream"
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n" % kind)
     await writer.drain()
 
@@ -142,6 +154,8 @@ async def send_frame(writer: Writer, frame: bytes) -> None:
 def frames(chat: ReceivedCall) -> list[bytes]:
     """The frames of the answer; the last one is marked as the last."""
     model = chat.body["model"]
+    if chat.path in AGENTS:
+        return agent_answers.frames(chat.path, model, WORDS)
     if chat.path == "/api/chat":
         head = {"model": model, "created_at": MOMENT}
         pieces = [{**head, "message": {"role": "assistant", "content": word}, "done": False} for word in WORDS]
@@ -157,6 +171,8 @@ def frames(chat: ReceivedCall) -> list[bytes]:
 def whole(chat: ReceivedCall) -> bytes:
     message = {"role": "assistant", "content": "".join(WORDS)}
     model = chat.body["model"]
+    if chat.path in AGENTS:
+        return agent_answers.whole(chat.path, model, WORDS)
     if chat.path == "/api/chat":
         record = {"model": model, "created_at": MOMENT, "message": message, "done": True, "done_reason": "stop"}
         return json.dumps({**record, "prompt_eval_count": 3, "eval_count": len(WORDS)}).encode()
