@@ -5,12 +5,12 @@ from collections.abc import Collection
 DID_YOU_MEAN = "There is no such route here; did you mean {}?"
 LONGEST_PATH, MOST_PARTS = 120, 8
 PREFIXES = ("", "/v1", "/api")
-INSTEAD = {"/v1": "/v1/models", "/api": "/api/tags", "/responses": "/v1/chat/completions"}
+INSTEAD = {"/v1": "/v1/models", "/api": "/api/tags"}
 VARIABLE = "/v1/models/"
 # How paths of OpenAI's API begin where a client's base URL lacks /v1 or has something in front of it.
 OPENAIS = frozenset(
-    "v1 openai assistants audio batches chat completions conversations embeddings evals files fine_tuning images models "
-    "moderations realtime responses threads uploads vector_stores videos".split()
+    "v1 openai assistants audio batches chat completions conversations embeddings evals files fine_tuning images messages "
+    "models moderations realtime responses threads uploads vector_stores videos".split()
 )
 
 

@@ -276,8 +276,9 @@ SUGGESTIONS = {
     "/tags": "/api/tags",
     "/api/api/chat": "/api/chat",
     "/embeddings": "/v1/embeddings",
-    "/v1/responses": "/v1/chat/completions",
-    "/responses": "/v1/chat/completions",
+    "/responses": "/v1/responses",
+    "/messages": "/v1/messages",
+    "/v1/v1/messages": "/v1/messages",
 }
 
 
@@ -288,11 +289,11 @@ def test_mistyped_paths_get_a_suggestion(gateway: RunningGateway) -> None:
                 assert (got.status_code, message(got)) == (404, f"There is no such route here; did you mean {meant}?"), typed
                 # In the dialect of the suggested route: with /v1 missing or doubled it is still an OpenAI client.
                 assert isinstance(got.json()["error"], dict) == meant.startswith("/v1"), typed
+                assert ("request_id" in got.json()) == meant.startswith("/v1/messages"), typed
         for typed in (
             "/favicon.ico",
             "/admin",
             "/admin/v1/key",
-            "/v1/messages",
             "/v1/m",
             "/metrics",
             "/dashboard",

@@ -136,7 +136,7 @@ def test_kills_and_restarts_lose_no_row_and_duplicate_none(stores: DurableStores
     assert max(by_request.values()) == 1 and len({row["id"] for row in rows}) == len(rows)
     answered = {name for name, outcome in outcomes.items() if outcome == "answered"}
     assert clients.whole <= answered and len(clients.whole) > 200
-    reached = {call.header("x-request-id") for call in backend.requests if call.method == "POST"}
+    reached = {call.header("x-request-id") for chat in CHATS for call in backend.calls(chat.path)}
     assert reached <= set(outcomes), "a call that reached a backend has no row"
     abandoned = {name for name, outcome in outcomes.items() if outcome == "abandoned"}
     assert abandoned and not abandoned & clients.whole
@@ -311,5 +311,5 @@ def test_sigterm_under_load_writes_a_row_for_every_answer(stores: DurableStores,
     assert len({row["request_id"] for row in rows}) == len(rows)
     assert {row["outcome"] for row in rows} <= {"answered", "shutdown", "refused:shutting_down"}
     assert whole == {row["request_id"] for row in rows if row["outcome"] == "answered"} and cut == 0
-    reached = {call.header("x-request-id") for call in backend.requests if call.method == "POST"}
+    reached = {call.header("x-request-id") for chat in CHATS for call in backend.calls(chat.path)}
     assert reached <= {row["request_id"] for row in rows}
