@@ -1,8 +1,11 @@
 """The playground against odd answers and hasty hands: it never hangs, loses nothing, and stays where the user is."""
 
+import json
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -265,6 +268,72 @@ def test_the_copied_curl_command_runs_with_a_large_image(
     assert b"[DONE]" in done.stdout, done.stderr[-300:]
     first, second = (call.json for call in alpha.calls(CHAT)[-2:])
     assert first == second and len(command) > 150_000
+
+
+@pytest.mark.parametrize(
+    ("api", "path"),
+    [("OpenAI chat", CHAT), ("OpenAI Responses", "/v1/responses"), ("Anthropic Messages", "/v1/messages")],
+)
+def test_copied_calls_run_in_each_api(
+    gateway: RunningGateway, alpha: FakeBackend, tmp_path: Path, browser: Browser, api: str, path: str
+) -> None:
+    """They ask the model for the same: backends that do not have the API get the body that the page sent."""
+    picture = tmp_path / "pixel.png"
+    picture.write_bytes(PIXEL)
+    alpha.play("/api/show", lambda _: answer(200, {"capabilities": ["vision"], "details": {}, "model_info": {}}))
+    key = gateway.key()
+    with page_of(browser) as page:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=gateway.url)
+        enter(page, gateway, key)
+        page.locator("summary").first.click()
+        page.fill("#system", "Be 'brief'.")
+        page.fill("#temperature", "0.5")
+        page.fill("#max-tokens", "77")
+        page.check("#json")
+        ask(page, "First")
+        is_done(page)
+        page.set_input_files("#image", picture)
+        ask(page, "It's a 'quoted' $word `and` \\n more")
+        expect(page.locator(".facts")).to_have_count(2)
+        is_done(page)
+        last = page.locator(".answer").last
+        last.get_by_label("API of the copied call").select_option(api)
+        copied = {}
+        for way in ("curl", "Python", "JavaScript"):
+            last.get_by_role("button", name=f"Copy as {way}").click()
+            copied[way] = str(page.evaluate("navigator.clipboard.readText()"))
+        sent = alpha.calls(CHAT)[-1].json
+        in_page = copied["JavaScript"].replace("process.env.KEY", json.dumps(key))
+        in_page = in_page.replace("process.stdout.write(piece)", "all += piece")
+        streamed_text = page.evaluate(f"async () => {{ let all = ''; {in_page} return all; }}")
+    for way, command in (("curl", ["sh"]), ("Python", [sys.executable])):
+        (tmp_path / way).write_text(copied[way])
+        names = {"KEY": key, "PATH": "/usr/bin:/bin"}
+        done = subprocess.run([*command, tmp_path / way], env=names, capture_output=True, timeout=30, check=False)
+        assert done.returncode == 0 and done.stdout, done.stderr[-600:]
+    assert {"OpenAI chat": "[DONE]", "OpenAI Responses": "response.completed", "Anthropic Messages": "message_stop"}[
+        api
+    ] in streamed_text
+    rows = gateway.audit_rows()[-3:]
+    assert [(row["route"], row["status"], row["dropped"]) for row in rows] == [(path, 200, None)] * 3
+    # Translations ask Ollama for JSON by a schema that takes any object.
+    form = "json_object" if path == CHAT else "json_schema"
+    for call in alpha.calls(CHAT)[-3:]:
+        assert call.json["response_format"]["type"] == form
+        assert comparable(call.json) == comparable(sent)
+
+
+def comparable(body: dict[str, Any]) -> dict[str, Any]:
+    return {**body, "messages": plain(body["messages"]), "response_format": None}
+
+
+def plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A text alone is the same as a list of one text."""
+
+    def parts(content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    return [{**message, "content": parts(message["content"])} for message in messages]
 
 
 def test_a_key_with_characters_that_no_header_can_carry(gateway: RunningGateway, browser: Browser) -> None:

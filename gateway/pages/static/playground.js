@@ -135,11 +135,38 @@ function newChat() {
 
 // ── showing ──
 
-const examples = {
-  curl: (body) => `curl -N ${location.origin}/v1/chat/completions \\\n  -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \\\n  --data-binary @- <<'END'\n${JSON.stringify(body)}\nEND`,
-  Python: (body) => `import json\nimport os\nfrom openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", api_key=os.environ["KEY"])\nbody = json.loads(r'''${JSON.stringify(body).replaceAll("'", "\\u0027")}''')\nfor chunk in client.chat.completions.create(**body):\n    if chunk.choices:\n        print(chunk.choices[0].delta.content or "", end="", flush=True)`,
-  JavaScript: (body) => `const answer = await fetch("${location.origin}/v1/chat/completions", {\n  method: "POST",\n  headers: { Authorization: \`Bearer \${process.env.KEY}\`, "Content-Type": "application/json" },\n  body: JSON.stringify(${JSON.stringify(body)}),\n});\nfor await (const piece of answer.body.pipeThrough(new TextDecoderStream())) process.stdout.write(piece);`,
+// A body of the chat API in the form of each API, and what its official Python client prints of it.
+const textOf = (messages) => messages.filter((message) => message.role === "system").map((message) => message.content).join("\n");
+const withParts = (messages, part) => messages.filter((message) => message.role !== "system").map(({ role, content }) => ({ role, content: typeof content === "string" ? content : content.map(part) }));
+
+function messagesBody({ model, messages, temperature, max_tokens, response_format: format }) {
+  const image = (url) => { const [, type, data] = url.match(/^data:([^;]*);base64,(.*)$/s); return { type: "image", source: { type: "base64", media_type: type, data } }; };
+  return { model, ...(textOf(messages) && { system: textOf(messages) }), messages: withParts(messages, (part) => (part.type === "text" ? part : image(part.image_url.url))), max_tokens: max_tokens ?? 4096, ...(temperature !== undefined && { temperature }), ...(format && { output_config: { format: { type: "json_schema", schema: { type: "object" } } } }), stream: true };
+}
+
+function responsesBody({ model, messages, temperature, max_tokens, response_format: format }) {
+  const part = (one) => (one.type === "text" ? { type: "input_text", text: one.text } : { type: "input_image", image_url: one.image_url.url });
+  return { model, ...(textOf(messages) && { instructions: textOf(messages) }), input: withParts(messages, part), ...(max_tokens !== undefined && { max_output_tokens: max_tokens }), ...(temperature !== undefined && { temperature }), ...(format && { text: { format } }), stream: true };
+}
+
+// Versions of Anthropic's client differ in which other fields they know, such as the temperature.
+const apis = {
+  "OpenAI chat": { path: "/v1/chat/completions", of: (body) => body, headers: {}, python: ["from openai import OpenAI", "OpenAI", "/v1", "for chunk in client.chat.completions.create(**body):\n    if chunk.choices:\n        print(chunk.choices[0].delta.content or \"\", end=\"\", flush=True)"] },
+  "OpenAI Responses": { path: "/v1/responses", of: responsesBody, headers: {}, python: ["from openai import OpenAI", "OpenAI", "/v1", "for event in client.responses.create(**body):\n    if event.type == \"response.output_text.delta\":\n        print(event.delta, end=\"\", flush=True)"] },
+  "Anthropic Messages": { path: "/v1/messages", of: messagesBody, headers: { "anthropic-version": "2023-06-01" }, python: ["from anthropic import Anthropic", "Anthropic", "", "needed = {name: body.pop(name) for name in (\"model\", \"max_tokens\", \"messages\", \"stream\")}\nfor event in client.messages.create(**needed, extra_body=body):\n    if event.type == \"content_block_delta\" and event.delta.type == \"text_delta\":\n        print(event.delta.text, end=\"\", flush=True)"] },
 };
+
+const examples = {
+  curl: ({ path, headers }, body) => `curl -N ${location.origin}${path} \\\n  -H "Authorization: Bearer $KEY" -H "Content-Type: application/json"${Object.entries(headers).map(([name, value]) => ` -H "${name}: ${value}"`).join("")} \\\n  --data-binary @- <<'END'\n${body}\nEND`,
+  Python: ({ python: [imported, client, base, reading] }, body) => `import json\nimport os\n${imported}\n\nclient = ${client}(base_url="${location.origin}${base}", api_key=os.environ["KEY"])\nbody = json.loads(r'''${body.replaceAll("'", "\\u0027")}''')\n${reading}`,
+  JavaScript: ({ path, headers }, body) => `const answer = await fetch("${location.origin}${path}", {\n  method: "POST",\n  headers: { Authorization: \`Bearer \${process.env.KEY}\`, "Content-Type": "application/json"${Object.entries(headers).map(([name, value]) => `, "${name}": "${value}"`).join("")} },\n  body: JSON.stringify(${body}),\n});\nfor await (const piece of answer.body.pipeThrough(new TextDecoderStream())) process.stdout.write(piece);`,
+};
+
+function copyButtons(answer) {
+  const api = h("select", { "aria-label": "API of the copied call" }, ...Object.keys(apis).map((name) => h("option", { value: name }, name)));
+  const text = (of) => of(apis[api.value], JSON.stringify(apis[api.value].of(answer.body)));
+  return [...Object.entries(examples).map(([name, of]) => button(`Copy as ${name}`, (event) => copy(event.target, text(of)))), api];
+}
 
 function detailsOf(answer) {
   const facts = [];
@@ -185,8 +212,7 @@ function drawAnswer(turn, answer) {
     if (thinking.lastChild.textContent.length !== answer.thinking.length) thinking.lastChild.textContent = answer.thinking;
     if (!answer.done) return;
     box.removeAttribute("aria-busy");
-    const copied = Object.entries(examples).map(([name, of]) => button(`Copy as ${name}`, (event) => copy(event.target, of(answer.body))));
-    below.replaceChildren(...(answer.problem ? [errorBox(turn, answer)] : []), h("div", { class: "facts" }, ...detailsOf(answer).map((fact) => h("span", {}, fact))), h("div", { class: "actions" }, button("Copy", (event) => copy(event.target, answer.text)), ...copied));
+    below.replaceChildren(...(answer.problem ? [errorBox(turn, answer)] : []), h("div", { class: "facts" }, ...detailsOf(answer).map((fact) => h("span", {}, fact))), h("div", { class: "actions" }, button("Copy", (event) => copy(event.target, answer.text)), ...copyButtons(answer)));
   };
   answer.draw();
   return box;
