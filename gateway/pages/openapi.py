@@ -21,8 +21,9 @@ from gateway.telemetry.metrics_endpoint import MetricsEndpoint
 FOLDER = Path(__file__).parent / "openapi"
 JSON, EVENTS, FORM = "application/json", "text/event-stream", "multipart/form-data"
 DESCRIPTION = (
-    "A gateway in front of your model servers, for clients of Ollama and of OpenAI. When a model server refuses a request with "
-    "a status from 400 to 499, the caller gets its message. Every answer has a request id, by which operators find the request."
+    "A gateway in front of your model servers, for clients of Ollama, OpenAI and Anthropic. When a model server refuses a "
+    "request with a status from 400 to 499, the caller gets its message. Every answer has a request id, by which operators "
+    "find the request."
 )
 SERVERS = [
     {"url": "/"},

@@ -155,7 +155,8 @@ async def _backend(backend: Backend, advice: str) -> list[Finding]:
         return [problem(check, f"its token is {seen['token'].lower()}", how)]
     if seen["problem"]:
         return [problem(check, seen["problem"], _advice(seen["problem"], advice))]
-    found = f"{seen['models']} models in {seen['latency_ms']} ms, token {seen['token']}"
+    dialects = ", ".join(seen["speaks"])
+    found = f"{seen['models']} models in {seen['latency_ms']} ms, token {seen['token']}, speaks {dialects}"
     if not seen["models"]:
         return [warning(check, found, "give it a model (Ollama: `ollama pull NAME`)")]
     if seen["latency_ms"] > SLOW_MS:
