@@ -165,3 +165,29 @@ def test_the_documentation_opens_the_route_in_its_url(gateway: RunningGateway, b
         expect(page.locator("#nothing")).to_be_visible()
         page.fill("#find", "")
         expect(page.locator("#nothing")).not_to_be_visible()
+
+
+def test_answers_of_a_gateway_of_the_version_before_are_shown(gateway: RunningGateway, admin: str, browser: Browser) -> None:
+    """During an update the page may be of one version and the answer of the other."""
+    new = ("speaks", "translated_to", "dropped")
+
+    def without_new(route: Route) -> None:
+        value = route.fetch().json()
+        rows = value if isinstance(value, list) else value["backends"]
+        for row in rows:
+            for name in new:
+                row.pop(name, None)
+        route.fulfill(json=value)
+
+    with gateway.http(gateway.key()) as client:
+        assert client.post("/api/chat", json=CHAT).status_code == 200
+    gateway.audit_rows()
+    with page_of(browser) as page:
+        page.route("**/admin/v1/overview", without_new)
+        page.route("**/admin/v1/audit?*", without_new)
+        # Only the first overview is shown.
+        page.route("**/admin/v1/events", holding([]))
+        enter(page, gateway, admin)
+        expect(page.locator('#backends [data-label="Speaks"]').first).to_have_text("–")
+        page.click("[data-tab=audit]")
+        expect(page.locator('#rows [data-label="Backend"]')).to_have_text("alpha")

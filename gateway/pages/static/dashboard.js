@@ -126,7 +126,7 @@ function drawOverview() {
     { name: "In progress", number: true, of: (row) => `${row.in_flight}/${row.max_connections}` },
     { name: "Latency", number: true, of: (row) => ms(row.latency_ms) },
     { name: "Models", number: true, of: (row) => number(row.models) },
-    { name: "Speaks", wide: true, of: (row) => row.speaks.join(", ") || "–" },
+    { name: "Speaks", wide: true, of: (row) => (row.speaks || []).join(", ") || "–" },
     { name: "Loaded", wide: true, of: (row) => loadedModels(row.running) },
     { name: "Last error", wide: true, of: (row) => h("span", { class: "bad" }, row.error) },
     { name: "", of: (row) => h("div", { class: "actions" },
