@@ -98,7 +98,8 @@ class Discovery:
         return self
 
     async def refreshed(self) -> list[dict[str, Any]]:
-        """Polls all backends; returns a row for each: `backend`, `models` (how many) and `state`."""
+        """Polls all backends, also for their paths; returns a row for each: `backend`, `models` (how many) and `state`."""
+        self._snapshots = {name: replace(snapshot, routes_at=0.0) for name, snapshot in self._snapshots.items()}
         await self.refresh()
         return [
             {"backend": found.backend, "models": len(found.models), "state": found.state} for found in self.catalog.snapshots
@@ -137,8 +138,8 @@ class Discovery:
         self._rebuild()
         if not snapshot.error and not snapshot.routes_at:
             # Until then calls for such paths are translated.
-            found = await routes.find(backend, known)
-            self._snapshots[backend.name] = replace(self._snapshots[backend.name], routes=found, routes_at=time.time())
+            found, at = await routes.find(backend, known)
+            self._snapshots[backend.name] = replace(self._snapshots[backend.name], routes=found, routes_at=at)
             self._rebuild()
 
     def _rebuild(self) -> None:
@@ -255,10 +256,9 @@ async def _with_hint(backend: Backend, fault: BackendFault) -> BackendFault:
 
 
 async def takes_token(backend: Backend) -> bool:
-    """Whether the routes for calls accept the token: llama.cpp lists its models without. An empty call generates nothing."""
+    """Whether the routes for calls accept the token: llama.cpp lists its models without. Nothing is generated."""
     path = "/v1/chat/completions" if backend.kind == "openai" else "/api/chat"
-    headers = {"Content-Type": "application/json"}
-    async with backend.send("POST", path, headers, b"{}", wait_s=POLL_DEADLINE_S) as upstream:
+    async with backend.send("POST", path, routes.HEADERS, routes.PROBE, wait_s=POLL_DEADLINE_S) as upstream:
         return upstream.status not in (401, 403)
 
 

@@ -22,7 +22,7 @@ async def probe(backend: Backend) -> dict[str, Any]:
     try:
         found = await poll(backend)
         is_open = await takes_token(backend)
-        dialects = speaks(backend.kind, await routes.find(backend, found)) if is_open else None
+        dialects = speaks(backend.kind, (await routes.find(backend, found))[0]) if is_open else None
     except BackendFault as fault:
         refused = fault.reason == "token_refused"
         verdict = {"token": _token_words(has_token, is_open=False) if refused else None, "problem": str(fault)}

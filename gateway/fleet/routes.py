@@ -33,10 +33,14 @@ def with_known(fresh: Snapshot, known: Snapshot) -> Snapshot:
     return replace(fresh, routes=known.routes, routes_at=known.routes_at if is_fresh else 0.0)
 
 
-async def find(backend: Backend, known: Snapshot) -> tuple[str, ...]:
-    """Asks for each path; what an answer does not show is as it was."""
+async def find(backend: Backend, known: Snapshot) -> tuple[tuple[str, ...], float]:
+    """Asks for each path; what an answer does not show is as it was, and is asked for again at the next poll.
+
+    Returns the paths and the `routes_at` of them.
+    """
     found = await asyncio.gather(*(has_path(backend, path) for path in OPTIONAL))
-    return tuple(path for path, has in zip(OPTIONAL, found, strict=True) if has or (has is None and path in known.routes))
+    routes = [path for path, has in zip(OPTIONAL, found, strict=True) if has or (has is None and path in known.routes)]
+    return tuple(routes), 0.0 if None in found else time.time()
 
 
 async def has_path(backend: Backend, path: str) -> bool | None:
