@@ -77,7 +77,7 @@ async def read_beginning(
     """
     try:
         if upstream.status != 200:
-            raise await refusal(upstream, backend, call.operation)
+            raise await refusal(upstream, backend, _asked(upstream, call))
         if call.operation.media:
             return await _of_any_type(backend, upstream, call, dialect, reservation)
         if call.stream:
@@ -88,12 +88,17 @@ async def read_beginning(
         raise AnswerTooLarge from large
     except BadFrame as bad:
         reported = refusals.read(bad.error)
-        if call.operation.is_optional and UNKNOWN_ENDPOINT.search(reported.text):
+        if _asked(upstream, call).is_optional and UNKNOWN_ENDPOINT.search(reported.text):
             raise BackendFault(NO_ROUTE, "status 200") from bad
         refused = refusals.meaning(200, reported, backend.config) if bad.error else None
         raise refused or _failed("bad_first_frame", redaction.redact(str(bad), backend.config), reported) from bad
     except BackendFault as fault:
         raise BackendFault("cut_short", fault.detail) if fault.reason == "broken_off" else fault from None
+
+
+def _asked(upstream: Upstream, call: Call) -> Operation:
+    """What the backend was asked for the call."""
+    return upstream.operation if isinstance(upstream, TranslatedResponse) else call.operation
 
 
 async def _whole(backend: Backend, upstream: Upstream, call: Call, held: Reservation) -> Opening:
@@ -166,7 +171,7 @@ def _error_in(data: bytes) -> dict[str, Any]:
 
 
 async def refusal(upstream: Upstream, backend: Backend, operation: Operation) -> BackendFault | GatewayError:
-    """The error for a status other than 200."""
+    """The error for a status other than 200, to a request for this operation."""
     status = upstream.status
     if status in (429, 503):
         return Busy(status, retry_after(upstream.headers.get("Retry-After", "")))

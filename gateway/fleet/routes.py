@@ -47,7 +47,7 @@ async def has_path(backend: Backend, path: str) -> bool | None:
     """None if the answer does not show it."""
     try:
         async with backend.send("POST", path, HEADERS, PROBE, wait_s=DEADLINE_S) as upstream:
-            if POOR.get(path, "-") in upstream.headers.get("Server", ""):
+            if path in POOR and POOR[path] in upstream.headers.get("Server", ""):
                 return False
             return verdict(upstream.status, upstream.headers.get("Content-Type", ""))
     except BackendFault:

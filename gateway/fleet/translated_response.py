@@ -29,6 +29,8 @@ class TranslatedResponse:
     ) -> None:
         self._upstream, self._translation, self._config = upstream, translation, config
         self.status, self.headers = upstream.status, upstream.headers
+        # What the backend was asked.
+        self.operation = translation.call.operation
         self.content_type = framing.content_type if translation.call.stream else "application/json"
         self._framing = translation.dialect.framing
         self._buffer = FrameBuffer(self._framing, bound)

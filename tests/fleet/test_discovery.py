@@ -149,6 +149,14 @@ def test_health_checks_never_generate(start_gateway: StartGateway, alpha: FakeBa
     assert len(asked) == len(routes.OPTIONAL), "what is known is not asked for again"
 
 
+@pytest.mark.parametrize("server", ["istio-envoy", "lm-studio", "uvicorn"])
+def test_the_name_of_a_server_hides_no_path(start_gateway: StartGateway, alpha: FakeBackend, server: str) -> None:
+    for path in routes.OPTIONAL:
+        alpha.play(path, answer(400, {"error": "no"}, "application/json", ("Server", server)))
+    [snapshot] = start_gateway(alpha).components.discovery.catalog.snapshots
+    assert snapshot.routes == routes.OPTIONAL
+
+
 def test_versions_and_running_models(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> None:
     alpha.play("/api/version", answer(200, {"version": "0.12.3-rc1+gw"}))
     beta.play("/api/version", answer(200, {"version": "v0.9.1"}))

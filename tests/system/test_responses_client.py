@@ -12,7 +12,20 @@ import pytest
 from tests.conftest import StartGateway
 from tests.support.fake_backend import native_responses
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.scripts import FAULTS, PLAIN, Close, End, Forever, Head, Piece, Reset, Step, answer, recording
+from tests.support.fake_backend.scripts import (
+    FAULTS,
+    PLAIN,
+    SSE,
+    Close,
+    End,
+    Forever,
+    Head,
+    Piece,
+    Reset,
+    Step,
+    answer,
+    recording,
+)
 from tests.support.model_servers import CHAT, CHAT_ONLY, LLAMACPP, MODEL, OLLAMA, PNG, SCHEMA, SERVERS, ModelServer, asked
 from tests.support.running_gateway import RunningGateway
 
@@ -345,6 +358,35 @@ def test_a_server_that_has_lost_the_path_is_asked_in_the_other_way(start_gateway
         assert [request.path for request in asked(backend)] == ["/v1/responses", CHAT]
         row = gateway.audit_rows()[-1]
         assert (row["status"], row["translated_to"]) == (200, CHAT) and "no_route" in row["attempts"]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_chat_server_without_its_own_path_is_unavailable(start_gateway: StartGateway, is_stream: bool) -> None:
+    """As for a client that asks for the chat itself: all its servers have that path, so that the model must be gone."""
+    with CHAT_ONLY.backend() as backend:
+        gateway = start_gateway(backend)
+        backend.play(CHAT, answer(404, b"404 page not found", PLAIN))
+        with gateway.http(gateway.key()) as client:
+            body = {"model": MODEL, "stream": is_stream}
+            got = [
+                client.post("/v1/responses", json={**body, "input": "Say hi"}),
+                client.post("/v1/messages", json={**body, "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}),
+                client.post(CHAT, json={**body, "messages": [{"role": "user", "content": "Hi"}]}),
+            ]
+        assert [found.status_code for found in got] == [503] * 3
+        assert {"model_gone" in row["attempts"] for row in gateway.audit_rows()} == {True}
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_a_stream_without_an_answer_is_none(start_gateway: StartGateway, path: str) -> None:
+    with CHAT_ONLY.backend("empty") as empty, CHAT_ONLY.backend("good") as good:
+        gateway = start_gateway(empty, good)
+        empty.play(CHAT, [Head(200, [("Content-Type", SSE)], chunked=True), Piece(b"data: [DONE]\n\n"), End()])
+        with gateway.http(gateway.key()) as client:
+            fields = {"input": "Say hi"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "Say hi"}]}
+            got = client.post(path, json={"model": MODEL, "stream": True, **fields})
+        assert got.status_code == 200 and "good" in got.text
+        assert "bad_first_frame" in gateway.audit_rows()[-1]["attempts"]
 
 
 def test_what_is_refused_and_how(gateway: RunningGateway, client: Any, alpha: FakeBackend) -> None:

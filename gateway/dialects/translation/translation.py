@@ -78,6 +78,8 @@ class Translation:
         if self.is_ended:
             return b""
         if payload.startswith(DONE):
+            if not self._has_begun:
+                raise BadFrame("no answer in it")
             return self._ended()
         begun = b""
         if not self._has_begun:
