@@ -36,7 +36,7 @@ class Anthropic:
     name = "anthropic"
     framing: Framing = MessageEvents()
     known_fields = KNOWN_FIELDS | CHECKED_FIELDS
-    tolerates_fields = counts_first = True
+    tolerates_fields = needs_first = True
 
     def __init__(self) -> None:
         none: frozenset[Kind] = frozenset()

@@ -145,13 +145,16 @@ class Dialect(Protocol):
     known_fields: frozenset[str]
     # Fields that no request may have are taken out of a request instead of refusing it.
     tolerates_fields: bool
-    # The first frame of a stream has counts that the last frames lack.
-    counts_first: bool
+    # The end of a stream needs its first frame: for counts that the last frames lack, or for what a failure repeats.
+    needs_first: bool
 
     def error(self, error: GatewayError, request_id: str) -> bytes: ...
 
     def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
-        """The frame that ends a stream after these payloads; nothing if they show a failure and nothing may follow."""
+        """The frame that ends a stream after these payloads, of which the first may be the stream's first.
+
+        Nothing if they show a failure and nothing may follow.
+        """
 
     def judge_frame(self, payload: bytes) -> None:
         """Raises BadFrame if the first frame of a stream is not an answer."""

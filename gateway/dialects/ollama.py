@@ -43,7 +43,7 @@ class Ollama:
     name = "ollama"
     framing: Framing = Ndjson()
     known_fields = KNOWN_FIELDS | CHECKED_FIELDS
-    tolerates_fields = counts_first = False
+    tolerates_fields = needs_first = False
 
     def __init__(self) -> None:
         kinds: frozenset[Kind] = frozenset({"ollama"})

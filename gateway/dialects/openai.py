@@ -81,7 +81,7 @@ class OpenAI:
     name = "openai"
     framing: Framing = ServerSentEvents()
     known_fields = KNOWN_FIELDS | CHECKED_FIELDS | openai_media.FIELDS
-    tolerates_fields = counts_first = False
+    tolerates_fields = needs_first = False
     error_types = {  # noqa: RUF012
         400: "invalid_request_error",
         401: "invalid_request_error",
@@ -107,9 +107,11 @@ class OpenAI:
         )
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
+        return strict_json.write({"error": self.error_fields(error)})
+
+    def error_fields(self, error: GatewayError) -> dict[str, object]:
         kind = error.kind or self.error_types.get(error.status, "server_error")
-        fields = {"message": error.message, "type": kind, "param": None, "code": error.code, **error.fields}
-        return strict_json.write({"error": fields})
+        return {"message": error.message, "type": kind, "param": None, "code": error.code, **error.fields}
 
     def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         return b"data: " + self.error(error, "") + b"\n\n"

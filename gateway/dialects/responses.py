@@ -11,7 +11,7 @@ from gateway.dialects.fields import boolean, bounded, expect, expect_number, exp
 from gateway.dialects.openai import OpenAI, ServerSentEvents
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.translation import responses_passthrough, responses_request
-from gateway.dialects.translation.responses_answer import error_events
+from gateway.dialects.translation.responses_answer import TOO_LONG, error_events
 
 KNOWN_FIELDS = frozenset(
     "model input instructions max_output_tokens stream temperature top_p tools tool_choice parallel_tool_calls reasoning text "
@@ -24,6 +24,7 @@ ENDINGS = (b'"response.completed"', b'"response.incomplete"')
 FIRST_EVENTS = frozenset({"response.created", "response.queued", "response.in_progress"})
 DONE = b"[DONE]"
 UNKNOWN = Usage()
+TOO_LONG_FIELDS = {"type": "invalid_request_error", "code": TOO_LONG}
 
 
 class ResponseEvents(ServerSentEvents):
@@ -36,8 +37,7 @@ class Responses:
     name = "responses"
     framing: Framing = ResponseEvents()
     known_fields = KNOWN_FIELDS | CHECKED_FIELDS
-    tolerates_fields = True
-    counts_first = False
+    tolerates_fields = needs_first = True
 
     def __init__(self) -> None:
         none: frozenset[Kind] = frozenset()
@@ -69,14 +69,15 @@ class Responses:
         )
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
-        return self._openai.error(error, request_id)
+        fields = self._openai.error_fields(error)
+        return strict_json.write({"error": {**fields, **TOO_LONG_FIELDS} if error.is_of_context else fields})
 
     def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         last = try_read(tail[-1]) if tail else {}
         if last.get("type") in FAILURES:
             return b""
-        number = last.get("sequence_number")
-        return error_events(error, number + 1 if isinstance(number, int) else 0)
+        number, begun = last.get("sequence_number"), try_read(tail[0]).get("response") if tail else None
+        return error_events(error, number + 1 if isinstance(number, int) else 0, begun if isinstance(begun, dict) else {})
 
     def judge_frame(self, payload: bytes) -> None:
         value = read_answer(payload)
@@ -88,8 +89,8 @@ class Responses:
             raise BadFrame("not the beginning of a response")
 
     def is_complete(self, tail: Sequence[bytes], call: Call) -> bool:
-        kinds = [try_read(payload).get("type") for payload in tail if not payload.startswith(DONE)]
-        return bool(kinds) and kinds[-1] in ENDS
+        last = next((payload for payload in reversed(tail) if not payload.startswith(DONE)), b"")
+        return try_read(last).get("type") in ENDS
 
     def usage(self, tail: Sequence[bytes]) -> Usage:
         for payload in reversed(tail):

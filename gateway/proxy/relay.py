@@ -159,8 +159,8 @@ class StreamedAnswer(Answer):
     async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
         self._backend, self._translation = opening.backend.config, opening.translation
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
-        if self._dialect.counts_first:
-            self._first = self._dialect.framing.payloads(opening.frames)[:1]
+        if self._dialect.needs_first:
+            self._first = self._first_payload(opening.frames)
         try:
             cancel_scope.end_within(self._backend.total_timeout_s, BackendTimeout)
             await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
@@ -177,7 +177,7 @@ class StreamedAnswer(Answer):
 
     def _read_end(self) -> bool:
         """Takes the usage from the last frames; returns whether they complete the answer."""
-        tail = [*self._first, *self._tail()]
+        tail = self._tail()
         self._record.usage = self._dialect.usage(tail) if self._translation is None else self._translation.usage
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
@@ -281,15 +281,22 @@ class StreamedAnswer(Answer):
         if all(payload.startswith(b"[DONE]") or try_read(payload) for payload in payloads):
             await self._pass_on(rest)
 
+    def _first_payload(self, frames: bytes) -> list[bytes]:
+        """The first payload as the client gets it; none if it is too large to be kept and parsed."""
+        first = self._dialect.framing.payloads(frames)[0]
+        if len(first) > LARGEST_READ_WHOLE:
+            return []
+        return [renamed(first, self._name) if self._name is not None else first]
+
     def _tail(self) -> list[bytes]:
-        """The last payloads; of many frames those at the end, the last one in any case."""
+        """The first payload if the dialect needs it, and the last ones: of many frames those at the end, one in any case."""
         framing, recent = self._dialect.framing, b"".join(self._recent)
         tail: list[bytes] = []
         for size in (SHORT_TAIL, LARGEST_READ_WHOLE):
             if len(tail) < TAIL_PIECES:
                 begin = framing.end_of_frames(recent[:-size]) if len(recent) > size else 0
                 tail = framing.payloads(recent[begin:])[-TAIL_PIECES:]
-        return tail
+        return [*self._first, *tail]
 
     async def break_off(self, error: GatewayError) -> None:
         await super().break_off(error)

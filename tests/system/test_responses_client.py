@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import Response
 
 from tests.conftest import StartGateway
 from tests.support.fake_backend import native_responses
@@ -296,7 +297,21 @@ def test_a_stream_that_dies_midway_raises(
             json.loads(line[6:]) for line in http.post("/v1/responses", json=body).text.split("\n") if line[:6] == "data: "
         ]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    begun, failed = events[0]["response"], Response.model_validate(events[-1]["response"])
+    assert (failed.id, failed.created_at, failed.model) == (begun["id"], begun["created_at"], begun["model"])
+    assert (failed.status, failed.error and failed.error.code) == ("failed", "server_error")
     assert {line["outcome"] for line in gateway.request_lines()} == {"truncated"}
+
+
+@BOTH
+def test_a_prompt_that_is_too_long_has_openais_code(client: Any, alpha: FakeBackend, server: ModelServer, ask: Ask) -> None:
+    """Clients shorten the conversation after it; each kind of server has another one."""
+    words = "This model's maximum context length is 4096 tokens, but the request has 9000."
+    alpha.play(server.responses, answer(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}}))
+    with pytest.raises(openai.BadRequestError) as raised:
+        ask(client)
+    assert (raised.value.code, raised.value.type) == ("context_length_exceeded", "invalid_request_error")
+    assert words in raised.value.message
 
 
 @pytest.mark.parametrize("fault", ["503", "close_after_head", "garbage", "error_first_frame", "refused"])

@@ -1,6 +1,8 @@
 """Answers of OpenAI's Responses API: the whole response object, and its stream of events."""
 
 import secrets
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from gateway.core import strict_json
@@ -13,7 +15,11 @@ from gateway.dialects.translation.responses_request import ResponsesPrompt
 ID_BYTES = 24
 INCOMPLETE: dict[Finish, str] = {"length": "max_output_tokens", "content_filter": "content_filter"}
 # Codes that clients act on; all others are those of a server's error, after which they try again.
-CODES = frozenset({"rate_limit_exceeded", "insufficient_quota", "context_length_exceeded"})
+CODES = frozenset({"rate_limit_exceeded", "insufficient_quota"})
+# The backends' codes for a prompt that is too long differ; clients shorten the conversation after OpenAI's.
+TOO_LONG = "context_length_exceeded"
+# The fields that a failed response has in any case.
+BARE_RESPONSE: Mapping[str, Any] = MappingProxyType({"id": "", "object": "response", "output": [], "usage": None})
 
 
 def new_id() -> str:
@@ -108,11 +114,7 @@ class EventWriter:
             return b""
         started = self.start()
         self._ended = True
-        found = {"code": _code(error), "message": error.message, "param": None}
-        first = self._event("error", {**found, "error": {"type": error.kind or "server_error", **found}})
-        failed = {"status": "failed", "error": {"code": found["code"], "message": error.message}}
-        self._response = {**self._response, **failed, "output": self._output.items}
-        return started + first + self._lifecycle("response.failed")
+        return started + error_events(error, self._number, {**self._response, "output": self._output.items})
 
     def _lifecycle(self, kind: str) -> bytes:
         return self._event(kind, {"response": self._response})
@@ -122,13 +124,12 @@ class EventWriter:
         return _frame(kind, self._number - 1, fields)
 
 
-def error_events(error: GatewayError, number: int) -> bytes:
-    """The end of a stream of which only the number of the next event is known."""
+def error_events(error: GatewayError, number: int, response: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+    """The end of a stream: `number` is that of the next event, `response` what is known of the response that has begun."""
     found = {"code": _code(error), "message": error.message, "param": None}
     first = _frame("error", number, {**found, "error": {"type": error.kind or "server_error", **found}})
-    failed: dict[str, Any] = {"id": "", "object": "response", "status": "failed", "output": [], "usage": None}
-    failed["error"] = {"code": found["code"], "message": error.message}
-    return first + _frame("response.failed", number + 1, {"response": failed})
+    failed = {"status": "failed", "error": {"code": found["code"], "message": error.message}}
+    return first + _frame("response.failed", number + 1, {"response": {**BARE_RESPONSE, **response, **failed}})
 
 
 def _frame(kind: str, number: int, fields: dict[str, Any]) -> bytes:
@@ -137,10 +138,8 @@ def _frame(kind: str, number: int, fields: dict[str, Any]) -> bytes:
 
 
 def _code(error: GatewayError) -> str:
-    """The backends' codes for a prompt that is too long differ; clients shorten the conversation after OpenAI's."""
-    named = " ".join(str(error.fields.get(name)) for name in ("code", "type"))
-    if error.status < 500 and "context" in named:
-        return "context_length_exceeded"
+    if error.is_of_context:
+        return TOO_LONG
     if error.code in CODES:
         return error.code
     return "invalid_prompt" if 400 <= error.status < 500 and error.status not in (408, 429) else "server_error"

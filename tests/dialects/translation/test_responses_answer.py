@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core import strict_json
-from gateway.core.errors import AnswerCutShort, BackendRefused, BudgetSpent, GatewayError, LimitReached
+from gateway.core.errors import AnswerCutShort, BackendRefused, BudgetSpent, GatewayError, LimitReached, PromptTooLong
 from gateway.dialects.dialect import Usage
 from gateway.dialects.translation.conversation import (
     Counted,
@@ -267,7 +267,7 @@ def test_a_stream_that_ends_early_has_failed() -> None:
         (AnswerCutShort(), "server_error"),
         (LimitReached(), "rate_limit_exceeded"),
         (BudgetSpent(), "insufficient_quota"),
-        (BackendRefused("too long", 400, {"type": "exceed_context_size_error"}), "context_length_exceeded"),
+        (PromptTooLong("too long", 400, {"type": "exceed_context_size_error"}), "context_length_exceeded"),
         (BackendRefused("no", 400), "invalid_prompt"),
         (GatewayError(), "server_error"),
     ],
