@@ -171,7 +171,7 @@ class Exchange:
             record.dropped = call.dropped
             if run.translation is not None:
                 record.translated_to = run.translation.call.operation.path
-                record.dropped = [*call.dropped, *run.translation.dropped]
+                record.dropped = list(dict.fromkeys([*call.dropped, *run.translation.dropped]))
             record.backend, record.answered_as = run.backend, run.answered_as
             record.upstream_s, record.was_sent = run.upstream_s, run.was_sent
 

@@ -11,6 +11,7 @@ import pytest
 from gateway.auth.key import ADMIN, SHOW_BACKEND
 from tests.conftest import StartGateway, TestStores
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import answer
 from tests.support.operator import Operator
 
 MODEL, CHAT = "plain:7b", "/v1/chat/completions"
@@ -66,6 +67,20 @@ def test_requests_that_are_passed_through_show_no_way(start_gateway: StartGatewa
         assert not {"x-gateway-translated-to", "x-gateway-dropped"} & answer.headers.keys()
         [row] = gateway.audit_rows()
         assert (row["translated_to"], row["dropped"]) == (None, None)
+
+
+def test_what_two_backends_did_not_get_is_named_once(start_gateway: StartGateway) -> None:
+    with (
+        FakeBackend(models=[MODEL], name="native", is_native=True) as native,
+        FakeBackend("openai", [MODEL], name="plain") as plain,
+    ):
+        gateway = start_gateway(native, plain)
+        native.play("/v1/messages", answer(503))
+        body = {"model": MODEL, "max_tokens": 9, "messages": HELLO, "context_management": {"edits": []}}
+        with gateway.http(gateway.key(flags=(SHOW_BACKEND,))) as client:
+            got = client.post("/v1/messages", json=body)
+    assert (got.status_code, got.headers["x-gateway-backend"]) == (200, "plain")
+    assert got.headers["x-gateway-dropped"] == "context_management"
 
 
 def test_operators_see_the_way(start_gateway: StartGateway, stores: TestStores, tmp_path: Path) -> None:
