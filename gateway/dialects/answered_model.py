@@ -15,7 +15,7 @@ CONTAINERS = frozenset({b'"message"', b'"response"'})
 OBJECT = re.compile(rb"[{\[]")
 # A frame whose fields before the name are texts and numbers, as most servers write it.
 SIMPLE = re.compile(
-    rb'(?m)^((?:data: ?)?\{(?:(?!"model")"\w++": ?(?:"[^"\\]*+"|[\w.+-]++), ?)*+"model": ?)"[^"\\]*+"', re.MULTILINE
+    rb'^((?:data: ?)?\{(?:(?!"model")"\w++": ?(?:"[^"\\]*+"|[\w.+-]++), ?)*+"model": ?)"[^"\\]*+"', re.MULTILINE
 )
 VALUE = re.compile(rb'\s*+:\s*+("[^"\\]*+(?:\\.[^"\\]*+)*+")', re.DOTALL)
 

@@ -40,8 +40,3 @@ def is_served(model: Model, call: Call) -> bool:
     """Whether any backend that has this model, up or not, can be asked for an answer to the call."""
     kinds = call.operation.kinds
     return any(offer.kind in kinds or way_of(offer, call) is not None for offer in model.offers)
-
-
-def is_passed_through(model: Model, call: Call) -> bool:
-    """Whether any backend that has this model, up or not, has the path itself."""
-    return any((way := way_of(offer, call)) is not None and way.translator is None for offer in model.offers)

@@ -35,7 +35,7 @@ USAGE_OF = OpenAI().usage_of
 
 def reply_of(answer: Any, beginning: str = "") -> Reply:
     """A whole answer to a prompt with this beginning of one. Raises Unreadable if it is none."""
-    _refuse_errors(answer)
+    refuse_errors(answer)
     choice = _first_choice(answer)
     if choice is None:
         raise Unreadable("the answer has no choice")
@@ -53,7 +53,7 @@ def reply_of(answer: Any, beginning: str = "") -> Reply:
         parts.insert(0, Text(text))
     if thoughts:
         parts.insert(0, Thinking(thoughts))
-    finish = _finish(choice.get("finish_reason"), has_calls=bool(pieces))
+    finish = finish_of(choice.get("finish_reason"), has_calls=bool(pieces))
     return Reply(parts, finish, USAGE_OF(answer), _string(answer.get("id")), _whole_number(answer.get("created")))
 
 
@@ -66,7 +66,7 @@ class ChunkReader:
 
     def read(self, chunk: Any) -> list[Event]:
         """The events of a chunk: thinking, text, tools, the end, counts. Raises Unreadable."""
-        _refuse_errors(chunk)
+        refuse_errors(chunk)
         choice = _first_choice(chunk)
         events = [] if choice is None else self._events(choice)
         usage = USAGE_OF(chunk)
@@ -96,10 +96,10 @@ class ChunkReader:
     def _end(self, reason: object) -> list[Event]:
         self._calls.end()
         self._is_finished = True
-        return [Finished(_finish(reason, has_calls=self._calls.count > 0))]
+        return [Finished(finish_of(reason, has_calls=self._calls.count > 0))]
 
 
-def _refuse_errors(answer: Any) -> None:
+def refuse_errors(answer: Any) -> None:
     if not isinstance(answer, dict):
         raise Unreadable("the answer is not an object")
     if answer.get("error") or answer.get("object") == "error":
@@ -162,7 +162,7 @@ def _inner_text(value: Any) -> str:
     return text or ""
 
 
-def _finish(reason: object, *, has_calls: bool) -> Finish:
+def finish_of(reason: object, *, has_calls: bool) -> Finish:
     """Ollama and vLLM may end with "stop" after tool calls, for which clients would not run the tools."""
     if isinstance(reason, str):
         if reason in FAILURES:

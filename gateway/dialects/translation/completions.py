@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.dialects.answers import error_text
 from gateway.dialects.openai import UNKNOWN, OpenAI
-from gateway.dialects.translation.conversation import Counted, Event, Finish, Finished, Reply, Text, TextPiece
+from gateway.dialects.translation.chat_answer import finish_of, refuse_errors
+from gateway.dialects.translation.conversation import Counted, Event, Finished, Reply, Text, TextPiece
 from gateway.dialects.translation.unreadable import Unreadable
 
-FINISHES: dict[str, Finish] = {"length": "length", "content_filter": "content_filter"}
-FAILURES = frozenset({"abort", "error"})
 _openai = OpenAI()
 
 
@@ -47,14 +45,14 @@ def completion_body_of(completion: Completion, model: str) -> dict[str, Any]:
 
 def completion_reply_of(answer: Any) -> Reply:
     """A whole answer. Raises Unreadable if it is none."""
-    _refuse_errors(answer)
+    refuse_errors(answer)
     choice = _choice(answer)
     if choice is None or not isinstance(choice.get("text"), str):
         raise Unreadable("the answer has no text")
     reply_id, created = answer.get("id"), answer.get("created")
     return Reply(
         [Text(choice["text"])] if choice["text"] else [],
-        _finish(choice.get("finish_reason")),
+        finish_of(choice.get("finish_reason"), has_calls=False),
         _openai.usage_of(answer),
         reply_id if isinstance(reply_id, str) else "",
         created if created.__class__ is int else 0,
@@ -69,7 +67,7 @@ class CompletionReader:
 
     def read(self, chunk: Any) -> list[Event]:
         """The events of a chunk: text, the end, counts. Raises Unreadable."""
-        _refuse_errors(chunk)
+        refuse_errors(chunk)
         events = self._pieces(_choice(chunk) or {})
         usage = _openai.usage_of(chunk)
         return events if usage is UNKNOWN else [*events, Counted(usage)]
@@ -85,15 +83,8 @@ class CompletionReader:
         events: list[Event] = [TextPiece(text)] if isinstance(text, str) and text else []
         if isinstance(reason, str) and reason:
             self._finished = True
-            events.append(Finished(_finish(reason)))
+            events.append(Finished(finish_of(reason, has_calls=False)))
         return events
-
-
-def _refuse_errors(answer: Any) -> None:
-    if not isinstance(answer, dict):
-        raise Unreadable("the answer is not an object")
-    if answer.get("error") or answer.get("object") == "error":
-        raise Unreadable(error_text(answer) or "the backend reported an error")
 
 
 def _choice(answer: dict[str, Any]) -> dict[str, Any] | None:
@@ -101,9 +92,3 @@ def _choice(answer: dict[str, Any]) -> dict[str, Any] | None:
     choices = answer.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     return first if isinstance(first, dict) else None
-
-
-def _finish(reason: object) -> Finish:
-    if isinstance(reason, str) and reason in FAILURES:
-        raise Unreadable(f"the backend ended the answer with {reason!r}")
-    return FINISHES.get(reason, "stop") if isinstance(reason, str) else "stop"

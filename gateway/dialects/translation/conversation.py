@@ -6,6 +6,7 @@ A request becomes a `Prompt`, an answer a `Reply`, a stream a sequence of events
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from gateway.dialects.dialect import Usage
@@ -14,6 +15,19 @@ Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length", "tool_calls", "content_filter"]
 # How much a model is to think; None leaves it to the model.
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+# By the names that Ollama and the Responses API have for them.
+EFFORTS: Mapping[str, Effort] = MappingProxyType(
+    {
+        "none": "none",
+        "minimal": "minimal",
+        "low": "low",
+        "medium": "medium",
+        "high": "high",
+        "xhigh": "xhigh",
+        "max": "max",
+        "ultra": "max",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

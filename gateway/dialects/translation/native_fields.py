@@ -6,7 +6,7 @@ from typing import Any
 
 from gateway.core.errors import BadRequest
 from gateway.dialects.fields import boolean, expect, expect_tools
-from gateway.dialects.translation.conversation import Effort, Format, Image, Tool
+from gateway.dialects.translation.conversation import EFFORTS, Effort, Format, Image, Tool
 
 NUMBERS = ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
 INTEGERS = ("top_k", "seed")
@@ -18,16 +18,6 @@ LOAD_OPTIONS = (
 # Ways to sample that no two servers share.
 LOCAL_OPTIONS = "num_keep repeat_last_n typical_p tfs_z mirostat mirostat_tau mirostat_eta penalize_newline".split()
 DROPPED_FIELDS = ("keep_alive", "truncate", "shift")
-EFFORTS: dict[str, Effort] = {
-    "none": "none",
-    "minimal": "minimal",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "xhigh",
-    "max": "max",
-    "ultra": "max",
-}
 LARGEST_NUMBER = 2**53
 # "0", "0s", "0h0m": what Go's time.ParseDuration reads as zero.
 ZERO_DURATION = re.compile(r"[+-]?(0|((0++(\.0*+)?|\.0++)(ns|us|\u00b5s|\u03bcs|ms|s|m|h))++)")

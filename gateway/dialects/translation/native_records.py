@@ -21,6 +21,7 @@ from gateway.dialects.translation.conversation import (
     ToolPiece,
 )
 from gateway.dialects.translation.native_fields import unloads
+from gateway.dialects.translation.tool_arguments import object_of
 
 BILLION = 10**9
 # Ends of lines to Python's str.splitlines and so to ollama-python; JSON escapes the others anyway, as Go does these.
@@ -41,8 +42,6 @@ class Durations(NamedTuple):
 
 
 UNTIMED = Durations()
-# What servers write for a call without arguments.
-NO_ARGUMENTS = ("", "null")
 
 
 def timestamp(nanoseconds: int) -> str:
@@ -83,7 +82,7 @@ def tool_calls(calls: Sequence[ToolCall], finish: Finish) -> list[Fields]:
 
     An answer that is cut by its limit may end within a call, which is left out then: the answer's reason says so.
     """
-    read = [(call, _arguments(call.arguments)) for call in calls]
+    read = [(call, object_of(call.arguments)) for call in calls]
     whole = [(call, arguments) for call, arguments in read if arguments is not None]
     if len(whole) < len(read) and finish != "length":
         name = next(call.name for call, arguments in read if arguments is None)
@@ -95,18 +94,6 @@ def tool_calls(calls: Sequence[ToolCall], finish: Finish) -> list[Fields]:
         }
         for index, (call, arguments) in enumerate(whole)
     ]
-
-
-def _arguments(text: str) -> Fields | None:
-    if text.strip() in NO_ARGUMENTS:
-        return {}
-    try:
-        arguments = strict_json.read_loosely(text.encode("utf-8", "replace"))
-        # What is nested too deeply can be read, but not written.
-        strict_json.write(arguments)
-    except (ValueError, TypeError):
-        return None
-    return arguments if isinstance(arguments, dict) else None
 
 
 def last_fields(finish: Finish, usage: Usage, durations: Durations, more: Fields) -> Fields:

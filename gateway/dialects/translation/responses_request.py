@@ -7,22 +7,12 @@ from gateway.core.errors import BadRequest
 from gateway.dialects import tokens
 from gateway.dialects.fields import boolean, expect, wish
 from gateway.dialects.tokens import Need
-from gateway.dialects.translation.conversation import Effort, Format, Prompt
+from gateway.dialects.translation.conversation import EFFORTS, Format, Prompt
 from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.responses_input import read_input
 from gateway.dialects.translation.responses_names import ToolNames
 from gateway.dialects.translation.responses_tools import read_choice, read_tools
 
-EFFORTS: dict[str, Effort] = {
-    "none": "none",
-    "minimal": "minimal",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "xhigh",
-    "max": "max",
-    "ultra": "max",
-}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repeat_penalty")
 STATE = {
     "previous_response_id": "this gateway keeps no responses; send the whole conversation in 'input'",

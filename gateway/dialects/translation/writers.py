@@ -22,7 +22,7 @@ class Clock:
         self._began = self._first = time.monotonic_ns()
         self._has_piece = False
 
-    def has_piece(self) -> None:
+    def note_piece(self) -> None:
         if not self._has_piece:
             self._has_piece, self._first = True, time.monotonic_ns()
 
@@ -49,7 +49,7 @@ class RecordsOfOllama:
         return b""
 
     def write(self, event: Event) -> bytes:
-        self._clock.has_piece()
+        self._clock.note_piece()
         return self._writer.write(event, self._clock.now())
 
     def ping(self) -> bytes:
