@@ -27,6 +27,9 @@ TEXTS = ("text", "thinking", "partial_json")
 
 
 class MessageEvents(ServerSentEvents):
+    # Some errors are named in their event only.
+    in_errors = b"error"
+
     def count(self, data: bytes) -> int:
         """Other events have no tokens."""
         return data.count(b"event: content_block_delta")

@@ -127,6 +127,8 @@ class Framing(Protocol):
     content_type: str
     # Content types that backends may send; Ollama answers a request to load a model with one JSON object, even to a stream.
     content_types: frozenset[str]
+    # Each frame with an error contains it.
+    in_errors: bytes
 
     def end_of_frames(self, data: bytes) -> int:
         """The end of the last complete frame."""

@@ -28,6 +28,7 @@ CACHED = "prompt_eval_cached_count"
 class Ndjson:
     content_type = "application/x-ndjson"
     content_types = frozenset({content_type, "application/json"})
+    in_errors = b'"error"'
 
     def end_of_frames(self, data: bytes) -> int:
         return data.rfind(b"\n") + 1

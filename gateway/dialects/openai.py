@@ -43,6 +43,7 @@ NO_CHOICES = re.compile(rb'"choices"\s?:\s?(?:\[\s?\]|null)')
 class ServerSentEvents:
     content_type = "text/event-stream"
     content_types = frozenset({content_type})
+    in_errors = b'"error"'
 
     def end_of_frames(self, data: bytes) -> int:
         if data.endswith(b"\n\n"):

@@ -28,6 +28,9 @@ TOO_LONG_FIELDS = {"type": "invalid_request_error", "code": TOO_LONG}
 
 
 class ResponseEvents(ServerSentEvents):
+    # Some errors are named in their event only.
+    in_errors = b"error"
+
     def count(self, data: bytes) -> int:
         """Other events have no tokens."""
         return data.count(b".delta\n")

@@ -11,8 +11,6 @@ from gateway.dialects.dialect import Framing
 from gateway.fleet.backends.config import BackendConfig
 
 BEARER = re.compile(r"(?i)bearer\s+\S+")
-# Each frame with an error contains it.
-IN_ERRORS = b'"error"'
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 # In bytes: of a line of a frame; of a string of JSON with a secret in it.
 LONGEST_ERROR, SHORTEST_SECRET = 32 * 1024, 3
@@ -54,7 +52,7 @@ def _in_any_spelling(text: str) -> str:
 def redact_frames(frames: bytes, framing: Framing, backend: BackendConfig) -> bytes:
     """Whole frames, some of which may be errors: errors without the backend's secrets, all else byte for byte as it came."""
     for payload in framing.payloads(frames):
-        if IN_ERRORS in payload and _is_error(try_read(payload)):
+        if _is_error(try_read(payload)):
             # No string of JSON continues on the next line.
             for line in payload.split(b"\n"):
                 if (redacted := _redact_json(line, backend)) != line:
@@ -63,10 +61,10 @@ def redact_frames(frames: bytes, framing: Framing, backend: BackendConfig) -> by
 
 
 def _is_error(value: dict[str, Any]) -> bool:
-    """Whether it is an error, or nothing that can be read."""
+    """Whether it is an error, or nothing that can be read. In llama.cpp's errors the message has no object around it."""
     choices = value.get("choices")
-    parts = [value, *choices] if isinstance(choices, list) else [value]
-    is_error = "error" in (value.get("object"), value.get("type"))
+    parts = [value, value.get("response"), *(choices if isinstance(choices, list) else ())]
+    is_error = "error" in (value.get("object"), value.get("type")) or isinstance(value.get("message"), str)
     return not value or is_error or any(isinstance(part, dict) and part.get("error") for part in parts)
 
 

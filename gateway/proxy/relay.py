@@ -23,7 +23,7 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.opening import Opening
-from gateway.fleet.redaction import IN_ERRORS, redact_frames
+from gateway.fleet.redaction import redact_frames
 
 # How many payloads at the end of a stream show whether it is complete, and how many bytes usually contain them.
 TAIL_PIECES, SHORT_TAIL = 4, 4096
@@ -147,7 +147,7 @@ class StreamedAnswer(Answer):
 
     def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send, settler: Settler) -> None:
         super().__init__(dialect, call, record, send)
-        self._settler = settler
+        self._settler, self._in_errors = settler, dialect.framing.in_errors
         self._hides_usage = dialect.hides_usage(call)
         self._changes_frames = self._hides_usage or call.is_for_alias
         self._has_sent_last = False
@@ -183,7 +183,7 @@ class StreamedAnswer(Answer):
         return self.is_complete
 
     async def _relay_frames(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
-        idle_s, upstream = opening.backend.config.idle_timeout_s, opening.upstream
+        idle_s, upstream, in_errors = opening.backend.config.idle_timeout_s, opening.upstream, self._in_errors
         frames, is_plain, record, buffer = opening.frames, self._dialect.is_plain, self._record, opening.held
         assert isinstance(buffer, FrameBuffer)
         longest = READ_IN_A_PIECE if self._changes_frames else LONGEST_FRAME
@@ -192,7 +192,7 @@ class StreamedAnswer(Answer):
             """Most pieces are whole frames for a client that keeps up: these are passed on without waking this task."""
             if buffer.rest or not is_plain(piece) or not connection.keeps_up or len(piece) > longest:
                 return False
-            if len(piece) > READ_IN_A_PIECE and IN_ERRORS in piece:
+            if len(piece) > READ_IN_A_PIECE and in_errors in piece:
                 return False
             if shown := self._process(piece):
                 connection.push(shown)
@@ -203,7 +203,7 @@ class StreamedAnswer(Answer):
         while True:
             if self._dialect.has_last_frame(frames) and not opening.at_end:
                 buffer.rest += await self._rest_of(opening)
-            if len(frames) > READ_IN_A_TURN and (self._changes_frames or IN_ERRORS in frames):
+            if len(frames) > READ_IN_A_TURN and (self._changes_frames or in_errors in frames):
                 frames = await self._pass_most_turns(frames, cancel_scope, idle_s)
             cancel_scope.within(idle_s, ClientStalled)
             await self._pass_on(frames)
@@ -253,7 +253,7 @@ class StreamedAnswer(Answer):
 
     def _process(self, frames: bytes) -> bytes:
         """Counts and keeps frames; returns them as the client gets them."""
-        if IN_ERRORS in frames and self._backend is not None:
+        if self._in_errors in frames and self._backend is not None:
             frames = redact_frames(frames, self._dialect.framing, self._backend)
         self._recent.append(frames)
         size = len(frames)

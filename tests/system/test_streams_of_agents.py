@@ -129,6 +129,40 @@ def test_an_answer_ends_at_its_last_frame_whatever_follows(
         assert [line["outcome"] for line in gateway.request_lines()] == ["answered"] * 2
 
 
+SECRETS = "cannot reach {url}/x as Bearer s3cret-token"
+MESSAGE: dict[str, Any] = {"role": "assistant", "content": [], "usage": {"input_tokens": 1, "output_tokens": 0}}
+BEGINNINGS = {
+    "/v1/messages": {"type": "message_start", "message": MESSAGE},
+    "/v1/responses": {"type": "response.created", "sequence_number": 0, "response": {"status": "in_progress"}},
+}
+# As Ollama and vLLM, llama.cpp, and servers of the Responses API write a failure into a stream that has begun.
+REPORTED: list[tuple[str, str, dict[str, Any]]] = [
+    ("/v1/messages", "error", {"type": "error", "error": {"type": "api_error", "message": SECRETS}}),
+    ("/v1/messages", "error", {"code": 500, "message": SECRETS, "type": "server_error"}),
+    ("/v1/messages", "error", {"message": SECRETS}),
+    ("/v1/responses", "error", {"type": "error", "sequence_number": 1, "message": SECRETS}),
+    ("/v1/responses", "error", {"code": 500, "message": SECRETS}),
+    ("/v1/responses", "response.failed", {"type": "response.failed", "response": {"error": {"message": SECRETS}}}),
+    ("/v1/responses", "response.incomplete", {"type": "response.incomplete", "response": {"error": {"message": SECRETS}}}),
+]
+
+
+@pytest.mark.parametrize(("path", "name", "event"), REPORTED)
+def test_a_failure_within_a_stream_has_no_secret_of_the_backend(
+    start_gateway: StartGateway, path: str, name: str, event: dict[str, Any]
+) -> None:
+    with FakeBackend(models=[MODEL], is_native=True, token="s3cret-token") as backend:
+        gateway = start_gateway({"name": "native", "base_url": backend.url, "auth_token": "s3cret-token"})
+        first = f"event: {BEGINNINGS[path]['type']}\ndata: {json.dumps(BEGINNINGS[path])}\n\n".encode()
+        last = f"event: {name}\ndata: {json.dumps(event)}\n\n".replace("{url}", backend.url).encode()
+        with gateway.http(gateway.key()) as client:
+            for steps in (in_pieces(first + last, [len(first)]), in_pieces(first + last, [])):
+                backend.play(path, steps)
+                got = client.post(path, json=BODIES[path])
+                assert got.status_code == 200 and b"cannot reach ***/x as Bearer ***" in got.content
+                assert b"s3cret" not in got.content and str(backend.port).encode() not in got.content
+
+
 def _steps_with_gates(frames: list[bytes], gates: list[threading.Event]) -> list[Step]:
     steps: list[Step] = [Head(200, [("Content-Type", SSE)], chunked=True)]
     for frame, gate in zip(frames, gates, strict=False):
