@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from gateway.core import strict_json
 from gateway.dialects.translation.conversation import ToolPiece
+from gateway.dialects.translation.tool_arguments import ArgumentPieces
 from gateway.dialects.translation.unreadable import Unreadable
 
 MOST_CALLS = 1000
@@ -34,12 +35,8 @@ class StartedCall:
     has_index: bool
     given_id: str = ""
     name: str = ""
-    arguments: list[str] = field(default_factory=list)
+    arguments: ArgumentPieces = field(default_factory=ArgumentPieces)
     number: int = -1
-
-    def is_complete(self) -> bool:
-        text = "".join(self.arguments).strip()
-        return text.endswith("}") and _is_json(text)
 
 
 class ToolCalls:
@@ -84,7 +81,7 @@ class ToolCalls:
             return by_id or at_index
         if not delta.id or not at_index.given_id or delta.id == at_index.given_id:
             return at_index
-        if at_index.arguments and not at_index.is_complete():
+        if at_index.arguments.has_any and not at_index.arguments.is_object:
             raise Unreadable("a tool call begins before the arguments of another are complete")
         return None
 
@@ -105,14 +102,14 @@ class ToolCalls:
             call.given_id = delta.id
             self._by_id[delta.id] = call
         if delta.arguments:
-            call.arguments.append(delta.arguments)
+            call.arguments.add(delta.arguments)
         if call.number >= 0:
             return [ToolPiece(call.number, arguments=delta.arguments)] if delta.arguments else []
         if not call.name:
             return []
         call.number = self.count
         self.count += 1
-        return [ToolPiece(call.number, self._unique_id(call.given_id), call.name, "".join(call.arguments))]
+        return [ToolPiece(call.number, self._unique_id(call.given_id), call.name, call.arguments.text)]
 
     def _unique_id(self, given: str) -> str:
         """The backend's id, or one of our own if there is none or another call of this answer has it."""
@@ -126,11 +123,11 @@ def _begins_another(call: StartedCall, delta: Delta) -> bool:
     if not delta.name or not call.name:
         return False
     is_renamed = delta.name != call.name
-    if (is_renamed or delta.arguments.lstrip().startswith("{")) and call.is_complete():
+    if (is_renamed or delta.arguments.lstrip().startswith("{")) and call.arguments.is_object:
         return True
     if not is_renamed:
         return False
-    if delta.index is None and not delta.id and not call.arguments:
+    if delta.index is None and not delta.id and not call.arguments.has_any:
         return True
     raise Unreadable("a tool call changes its name")
 
@@ -140,6 +137,8 @@ def _read_deltas(deltas: object) -> list[Delta]:
         return []
     if not isinstance(deltas, list):
         raise Unreadable("the tool calls are not a list")
+    if len(deltas) > MOST_CALLS:
+        raise Unreadable(f"a chunk has more than {MOST_CALLS} pieces of tool calls")
     return [_read_delta(delta) for delta in deltas]
 
 
@@ -183,11 +182,3 @@ def _arguments(value: object) -> str:
     if not isinstance(value, str | None):
         raise Unreadable("the arguments of a tool call are not a string")
     return value or ""
-
-
-def _is_json(text: str) -> bool:
-    try:
-        strict_json.read_loosely(text.encode("utf-8", "replace"))
-    except ValueError:
-        return False
-    return True

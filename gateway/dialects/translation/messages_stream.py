@@ -1,5 +1,6 @@
 """Answers in Anthropic's Messages API, written as a stream: one content block after another, only one of them open."""
 
+from collections import deque
 from typing import Any, Literal
 
 from gateway.core import strict_json
@@ -35,7 +36,9 @@ class EventWriter:
         self._call = -1
         self._arguments = ArgumentPieces()
         self._calls: dict[int, str] = {}
-        self._waiting: list[Content] = []
+        # Texts, and of each call all pieces; the latter also by their call.
+        self._waiting: deque[list[Content]] = deque()
+        self._waiting_calls: dict[int, list[Content]] = {}
         self._has_content = False
         self._output_estimate = 0
         self._usage = Usage()
@@ -82,17 +85,37 @@ class EventWriter:
         return _frame("error", error={"type": type, "message": message})
 
     def _take(self, event: Content) -> bytes:
-        if self._open == "tool_use" and not self._is_of_open_call(event) and not self._arguments.is_complete:
-            self._waiting.append(event)
+        if self._waits_for_call and not self._is_of_open_call(event):
+            self._wait(event)
             return b""
-        frames = self._tool_piece(event) if isinstance(event, ToolPiece) else self._text_piece(event)
-        if self._waiting and self._arguments.is_complete:
-            frames += self._take_waiting()
-        return frames
+        frames = self._write_piece(event)
+        return frames + self._take_waiting() if self._waiting else frames
+
+    @property
+    def _waits_for_call(self) -> bool:
+        return self._open == "tool_use" and not self._arguments.is_complete
+
+    def _wait(self, event: Content) -> None:
+        """Pieces of one call wait together: they are to be written one after the other."""
+        pieces = self._waiting_calls.get(event.index) if isinstance(event, ToolPiece) else None
+        if pieces is None:
+            pieces = []
+            self._waiting.append(pieces)
+            if isinstance(event, ToolPiece):
+                self._waiting_calls[event.index] = pieces
+        pieces.append(event)
 
     def _take_waiting(self) -> bytes:
-        waiting, self._waiting = self._waiting, []
-        return b"".join([self._take(event) for event in waiting if not self._ended])
+        frames: list[bytes] = []
+        while self._waiting and not self._waits_for_call and not self._ended:
+            pieces = self._waiting.popleft()
+            if isinstance(pieces[0], ToolPiece):
+                del self._waiting_calls[pieces[0].index]
+            frames += [self._write_piece(piece) for piece in pieces]
+        return b"".join(frames)
+
+    def _write_piece(self, event: Content) -> bytes:
+        return self._tool_piece(event) if isinstance(event, ToolPiece) else self._text_piece(event)
 
     def _is_of_open_call(self, event: Content) -> bool:
         return isinstance(event, ToolPiece) and event.index == self._call
@@ -119,7 +142,7 @@ class EventWriter:
             # The call's block is closed, as its arguments were complete.
             return self._refuse_arguments(event.index) if event.arguments.strip() else b""
         text = self._arguments.add(event.arguments)
-        if self._arguments.is_complete and event.arguments.strip() and object_of(self._arguments.text) is None:
+        if self._arguments.is_complete and not self._arguments.is_object:
             return frames + self._refuse_arguments(event.index)
         return frames + (self._delta("input_json_delta", partial_json=text) if text else b"")
 
@@ -152,9 +175,10 @@ class EventWriter:
         return self.error("api_error", wrong_arguments(self._calls[index]).message)
 
     def _finish_blocks(self) -> bytes:
-        frames = self._close()
-        while self._waiting:
-            frames += self._take_waiting() + self._close()
+        closed = [self._close()]
+        while self._waiting and not self._ended:
+            closed += [self._take_waiting(), self._close()]
+        frames = b"".join(closed)
         if self._has_content:
             return frames
         # Callers read the text of an answer without asking whether it has any.

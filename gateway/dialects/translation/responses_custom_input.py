@@ -12,6 +12,8 @@ CHARACTERS = re.compile(
     r'(?:[^"\\]++|\\[^u]|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*+'
 )
 ESCAPES = re.compile(r'(\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))|\\')
+# Of what stands before the text, and of half a surrogate pair with the other half.
+LONGEST_BEGIN, LONGEST_ESCAPE = 256, 12
 END = re.compile(r'"\s*+\}?\s*+\Z')
 
 
@@ -20,7 +22,7 @@ class CustomInput:
         self._arguments: list[str] = []
         self._given: list[str] = []
         self._rest = ""
-        self._begun = self._ended = False
+        self._begun = self._ended = self._is_bare = False
 
     @property
     def text(self) -> str:
@@ -29,22 +31,31 @@ class CustomInput:
     def add(self, arguments: str) -> str:
         """The part of the text that these arguments complete."""
         self._arguments.append(arguments)
-        if self._ended:
+        if self._ended or self._is_bare:
             return ""
         self._rest += arguments
         if not self._begun:
             begin = BEGIN.match(self._rest)
             if begin is None:
+                self._is_bare = len(self._rest) > LONGEST_BEGIN
                 return ""
             self._begun, self._rest = True, self._rest[begin.end() :]
         return self._take()
 
     def _take(self) -> str:
-        found = CHARACTERS.match(self._rest)
-        end = found.end() if found else 0
+        end = self._end_of_characters()
         text, self._rest = self._rest[:end], self._rest[end:]
         self._ended = self._rest.startswith('"')
         return self._give(_decoded(text))
+
+    def _end_of_characters(self) -> int:
+        """An escape that JSON does not have, and half a pair that stays alone, are taken as soon as that is certain."""
+        rest, end = self._rest, 0
+        while True:
+            end = _end_of(CHARACTERS, rest, end)
+            if rest.startswith('"', end) or len(rest) - end < LONGEST_ESCAPE:
+                return end
+            end = _end_of(ESCAPES, rest, end)
 
     def _give(self, text: str) -> str:
         if text:
@@ -56,6 +67,11 @@ class CustomInput:
         if self._begun and not self._ended:
             return self._give(_decoded(END.sub("", self._rest)))
         return "" if self._begun else self._give(_clean(_bare("".join(self._arguments))))
+
+
+def _end_of(expression: re.Pattern[str], text: str, start: int) -> int:
+    found = expression.match(text, start)
+    return found.end() if found else start
 
 
 def _decoded(text: str) -> str:

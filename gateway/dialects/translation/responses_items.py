@@ -6,6 +6,7 @@ from gateway.core import strict_json
 from gateway.dialects.translation.responses_custom_input import CustomInput
 from gateway.dialects.translation.responses_names import ClientTool
 from gateway.dialects.translation.responses_tools import NATIVE
+from gateway.dialects.translation.tool_arguments import ArgumentPieces
 
 Status = Literal["in_progress", "completed", "incomplete"]
 Fields = dict[str, Any]
@@ -101,10 +102,14 @@ class CallItem(Item):
     def __init__(self, item_id: str, call_id: str, tool: ClientTool) -> None:
         super().__init__(item_id)
         self.call_id, self.tool = call_id, tool
+        self._arguments = ArgumentPieces()
 
     def has_all_arguments(self) -> bool:
         """Whether nothing can follow. No arguments at all may be the beginning of some."""
-        return bool(_arguments(self._text()))
+        return self._arguments.is_filled
+
+    def _text(self) -> str:
+        return self._arguments.text
 
     def is_readable(self) -> bool:
         return _arguments(self._text()) is not None
@@ -131,7 +136,7 @@ class FunctionCall(CallItem):
         return [("response.output_item.added", {"item": self._call("in_progress", "")})]
 
     def add(self, text: str) -> list[Step]:
-        self._pieces.append(text)
+        self._arguments.add(text)
         return [("response.function_call_arguments.delta", {"delta": text})]
 
     def end(self, status: Status) -> list[Step]:
@@ -157,7 +162,7 @@ class CustomCall(CallItem):
         return [("response.output_item.added", {"item": self._call("in_progress", "")})]
 
     def add(self, text: str) -> list[Step]:
-        self._pieces.append(text)
+        self._arguments.add(text)
         return self._delta(self._input.add(text))
 
     def _delta(self, text: str) -> list[Step]:
@@ -184,7 +189,7 @@ class NativeCall(CallItem):
         return []
 
     def add(self, text: str) -> list[Step]:
-        self._pieces.append(text)
+        self._arguments.add(text)
         return []
 
     def end(self, status: Status) -> list[Step]:

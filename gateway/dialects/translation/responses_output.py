@@ -39,6 +39,8 @@ class Output:
         self._text: Item | None = None
         self._calls: dict[int, CallItem] = {}
         self._closed: set[int] = set()
+        # Calls with new pieces since it was last examined which of them have ended.
+        self._grown: set[int] = set()
         self._call_ids: set[str] = set()
         self._placed: list[Item] = []
         self._number = 0
@@ -78,6 +80,7 @@ class Output:
             yield from self._close_calls()
             call = self._calls[piece.index] = self._new_call(piece)
             yield from self._placed_steps(call, call.begin())
+        self._grown.add(piece.index)
         if piece.arguments:
             yield from self._placed_steps(call, call.add(piece.arguments))
 
@@ -108,7 +111,8 @@ class Output:
 
     def _close_calls(self) -> Iterator[Step]:
         """Ends the calls to which nothing can be added any more."""
-        for index in [index for index, call in self._calls.items() if call.has_all_arguments()]:
+        grown, self._grown = sorted(self._grown & self._calls.keys()), set()
+        for index in [index for index in grown if self._calls[index].has_all_arguments()]:
             yield from self._close_call(index, "completed")
 
     def _close_call(self, index: int, status: Status) -> Iterator[Step]:

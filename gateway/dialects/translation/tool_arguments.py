@@ -1,11 +1,8 @@
 """The arguments of a tool call as a model writes them: the text of a JSON object, which may arrive in pieces."""
 
-import re
 from typing import Any
 
 from gateway.core import strict_json
-
-MARKS = re.compile(r'["\\{}\[\]]')
 
 
 def object_of(arguments: str) -> dict[str, Any] | None:
@@ -28,11 +25,31 @@ class ArgumentPieces:
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._depth = 0
-        self.has_begun = self._in_string = self._escaped = False
+        self.has_begun = self._is_other = self._in_string = self._escaped = False
+        # Whether the text was an object when its last bracket came; None before that is known.
+        self._was_object: bool | None = None
+        self._has_fields = False
 
     @property
     def is_complete(self) -> bool:
         return self.has_begun and self._depth <= 0
+
+    @property
+    def is_object(self) -> bool:
+        """Whether the text is a complete object; it is examined once, as nothing that follows makes it one."""
+        if self._was_object is None and self.is_complete:
+            found = object_of(self.text)
+            self._was_object, self._has_fields = found is not None, bool(found)
+        return self._was_object is True
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the text is a complete object that is not empty."""
+        return self.is_object and self._has_fields
+
+    @property
+    def has_any(self) -> bool:
+        return bool(self._texts)
 
     @property
     def text(self) -> str:
@@ -42,26 +59,28 @@ class ArgumentPieces:
         """What a client may be sent now: nothing before the first bracket, as servers write `null` for no arguments."""
         self._texts.append(piece)
         if self.has_begun:
+            if self._depth <= 0 and piece.strip():
+                self._was_object = False
             self._scan(piece)
             return piece
-        head = self.text
-        if not head.lstrip().startswith("{"):
+        if self._is_other or not piece.strip():
             return ""
-        self.has_begun = True
+        self.has_begun = piece.lstrip().startswith("{")
+        self._is_other = not self.has_begun
+        if self._is_other:
+            return ""
+        head = self.text
         self._scan(head)
         return head
 
     def _scan(self, text: str) -> None:
-        position = 0
+        """Counts the brackets outside of strings, without a step for each: a frame may have millions."""
         if self._escaped and text:
-            position, self._escaped = 1, False
-        while found := MARKS.search(text, position):
-            position = found.end()
-            mark = found.group()
-            if mark == '"':
-                self._in_string = not self._in_string
-            elif mark == "\\":
-                self._escaped = position == len(text)
-                position += 1
-            elif not self._in_string:
-                self._depth += 1 if mark in "{[" else -1
+            text, self._escaped = text[1:], False
+        if "\\" in text:
+            text = text.replace("\\\\", "").replace('\\"', "")
+            self._escaped = text.endswith("\\")
+        parts = text.split('"')
+        outside = "".join(parts[self._in_string :: 2])
+        self._in_string = self._in_string == (len(parts) % 2 == 1)
+        self._depth += outside.count("{") + outside.count("[") - outside.count("}") - outside.count("]")
