@@ -131,7 +131,7 @@ def test_an_answer_ends_at_its_last_frame_whatever_follows(
 
 SECRETS = "cannot reach {url}/x as Bearer s3cret-token"
 MESSAGE: dict[str, Any] = {"role": "assistant", "content": [], "usage": {"input_tokens": 1, "output_tokens": 0}}
-BEGINNINGS = {
+BEGINNINGS: dict[str, dict[str, Any]] = {
     "/v1/messages": {"type": "message_start", "message": MESSAGE},
     "/v1/responses": {"type": "response.created", "sequence_number": 0, "response": {"status": "in_progress"}},
 }
