@@ -85,7 +85,6 @@ class FailoverRun:
         for candidate in self._candidates:
             backend, spelling, _ = candidate
             began = time.monotonic()
-            self.was_sent = True
             try:
                 opening = await self._try(candidate, cancel_scope)
             except BackendFault as fault:
@@ -102,7 +101,7 @@ class FailoverRun:
                 raise
             except BadRequest as wrong:
                 # It cannot be translated; another backend may have the path itself.
-                self._untranslatable, self.was_sent = wrong, False
+                self._untranslatable = wrong
             else:
                 self.backend, self.answered_as = backend.name, spelling
                 # The request was right, so it did not cause the doubtful faults.
@@ -164,6 +163,7 @@ class FailoverRun:
         body = call.body_for(backend.kind, spelling, self._failover.most_tokens)
         path, upload = call.operation.path.encode(), call.upload
         backend.take()
+        self.was_sent = True
         began = time.monotonic()
         upstream: Upstream | None = None
         try:
