@@ -14,6 +14,7 @@ from gateway.core.errors import (
     BodyTooLarge,
     BodyTooSlow,
     ClientGone,
+    EncodedUpload,
     GatewayError,
     Overloaded,
     UnsupportedEncoding,
@@ -44,6 +45,16 @@ def check_head(scope: Scope, limit: int, setting: str = "") -> str:
         if name == b"content-length" and (not value.strip().isdigit() or int(value) > limit):
             raise _too_large(limit, setting)
     return encoding
+
+
+def check_head_of_upload(scope: Scope, limit: int, setting: str = "") -> None:
+    """The same for a body that is not decoded. Raises EncodedUpload for any encoding."""
+    try:
+        encoding = check_head(scope, limit, setting)
+    except UnsupportedEncoding:
+        raise EncodedUpload from None
+    if encoding:
+        raise EncodedUpload
 
 
 def _too_large(limit: int, setting: str, when: str = "") -> BodyTooLarge:

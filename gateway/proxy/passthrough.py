@@ -20,7 +20,6 @@ from gateway.core.errors import (
     BadRequest,
     BodyTooSlow,
     ClientGone,
-    EncodedUpload,
     GatewayError,
     NotPermitted,
 )
@@ -30,7 +29,7 @@ from gateway.dialects.model_names import NAME_RULE, is_name
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse
 from gateway.proxy.access import Access
-from gateway.proxy.body import Bodies, check_head
+from gateway.proxy.body import Bodies, check_head_of_upload
 
 LARGEST_BLOB = 2**44
 LONGEST_UPLOAD_S = 86_400.0
@@ -90,8 +89,7 @@ class Passthrough:
         headers = _passed_on(scope["headers"], record.request_id)
         try:
             if "{digest}" in self._route and self._method == "POST":
-                if check_head(scope, LARGEST_BLOB):
-                    raise EncodedUpload
+                check_head_of_upload(scope, LARGEST_BLOB)
                 await self._upload(backend, self._path(scope), headers, answer, receive)
             else:
                 body = await self._json(scope, receive, record)

@@ -6,12 +6,12 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.audit.record import Record
 from gateway.core.cancel_scope import CallScope
-from gateway.core.errors import BadRequest, BodyTooSlow, UnsupportedEncoding
+from gateway.core.errors import BadRequest, BodyTooSlow
 from gateway.dialects import multipart
 from gateway.dialects.dialect import Call
 from gateway.dialects.form_call import read_form_call
 from gateway.dialects.multipart import FormReader
-from gateway.proxy.body import check_head, measured
+from gateway.proxy.body import check_head_of_upload, measured
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.spool import Spool, SpooledForm
 
@@ -30,10 +30,7 @@ class UploadExchange(Exchange):
 
     async def _read(self, scope: Scope, receive: Receive, record: Record, cancel_scope: CallScope) -> Call:
         began = time.monotonic()
-        if check_head(scope, self._bodies.largest_upload, SIZE_SETTING):
-            refused = UnsupportedEncoding("a form with a file must be sent without a Content-Encoding")
-            refused.headers = ((b"accept-encoding", b"identity"),)
-            raise refused
+        check_head_of_upload(scope, self._bodies.largest_upload, SIZE_SETTING)
         boundary = multipart.boundary_of(_content_type(scope))
         reader, spool = FormReader(boundary), scope["state"]["spool"]
         spool.begin(record.key_id)

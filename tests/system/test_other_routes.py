@@ -421,8 +421,10 @@ def test_what_is_not_a_form_is_refused(uploads: RunningGateway, content_type: st
     with uploads.http(uploads.key()) as client:
         got = client.post(TRANSCRIBE, content=b'{"model": "x"}', headers={"Content-Type": content_type})
         assert got.status_code == 400 and got.json()["error"]["code"] == "bad_request"
-        encoded = client.post(TRANSCRIBE, content=b"x", headers={**CONTENT_TYPE, "Content-Encoding": "gzip"})
-        assert (encoded.status_code, encoded.headers["accept-encoding"]) == (415, "identity")
+        for encoding in ("gzip", "br"):
+            encoded = client.post(TRANSCRIBE, content=b"x", headers={**CONTENT_TYPE, "Content-Encoding": encoding})
+            assert (encoded.status_code, encoded.headers["accept-encoding"]) == (415, "identity")
+            assert encoded.json()["error"]["message"].endswith("send it unencoded.")
 
 
 def test_a_form_that_is_too_large_is_refused_by_its_length_or_while_it_arrives(uploads: RunningGateway) -> None:
