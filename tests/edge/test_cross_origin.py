@@ -1,5 +1,9 @@
 """Pages of other origins may read the routes of the API that need a key, and nothing else."""
 
+from typing import Any
+
+import anthropic
+import openai
 import pytest
 
 from gateway import endpoints
@@ -74,3 +78,19 @@ def test_pages_of_any_origin_may_call_the_api_and_read_errors(gateway: RunningGa
             answer = client.post("/v1/chat/completions", json={**body, **more}, headers={**PAGE, "x-api-key": used})
             assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "*")
         assert "access-control-allow-origin" not in client.get("/v1/models").headers
+
+
+def test_official_clients_in_pages_may_send_their_headers(gateway: RunningGateway, alpha: FakeBackend) -> None:
+    """Those of JavaScript send the same headers as those of Python."""
+    messages: Any = MESSAGES
+    asking = {"api_key": "x", "max_retries": 0}
+    before = len(alpha.requests)
+    with anthropic.Anthropic(base_url=alpha.url, **asking) as of_anthropic, pytest.raises(anthropic.APIStatusError):  # type: ignore[arg-type]
+        of_anthropic.messages.stream(model="m", max_tokens=1, messages=messages).__enter__()
+    with openai.OpenAI(base_url=f"{alpha.url}/v1", **asking) as of_openai, pytest.raises(openai.APIStatusError):  # type: ignore[arg-type]
+        of_openai.responses.stream(model="m", input="Hi").__enter__()
+    sent = {name for request in alpha.requests[before:] for name, _ in request.headers}
+    with gateway.http() as pages:
+        allowed = pages.options("/v1/messages", headers=PREFLIGHT).headers["access-control-allow-headers"].split(", ")
+    assert {name for name in sent if name.startswith(("x-stainless", "anthropic-", "openai-"))} <= set(allowed)
+    assert "x-stainless-lang" in sent
