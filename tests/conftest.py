@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import hypothesis
 import pytest
 import redis
 import uvicorn.server
@@ -33,6 +34,9 @@ from tests.support.running_gateway import RunningGateway
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+# A machine may be busy: nothing fails because it took long.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 _numbers = itertools.count()
 MOST_WORKERS = 16
 # Otherwise each HTTP client of the tests would read the system's certificates again: 60 ms each, and none uses TLS.

@@ -14,6 +14,7 @@ from gateway.core.errors import StoreUnavailable
 from gateway.stores.postgres import Connection, Database, Row, advice_for
 
 LOG = logging.getLogger("gateway.retention")
+JITTER = random.Random()  # noqa: S311 # not a secret  # nosec B311
 MONTHS_AHEAD = 2
 FEWEST_ROWS, MOST_ROWS = 20, 1000
 # A step locks out the writers of the audit, and takes disk and processor time from everything else.
@@ -93,7 +94,7 @@ async def run_regularly(
 
 
 def _about(seconds: float) -> float:
-    return seconds * random.uniform(0.9, 1.1)  # noqa: S311 # jitter, not a secret  # nosec B311
+    return seconds * JITTER.uniform(0.9, 1.1)
 
 
 def _log(removed: Removed) -> None:
