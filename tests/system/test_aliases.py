@@ -13,6 +13,7 @@ from gateway.auth.key import ADMIN_MODELS, SHOW_BACKEND
 from gateway.limits.quota import UNLIMITED
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import Reset
 from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 
@@ -98,6 +99,20 @@ def test_answers_of_the_other_apis_have_the_name_that_was_asked_for(gateway: Run
         assert answer.model == name and answer.output_text
         events = list(client.responses.create(model=name, input="Say hi", stream=True))
         assert {event.response.model for event in events if hasattr(event, "response")} == {name}
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_response_that_breaks_off_has_the_name_that_was_asked_for(start_gateway: StartGateway, is_native: bool) -> None:
+    """Its last event repeats the first, as the client got that."""
+    with FakeBackend(kind="ollama", models=["llama3.2:latest"], name="alpha", is_native=is_native) as alpha:
+        gateway = start_gateway(alpha, MODEL_ALIASES=json.dumps({"gpt-5": "llama3.2"}))
+        alpha.play(
+            "/v1/responses" if is_native else "/v1/chat/completions",
+            lambda request: [*list(alpha.healthy(request))[:4], Reset()],
+        )
+        with gateway.http(gateway.key()) as client:
+            got = client.post("/v1/responses", json={"model": "gpt-5", "input": "Say hi", "stream": True}).text
+    assert "event: response.failed" in got and got.count('"model":"gpt-5"') == 3 and "llama" not in got
 
 
 def test_ollamas_clients_reach_an_alias_of_a_model_of_another_server(gateway: RunningGateway) -> None:
