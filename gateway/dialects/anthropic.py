@@ -32,7 +32,7 @@ class MessageEvents(ServerSentEvents):
 
     def count(self, data: bytes) -> int:
         """Other events have no tokens."""
-        return data.count(b"event: content_block_delta")
+        return data.count(b'"content_block_delta"')
 
 
 class Anthropic:

@@ -1,5 +1,6 @@
 """OpenAI's Responses API as Ollama, vLLM, llama.cpp, LM Studio and SGLang serve it: numbered server-sent events."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ ENDS = frozenset({"response.completed", "response.incomplete"})
 FAILURES = frozenset({"response.failed", "error"})
 ENDINGS = (b'"response.completed"', b'"response.incomplete"')
 FIRST_EVENTS = frozenset({"response.created", "response.queued", "response.in_progress"})
+DELTA = re.compile(rb'"type"\s*+:\s*+"response\.[\w.]++(?<=\.delta)"')
 DONE = b"[DONE]"
 UNKNOWN = Usage()
 TOO_LONG_FIELDS = {"type": "invalid_request_error", "code": TOO_LONG}
@@ -33,7 +35,7 @@ class ResponseEvents(ServerSentEvents):
 
     def count(self, data: bytes) -> int:
         """Other events have no tokens."""
-        return data.count(b".delta\n")
+        return len(DELTA.findall(data))
 
 
 class Responses:
