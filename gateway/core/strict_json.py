@@ -45,7 +45,7 @@ def read_object(body: bytes, known_fields: Collection[str] = ()) -> dict[str, An
     the value, invalid UTF-8, more than 300,000 values, and top-level keys that only case folding makes equal to one of
     `known_fields` (Go's encoding/json would read them as that field).
     """
-    if _has_more_values(body, MOST_VALUES):
+    if has_more_values(body, MOST_VALUES):
         raise BadRequest(f"the body has more than {MOST_VALUES} values")
     try:
         value = orjson.loads(body)
@@ -58,7 +58,8 @@ def read_object(body: bytes, known_fields: Collection[str] = ()) -> dict[str, An
     return value
 
 
-def _has_more_values(body: bytes, most: int) -> bool:
+def has_more_values(body: bytes, most: int) -> bool:
+    """Whether parsing takes more time and memory than so many values do."""
     if len(body) <= most or _values(body) <= most:
         return False
     plain = _without_escapes(body)
@@ -93,7 +94,7 @@ def _examined(body: bytes, wrong: Exception) -> Any:
     """Raises BadRequest with the exact error, or returns the value after all: what orjson refuses may still be JSON."""
     try:
         text = body.decode("utf-8")
-        if not _has_more_values(body, MOST_VALUES_EXAMINED):
+        if not has_more_values(body, MOST_VALUES_EXAMINED):
             return _decode(text)
     except UnicodeDecodeError:
         raise BadRequest("the body is not valid UTF-8") from None

@@ -197,7 +197,8 @@ class FailoverRun:
 
     def _translated(self, upstream: BackendResponse, translation: Translation, backend: Backend) -> TranslatedResponse:
         self._call.capped = translation.call.capped
-        return TranslatedResponse(upstream, translation, self._dialect.framing, backend.config, backend.unframed)
+        bounds = backend.unframed, backend.pieces
+        return TranslatedResponse(upstream, translation, self._dialect.framing, backend.config, *bounds)
 
 
 def _no_first_byte() -> BackendFault:

@@ -3,17 +3,19 @@
 import time
 from collections.abc import Callable
 
-from gateway.core import strict_json
+from gateway.core.shared_bytes import Reservation
 from gateway.dialects.answers import LONGEST_FRAME, BadFrame, LongFrame, error_code, error_text
 from gateway.dialects.dialect import Framing
 from gateway.dialects.translation.translation import Translation
 from gateway.fleet.backends.config import BackendConfig
-from gateway.fleet.backends.frame_buffer import FrameBuffer, UnfinishedFrames
-from gateway.fleet.backends.http_client import BackendFault, BackendResponse
+from gateway.fleet.backends.frame_buffer import FrameBuffer, HeldPieces, UnfinishedFrames
+from gateway.fleet.backends.http_client import SMALL, BackendFault, BackendResponse
 from gateway.fleet.redaction import redact
 
 # How long a client gets nothing while the backend sends.
 SILENT_S = 10.0
+# Bytes of the pieces of one answer: several times those of the longest that a model writes.
+LONGEST_HELD = 32 * 2**20
 
 
 class TranslatedResponse:
@@ -26,6 +28,7 @@ class TranslatedResponse:
         framing: Framing,
         config: BackendConfig,
         bound: UnfinishedFrames,
+        pieces: HeldPieces,
     ) -> None:
         self._upstream, self._translation, self._config = upstream, translation, config
         self.status, self.headers = upstream.status, upstream.headers
@@ -33,7 +36,7 @@ class TranslatedResponse:
         self.operation = translation.call.operation
         self.content_type = framing.content_type if translation.call.stream else "application/json"
         self._framing = translation.dialect.framing
-        self._buffer = FrameBuffer(self._framing, bound)
+        self._buffer, self._held = FrameBuffer(self._framing, bound), Reservation(pieces)
         self._has_yielded = self._at_end = False
         self._written_at = 0.0
 
@@ -62,11 +65,8 @@ class TranslatedResponse:
 
     async def read_whole(self, limit: int | None = None, hold: Callable[[int], None] | None = None) -> bytes:
         """Raises as BackendResponse.read_whole does, and BadFrame."""
-        whole = await self._upstream.read_whole(limit, hold)
-        try:
-            answer = strict_json.read_loosely(whole)
-        except ValueError:
-            raise BadFrame("not JSON") from None
+        whole = await self._upstream.read_whole(limit or self._translation.longest, hold)
+        answer = self._translation.read(whole)
         if isinstance(answer, dict) and answer.get("error"):
             raise BadFrame(f"an error{error_code(answer)}", answer)
         return self._translation.whole(answer)
@@ -76,6 +76,7 @@ class TranslatedResponse:
 
     def close(self) -> None:
         self._buffer.close()
+        self._held.close()
         self._upstream.close()
 
     def _translated(self, piece: bytes) -> bytes:
@@ -98,7 +99,15 @@ class TranslatedResponse:
         if not payloads:
             # Comments show that a server is at work; a line's end alone, or the first letters of a field, show nothing.
             return self._translation.ping() if frames.lstrip().startswith(b":") else b""
-        return b"".join([self._translation.frames(payload) for payload in payloads])
+        translated = [self._translation.frames(payload) for payload in payloads]
+        if self._translation.held > SMALL:
+            self._hold(self._translation.held)
+        return b"".join(translated)
+
+    def _hold(self, size: int) -> None:
+        if size > LONGEST_HELD:
+            raise BackendFault("endless_answer", f"the pieces of an answer exceed {LONGEST_HELD} bytes")
+        self._held.hold(size)
 
     def _fault(self, bad: BadFrame) -> BackendFault:
         fault = BackendFault("bad_frame", str(bad))

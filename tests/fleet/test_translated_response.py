@@ -14,7 +14,7 @@ from gateway.dialects.answers import BadFrame
 from gateway.dialects.dialect import Call, Dialect, read_call
 from gateway.dialects.translation import translators
 from gateway.fleet.backends.config import BackendConfig
-from gateway.fleet.backends.frame_buffer import UnfinishedFrames
+from gateway.fleet.backends.frame_buffer import HeldPieces, UnfinishedFrames
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.translated_response import TranslatedResponse
 from tests.support.fake_backend.scripts import recording
@@ -110,7 +110,7 @@ def _response(path: str, pieces: Iterable[bytes], is_raw: bool) -> TranslatedRes
     assert translator is not None
     upstream: Any = Pieces(pieces)
     translation = translator.translate(call, "openai")
-    return TranslatedResponse(upstream, translation, dialect.framing, CONFIG, UnfinishedFrames(1 << 20))
+    return TranslatedResponse(upstream, translation, dialect.framing, CONFIG, UnfinishedFrames(1 << 20), HeldPieces(1 << 20))
 
 
 def _frames(path: str, pieces: Iterable[bytes], *, is_raw: bool = False) -> bytes:

@@ -5,15 +5,19 @@ from typing import Any, Protocol
 
 from gateway.core import strict_json
 from gateway.core.errors import BackendFailed
-from gateway.dialects.answers import BadFrame, judge_whole
+from gateway.dialects.answers import LONGEST_FRAME, BadFrame, judge_whole
 from gateway.dialects.dialect import Call, Dialect, Usage
 from gateway.dialects.openai import OpenAI
-from gateway.dialects.translation.conversation import Counted, Event
+from gateway.dialects.translation.conversation import Counted, Event, TextPiece, ThinkingPiece, ToolPiece
 from gateway.dialects.translation.unreadable import Unreadable
 
 OPENAI = OpenAI()
 OPERATIONS = {operation.path: operation for operation in OPENAI.operations}
 DONE = b"[DONE]"
+# Commas and opening brackets in one answer or frame of a backend; a list of embeddings has one for each number.
+MOST_VALUES, MOST_NUMBERS = strict_json.MOST_VALUES, 4_000_000
+# Many pieces of a stream are kept until its end: each takes its text and about so many bytes.
+SIZE_OF_PIECE = 100
 
 
 class Reader(Protocol):
@@ -60,6 +64,21 @@ class Translation:
         # As the backend reported it; what the client gets may be estimated.
         self.usage = Usage()
         self._tail: list[bytes] = []
+        is_chat = call.operation.clamp is not None
+        # Of an answer that is not streamed, in bytes; and of each answer or frame.
+        self.longest = LONGEST_FRAME if is_chat else None
+        self._most_values = MOST_VALUES if is_chat else MOST_NUMBERS
+        # Bytes of the stream that may still be in memory.
+        self.held = 0
+
+    def read(self, data: bytes) -> Any:
+        """An answer or a frame of the backend. Raises BadFrame if it is no JSON, or so much that it delays other calls."""
+        if strict_json.has_more_values(data, self._most_values):
+            raise BadFrame(f"more than {self._most_values} values")
+        try:
+            return strict_json.read_loosely(data)
+        except ValueError:
+            raise BadFrame("not JSON") from None
 
     def whole(self, answer: Any) -> bytes:
         """Raises BadFrame if it is no answer."""
@@ -86,7 +105,7 @@ class Translation:
             self.dialect.judge_frame(payload)
             self._has_begun, begun = True, writer.start()
         self._tail = [*self._tail[-1:], payload]
-        return begun + self._written(lambda: reader.read(strict_json.read_loosely(payload)))
+        return begun + self._written(lambda: reader.read(self.read(payload)))
 
     def end(self) -> bytes:
         """The frames at the end of the backend's stream; nothing if its answer is not complete."""
@@ -113,18 +132,27 @@ class Translation:
             events = read()
         except Unreadable as wrong:
             raise BadFrame("an answer that cannot be translated", {"error": str(wrong)}) from wrong
-        except ValueError:
-            raise BadFrame("not JSON") from None
         writer = self._parts[1]
         for event in events:
             if isinstance(event, Counted):
                 self.usage = event.usage
+            else:
+                self.held += SIZE_OF_PIECE + _size_of(event)
         return b"".join([self._accepted(writer.write(event)) for event in events])
 
     def _accepted(self, frames: bytes) -> bytes:
         if failure := self._parts[1].failure:
             raise BadFrame("an answer that cannot be translated", {"error": failure})
         return frames
+
+
+def _size_of(event: Event) -> int:
+    match event:
+        case TextPiece(text) | ThinkingPiece(text):
+            return len(text)
+        case ToolPiece():
+            return len(event.arguments)
+    return 0
 
 
 def inner_call(call: Call, path: str, body: dict[str, Any]) -> Call:

@@ -12,7 +12,7 @@ from gateway.core.cancel_scope import CallScope, CancelScope
 from gateway.dialects.dialect import Upload
 from gateway.fleet.backends.circuit_breaker import CircuitBreaker
 from gateway.fleet.backends.config import BackendConfig
-from gateway.fleet.backends.frame_buffer import UnfinishedFrames
+from gateway.fleet.backends.frame_buffer import HeldPieces, UnfinishedFrames
 from gateway.fleet.backends.http_client import (
     LONGEST_LINE,
     BackendFault,
@@ -25,6 +25,8 @@ from gateway.fleet.backends.http_client import (
 KEEP_IDLE_CONNECTIONS_S = 30.0
 # Bytes of unfinished frames that all calls of a backend may hold together.
 MOST_UNFRAMED = 32 * 2**20
+# Bytes of translated streams that have not ended.
+MOST_PIECES = 256 * 2**20
 FIXED = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 
 
@@ -37,7 +39,7 @@ class Backend:
         self.breaker = CircuitBreaker()
         self.in_flight = 0
         self.is_drained = False
-        self.unframed = UnfinishedFrames(MOST_UNFRAMED)
+        self.unframed, self.pieces = UnfinishedFrames(MOST_UNFRAMED), HeldPieces(MOST_PIECES)
         self._auth = config.auth()
 
     async def __aenter__(self) -> Self:

@@ -13,6 +13,14 @@ class UnfinishedFrames(SharedBytes):
             raise BackendFault("endless_frames", f"the unfinished frames of this backend's answers exceed {self.most} bytes")
 
 
+class HeldPieces(SharedBytes):
+    """The pieces of translated streams that all calls of one backend hold until the ends of the streams."""
+
+    def check(self, caller: str) -> None:
+        if self.used > self.most:
+            raise BackendFault("endless_answer", f"the pieces of this backend's answers exceed {self.most} bytes")
+
+
 class FrameBuffer:
     """Cuts a stream into frames as its pieces come and reads each byte once; `rest` is a frame that has not ended."""
 

@@ -1,0 +1,70 @@
+"""A backend whose answers are translated can make the gateway hold and compute only so much."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import StartGateway
+from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import JSON, SSE, End, Head, Piece
+from tests.support.model_servers import CHAT, CHAT_ONLY, MODEL
+from tests.system.test_hostile_backends import LONGEST_DELAY_S, LoopDelays
+
+HELLO = [{"role": "user", "content": "Hi"}]
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/messages": {"max_tokens": 9, "messages": HELLO},
+    "/v1/responses": {"input": "Hi"},
+    "/api/chat": {"messages": HELLO},
+}
+# Sixty megabytes of lists would take ten seconds and two gigabytes.
+LISTS = b'{"x":[' + b"[]," * (20 * 2**20) + b'[]],"choices":[{"message":{"content":"x"},"finish_reason":"stop"}]}'
+SHORTER = b'{"x":[' + b"[]," * (2 * 2**20) + b'[]],"choices":[{"message":{"content":"x"},"finish_reason":"stop"}]}'
+
+
+@pytest.fixture
+def backend() -> Iterator[FakeBackend]:
+    with CHAT_ONLY.backend() as found:
+        yield found
+
+
+@pytest.mark.parametrize(("answer", "status"), [(LISTS, 502), (SHORTER, 502)], ids=["long", "shorter"])
+def test_millions_of_lists(start_gateway: StartGateway, backend: FakeBackend, answer: bytes, status: int) -> None:
+    gateway = start_gateway(backend)
+    whole = [Head(200, [("Content-Type", JSON)], content_length=len(answer)), Piece(answer)]
+    with gateway.http(gateway.key()) as client:
+        for path, body in ASKED.items():
+            backend.play(CHAT, whole)
+            with LoopDelays(gateway) as delays:
+                got = client.post(path, json={"model": MODEL, "stream": False, **body})
+            assert got.status_code == status and delays.longest_s < LONGEST_DELAY_S, path
+
+
+def test_millions_of_lists_in_a_frame(start_gateway: StartGateway, backend: FakeBackend) -> None:
+    gateway = start_gateway(backend)
+    first = b'data: {"model":"m","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+    frame = b"data: " + SHORTER + b"\n\n"
+    backend.play(CHAT, [Head(200, [("Content-Type", SSE)], chunked=True), Piece(first), Piece(frame), End()])
+    with gateway.http(gateway.key()) as client:
+        for path, body in ASKED.items():
+            with LoopDelays(gateway) as delays:
+                got = client.post(path, json={"model": MODEL, "stream": True, **body})
+            assert b'"error"' in got.content and delays.longest_s < LONGEST_DELAY_S, path
+
+
+@pytest.mark.parametrize("delta", ["content", "tool_calls"])
+def test_a_stream_without_end(start_gateway: StartGateway, backend: FakeBackend, delta: str) -> None:
+    """Its pieces would be kept for the end of the answer."""
+    gateway, text = start_gateway(backend), "x" * 60_000
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": '{"a":"' + text}}
+    more = {"index": 0, "function": {"arguments": text}}
+    deltas: list[Any] = [text, text] if delta == "content" else [[call], [more]]
+    first, next_ = (b"data: " + json.dumps({"choices": [{"index": 0, "delta": {delta: one}}]}).encode() + b"\n\n" for one in deltas)
+    backend.play(CHAT, [Head(200, [("Content-Type", SSE)], chunked=True), Piece(first), *[Piece(next_)] * 1000, End()])
+    with gateway.http(gateway.key()) as client:
+        got = client.post("/v1/responses", json={"model": MODEL, "stream": True, **ASKED["/v1/responses"]})
+    assert got.content.rstrip().endswith(b"}") and b'"response.failed"' in got.content[-10_000:]
+    assert 30 * 2**20 < len(got.content) < 40 * 2**20
+    [fake] = gateway.components.backends.values()
+    assert gateway.request_lines()[-1]["outcome"] == "truncated" and fake.pieces.used == 0
