@@ -47,6 +47,8 @@ class Access:
         assert record.key is not None
         record.need = need
         counter_sets = record.key.counter_sets(model, NO_DEFAULTS if record.is_operator_read else self._defaults)
+        # Callers make up names that match the glob of an alias: only the glob's own has a mean.
+        model = record.canonical if model else ""
         info = abandoned.call_info(counter_sets, model, need.prompt, record.opening_fields()) if takes_slot else b""
         ticket = Ticket(record.id, counter_sets, model, need, info)
         try:

@@ -11,7 +11,8 @@ import pytest
 
 from gateway.auth.key import ADMIN_MODELS, SHOW_BACKEND
 from gateway.limits.quota import UNLIMITED
-from tests.conftest import StartGateway
+from gateway.stores import redis_keys
+from tests.conftest import StartGateway, TestStores
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Reset
 from tests.support.processes import until
@@ -206,6 +207,18 @@ def test_metrics_count_names_that_match_a_glob_as_the_glob(gateway: RunningGatew
     with gateway.http(TOKEN) as client:
         text = client.get("/metrics").text
     assert 'model="claude-*"' in text and 'model="gpt-4o-mini:latest"' in text and "claude-1" not in text
+
+
+def test_callers_cannot_fill_redis_with_names_that_match_a_glob(gateway: RunningGateway, stores: TestStores) -> None:
+    with gateway.http(gateway.key()) as client:
+        for number in range(20):
+            body = {"model": f"claude-{number}", "messages": MESSAGES}
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+    gateway.wait_idle()
+    with stores.client() as redis:
+        hashes: Any = [redis.hkeys(keys.means) for keys in redis_keys.BY_SHARD]
+    assert [name for names in hashes for name in names] == [b"claude-*"]
+    assert list(gateway.components.limits.estimates.output_tokens) == ["claude-*"]
 
 
 def test_an_alias_is_gone_when_its_models_are(start_gateway: StartGateway, alpha: FakeBackend) -> None:

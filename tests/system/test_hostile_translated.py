@@ -53,6 +53,10 @@ def test_millions_of_lists_in_a_frame(start_gateway: StartGateway, backend: Fake
             assert b'"error"' in got.content and delays.longest_s < LONGEST_DELAY_S, path
 
 
+def frame_of(delta: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+
+
 @pytest.mark.parametrize("delta", ["content", "tool_calls"])
 def test_a_stream_without_end(start_gateway: StartGateway, backend: FakeBackend, delta: str) -> None:
     """Its pieces would be kept for the end of the answer."""
@@ -60,7 +64,7 @@ def test_a_stream_without_end(start_gateway: StartGateway, backend: FakeBackend,
     call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": '{"a":"' + text}}
     more = {"index": 0, "function": {"arguments": text}}
     deltas: list[Any] = [text, text] if delta == "content" else [[call], [more]]
-    first, next_ = (b"data: " + json.dumps({"choices": [{"index": 0, "delta": {delta: one}}]}).encode() + b"\n\n" for one in deltas)
+    first, next_ = (frame_of({delta: one}) for one in deltas)
     backend.play(CHAT, [Head(200, [("Content-Type", SSE)], chunked=True), Piece(first), *[Piece(next_)] * 1000, End()])
     with gateway.http(gateway.key()) as client:
         got = client.post("/v1/responses", json={"model": MODEL, "stream": True, **ASKED["/v1/responses"]})
