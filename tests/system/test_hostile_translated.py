@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.scripts import JSON, SSE, End, Head, Piece
+from tests.support.fake_backend.scripts import JSON, SSE, End, Head, Piece, Step
 from tests.support.model_servers import CHAT, CHAT_ONLY, MODEL
 from tests.system.test_hostile_backends import LONGEST_DELAY_S, LoopDelays
 
@@ -32,7 +32,7 @@ def backend() -> Iterator[FakeBackend]:
 @pytest.mark.parametrize(("answer", "status"), [(LISTS, 502), (SHORTER, 502)], ids=["long", "shorter"])
 def test_millions_of_lists(start_gateway: StartGateway, backend: FakeBackend, answer: bytes, status: int) -> None:
     gateway = start_gateway(backend)
-    whole = [Head(200, [("Content-Type", JSON)], content_length=len(answer)), Piece(answer)]
+    whole: list[Step] = [Head(200, [("Content-Type", JSON)], content_length=len(answer)), Piece(answer)]
     with gateway.http(gateway.key()) as client:
         for path, body in ASKED.items():
             backend.play(CHAT, whole)
