@@ -208,6 +208,7 @@ def test_the_local_run_from_nothing_to_a_streamed_answer(home: Path) -> None:
         assert (
             "Traceback" not in log.read_text()
             and f"\nexport OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}\n" in log.read_text()
+            and f"\nexport ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}\n" in log.read_text()
         )
     until(lambda: not any(map(is_alive, servers)), 5)
     assert make_key(home, {}), "keys are made with nothing running, too"

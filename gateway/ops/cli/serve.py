@@ -191,6 +191,7 @@ def banner(settings: Settings, components: Components | None, first_key: str | N
         f"  try it{_advice(components)}:",
         f"curl -N {address}/v1/chat/completions -H 'Authorization: Bearer {key}' -d '{body}'",
         f"export OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}",
+        f"export ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key}",
         "",
         "  Ctrl-C stops everything; data and keys are kept.",
         "",

@@ -47,6 +47,14 @@ def prompt_in(body: dict[str, Any]) -> str:
     return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
 
 
+async def body_of(request: Request) -> dict[str, Any]:
+    """Whether a route is there is asked with a body that is no object; only the status matters then."""
+    body = await request.json()
+    if not isinstance(body, dict):
+        raise KeyError("model")
+    return body
+
+
 async def tags(request: Request) -> Response:
     return JSONResponse({"models": ENTRIES})
 
@@ -68,7 +76,7 @@ async def alive(request: Request) -> Response:
 
 
 async def native(request: Request) -> Response:
-    body = await request.json()
+    body = await body_of(request)
     model, words = body["model"], answer_to(prompt_in(body))
     is_chat = request.url.path == "/api/chat"
 
@@ -95,7 +103,7 @@ async def native(request: Request) -> Response:
 
 
 async def completions(request: Request) -> Response:
-    body = await request.json()
+    body = await body_of(request)
     words = answer_to(prompt_in(body))
     usage = {"prompt_tokens": len(prompt_in(body).split()) or 1, "completion_tokens": len(words)}
     usage["total_tokens"] = sum(usage.values())
@@ -128,7 +136,7 @@ def vector(text: str) -> list[float]:
 
 
 async def embed(request: Request) -> Response:
-    body = await request.json()
+    body = await body_of(request)
     asked = body.get("input", body.get("prompt", ""))
     texts = asked if isinstance(asked, list) else [asked]
     vectors = [vector(str(text)) for text in texts]
@@ -142,7 +150,7 @@ async def embed(request: Request) -> Response:
 
 
 async def incomplete(request: Request, missing: Exception) -> Response:
-    """A probe of a backend's token sends no field that could be answered."""
+    """Probes send no field that could be answered."""
     return JSONResponse({"error": f"{missing} is missing"}, 400)
 
 
