@@ -7,7 +7,7 @@ from gateway.core import strict_json
 from gateway.core.errors import GatewayError
 from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
-from gateway.dialects.fields import bounded, expect, expect_number, expect_objects, is_over
+from gateway.dialects.fields import bounded, expect, expect_few_tools, expect_number, expect_objects, is_over
 from gateway.dialects.openai import ServerSentEvents
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.translation import messages_answer, messages_estimate, messages_passthrough, messages_request
@@ -157,7 +157,7 @@ def _check(body: dict[str, Any]) -> None:
     """What a translation needs is checked there; a server that has the path may take more than that."""
     expect_number(body, NUMBERS)
     expect_objects(body, "messages")
-    expect_objects(body, "tools")
+    expect_few_tools(body)
     expect(body, "system", (str, list), "a string or a list")
     for name in ("thinking", "metadata", "tool_choice"):
         expect(body, name, dict, "an object")

@@ -6,6 +6,8 @@ from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects.model_names import NAME_RULE, is_name
 
+MOST_TOOLS = 4096
+
 
 def model_of(body: dict[str, Any]) -> str:
     """The field `model`, or Ollama's deprecated `name`. Raises BadRequest if both are there and differ."""
@@ -48,6 +50,13 @@ def expect_objects(body: dict[str, Any], name: str) -> None:
     for item in body.get(name) or ():
         if not isinstance(item, dict):
             raise BadRequest(f"the field {name!r} must be a list of objects")
+
+
+def expect_few_tools(body: dict[str, Any]) -> None:
+    """Each is examined for each backend. Agents send some hundreds."""
+    expect_objects(body, "tools")
+    if len(body.get("tools") or ()) > MOST_TOOLS:
+        raise BadRequest(f"the field 'tools' must be a list of at most {MOST_TOOLS} objects")
 
 
 def expect_messages(body: dict[str, Any]) -> None:

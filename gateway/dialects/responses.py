@@ -8,7 +8,7 @@ from gateway.core import strict_json
 from gateway.core.errors import GatewayError
 from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
-from gateway.dialects.fields import boolean, bounded, expect, expect_number, expect_objects, is_over
+from gateway.dialects.fields import boolean, bounded, expect, expect_few_tools, expect_number, is_over
 from gateway.dialects.openai import OpenAI, ServerSentEvents
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.translation import responses_passthrough, responses_request
@@ -161,7 +161,7 @@ def _check(body: dict[str, Any]) -> None:
     expect_number(body, NUMBERS)
     expect(body, "input", (str, list), "a string or a list of items")
     expect(body, "instructions", (str, list), "a string")
-    expect_objects(body, "tools")
+    expect_few_tools(body)
     boolean(body, "parallel_tool_calls", default=True)
     for name in ("reasoning", "text"):
         expect(body, name, dict, "an object")

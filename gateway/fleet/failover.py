@@ -32,8 +32,8 @@ from gateway.fleet.translated_response import TranslatedResponse
 RETRY_AFTER_S = 5.0
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
-# A prompt of so many tokens, as estimated, is translated in a few milliseconds.
-SMALL_PROMPT = 4096
+# A body of so many bytes is translated in a few milliseconds, whatever is in it.
+SMALL_REQUEST = 16_384
 NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full", NO_ROUTE})
 # Faults that a wrong request may also cause, if the backend reports them in unknown words.
 DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
@@ -191,7 +191,7 @@ class FailoverRun:
 
     async def _translate(self, translator: Translator, backend: Backend, cancel_scope: CallScope) -> Translation:
         work = partial(translator.translate, self._call, backend.kind)
-        if self._call.needs.prompt <= SMALL_PROMPT:
+        if self._call.size <= SMALL_REQUEST:
             return work()
         return await self._failover.in_turn(self._caller, work, cancel_scope)
 

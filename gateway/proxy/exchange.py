@@ -129,7 +129,7 @@ class Exchange:
             call = self._parse(raw)
         else:
             call = await self._bodies.parsed(raw, self._parse, record.key_id, cancel_scope)
-        record.model, record.stream = call.asked_model, call.stream
+        call.size, record.model, record.stream = len(raw), call.asked_model, call.stream
         return call
 
     def _parse(self, raw: bytes) -> Call:

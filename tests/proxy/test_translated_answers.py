@@ -142,7 +142,7 @@ def test_nothing_is_sent_before_the_backend_has_proved_to_answer(start_gateway: 
 def test_nothing_is_counted_for_a_client_that_leaves_before_its_request_is_sent(
     gateway: RunningGateway, beta: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failover, "SMALL_PROMPT", 0)
+    monkeypatch.setattr(failover, "SMALL_REQUEST", 0)
     turns = gateway.components.bodies._turns
     gateway.call(turns._loop_lock.acquire())
     with gateway.http(gateway.key()) as client, pytest.raises(httpx.ReadTimeout):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -72,3 +73,53 @@ def test_a_stream_without_end(start_gateway: StartGateway, backend: FakeBackend,
     assert 30 * 2**20 < len(got.content) < 40 * 2**20
     [fake] = gateway.components.backends.values()
     assert gateway.request_lines()[-1]["outcome"] == "truncated" and fake.pieces.used == 0
+
+
+REPEATED = 70_000
+LARGE: list[tuple[str, bytes, bytes, str]] = [
+    ("/v1/messages", b'"max_tokens":9,"messages":[{"role":"user","content":"x"}],"tools":[%b]', b'{"type":"a"}', "at most 4096"),
+    ("/v1/responses", b'"input":"x","tools":[%b]', b'{"type":"a"}', "at most 4096"),
+    ("/v1/responses", b'"input":"x","tools":[%b]', b'{"type":"function","name":"f%d"}', "at most 4096"),
+    (
+        "/v1/responses",
+        b'"input":"x","tools":[{"type":"namespace","name":"n","tools":[%b]}]',
+        b'{"type":"function","name":"f%d"}',
+        "names more than 4096 tools",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "tool", "words"), LARGE)
+def test_tools_without_end(start_gateway: StartGateway, path: str, fields: bytes, tool: bytes, words: str) -> None:
+    """Each backend that has the path would make the gateway examine all of them once more."""
+    with ExitStack() as stack:
+        backends = [stack.enter_context(FakeBackend(models=[MODEL], name=f"b{at}", is_native=True)) for at in range(4)]
+        gateway = start_gateway(*backends)
+        tools = b",".join(tool.replace(b"%d", b"%d" % number) for number in range(REPEATED))
+        body = b'{"model":"%b",%b}' % (MODEL.encode(), fields.replace(b"%b", tools))
+        with gateway.http(gateway.key()) as client, LoopDelays(gateway) as delays:
+            got = client.post(path, content=body)
+        assert got.status_code == 400 and words in got.json()["error"]["message"]
+        assert delays.longest_s < LONGEST_DELAY_S
+
+
+def test_empty_blocks_are_translated_in_turns(
+    start_gateway: StartGateway, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of few tokens may be much work."""
+    gateway = start_gateway(backend)
+    done: list[str] = []
+    turns = gateway.components.bodies._turns
+    run = turns.run
+
+    async def counted(key_id: str, *more: Any) -> Any:
+        done.append(key_id)
+        return await run(key_id, *more)
+
+    monkeypatch.setattr(turns, "run", counted)
+    blocks = [{"type": "text", "text": ""}] * 5000
+    body = {"model": MODEL, "max_tokens": 9, "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, *blocks]}]}
+    with gateway.http(gateway.key()) as client:
+        assert client.post("/v1/messages", json=body).status_code == 200
+    # One for parsing, and one for translating.
+    assert len(done) == 2

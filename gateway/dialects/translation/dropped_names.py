@@ -8,6 +8,8 @@ NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_.:-]")
 
 def drop(name: str, dropped: list[str]) -> None:
     """Adds a name once; it may come from a client, so that it is cut and made plain."""
+    if name in dropped or len(dropped) >= MOST_NAMES:
+        return
     plain = NOT_IN_NAMES.sub("?", name[:LONGEST_NAME])
-    if plain not in dropped and len(dropped) < MOST_NAMES:
+    if plain not in dropped:
         dropped.append(plain)

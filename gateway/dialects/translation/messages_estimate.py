@@ -51,7 +51,8 @@ def rough_need(body: dict[str, Any]) -> Need:
     """
     try:
         found = _of_system(body.get("system")) + _of_messages(body.get("messages")) + _of_tools(body.get("tools"))
-        found += _of_format(body)
+        # A server hands these to its chat template, which may write them into the prompt.
+        found += _of_format(body) + tokens.of_value(body.get("chat_template_kwargs"))
     except RecursionError:
         found = 0
     return Need(max(1, found), wish(body.get("max_tokens")))

@@ -4,6 +4,9 @@ import hashlib
 import re
 from dataclasses import dataclass
 
+from gateway.core.errors import BadRequest
+from gateway.dialects.fields import MOST_TOOLS
+
 LONGEST_NAME = 64
 NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_-]")
 JOINT = "__"
@@ -34,6 +37,8 @@ class ToolNames:
         key = (tool.namespace, tool.name)
         found = self._names.get(key)
         if found is None:
+            if len(self._names) >= MOST_TOOLS:
+                raise BadRequest(f"the request names more than {MOST_TOOLS} tools")
             found = _plain_name(*key)
             if found in self._tools:
                 found = _digested_name(found, *key)

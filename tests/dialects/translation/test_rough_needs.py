@@ -71,6 +71,13 @@ def test_images_are_no_text() -> None:
     assert 700 < of_responses({"input": [{"role": "user", "content": [part]}]}).prompt < 2000
 
 
+def test_what_a_chat_template_may_write_into_the_prompt_counts() -> None:
+    documents = {"documents": [{"text": "word " * 4000}]}
+    message = {"role": "user", "content": "x"}
+    assert of_messages({"messages": [message], "chat_template_kwargs": documents}).prompt > 5000
+    assert of_responses({"input": [message], "chat_template_kwargs": documents}).prompt > 5000
+
+
 def test_depth_is_no_accident() -> None:
     assert of_messages({"messages": [{"role": "user", "content": [{"type": "x", "input": DEEP}]}], "max_tokens": 3}) == (
         1,
