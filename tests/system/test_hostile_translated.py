@@ -118,7 +118,8 @@ def test_empty_blocks_are_translated_in_turns(
 
     monkeypatch.setattr(turns, "run", counted)
     blocks = [{"type": "text", "text": ""}] * 5000
-    body = {"model": MODEL, "max_tokens": 9, "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, *blocks]}]}
+    content = [{"type": "text", "text": "x"}, *blocks]
+    body = {"model": MODEL, "max_tokens": 9, "messages": [{"role": "user", "content": content}]}
     with gateway.http(gateway.key()) as client:
         assert client.post("/v1/messages", json=body).status_code == 200
     # One for parsing, and one for translating.
