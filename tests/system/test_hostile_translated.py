@@ -77,7 +77,12 @@ def test_a_stream_without_end(start_gateway: StartGateway, backend: FakeBackend,
 
 REPEATED = 70_000
 LARGE: list[tuple[str, bytes, bytes, str]] = [
-    ("/v1/messages", b'"max_tokens":9,"messages":[{"role":"user","content":"x"}],"tools":[%b]', b'{"type":"a"}', "at most 4096"),
+    (
+        "/v1/messages",
+        b'"max_tokens":9,"messages":[{"role":"user","content":"x"}],"tools":[%b]',
+        b'{"type":"a"}',
+        "at most 4096",
+    ),
     ("/v1/responses", b'"input":"x","tools":[%b]', b'{"type":"a"}', "at most 4096"),
     ("/v1/responses", b'"input":"x","tools":[%b]', b'{"type":"function","name":"f%d"}', "at most 4096"),
     (
