@@ -10,6 +10,7 @@ from gateway.dialects.large_json import LARGEST_READ_WHOLE
 LONGEST_TEXT = 64 * 1024
 LONGEST_RAW = 1024 * 1024
 LONGEST_WORD = 1000
+MOST_DEPTH = 200
 ENDLESS = re.compile(r"[!-~]*")
 
 
@@ -36,12 +37,14 @@ class PromptLog:
         return {"request": request[:LONGEST_TEXT], "answer": answer[:LONGEST_TEXT], "is_cut": is_cut}
 
 
-def without_blobs(value: Any) -> Any:
-    """The value without images and other very long words."""
+def without_blobs(value: Any, depth: int = 0) -> Any:
+    """The value without images, other very long words and what is nested too deeply to be written."""
+    if isinstance(value, dict | list) and depth >= MOST_DEPTH:
+        return "(left out, as it is nested too deeply)"
     if isinstance(value, dict):
-        return {name: without_blobs(inner) for name, inner in value.items()}
+        return {name: without_blobs(inner, depth + 1) for name, inner in value.items()}
     if isinstance(value, list):
-        return [without_blobs(inner) for inner in value]
+        return [without_blobs(inner, depth + 1) for inner in value]
     if isinstance(value, str) and len(value) > LONGEST_WORD and ENDLESS.fullmatch(value):
         return f"({len(value)} characters left out)"
     return value

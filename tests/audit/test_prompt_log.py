@@ -1,5 +1,6 @@
 """Prompts and answers are kept only for keys with a prompt log: bounded, until they expire, and nowhere else."""
 
+import json
 from datetime import timedelta
 from typing import Any
 
@@ -93,3 +94,18 @@ def test_a_prompt_that_is_not_text_is_refused_and_frees_its_slot(gateway: Runnin
         assert client.post("/v1/chat/completions", json=CHATS[2].body).status_code == 200
     assert gateway.components.limits.admitted == 0
     assert [row["outcome"] for row in gateway.audit_rows()] == ["refused:bad_request", "answered"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/api/chat"])
+@pytest.mark.parametrize("depth", [190, 300, 900])
+def test_a_prompt_is_kept_beside_a_deep_field_that_no_backend_gets(start_gateway: StartGateway, path: str, depth: int) -> None:
+    """Otherwise a caller could ask without a trace."""
+    with FakeBackend(kind="openai", models=[MODEL]) as backend:
+        gateway = start_gateway(backend)
+        asked = {"input": "the question"} if "resp" in path else {"messages": [{"role": "user", "content": "the question"}]}
+        body = json.dumps({"model": MODEL, "max_tokens": 9, **asked})[:-1] + ',"x":' + "[" * depth + "]" * depth + "}"
+        with gateway.http(gateway.key(prompt_log=True)) as client:
+            assert client.post(path, content=body).status_code == 200
+        until(lambda: prompts(gateway))
+        (kept,) = prompts(gateway)
+    assert "the question" in kept["request"] and kept["answer"]
