@@ -19,6 +19,8 @@ class GatewayError(Exception):
     headers: Sequence[tuple[bytes, bytes]] = ()
     # The prompt is too long for the model.
     is_of_context = False
+    # The model takes no images, or not these.
+    is_of_images = False
     # The rest of the request's body is not read; the connection ends with the answer.
     leaves_body = False
 

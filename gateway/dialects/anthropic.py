@@ -118,7 +118,9 @@ class Anthropic:
 
 
 def _message(error: GatewayError) -> str:
-    """Claude Code shortens a conversation after an error that begins with these words."""
+    """Claude Code shortens a conversation after an error that begins with these words, or takes the images out of it."""
+    if error.is_of_images:
+        return f"Could not process image: {error.message}"
     if "n_ctx" in error.fields and "n_prompt_tokens" in error.fields:
         return f"prompt is too long: {error.fields['n_prompt_tokens']} tokens > {error.fields['n_ctx']} maximum"
     return f"prompt is too long: {error.message}" if error.is_of_context else error.message

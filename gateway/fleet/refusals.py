@@ -24,6 +24,12 @@ OVERFLOW = re.compile(
     r"|context (?:size|length|window) (?:has been )?exceeded|longer than the context length",
     re.IGNORECASE,
 )
+# llama.cpp, Ollama, vLLM and LM Studio: a model that takes no images, or none like these.
+OF_IMAGES = re.compile(
+    r"image inputs? (?:is|are) not supported|does not support (?:an? )?(?:image|vision|multimodal)|not a multimodal model"
+    r"|missing data required for image input|messages? cannot contain images|failed to (?:load|decode|process) (?:the )?image",
+    re.IGNORECASE,
+)
 # With 5xx: what a backend, or its model, cannot do however often a client tries. Texts have single blanks and no line ends.
 UNABLE = (
     # llama.cpp: a model without its mmproj; routes that a flag opens. Ollama: capabilities of a model.
@@ -134,13 +140,20 @@ def meaning(status: int, reported: ReportedError, backend: BackendConfig) -> Bac
             WRONG_STATUS if status >= 500 else status,
             {name: _redacted(value, backend) for name, value in reported.fields.items()},
         )
+    refused = _refusal(status, reported.text, text)
+    if refused is not None:
+        refused.is_of_images = OF_IMAGES.search(reported.text) is not None
+    return refused
+
+
+def _refusal(status: int, reported: str, text: str) -> BackendRefused | None:
     if status in CALLERS_FAULTS:
         return BackendRefused(text, status)
-    if status >= 500 and _matches(WRONG, status, reported.text):
+    if status >= 500 and _matches(WRONG, status, reported):
         return BackendCannot(text, WRONG_STATUS)
-    if status == NOT_IMPLEMENTED or (status >= 500 and _matches(BROKE, status, reported.text)):
+    if status == NOT_IMPLEMENTED or (status >= 500 and _matches(BROKE, status, reported)):
         return BackendCannot(text, status)
-    if status >= 500 and _matches(CANNOT, status, reported.text):
+    if status >= 500 and _matches(CANNOT, status, reported):
         return BackendCannot(text, WRONG_STATUS)
     return None
 

@@ -224,6 +224,28 @@ def test_tokens_are_counted_by_the_server_or_estimated(gateway: RunningGateway, 
         assert counted > 2 and raw.headers["x-gateway-estimated"] == "true"
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (500, "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"),
+        (400, "Multimodal data provided, but model does not support multimodal requests."),
+        (400, "qwen3 is not a multimodal model"),
+    ],
+    ids=["llama.cpp", "Ollama", "vLLM"],
+)
+def test_claude_code_takes_images_out_after_these_words(
+    client: Any, alpha: FakeBackend, server: ModelServer, ask: Ask, status: int, text: str
+) -> None:
+    import anthropic
+
+    alpha.play(server.messages, answer(status, {"error": {"message": text, "type": "server_error", "code": status}}))
+    with pytest.raises(anthropic.BadRequestError) as raised:
+        ask(client)
+    error: Any = raised.value.body
+    assert error["error"]["message"] == f"Could not process image: {text}"
+
+
 def half_of_a_stream(server: ModelServer, *last: Step) -> list[Step]:
     if server.messages != CHAT:
         return native_messages.silent_midway(*last)
