@@ -178,7 +178,12 @@ class StreamedAnswer(Answer):
     def _read_end(self) -> bool:
         """Takes the usage from the last frames; returns whether they complete the answer."""
         tail = self._tail()
-        self._record.usage = self._dialect.usage(tail) if self._translation is None else self._translation.usage
+        if self._translation is None:
+            self._record.usage = self._dialect.usage(tail)
+        else:
+            self._record.usage = self._translation.usage
+            # The backend worked for pieces that were to be written later, too.
+            self._record.relayed_tokens = max(self._record.relayed_tokens, self._translation.pieces)
         self.is_complete = self._dialect.is_complete(tail, self._call)
         return self.is_complete
 

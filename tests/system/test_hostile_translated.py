@@ -129,3 +129,18 @@ def test_empty_blocks_are_translated_in_turns(
         assert client.post("/v1/messages", json=body).status_code == 200
     # One for parsing, and one for translating.
     assert len(done) == 2
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_tokens_that_wait_for_the_end_count_if_it_does_not_come(
+    start_gateway: StartGateway, backend: FakeBackend, path: str
+) -> None:
+    """The pieces of a call of a tool are written when it has ended; the backend has worked for them."""
+    gateway, more = start_gateway(backend), frame_of({"tool_calls": [{"index": 0, "function": {"arguments": "x"}}]})
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": '{"a":"'}}
+    begin: list[Step] = [Head(200, [("Content-Type", SSE)], chunked=True), Piece(frame_of({"content": "x"}))]
+    backend.play(CHAT, [*begin, Piece(frame_of({"tool_calls": [call]})), *[Piece(more)] * 300, End()])
+    with gateway.http(gateway.key()) as client:
+        client.post(path, json={"model": MODEL, "stream": True, **ASKED[path], "max_tokens": 9000})
+    line = gateway.request_lines()[0]
+    assert line["outcome"] == "truncated" and line["completion_tokens"] >= 300

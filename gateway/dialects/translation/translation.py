@@ -70,6 +70,8 @@ class Translation:
         self._most_values = MOST_VALUES if is_chat else MOST_NUMBERS
         # Bytes of the stream that may still be in memory.
         self.held = 0
+        # Each is about one token.
+        self.pieces = 0
 
     def read(self, data: bytes) -> Any:
         """An answer or a frame of the backend. Raises BadFrame if it is no JSON, or so much that it delays other calls."""
@@ -137,6 +139,7 @@ class Translation:
             if isinstance(event, Counted):
                 self.usage = event.usage
             else:
+                self.pieces += 1
                 self.held += SIZE_OF_PIECE + _size_of(event)
         return b"".join([self._accepted(writer.write(event)) for event in events])
 
