@@ -16,15 +16,17 @@ TYPE = re.compile(BLANK + rb"multipart/form-data" + BLANK, re.IGNORECASE)
 BOUNDARY = re.compile(rb"(?=.{1,70}\Z)[0-9A-Za-z'()+_,\-./:=? ]*[0-9A-Za-z'()+_,\-./:=?]")
 PLAIN_BOUNDARY = re.compile(rb"[0-9A-Za-z'+_.-]+")
 # In quotes a backslash may stand anywhere but before a quote: only some parsers would read that as an escape.
-PARAMETER = re.compile(
-    rb";%b(%b)=(?:\"((?:[^\"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\"\x00-\x1f\x7f])*)\"|(%b))%b" % (BLANK, TOKEN, TOKEN, BLANK)
-)
+PARAMETER = re.compile(rb";%b(%b)=(?:\"((?:[^\"\\\x00-\x08\x0a-\x1f\x7f]|\\(?!\"))*)\"|(%b))%b" % (BLANK, TOKEN, TOKEN, BLANK))
+# Some parsers split at semicolons in quotes, too, and would read what follows as a parameter.
+LOOKS_LIKE_PARAMETER = re.compile(rb";.*=")
 LINE = re.compile(rb"(%b):%b([^\x00-\x08\x0a-\x1f\x7f]*)" % (TOKEN, BLANK))
 DISPOSITION, OF_PART = b"content-disposition", re.compile(rb"form-data" + BLANK, re.IGNORECASE)
 NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]{1,64}")
 # These change nothing.
 ENCODINGS = frozenset({b"binary", b"8bit", b"7bit"})
 UTF8 = frozenset({b"utf-8", b"us-ascii"})
+# Parsers disagree on blanks before the equals sign, and on `charset*`.
+CHARSETS = re.compile(rb"charset[^=;]*=([^;]*)")
 # How the name of a list ends.
 SEVERAL = "[]"
 # A field of this name may set the charset of the others.
@@ -74,7 +76,10 @@ def _parameters(text: bytes, where: str) -> dict[str, bytes]:
         name = parameter[1].decode().lower()
         if name in found:
             raise BadRequest(f"a {where} of the form has a parameter twice")
-        found[name] = parameter[2] if parameter[2] is not None else parameter[3]
+        value = parameter[2] if parameter[2] is not None else parameter[3]
+        if LOOKS_LIKE_PARAMETER.search(value):
+            raise BadRequest(f"a parameter of a {where} of the form has a semicolon before an equals sign; rename the file")
+        found[name] = value
         at = parameter.end()
     return found
 
@@ -123,8 +128,8 @@ def _check_content(headers: dict[bytes, bytes], part: Part) -> None:
     content_type = headers.get(b"content-type", b"").lower()
     if encoding not in ENCODINGS or content_type.startswith(b"multipart/"):
         raise BadRequest("the parts of the form must not be encoded or nested")
-    _, mark, charset = content_type.partition(b"charset=")
-    if mark and not part.is_file and charset.strip(b'" \t') not in UTF8:
+    charsets = () if part.is_file else CHARSETS.findall(content_type)
+    if any(charset.strip(b'" \t') not in UTF8 for charset in charsets):
         raise BadRequest("the fields of the form must be UTF-8")
 
 

@@ -140,6 +140,16 @@ def test_no_bytes_make_anything_but_a_form_or_a_clear_refusal(data: bytes, cuts:
         (body_of((MODEL[0] + b"\r\n" + MODEL[0], b"x")), "header twice"),
         (body_of((MODEL[0] + b"\r\nContent-Transfer-Encoding: quoted-printable", b"x=79")), "must not be encoded"),
         (body_of((MODEL[0] + b"\r\nContent-Type: text/plain; charset=utf-16", b"x")), "must be UTF-8"),
+        (body_of((MODEL[0] + b"\r\nContent-Type: text/plain; charset =utf-16", b"x")), "must be UTF-8"),
+        (body_of((MODEL[0] + b"\r\nContent-Type: text/plain; charset*=utf-8''utf-16", b"x")), "must be UTF-8"),
+        (body_of((MODEL[0] + b"\r\nContent-Type: text/plain; charset=utf-8; charset=utf-16", b"x")), "must be UTF-8"),
+        # Python's email package reads the quote as escaped, and the name `model`.
+        (
+            body_of((b'Content-Disposition: form-data; name="f"; filename*="a\\\\"; filename="; name=model; x="', b"x")),
+            "not clear",
+        ),
+        # aiohttp, like the library of llama.cpp, splits at semicolons in quotes and reads the name `model`.
+        (body_of((b'Content-Disposition: form-data; filename=a; filename*="; name=model; x="; name="f"', b"x")), "semicolon"),
         (
             body_of((b'Content-Disposition: form-data; name="file"\r\nContent-Type: multipart/mixed; boundary=x', b"x")),
             "nested",
@@ -171,7 +181,12 @@ def test_what_clients_really_send_is_read(head: bytes) -> None:
 
 @pytest.mark.parametrize(
     "parameters",
-    [b'; filename="a \\b.wav"', b"; filename=a.wav; filename*=utf-8''a.wav", b'; filename="\xc3\xa4%22.wav"'],
+    [
+        b'; filename="a \\b.wav"',
+        b"; filename=a.wav; filename*=utf-8''a.wav",
+        b'; filename="\xc3\xa4%22.wav"',
+        b'; filename="a=b;c.wav"',
+    ],
 )
 def test_names_of_files(parameters: bytes) -> None:
     assert read(body_of((b'Content-Disposition: form-data; name="file"' + parameters, b"x"))).files == {"file"}
