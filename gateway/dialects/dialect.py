@@ -77,10 +77,9 @@ class Call:
 
     `context` is the model's context in tokens if the backend refuses requests that exceed it, else 0. `capped` is the limit of
     each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
-    Backends do not know the name of a call that `is_for_alias`, and their answers get it back.
-    `upload` is the form of which `body` has the texts.
-    `size` is that of the request's body in bytes.
-    `dropped` names fields of the request that no backend got. `entry` is the model's in the list of models.
+    Backends do not know the name of a call that `is_for_alias`, and their answers get it back. `size` is that of the request's
+    body in bytes; `upload` is the form of which `body` has the texts. `dropped` names fields of the request that no backend
+    got. `estimate` is the number of the prompt's tokens if the call asks for that. `entry` is the model's in the list of models.
     """
 
     operation: Operation
@@ -95,11 +94,8 @@ class Call:
     size: int = 0
     upload: Upload | None = None
     dropped: list[str] = field(default_factory=list)
+    estimate: int = 0
     entry: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def estimate(self) -> int:
-        return self.operation.estimate(self.body) if self.operation.estimate else 0
 
     def need(self, most_output: int) -> Need:
         try:

@@ -136,6 +136,8 @@ class Exchange:
         """The call with the tokens that it needs, whose estimate may take as long as the parsing."""
         call = read_call(self.dialect, self.operation, raw)
         call.needs = call.need(self._most_tokens)
+        if self.operation.estimate is not None:
+            call.estimate = self.operation.estimate(call.body)
         return call
 
     def _find(self, call: Call, key: Key, record: Record) -> Model:
