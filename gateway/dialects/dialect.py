@@ -79,7 +79,7 @@ class Call:
     each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
     Backends do not know the name of a call that `is_for_alias`, and their answers get it back. `size` is that of the request's
     body in bytes; `upload` is the form of which `body` has the texts. `dropped` names fields of the request that no backend
-    got. `estimate` is the number of the prompt's tokens if the call asks for that. `entry` is the model's in the list of models.
+    got. `estimate` is the number of the prompt's tokens if the call asks for it. `entry` is the model's in the list of models.
     """
 
     operation: Operation

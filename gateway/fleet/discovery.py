@@ -100,15 +100,20 @@ class Discovery:
 
     async def refreshed(self) -> list[dict[str, Any]]:
         """Polls all backends, also for their paths; returns a row for each: `backend`, `models` (how many) and `state`."""
-        self._snapshots = {name: replace(snapshot, routes_at=0.0) for name, snapshot in self._snapshots.items()}
-        await self.refresh()
+        await self.refresh(asks_paths=True)
         return [
             {"backend": found.backend, "models": len(found.models), "state": found.state} for found in self.catalog.snapshots
         ]
 
-    async def refresh(self, backends: Sequence[Backend] | None = None, enough_s: float | None = None) -> None:
-        """Polls these backends, or all, and publishes; returns after `enough_s`, where given, and adds slower answers later."""
-        polls = {self._polls.start(self._poll_and_keep(one)): one for one in (self._backends if backends is None else backends)}
+    async def refresh(
+        self, backends: Sequence[Backend] | None = None, enough_s: float | None = None, *, asks_paths: bool = False
+    ) -> None:
+        """Polls these backends, or all, and publishes; returns after `enough_s`, where given, and adds slower answers later.
+
+        `asks_paths` asks for the paths that they have even if these are known.
+        """
+        polled = self._backends if backends is None else backends
+        polls = {self._polls.start(self._poll_and_keep(one, asks_paths=asks_paths)): one for one in polled}
         if not polls:
             return
         done, slow = await asyncio.wait(polls, timeout=enough_s or FAST_ANSWERS_S)
@@ -122,8 +127,10 @@ class Discovery:
         await asyncio.wait(slow)
         await self._publish(list(slow.values()))
 
-    async def _poll_and_keep(self, backend: Backend) -> None:
+    async def _poll_and_keep(self, backend: Backend, *, asks_paths: bool) -> None:
         known = self._snapshots[backend.name]
+        if asks_paths:
+            known = replace(known, routes_at=0.0)
         try:
             snapshot = routes.with_known(catalog.keep_created(await poll(backend), known), known)
         except BackendFault as fault:
