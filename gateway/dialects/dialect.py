@@ -35,13 +35,13 @@ class Operation:
     the limit if the caller had asked for more, else 0.
 
     A complete answer has a true value in one of the fields `answers_with`. `need` estimates the tokens of a request; without
-    it the operation uses none. An operation that `is_optional` is one whose path some backends of its `kinds` do not have, and
-    some of other kinds have. If it has `media`, its answers may have these types, or types that begin so; the backend decides
+    it the operation uses none. If an operation `is_optional`, some backends of its `kinds` may not have the path, and some of
+    other kinds may have it. If it has `media`, its answers may have these types, or types that begin so; the backend decides
     whether it is streamed. The body of a call is a form if it `is_form`, else JSON.
 
-    `trim` returns a body as a backend gets it that has the path, and what was taken out.
-    `passes` returns whether such a backend of that kind understands all of a body. `without_volatile` returns a body without
-    the lines that differ in each request. `estimate` is for operations that count a prompt's tokens.
+    `trim` returns the body for a backend that has the path, and the names of the fields that were taken out.
+    `passes` returns whether backends of a kind that have the path do all that a body asks for. `without_volatile` returns a
+    body without the lines that differ between requests. `estimate` is for operations that count a prompt's tokens.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Operation:
 
 
 class Upload(Protocol):
-    """A form that has arrived; as often as it is sent, `model` is the name that this backend knows."""
+    """A form that has arrived. Each time it is sent, `model` is the name that this backend knows."""
 
     content_type: str
 
@@ -77,9 +77,10 @@ class Call:
 
     `context` is the model's context in tokens if the backend refuses requests that exceed it, else 0. `capped` is the limit of
     each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
-    Backends do not know the name of a call that `is_for_alias`, and their answers get it back. `size` is that of the request's
-    body in bytes; `upload` is the form of which `body` has the texts. `dropped` names fields of the request that no backend
-    got. `estimate` is the number of the prompt's tokens if the call asks for it. `entry` is the model's in the list of models.
+    If a call `is_for_alias`, backends do not know the name that was asked for; it is put into their answers. `size` is that of
+    the request's body in bytes; `upload` is the form whose texts are in `body`. `dropped` names fields of the request that no
+    backend got. `estimate` is the number of the prompt's tokens if the call asks for it. `entry` is the model's in the list of
+    models.
     """
 
     operation: Operation

@@ -53,7 +53,7 @@ def expect_objects(body: dict[str, Any], name: str) -> None:
 
 
 def expect_few_tools(body: dict[str, Any]) -> None:
-    """Each is examined for each backend. Agents send some hundreds."""
+    """Bounds the tools, because each is examined for each backend. Agents send some hundreds."""
     expect_objects(body, "tools")
     if len(body.get("tools") or ()) > MOST_TOOLS:
         raise BadRequest(f"the field 'tools' must be a list of at most {MOST_TOOLS} objects")

@@ -43,7 +43,7 @@ class Form:
 
 
 def boundary_of(content_type: bytes) -> bytes:
-    """Raises BadRequest if the type is not that of a form, or its boundary is not clear."""
+    """Raises BadRequest if the type is not that of a form, or its boundary is ambiguous."""
     kind = TYPE.match(content_type)
     if kind is None:
         raise BadRequest("the body must be a form: send it as multipart/form-data")
@@ -72,7 +72,7 @@ def _parameters(text: bytes, where: str) -> dict[str, bytes]:
     while at < len(text):
         parameter = PARAMETER.match(text, at)
         if parameter is None:
-            raise BadRequest(f"the parameters of a {where} of the form are not clear")
+            raise BadRequest(f"the parameters of a {where} of the form are ambiguous")
         name = parameter[1].decode().lower()
         if name in found:
             raise BadRequest(f"a {where} of the form has a parameter twice")
@@ -96,7 +96,7 @@ def _part_of(head: bytes) -> Part:
     for line in head.split(b"\r\n"):
         header = LINE.fullmatch(line)
         if header is None:
-            raise BadRequest("a header in the form is not clear; headers must not be folded")
+            raise BadRequest("a header in the form is ambiguous; headers must not be folded")
         name = header[1].lower()
         if name in headers:
             raise BadRequest("a part of the form has a header twice")
@@ -175,7 +175,7 @@ class FormReader:
         if len(after) < 2:
             return False
         if after not in (b"\r\n", b"--"):
-            raise BadRequest("a boundary of the form is followed by something else than the end of its line")
+            raise BadRequest("a boundary of the form is followed by something other than the end of its line")
         self._take(end)
         self._next = self._head if after == b"\r\n" else self._after_end
         return True
@@ -205,7 +205,7 @@ class FormReader:
             self._keep(self._take(max(0, len(self._rest) - len(self._delimiter) - 1)))
             return False
         if found < 2 or self._rest[found - 2 : found] != b"\r\n":
-            raise BadRequest("the boundary of the form stands inside of a part; choose another boundary")
+            raise BadRequest("the boundary of the form occurs inside a part; choose another boundary")
         self._keep(self._take(found - 2))
         end = self._at
         if not self._begin_part(2):

@@ -48,7 +48,7 @@ def refuse_fields(body: dict[str, Any]) -> None:
 
 
 def take_fields_out(body: dict[str, Any]) -> list[str]:
-    """Takes such fields out of a body, with all extras; returns the names of those that asked for something."""
+    """Takes such fields and all extras out of a body; returns the names of those that were set."""
     found = [name for name in body if name in CHECKED_FIELDS]
     return [name for name in found if body.pop(name) not in (*UNSET, 0)]
 

@@ -121,7 +121,7 @@ def _name(value: Any, of: str) -> str:
     """The canonical spelling of a name, or a glob; `of` is the alias that it is a target of."""
     if not isinstance(value, str) or not is_name(value):
         which = f"a model of {of[:64]!a}" if of else f"{str(value)[:64]!a}"
-        raise ValueError(f"{which} is no name: one {NAME_RULE}")
+        raise ValueError(f"{which} is no name: it {NAME_RULE}")
     name, is_cloud = canonical(value)
     if is_cloud:
         raise ValueError(f"{value[:64]!a} is a cloud model: {NOT_CLOUD}")

@@ -15,14 +15,14 @@ PROBE = b"[]"
 HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
 DEADLINE_S = 3.0
 FRESH_S = 600.0
-# Servers whose events of a path official clients cannot read: these have neither numbers nor indexes.
+# Servers whose streams on a path official clients cannot read: the events have neither numbers nor indexes.
 POOR = {"/v1/responses": "llama.cpp"}
 # LM Studio answers any unknown path with 200.
 ABSENT = frozenset({200, 404, 405, 501})
 # Statuses that say nothing about the path: the token is wrong, or the server is busy or starts.
 UNKNOWN = frozenset({401, 403, 408, 429, 502, 503, 504})
 OPERATIONS = registry.operations(registry.dialects()).values()
-# Those that no kind of backend has always.
+# Paths that no kind of backend always has.
 OPTIONAL = tuple(operation.path for operation in OPERATIONS if operation.is_optional and not operation.kinds)
 
 
@@ -34,7 +34,7 @@ def with_known(fresh: Snapshot, known: Snapshot) -> Snapshot:
 
 
 async def find(backend: Backend, known: Snapshot) -> tuple[tuple[str, ...], float]:
-    """Asks for each path; what an answer does not show is as it was, and is asked for again at the next poll.
+    """Asks for each path. Where the answer shows nothing, what was known stays, and the next poll asks again.
 
     Returns the paths and the `routes_at` of them.
     """
@@ -44,7 +44,7 @@ async def find(backend: Backend, known: Snapshot) -> tuple[tuple[str, ...], floa
 
 
 async def has_path(backend: Backend, path: str) -> bool | None:
-    """None if the answer does not show it."""
+    """Whether the backend has the path; None if the answer does not show it."""
     try:
         async with backend.send("POST", path, HEADERS, PROBE, wait_s=DEADLINE_S) as upstream:
             if path in POOR and POOR[path] in upstream.headers.get("Server", ""):
@@ -55,7 +55,7 @@ async def has_path(backend: Backend, path: str) -> bool | None:
 
 
 def verdict(status: int, content_type: str) -> bool | None:
-    """llama.cpp answers 500 where a field is missing, as JSON."""
+    """Whether an answer shows that the path is there. llama.cpp answers 500 with JSON where a field is missing."""
     if status in UNKNOWN:
         return None
     is_json = content_type.lower().partition(";")[0].strip() == "application/json"

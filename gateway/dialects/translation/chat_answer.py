@@ -34,7 +34,7 @@ USAGE_OF = OpenAI().usage_of
 
 
 def reply_of(answer: Any, beginning: str = "") -> Reply:
-    """A whole answer to a prompt with this beginning of one. Raises Unreadable if it is none."""
+    """A whole answer; `beginning` is the part of it that was in the prompt. Raises Unreadable if it is none."""
     refuse_errors(answer)
     choice = _first_choice(answer)
     if choice is None:
@@ -107,7 +107,7 @@ def refuse_errors(answer: Any) -> None:
 
 
 def _first_choice(answer: dict[str, Any]) -> dict[str, Any] | None:
-    """One answer was asked for, so that others of its kind are not ours."""
+    """The first choice: only one was asked for."""
     choices = answer.get("choices")
     if choices is None:
         return None

@@ -1,4 +1,4 @@
-"""Names of what a request has and no backend is sent, as the audit and a header of the answer list them."""
+"""Names of the fields of a request that are dropped, as the audit and a header of the answer list them."""
 
 import re
 
@@ -7,7 +7,7 @@ NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_.:-]")
 
 
 def drop(name: str, dropped: list[str]) -> None:
-    """Adds a name once; it may come from a client, so that it is cut and made plain."""
+    """Adds a name once. It may come from a client, so it is cut and made printable."""
     if name in dropped or len(dropped) >= MOST_NAMES:
         return
     plain = NOT_IN_NAMES.sub("?", name[:LONGEST_NAME])

@@ -78,7 +78,7 @@ def tool_id(call_id: str, message_id: str, number: int) -> str:
 
 
 def wrong_arguments(name: str) -> BackendFailed:
-    """A client could run a tool with half of its arguments; asked again, the model may write them right."""
+    """A client could run a tool with half of its arguments. If it asks again, the model may write all of them."""
     return BackendFailed(f"The model called the tool {name[:64]} with arguments that are not a JSON object; try again.")
 
 

@@ -97,7 +97,7 @@ def _of_image(source: Any) -> int:
 
 
 def _of_document(block: dict[str, Any]) -> int:
-    """A text, a list of blocks, or a file in base64, which is counted as a picture of its size."""
+    """A text, a list of blocks, or a file in base64, which is counted as an image of its size."""
     source = block.get("source")
     head = sum(tokens.of_value(block.get(name)) for name in ("title", "context"))
     if not isinstance(source, dict):

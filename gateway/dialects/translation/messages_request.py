@@ -22,7 +22,7 @@ from gateway.dialects.translation.conversation import (
 from gateway.dialects.translation.dropped_names import drop
 from gateway.dialects.translation.messages_blocks import parts_of, shown, string
 
-# Claude Code begins its system prompt with it; its hash differs in each request, which makes any cache of prompts useless.
+# Claude Code begins its system prompt with it. Its hash differs between requests, which makes prompt caches useless.
 VOLATILE = "x-anthropic-billing-header:"
 VOLATILE_LINE = re.compile(rf"^{VOLATILE}[^\n]*\n?", re.MULTILINE)
 
@@ -204,7 +204,7 @@ def _tool_choice(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(choice: dict[str, Any], tools: list[Tool], dropped: list[str]) -> str | tuple[str]:
-    """A choice that forces a tool is refused if the tool is not there: an answer without it would be none."""
+    """A choice that forces a tool is refused if the tool is not there: an answer without the call would be useless."""
     kind = choice.get("type")
     if kind in ("auto", "none") or not choice:
         return str(kind) if tools and choice else ""
@@ -271,7 +271,7 @@ def _output_config(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _format(body: dict[str, Any]) -> Format | None:
-    """`output_format` is how it was called before it moved into `output_config`."""
+    """`output_format` is the older name of `output_config.format`."""
     expect(body, "output_format", dict, "an object")
     wanted = _output_config(body).get("format") or body.get("output_format")
     if not wanted:

@@ -1,4 +1,4 @@
-"""Content of the Responses API: a string, or a list of texts, pictures and files."""
+"""Content of the Responses API: a string, or a list of texts, images and files."""
 
 import base64
 import binascii
@@ -28,11 +28,11 @@ def read_content(content: Any, where: str) -> tuple[Text | Image, ...]:
 
 
 def read_text(content: Any, where: str) -> tuple[Text, ...]:
-    """Content of a role that has no pictures."""
+    """Content of a role that has no images."""
     parts = read_content(content, where)
     texts = tuple(part for part in parts if isinstance(part, Text))
     if len(texts) != len(parts):
-        raise BadRequest(f"{where} has a picture; send it in a message of the user")
+        raise BadRequest(f"{where} has an image; send it in a message of the user")
     return texts
 
 
@@ -50,7 +50,7 @@ def _read_part(part: Any, where: str) -> Iterator[Text | Image]:
     elif kind == "input_file":
         yield _file(part, where)
     elif kind not in UNREADABLE:
-        raise BadRequest(f"{where} has the type {kind[:64]!r}, which no backend can be given; send text or pictures")
+        raise BadRequest(f"{where} has the type {kind[:64]!r}, which no backend takes; send text or images")
 
 
 def _string(part: dict[str, Any], name: str, where: str) -> str:
@@ -66,7 +66,7 @@ def _image(part: dict[str, Any], where: str) -> Image:
     found = {**part, **given} if isinstance(given, dict) else {**part, "url": given}
     url, detail = found.get("url"), found.get("detail")
     if url is None and part.get("file_id"):
-        raise BadRequest(f"{where} names an uploaded file, but this gateway keeps none; send the picture as a data URL")
+        raise BadRequest(f"{where} names an uploaded file, but this gateway keeps none; send the image as a data URL")
     if not isinstance(url, str) or not url.lower().startswith(("data:", "http://", "https://")):
         raise BadRequest(f"the 'image_url' of {where} must be a data URL or a web address")
     return _image_at(url, detail if isinstance(detail, str) else "")
@@ -79,14 +79,14 @@ def _image_at(url: str, detail: str = "") -> Image:
 
 def _file(part: dict[str, Any], where: str) -> Text | Image:
     if part.get("file_data") is None and (part.get("file_id") or part.get("file_url")):
-        raise BadRequest(f"{where} is a file that is kept elsewhere, which this gateway does not fetch; send its text")
+        raise BadRequest(f"{where} is a file that is kept elsewhere; this gateway does not fetch it; send its text")
     data = _string(part, "file_data", where)
     inline = INLINE.match(data)
     if inline and inline[1].lower().startswith("image/"):
         return _image_at(data)
     text = _plain_text(data, inline)
     if text is None:
-        raise BadRequest(f"{where} is a file that no backend can be given; send its text, or its pages as pictures")
+        raise BadRequest(f"{where} is a file that no backend takes; send its text, or its pages as images")
     name = part.get("filename")
     return Text(f"{name}:\n{text}" if isinstance(name, str) and name else text)
 

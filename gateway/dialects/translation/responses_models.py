@@ -27,7 +27,7 @@ TRUNCATION = {"mode": "bytes", "limit": 10_000}
 def codex_models(
     ids: Iterable[str], contexts: Mapping[str, int] | None = None, sees: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """`contexts` has the contexts of models in tokens, as far as they are known; `sees` are the models that take pictures.
+    """`contexts` has the contexts of models in tokens, as far as they are known; `sees` are the models that take images.
 
     The fields are those that some version of Codex requires. A model that is not in the list, or an empty list, makes Codex
     use its own instructions and a context of its own choice.

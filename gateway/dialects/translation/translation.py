@@ -1,4 +1,4 @@
-"""One call in one client API on its way to a backend of another, and its answer on the way back. No I/O."""
+"""One call in a client's API for a backend that has another, and its answer on the way back. No I/O."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -115,7 +115,7 @@ class Translation:
         return self._ended() if is_complete else b""
 
     def ping(self) -> bytes:
-        """A sign of life between frames; none before the first."""
+        """A frame without content, so that a client does not time out; none before the first frame."""
         return self._parts[1].ping() if self._has_begun and not self.is_ended else b""
 
     @property
@@ -159,7 +159,7 @@ def _size_of(event: Event) -> int:
 
 
 def inner_call(call: Call, path: str, body: dict[str, Any]) -> Call:
-    """What a backend is asked instead of `call`. Agents ask for longer answers than fit into the context beside the prompt."""
+    """The call for the backend. Its output is limited to the rest of the context, because agents ask for more."""
     body = {"model": call.asked_model, **body}
     left = call.context - call.needs.prompt - call.needs.prompt // 4
     if call.context and left > 0 and body.get("max_tokens", 0) > left:

@@ -13,7 +13,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("failing", "A2", "a backend answers 500: the next one answers", answer_faults.failing),
     Fault("garbage", "A2", "a backend's first frame is garbage: the next one answers", answer_faults.garbage),
     Fault("dying", "A3", "a backend dies in mid-stream: the stream ends with an error", answer_faults.dying),
-    Fault("native", "A2", "a backend that speaks an agent's dialect fails: the next one answers, translated", agent_faults.native_fails),
+    Fault("native", "A2", "a backend with an agent's API fails: the next one answers, translated", agent_faults.native_fails),
     Fault("cut", "A3", "a backend dies under an agent's stream: it ends with an error", agent_faults.agents_cut),
     Fault("left", "A5", "a caller hangs up: its backend is free within a second", answer_faults.client_gone),
     Fault("dialect", "A7", "a backend refuses: clients get the error in their dialect", answer_faults.refusals_in_dialect),

@@ -338,7 +338,7 @@ def test_other_formats(form: Any, expected: Any) -> None:
         ({"input": [user({"type": "input_file", "file_id": "f"})]}, "does not fetch"),
         ({"input": [user({"type": "input_file", "file_data": "data:application/pdf;base64,AA=="})]}, "no backend"),
         ({"input": [user({"type": "input_audio"})]}, "input_audio"),
-        ({"input": [{"role": "system", "content": [{"type": "input_image", "image_url": PNG}]}]}, "picture"),
+        ({"input": [{"role": "system", "content": [{"type": "input_image", "image_url": PNG}]}]}, "has an image"),
         ({"input": [{"type": "function_call", "name": "a", "arguments": "{}"}]}, "'call_id'"),
         ({"input": [{"type": "function_call", "call_id": "c", "arguments": "{}"}]}, "'name'"),
         ({"tools": [{"type": "function"}]}, "'name'"),
