@@ -19,6 +19,7 @@ PLAIN_BOUNDARY = re.compile(rb"[0-9A-Za-z'+_.-]+")
 PARAMETER = re.compile(rb";%b(%b)=(?:\"((?:[^\"\\\x00-\x08\x0a-\x1f\x7f]|\\(?!\"))*)\"|(%b))%b" % (BLANK, TOKEN, TOKEN, BLANK))
 # Some parsers split at semicolons in quotes, too, and would read what follows as a parameter.
 LOOKS_LIKE_PARAMETER = re.compile(rb";.*=")
+UPPER = re.compile(rb"[A-Z]")
 LINE = re.compile(rb"(%b):%b([^\x00-\x08\x0a-\x1f\x7f]*)" % (TOKEN, BLANK))
 DISPOSITION, OF_PART = b"content-disposition", re.compile(rb"form-data" + BLANK, re.IGNORECASE)
 NAME = re.compile(rb"[A-Za-z0-9_.\[\]-]{1,64}")
@@ -110,7 +111,11 @@ def _disposed(disposition: bytes) -> Part:
     kind = OF_PART.match(disposition)
     if kind is None:
         raise BadRequest("each part of the form must have a Content-Disposition: form-data with a name")
-    parameters = _parameters(disposition[kind.end() :], "Content-Disposition")
+    text = disposition[kind.end() :]
+    parameters = _parameters(text, "Content-Disposition")
+    # Only some parsers know FILENAME.
+    if any(UPPER.search(parameter[1]) for parameter in PARAMETER.finditer(text)):
+        raise BadRequest("the parameters of a Content-Disposition of the form must be written in lower case")
     name = parameters.pop("name", b"")
     if NAME.fullmatch(name) is None or name.decode() == CHARSET:
         raise BadRequest("a field of the form has no name, or one that is not allowed")

@@ -134,6 +134,8 @@ def test_no_bytes_make_anything_but_a_form_or_a_clear_refusal(data: bytes, cuts:
         (body_of((b"Content-Disposition: form-data; name=\"file\"; filename*=utf-8''a", b"x")), "filename*"),
         (body_of((b'Content-Disposition: form-data; name="file"; filename=""', b"x")), "has no name"),
         (body_of((b'Content-Disposition: form-data; name="file"; size=3', b"x")), "unknown parameter"),
+        # Only some parsers take this for a file, the others for a text.
+        (body_of((b'Content-Disposition: form-data; name="file"; FILENAME="a"', b"x")), "lower case"),
         (body_of((b'Content-Disposition: form-data; name="_charset_"', b"utf-16")), "not allowed"),
         (body_of((b'Content-Disposition: form-data;\r\n name="model"', b"x")), "folded"),
         (body_of((b'Content-Disposition : form-data; name="model"', b"x")), "ambiguous"),
