@@ -11,6 +11,7 @@ from gateway.dialects import multipart
 from gateway.dialects.dialect import Call
 from gateway.dialects.form_call import read_form_call
 from gateway.dialects.multipart import FormReader
+from gateway.dialects.openai import CAPS
 from gateway.proxy.body import check_head_of_upload, measured
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.spool import Spool, SpooledForm
@@ -18,6 +19,8 @@ from gateway.proxy.spool import Spool, SpooledForm
 SIZE_SETTING = "MAX_UPLOAD_BYTES"
 # For each piece of an upload; and for all of it, with a second more for each of so many bytes that it may have.
 PIECE_DEADLINE_S, UPLOAD_WITHIN_S, SLOWEST_UPLOAD = 60.0, 60.0, 65_536
+# Digits of a limit of tokens.
+LONGEST_LIMIT = 18
 
 
 class UploadExchange(Exchange):
@@ -37,8 +40,17 @@ class UploadExchange(Exchange):
         await self._read_pieces(reader, spool, receive, record, cancel_scope)
         record.reading_s = time.monotonic() - began
         form = reader.form()
-        call = read_form_call(self.dialect, self.operation, form, SpooledForm(spool, form, boundary))
+        call = self._capped(read_form_call(self.dialect, self.operation, form, SpooledForm(spool, form, boundary)))
         record.model, record.stream = call.asked_model, call.stream
+        return call
+
+    def _capped(self, call: Call) -> Call:
+        """Refuses a larger limit of output tokens than the gateway's: a form is passed on as it came."""
+        for name in call.body.keys() & CAPS:
+            limit = str(call.body[name])
+            is_number = limit.isascii() and limit.isdecimal() and len(limit) <= LONGEST_LIMIT
+            if not is_number or not 1 <= int(limit) <= self._most_tokens:
+                raise BadRequest(f"the field {name!r} must be an integer from 1 to {self._most_tokens}")
         return call
 
     async def _read_pieces(

@@ -326,6 +326,17 @@ def test_the_official_client_transcribes(uploads: RunningGateway, beta: FakeBack
     assert not uploads.components.bodies.uploads.used and not open_files()
 
 
+@pytest.mark.parametrize(
+    ("limit", "status"), [("32768", 200), ("1", 200), ("32769", 400), ("0", 400), ("-1", 400), ("many", 400)]
+)
+def test_a_form_asks_for_no_longer_answer_than_the_gateway_allows(uploads: RunningGateway, limit: str, status: int) -> None:
+    with uploads.http(uploads.key()) as client:
+        data = {"model": MODEL, "max_completion_tokens": limit}
+        got = client.post(TRANSCRIBE, data=data, files={"file": b"sound"})
+    assert got.status_code == status
+    assert (status == 200) or "'max_completion_tokens' must be an integer from 1 to 32768" in got.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", [0, 10, 1_500_000])
 def test_everything_but_the_model_is_sent_byte_for_byte(
