@@ -20,6 +20,7 @@ from gateway.fleet.backends.http_client import (
     ConnectionLost,
     ConnectionPool,
     HttpClient,
+    no_head,
 )
 
 KEEP_IDLE_CONNECTIONS_S = 30.0
@@ -109,13 +110,13 @@ class Backend:
         async def pieces() -> AsyncIterator[bytes]:
             for piece in upload.pieces(model):
                 yield piece
-                cancel_scope.within(wait_s, _no_head)
+                cancel_scope.within(wait_s, no_head)
 
         lines = headers.decode("latin-1").splitlines()
         sent = {name: value for name, _, value in (line.partition(": ") for line in lines)}
         sent |= {"Content-Type": upload.content_type, "Content-Length": str(upload.length(model))}
         with CancelScope() as cancel_scope:
-            cancel_scope.within(wait_s, _no_head)
+            cancel_scope.within(wait_s, no_head)
             # A connection that the backend closes while it is idle would cost a second upload.
             return await self._head(self._fresh_session, "POST", path.decode(), sent, pieces(), self.config.total_timeout_s)
 
@@ -155,7 +156,7 @@ class Backend:
     ) -> BackendResponse:
         try:
             with CancelScope() as cancel_scope:
-                cancel_scope.within(wait_s or self.config.read_timeout_s, _no_head)
+                cancel_scope.within(wait_s or self.config.read_timeout_s, no_head)
                 response = await session.request(
                     method, self.url(path), data=body, headers={**headers, **self._auth}, allow_redirects=False
                 )
@@ -168,7 +169,3 @@ class Backend:
         except (aiohttp.ClientError, ValueError) as wrong:
             raise BackendFault("not_http", type(wrong).__name__) from wrong
         return BackendResponse(response.status, response.headers, response.content, response.release, response.close)
-
-
-def _no_head() -> BackendFault:
-    return BackendFault("head_timeout")

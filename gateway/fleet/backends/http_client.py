@@ -314,7 +314,7 @@ class HttpClient:
             )
             head = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b"
             protocol.transport.write(head % (self._prefix, path, self._fixed, headers, len(body), body))
-            cancel_scope.within(self._wait_s, _no_head, on_expiry=protocol.set_exception)
+            cancel_scope.within(self._wait_s, no_head, on_expiry=protocol.set_exception)
             message, payload = await _head(protocol)
         except BaseException:
             connection.close()
@@ -334,7 +334,7 @@ class HttpClient:
             raise BackendFault("unreachable", type(wrong).__name__) from wrong
 
 
-def _no_head() -> BackendFault:
+def no_head() -> BackendFault:
     return BackendFault("head_timeout")
 
 
