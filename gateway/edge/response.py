@@ -8,6 +8,7 @@ from starlette.types import Message, Send
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
 from gateway.core.errors import GatewayError, MethodNotAllowed
+from gateway.dialects.anthropic import Anthropic
 from gateway.edge import anthropic_headers
 
 EXPOSED = (
@@ -18,7 +19,7 @@ EXPOSED = (
     b"anthropic-ratelimit-requests-reset, anthropic-ratelimit-tokens-limit, anthropic-ratelimit-tokens-remaining, "
     b"anthropic-ratelimit-tokens-reset"
 )
-ANTHROPIC = "anthropic"
+ANTHROPIC = Anthropic.name
 UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 MOST_NAMES, LONGEST_NAMES = 20, 500
 # Browsers must not treat the output of a model or a backend as a page, whatever its content is.

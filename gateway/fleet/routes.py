@@ -4,10 +4,10 @@ import asyncio
 import time
 from dataclasses import replace
 
-from gateway.dialects import registry
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.catalog import Snapshot
+from gateway.fleet.ways import OPERATIONS
 
 # Every server refuses a body that is no object. A broken one could be refused before the path is considered; and from an
 # object without fields some servers would generate with their defaults.
@@ -21,9 +21,8 @@ POOR = {"/v1/responses": "llama.cpp"}
 ABSENT = frozenset({200, 404, 405, 501})
 # Statuses that say nothing about the path: the token is wrong, or the server is busy or starts.
 UNKNOWN = frozenset({401, 403, 408, 429, 502, 503, 504})
-OPERATIONS = registry.operations(registry.dialects()).values()
 # Paths that no kind of backend always has.
-OPTIONAL = tuple(operation.path for operation in OPERATIONS if operation.is_optional and not operation.kinds)
+OPTIONAL = tuple(path for path, operation in OPERATIONS.items() if operation.is_optional and not operation.kinds)
 
 
 def with_known(fresh: Snapshot, known: Snapshot) -> Snapshot:
