@@ -16,7 +16,8 @@ from gateway.dialects.translation import (
     native_chat,
     native_embed,
     native_generate,
-    responses,
+    responses_answer,
+    responses_request,
 )
 from gateway.dialects.translation.conversation import Prompt, Reply
 from gateway.dialects.translation.embeddings import Embedding
@@ -72,13 +73,13 @@ def _messages(call: Call, kind: Kind) -> Translation:
 
 
 def _responses(call: Call, kind: Kind) -> Translation:
-    prompt = responses.read(call.body)
+    prompt = responses_request.read(call.body)
     estimate = max(0, call.needs.prompt)
 
     def write(reply: Reply) -> dict[str, Any]:
         if reply.usage.prompt_tokens is None:
             reply.usage = Usage(estimate, messages_answer.estimate_of(reply.parts))
-        return responses.write(reply, prompt, responses.new_id(), int(time.time()))
+        return responses_answer.write(reply, prompt, created=int(time.time()))
 
     return _chat(call, prompt, kind, write, EventsOfResponses(prompt, estimate))
 

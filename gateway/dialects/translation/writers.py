@@ -5,10 +5,10 @@ import time
 
 from gateway.dialects import tokens
 from gateway.dialects.dialect import Usage
-from gateway.dialects.translation import responses
 from gateway.dialects.translation.conversation import Counted, Event, TextPiece, ThinkingPiece, ToolPiece
 from gateway.dialects.translation.native_records import Durations, RecordWriter, timestamp
-from gateway.dialects.translation.responses import ResponsesPrompt
+from gateway.dialects.translation.responses_answer import EventWriter
+from gateway.dialects.translation.responses_request import ResponsesPrompt
 
 
 def message_id() -> str:
@@ -65,7 +65,7 @@ class EventsOfResponses:
     failure = ""
 
     def __init__(self, prompt: ResponsesPrompt, prompt_tokens: int) -> None:
-        self._writer = responses.EventWriter(prompt, responses.new_id(), int(time.time()))
+        self._writer = EventWriter(prompt, created=int(time.time()))
         self._estimated = Usage(prompt_tokens, 0)
         self._output = 0
         self._is_counted = False

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.errors import BackendFailed
-from gateway.dialects.translation import native_chat, responses
+from gateway.dialects.translation import native_chat, responses_answer, responses_request
 from gateway.dialects.translation.chat_answer import ChunkReader
 from gateway.dialects.translation.conversation import Event
 from gateway.dialects.translation.messages_stream import EventWriter
@@ -111,8 +111,8 @@ def test_anthropic(chunks: list[Any], end: list[Any]) -> None:
 @given(STREAMS, ENDS)
 def test_openai(chunks: list[Any], end: list[Any]) -> None:
     tools: Any = [{"type": "custom", "name": "patch"}, {"type": "function", "name": "weather", "parameters": {}}]
-    prompt = responses.read({"model": "m", "input": "Hi", "tools": tools})
-    writer = responses.EventWriter(prompt, created=7)
+    prompt = responses_request.read({"model": "m", "input": "Hi", "tools": tools})
+    writer = responses_answer.EventWriter(prompt, created=7)
     events = events_of([*chunks, *end], writer.fail)
     frames = [writer.start(), *(event if isinstance(event, bytes) else writer.write(event) for event in events), writer.end()]
     kinds = kinds_in(b"".join(frames))

@@ -25,8 +25,10 @@ from gateway.dialects.translation.conversation import (
     ToolCall,
     ToolPiece,
 )
-from gateway.dialects.translation.responses import EventWriter, ResponsesPrompt, codex_models, read, write
+from gateway.dialects.translation.responses_answer import EventWriter, write
 from gateway.dialects.translation.responses_custom_input import CustomInput
+from gateway.dialects.translation.responses_models import codex_models
+from gateway.dialects.translation.responses_request import ResponsesPrompt, read
 
 TOOLS = [
     {"type": "function", "name": "weather", "parameters": {"type": "object"}},

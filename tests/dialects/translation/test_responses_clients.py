@@ -28,7 +28,8 @@ from gateway.dialects.translation.conversation import (
     ToolPiece,
     ToolResult,
 )
-from gateway.dialects.translation.responses import EventWriter, ResponsesPrompt, read, write
+from gateway.dialects.translation.responses_answer import EventWriter, write
+from gateway.dialects.translation.responses_request import ResponsesPrompt, read
 
 WEATHER: Any = {
     "type": "function",

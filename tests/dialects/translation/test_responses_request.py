@@ -22,9 +22,9 @@ from gateway.dialects.translation.conversation import (
     ToolCall,
     ToolResult,
 )
-from gateway.dialects.translation.responses import ResponsesPrompt, count_estimate, read
 from gateway.dialects.translation.responses_input import EARLIER_OUTPUT, UNANSWERED
 from gateway.dialects.translation.responses_names import ClientTool
+from gateway.dialects.translation.responses_request import ResponsesPrompt, count_estimate, read
 
 BACKENDS: tuple[Kind, ...] = ("ollama", "openai")
 USER = Message("user", (Text("Hi"),))
