@@ -2,50 +2,16 @@
 
 from typing import Any
 
-from gateway.core.errors import BadRequest
 from gateway.dialects import tokens
 from gateway.dialects.fields import wish
 from gateway.dialects.tokens import Need
-from gateway.dialects.translation.conversation import Image, Part, Prompt, Text, Thinking, ToolCall, ToolResult
-from gateway.dialects.translation.messages_request import read
 
 # Parts of blocks that no model is shown.
 UNREAD = frozenset("type id tool_use_id cache_control signature citations is_error data".split())
 
 
-def count_estimate(body: dict[str, Any]) -> int:
-    """The tokens of a request's prompt: system, messages, images and tools. Raises BadRequest as `read` does."""
-    return estimate(read(body))
-
-
-def estimate(prompt: Prompt) -> int:
-    try:
-        found = sum(tokens.TOKENS_PER_MESSAGE + _of_parts(message.parts) for message in prompt.messages)
-        found += sum(tokens.of_json([tool.name, tool.description, tool.schema]) for tool in prompt.tools)
-        found += tokens.of_json(prompt.format.schema) if prompt.format else 0
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
-    return max(1, found)
-
-
-def _of_parts(parts: tuple[Part, ...]) -> int:
-    return sum(_of_part(part) for part in parts)
-
-
-def _of_part(part: Part) -> int:
-    match part:
-        case Text(text) | Thinking(text):
-            return tokens.of_text(text)
-        case Image():
-            return tokens.of_media(part.data or part.url)
-        case ToolCall():
-            return tokens.of_text(part.name + part.arguments)
-        case ToolResult():
-            return tokens.TOKENS_PER_MESSAGE + _of_parts(part.content)
-
-
 def rough_need(body: dict[str, Any]) -> Need:
-    """About the same for any object, before it is read: what is not as it should be counts as text, or not at all.
+    """What any object needs, before it is read: what is not as it should be counts as text, or not at all.
 
     Nothing that is nested too deeply to be counted is sent to a backend.
     """

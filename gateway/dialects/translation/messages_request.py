@@ -43,10 +43,8 @@ EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high", 
 LOW_BUDGET, MEDIUM_BUDGET = 4096, 16_384
 
 
-def read(body: dict[str, Any], *, strip_volatile: bool = True) -> Prompt:
+def read(body: dict[str, Any]) -> Prompt:
     """Raises BadRequest on what cannot be read, and on what no backend can be asked for if the answer depends on it."""
-    if strip_volatile:
-        body = without_volatile_lines(body)
     refuse_what_needs_a_memory(body)
     dropped = [name for name in UNSUPPORTED if body.get(name) is not None]
     tools = _tools(body, dropped)

@@ -172,16 +172,8 @@ def _string_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def count_estimate(body: dict[str, Any]) -> int:
-    """The tokens of a prompt before a backend has counted them."""
-    try:
-        return _of_input(body.get("input")) + tokens.of_fields(body, SETTINGS)
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
-
-
 def rough_need(body: dict[str, Any]) -> Need:
-    """The same for any object. Nothing that is nested too deeply to be counted is sent to a backend."""
+    """About what any object needs, before it is read. Nothing that is nested too deeply to be counted is sent to a backend."""
     try:
         found = _of_input(body.get("input")) + tokens.of_fields(body, SETTINGS)
     except RecursionError:

@@ -63,7 +63,7 @@ def _chat(call: Call, prompt: Prompt, kind: Kind, write: WriteReply, writer: Wri
 
 
 def _messages(call: Call, kind: Kind) -> Translation:
-    prompt = messages_request.read(call.body, strip_volatile=False)
+    prompt = messages_request.read(call.body)
     model, reply_id, estimate = call.asked_model, message_id(), max(0, call.needs.prompt)
 
     def write(reply: Reply) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from gateway.core import strict_json
 from gateway.core.errors import BadRequest
 from gateway.dialects import tokens
 from gateway.dialects.dialect import Kind
+from gateway.dialects.translation import messages_request
 from gateway.dialects.translation.chat_request import body_of, losses_of
 from gateway.dialects.translation.conversation import (
     Format,
@@ -24,8 +25,9 @@ from gateway.dialects.translation.conversation import (
     ToolCall,
     ToolResult,
 )
-from gateway.dialects.translation.messages_estimate import count_estimate
-from gateway.dialects.translation.messages_request import read, without_volatile_lines
+from gateway.dialects.translation.messages_estimate import rough_need
+from gateway.dialects.translation.messages_request import without_volatile_lines
+from tests.support.prompt_tokens import estimate
 
 BACKENDS: tuple[Kind, ...] = ("ollama", "openai")
 JSON = dict[str, Any]
@@ -34,6 +36,18 @@ SCHEMA = {"type": "object", "properties": {"zone": {"type": "string"}, "city": {
 WEATHER: JSON = {"name": "weather", "description": "The weather", "input_schema": SCHEMA}
 SEARCH: JSON = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
 HEADER = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;"
+
+
+def read(body: JSON) -> Prompt:
+    """As the gateway reads it, without the line that differs in each request."""
+    return messages_request.read(without_volatile_lines(body))
+
+
+def count_estimate(body: JSON) -> int:
+    """The tokens of the prompt, of which the gateway's rough count is not far."""
+    exact = estimate(read(body))
+    assert abs(rough_need(without_volatile_lines(body)).prompt - exact) <= 0.05 * exact + 2
+    return exact
 
 
 def prompt(**fields: Any) -> Prompt:
@@ -528,7 +542,7 @@ LIKELY = st.recursive(
 def reads_or_refuses(body: JSON) -> None:
     try:
         found = read(body)
-        assert count_estimate(body) >= 1
+        assert rough_need(body).prompt >= 1 and estimate(found) >= 1
         for kind in BACKENDS:
             body_of(found, kind)
             losses_of(found, kind)

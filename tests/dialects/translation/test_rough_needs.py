@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.dialects.translation import messages_request, responses_request
-from gateway.dialects.translation.messages_estimate import estimate
 from gateway.dialects.translation.messages_estimate import rough_need as of_messages
 from gateway.dialects.translation.responses_request import rough_need as of_responses
 from tests.dialects.translation.native import JSON as ANY_JSON
 from tests.dialects.translation.test_messages_request import claude_code
 from tests.dialects.translation.valid_requests import QUICK, anthropic_requests, responses_requests
+from tests.support.prompt_tokens import estimate
 
 JSON = dict[str, Any]
 BLOCKS = st.dictionaries(st.sampled_from(["type", "source", "content", "text", "input", "data"]), ANY_JSON, max_size=3)
