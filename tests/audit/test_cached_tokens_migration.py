@@ -2,52 +2,31 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
-from pathlib import Path
 
 import asyncpg
 import pytest
 
-from gateway.audit import hash_chain
-from gateway.stores import migrations
-from gateway.stores.migrations import Migration
-from tests.support.audit_rows import ago, in_database, row, sql, write
+from gateway.stores.migrations import read_migrations
+from tests.support.audit_rows import ago, row, sql, write
+from tests.support.migrated_audit import OLD_HASHES, migrate, migrate_to, verdict
 from tests.support.processes import until
 
 LAST_BEFORE = 6
-REAL: Callable[..., list[Migration]] = migrations.read_migrations
-HASHES = "SELECT audit_hash(a) FROM audit a WHERE batch <= 2 ORDER BY id"
 COUNTS = [{}, {"cached_tokens": 0}, {"cached_tokens": 3, "billed_tokens": 5}, {"billed_tokens": 5}, {"cached_tokens": 5}]
 
 
-def quiet(_: str) -> None:
-    pass
-
-
-def migrate(url: str) -> None:
-    in_database(url, lambda found: migrations.migrate(found, quiet))
-
-
 @pytest.fixture
-def url(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(empty_database: str) -> str:
     """A database of the version before the migration, with two batches of rows."""
-    with monkeypatch.context() as before:
-        before.setattr(migrations, "read_migrations", lambda folder=Path(): REAL()[:LAST_BEFORE])
-        migrate(empty_database)
+    migrate_to(LAST_BEFORE, empty_database)
     write(empty_database, *([row(ago(days)) for days in (0, 1, 40)] for _ in range(2)))
-    assert sql(empty_database, "SELECT max(version) FROM schema_migrations") == [LAST_BEFORE]
     return empty_database
 
 
-def verdict(url: str) -> tuple[int, int, int]:
-    found = in_database(url, lambda database: hash_chain.verify(database, quiet))
-    return found.count, found.batches, found.rows
-
-
 def test_old_rows_still_verify_and_new_rows_continue_the_chain(url: str) -> None:
-    hashes = sql(url, HASHES)
+    hashes = sql(url, OLD_HASHES)
     migrate(url)
-    assert sql(url, HASHES) == hashes and verdict(url) == (0, 2, 6)
+    assert sql(url, OLD_HASHES) == hashes and verdict(url) == (0, 2, 6)
     write(url, [row(ago(0), **counts) for counts in COUNTS], [row(ago(0))])
     assert verdict(url) == (0, 4, 12)
 
@@ -91,5 +70,5 @@ def test_the_migration_waits_for_readers_of_the_audit(url: str) -> None:
     waiting.set()
     migrator.join(30)
     reader.join()
-    assert sql(url, "SELECT max(version) FROM schema_migrations") == [len(REAL())]
+    assert sql(url, "SELECT max(version) FROM schema_migrations") == [len(read_migrations())]
     assert verdict(url) == (0, 2, 6)

@@ -1,20 +1,14 @@
 """The migration that adds how calls were translated: old rows keep their hashes, both versions write the next ones."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.audit import hash_chain
-from gateway.stores import migrations
-from gateway.stores.migrations import Migration
-from tests.support.audit_rows import ago, in_database, row, sql, write
+from tests.support.audit_rows import ago, row, sql, write
+from tests.support.migrated_audit import OLD_HASHES, migrate, migrate_to, verdict
 
 LAST_BEFORE = 7
 CHAT = "/v1/chat/completions"
-REAL: Callable[..., list[Migration]] = migrations.read_migrations
-HASHES = "SELECT audit_hash(a) FROM audit a WHERE batch <= 2 ORDER BY id"
 COLUMNS = "SELECT coalesce(translated_to, '-') || ' ' || coalesce(dropped, '-') FROM audit WHERE batch = 3 ORDER BY request_id"
 # What a row may have in the new columns, and what of it is kept.
 WAYS: list[tuple[dict[str, Any], str]] = [
@@ -27,35 +21,19 @@ WAYS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def quiet(_: str) -> None:
-    pass
-
-
-def migrate(url: str) -> None:
-    in_database(url, lambda found: migrations.migrate(found, quiet))
-
-
 @pytest.fixture
-def url(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(empty_database: str) -> str:
     """A database of the version before the migration, with two batches of rows; some have what that version added last."""
-    with monkeypatch.context() as before:
-        before.setattr(migrations, "read_migrations", lambda folder=Path(): REAL()[:LAST_BEFORE])
-        migrate(empty_database)
+    migrate_to(LAST_BEFORE, empty_database)
     batch = [row(ago(0)), row(ago(1), cached_tokens=3, billed_tokens=5), row(ago(40))]
     write(empty_database, batch, [row(ago(2), cached_tokens=0)])
-    assert sql(empty_database, "SELECT max(version) FROM schema_migrations") == [LAST_BEFORE]
     return empty_database
 
 
-def verdict(url: str) -> tuple[int, int, int]:
-    found = in_database(url, lambda database: hash_chain.verify(database, quiet))
-    return found.count, found.batches, found.rows
-
-
 def test_old_rows_still_verify_and_new_rows_continue_the_chain(url: str) -> None:
-    hashes = sql(url, HASHES)
+    hashes = sql(url, OLD_HASHES)
     migrate(url)
-    assert sql(url, HASHES) == hashes and verdict(url) == (0, 2, 4)
+    assert sql(url, OLD_HASHES) == hashes and verdict(url) == (0, 2, 4)
     write(url, [row(ago(0), request_id=str(number), **way) for number, (way, _) in enumerate(WAYS)], [row(ago(0))])
     assert verdict(url) == (0, 4, 5 + len(WAYS))
     assert sql(url, COLUMNS) == [kept for _, kept in WAYS]
