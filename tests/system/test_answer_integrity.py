@@ -33,11 +33,6 @@ WHOLE = [
 ]
 
 
-@pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
-    return start_gateway(alpha)
-
-
 def body_for(path: str, *, stream: bool) -> dict[str, object]:
     more: dict[str, object] = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "input": "hi"}
     if path.startswith("/v1/") and stream:

@@ -11,7 +11,7 @@ from tests.conftest import StartGateway
 from tests.support.fake_backend import native_messages
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import FAULTS, PLAIN, Close, End, Forever, Head, Piece, Reset, Step, answer, recording
-from tests.support.model_servers import CHAT, CHAT_ONLY, LLAMACPP, MODEL, OLLAMA, PNG, SCHEMA, SERVERS, ModelServer, asked
+from tests.support.model_servers import CHAT, CHAT_ONLY, LLAMACPP, MODEL, OLLAMA, PNG, SCHEMA, ModelServer, asked
 from tests.support.running_gateway import RunningGateway
 
 MESSAGES: Any = [{"role": "user", "content": "Say hi"}]
@@ -20,21 +20,10 @@ ANSWER = "alpha heard: Say hi"
 ZURICH = {"city": "Zürich"}
 
 
-@pytest.fixture(params=SERVERS, ids=str)
-def server(request: pytest.FixtureRequest) -> ModelServer:
-    found: ModelServer = request.param
-    return found
-
-
 @pytest.fixture
 def alpha(server: ModelServer) -> Iterator[FakeBackend]:
     with server.backend() as backend:
         yield backend
-
-
-@pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
-    return start_gateway(alpha)
 
 
 @pytest.fixture

@@ -30,11 +30,6 @@ def alpha() -> Iterator[FakeBackend]:
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
-    return start_gateway(alpha)
-
-
-@pytest.fixture
 def client(gateway: RunningGateway) -> Any:
     return gateway.ollama(gateway.key())
 

@@ -27,7 +27,7 @@ from tests.support.fake_backend.scripts import (
     answer,
     recording,
 )
-from tests.support.model_servers import CHAT, CHAT_ONLY, LLAMACPP, MODEL, OLLAMA, PNG, SCHEMA, SERVERS, ModelServer, asked
+from tests.support.model_servers import CHAT, CHAT_ONLY, LLAMACPP, MODEL, OLLAMA, PNG, SCHEMA, ModelServer, asked
 from tests.support.running_gateway import RunningGateway
 
 ANSWER = "alpha heard: Say hi"
@@ -39,21 +39,10 @@ TOOLS: Any = [
 PIXEL = "data:image/png;base64," + PNG
 
 
-@pytest.fixture(params=SERVERS, ids=str)
-def server(request: pytest.FixtureRequest) -> ModelServer:
-    found: ModelServer = request.param
-    return found
-
-
 @pytest.fixture
 def alpha(server: ModelServer) -> Iterator[FakeBackend]:
     with server.backend() as backend:
         yield backend
-
-
-@pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
-    return start_gateway(alpha)
 
 
 @pytest.fixture
