@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.support.fake_backend.answers import Kind
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.scripts import Received
+from tests.support.fake_backend.scripts import FAULTS, Received
 
 MODEL = "qwen3:8b"
 CHAT = "/v1/chat/completions"
@@ -37,9 +37,19 @@ OLDER_OLLAMA = ModelServer("older Ollama", "ollama", False, CHAT, CHAT)
 OLLAMA = ModelServer("Ollama", "ollama", True, "/v1/messages", "/v1/responses")
 # The official client cannot read its Responses, in which no event has an index.
 LLAMACPP = ModelServer("llama.cpp", "openai", True, "/v1/messages", CHAT)
+# What a backend can do before it has answered, so that another one is asked.
+FAILURES = ["503", "close_after_head", "garbage", "error_first_frame", "refused"]
 SERVERS = [CHAT_ONLY, OLDER_OLLAMA, OLLAMA, LLAMACPP]
 
 
 def asked(backend: FakeBackend) -> list[Received]:
     """The requests for answers; those by which the gateway finds out the paths of a backend are not among them."""
     return [request for request in backend.requests if request.method == "POST" and request.body != PROBE]
+
+
+def fail(backend: FakeBackend, path: str, fault: str, kind: Kind, is_streamed: bool) -> None:
+    """From now on, this backend has one of the FAILURES."""
+    if fault == "refused":
+        backend.stop()
+    else:
+        backend.play(path, FAULTS[fault](kind, is_streamed))

@@ -10,8 +10,20 @@ import pytest
 from tests.conftest import StartGateway
 from tests.support.fake_backend import native_messages
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.scripts import FAULTS, PLAIN, Close, End, Forever, Head, Piece, Reset, Step, answer, recording
-from tests.support.model_servers import CHAT, CHAT_ONLY, LLAMACPP, MODEL, OLLAMA, PNG, SCHEMA, ModelServer, asked
+from tests.support.fake_backend.scripts import PLAIN, Close, End, Forever, Head, Piece, Reset, Step, answer, recording
+from tests.support.model_servers import (
+    CHAT,
+    CHAT_ONLY,
+    FAILURES,
+    LLAMACPP,
+    MODEL,
+    OLLAMA,
+    PNG,
+    SCHEMA,
+    ModelServer,
+    asked,
+    fail,
+)
 from tests.support.running_gateway import RunningGateway
 
 MESSAGES: Any = [{"role": "user", "content": "Say hi"}]
@@ -282,7 +294,7 @@ def test_an_error_in_the_middle_of_a_native_stream_is_one_for_the_client(start_g
             assert gateway.request_lines()[-1]["outcome"] != "answered"
 
 
-@pytest.mark.parametrize("fault", ["503", "close_after_head", "garbage", "error_first_frame", "refused"])
+@pytest.mark.parametrize("fault", FAILURES)
 @pytest.mark.parametrize("first", [OLLAMA, CHAT_ONLY], ids=str)
 @BOTH
 def test_a_second_backend_answers_in_the_other_way(
@@ -291,10 +303,7 @@ def test_a_second_backend_answers_in_the_other_way(
     second = CHAT_ONLY if first is OLLAMA else OLLAMA
     with first.backend("first") as broken, second.backend("second") as good:
         gateway = start_gateway(broken, good)
-        if fault == "refused":
-            broken.stop()
-        else:
-            broken.play(first.messages, FAULTS[fault]("openai", ask is streamed))
+        fail(broken, first.messages, fault, "openai", ask is streamed)
         with gateway.anthropic(gateway.key()) as client:
             message = ask(client)
         assert message.content[0].text == "second heard: Say hi"

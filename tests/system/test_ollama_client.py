@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.scripts import FAULTS, Close, End, Forever, Head, Piece, Reset, Step, recording
-from tests.support.model_servers import CHAT, CHAT_ONLY, MODEL, PNG, SCHEMA, asked
+from tests.support.fake_backend.scripts import Close, End, Forever, Head, Piece, Reset, Step, recording
+from tests.support.model_servers import CHAT, CHAT_ONLY, FAILURES, MODEL, PNG, SCHEMA, asked, fail
 from tests.support.running_gateway import RunningGateway
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hi"}]
@@ -179,17 +179,14 @@ def test_a_client_that_leaves_frees_its_slot(gateway: RunningGateway, alpha: Fak
     assert whole(gateway.ollama(key)).message.content == ANSWER
 
 
-@pytest.mark.parametrize("fault", ["503", "close_after_head", "garbage", "error_first_frame", "refused"])
+@pytest.mark.parametrize("fault", FAILURES)
 @pytest.mark.parametrize("first", ["ollama", "openai"])
 @BOTH
 def test_a_second_backend_answers_in_the_other_way(start_gateway: StartGateway, first: Any, fault: str, ask: Ask) -> None:
     second: Any = "openai" if first == "ollama" else "ollama"
     with FakeBackend(first, [MODEL], name="first") as broken, FakeBackend(second, [MODEL], name="second") as good:
         gateway = start_gateway(broken, good)
-        if fault == "refused":
-            broken.stop()
-        else:
-            broken.play("/api/chat" if first == "ollama" else CHAT, FAULTS[fault](first, ask is streamed))
+        fail(broken, "/api/chat" if first == "ollama" else CHAT, fault, first, ask is streamed)
         assert ask(gateway.ollama(gateway.key())).message.content == "second heard: Say hi"
         row = gateway.audit_rows()[-1]
         assert (row["backend"], row["translated_to"]) == ("second", CHAT if second == "openai" else None)

@@ -14,7 +14,6 @@ from tests.conftest import StartGateway
 from tests.support.fake_backend import native_responses
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import (
-    FAULTS,
     PLAIN,
     SSE,
     Close,
@@ -27,7 +26,19 @@ from tests.support.fake_backend.scripts import (
     answer,
     recording,
 )
-from tests.support.model_servers import CHAT, CHAT_ONLY, LLAMACPP, MODEL, OLLAMA, PNG, SCHEMA, ModelServer, asked
+from tests.support.model_servers import (
+    CHAT,
+    CHAT_ONLY,
+    FAILURES,
+    LLAMACPP,
+    MODEL,
+    OLLAMA,
+    PNG,
+    SCHEMA,
+    ModelServer,
+    asked,
+    fail,
+)
 from tests.support.running_gateway import RunningGateway
 
 ANSWER = "alpha heard: Say hi"
@@ -303,7 +314,7 @@ def test_a_prompt_that_is_too_long_has_openais_code(client: Any, alpha: FakeBack
     assert words in raised.value.message
 
 
-@pytest.mark.parametrize("fault", ["503", "close_after_head", "garbage", "error_first_frame", "refused"])
+@pytest.mark.parametrize("fault", FAILURES)
 @pytest.mark.parametrize("first", [OLLAMA, CHAT_ONLY], ids=str)
 @BOTH
 def test_a_second_backend_answers_in_the_other_way(
@@ -312,10 +323,7 @@ def test_a_second_backend_answers_in_the_other_way(
     second = CHAT_ONLY if first is OLLAMA else OLLAMA
     with first.backend("first") as broken, second.backend("second") as good:
         gateway = start_gateway(broken, good)
-        if fault == "refused":
-            broken.stop()
-        else:
-            broken.play(first.responses, FAULTS[fault]("openai", ask is streamed))
+        fail(broken, first.responses, fault, "openai", ask is streamed)
         with gateway.openai(gateway.key()) as client:
             assert ask(client).output_text == "second heard: Say hi"
         assert asked(good)[-1].path == second.responses
