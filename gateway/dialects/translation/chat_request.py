@@ -73,7 +73,7 @@ def body_of(prompt: Prompt, kind: Kind, *, thinks: bool = False) -> dict[str, An
         body["max_tokens"] = prompt.most_output
     if prompt.stop:
         body["stop"] = list(prompt.stop)
-    body |= _sampling_fields(prompt.sampling)
+    body |= sampling_fields(prompt.sampling)
     if prompt.user:
         body["user"] = prompt.user
     body["stream"] = prompt.stream
@@ -281,7 +281,8 @@ def _effort_fields(prompt: Prompt, kind: Kind, *, thinks: bool) -> dict[str, Any
     return {"reasoning_effort": COMMON_EFFORTS[prompt.effort]}
 
 
-def _sampling_fields(sampling: dict[str, float]) -> dict[str, Any]:
+def sampling_fields(sampling: dict[str, float]) -> dict[str, Any]:
+    """The numbers by every name that a server may have for them."""
     return {
         field: int(sampling[name]) if name in WHOLE_NUMBERS else sampling[name]
         for name, fields in SAMPLING

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.dialects.openai import UNKNOWN, OpenAI
-from gateway.dialects.translation.chat_answer import finish_of, refuse_errors
+from gateway.dialects.openai import UNKNOWN
+from gateway.dialects.translation.chat_answer import USAGE_OF, finish_of, refuse_errors
+from gateway.dialects.translation.chat_request import sampling_fields
 from gateway.dialects.translation.conversation import Counted, Event, Finished, Reply, Text, TextPiece
 from gateway.dialects.translation.unreadable import Unreadable
-
-_openai = OpenAI()
 
 
 @dataclass(slots=True)
@@ -34,10 +33,7 @@ def completion_body_of(completion: Completion, model: str) -> dict[str, Any]:
         body["max_tokens"] = completion.most_output
     if completion.stop:
         body["stop"] = list(completion.stop)
-    body |= completion.sampling
-    if (penalty := body.get("repeat_penalty")) is not None:
-        # vLLM's name for it; llama.cpp and LM Studio have Ollama's.
-        body["repetition_penalty"] = penalty
+    body |= sampling_fields(completion.sampling)
     if completion.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return body
@@ -53,7 +49,7 @@ def completion_reply_of(answer: Any) -> Reply:
     return Reply(
         [Text(choice["text"])] if choice["text"] else [],
         finish_of(choice.get("finish_reason"), has_calls=False),
-        _openai.usage_of(answer),
+        USAGE_OF(answer),
         reply_id if isinstance(reply_id, str) else "",
         created if created.__class__ is int else 0,
     )
@@ -69,7 +65,7 @@ class CompletionReader:
         """The events of a chunk: text, the end, counts. Raises Unreadable."""
         refuse_errors(chunk)
         events = self._pieces(_choice(chunk) or {})
-        usage = _openai.usage_of(chunk)
+        usage = USAGE_OF(chunk)
         return events if usage is UNKNOWN else [*events, Counted(usage)]
 
     def end(self) -> list[Event]:
