@@ -8,7 +8,7 @@ from gateway.core.errors import GatewayError
 from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_few_tools, expect_number, expect_objects, is_over
-from gateway.dialects.openai import ServerSentEvents
+from gateway.dialects.openai import DONE, UNKNOWN, ServerSentEvents
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.translation import messages_answer, messages_estimate, messages_passthrough, messages_request
 
@@ -19,10 +19,8 @@ KNOWN_FIELDS = frozenset(
 NUMBERS = frozenset({"max_tokens", "temperature", "top_p", "top_k"})
 # The events with which servers begin a stream.
 FIRST_EVENTS = frozenset({"message_start", "ping"})
-DONE = b"[DONE]"
 # What comes after the name of the last event in a stream is shorter.
 LAST_EVENT = 160
-UNKNOWN = Usage()
 TEXTS = ("text", "thinking", "partial_json")
 
 

@@ -27,6 +27,8 @@ KNOWN_FIELDS = frozenset(
 INPUT, OUTPUT, TOTAL = "input_tokens", "output_tokens", "total_tokens"
 ALL_BUT_PROMPT, ALL_BUT_INPUT = tokens.SETTINGS | {"prompt"}, tokens.SETTINGS | {"input"}
 UNKNOWN = Usage()
+# The last payload of a stream; some servers send it in other dialects, too.
+DONE = b"[DONE]"
 DETAILS = "prompt_tokens_details"
 # Lines end with \n, \r\n or \r, and an event with an empty line (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 END_OF_EVENT = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
@@ -128,7 +130,7 @@ class OpenAI:
     def is_complete(self, tail: Sequence[bytes], call: Call) -> bool:
         if not tail:
             return False
-        if tail[-1].startswith(b"[DONE]"):
+        if tail[-1].startswith(DONE):
             return not any(try_read(payload).get("error") for payload in tail[:-1])
         values = [try_read(payload) for payload in tail]
         if values[-1].get("type") in openai_media.LAST_EVENTS:
@@ -160,10 +162,10 @@ class OpenAI:
         return _other_counts(counts) if isinstance(counts, dict) else UNKNOWN
 
     def has_last_frame(self, frames: bytes) -> bool:
-        return b"[DONE]" in frames[-16:]
+        return DONE in frames[-16:]
 
     def is_plain(self, frames: bytes) -> bool:
-        return frames.endswith(b"\n\n") and b"[DONE]" not in frames[-16:]
+        return frames.endswith(b"\n\n") and DONE not in frames[-16:]
 
     def hides_usage(self, call: Call) -> bool:
         options = call.body.get("stream_options") or {}

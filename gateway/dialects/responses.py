@@ -9,7 +9,7 @@ from gateway.core.errors import GatewayError
 from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import boolean, bounded, expect, expect_few_tools, expect_number, is_over
-from gateway.dialects.openai import OpenAI, ServerSentEvents
+from gateway.dialects.openai import DONE, UNKNOWN, OpenAI, ServerSentEvents
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.translation import responses_passthrough, responses_request
 from gateway.dialects.translation.responses_answer import TOO_LONG, error_events
@@ -24,8 +24,6 @@ FAILURES = frozenset({"response.failed", "error"})
 ENDINGS = (b'"response.completed"', b'"response.incomplete"')
 FIRST_EVENTS = frozenset({"response.created", "response.queued", "response.in_progress"})
 DELTA = re.compile(rb'"type"\s*+:\s*+"response\.[\w.]++(?<=\.delta)"')
-DONE = b"[DONE]"
-UNKNOWN = Usage()
 TOO_LONG_FIELDS = {"type": "invalid_request_error", "code": TOO_LONG}
 
 

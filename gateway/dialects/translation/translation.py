@@ -7,13 +7,12 @@ from gateway.core import strict_json
 from gateway.core.errors import BackendFailed
 from gateway.dialects.answers import LONGEST_FRAME, BadFrame, judge_whole
 from gateway.dialects.dialect import Call, Dialect, Usage
-from gateway.dialects.openai import OpenAI
+from gateway.dialects.openai import DONE, OpenAI
 from gateway.dialects.translation.conversation import Counted, Event, TextPiece, ThinkingPiece, ToolPiece
 from gateway.dialects.translation.unreadable import Unreadable
 
 OPENAI = OpenAI()
 OPERATIONS = {operation.path: operation for operation in OPENAI.operations}
-DONE = b"[DONE]"
 # Commas and opening brackets in one answer or frame of a backend; a list of embeddings has one for each number.
 MOST_VALUES, MOST_NUMBERS = strict_json.MOST_VALUES, 4_000_000
 # Many pieces of a stream are kept until its end: each takes its text and about so many bytes.
