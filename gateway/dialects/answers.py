@@ -1,4 +1,4 @@
-"""Answers of backends: whether they are answers at all, the message of an error, counts of tokens."""
+"""Answers of backends: whether they are answers at all, the message of an error, counts of tokens, durations."""
 
 import re
 from typing import Any
@@ -8,6 +8,7 @@ from gateway.dialects.dialect import Framing, Operation
 
 LONGEST_FRAME = 8 * 2**20
 LONGEST_COPIED_MESSAGE = 1000
+LONGEST_DURATION_S = 86_400.0
 JSON = frozenset({"application/json"})
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
@@ -94,3 +95,10 @@ def token_count(value: object) -> int | None:
 def cached_token_count(value: object) -> int | None:
     """A count of cached tokens; only a whole number makes a call cheaper."""
     return value if value.__class__ is int and 0 <= value < 2**53 else None
+
+
+def duration_s(value: object, units_per_s: int) -> float | None:
+    """A duration of a backend in seconds, None if it is not usable: no number, negative or longer than a day."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_DURATION_S * units_per_s:
+        return None
+    return value / units_per_s

@@ -20,11 +20,17 @@ DEFAULT_SHARE = 4
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens as the backend counted them, None where it reported none; cached tokens are part of the prompt's."""
+    """Tokens as the backend counted them, None where it reported none; cached tokens are part of the prompt's.
+
+    The seconds that it took to load the model, to read the prompt and to generate the answer are the backend's, too.
+    """
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    load_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import tokens
-from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
+from gateway.dialects.answers import BadFrame, cached_token_count, duration_s, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_messages, expect_tools, is_over, text_of, wish
 from gateway.dialects.refused_fields import CHECKED_FIELDS
@@ -23,6 +23,8 @@ NUMBERS = frozenset(
 )
 BOOLEAN_OPTIONS = frozenset("numa low_vram f16_kv logits_all vocab_only use_mmap use_mlock penalize_newline".split())
 CACHED = "prompt_eval_cached_count"
+DURATIONS = ("load_duration", "prompt_eval_duration", "eval_duration")
+NANOSECONDS = 10**9
 
 
 class Ndjson:
@@ -81,7 +83,7 @@ class Ollama:
         prompt, completion = token_count(fields.get("prompt_eval_count")), token_count(fields.get("eval_count"))
         # A server that reports cached tokens (Ollama 0.33.3) includes them in the prompt's count.
         again = cached_token_count(fields[CACHED]) if CACHED in fields else None
-        return Usage(prompt, completion, again)
+        return Usage(prompt, completion, again, *_seconds(fields))
 
     def has_last_frame(self, frames: bytes) -> bool:
         return b'"done":true' in frames
@@ -97,6 +99,16 @@ class Ollama:
 
     def answer_text(self, data: bytes) -> str:
         return "".join(_text(try_read(payload)) for payload in self.framing.payloads(data))
+
+
+def _seconds(fields: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """Seconds of loading, of the prompt and of the answer. Embeddings come with their total alone, which includes the load."""
+    if "total_duration" not in fields:
+        return None, None, None
+    load, prefill, decode = (duration_s(fields.get(name), NANOSECONDS) for name in DURATIONS)
+    if prefill is None and decode is None and (total := duration_s(fields["total_duration"], NANOSECONDS)) is not None:
+        prefill = max(0.0, total - (load or 0.0))
+    return load, prefill, decode
 
 
 def _text(record: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from gateway.core import strict_json
 from gateway.core.errors import BadRequest, GatewayError
 from gateway.dialects import openai_media, tokens
-from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
+from gateway.dialects.answers import BadFrame, cached_token_count, duration_s, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_messages, expect_number, expect_tools, is_over, text_of, wish
 from gateway.dialects.refused_fields import CHECKED_FIELDS
@@ -30,6 +30,7 @@ UNKNOWN = Usage()
 # The last payload of a stream; some servers send it in other dialects, too.
 DONE = b"[DONE]"
 DETAILS = "prompt_tokens_details"
+MILLISECONDS = 1000
 # Lines end with \n, \r\n or \r, and an event with an empty line (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 END_OF_EVENT = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
 # No server spreads one JSON object over more lines.
@@ -150,15 +151,16 @@ class OpenAI:
     def usage_of(self, answer: Any) -> Usage:
         if not isinstance(answer, dict):
             return UNKNOWN
-        counts = answer.get("usage")
+        counts, timings = answer.get("usage"), answer.get("timings")
         if isinstance(counts, dict) and (counts.get("prompt_tokens") or counts.get("completion_tokens")):
-            again = _cached(counts, answer) if DETAILS in counts or "timings" in answer else None
-            return Usage(token_count(counts.get("prompt_tokens")), token_count(counts.get("completion_tokens")), again)
-        timings = answer.get("timings")
+            again = _cached(counts, answer) if DETAILS in counts or timings else None
+            prompt, completion = token_count(counts.get("prompt_tokens")), token_count(counts.get("completion_tokens"))
+            return Usage(prompt, completion, again, None, *seconds_of(timings)) if timings else Usage(prompt, completion, again)
         if isinstance(timings, dict):
             # llama.cpp counts cached tokens separately here, and together with the others in `usage`.
             before, read = token_count(timings.get("cache_n")) or 0, token_count(timings.get("prompt_n")) or 0
-            return Usage(before + read, token_count(timings.get("predicted_n")), cached_token_count(timings.get("cache_n")))
+            generated, again = token_count(timings.get("predicted_n")), cached_token_count(timings.get("cache_n"))
+            return Usage(before + read, generated, again, None, *seconds_of(timings))
         return _other_counts(counts) if isinstance(counts, dict) else UNKNOWN
 
     def has_last_frame(self, frames: bytes) -> bool:
@@ -204,6 +206,13 @@ class OpenAI:
     def answer_text(self, data: bytes) -> str:
         payloads = [data] if data.lstrip()[:1] == b"{" else self.framing.payloads(data)
         return "".join(_text(choice) for payload in payloads for choice in _choices(try_read(payload)))
+
+
+def seconds_of(timings: Any) -> tuple[float | None, float | None]:
+    """The seconds for a prompt and for its answer as llama.cpp reports them, with the last chunk of a stream."""
+    if not isinstance(timings, dict):
+        return None, None
+    return duration_s(timings.get("prompt_ms"), MILLISECONDS), duration_s(timings.get("predicted_ms"), MILLISECONDS)
 
 
 def _other_counts(usage: dict[str, Any]) -> Usage:

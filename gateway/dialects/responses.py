@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gateway.core import strict_json
@@ -9,7 +10,7 @@ from gateway.core.errors import GatewayError
 from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import boolean, bounded, expect, expect_few_tools, expect_number, is_over
-from gateway.dialects.openai import DONE, UNKNOWN, OpenAI, ServerSentEvents
+from gateway.dialects.openai import DONE, UNKNOWN, OpenAI, ServerSentEvents, seconds_of
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.translation import responses_passthrough, responses_request
 from gateway.dialects.translation.responses_answer import TOO_LONG, error_events
@@ -97,9 +98,12 @@ class Responses:
 
     def usage(self, tail: Sequence[bytes]) -> Usage:
         for payload in reversed(tail):
-            inner = try_read(payload).get("response")
+            event = try_read(payload)
+            inner = event.get("response")
             if isinstance(inner, dict) and inner.get("usage"):
-                return self.usage_of(inner)
+                found = self.usage_of(inner)
+                prefill, decode = seconds_of(event.get("timings"))
+                return found if decode is None else replace(found, prefill_s=prefill, decode_s=decode)
         return UNKNOWN
 
     def usage_of(self, answer: Any) -> Usage:

@@ -64,17 +64,21 @@ def done_reason(finish: Finish) -> str:
 
 
 def metrics(usage: Usage, durations: Durations) -> Fields:
-    """Ollama leaves out a metric that is zero."""
+    """Ollama leaves out a metric that is zero. What the backend reports is more exact than the clock."""
     fields = {
         "total_duration": durations.total,
         "load_duration": durations.load,
         "prompt_eval_count": usage.prompt_tokens,
         "prompt_eval_cached_count": usage.cached_tokens,
-        "prompt_eval_duration": durations.prompt_eval,
+        "prompt_eval_duration": _nanoseconds(usage.prefill_s, durations.prompt_eval),
         "eval_count": usage.completion_tokens,
-        "eval_duration": durations.eval,
+        "eval_duration": _nanoseconds(usage.decode_s, durations.eval),
     }
     return {name: value for name, value in fields.items() if value}
+
+
+def _nanoseconds(reported_s: float | None, measured: int) -> int:
+    return measured if reported_s is None else round(reported_s * BILLION)
 
 
 def tool_calls(calls: Sequence[ToolCall], finish: Finish) -> list[Fields]:

@@ -32,7 +32,7 @@ from tests.support.fake_backend.scripts import recording
 STREAMS = {
     "openai_chat_stream.sse": Usage(27, 16),
     "openai_chat_stream_crlf.sse": Usage(27, 16),
-    "openai_chat_stream_llamacpp.sse": Usage(36, 12, 6),
+    "openai_chat_stream_llamacpp.sse": Usage(36, 12, 6, None, 0.004022, 0.006116),
     "openai_chat_stream_vllm.sse": Usage(27, 16),
     "openai_tool_call_stream.sse": Usage(27, 16),
 }
@@ -134,6 +134,7 @@ def as_the_sdk_reads(content: bytes) -> Reply:
             model="m", messages=[{"role": "user", "content": "Hi"}], stream_options={"include_usage": True}
         ) as stream,
     ):
+        extras = [event.chunk.model_extra or {} for event in stream if event.type == "chunk"]
         try:
             final: Any = stream.get_final_completion()
         except openai.LengthFinishReasonError as cut:
@@ -142,9 +143,12 @@ def as_the_sdk_reads(content: bytes) -> Reply:
     usage = final.usage
     assert usage is not None
     cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else None
+    timings: Any = extras[-1].get("timings")
+    took = (timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000) if timings else ()
     found = [ToolCall(one.id, one.function.name, one.function.arguments) for one in choice.message.tool_calls or []]
     text = [Text(choice.message.content)] if choice.message.content else []
-    return Reply([*text, *found], choice.finish_reason, Usage(usage.prompt_tokens, usage.completion_tokens, cached))
+    counted = Usage(usage.prompt_tokens, usage.completion_tokens, cached, None, *took)
+    return Reply([*text, *found], choice.finish_reason, counted)
 
 
 @pytest.mark.parametrize("name", STREAMS)
