@@ -15,7 +15,7 @@ from gateway.core import setting_names
 from gateway.core.errors import SettingsError
 from gateway.core.millionths import MILLION, Millionths
 from gateway.fleet.aliases import NO_ALIASES, Aliases, read_aliases
-from gateway.fleet.backends.config import BackendConfig, header_name, read_backends, secret, url
+from gateway.fleet.backends.config import MOST_SLOTS, BackendConfig, header_name, read_backends, secret, url
 from gateway.stores import urls
 
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
@@ -177,6 +177,7 @@ class Settings:
     ollama_idle_timeout_s: float = env("120", seconds(0.1, 86_400))
     ollama_total_timeout_s: float = env("3600", seconds(0.1, 86_400))
     ollama_max_connections: int = env("64", integer(1, 100_000))
+    ollama_slots: int = env("0", integer(0, MOST_SLOTS))
     ollama_auth_token: str = env("", secret, is_secret=True)
     ollama_auth_header: str = env("Authorization", header_name)
     ollama_auth_scheme: str = env("Bearer", secret)
@@ -330,7 +331,7 @@ def _quoted(declared: Any, raw: str) -> str:
 
 def _backends(values: dict[str, Any]) -> tuple[BackendConfig, ...]:
     shared = {name: values[f"ollama_{name}"] for name in ("connect_timeout_s", "read_timeout_s", "idle_timeout_s")}
-    shared |= {name: values[f"ollama_{name}"] for name in ("total_timeout_s", "max_connections")}
+    shared |= {name: values[f"ollama_{name}"] for name in ("total_timeout_s", "max_connections", "slots")}
     if values["ollama_backends"]:
         try:
             return read_backends(values["ollama_backends"], shared)

@@ -160,25 +160,27 @@ StartGateway = Callable[..., RunningGateway]
 
 
 @pytest.fixture
-def start_gateway(stores: TestStores) -> Iterator[StartGateway]:
+def start_gateway(stores: TestStores, request: pytest.FixtureRequest) -> Iterator[StartGateway]:
     """`start_gateway(backend, …, NAME="value")`: a gateway in this process in front of these backends, in this order."""
-    with _starting(stores) as start:
+    with _starting(stores, request) as start:
         yield start
 
 
 @pytest.fixture(scope="module")
-def start_shared_gateway(shared_stores: TestStores) -> Iterator[StartGateway]:
-    with _starting(shared_stores) as start:
+def start_shared_gateway(shared_stores: TestStores, request: pytest.FixtureRequest) -> Iterator[StartGateway]:
+    with _starting(shared_stores, request) as start:
         yield start
 
 
 @contextmanager
-def _starting(stores: TestStores) -> Iterator[StartGateway]:
+def _starting(stores: TestStores, request: pytest.FixtureRequest) -> Iterator[StartGateway]:
+    """Tests with the mark `usual_slots` have as many slots at their backends as an installation without settings has."""
+    slots = {"OLLAMA_SLOTS": "0"} if request.node.get_closest_marker("usual_slots") else {}
     with ExitStack() as stack:
 
         def start(*backends: object, **names: str) -> RunningGateway:
-            settings = settings_for(*backends, DATABASE_URL=stores.database_url, REDIS_URL=stores.redis_url, **names)
-            return stack.enter_context(RunningGateway(settings))
+            urls = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
+            return stack.enter_context(RunningGateway(settings_for(*backends, **{**urls, **slots, **names})))
 
         yield start
 

@@ -1,6 +1,7 @@
 """The settings: each wrong value is refused with one line that names valid values."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from gateway import settings
 from gateway.core.errors import SettingsError
+from gateway.fleet.backends.config import ModelConfig
 from gateway.settings import Settings
 from tests.support.processes import environment
 
@@ -56,6 +58,7 @@ BAD = {
     "OLLAMA_READ_TIMEOUT_S": ["0", "-5", "10m"],
     "OLLAMA_IDLE_TIMEOUT_S": ["0", "none"],
     "OLLAMA_TOTAL_TIMEOUT_S": ["0", "86401"],
+    "OLLAMA_SLOTS": ["-1", "10001", "x"],
     "OLLAMA_MAX_CONNECTIONS": ["0", "many"],
     "OLLAMA_AUTH_TOKEN": ["two words", "tökén", "line\nbreak"],
     "OLLAMA_AUTH_HEADER": ["Author ization", "A:b"],
@@ -391,6 +394,33 @@ def test_strong_secrets_and_sockets_are_accepted(names: dict[str, str]) -> None:
     settings.refuse_weak_secrets(load(**names))
 
 
+def test_a_backend_has_its_position_as_tier_and_its_own_or_the_shared_slots() -> None:
+    listed = [
+        {"name": "a", "base_url": "http://a", "tier": 3, "slots": 7},
+        {"name": "b", "base_url": "http://b"},
+        {"name": "c", "base_url": "http://c", "tier": 2},
+    ]
+    found = load(OLLAMA_BACKENDS=json.dumps(listed), OLLAMA_SLOTS="5").backends
+    assert [(backend.tier, backend.slots) for backend in found] == [(3, 7), (2, 5), (2, 5)]
+    assert load(OLLAMA_BACKENDS=json.dumps(listed)).backends[1].slots == 0, "it is to be found out"
+    (single,) = load(OLLAMA_SLOTS="4").backends
+    assert (single.tier, single.slots, single.models) == (1, 4, {})
+
+
+def test_models_of_a_backend_are_found_under_their_canonical_names() -> None:
+    models = {
+        "Library/Qwen3:8B": {"slots": 2, "num_ctx": "raise", "keep_alive": "1h30m"},
+        "llama3.2": {"num_ctx": 8192, "keep_alive": -1},
+        "https://hf.co/Org/M:Q4": {},
+    }
+    (backend,) = load(OLLAMA_BACKENDS=json.dumps([{"name": "a", "base_url": "http://a", "models": models}])).backends
+    assert backend.models == {
+        "qwen3:8b": ModelConfig(2, "raise", 5400.0),
+        "llama3.2:latest": ModelConfig(None, 8192, math.inf),
+        "hf.co/org/m:q4": ModelConfig(),
+    }
+
+
 def test_the_single_backend_is_called_default() -> None:
     (backend,) = load(OLLAMA_BASE_URL="http://one:1/", OLLAMA_AUTH_TOKEN="tt", OLLAMA_READ_TIMEOUT_S="7").backends
     assert (backend.name, backend.base_url, backend.kind) == ("default", "http://one:1", "ollama")
@@ -452,10 +482,36 @@ def test_an_auth_scheme_is_for_the_authorization_header_only(
         ([{"name": "a", "base_url": "http://a", "read_timeout_s": "5"}], "'read_timeout_s' of entry 1 must be"),
         ([{"name": "a", "base_url": "http://a", "idle_timeout_s": True}], "'idle_timeout_s' of entry 1 must be"),
         ([{"name": "a", "base_url": "http://a", "max_connections": 1.5}], "'max_connections' of entry 1 must be"),
+        ([{"name": "a", "base_url": "http://a", "tier": 0}], "'tier' of entry 1 must be an integer from 1 to 1000000"),
+        ([{"name": "a", "base_url": "http://a", "slots": 0}], "'slots' of entry 1 must be an integer from 1 to 10000"),
+        ([{"name": "a", "base_url": "http://a", "slots": True}], "'slots' of entry 1 must be an integer from 1 to 10000"),
+        (
+            [{"name": "a", "base_url": "http://a", "models": ["m"]}],
+            "'models' of entry 1 must be an object from names of models to",
+        ),
     ],
 )
 def test_an_invalid_list_of_backends_is_refused_with_the_place(entries: list[object], advice: str) -> None:
     assert advice in refusal(OLLAMA_BACKENDS=json.dumps(entries))
+
+
+@pytest.mark.parametrize(
+    ("models", "advice"),
+    [
+        ({"m": 3}, "in which 'm' has an object with slots, num_ctx, keep_alive"),
+        ({"m": {"slot": 3}}, "in which 'm' has only the fields slots, num_ctx, keep_alive, not 'slot'"),
+        ({"m": {"slots": 10_001}}, "in which 'slots' of 'm' is an integer from 1 to 10000"),
+        ({"m": {"num_ctx": "fixed"}}, "in which 'num_ctx' of 'm' is 'pass', 'raise' or an integer from 1 to"),
+        ({"m": {"num_ctx": True}}, "in which 'num_ctx' of 'm' is 'pass', 'raise' or an integer from 1 to"),
+        ({"m": {"keep_alive": "5 minutes"}}, "in which 'keep_alive' of 'm' is a number of seconds or a duration such as '5m'"),
+        ({"": {}}, "in which each name must be a string of at most 350 printable characters"),
+        ({"llama*": {}}, "in which each name must be a string of at most 350 printable characters, without '*'"),
+        ({"m": {}, "library/M:latest": {}}, "that names each model once ('library/M:latest' is the same as a name before it)"),
+    ],
+)
+def test_invalid_models_of_a_backend_are_refused_with_the_place(models: object, advice: str) -> None:
+    entries = [{"name": "a", "base_url": "http://a"}, {"name": "b", "base_url": "http://b", "models": models}]
+    assert f"'models' of entry 2 must be an object {advice}" in refusal(OLLAMA_BACKENDS=json.dumps(entries))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from typing import Any
 from gateway.dialects.model_entries import has_name, native_entry, openai_entry, whole_number
 from gateway.dialects.model_names import AllowList, ModelName, canonical
 from gateway.fleet.aliases import NO_ALIASES, Alias, Aliases
+from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.slots import is_remote, slots_of
 
 Entries = tuple[dict[str, Any], ...]
+NO_CONFIGS: Mapping[str, BackendConfig] = {}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Snapshot:
     # The optional paths that it has, and when that was found out.
     routes: tuple[str, ...] = ()
     routes_at: float = 0.0
+    # How many calls it answers at once, as it reports: by model, and under "" for all. Whether it loads and unloads models.
+    slots: Mapping[str, int] = field(default_factory=dict)
+    swaps: bool = False
 
     @property
     def state(self) -> str:
@@ -49,7 +55,9 @@ def unpack(packed: Mapping[str, Any]) -> Snapshot:
     routes = tuple(route for route in packed.get("routes", ()) if isinstance(route, str))
     times = {name: float(packed[name]) for name in ("answered_at", "asked_at")}
     known = {name: value for name, value in packed.items() if name in SNAPSHOT_FIELDS}
-    return Snapshot(**{**known, **lists, **times, "routes": routes, "routes_at": float(packed.get("routes_at", 0.0))})
+    slots = {name: count for name, count in packed.get("slots", {}).items() if whole_number(count)}
+    more = {"routes": routes, "routes_at": float(packed.get("routes_at", 0.0)), "slots": slots}
+    return Snapshot(**{**known, **lists, **times, **more})
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
@@ -60,13 +68,23 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Offer:
-    """One backend's copy of a model, under that backend's spelling; valid until that backend's list is too old."""
+    """One backend's copy of a model, under that backend's spelling; valid until that backend's list is too old.
+
+    `slots` is how many calls with it the backend answers at once, and `size` its bytes, 0 if unknown. `swaps`: the backend
+    loads it on demand and unloads others for it.
+    """
 
     backend: str
     kind: str
     spelling: str
     good_until: float
     routes: frozenset[str] = frozenset()
+    model: str = ""
+    slots: int = 1
+    slots_source: str = "default"
+    size: int = 0
+    swaps: bool = False
+    tier: int = 1
 
 
 @dataclass(frozen=True)
@@ -180,14 +198,19 @@ def _running(alias: Model, at_backends: Mapping[tuple[str, str], dict[str, Any]]
     return next((at_backends[copy] for copy in copies if copy in at_backends), None)
 
 
-def build(snapshots: Iterable[Snapshot], cache_s: float, aliases: Aliases = NO_ALIASES) -> Catalog:
-    """All models, offers in order of priority: `snapshots` are in the operator's order of backends."""
+def build(
+    snapshots: Iterable[Snapshot],
+    cache_s: float,
+    aliases: Aliases = NO_ALIASES,
+    configs: Mapping[str, BackendConfig] = NO_CONFIGS,
+) -> Catalog:
+    """All models, offers in order of priority: `snapshots` are in the operator's order of backends, `configs` by name."""
     in_order = tuple(snapshots)
     found: dict[str, Model] = {}
     for snapshot in in_order:
-        routes = frozenset(snapshot.routes)
+        config, routes = configs.get(snapshot.backend), frozenset(snapshot.routes)
         for entry in snapshot.models:
-            model = _model_of(snapshot, entry, cache_s, routes)
+            model = _model_of(entry, _offer_of(snapshot, entry, cache_s, routes, config))
             known = found.get(model.name.canonical)
             found[model.name.canonical] = _with_offer(known, model) if known else model
     named, by_glob = _with_aliases(found, aliases)
@@ -228,14 +251,31 @@ def _with_offer(known: Model, more: Model) -> Model:
     return Model(name, known.offers + more.offers, known.native, known.openai)
 
 
-def _model_of(snapshot: Snapshot, entry: dict[str, Any], cache_s: float, routes: frozenset[str]) -> Model:
-    spelling = entry["name"]
-    name, cloud = canonical(spelling)
-    offer = Offer(snapshot.backend, snapshot.kind, spelling, snapshot.answered_at + cache_s, routes)
+def _model_of(entry: dict[str, Any], offer: Offer) -> Model:
+    cloud = canonical(entry["name"]).cloud or is_remote(entry)
     shown = dict(entry)
     shown.pop("openai", None)
-    is_remote = bool(entry.get("remote_host") or entry.get("remote_model"))
-    return Model(ModelName(name, cloud or is_remote), (offer,), shown, entry.get("openai") or openai_entry(entry))
+    return Model(ModelName(offer.model, cloud), (offer,), shown, entry.get("openai") or openai_entry(entry))
+
+
+def _offer_of(
+    snapshot: Snapshot, entry: dict[str, Any], cache_s: float, routes: frozenset[str], config: BackendConfig | None
+) -> Offer:
+    name = canonical(entry["name"]).canonical
+    slots, source = slots_of(config, snapshot.slots, snapshot.kind, name, entry)
+    return Offer(
+        snapshot.backend,
+        snapshot.kind,
+        entry["name"],
+        snapshot.answered_at + cache_s,
+        routes,
+        name,
+        slots,
+        source,
+        whole_number(entry["size"]) or whole_number(entry.get("openai", {}).get("meta", {}).get("size")),
+        snapshot.swaps if snapshot.kind == "openai" else not is_remote(entry),
+        config.tier if config else 1,
+    )
 
 
 def keep_created(fresh: Snapshot, known: Snapshot) -> Snapshot:

@@ -52,6 +52,7 @@ class Discovery:
         self._backends, self._store = list(backends), store
         self._refresh_s, self._cache_s, self._aliases = refresh_s, cache_s, aliases
         self._snapshots = {backend.name: _unknown(backend) for backend in backends}
+        self._configs = {backend.name: backend.config for backend in backends}
         self.catalog = Catalog(aliases=aliases)
         # Each backend has been polled: its models are known, or why it did not list them.
         self.has_asked_all = asyncio.Event()
@@ -152,7 +153,7 @@ class Discovery:
 
     def _rebuild(self) -> None:
         in_order = [self._snapshots[backend.name] for backend in self._backends]
-        self.catalog = catalog.build(in_order, self._cache_s, self._aliases)
+        self.catalog = catalog.build(in_order, self._cache_s, self._aliases, self._configs)
         if all(snapshot.asked_at for snapshot in in_order):
             self.has_asked_all.set()
 

@@ -88,6 +88,7 @@ def gateway(
             "DATABASE_URL": stores.database_url,
             "REDIS_URL": stores.redis_url,
             "OLLAMA_BACKENDS": json.dumps([backend]),
+            "OLLAMA_SLOTS": "10000",
             "GATEWAY_BIND_HOST": "127.0.0.1",
             "GATEWAY_BIND_PORT": str(port),
             "GATEWAY_LOG_FORMAT": "json",

@@ -24,6 +24,7 @@ from tests.support.fake_backend.scripts import (
 )
 
 MODELS = ["llama3.2:latest"]
+pytestmark = pytest.mark.usual_slots
 
 
 SILENT = ("head_timeout", "connect_timeout", "frozen")

@@ -1,4 +1,4 @@
-"""Settings for tests: cheap argon2, short timeouts, and the given backends in their order."""
+"""Settings for tests: cheap argon2, short timeouts, more slots than tests have calls, the given backends in order."""
 
 import json
 from typing import Any
@@ -20,6 +20,7 @@ QUICK = {
     "GATEWAY_DRAIN_S": "5",
     "GATEWAY_LOG_FORMAT": "json",
     "GATEWAY_TRUSTED_PROXIES": "",
+    "OLLAMA_SLOTS": "1000",
     "OLLAMA_CONNECT_TIMEOUT_S": "5",
     "OLLAMA_READ_TIMEOUT_S": "10",
     "OLLAMA_IDLE_TIMEOUT_S": "10",

@@ -15,6 +15,7 @@ from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.running_gateway import RunningGateway
 
+pytestmark = pytest.mark.usual_slots
 HIDDEN, UNKNOWN = "secret-model", "no-such-model"
 # They lead to a model that the key may use, to one that it may not use, and to none.
 ALIASES = {

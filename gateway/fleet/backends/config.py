@@ -2,20 +2,43 @@
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from gateway.dialects.dialect import Kind
+from gateway.dialects.keep_alive import keep_alive_s
+from gateway.dialects.model_names import NAME_RULE, canonical, is_glob, is_name
 
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 SECRET = re.compile(r"[\x21-\x7e]*")
 BACKEND_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+MOST_SLOTS, LARGEST_CONTEXT, LOWEST_TIER = 10_000, 2**31 - 1, 1_000_000
+
+NumCtx = Literal["pass", "raise"] | int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What an entry sets for one model; None leaves the backend's.
+
+    `num_ctx` is what becomes of a client's own: it is passed on, raised to the context that is loaded, or replaced by this
+    number of tokens. `keep_alive_s` is infinite for "forever".
+    """
+
+    slots: int | None = None
+    num_ctx: NumCtx = "pass"
+    keep_alive_s: float | None = None
 
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """One server behind the gateway; timeouts in seconds."""
+    """One server behind the gateway; timeouts in seconds.
+
+    `slots` is 0 where it is to be found out. Backends of one `tier` are equals; a lower number comes first. `models` has
+    canonical names.
+    """
 
     name: str
     base_url: str
@@ -28,6 +51,9 @@ class BackendConfig:
     idle_timeout_s: float = 120.0
     total_timeout_s: float = 3600.0
     max_connections: int = 64
+    tier: int = 1
+    slots: int = 0
+    models: Mapping[str, ModelConfig] = field(default_factory=dict, hash=False)
 
     def auth(self) -> dict[str, str]:
         """The header that authenticates us to this backend; the scheme is used with `Authorization` only."""
@@ -87,10 +113,67 @@ def _seconds(value: object) -> float:
     return float(value)
 
 
-def _connections(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
-        raise ValueError("an integer from 1 to 100000")
-    return value
+def _integer(high: int) -> Callable[[object], int]:
+    def read(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise ValueError(f"an integer from 1 to {high}")
+        return value
+
+    return read
+
+
+def _num_ctx(value: object) -> NumCtx:
+    if value == "pass" or value == "raise":
+        return value
+    try:
+        return _integer(LARGEST_CONTEXT)(value)
+    except ValueError as wrong:
+        raise ValueError(f"'pass', 'raise' or {wrong}") from None
+
+
+def _keep_alive(value: object) -> float:
+    seconds = keep_alive_s(value)
+    if seconds is None:
+        raise ValueError("a number of seconds or a duration such as '5m'; -1 is forever")
+    return seconds
+
+
+_slots = _integer(MOST_SLOTS)
+# The fields of a model: how each is read, and its name here.
+_MODEL_FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
+    "slots": (_slots, "slots"),
+    "num_ctx": (_num_ctx, "num_ctx"),
+    "keep_alive": (_keep_alive, "keep_alive_s"),
+}
+
+
+def _models(value: object) -> Mapping[str, ModelConfig]:
+    if not isinstance(value, dict):
+        raise ValueError(f"an object from names of models to objects with {', '.join(_MODEL_FIELDS)}")
+    found: dict[str, ModelConfig] = {}
+    for written, entry in value.items():
+        if not is_name(written) or is_glob(written):
+            raise ValueError(f"an object in which each name {NAME_RULE}, without '*', '?' and '['")
+        name = canonical(written).canonical
+        if name in found:
+            raise ValueError(f"an object that names each model once ({written!r} is the same as a name before it)")
+        found[name] = _model(written, entry)
+    return found
+
+
+def _model(written: str, entry: object) -> ModelConfig:
+    if not isinstance(entry, dict):
+        raise ValueError(f"an object in which {written!r} has an object with {', '.join(_MODEL_FIELDS)}")
+    values: dict[str, Any] = {}
+    for name, value in entry.items():
+        if name not in _MODEL_FIELDS:
+            raise ValueError(f"an object in which {written!r} has only the fields {', '.join(_MODEL_FIELDS)}, not {name!r}")
+        read, here = _MODEL_FIELDS[name]
+        try:
+            values[here] = read(value)
+        except ValueError as wrong:
+            raise ValueError(f"an object in which {name!r} of {written!r} is {wrong}") from None
+    return ModelConfig(**values)
 
 
 _FIELDS: dict[str, Any] = {
@@ -104,12 +187,15 @@ _FIELDS: dict[str, Any] = {
     "read_timeout_s": _seconds,
     "idle_timeout_s": _seconds,
     "total_timeout_s": _seconds,
-    "max_connections": _connections,
+    "max_connections": _integer(100_000),
+    "tier": _integer(LOWEST_TIER),
+    "slots": _slots,
+    "models": _models,
 }
 
 
 def read_backends(text: str, defaults: dict[str, Any]) -> tuple[BackendConfig, ...]:
-    """The backends in order of priority; `defaults` are the values of fields that an entry omits.
+    """The backends in order of priority; `defaults` are the values of fields that an entry omits. Each is its own tier then.
 
     Raises ValueError, whose message says what is wrong, without any value that may be a secret.
     """
@@ -131,7 +217,7 @@ def _read_backend(position: int, entry: object, defaults: dict[str, Any]) -> Bac
         raise ValueError(f"entry {position} must be an object")
     if missing := [name for name in ("name", "base_url") if name not in entry]:
         raise ValueError(f"entry {position} has no {missing[0]!r}")
-    values = dict(defaults)
+    values = {**defaults, "tier": position}
     for name, value in entry.items():
         if name not in _FIELDS:
             raise ValueError(f"entry {position} has an unknown field {name!r}; the fields are {', '.join(_FIELDS)}")

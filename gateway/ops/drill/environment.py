@@ -198,7 +198,7 @@ class Environment:
 
     def _config(self, backend: FakeBackend) -> dict[str, Any]:
         waits = {"connect_timeout_s": 1, "read_timeout_s": 2, "idle_timeout_s": 30, "total_timeout_s": 60}
-        named = {"name": backend.name, "base_url": backend.url, "kind": "ollama", "max_connections": 32}
+        named = {"name": backend.name, "base_url": backend.url, "kind": "ollama", "max_connections": 32, "slots": 10_000}
         return {**named, **waits, "auth_token": self.token}
 
     async def _make_keys(self) -> None:
