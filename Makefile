@@ -9,8 +9,8 @@ option = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(value $(1)),-
 flag = $(if $(filter command,$(firstword $(origin $(1)))),$(if $(filter-out 0 false no,$(value $(1))),--$(2)))
 given = $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 only = $(if $(filter-out $(1) $(OF_LIMITS) JSON PYTHON BIN GATEWAY COMPOSE SHELL,$(given)),$(error `make $@` takes no $(filter-out $(1) $(OF_LIMITS) JSON PYTHON BIN GATEWAY COMPOSE SHELL,$(given)): see `make help`))
-OF_LIMITS := RPM TPM CONCURRENT DAY MONTH
-LIMITS = $(call option,RPM,rpm) $(call option,TPM,tpm) $(call option,CONCURRENT,concurrent) $(call option,DAY,day) $(call option,MONTH,month)
+OF_LIMITS := RPM TPM CONCURRENT DAY MONTH DAY_SECONDS MONTH_SECONDS WEIGHT HEARTBEAT_AFTER_S
+LIMITS = $(call option,RPM,rpm) $(call option,TPM,tpm) $(call option,CONCURRENT,concurrent) $(call option,DAY,day) $(call option,MONTH,month) $(call option,DAY_SECONDS,day-seconds) $(call option,MONTH_SECONDS,month-seconds) $(call option,WEIGHT,weight) $(call option,HEARTBEAT_AFTER_S,heartbeat-after-s)
 JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
@@ -39,11 +39,11 @@ check: .venv/ready-to-test ## Check lint, format, types, security and known vuln
 	$(BIN)/bandit -q --ini setup.cfg -r gateway
 	@$(BIN)/python -m tests.support.audit_dependencies
 
-key: .venv/ready-to-run ## Create a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1 KEEP_VOLATILE_LINES=1]
-	@$(call only,NAME MODELS EXPIRES PROMPT_LOG RETENTION AUDIT_RETENTION ROLE ADMIN_MODELS SHOW_BACKEND SHOW_OVERHEAD KEEP_VOLATILE_LINES)
-	@$(GATEWAY) key $(call option,NAME,name) $(call option,MODELS,models) $(call option,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call option,RETENTION,retention) $(call option,AUDIT_RETENTION,audit-retention) $(call option,ROLE,role) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(call flag,KEEP_VOLATILE_LINES,keep-volatile-lines) $(JSON_FLAG)
+key: .venv/ready-to-run ## Create a key: NAME= [MODELS="a b*"] [EXPIRES=30d] [RPM= TPM= CONCURRENT= DAY= MONTH= DAY_SECONDS= MONTH_SECONDS=] [WEIGHT=1 HEARTBEAT_AFTER_S=] [PROMPT_LOG=1 RETENTION=7d] [AUDIT_RETENTION=90d] [ROLE=admin] [ADMIN_MODELS=1 SHOW_BACKEND=1 SHOW_OVERHEAD=1 KEEP_VOLATILE_LINES=1 BATCH=1 SUB_USERS=1]
+	@$(call only,NAME MODELS EXPIRES PROMPT_LOG RETENTION AUDIT_RETENTION ROLE ADMIN_MODELS SHOW_BACKEND SHOW_OVERHEAD KEEP_VOLATILE_LINES BATCH SUB_USERS)
+	@$(GATEWAY) key $(call option,NAME,name) $(call option,MODELS,models) $(call option,EXPIRES,expires) $(LIMITS) $(call flag,PROMPT_LOG,prompt-log) $(call option,RETENTION,retention) $(call option,AUDIT_RETENTION,audit-retention) $(call option,ROLE,role) $(call flag,ADMIN_MODELS,admin-models) $(call flag,SHOW_BACKEND,show-backend) $(call flag,SHOW_OVERHEAD,show-overhead) $(call flag,KEEP_VOLATILE_LINES,keep-volatile-lines) $(call flag,BATCH,batch) $(call flag,SUB_USERS,sub-users) $(JSON_FLAG)
 
-limit: .venv/ready-to-run ## Set a key's limits: KEY= [MODEL="a*"] RPM= TPM= CONCURRENT= DAY= MONTH= (a number, unlimited or unset)
+limit: .venv/ready-to-run ## Set a key's limits: KEY= [MODEL="a*"] RPM= TPM= CONCURRENT= DAY= MONTH= DAY_SECONDS= MONTH_SECONDS= (a number, unlimited or unset) WEIGHT= HEARTBEAT_AFTER_S=
 	@$(call only,KEY MODEL)
 	@$(GATEWAY) limit $(call option,KEY,key) $(call option,MODEL,model) $(LIMITS) $(JSON_FLAG)
 

@@ -12,6 +12,7 @@ from gateway.admin.endpoint import AdminRoute
 from gateway.admin.events import AdminEvents
 from gateway.admin.keys import NEW_KEY, KeyHandlers
 from gateway.admin.reports import ReportHandlers
+from gateway.auth.key import OPTIONS
 from gateway.limits.quota import NAMES as LIMITS
 
 
@@ -33,7 +34,7 @@ class AdminApi:
         self.probe, self.refresh = route(backends.probe), route(backends.refresh)
         self.keys = route(keys.list_all)
         self.create_key = route(keys.create, takes=NEW_KEY, has_body=True, status=201)
-        self.limit_key = route(keys.limit, takes=("model", *LIMITS), has_body=True)
+        self.limit_key = route(keys.limit, takes=("model", *LIMITS, *OPTIONS), has_body=True)
         self.rotate_key = route(keys.rotate, takes=("overlap",), has_body=True, status=201)
         self.revoke_key = route(keys.revoke)
         self.audit = route(reports.audit, takes=("key", "model", "since", "status", "outcome", "limit"))

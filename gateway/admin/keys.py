@@ -7,14 +7,16 @@ from typing import Any
 from gateway.admin import values
 from gateway.admin.endpoint import AdminRequest
 from gateway.auth import key_view
-from gateway.auth.key import ADMIN, FLAGS
+from gateway.auth.key import ADMIN, FLAGS, OPTIONS
 from gateway.auth.key_store import KeyStore, NewKey
 from gateway.core.errors import BadRequest
 from gateway.dialects import model_names
 from gateway.limits.quota import NAMES as LIMITS
 from gateway.limits.quota import UNLIMITED, Quota
 
-NEW_KEY = frozenset({"name", "models", "role", "expires", "prompt_log", "retention", "audit_retention", *FLAGS, *LIMITS})
+NEW_KEY = frozenset(
+    {"name", "models", "role", "expires", "prompt_log", "retention", "audit_retention", *FLAGS, *LIMITS, *OPTIONS}
+)
 
 
 class KeyHandlers:
@@ -33,12 +35,13 @@ class KeyHandlers:
         return {"id": key_id, "name": wanted.name, "key": whole}
 
     async def limit(self, request: AdminRequest) -> dict[str, Any]:
-        limits, pattern = limits_of(request.body), text_of(request.body, "model")
+        limits, pattern = {**limits_of(request.body), **options_of(request.body)}, text_of(request.body, "model")
         if not limits:
-            raise BadRequest(f'set at least one of {", ".join(LIMITS)}: a number, "unlimited", or null for the default')
+            names = ", ".join((*LIMITS, *OPTIONS))
+            raise BadRequest(f'set at least one of {names}: a number, "unlimited", or null for the default')
         request.note_action(f"limit key {request.path['id']} {pattern}".rstrip())
         key_id, found, at_once = await self._key_store.limit(request.path["id"], pattern, limits, by_id=True)
-        return {"id": key_id, "model": pattern, **key_view.shown_limits(found.packed()), "everywhere_at_once": at_once}
+        return {"id": key_id, "model": pattern, **key_view.shown_limits(found), "everywhere_at_once": at_once}
 
     async def rotate(self, request: AdminRequest) -> dict[str, Any]:
         overlap = values.duration(text_of(request.body, "overlap") or "24h")
@@ -78,6 +81,19 @@ def limits_of(body: Mapping[str, Any]) -> dict[str, int | None]:
     return found
 
 
+def options_of(body: Mapping[str, Any]) -> dict[str, float | None]:
+    """Those in the body: a number, or null for the default."""
+    return {name: _option(name, body[name]) for name in OPTIONS if name in body}
+
+
+def _option(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not values.is_option(name, value):
+        raise BadRequest(f"the field {name!r} must be {values.OPTIONS[name]}, or null for the default")
+    return float(value)
+
+
 def new_key(body: Mapping[str, Any]) -> NewKey:
     models = [] if body.get("models") is None else body["models"]
     if not isinstance(models, list) or not all(
@@ -93,6 +109,7 @@ def new_key(body: Mapping[str, Any]) -> NewKey:
         name: values.lifetime(text) if (text := text_of(body, name)) else None
         for name in ("expires", "retention", "audit_retention")
     }
+    options = {name: value for name, value in options_of(body).items() if value is not None}
     if periods["retention"] and not body.get("prompt_log"):
         raise BadRequest("'retention' is for the prompts that 'prompt_log' keeps: set both, or use 'audit_retention'")
     return NewKey(
@@ -104,4 +121,5 @@ def new_key(body: Mapping[str, Any]) -> NewKey:
         prompt_log=bool(body.get("prompt_log")),
         prompt_retention=periods["retention"],
         audit_retention=periods["audit_retention"],
+        **options,
     )

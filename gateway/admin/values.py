@@ -13,6 +13,12 @@ from gateway.limits.quota import UNLIMITED
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 LONGEST = timedelta(days=36_500)
+# The options of a key, each with what its values are and the largest; all are above 0.
+OPTIONS = {
+    "weight": "a number above 0 and at most 1000",
+    "heartbeat_after_s": "a number of seconds above 0 and at most 3600",
+}
+LARGEST_OPTION = {"weight": 1000.0, "heartbeat_after_s": 3600.0}
 GROUPS = ("key", "model", "answered_as", "backend", "day")
 
 
@@ -45,6 +51,19 @@ def limit(text: str) -> int | None:
     if not re.fullmatch(r"\d{1,15}", text):
         raise BadValue(f"{text!r} is not a limit: write a whole number from 0, unlimited, or unset for the default")
     return int(text)
+
+
+def is_option(name: str, value: float) -> bool:
+    return 0 < value <= LARGEST_OPTION[name]
+
+
+def option(name: str, text: str) -> float | None:
+    """A number, or `unset` for the default."""
+    if text == "unset":
+        return None
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,6})?", text) or not is_option(name, float(text)):
+        raise BadValue(f"{text!r} is not {OPTIONS[name]}: write such a number, or unset for the default")
+    return float(text)
 
 
 def retention(text: str) -> timedelta:

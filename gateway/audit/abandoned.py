@@ -22,6 +22,14 @@ UNFINISHED_FIELDS = {
     "billed_tokens": None,
     "translated_to": "",
     "dropped": "",
+    "load_ms": None,
+    "prefill_ms": None,
+    "decode_ms": None,
+    "backend_ms": None,
+    "seconds_from": "none",
+    "loaded": False,
+    "chosen_because": "",
+    "estimated_ms": None,
     "bytes_out": 0,
     "queue_ms": 0.0,
     "ttfb_ms": None,
@@ -32,7 +40,7 @@ UNFINISHED_FIELDS = {
 def call_info(counter_sets: Sequence[CounterSet], model: str, prompt: int, row: dict[str, Any]) -> bytes:
     """What Redis keeps of a running call."""
     return strict_json.write(
-        {"scopes": [list(counter_set) for counter_set in counter_sets], "model": model, "prompt": prompt, "row": row}
+        {"scopes": [list(counter_set[:6]) for counter_set in counter_sets], "model": model, "prompt": prompt, "row": row}
     )
 
 
@@ -40,7 +48,7 @@ def settlement_of(call_id: str, info: bytes) -> Settlement:
     """`info` is preceded by the tokens that were reserved. Raises ValueError, KeyError or TypeError."""
     reserved, _, text = info.partition(b" ")
     fields = strict_json.read_loosely(text)
-    counter_sets = tuple(CounterSet(*counter_set) for counter_set in fields["scopes"])
+    counter_sets = tuple(_counter_set(*counter_set) for counter_set in fields["scopes"])
     used = max(0, fields["prompt"])
     row = {
         **UNFINISHED_FIELDS,
@@ -51,6 +59,12 @@ def settlement_of(call_id: str, info: bytes) -> Settlement:
     }
     admission = Admission(call_id, counter_sets, fields["model"], True, "abandoned", int(reserved))
     return Settlement(admission, used, -1, strict_json.write(row), id=call_id, key_id=counter_sets[0].name)
+
+
+def _counter_set(name: str, *limits: int) -> CounterSet:
+    if not isinstance(name, str):
+        raise TypeError
+    return CounterSet(name, *limits)
 
 
 async def settle_expired(limits: Limiter, since_ms: int, most: int) -> int:

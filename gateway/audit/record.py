@@ -19,7 +19,8 @@ NOTHING_COUNTED = Usage()
 class Record:
     """Times are in seconds of the monotonic clock, `at` in microseconds since the epoch. `route` is a pattern of the route
     table, never the path that was sent. `id` is the gateway's and unique; `request_id` may be the caller's. `model` is the
-    name that was asked for, `canonical` its canonical name, or the glob of aliases that it matches, if the key may use it."""
+    name that was asked for, `canonical` its canonical name, or the glob of aliases that it matches, if the key may use it.
+    """
 
     id: str
     request_id: str
@@ -62,6 +63,16 @@ class Record:
     first_byte_at: float | None = None
     reading_s: float = 0.0
     upstream_s: float = 0.0
+    # Why its backend was chosen; the seconds to the first byte that were estimated when it arrived; its place in the queue.
+    chosen_because: str = ""
+    estimated_s: float | None = None
+    queue_position: int = 0
+    # When the backend's slot was granted, and for how long it was held; the seconds of backends, and where they come from.
+    slot_from: float | None = None
+    slot_s: float = 0.0
+    backend_s: float | None = None
+    seconds_from: str = "none"
+    loaded: bool = False
     # An operator's reading in the admin API is not traffic: neither counted nor kept.
     is_operator_read: bool = False
     is_closed: bool = False
@@ -134,8 +145,24 @@ class Record:
         row["queue_ms"] = round(self.queue_ms, 3)
         row["ttfb_ms"] = None if self.first_byte_at is None else _ms(self.first_byte_at - self.began)
         row["total_ms"] = _ms(time.monotonic() - self.began)
+        self._add_seconds(row)
         return row
+
+    def _add_seconds(self, row: dict[str, Any]) -> None:
+        usage = self.usage
+        row["load_ms"] = _ms_or_none(usage.load_s)
+        row["prefill_ms"] = _ms_or_none(usage.prefill_s)
+        row["decode_ms"] = _ms_or_none(usage.decode_s)
+        row["backend_ms"] = _ms_or_none(self.backend_s)
+        row["seconds_from"] = self.seconds_from
+        row["loaded"] = self.loaded
+        row["chosen_because"] = self.chosen_because
+        row["estimated_ms"] = _ms_or_none(self.estimated_s)
 
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
+
+
+def _ms_or_none(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)

@@ -15,7 +15,13 @@ ADMIN = "admin"
 ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD = "admin_models", "show_backend", "show_overhead"
 # Lines of a system prompt that differ in each request are passed on.
 KEEP_VOLATILE_LINES = "keep_volatile_lines"
-FLAGS = (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD, KEEP_VOLATILE_LINES)
+# Calls of the key yield to those of other keys while they wait for a backend.
+BATCH = "batch"
+# A header of its requests names the user of each, between whom the key's share is divided.
+SUB_USERS = "sub_users"
+FLAGS = (ADMIN_MODELS, SHOW_BACKEND, SHOW_OVERHEAD, KEEP_VOLATILE_LINES, BATCH, SUB_USERS)
+# What a key as a whole has besides its limits, and what applies if it is not set.
+OPTIONS: Mapping[str, float | None] = {"weight": 1.0, "heartbeat_after_s": None}
 # A key of a drill: its requests are no traffic of the installation, and it may be deleted afterwards.
 DRILL = "drill"
 MOST_CACHED_COUNTER_SETS = 1000
@@ -23,7 +29,11 @@ MOST_CACHED_COUNTER_SETS = 1000
 
 @dataclass(frozen=True)
 class Key:
-    """A caller's identity, rights and limits; `expires_at` is in seconds since the epoch."""
+    """A caller's identity, rights and limits; `expires_at` is in seconds since the epoch.
+
+    While calls wait for backends, its share of them is in proportion to `weight`; streams that wait for `heartbeat_after_s`
+    get a heartbeat, None for never.
+    """
 
     id: str
     name: str
@@ -33,6 +43,8 @@ class Key:
     flags: frozenset[str] = frozenset()
     prompt_log: bool = False
     expires_at: float | None = None
+    weight: float = 1.0
+    heartbeat_after_s: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_counter_sets", {})
@@ -66,11 +78,13 @@ class Key:
             "flags": sorted(self.flags),
             "prompt_log": self.prompt_log,
             "expires_at": self.expires_at,
+            "weight": self.weight,
+            "heartbeat_after_s": self.heartbeat_after_s,
         }
 
 
 def unpack(packed: Mapping[str, Any]) -> Key:
-    """A key from `Key.packed` or from a row of the database, which gives the rules as JSON."""
+    """A key from `Key.packed`, also of an earlier version, or from a row of the database, which gives the rules as JSON."""
     expires, rules = packed["expires_at"], packed["rules"]
     return Key(
         id=packed["id"],
@@ -81,4 +95,6 @@ def unpack(packed: Mapping[str, Any]) -> Key:
         flags=frozenset(packed["flags"]),
         prompt_log=packed["prompt_log"],
         expires_at=expires.timestamp() if isinstance(expires, datetime) else expires,
+        weight=packed.get("weight", 1.0),
+        heartbeat_after_s=packed.get("heartbeat_after_s"),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from argon2 import PasswordHasher
 
 from gateway.auth import key_format
-from gateway.auth.key import DRILL, Key, unpack
+from gateway.auth.key import DRILL, OPTIONS, Key, unpack
 from gateway.core.errors import CommandFailed, NameTaken, NotFound
 from gateway.dialects import model_names
 from gateway.dialects.model_names import LONGEST_NAME as LONGEST_MODEL_NAME
@@ -39,6 +39,8 @@ class NewKey:
     prompt_log: bool = False
     prompt_retention: timedelta | None = None
     audit_retention: timedelta | None = None
+    weight: float = 1.0
+    heartbeat_after_s: float | None = None
 
 
 class KeyStore:
@@ -57,10 +59,11 @@ class KeyStore:
         rights = (list(wanted.models), *wanted.quota.packed().values(), list(wanted.flags), expires)
         hashed = await self._hash(minted.whole)
         kept = (wanted.prompt_log, wanted.prompt_retention, wanted.audit_retention)
+        options = (wanted.weight, wanted.heartbeat_after_s)
         try:
             await self._database.run_all(
                 [
-                    ("add_key", (minted.secret_id, wanted.name, *rights, *kept)),
+                    ("add_key", (minted.secret_id, wanted.name, *rights, *kept, *options)),
                     ("add_secret", (minted.secret_id, minted.secret_id, hashed)),
                 ]
             )
@@ -97,16 +100,16 @@ class KeyStore:
         await self._database.run("drop_drill_keys", DRILL, ended_for)
 
     async def limit(
-        self, name_or_id: str, pattern: str, limits: Mapping[str, int | None], *, by_id: bool = False
-    ) -> tuple[str, Quota, bool]:
-        """Set these limits, of the key or of its models that match `pattern`; None resets one to its default.
+        self, name_or_id: str, pattern: str, limits: Mapping[str, float | None], *, by_id: bool = False
+    ) -> tuple[str, Mapping[str, float | None], bool]:
+        """Sets limits and options of the key, or limits of its models that match `pattern`; None resets one to its default.
 
-        Returns the key's id, its new quota, and whether all processes were notified.
+        Returns the key's id, all its limits and options or those of the models, and whether all processes were notified.
         """
         key_id = await self.active_id(name_or_id, by_id=by_id)
-        _check_pattern(pattern)
+        _check_pattern(pattern, limits)
         pattern = model_names.rule_pattern(pattern)
-        names = list(quota.NAMES)
+        names = quota.NAMES if pattern else (*quota.NAMES, *OPTIONS)
         unchanged = [None, False] * len(names)
         before = None if pattern else await self._database.row("limit_key", key_id, *unchanged)
         changes = [limits.get(name) for name in names], [name in limits for name in names]
@@ -124,7 +127,7 @@ class KeyStore:
         assert row is not None
         if not _has_budget(before) and _has_budget(row):
             await self._drop_budget_count(f"{key_id}|{pattern}" if pattern else key_id)
-        return key_id, quota.unpack(dict(row)), await self._announce(key_id)
+        return key_id, dict(row), await self._announce(key_id)
 
     async def _drop_budget_count(self, counter_set: str) -> None:
         """Without a budget nothing was counted: its use so far is computed again from the audit."""
@@ -191,6 +194,9 @@ def _check_new_key(wanted: NewKey) -> None:
             raise CommandFailed(f"{pattern[:64]!r} is no model's name: it {model_names.NAME_RULE}")
 
 
-def _check_pattern(pattern: str) -> None:
+def _check_pattern(pattern: str, limits: Mapping[str, float | None]) -> None:
+    of_whole_keys = ", ".join(name.upper() for name in OPTIONS if name in limits)
+    if pattern and of_whole_keys:
+        raise CommandFailed(f"{of_whole_keys} can only be set for a key as a whole, not for some of its models")
     if not pattern.isprintable() or len(pattern) > LONGEST_MODEL_NAME or len(pattern.split()) > 1:
         raise CommandFailed("MODEL must be one model's name or one glob, such as llama3*: write it without blanks")

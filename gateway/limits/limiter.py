@@ -133,7 +133,7 @@ class Limiter:
         values.append(round(self.estimates.call_s(first) * 1000))
         for counter_set in ticket.counter_sets:
             keys += redis_keys.counters(counter_set.name)
-            values += counter_set[1:]
+            values += counter_set[1:6]
         return keys, values
 
     def _read(self, ticket: Ticket, reply: list[Any]) -> Verdict:

@@ -8,18 +8,20 @@ from gateway.dialects.model_names import AllowList
 
 # None: the default applies. 0: nothing is allowed. UNLIMITED is the largest bigint, which no operator can enter.
 UNLIMITED = 2**63 - 1
-NAMES = ("rpm", "tpm", "concurrent", "day", "month")
+NAMES = ("rpm", "tpm", "concurrent", "day", "month", "day_seconds", "month_seconds")
 
 
 @dataclass(frozen=True)
 class Quota:
-    """Requests per minute, tokens per minute, requests at once, tokens per day and per calendar month (UTC)."""
+    """Requests and tokens per minute, requests at once, tokens and seconds of backends per day and per calendar month (UTC)."""
 
     rpm: int | None = None
     tpm: int | None = None
     concurrent: int | None = None
     day: int | None = None
     month: int | None = None
+    day_seconds: int | None = None
+    month_seconds: int | None = None
 
     def packed(self) -> dict[str, int | None]:
         return {name: getattr(self, name) for name in NAMES}
@@ -48,6 +50,8 @@ class CounterSet(NamedTuple):
     concurrent: int
     day: int
     month: int
+    day_seconds: int = -1
+    month_seconds: int = -1
 
     @property
     def has_budget(self) -> bool:
@@ -63,7 +67,8 @@ class CounterSet(NamedTuple):
 
 
 def unpack(packed: Mapping[str, Any]) -> Quota:
-    return Quota(**{name: packed[name] for name in NAMES})
+    """Processes of an earlier version, which know fewer limits, may have packed it."""
+    return Quota(**{name: packed.get(name) for name in NAMES})
 
 
 def unpack_rules(packed: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:

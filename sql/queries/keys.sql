@@ -1,6 +1,7 @@
 -- name: find_secret
 -- A secret by its id, with its hash and its key, whatever the state of both.
-SELECT s.hash, k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.flags, k.prompt_log,
+SELECT s.hash, k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.day_seconds, k.month_seconds,
+       k.weight, k.heartbeat_after_s, k.flags, k.prompt_log,
        least(k.expires_at, s.expires_at) AS expires_at, k.revoked_at,
        (SELECT coalesce(jsonb_agg(to_jsonb(m) - 'key_id' ORDER BY m.pattern), '[]') FROM model_limits m WHERE m.key_id = k.id)::text
            AS rules
@@ -9,31 +10,38 @@ WHERE s.id = $1;
 
 -- name: add_key
 -- Adds a key with its rights.
-INSERT INTO keys (id, name, models, rpm, tpm, concurrent, day, month, flags, expires_at, prompt_log, prompt_retention, audit_retention)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13);
+INSERT INTO keys (id, name, models, rpm, tpm, concurrent, day, month, day_seconds, month_seconds, flags, expires_at, prompt_log,
+                  prompt_retention, audit_retention, weight, heartbeat_after_s)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17);
 
 -- name: limit_key
--- Sets the given limits of a key: for each its value, and whether it is given.
+-- Sets the given limits and options of a key: for each its value, and whether it is given.
 UPDATE keys SET rpm = CASE WHEN $3::boolean THEN $2 ELSE rpm END,
                 tpm = CASE WHEN $5::boolean THEN $4 ELSE tpm END,
                 concurrent = CASE WHEN $7::boolean THEN $6 ELSE concurrent END,
                 day = CASE WHEN $9::boolean THEN $8 ELSE day END,
-                month = CASE WHEN $11::boolean THEN $10 ELSE month END
+                month = CASE WHEN $11::boolean THEN $10 ELSE month END,
+                day_seconds = CASE WHEN $13::boolean THEN $12 ELSE day_seconds END,
+                month_seconds = CASE WHEN $15::boolean THEN $14 ELSE month_seconds END,
+                weight = CASE WHEN $17::boolean THEN coalesce($16::double precision, 1) ELSE weight END,
+                heartbeat_after_s = CASE WHEN $19::boolean THEN $18 ELSE heartbeat_after_s END
 WHERE id = $1
-RETURNING rpm, tpm, concurrent, day, month;
+RETURNING rpm, tpm, concurrent, day, month, day_seconds, month_seconds, weight, heartbeat_after_s;
 
 -- name: limit_models
--- Sets the given limits of a key for the models that match a glob, unless the key has $13 other globs.
-INSERT INTO model_limits AS m (key_id, pattern, rpm, tpm, concurrent, day, month)
-SELECT $1::text, $2::text, $3::bigint, $5::bigint, $7::bigint, $9::bigint, $11::bigint
-WHERE (SELECT count(*) FROM model_limits WHERE key_id = $1 AND pattern <> $2) < $13::integer
+-- Sets the given limits of a key for the models that match a glob, unless the key has $17 other globs.
+INSERT INTO model_limits AS m (key_id, pattern, rpm, tpm, concurrent, day, month, day_seconds, month_seconds)
+SELECT $1::text, $2::text, $3::bigint, $5::bigint, $7::bigint, $9::bigint, $11::bigint, $13::bigint, $15::bigint
+WHERE (SELECT count(*) FROM model_limits WHERE key_id = $1 AND pattern <> $2) < $17::integer
 ON CONFLICT (key_id, pattern) DO UPDATE
 SET rpm = CASE WHEN $4::boolean THEN $3 ELSE m.rpm END,
     tpm = CASE WHEN $6::boolean THEN $5 ELSE m.tpm END,
     concurrent = CASE WHEN $8::boolean THEN $7 ELSE m.concurrent END,
     day = CASE WHEN $10::boolean THEN $9 ELSE m.day END,
-    month = CASE WHEN $12::boolean THEN $11 ELSE m.month END
-RETURNING m.rpm, m.tpm, m.concurrent, m.day, m.month;
+    month = CASE WHEN $12::boolean THEN $11 ELSE m.month END,
+    day_seconds = CASE WHEN $14::boolean THEN $13 ELSE m.day_seconds END,
+    month_seconds = CASE WHEN $16::boolean THEN $15 ELSE m.month_seconds END
+RETURNING m.rpm, m.tpm, m.concurrent, m.day, m.month, m.day_seconds, m.month_seconds;
 
 -- name: drop_model_limits
 -- Deletes a rule that limits nothing any more.
@@ -76,7 +84,8 @@ DELETE FROM keys WHERE $1::text = ANY (flags) AND least(revoked_at, expires_at) 
 
 -- name: list_keys
 -- All keys, active ones first, then the newest, with the number of secrets that are valid now.
-SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.flags, k.prompt_log, k.created_at, k.expires_at,
+SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.day_seconds, k.month_seconds,
+       k.weight, k.heartbeat_after_s, k.flags, k.prompt_log, k.created_at, k.expires_at,
        k.revoked_at, k.last_used_at,
        (SELECT coalesce(jsonb_agg(to_jsonb(m) - 'key_id' ORDER BY m.pattern), '[]') FROM model_limits m WHERE m.key_id = k.id)::text
            AS rules,
@@ -96,7 +105,8 @@ WHERE keys.id = used.id;
 
 -- name: key_with_rights
 -- A key with its limits and rules.
-SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.flags, k.prompt_log, k.expires_at, k.revoked_at,
+SELECT k.id, k.name, k.models, k.rpm, k.tpm, k.concurrent, k.day, k.month, k.day_seconds, k.month_seconds,
+       k.weight, k.heartbeat_after_s, k.flags, k.prompt_log, k.expires_at, k.revoked_at,
        (SELECT coalesce(jsonb_agg(to_jsonb(m) - 'key_id' ORDER BY m.pattern), '[]') FROM model_limits m WHERE m.key_id = k.id)::text
            AS rules
 FROM keys k

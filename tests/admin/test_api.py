@@ -206,6 +206,10 @@ def test_the_audit_and_one_request(gateway: RunningGateway, admin: httpx.Client)
         ("POST", "/keys", {"name": "x", "expires": "soon"}, 400, "'soon' is not a duration: write 90s"),
         ("POST", "/keys", {"name": "x", "retention": "7d"}, 400, "'retention' is for the prompts that 'prompt_log' keeps"),
         ("POST", "/keys", {"name": "x", "prompt_log": "yes"}, 400, "the field 'prompt_log' must be true or false"),
+        ("POST", "/keys", {"name": "x", "weight": 0}, 400, "the field 'weight' must be a number above 0 and at most 1000"),
+        ("POST", "/keys", {"name": "x", "weight": True}, 400, "the field 'weight' must be a number above 0"),
+        ("POST", "/keys", {"name": "x", "heartbeat_after_s": "5"}, 400, "'heartbeat_after_s' must be a number of seconds"),
+        ("POST", "/keys", {"name": "x", "batch": 1}, 400, "the field 'batch' must be true or false"),
         ("PATCH", "/keys/nobody", {"rpm": 1}, 404, "there is no active key with the id 'nobody'"),
         ("PATCH", "/keys/ops", {}, 400, "set at least one of rpm, tpm, concurrent, day, month"),
         ("POST", "/keys/ops/rotate", {"overlap": "a while"}, 400, "'a while' is not a duration"),
@@ -233,6 +237,19 @@ def test_the_rules_of_a_key_are_bounded(gateway: RunningGateway, admin: httpx.Cl
     with pytest.raises(CommandFailed, match=message):
         gateway.call(gateway.key_store().limit("alice", "m5*", {"rpm": 5}))
     assert [limit(1, None), limit(4)] == [200, 200]
+
+
+def test_the_share_of_a_key(admin: httpx.Client) -> None:
+    key_id = admin.post("/keys", json={"name": "x", "weight": 2.5, "batch": True, "month_seconds": 9}).json()["id"]
+    row = next(row for row in admin.get("/keys").json() if row["id"] == key_id)
+    assert (row["weight"], row["heartbeat_after_s"], row["month_seconds"], row["flags"]) == (2.5, None, 9, ["batch"])
+    now = admin.patch(f"/keys/{key_id}", json={"weight": None, "heartbeat_after_s": 5, "day_seconds": 7}).json()
+    assert (now["weight"], now["heartbeat_after_s"], now["day_seconds"], now["month_seconds"]) == (1, 5, 7, 9)
+    refused = admin.patch(f"/keys/{key_id}", json={"weight": 2, "model": "llama*"})
+    assert (refused.status_code, refused.json()["error"]) == (
+        400,
+        "WEIGHT can only be set for a key as a whole, not for some of its models",
+    )
 
 
 def test_an_admin_has_limits_too(gateway: RunningGateway) -> None:

@@ -83,7 +83,16 @@ def test_json_and_csv_have_every_column(url: str, run_verb: RunVerb) -> None:
     attempts = [{"backend": "beta", "fault": "refused", "ms": 1.5}]
     odd = {"detail": 'a "quoted", detail\nof two lines', "model": "\x1b[31mred"}
     way = {"translated_to": "/v1/chat/completions", "dropped": "tools.web_search, metadata"}
-    written = row(ago(0.5), key_id="k1", attempts=attempts, cached_tokens=2, billed_tokens=6, **way, **odd)
+    seconds = {
+        "load_ms": 1.5,
+        "prefill_ms": 0.5,
+        "decode_ms": None,
+        "backend_ms": 2.0,
+        "seconds_from": "reported",
+        "loaded": True,
+    }
+    seconds |= {"chosen_because": "home", "estimated_ms": 3.5}
+    written = row(ago(0.5), key_id="k1", attempts=attempts, cached_tokens=2, billed_tokens=6, **way, **seconds, **odd)
     write(url, [written])
     (found,) = lines(run_verb("audit", "--json"))
     (plain,) = csv.DictReader(io.StringIO(run_verb("audit", "--csv")))

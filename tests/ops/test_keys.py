@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from gateway.auth import key_format
+from gateway.limits.quota import NAMES as LIMITS
 from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.operator import Operator
@@ -81,3 +82,32 @@ def test_a_name_used_twice_and_an_unknown_key(operator: Operator) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\nb", "a\tb", "a\udcffb"])
 def test_names_that_cannot_be_read(operator: Operator, name: str) -> None:
     assert "choose another name" in operator.is_refused("key", "--name", name)
+
+
+def test_the_share_of_a_key(operator: Operator) -> None:
+    options = ("--weight", "2.5", "--heartbeat-after-s", "15", "--day-seconds", "60", "--batch", "--sub-users")
+    operator.gets("key", "--name", "mine", *options)
+    (row,) = operator.gets_json("keys").rows
+    assert (row["weight"], row["heartbeat_after_s"], row["day_seconds"], row["month_seconds"]) == (2.5, 15, 60, None)
+    assert row["flags"] == ["batch", "sub_users"]
+    now = operator.gets_json("limit", "--key", "mine", "--weight", "unset", "--month-seconds", "unlimited")
+    assert (now["weight"], now["heartbeat_after_s"], now["day_seconds"], now["month_seconds"]) == (1, 15, 60, "unlimited")
+    now = operator.gets_json("limit", "--key", "mine", "--heartbeat-after-s", "unset", "--weight", "1000")
+    assert (now["weight"], now["heartbeat_after_s"]) == (1000, None)
+    of_rule = operator.gets_json("limit", "--key", "mine", "--model", "llama*", "--day-seconds", "5")
+    assert of_rule.value == {
+        "key": row["id"],
+        "model": "llama*",
+        **dict.fromkeys(LIMITS),
+        "day_seconds": 5,
+        "everywhere": "at once",
+    }
+    refused = operator.is_refused("limit", "--key", "mine", "--model", "llama*", "--weight", "2")
+    assert refused == "error: WEIGHT can only be set for a key as a whole, not for some of its models\n"
+    (row,) = operator.gets_json("keys").rows
+    assert row["rules"] == ["llama*: day_seconds=5"]
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "1001", "x", "1e3", "0.0000001", ""])
+def test_weights_that_are_refused(operator: Operator, weight: str) -> None:
+    assert "a number above 0 and at most 1000" in operator.is_refused("key", "--name", "mine", f"--weight={weight}", code=2)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from gateway.auth import key_view
-from gateway.auth.key import ADMIN, FLAGS
+from gateway.auth.key import ADMIN, FLAGS, OPTIONS
 from gateway.auth.key_store import KeyStore, NewKey
 from gateway.components import hasher_of
 from gateway.core.errors import CommandFailed
@@ -36,6 +36,8 @@ async def make_key(settings: Settings, arguments: argparse.Namespace) -> None:
         prompt_log=arguments.prompt_log,
         prompt_retention=arguments.retention,
         audit_retention=arguments.audit_retention,
+        weight=arguments.weight or 1.0,
+        heartbeat_after_s=arguments.heartbeat_after_s,
     )
     if arguments.retention and not arguments.prompt_log:
         raise CommandFailed(
@@ -63,16 +65,16 @@ async def list_keys(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 async def limit_key(settings: Settings, arguments: argparse.Namespace) -> None:
-    wished = {name: getattr(arguments, name) for name in LIMITS if name in arguments}
+    names = (*LIMITS, *OPTIONS)
+    wished = {name: getattr(arguments, name) for name in names if name in arguments}
     if not wished:
-        raise CommandFailed(
-            "set at least one of RPM= TPM= CONCURRENT= DAY= MONTH=: a number, unlimited, or unset for the default"
-        )
+        written = " ".join(f"{name.upper()}=" for name in names)
+        raise CommandFailed(f"set at least one of {written}: a number, unlimited, or unset for the default")
     async with open_key_store(settings) as key_store:
         key_id, found, at_once = await key_store.limit(arguments.key, arguments.model, wished)
     effect = "at once" if at_once else f"within {settings.redis_key_cache_ttl_s:g} s (Redis did not answer)"
     whose = {"key": key_id, **({"model": arguments.model} if arguments.model else {})}
-    console.show_facts({**whose, **key_view.shown_limits(found.packed()), "everywhere": effect}, as_json=arguments.json)
+    console.show_facts({**whose, **key_view.shown_limits(found), "everywhere": effect}, as_json=arguments.json)
 
 
 async def rotate_key(settings: Settings, arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import argparse
 from argparse import ArgumentParser
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from gateway.admin import values
@@ -15,6 +16,12 @@ LIMITS = {
     "concurrent": "requests at once",
     "day": "tokens per day (UTC)",
     "month": "tokens per calendar month (UTC)",
+    "day_seconds": "seconds of backends per day (UTC)",
+    "month_seconds": "seconds of backends per calendar month (UTC)",
+}
+OPTIONS = {
+    "weight": "its share of the backends while calls wait, relative to other keys",
+    "heartbeat_after_s": "seconds after which its waiting streams get a heartbeat",
 }
 
 
@@ -49,6 +56,8 @@ def new_key(verb: ArgumentParser) -> None:
         action="store_true",
         help="pass on lines of a system prompt that differ in each request, such as Claude Code's billing header",
     )
+    verb.add_argument("--batch", action="store_true", help="its calls yield to those of other keys while they wait")
+    verb.add_argument("--sub-users", action="store_true", help="a header of its requests names the user of each")
     verb.add_argument("--role", choices=("user", "admin"), default="user", help="admin: may use /admin/v1")
     verb.add_argument(
         "--show-overhead", action="store_true", help="answers give the time that the gateway added in X-Gateway-Overhead-Ms"
@@ -66,7 +75,14 @@ def limits_of_key(verb: ArgumentParser) -> None:
 def _limits(verb: ArgumentParser, default: str | None) -> None:
     for name, meaning in LIMITS.items():
         described = f"{meaning}: a number, unlimited, or unset for the default"
-        verb.add_argument(f"--{name}", type=read_by(values.limit), default=default, help=described)
+        verb.add_argument(_written(name), type=read_by(values.limit), default=default, help=described)
+    for name, meaning in OPTIONS.items():
+        described = f"{meaning}: {values.OPTIONS[name]}, or unset for the default"
+        verb.add_argument(_written(name), type=read_by(partial(values.option, name)), default=default, help=described)
+
+
+def _written(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def one_key(verb: ArgumentParser) -> None:

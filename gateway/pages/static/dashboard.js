@@ -265,7 +265,7 @@ function showNewKey(made) {
 }
 
 const field = (name, words, facts = {}) => h("label", {}, words, h("input", { name, ...facts }));
-const LIMITS = [["rpm", "Requests per minute"], ["tpm", "Tokens per minute"], ["concurrent", "Concurrent requests"], ["day", "Tokens per day"], ["month", "Tokens per month"]];
+const LIMITS = [["rpm", "Requests per minute"], ["tpm", "Tokens per minute"], ["concurrent", "Concurrent requests"], ["day", "Tokens per day"], ["month", "Tokens per month"], ["day_seconds", "Backend seconds per day"], ["month_seconds", "Backend seconds per month"]];
 
 function limitsIn(form) {
   const found = {};
