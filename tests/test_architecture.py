@@ -46,16 +46,17 @@ HOMES = {
     "starlette.responses": "ops.local.demo_backend",
 }
 # These decide: values in, values out. They import each other and, of Python's library, what has no I/O.
-PURE = """proxy.suggestions proxy.visibility edge.request_head audit.prompt_log audit.record audit.token_usage auth.key
-          auth.key_format auth.key_view fleet.aliases fleet.attempt fleet.catalog fleet.redaction fleet.refusals
-          fleet.scheduler fleet.slots fleet.ways fleet.backends.circuit_breaker fleet.backends.config limits.admission
-          limits.estimates limits.fallback limits.quota dialects stores.urls core.errors core.millionths core.setting_names
-          core.shared_bytes core.strict_json""".split()
+PURE = """proxy.suggestions proxy.visibility edge.request_head audit.prompt_log audit.record audit.token_usage
+          auth.key auth.key_format auth.key_view fleet.affinity fleet.aliases fleet.attempt fleet.catalog
+          fleet.prompt_checksum fleet.redaction fleet.refusals fleet.scheduler fleet.slots fleet.ways
+          fleet.backends.circuit_breaker fleet.backends.config limits.admission limits.estimates limits.fallback
+          limits.quota dialects stores.urls core.errors core.millionths core.setting_names core.shared_bytes
+          core.strict_json""".split()
 # A candidate is a backend, whose state the scheduler reads.
 PURE_KNOW = {("fleet.scheduler", "fleet.backends.backend")}
 WITHOUT_IO = set(
     """base64 binascii collections dataclasses datetime difflib fnmatch functools hashlib itertools json math re secrets shlex
-       struct time types typing urllib.parse""".split()
+       struct time types typing urllib.parse zlib""".split()
 )
 READ_THE_ENVIRONMENT = """ops.cli.database ops.cli.installation ops.cli.serve ops.cli.top ops.local.servers ops.drill.command
                           ops.drill.environment stores.redis_keys""".split()
