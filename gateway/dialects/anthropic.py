@@ -11,6 +11,7 @@ from gateway.dialects.fields import bounded, expect, expect_few_tools, expect_nu
 from gateway.dialects.openai import DONE, UNKNOWN, ServerSentEvents
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.translation import messages_answer, messages_estimate, messages_passthrough, messages_request
+from gateway.dialects.translation.messages_stream import PING
 
 KNOWN_FIELDS = frozenset(
     "model messages system max_tokens stream temperature top_p top_k stop_sequences tools tool_choice thinking metadata "
@@ -71,6 +72,9 @@ class Anthropic:
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
         return strict_json.write(messages_answer.error_body(error.status, _message(error), request_id))
+
+    def heartbeat(self, call: Call, now_ns: int) -> bytes:
+        return PING
 
     def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         if tail and try_read(tail[-1]).get("type") == "error":

@@ -86,7 +86,7 @@ class Call:
     If a call `is_for_alias`, backends do not know the name that was asked for; it is put into their answers. `size` is that of
     the request's body in bytes; `upload` is the form whose texts are in `body`. `dropped` names fields of the request that no
     backend got. `estimate` is the number of the prompt's tokens if the call asks for it. `entry` is the model's in the list of
-    models.
+    models. `reply` is the id and the time, in seconds since 1970, of a translated answer of which the client may have a part.
     """
 
     operation: Operation
@@ -103,6 +103,7 @@ class Call:
     dropped: list[str] = field(default_factory=list)
     estimate: int = 0
     entry: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    reply: tuple[str, int] | None = None
 
     def need(self, most_output: int) -> Need:
         try:
@@ -156,6 +157,9 @@ class Dialect(Protocol):
     needs_first: bool
 
     def error(self, error: GatewayError, request_id: str) -> bytes: ...
+
+    def heartbeat(self, call: Call, now_ns: int) -> bytes:
+        """A frame without content, for a client that waits for the first one; `now_ns` is in nanoseconds since 1970."""
 
     def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         """The frame that ends a stream after these payloads, of which the first may be the stream's first.

@@ -11,6 +11,9 @@ from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import bounded, expect, expect_messages, expect_tools, is_over, text_of, wish
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.tokens import NO_TOKENS, Need
+from gateway.dialects.translation.native_chat import ChatWriter
+from gateway.dialects.translation.native_generate import GenerateWriter
+from gateway.dialects.translation.native_records import timestamp
 
 KNOWN_FIELDS = frozenset(
     "model name prompt suffix system template context stream raw format images options keep_alive think truncate shift "
@@ -25,6 +28,7 @@ BOOLEAN_OPTIONS = frozenset("numa low_vram f16_kv logits_all vocab_only use_mmap
 CACHED = "prompt_eval_cached_count"
 DURATIONS = ("load_duration", "prompt_eval_duration", "eval_duration")
 NANOSECONDS = 10**9
+GENERATE = "/api/generate"
 
 
 class Ndjson:
@@ -53,7 +57,7 @@ class Ollama:
         ended = ("done", "done_reason")
         self.operations: Sequence[Operation] = (
             Operation("/api/chat", "by default", kinds, _check_chat, _clamp, ended, _need_of_chat),
-            Operation("/api/generate", "by default", kinds, _check_generate, _clamp, ended, _need_of_generate),
+            Operation(GENERATE, "by default", kinds, _check_generate, _clamp, ended, _need_of_generate),
             Operation("/api/embed", "never", kinds, _check_embed, need=_need_of_embed),
             Operation("/api/embeddings", "never", kinds, _check_embeddings, need=_need_of_embeddings),
             Operation("/api/show", "never", kinds, _check_common),
@@ -63,6 +67,10 @@ class Ollama:
         # In a 401 Ollama's own client ignores `error` and shows `status`.
         words = {"error": error.message}
         return strict_json.write({**words, "status": error.message} if error.status == 401 else words)
+
+    def heartbeat(self, call: Call, now_ns: int) -> bytes:
+        writer = GenerateWriter if call.operation.path == GENERATE else ChatWriter
+        return writer(call.asked_model).ping(timestamp(now_ns))
 
     def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         return strict_json.write({"error": error.message}) + b"\n"

@@ -41,6 +41,8 @@ LARGEST_USAGE_EVENT = 16 * 1024
 NOTHING = rb'(?:null|\{"prompt_tokens"\s?:\s?0,\s?"completion_tokens"\s?:\s?0,\s?"total_tokens"\s?:\s?0\})'
 NO_USAGE = re.compile(rb',\s?"usage"\s?:\s?' + NOTHING + rb'(?=\s?[,}])|(?<=\{)"usage"\s?:\s?' + NOTHING + rb"\s?,\s?")
 NO_CHOICES = re.compile(rb'"choices"\s?:\s?(?:\[\s?\]|null)')
+# A comment. An empty line after it would be an event without data for some clients, after an `id:` for OpenAI's own.
+HEARTBEAT = b": waiting\n"
 
 
 class ServerSentEvents:
@@ -116,6 +118,9 @@ class OpenAI:
     def error_fields(self, error: GatewayError) -> dict[str, object]:
         kind = error.kind or self.error_types.get(error.status, "server_error")
         return {"message": error.message, "type": kind, "param": None, "code": error.code, **error.fields}
+
+    def heartbeat(self, call: Call, now_ns: int) -> bytes:
+        return HEARTBEAT
 
     def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         return b"data: " + self.error(error, "") + b"\n\n"

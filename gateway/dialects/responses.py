@@ -10,7 +10,7 @@ from gateway.core.errors import GatewayError
 from gateway.dialects.answers import BadFrame, cached_token_count, read_answer, token_count, try_read
 from gateway.dialects.dialect import Call, Framing, Kind, Operation, Usage
 from gateway.dialects.fields import boolean, bounded, expect, expect_few_tools, expect_number, is_over
-from gateway.dialects.openai import DONE, UNKNOWN, OpenAI, ServerSentEvents, seconds_of
+from gateway.dialects.openai import DONE, HEARTBEAT, UNKNOWN, OpenAI, ServerSentEvents, seconds_of
 from gateway.dialects.refused_fields import CHECKED_FIELDS
 from gateway.dialects.translation import responses_passthrough, responses_request
 from gateway.dialects.translation.responses_answer import TOO_LONG, error_events
@@ -75,6 +75,9 @@ class Responses:
     def error(self, error: GatewayError, request_id: str) -> bytes:
         fields = self._openai.error_fields(error)
         return strict_json.write({"error": {**fields, **TOO_LONG_FIELDS} if error.is_of_context else fields})
+
+    def heartbeat(self, call: Call, now_ns: int) -> bytes:
+        return HEARTBEAT
 
     def error_frame(self, error: GatewayError, tail: Sequence[bytes] = ()) -> bytes:
         last = try_read(tail[-1]) if tail else {}

@@ -113,6 +113,12 @@ class FailoverRun:
         self._doubt()
         raise self._refused or self._untranslatable or failure_of(self._faults)
 
+    def early_frames(self) -> bytes:
+        """The first frames of the answer, if the client may have them now: whichever backend answers, they are the same."""
+        if self.translation is None or not all(candidate.translator for candidate in self._candidates):
+            return b""
+        return self.translation.early_frames()
+
     def _can_translate(self, candidate: Candidate) -> bool:
         """Whether a backend that had the path when it was last looked for is tried once more, with a translation."""
         translator = None if candidate.translator else translators.find(self._call, candidate.backend.kind)

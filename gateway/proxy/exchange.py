@@ -32,6 +32,7 @@ from gateway.fleet.scheduler import is_served
 from gateway.proxy.access import Access
 from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.proxy.byte_answer import ByteAnswer
+from gateway.proxy.heartbeats import Heartbeats, suit
 from gateway.proxy.local_answers import AnswerHere, LocalAnswer
 from gateway.proxy.relay import Answer, StreamedAnswer, WholeAnswer
 from gateway.proxy.visibility import missing
@@ -88,11 +89,14 @@ class Exchange:
                     connection.watch(partial(cancel_scope.interrupt, ClientGone()))
                     try:
                         await self._access.admit(record, model.name.canonical, call.needs)
-                        opening = await self._open(call, model, scope, record, cancel_scope)
-                        answer = self._answer(call, opening, record, send)
+                        every_s = key.heartbeat_after_s
+                        heartbeats = self._heartbeats(call, record, send, every_s) if every_s else None
+                        answer = heartbeats.answer if heartbeats else None
+                        opening = await self._open(call, model, scope, record, cancel_scope, heartbeats)
+                        answer = answer or self._answer(call, opening, record, send)
                         await answer.relay(opening, cancel_scope, connection)
                     except NO_ANSWER as failure:
-                        local = self._instead_of(failure, model, call)
+                        local = self._instead_of(failure, model, call, answer)
                     finally:
                         # The key's slot is given back elsewhere: Application's `finally` calls Settler.finish, that
                         # Limiter.settle. The rest is quick, and a client that leaves now has its answer.
@@ -113,8 +117,10 @@ class Exchange:
         elif answer is not None:
             await answer.finish()
 
-    def _instead_of(self, failure: GatewayError, model: Model, call: Call) -> LocalAnswer:
-        """The gateway's own answer instead of a failure; raises the failure if there is none."""
+    def _instead_of(self, failure: GatewayError, model: Model, call: Call, answer: Answer | None) -> LocalAnswer:
+        """The gateway's own answer instead of a failure; raises the failure if there is none, or if one has begun."""
+        if answer is not None and answer.started:
+            raise failure
         may_answer = isinstance(failure, RouteNotServed) or call.operation.estimate is not None
         local = self._answer_here(model, call) if may_answer and self._answer_here is not None else None
         if local is None:
@@ -162,12 +168,19 @@ class Exchange:
             return ByteAnswer(self.dialect, call, record, send)
         return WholeAnswer(self.dialect, call, record, send)
 
-    async def _open(self, call: Call, model: Model, scope: Scope, record: Record, cancel_scope: CallScope) -> Opening:
+    def _heartbeats(self, call: Call, record: Record, send: Send, every_s: float) -> Heartbeats | None:
+        if not suit(call):
+            return None
+        return Heartbeats(StreamedAnswer(self.dialect, call, record, send, self._settler), record, every_s)
+
+    async def _open(
+        self, call: Call, model: Model, scope: Scope, record: Record, cancel_scope: CallScope, heartbeats: Heartbeats | None
+    ) -> Opening:
         """Gets an answer from a backend; notes in the record what was done for it, however it ended."""
         headers = _passed_on(scope["headers"], record.request_id)
         run = self._failover.for_call(call, self.dialect, model, headers, record.key_id)
         try:
-            return await run.open(cancel_scope)
+            return await (heartbeats.opening_of(run, cancel_scope) if heartbeats else run.open(cancel_scope))
         finally:
             record.attempts, record.detail = run.attempts, run.detail
             record.dropped = call.dropped

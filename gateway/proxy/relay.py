@@ -36,6 +36,7 @@ READ_WITHIN_S, SLOWEST_CLIENT = 60.0, 65_536
 READ_IN_A_TURN, READ_IN_A_PIECE = 32 * 1024, 2048
 # A frame with one token is shorter in any language; only the text of longer ones is counted.
 LONGEST_FRAME_OF_A_TOKEN = 600
+STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 def _turns(frames: bytes, framing: Framing) -> Iterator[bytes]:
@@ -77,9 +78,10 @@ class Answer(ABC):
     async def finish(self) -> None:
         """Ends the body. Outside of the scope, because the server reports the end of an answer as a disconnect."""
 
-    async def _start(self, content_type: str, headers: list[tuple[bytes, bytes]]) -> None:
+    async def _start(self, content_type: str, headers: list[tuple[bytes, bytes]], *, has_content: bool = True) -> None:
         self.started = True
-        self._record.first_byte_at = time.monotonic()
+        if has_content:
+            self._record.first_byte_at = time.monotonic()
         if self._call.capped:
             headers.append((b"x-gateway-max-tokens", b"%d" % self._call.capped))
         kind = (b"content-type", content_type.encode("latin-1"))
@@ -143,7 +145,10 @@ class WholeAnswer(Answer):
 
 
 class StreamedAnswer(Answer):
-    """The backend's bytes as they arrive, cut at frames only; after a failure the dialect's error frame."""
+    """The backend's bytes as they arrive, cut at frames only; after a failure the dialect's error frame.
+
+    It may start before `relay`, with heartbeats.
+    """
 
     def __init__(self, dialect: Dialect, call: Call, record: Record, send: Send, settler: Settler) -> None:
         super().__init__(dialect, call, record, send)
@@ -154,7 +159,23 @@ class StreamedAnswer(Answer):
         self._backend: BackendConfig | None = None
         self._recent: deque[bytes] = deque(maxlen=TAIL_PIECES)
         self._first: list[bytes] = []
+        # Frames of the answer itself that were sent before it was relayed.
+        self._early = b""
         self._translation: Translation | None = None
+
+    async def send_heartbeat(self, early_frames: bytes) -> None:
+        """Sends the first frames of the answer, once and if they are known, or else a frame without content."""
+        if not self.started:
+            # No backend has answered, so what these headers would report is not known.
+            self._record.show_backend = self._record.show_overhead = False
+            await self._start(self._dialect.framing.content_type, [*STREAM_HEADERS], has_content=False)
+        if not early_frames or self._early:
+            frame = self._dialect.heartbeat(self._call, time.time_ns())
+            await self._send({"type": "http.response.body", "body": frame, "more_body": True})
+            return
+        await self._send({"type": "http.response.body", "body": early_frames, "more_body": True})
+        self._early, self._first = early_frames, self._first_payload(early_frames)
+        self._recent.append(early_frames)
 
     async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
         self._backend, self._translation = opening.backend.config, opening.translation
@@ -163,7 +184,11 @@ class StreamedAnswer(Answer):
             self._first = self._first_payload(opening.frames)
         try:
             cancel_scope.end_within(self._backend.total_timeout_s, BackendTimeout)
-            await self._start(content_type, [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
+            if self.started:
+                self._record.first_byte_at = time.monotonic()
+                opening.frames = opening.frames.removeprefix(self._early)
+            else:
+                await self._start(content_type, [*STREAM_HEADERS])
             await self._relay_frames(opening, cancel_scope, connection)
         except BackendFault as fault:
             if not self._has_sent_last:
@@ -305,6 +330,9 @@ class StreamedAnswer(Answer):
 
     async def break_off(self, error: GatewayError) -> None:
         await super().break_off(error)
+        if self._record.first_byte_at is None:
+            # As with an error instead of an answer: what no backend has answered is not charged.
+            self._record.was_sent = False
         await self._send(
             {"type": "http.response.body", "body": self._dialect.error_frame(error, self._tail()), "more_body": True}
         )

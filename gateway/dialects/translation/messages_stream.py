@@ -29,6 +29,8 @@ class EventWriter:
     After an error nothing more is written; `failure` is its message.
     """
 
+    starts_early = False
+
     def __init__(self, model: str, id: str, input_tokens_estimate: int) -> None:  # noqa: A002
         self._model, self._id, self._input_estimate = model, id, input_tokens_estimate
         self._index = -1

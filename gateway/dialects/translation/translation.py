@@ -28,7 +28,12 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """Writes frames for the client. After a failure `failure` is its message, and what was written last does not count."""
+    """Writes frames for the client. After a failure `failure` is its message, and what was written last does not count.
+
+    If it `starts_early`, a client may have the frames of `start` before the backend has answered; they depend only on the call.
+    """
+
+    starts_early: bool
 
     @property
     def failure(self) -> str: ...
@@ -60,6 +65,7 @@ class Translation:
         self.call, self.dropped, self._write_whole = call, list(dropped), write_whole
         self._stream = stream
         self._has_begun = self.is_ended = False
+        self._started = b""
         # As the backend reported it; what the client gets may be estimated.
         self.usage = Usage()
         self._tail: list[bytes] = []
@@ -104,9 +110,16 @@ class Translation:
         begun = b""
         if not self._has_begun:
             self.dialect.judge_frame(payload)
-            self._has_begun, begun = True, writer.start()
+            self._has_begun, begun = True, self._started or writer.start()
         self._tail = [*self._tail[-1:], payload]
         return begun + self._written(lambda: reader.read(self.read(payload)))
+
+    def early_frames(self) -> bytes:
+        """The first of `frames`, as far as the client may have them before the backend has answered."""
+        if self._stream is None or not self._stream[1].starts_early:
+            return b""
+        self._started = self._started or self._stream[1].start()
+        return self._started
 
     def end(self) -> bytes:
         """The frames at the end of the backend's stream; nothing if its answer is not complete."""

@@ -75,13 +75,15 @@ def _messages(call: Call, kind: Kind) -> Translation:
 def _responses(call: Call, kind: Kind) -> Translation:
     prompt = responses_request.read(call.body)
     estimate = max(0, call.needs.prompt)
+    # The same for each backend that is tried, as the client may have the first events of an answer that then fails.
+    response_id, created = call.reply = call.reply or (responses_answer.new_id(), int(time.time()))
 
     def write(reply: Reply) -> dict[str, Any]:
         if reply.usage.prompt_tokens is None:
             reply.usage = Usage(estimate, messages_answer.estimate_of(reply.parts))
-        return responses_answer.write(reply, prompt, created=int(time.time()))
+        return responses_answer.write(reply, prompt, response_id, created)
 
-    return _chat(call, prompt, kind, write, EventsOfResponses(prompt, estimate))
+    return _chat(call, prompt, kind, write, EventsOfResponses(prompt, estimate, response_id, created))
 
 
 def _native_chat(call: Call, kind: Kind) -> Translation:

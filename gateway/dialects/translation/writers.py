@@ -38,6 +38,8 @@ class Clock:
 class RecordsOfOllama:
     """Ollama has no frame before the first piece."""
 
+    starts_early = False
+
     def __init__(self, writer: RecordWriter) -> None:
         self._writer, self._clock = writer, Clock()
 
@@ -63,9 +65,10 @@ class EventsOfResponses:
     """Clients require counts: where the backend sends none, estimates take their place."""
 
     failure = ""
+    starts_early = True
 
-    def __init__(self, prompt: ResponsesPrompt, prompt_tokens: int) -> None:
-        self._writer = EventWriter(prompt, created=int(time.time()))
+    def __init__(self, prompt: ResponsesPrompt, prompt_tokens: int, response_id: str, created: int) -> None:
+        self._writer = EventWriter(prompt, response_id, created)
         self._estimated = Usage(prompt_tokens, 0)
         self._output = 0
         self._is_counted = False
