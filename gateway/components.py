@@ -174,6 +174,7 @@ def discovery_of(settings: Settings, backends: dict[str, Backend], store: RedisC
         refresh_s=settings.model_discovery_refresh_s,
         cache_s=settings.model_discovery_cache_ttl_s,
         aliases=settings.aliases,
+        is_digest_decisive=settings.digest_parity == "distinct",
     )
 
 

@@ -185,6 +185,7 @@ class Settings:
     model_discovery_refresh_s: float = env("60", seconds(0.2, 86_400))
     model_discovery_cache_ttl_s: float = env("120", seconds(0.2, 86_400))
     model_aliases: str = env("")
+    digest_parity: str = env("warn", one_of("warn", "distinct"))
     database_url: str = env("", database_url, is_secret=True)
     database_pool_size: int = env("10", integer(1, 1000))
     database_pool_overflow: int = env("20", integer(0, 1000))

@@ -73,6 +73,12 @@ def native_entry(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def reported_digest(entry: Mapping[str, Any]) -> str:
+    """The digest of a completed entry, as the backend reported it; empty if it reported none."""
+    digest: str = entry["digest"]
+    return "" if digest == _digest(entry["name"]) else digest.lower().removeprefix("sha256:")
+
+
 def _digest(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from gateway.dialects.model_entries import has_name, native_entry, openai_entry, whole_number
+from gateway.dialects.model_entries import has_name, native_entry, openai_entry, reported_digest, whole_number
 from gateway.dialects.model_names import AllowList, ModelName, canonical
 from gateway.fleet.aliases import NO_ALIASES, Alias, Aliases
 from gateway.fleet.backends.config import BackendConfig
@@ -71,7 +71,7 @@ class Offer:
     """One backend's copy of a model, under that backend's spelling; valid until that backend's list is too old.
 
     `slots` is how many calls with it the backend answers at once, and `size` its bytes, 0 if unknown. `swaps`: the backend
-    loads it on demand and unloads others for it.
+    loads it on demand and unloads others for it. `digest` is empty if the backend reports none.
     """
 
     backend: str
@@ -85,6 +85,7 @@ class Offer:
     size: int = 0
     swaps: bool = False
     tier: int = 1
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Catalog:
     aliases: Aliases = NO_ALIASES
     # The models that globs lead to, by glob.
     by_glob: Mapping[str, Model] = field(default_factory=dict)
+    # The models of one name whose copies differ: who has which digest.
+    different: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 
     def find(self, name: ModelName, allowed: AllowList) -> Model | None:
         """None for an unknown model and for one that is not allowed; both take the same steps, and so the same time."""
@@ -203,8 +206,13 @@ def build(
     cache_s: float,
     aliases: Aliases = NO_ALIASES,
     configs: Mapping[str, BackendConfig] = NO_CONFIGS,
+    *,
+    is_digest_decisive: bool = False,
 ) -> Catalog:
-    """All models, offers in order of priority: `snapshots` are in the operator's order of backends, `configs` by name."""
+    """All models, offers in order of priority: `snapshots` are in the operator's order of backends, `configs` by name.
+
+    With `is_digest_decisive`, a copy of a model that differs from the first one is no copy of it.
+    """
     in_order = tuple(snapshots)
     found: dict[str, Model] = {}
     for snapshot in in_order:
@@ -213,8 +221,32 @@ def build(
             model = _model_of(entry, _offer_of(snapshot, entry, cache_s, routes, config))
             known = found.get(model.name.canonical)
             found[model.name.canonical] = _with_offer(known, model) if known else model
+    different = _different(found)
+    if is_digest_decisive:
+        now = time.time()
+        found |= {name: _of_one_digest(found[name], now) for name in different}
     named, by_glob = _with_aliases(found, aliases)
-    return Catalog(named, in_order, cache_s, aliases, by_glob)
+    return Catalog(named, in_order, cache_s, aliases, by_glob, different)
+
+
+def digests_in_words(digests: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(f"{digest[:12]} on {backend}" for backend, digest in digests)
+
+
+def _different(models: Mapping[str, Model]) -> dict[str, tuple[tuple[str, str], ...]]:
+    """The models whose copies differ; a copy without a digest equals all others."""
+    found = {}
+    for name, model in models.items():
+        if len(model.offers) > 1 and len({offer.digest for offer in model.offers if offer.digest}) > 1:
+            found[name] = tuple((offer.backend, offer.digest) for offer in model.offers if offer.digest)
+    return found
+
+
+def _of_one_digest(model: Model, now: float) -> Model:
+    """With the copies that equal the first one; only if none has been seen lately, that may be an outdated one."""
+    known = [offer for offer in model.offers if offer.digest]
+    first = next((offer for offer in known if offer.good_until > now), known[0])
+    return replace(model, offers=tuple(offer for offer in model.offers if offer.digest in ("", first.digest)))
 
 
 def _with_aliases(models: dict[str, Model], aliases: Aliases) -> tuple[dict[str, Model], dict[str, Model]]:
@@ -275,6 +307,7 @@ def _offer_of(
         whole_number(entry["size"]) or whole_number(entry.get("openai", {}).get("meta", {}).get("size")),
         snapshot.swaps if snapshot.kind == "openai" else not is_remote(entry),
         config.tier if config else 1,
+        reported_digest(entry),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 from gateway.core import strict_json
 from gateway.core.background import KeptTask, TaskGroup
 from gateway.dialects import model_entries
-from gateway.fleet import catalog, routes
+from gateway.fleet import catalog, llama_server, routes
 from gateway.fleet.aliases import NO_ALIASES, Aliases
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
@@ -48,9 +48,11 @@ class Discovery:
         refresh_s: float,
         cache_s: float,
         aliases: Aliases = NO_ALIASES,
+        is_digest_decisive: bool = False,
     ) -> None:
         self._backends, self._store = list(backends), store
         self._refresh_s, self._cache_s, self._aliases = refresh_s, cache_s, aliases
+        self._is_digest_decisive = is_digest_decisive
         self._snapshots = {backend.name: _unknown(backend) for backend in backends}
         self._configs = {backend.name: backend.config for backend in backends}
         self.catalog = Catalog(aliases=aliases)
@@ -147,13 +149,17 @@ class Discovery:
         self._rebuild()
         if not snapshot.error and not snapshot.routes_at:
             # Until then calls for such paths are translated.
-            found, at = await routes.find(backend, known)
-            self._snapshots[backend.name] = replace(self._snapshots[backend.name], routes=found, routes_at=at)
+            (found, at), slots = await asyncio.gather(routes.find(backend, known), slots_reported(backend, snapshot))
+            self._snapshots[backend.name] = replace(self._snapshots[backend.name], routes=found, routes_at=at, slots=slots)
             self._rebuild()
 
     def _rebuild(self) -> None:
         in_order = [self._snapshots[backend.name] for backend in self._backends]
-        self.catalog = catalog.build(in_order, self._cache_s, self._aliases, self._configs)
+        known, decisive = self.catalog, self._is_digest_decisive
+        self.catalog = catalog.build(in_order, self._cache_s, self._aliases, self._configs, is_digest_decisive=decisive)
+        for name, digests in self.catalog.different.items():
+            if digests != known.different.get(name):
+                LOG.warning("model %s differs between backends: %s", name, catalog.digests_in_words(digests))
         if all(snapshot.asked_at for snapshot in in_order):
             self.has_asked_all.set()
 
@@ -231,11 +237,12 @@ async def poll(backend: Backend) -> Snapshot:
     try:
         async with asyncio.timeout(POLL_DEADLINE_S):
             try:
-                models = await _ask_models(backend, backend.kind)
+                models, routed = await _ask_models(backend, backend.kind)
             except BackendFault as fault:
                 raise await _with_hint(backend, fault) from fault
             if backend.kind == "openai":
-                return replace(fresh, models=models, latency_ms=_since(began))
+                slots = {name: model.slots for name, model in routed.items()}
+                return replace(fresh, models=models, slots=slots, swaps=bool(routed), latency_ms=_since(began))
             took = _since(began)
             running, version = await asyncio.gather(_ask_running(backend), _ask_version(backend))
             return replace(fresh, models=models, running=running, version=version, latency_ms=took)
@@ -243,10 +250,22 @@ async def poll(backend: Backend) -> Snapshot:
         raise BackendFault("poll_timeout") from None
 
 
-async def _ask_models(backend: Backend, kind: str) -> tuple[dict[str, Any], ...]:
+async def _ask_models(backend: Backend, kind: str) -> tuple[catalog.Entries, Mapping[str, llama_server.RoutedModel]]:
+    """Its models, and how a router has them."""
     if kind == "openai":
-        return await ask(backend, "/v1/models", model_entries.read_openai_models)
-    return await ask(backend, "/api/tags", model_entries.read_tags)
+        return await ask(backend, "/v1/models", _read_openai)
+    return await ask(backend, "/api/tags", model_entries.read_tags), {}
+
+
+def _read_openai(answer: object) -> tuple[catalog.Entries, Mapping[str, llama_server.RoutedModel]]:
+    return model_entries.read_openai_models(answer), llama_server.read_router(answer)
+
+
+async def slots_reported(backend: Backend, snapshot: Snapshot) -> Mapping[str, int]:
+    """How many calls it answers at once, as far as it reports that."""
+    if backend.kind == "openai" and not snapshot.swaps:
+        return await llama_server.slots(backend, snapshot.slots)
+    return snapshot.slots
 
 
 async def _with_hint(backend: Backend, fault: BackendFault) -> BackendFault:

@@ -26,10 +26,12 @@ OPTIONAL = tuple(path for path, operation in OPERATIONS.items() if operation.is_
 
 
 def with_known(fresh: Snapshot, known: Snapshot) -> Snapshot:
-    """A new snapshot with the paths that are known, unless they may have changed: then its `routes_at` is 0."""
+    """A new snapshot with the paths and slots that are known, unless they may have changed: then its `routes_at` is 0."""
     is_same = bool(known.routes_at) and not known.error and known.version == fresh.version
     is_fresh = is_same and time.time() - known.routes_at < FRESH_S
-    return replace(fresh, routes=known.routes, routes_at=known.routes_at if is_fresh else 0.0)
+    # A router reports its slots in each list of models.
+    slots = fresh.slots if fresh.swaps or known.swaps else known.slots
+    return replace(fresh, routes=known.routes, routes_at=known.routes_at if is_fresh else 0.0, slots=slots)
 
 
 async def find(backend: Backend, known: Snapshot) -> tuple[tuple[str, ...], float]:

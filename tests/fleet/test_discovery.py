@@ -14,7 +14,7 @@ from gateway.fleet import discovery, routes
 from tests.conftest import StartGateway, TestStores
 from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.scripts import Forever, Steps, answer
+from tests.support.fake_backend.scripts import Forever, Script, Steps, answer
 from tests.support.processes import until
 from tests.support.running_gateway import LISTS_S, RunningGateway
 
@@ -287,3 +287,48 @@ def test_a_model_keeps_the_creation_time_that_was_seen_first(start_gateway: Star
 
 def created(gateway: RunningGateway) -> list[int]:
     return [model.openai["created"] for model in gateway.components.discovery.catalog.models.values()]
+
+
+def listing(digest: str | None) -> Script:
+    return answer(200, {"models": [{"name": "llama3.2:latest", **({"digest": digest} if digest else {})}]})
+
+
+def backends_of(gateway: RunningGateway) -> list[str]:
+    return [offer.backend for offer in gateway.components.catalog().models["llama3.2:latest"].offers]
+
+
+def test_copies_that_differ_are_logged_once_for_each_change(
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
+) -> None:
+    alpha.play("/api/tags", listing("a" * 64))
+    beta.play("/api/tags", listing("sha256:" + "B" * 64))
+    gateway = start_gateway(alpha, beta)
+
+    def warnings() -> list[str]:
+        gateway.call(gateway.components.discovery.refresh())
+        return [record.getMessage() for record in gateway.logged.records if "differs" in record.getMessage()]
+
+    words = "model llama3.2:latest differs between backends: aaaaaaaaaaaa on alpha, {} on beta"
+    assert warnings() == warnings() == [words.format("bbbbbbbbbbbb")]
+    assert backends_of(gateway) == ["alpha", "beta"], "both are used unless the digest decides"
+    beta.play("/api/tags", listing("c" * 64))
+    assert warnings() == [words.format("bbbbbbbbbbbb"), words.format("cccccccccccc")]
+    beta.play("/api/tags", listing(None))
+    assert len(warnings()) == 2, "a copy without a digest equals all others"
+
+
+def test_only_copies_that_equal_the_first_count_where_the_digest_decides(
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
+) -> None:
+    alpha.play("/api/tags", listing("a" * 64))
+    beta.play("/api/tags", listing("b" * 64))
+    with FakeBackend("openai", ["llama3.2"], name="gamma") as gamma, FakeBackend(name="delta") as delta:
+        delta.play("/api/tags", listing("A" * 64))
+        names = {"DIGEST_PARITY": "distinct", "MODEL_DISCOVERY_CACHE_TTL_S": "1", "MODEL_DISCOVERY_REFRESH_S": "0.3"}
+        gateway = start_gateway(alpha, beta, gamma, delta, **names)
+        assert backends_of(gateway) == ["alpha", "gamma", "delta"]
+        alpha.stop()
+        delta.stop()
+        until(lambda: backends_of(gateway) == ["beta", "gamma"], 5)
+        alpha.start()
+        until(lambda: backends_of(gateway)[0] == "alpha" and "beta" not in backends_of(gateway), 5)

@@ -37,7 +37,7 @@ def test_models_shows_what_is_native_and_what_is_translated(operator: Operator, 
         operator.names["OLLAMA_BACKENDS"] = json.dumps(entries)
         header, *lines = operator.gets("models").splitlines()
         facts = operator.gets_json("models")
-    assert header.split() == ["BACKEND", "MODEL", "SIZE", "NATIVE", "TRANSLATED", "STATE"]
+    assert header.split() == ["BACKEND", "MODEL", "SIZE", "SLOTS", "SLOTS", "FROM", "NATIVE", "TRANSLATED", "STATE"]
     for column, values in (
         ("NATIVE", ["ollama openai  ", "openai  ", "openai anthropic  "]),
         ("TRANSLATED", ["anthropic responses  ", "ollama anthropic responses  ", "ollama responses  "]),
@@ -46,6 +46,7 @@ def test_models_shows_what_is_native_and_what_is_translated(operator: Operator, 
         at = header.index(column)
         assert all(line[at:].startswith(value) for line, value in zip(lines, values, strict=False)), column
     rows: Any = facts["backends"]
+    assert {(row["slots"], row["slots_from"]) for row in rows} == {(1000, "configured")}
     assert [(row["native"], row["translated"]) for row in rows] == [
         (["ollama", "openai"], ["anthropic", "responses"]),
         (["openai"], ["ollama", "anthropic", "responses"]),
@@ -113,6 +114,7 @@ def test_probe_of_healthy_backends(operator: Operator, alpha: FakeBackend, gamma
         "version": "0.12.6",
         "models": 1,
         "speaks": ["ollama", "openai"],
+        "slots": None,
         "token": "none needed",
         "problem": None,
     }

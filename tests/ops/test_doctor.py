@@ -444,6 +444,24 @@ def test_aliases_that_lead_to_nothing(examine: Examine, alpha: FakeBackend) -> N
     assert matches(gone["alias mini"], "warning", "leads to nothing")
 
 
+def test_slots_that_ollama_does_not_use(examine: Examine, alpha: FakeBackend, beta: FakeBackend) -> None:
+    entry = {"name": "qwen3-vl:8b", "details": {"family": "qwen3vl"}}
+    for backend in (alpha, beta):
+        backend.play("/api/tags", answer(200, {"models": [entry, {"name": "llama3.2"}]}))
+    found = examine(entry_of(alpha, slots=4), entry_of(beta, slots=4, models={"QWEN3-vl:8b": {"slots": 1}}))
+    assert matches(found["slots of alpha"], "warning", "one call at a time with qwen3-vl:8b", '"slots": 1')
+    assert "slots of beta" not in found
+    assert "slots of alpha" not in examine(alpha, OLLAMA_SLOTS="0")
+
+
+def test_copies_that_differ(examine: Examine, alpha: FakeBackend, beta: FakeBackend) -> None:
+    for backend, digest in ((alpha, "a" * 64), (beta, "b" * 64)):
+        backend.play("/api/tags", answer(200, {"models": [{"name": "llama3.2", "digest": digest}]}))
+    for parity in ("warn", "distinct"):
+        finding = examine(alpha, beta, DIGEST_PARITY=parity)["model llama3.2:latest"]
+        assert matches(finding, "warning", "aaaaaaaaaaaa on alpha, bbbbbbbbbbbb on beta", "pull it again on all backends")
+
+
 def test_backend_entries_with_the_wrong_kind_or_path(examine: Examine, alpha: FakeBackend) -> None:
     untold, silent, talkative = (FakeBackend("openai", name=name) for name in ("untold", "silent", "talkative"))
     with untold, silent, talkative:

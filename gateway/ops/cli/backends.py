@@ -8,13 +8,15 @@ from typing import Any
 
 from gateway.components import backends_of, discovery_of
 from gateway.core.errors import CommandFailed
+from gateway.dialects.model_names import canonical
 from gateway.fleet import control, drains
 from gateway.fleet import probe as fleet_probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.config import BackendConfig
-from gateway.fleet.catalog import Catalog
+from gateway.fleet.catalog import Catalog, Snapshot
 from gateway.fleet.control import FleetFacts
 from gateway.fleet.discovery import Discovery
+from gateway.fleet.slots import slots_of
 from gateway.fleet.ways import speaks, translated
 from gateway.ops.cli import console
 from gateway.ops.cli.database import current_database
@@ -48,20 +50,12 @@ async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Redi
 
 
 async def list_models(settings: Settings, arguments: argparse.Namespace) -> None:
-    async with discovering(settings) as (discovery, _, _):
+    async with discovering(settings) as (discovery, _, configs):
         stored = await discovery.stored_catalog()
         catalog = discovery.catalog
+    by_name = {config.name: config for config in configs}
     rows = [
-        {
-            "backend": snapshot.backend,
-            "model": entry["name"],
-            "size": _size(entry["size"]),
-            "native": speaks(snapshot.kind, snapshot.routes),
-            "translated": translated(snapshot.kind, snapshot.routes),
-            "state": snapshot.state,
-        }
-        for snapshot in catalog.snapshots
-        for entry in snapshot.models
+        _model_row(snapshot, entry, by_name[snapshot.backend]) for snapshot in catalog.snapshots for entry in snapshot.models
     ]
     facts = {
         "models": catalog.size,
@@ -78,6 +72,20 @@ async def list_models(settings: Settings, arguments: argparse.Namespace) -> None
         console.show([{**row, "targets": ", then ".join(row["targets"])} for row in aliases], as_json=False, empty="")
     age = f"map in Redis: {facts['map_age_s']} s old, {facts['map_bytes']} bytes" if stored else "no map in Redis"
     print(f"\n{facts['models']} different models; {age}")
+
+
+def _model_row(snapshot: Snapshot, entry: dict[str, Any], config: BackendConfig) -> dict[str, Any]:
+    slots = slots_of(config, snapshot.slots, snapshot.kind, canonical(entry["name"]).canonical, entry)
+    return {
+        "backend": snapshot.backend,
+        "model": entry["name"],
+        "size": _size(entry["size"]),
+        "slots": slots.number,
+        "slots_from": slots.source,
+        "native": speaks(snapshot.kind, snapshot.routes),
+        "translated": translated(snapshot.kind, snapshot.routes),
+        "state": snapshot.state,
+    }
 
 
 def _alias_rows(catalog: Catalog) -> list[dict[str, Any]]:

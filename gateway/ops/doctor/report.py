@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import platform
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from gateway.fleet import control, discovery, probe
 from gateway.fleet.backends.backend import Backend
 from gateway.ops.cli import console, installation, serve
 from gateway.ops.cli.backends import discovering
-from gateway.ops.doctor import postgres, redis
+from gateway.ops.doctor import models, postgres, redis
 from gateway.ops.doctor import settings as doctor_settings
 from gateway.ops.doctor.finding import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.settings import Settings
@@ -24,7 +23,6 @@ from gateway.stores.redis_client import RedisClient
 
 OLDEST_PYTHON = (3, 11)
 BACKENDS_ADVICE = "check OLLAMA_BACKENDS and OLLAMA_BASE_URL"
-ALIASES_ADVICE = "change MODEL_ALIASES, or give a backend one of the models (`make models` lists all)"
 SLOW_MS = 1000
 ENTRY_HINTS = (discovery.LEAVE_OFF_V1, discovery.IS_OPENAI, discovery.IS_IT_OPENAI)
 LISTENING = (
@@ -85,7 +83,7 @@ async def check_all(settings: Settings) -> list[Finding]:
         ("Redis", _redis(settings), redis.ADVICE),
         ("backends", _backends(settings), BACKENDS_ADVICE),
         ("running gateways", _running(settings), BACKENDS_ADVICE),
-        ("aliases", _aliases(settings), ALIASES_ADVICE),
+        ("models", _catalog(settings), models.ALIASES_ADVICE),
     ]
     groups = await asyncio.gather(
         *(guarded(name, check, advice, deadline_s=GROUP_DEADLINE_S) for name, check, advice in checks)
@@ -126,20 +124,15 @@ async def _running(settings: Settings) -> list[Finding]:
     return [warning("running gateways", found, "set OLLAMA_BACKENDS here as it is set there")]
 
 
-async def _aliases(settings: Settings) -> list[Finding]:
-    """Those that lead to a model, and each that leads to none."""
-    if not settings.model_aliases:
-        return []
+async def _catalog(settings: Settings) -> list[Finding]:
     try:
-        async with discovering(settings) as (found, *_):
-            now, catalog = time.time(), found.catalog
+        async with discovering(settings) as (found, _, configs):
+            catalog = found.catalog
     except CommandFailed:
         # Running gateways with different backends: another check reports that.
         return []
-    aliases = list(catalog.aliases)
-    dead = [alias for alias in aliases if not ((model := catalog.reached(alias)) and model.is_listed(now))]
-    nothing = [warning(f"alias {a.written}", f"leads to nothing: {', '.join(a.targets)}", ALIASES_ADVICE) for a in dead]
-    return [ok("aliases", f"{len(aliases) - len(dead)} of {len(aliases)} lead to a model"), *nothing]
+    of_aliases = models.aliases(catalog) if settings.model_aliases else []
+    return [*of_aliases, *models.slots(catalog, configs), *models.digests(catalog, settings.digest_parity)]
 
 
 async def _guarded_backend(backend: Backend) -> list[Finding]:
