@@ -15,7 +15,7 @@ JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench profile check key keys limit rotate revoke models refresh probe doctor drill explain top trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
+.PHONY: help run test bench bench-fleet profile check key keys limit rotate revoke models refresh probe doctor drill explain top trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: .venv/ready-to-test ## Run all tests against private servers
 
 bench: .venv/ready-to-test ## Measure the speed against plain proxies, and nginx if installed [LITELLM=its python]
 	@$(BIN)/python -m tests.bench $(if $(LITELLM),--litellm $(LITELLM))
+
+bench-fleet: .venv/ready-to-test ## Compare the routing with that of others on simulated machines: [SCENARIO=office,homelab RULES=warm,gateway-fast ROUNDS=1 SPEED=20]
+	@$(BIN)/python -m tests.bench.fleet $(call option,SCENARIO,scenario) $(call option,RULES,rules) $(call option,ROUNDS,rounds) $(call option,SPEED,speed) $(if $(SCENARIO)$(RULES),,--json tests/bench/results/fleet.json --svg tests/bench/results/fleet.svg)
 
 profile: .venv/ready-to-test ## Show where the time of a request and of a chunk goes, by parts of the code and by functions
 	@$(BIN)/python -m tests.bench.profile
