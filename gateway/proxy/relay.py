@@ -331,8 +331,10 @@ class StreamedAnswer(Answer):
     async def break_off(self, error: GatewayError) -> None:
         await super().break_off(error)
         if self._record.first_byte_at is None:
-            # As with an error instead of an answer: what no backend has answered is not charged.
+            # As with an error that has a status of its own: nothing is charged, and a caller's mistake is no failure.
             self._record.was_sent = False
+            if error.status < 500:
+                self._record.outcome = f"refused:{error.code}"
         await self._send(
             {"type": "http.response.body", "body": self._dialect.error_frame(error, self._tail()), "more_body": True}
         )

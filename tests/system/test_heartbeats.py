@@ -358,6 +358,15 @@ def test_an_error_after_heartbeats_is_in_the_stream(gateway: RunningGateway, key
     assert not any(backend.in_flight for backend in gateway.components.backends.values())
 
 
+def test_a_refusal_after_heartbeats_is_the_callers_mistake(gateway: RunningGateway, key: str, fleet: Fleet) -> None:
+    gate = threading.Event()
+    fleet.native.play(NATIVE_CHAT, [Hold(gate), *answer(400, {"error": "invalid options: seed"})])
+    _, rest = parts(NATIVE_CHAT, read_held(gateway, key, NATIVE_CHAT, "native:8B", gate).content)
+    assert json.loads(rest) == {"error": "invalid options: seed"}
+    row = gateway.audit_rows()[-1]
+    assert (row["status"], row["outcome"], row["tokens_from"]) == (200, "refused:upstream_refused", "none")
+
+
 def test_a_stream_that_breaks_off_after_heartbeats(gateway: RunningGateway, key: str, fleet: Fleet) -> None:
     def check(path: str) -> None:
         (name, kind), gate = RECORDINGS[path], threading.Event()
