@@ -1,6 +1,7 @@
 """`python -m tests.bench.fleet`: runs the scenarios through all subjects, prints tables and goals, writes JSON and a chart."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--no-variants", action="store_true", help="leave out the runs without batch jobs and with the wall's clock"
     )
+    made.add_argument(
+        "--box-program", default="", metavar="FILE", help="another program that plays a box: FILE PORT --models …"
+    )
     made.add_argument("--json", type=Path, help="file for all figures")
     made.add_argument("--svg", type=Path, help="file for the chart")
     return made
@@ -100,7 +104,9 @@ def measure(jobs: Sequence[Job], arguments: argparse.Namespace, progress: Progre
     keys = {key for job in jobs for key in job.scenario.key_names()}
     progress(f"{len(jobs)} runs, {arguments.side_by_side} side by side, {arguments.speed:g} times as fast")
     with Installation(keys) as installation:
-        runner = Runner(installation, arguments.speed, arguments.seed, arguments.base_port, arguments.keys)
+        foreign_keys = json.loads(arguments.keys.read_text()) if arguments.keys else {}
+        numbers = arguments.speed, arguments.seed, arguments.base_port
+        runner = Runner(installation, *numbers, foreign_keys, arguments.box_program)
         return run_all(runner, jobs, arguments.side_by_side, progress)
 
 

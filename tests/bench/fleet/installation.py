@@ -80,6 +80,11 @@ class Installation:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def prepare(self) -> None:
+        """Starts PostgreSQL and makes the keys, once."""
+        with self._lock:
+            self._databases = self._databases or self._start()
+
     @contextmanager
     def gateway(self, found: Scenario, urls: Sequence[str], routing: str, workers: int) -> Iterator[Gateway]:
         with ExitStack() as stack:
@@ -101,11 +106,12 @@ class Installation:
 
     def _copy(self, stack: ExitStack) -> tuple[str, Path]:
         """A new database and a folder, both removed at the end."""
+        self.prepare()
         with self._lock:
-            databases = self._databases = self._databases or self._start()
+            assert self._databases
             self._copies += 1
             name = f"run_{self._copies}"
-            url = databases.create(name, template=TEMPLATE)
+            url = self._databases.create(name, template=TEMPLATE)
         folder = memory_folder.new_folder()
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(self._drop, name)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.support.processes import environment
 from tests.support.project import PROJECT
@@ -39,14 +39,34 @@ def serving(module: str, *words: str) -> Iterator[tuple[Any, int]]:
             process.stdout.close()
 
 
-def output(module: str, *words: str) -> Any:
-    """What a program printed as JSON until it ended."""
-    done = subprocess.run(
-        command(module, *words), cwd=PROJECT, env=environment({}), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise CannotRun(f"{module}: {done.stderr[-1000:]}")
-    return json.loads(done.stdout)
+class Waiting:
+    """A program that has started and begins when it gets a line."""
+
+    def __init__(self, module: str, *words: str) -> None:
+        self._module = module
+        self._process = subprocess.Popen(
+            command(module, *words),
+            cwd=PROJECT,
+            env=environment({}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def begin(self, line: object) -> Any:
+        """What the program printed as JSON until it ended."""
+        printed, failure = self._process.communicate(json.dumps(line) + "\n")
+        if self._process.returncode:
+            raise CannotRun(f"{self._module}: {failure[-1000:]}")
+        return json.loads(printed)
 
 
 def command(module: str, *words: str) -> Sequence[str]:

@@ -1,20 +1,17 @@
 """One run: a subject on freshly started machines, with the people of a scenario; and many runs, some side by side."""
 
-import json
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-from tests.bench.fleet import figures
+from tests.bench.fleet import figures, foreign_boxes
 from tests.bench.fleet.installation import Gateway, Installation
-from tests.bench.fleet.programs import cpu_s, output, serving
+from tests.bench.fleet.programs import Waiting, cpu_s, serving
 from tests.bench.fleet.rules import RULES
 from tests.bench.fleet.scenario import Durations, Scenario
 
@@ -56,7 +53,7 @@ class Runner:
     speed: float
     seed: int
     base_port: int
-    foreign_keys: Path | None = None
+    foreign_keys: Mapping[str, str]
     box_program: str = ""
     _base_port_in_use: threading.Lock = field(default_factory=threading.Lock)
 
@@ -64,10 +61,11 @@ class Runner:
         with ExitStack() as stack:
             if job.subject.url:
                 stack.enter_context(self._base_port_in_use)
+            people = stack.enter_context(self._people(job))
             urls = stack.enter_context(self._boxes(job))
             url, gateway = stack.enter_context(self._subject(job, urls))
             before = cpu_s(gateway.pids) if gateway else 0.0
-            rows = self._traffic(job, url, gateway, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            rows = people.begin({"url": url, "keys": gateway.keys if gateway else self.foreign_keys})
             used_s = cpu_s(gateway.pids) - before if gateway else 0.0
             counts = [httpx.get(f"{one}/_stats").json() for one in urls]
             audit = gateway.audit_rows() if gateway else []
@@ -89,6 +87,10 @@ class Runner:
     @contextmanager
     def _boxes(self, job: Job) -> Iterator[list[str]]:
         port = self.base_port if job.subject.url else 0
+        if self.box_program:
+            with foreign_boxes.serving(self.box_program, job.scenario, self.speed, port) as urls:
+                yield urls
+            return
         words = ["--speed", str(self.speed), "--durations", job.durations, "--base-port", str(port)]
         with serving("boxes", str(job.scenario.file), *words) as (urls, _):
             yield urls
@@ -106,16 +108,10 @@ class Runner:
             with self.installation.gateway(job.scenario, urls, subject.routing, subject.workers) as gateway:
                 yield gateway.url, gateway
 
-    def _traffic(self, job: Job, url: str, gateway: Gateway | None, folder: Path) -> figures.Rows:
-        keys = self.foreign_keys if job.subject.url else None
-        if gateway:
-            keys = folder / "keys.json"
-            keys.write_text(json.dumps(gateway.keys))
-        words = ["--url", url, "--speed", str(self.speed), "--seed", str(self.seed + job.round)]
-        words += ["--keys", str(keys)] if keys else []
+    def _people(self, job: Job) -> Waiting:
+        words = ["--speed", str(self.speed), "--seed", str(self.seed + job.round)]
         words += ["--without", *job.without] if job.without else []
-        rows: figures.Rows = output("traffic", str(job.scenario.file), *words)
-        return rows
+        return Waiting("traffic", str(job.scenario.file), *words)
 
 
 def subject_of(name: str) -> Subject:
@@ -145,6 +141,8 @@ def run_all(runner: Runner, jobs: Sequence[Job], side_by_side: int, progress: Pr
             progress(f"{done:3} of {len(jobs)}  {line(result)}")
         return result
 
+    if any(job.subject.routing for job in jobs):
+        threading.Thread(target=runner.installation.prepare, daemon=True).start()
     with ThreadPoolExecutor(side_by_side) as pool:
         return list(pool.map(run, jobs))
 

@@ -1,4 +1,7 @@
-"""`python -m tests.bench.fleet.traffic SCENARIO --url URL`: the people of a scenario; prints their calls as JSON."""
+"""`python -m tests.bench.fleet.traffic SCENARIO`: the people of a scenario; prints their calls as JSON.
+
+They begin when a line of standard input has the URL and the secrets of the keys: `{"url": "http://…", "keys": {}}`.
+"""
 
 import argparse
 import asyncio
@@ -186,15 +189,13 @@ async def send(found: Scenario, url: str, keys: dict[str, str], speed: float, se
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenario", type=Path)
-    parser.add_argument("--url", required=True)
-    parser.add_argument("--keys", type=Path, help="a JSON object: the secret of each key that the scenario names")
     parser.add_argument("--speed", type=float, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--without", nargs="*", default=[])
     arguments = parser.parse_args()
-    keys = json.loads(arguments.keys.read_text()) if arguments.keys else {}
     found = scenario.read(arguments.scenario)
-    rows = uvloop.run(send(found, arguments.url, keys, arguments.speed, arguments.seed, arguments.without))
+    target = json.loads(sys.stdin.readline())
+    rows = uvloop.run(send(found, target["url"], target["keys"], arguments.speed, arguments.seed, arguments.without))
     json.dump([{**asdict(row), "ok": row.ok} for row in rows], sys.stdout)
 
 
