@@ -15,7 +15,7 @@ JSON_FLAG = $(call flag,JSON,json)
 CSV_FLAG = $(call flag,CSV,csv)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench bench-fleet profile check key keys limit rotate revoke models refresh probe doctor drill explain top trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
+.PHONY: help run test bench bench-fleet profile check key keys limit rotate revoke models refresh probe warm unload pull doctor drill explain top trace drain undrain audit usage audit-verify purge forget migrate psql config up down logs image lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,15 @@ refresh: .venv/ready-to-run ## Poll all backends for their models now
 
 probe: .venv/ready-to-run ## Try every backend: reachable, latency, version, models, token
 	@$(GATEWAY) probe $(JSON_FLAG)
+
+warm: .venv/ready-to-run ## Load a model into a backend's memory: MODEL= [BACKEND=, else where its calls go first]
+	@$(GATEWAY) warm $(call option,MODEL,model) $(call option,BACKEND,backend) $(JSON_FLAG)
+
+unload: .venv/ready-to-run ## Throw a model out of a backend's memory: MODEL= [BACKEND=, else of all that have it loaded]
+	@$(GATEWAY) unload $(call option,MODEL,model) $(call option,BACKEND,backend) $(JSON_FLAG)
+
+pull: .venv/ready-to-run ## Download a model on all Ollama backends at once: MODEL= [BACKENDS=alpha,beta]
+	@$(GATEWAY) pull $(call option,MODEL,model) $(call option,BACKENDS,backends) $(JSON_FLAG)
 
 doctor: .venv/ready-to-run ## Check the whole installation: what is fine, what is not, what to do
 	@$(GATEWAY) doctor $(JSON_FLAG)

@@ -24,13 +24,14 @@ from gateway.core.in_flight import InFlight
 from gateway.dialects import registry
 from gateway.dialects.dialect import Dialect
 from gateway.edge.client_address import TrustedProxies
-from gateway.fleet import presence, probe
+from gateway.fleet import model_jobs, presence, probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
 from gateway.fleet.control import Control
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.drains import Drains
 from gateway.fleet.held_answers import HeldAnswers
+from gateway.fleet.model_jobs import ModelJobs
 from gateway.fleet.presence import Presence, ProcessState
 from gateway.fleet.running_models import RunningModels
 from gateway.limits import limiter
@@ -245,4 +246,5 @@ def state_of(
 
 def control_of(store: RedisClient, discovery: Discovery, backends: dict[str, Backend]) -> Control:
     acts = {"refresh": discovery.refreshed, "probe": lambda: probe.probe_all(backends)}
-    return Control(store, presence.described(backend.config for backend in backends.values()), acts)
+    fleet = presence.described(backend.config for backend in backends.values())
+    return Control(store, fleet, acts, model_jobs.VERBS, ModelJobs(backends, discovery, store).plan)

@@ -11,6 +11,7 @@ from gateway.admin.endpoint import AdminRoute
 from gateway.admin.events import AdminEvents
 from gateway.admin.explain import Fleet, Question, explain
 from gateway.admin.keys import KeyHandlers
+from gateway.admin.models import JobRoute
 from gateway.admin.overview import Overview
 from gateway.admin.reports import ReportHandlers
 from gateway.auth.key_store import KeyStore
@@ -22,6 +23,7 @@ from gateway.edge.health import Health
 from gateway.fleet import presence
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.failover import Failover
+from gateway.fleet.model_jobs import ModelJobs
 from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
 from gateway.proxy.access import Access
@@ -121,6 +123,9 @@ def table(settings: Settings, parts: Components) -> Endpoints:
         ("POST", "/admin/v1/backends/{name}/undrain"): admin.undrain,
         ("POST", "/admin/v1/backends/{name}/probe"): admin.probe,
         ("POST", "/admin/v1/refresh"): admin.refresh,
+        ("POST", "/admin/v1/warm"): admin.warm,
+        ("POST", "/admin/v1/unload"): admin.unload,
+        ("POST", "/admin/v1/pull"): admin.pull,
         ("GET", "/admin/v1/keys"): admin.keys,
         ("POST", "/admin/v1/keys"): admin.create_key,
         ("PATCH", "/admin/v1/keys/{id}"): admin.limit_key,
@@ -190,12 +195,14 @@ def admin_api_of(settings: Settings, parts: Components, access: Access) -> Admin
     async def explain_now(question: Question) -> dict[str, Any]:
         return await explain(question, fleet_as_seen(settings, parts), parts.limits, defaults, most)
 
+    plan = ModelJobs(parts.backends, parts.discovery, parts.store).plan
     return AdminApi(
         partial(AdminRoute, access, parts.scope_timer, parts.bodies),
         KeyHandlers(key_store),
         BackendHandlers(overview, parts.backends, parts.discovery, parts.database, parts.store),
         ReportHandlers(overview, parts.reports, key_store, registry.operations(parts.dialects), explain_now),
         AdminEvents(access, parts.scope_timer, overview, parts.in_flight),
+        lambda verb: JobRoute(access, parts.scope_timer, parts.bodies, verb, plan, parts.in_flight),
     )
 
 

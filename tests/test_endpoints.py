@@ -3,6 +3,7 @@
 from gateway import endpoints
 from gateway.admin.endpoint import AdminRoute
 from gateway.admin.events import AdminEvents
+from gateway.admin.models import JobRoute
 from gateway.edge.health import Health
 from gateway.pages.static import Page
 from gateway.proxy.exchange import Exchange
@@ -93,6 +94,11 @@ EXPECTED = {
         GET /admin/v1/requests/{id}
         GET /admin/v1/usage
         GET /admin/v1/explain
+    """,
+    JobRoute: """
+        POST /admin/v1/warm
+        POST /admin/v1/unload
+        POST /admin/v1/pull
     """,
     Page: """
         GET /dashboard

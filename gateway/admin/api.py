@@ -26,12 +26,14 @@ class AdminApi:
         backends: BackendHandlers,
         reports: ReportHandlers,
         events: AdminEvents,
+        jobs: Callable[[str], AdminRoute],
     ) -> None:
         self.overview, self.events = route(reports.overview), events
         self.series = route(reports.series, takes=("window",))
         self.backends = route(backends.list_all)
         self.drain, self.undrain = route(backends.drain), route(backends.undrain)
         self.probe, self.refresh = route(backends.probe), route(backends.refresh)
+        self.warm, self.unload, self.pull = jobs("warm"), jobs("unload"), jobs("pull")
         self.keys = route(keys.list_all)
         self.create_key = route(keys.create, takes=NEW_KEY, has_body=True, status=201)
         self.limit_key = route(keys.limit, takes=("model", *LIMITS, *OPTIONS), has_body=True)

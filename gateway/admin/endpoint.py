@@ -67,7 +67,10 @@ class AdminRoute:
         query, path = _query(scope), scope.get("path_params", {})
         self._refuse_unknown(query if not self.has_body else body)
         _refuse_long({**query, **path, **body})
-        answer = await self._answer(AdminRequest(key, path, query, body, record))
+        request = AdminRequest(key, path, query, body, record)
+        await self._respond(scope, send, request, await self._answer(request))
+
+    async def _respond(self, scope: Scope, send: Send, request: AdminRequest, answer: Any) -> None:
         await send_json(send, answer, self.status)
 
     def _refuse_unknown(self, parameters: Mapping[str, Any]) -> None:

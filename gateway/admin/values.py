@@ -113,8 +113,13 @@ def model_name(text: str) -> str:
     return text
 
 
+def names(text: str) -> list[str]:
+    """Names, separated by commas or blanks."""
+    return text.replace(",", " ").split()
+
+
 def groups(text: str) -> list[str]:
-    found = list(dict.fromkeys(text.replace(",", " ").split()))
+    found = list(dict.fromkeys(names(text)))
     if not found or set(found) - set(GROUPS):
         raise BadValue(f"{text!r} is not something to group by: write one or more of {','.join(GROUPS)}")
     return found

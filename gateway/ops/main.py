@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, NoReturn
 
 from gateway.core.errors import CommandFailed, SettingsError, StoreUnavailable
-from gateway.ops.cli import audit, backends, console, database, explain, health, installation, keys, options, serve, top
+from gateway.ops.cli import audit, backends, console, database, explain, health, installation, keys, models, options, serve, top
 from gateway.ops.doctor import report
 from gateway.ops.drill import command
 from gateway.ops.local import demo_backend
@@ -34,6 +34,11 @@ VERBS = {
     "models": Verb(backends.list_models, options.none, "list the models of all backends"),
     "refresh": Verb(backends.refresh, options.none, "poll all backends for their models now"),
     "probe": Verb(backends.probe, options.none, "try every backend: reachable, latency, version, models, token"),
+    "warm": Verb(
+        models.warm, options.model_on_a_backend, "load a model into a backend's memory, before the first call needs it"
+    ),
+    "unload": Verb(models.unload, options.model_on_a_backend, "throw a model out of a backend's memory"),
+    "pull": Verb(models.pull, options.pull, "download a model on all Ollama backends at once"),
     "audit": Verb(audit.list_audit, options.audit, "list requests, the newest first"),
     "usage": Verb(audit.sum_audit, options.usage, "sum requests and tokens"),
     "audit-verify": Verb(audit.verify_audit, options.none, "check that the audit has not been changed"),

@@ -103,6 +103,11 @@ def _tagged(shard: int, name: str) -> bytes:
     return prefixed(f"{{{shard}}}:{name}").encode()
 
 
+def fleet_box(backend: str) -> bytes:
+    """A hash: what is known of a backend's memory, and which model it loads now."""
+    return _tagged(HOME, f"fleet:box:{backend}")
+
+
 PROCESSES = _tagged(HOME, "processes")
 PROCESS_STATES = _tagged(HOME, "bulletin")
 BY_SHARD = tuple(ShardKeys(*(_tagged(shard, name) for name in ShardKeys._fields)) for shard in range(SHARDS))

@@ -42,7 +42,7 @@ def routes_of(gateway: RunningGateway) -> list[tuple[str, str]]:
 def test_only_keys_with_the_role_may_use_it(gateway: RunningGateway) -> None:
     user = gateway.key(flags=(ADMIN_MODELS, SHOW_BACKEND))
     routes = routes_of(gateway)
-    assert len(routes) == 17
+    assert len(routes) == 20
     with gateway.http() as nobody, gateway.http(user) as somebody:
         for method, path in routes:
             where = path.replace("{name}", "alpha").replace("{id}", "x")

@@ -3,19 +3,22 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.core.errors import CommandFailed
-from gateway.fleet import control, presence
+from gateway.fleet import control, jobs, presence
 from gateway.ops import main
 from gateway.ops.doctor import report
 from gateway.stores import redis_keys
+from gateway.stores.redis_client import RedisClient
 from tests.conftest import StartGateway, TestStores
 from tests.ops.test_serve import home
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.scripts import NDJSON, Forever, ndjson, stream
 from tests.support.gateway_settings import entry_of, settings_for
 from tests.support.processes import serving, until
 from tests.support.running_gateway import RunningGateway
@@ -109,6 +112,61 @@ def test_gateways_with_different_backends(
         gateway.call(control.other_fleet(store, of_none))
 
 
+async def followed(gateway: RunningGateway, fleet: control.FleetFacts, job: str, **arguments: Any) -> list[jobs.Rows]:
+    return [rows async for rows in control.follow(gateway.components.store, fleet, job, arguments)]
+
+
+def fleet_of(gateway: RunningGateway) -> control.FleetFacts:
+    return presence.described(backend.config for backend in gateway.components.backends.values())
+
+
+def test_jobs_are_done_by_a_running_gateway(start_gateway: StartGateway, guarded: FakeBackend) -> None:
+    gateway = start_gateway(entry_of(guarded, auth_token=TOKEN))
+    fleet = fleet_of(gateway)
+    [row] = gateway.call(followed(gateway, fleet, "pull", model="new"))[-1]
+    assert (row["backend"], row["state"], row["percent"]) == ("guarded", "done", 100.0)
+    assert "new:latest" in gateway.components.discovery.catalog.models
+    [row] = gateway.call(followed(gateway, fleet, "warm", model="new", backend="guarded"))[-1]
+    assert row["detail"] == "was loaded"
+    with pytest.raises(CommandFailed, match="there is no backend 'omega': write one of guarded"):
+        gateway.call(followed(gateway, fleet, "unload", model="new", backend="omega"))
+    with pytest.raises(CommandFailed, match="the model must be a string"):
+        gateway.call(followed(gateway, fleet, "pull", model=["new"]))
+
+
+def test_a_job_ends_when_its_operator_leaves(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    record = {"status": "pulling aa", "digest": "sha256:aa", "total": 4, "completed": 1}
+    alpha.play("/api/pull", [*stream(ndjson([record]), NDJSON)[:-1], Forever()])
+    gateway = start_gateway(alpha)
+    fleet, store = fleet_of(gateway), gateway.components.store
+
+    async def leave() -> jobs.Rows:
+        async with aclosing(control.follow(store, fleet, "pull", {"model": "new"})) as progress:
+            async for rows in progress:
+                if rows[0]["percent"] == 25.0:
+                    return rows
+        raise AssertionError
+
+    assert gateway.call(leave())[0]["state"] == "running"
+    assert alpha.wait_idle() and alpha.calls("/api/pull")[0].outcome == "client_left"
+
+
+def test_a_gateway_that_stops_ends_its_jobs(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
+    alpha.play("/api/pull", [Forever()])
+    gateway = start_gateway(alpha)
+    fleet = fleet_of(gateway)
+
+    async def follow() -> None:
+        async with RedisClient(stores.redis_url) as store:
+            async for rows in control.follow(store, fleet, "pull", {"model": "new"}):
+                if rows[0]["seconds"] >= 0:
+                    gateway.loop.call_soon_threadsafe(gateway.server.begin_drain)
+
+    with pytest.raises(CommandFailed, match="shutting down: try again"):
+        asyncio.run(follow())
+    assert alpha.wait_idle()
+
+
 def test_a_gateway_that_does_not_answer(
     start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,5 +182,7 @@ def test_a_gateway_that_does_not_answer(
     monkeypatch.setattr(control, "WAIT_S", 0.3)
     with pytest.raises(CommandFailed, match="did not answer within"):
         gateway.call(control.ask(store, fleet, "unheard-of"))
+    with pytest.raises(CommandFailed, match="did not answer within"):
+        gateway.call(followed(gateway, fleet, "unheard-of"))
     monkeypatch.setattr(control, "WAIT_S", 30.0)
     assert [row["models"] for row in gateway.call(control.ask(store, fleet, "refresh"))] == [1]

@@ -111,6 +111,13 @@ def test_make_passes_the_audits_filters_on(made: Path) -> None:
     assert make(made, "forget", "KEY=a") == ["forget", "--key", "a"]
 
 
+def test_make_passes_models_and_backends_on(made: Path) -> None:
+    for verb in ("warm", "unload"):
+        assert make(made, verb, "MODEL=a b:7b", "BACKEND=alpha") == [verb, "--model", "a b:7b", "--backend", "alpha"]
+    pull = ["pull", "--model", "qwen3", "--backends", "alpha,beta", "--json"]
+    assert make(made, "pull", "MODEL=qwen3", "BACKENDS=alpha,beta", "JSON=1") == pull
+
+
 def test_make_variables_are_not_taken_from_the_environment(made: Path) -> None:
     names = {"NAME": "of the machine", "MODELS": "x", "JSON": "1", "ADMIN_MODELS": "1", "RPM": "1"}
     assert make(made, "key", "NAME=mine", **names) == ["key", "--name", "mine"]

@@ -53,6 +53,11 @@ def cell(value: Any) -> str:
     return shown if shown.isprintable() else ascii(shown)
 
 
+def plain(line: str) -> str:
+    """Names and errors may come from anywhere: control characters must not reach a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
 def _jsonable(value: Any) -> Any:
     return value.isoformat() if isinstance(value, date) else list(value)
 

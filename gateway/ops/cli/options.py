@@ -99,6 +99,22 @@ def one_backend(verb: ArgumentParser) -> None:
     verb.add_argument("--backend", required=True, help="the backend's name")
 
 
+def model_on_a_backend(verb: ArgumentParser) -> None:
+    one_model(verb)
+    verb.add_argument("--backend", default="", help="only on this backend")
+
+
+def one_model(verb: ArgumentParser) -> None:
+    verb.add_argument("--model", required=True, type=read_by(values.model_name), help="the model's name")
+
+
+def pull(verb: ArgumentParser) -> None:
+    one_model(verb)
+    verb.add_argument(
+        "--backends", type=values.names, default=[], help="only on these: alpha,beta; all Ollama backends by default"
+    )
+
+
 def explanation(verb: ArgumentParser) -> None:
     one_key(verb)
     verb.add_argument("--model", required=True, type=read_by(values.model_name), help="the model, as a client would write it")

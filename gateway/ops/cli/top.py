@@ -15,6 +15,7 @@ from http.client import HTTPException
 from typing import Any
 
 from gateway.core.errors import CommandFailed
+from gateway.ops.cli.console import plain
 from gateway.settings import Settings
 
 KEY_VARIABLE = "ADMIN_KEY"
@@ -39,7 +40,7 @@ async def watch(settings: Settings, arguments: argparse.Namespace) -> None:
             try:
                 lines = frame(await asyncio.to_thread(overview, url, key), *shutil.get_terminal_size(SMALLEST))
             except CommandFailed as failed:
-                lines = [_plain(f"error: {failed}")[: shutil.get_terminal_size(SMALLEST)[0]], "", "retrying; Ctrl-C quits"]
+                lines = [plain(f"error: {failed}")[: shutil.get_terminal_size(SMALLEST)[0]], "", "retrying; Ctrl-C quits"]
             sys.stdout.write(
                 HOME + "".join(f"{line}{CLEAR_LINE}\n" for line in lines[:-1]) + lines[-1] + CLEAR_LINE + CLEAR_BELOW
             )
@@ -87,11 +88,11 @@ def overview(url: str, key: str) -> dict[str, Any]:
         with direct.open(request, timeout=DEADLINE_S) as answer:
             found: dict[str, Any] = json.loads(answer.read())
     except urllib.error.HTTPError as refused:
-        raise CommandFailed(_plain(f"{url} answers {refused.code}: {_words(refused.read())}")) from None
+        raise CommandFailed(plain(f"{url} answers {refused.code}: {_words(refused.read())}")) from None
     except (OSError, HTTPException, ValueError) as wrong:
-        raise CommandFailed(_plain(f"no gateway answers at {url}: {wrong}")) from None
+        raise CommandFailed(plain(f"no gateway answers at {url}: {wrong}")) from None
     if not isinstance(found, dict) or not found.keys() >= NEEDED:
-        raise CommandFailed(_plain(f"what answers at {url} is not a gateway of this version: check URL="))
+        raise CommandFailed(plain(f"what answers at {url} is not a gateway of this version: check URL="))
     return found
 
 
@@ -120,7 +121,7 @@ def frame(seen: Mapping[str, Any], columns: int, rows: int) -> list[str]:
     lines = [*head, "", *_table(BACKENDS, [_backend(row) for row in _worst_first(backends)], for_backends)]
     if for_busy > 1:
         lines += ["", *_side_by_side([_busy_key(row) for row in keys], [_busy_model(row) for row in models], for_busy)]
-    return [_plain(line)[:columns] for line in lines[:rows]]
+    return [plain(line)[:columns] for line in lines[:rows]]
 
 
 def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
@@ -197,8 +198,3 @@ def _ms(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value / 1000:.1f}s" if value >= 10_000 else f"{value:.0f}ms"
-
-
-def _plain(line: str) -> str:
-    # Names may come from anywhere: control characters must not reach a terminal.
-    return "".join(character if character.isprintable() else "?" for character in line)

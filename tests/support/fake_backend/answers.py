@@ -19,6 +19,7 @@ from tests.support.fake_backend.content import (
     tool_arguments,
     vector,
 )
+from tests.support.fake_backend.memory import ROUTER_PATHS, Memory, router
 from tests.support.fake_backend.scripts import NDJSON, PLAIN, Received, Step, Steps, answer, ndjson, stream
 
 Kind = Literal["ollama", "openai"]
@@ -57,6 +58,8 @@ class HealthyServer:
     parallel_calls: int = 1
     # Whether its answers end at their token limit.
     is_cut: bool = False
+    # None: it has all its models loaded, always. With a memory, one of kind openai is llama.cpp in router mode.
+    memory: Memory | None = None
 
     def __call__(self, request: Received) -> Steps:
         if not self._admits(request):
@@ -64,11 +67,16 @@ class HealthyServer:
         if self.is_native and request.method == "POST" and (native := self._native(request.path)):
             return native(self, request)
         if self.kind == "openai":
-            return openai_routes.respond(self, request)
+            is_of_router = self.memory is not None and request.path in ROUTER_PATHS
+            return router(self, request) if is_of_router else openai_routes.respond(self, request)
         return _respond(self, request)
 
     def has(self, model: str) -> bool:
         return canonical(model) in map(canonical, self.models)
+
+    def load(self, model: str) -> float:
+        """Loads a model if it is not; returns the seconds that it takes."""
+        return self.memory.load(canonical(model)) if self.memory else 0.0
 
     def text(self, prompt: str) -> str:
         return f"{self.name} heard: {prompt}"
@@ -157,7 +165,8 @@ def _entry(model: str) -> dict[str, Any]:
 def _running(healthy: HealthyServer, fields: Json) -> list[Step]:
     loaded = {"expires_at": "2318-08-21T18:05:00.0-07:00", "size_vram": SIZE, "context_length": 4096}
     keys = ("name", "model", "size", "digest")
-    entries = [_entry(model) for model in healthy.models]
+    resident = [model for model in healthy.models if healthy.memory is None or canonical(model) in healthy.memory.now()]
+    entries = [_entry(model) for model in resident]
     listed = [{**{key: entry[key] for key in keys}, "details": DETAILS, **loaded} for entry in entries]
     return answer(200, {"models": listed})
 
@@ -190,13 +199,14 @@ def _chat(healthy: HealthyServer, fields: Json) -> list[Step]:
     model = _known(healthy, fields, REQUIRED, NOT_FOUND)
     messages = fields.get("messages") or []
     if not messages:
-        return _loaded(fields, {"message": {"role": "assistant", "content": ""}})
+        return _loaded(healthy, fields, {"message": {"role": "assistant", "content": ""}})
+    load_s = healthy.load(model)
     if fields.get("tools") and messages[-1].get("role") != "tool":
         parts = [{"message": {"role": "assistant", "content": "", "tool_calls": [_tool_call(fields)]}}]
     else:
         text = healthy.text(last_user_text(messages))
         parts = [{"message": {"role": "assistant", "content": piece}} for piece in split_evenly(text, healthy.pieces)]
-    return _generated(healthy, fields, model, parts, {"message": {"role": "assistant", "content": ""}})
+    return after_pause(_generated(healthy, fields, model, parts, {"message": {"role": "assistant", "content": ""}}), load_s)
 
 
 def _tool_call(fields: Json) -> dict[str, Any]:
@@ -207,14 +217,27 @@ def _tool_call(fields: Json) -> dict[str, Any]:
 def _generate(healthy: HealthyServer, fields: Json) -> list[Step]:
     model = _known(healthy, fields, (404, "model '' not found"), NOT_FOUND)
     if not fields.get("prompt"):
-        return _loaded(fields, {"response": ""})
+        return _loaded(healthy, fields, {"response": ""})
+    load_s = healthy.load(model)
     parts = [{"response": piece} for piece in split_evenly(healthy.text(fields["prompt"]), healthy.pieces)]
-    return _generated(healthy, fields, model, parts, {"response": "", "context": [128006, 882, 128007, 271]})
+    nothing = {"response": "", "context": [128006, 882, 128007, 271]}
+    return after_pause(_generated(healthy, fields, model, parts, nothing), load_s)
 
 
-def _loaded(fields: Json, nothing: dict[str, Any]) -> list[Step]:
+def _loaded(healthy: HealthyServer, fields: Json, nothing: dict[str, Any]) -> list[Step]:
+    """Loads or unloads a model; the answer to the former comes when it is loaded."""
+    model, seconds = fields["model"], 0.0
     reason = "unload" if fields.get("keep_alive") in (0, "0", "0s") else "load"
-    return answer(200, {"model": fields["model"], "created_at": _now(), **nothing, "done": True, "done_reason": reason})
+    if reason == "load":
+        if healthy.memory and canonical(model) in healthy.memory.embedding:
+            raise ServerError(400, f'"{model}" does not support generate')
+        if healthy.memory and canonical(model) in healthy.memory.broken:
+            raise ServerError(500, "llama-server process has terminated: signal: aborted")
+        seconds = healthy.load(model)
+    elif healthy.memory:
+        healthy.memory.unload(canonical(model))
+    record = {"model": model, "created_at": _now(), **nothing, "done": True, "done_reason": reason}
+    return after_pause(answer(200, record), seconds)
 
 
 def _generated(healthy: HealthyServer, fields: Json, model: str, parts: list[Json], nothing: Json) -> list[Step]:
@@ -249,7 +272,8 @@ def _embed(healthy: HealthyServer, fields: Json) -> list[Step]:
     inputs = [given] if isinstance(given, str) else given
     times = {"total_duration": 14143917, "load_duration": 1019500}
     counted = {"prompt_eval_count": prompt_tokens(fields)} if inputs else {}
-    return answer(200, {"model": model, "embeddings": [vector(each) for each in inputs], **times, **counted})
+    record = {"model": model, "embeddings": [vector(each) for each in inputs], **times, **counted}
+    return after_pause(answer(200, record), healthy.load(model))
 
 
 def _embeddings(healthy: HealthyServer, fields: Json) -> list[Step]:

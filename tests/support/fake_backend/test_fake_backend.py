@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.memory import Memory
 from tests.support.fake_backend.scripts import (
     FAULTS,
     NDJSON,
@@ -120,6 +121,39 @@ def test_the_ollama_client_administers_it(native: FakeBackend) -> None:
             "404 page not found",
         )
         assert http.get("/api/chat").status_code == 405
+
+
+def test_a_memory_holds_what_was_loaded(native: FakeBackend) -> None:
+    memory = native.healthy.memory = Memory(load_s=0.1)
+    with ollama.Client(native.url) as client:
+        began = time.monotonic()
+        assert (client.ps().models, client.generate("llama3.2").done_reason) == ([], "load")
+        assert time.monotonic() - began >= 0.1
+        client.embed("bge", "a")
+        assert [model.model for model in client.ps().models] == ["llama3.2:latest", "bge:latest"]
+        memory.busy.add("bge:latest")
+        assert client.generate("bge", keep_alive=0).done_reason == "unload"
+        assert memory.now() == {"llama3.2:latest", "bge:latest"}
+        memory.busy.clear()
+        assert [model.model for model in client.ps().models] == ["llama3.2:latest"]
+
+
+def test_a_router_loads_after_its_answer(compatible: FakeBackend) -> None:
+    compatible.healthy.memory = Memory(load_s=0.1)
+
+    def status() -> str:
+        [entry] = http.get("/models").json()["data"]
+        return str(entry["status"]["value"])
+
+    with httpx.Client(base_url=compatible.url) as http:
+        model = {"model": "meta/Llama"}
+        assert (status(), http.post("/models/unload", json=model).status_code) == ("unloaded", 400)
+        assert http.post("/models/load", json=model).json() == {"success": True}
+        assert (status(), http.post("/models/load", json=model).status_code) == ("loading", 400)
+        time.sleep(0.1)
+        assert (status(), http.get("/slots?model=meta/Llama").json()[0]["is_processing"]) == ("loaded", False)
+        assert http.post("/models/unload", json=model).json() == {"success": True}
+        assert (status(), http.post("/models/load", json={"model": "x"}).status_code) == ("unloaded", 404)
 
 
 @pytest.mark.parametrize("kind", ["ollama", "openai"])
