@@ -67,12 +67,14 @@ class Record:
     chosen_because: str = ""
     estimated_s: float | None = None
     queue_position: int = 0
-    # When the backend's slot was granted, and for how long it was held; the seconds of backends, and where they come from.
+    # The backend that worked on the call last; when its slot was granted, and for how long it was held.
+    slot_backend: str = ""
     slot_from: float | None = None
     slot_s: float = 0.0
+    # The seconds of backends, and where they come from; whether the call caused a load, None if only its report can show it.
     backend_s: float | None = None
     seconds_from: str = "none"
-    loaded: bool = False
+    loaded: bool | None = None
     # An operator's reading in the admin API is not traffic: neither counted nor kept.
     is_operator_read: bool = False
     is_closed: bool = False
@@ -92,6 +94,11 @@ class Record:
         """What the gateway added to the time to the first byte, without reading the body, queueing and the backends."""
         until = time.monotonic() if self.first_byte_at is None else self.first_byte_at
         return max(0.0, until - self.began - self.reading_s - self.queue_ms / 1000 - self.upstream_s)
+
+    def end_slot(self) -> None:
+        """The backend is free for others."""
+        if self.slot_from is not None and not self.slot_s:
+            self.slot_s = time.monotonic() - self.slot_from
 
     def opening_fields(self) -> dict[str, Any]:
         """The fields of the row that are known at admission; `abandoned` adds the others if the request never ends."""
@@ -149,20 +156,16 @@ class Record:
         return row
 
     def _add_seconds(self, row: dict[str, Any]) -> None:
-        usage = self.usage
-        row["load_ms"] = _ms_or_none(usage.load_s)
-        row["prefill_ms"] = _ms_or_none(usage.prefill_s)
-        row["decode_ms"] = _ms_or_none(usage.decode_s)
-        row["backend_ms"] = _ms_or_none(self.backend_s)
+        usage, backend_s, estimated_s = self.usage, self.backend_s, self.estimated_s
+        row["load_ms"] = None if usage.load_s is None else _ms(usage.load_s)
+        row["prefill_ms"] = None if usage.prefill_s is None else _ms(usage.prefill_s)
+        row["decode_ms"] = None if usage.decode_s is None else _ms(usage.decode_s)
+        row["backend_ms"] = None if backend_s is None else _ms(backend_s)
         row["seconds_from"] = self.seconds_from
-        row["loaded"] = self.loaded
+        row["loaded"] = bool(self.loaded)
         row["chosen_because"] = self.chosen_because
-        row["estimated_ms"] = _ms_or_none(self.estimated_s)
+        row["estimated_ms"] = None if estimated_s is None else _ms(estimated_s)
 
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
-
-
-def _ms_or_none(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 3)

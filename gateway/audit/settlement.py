@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
-from gateway.audit import token_usage
+from gateway.audit import backend_seconds, token_usage
 from gateway.audit.record import Record
 from gateway.core import strict_json
 from gateway.core.background import KeptTask
@@ -111,6 +111,9 @@ class Settler:
     def _settlement(self, record: Record) -> Settlement:
         spent = token_usage.usage_of(record, self._most_output, self._cached_weight)
         record.spent_prompt, record.spent_completion, record.spent_cached = spent.prompt, spent.completion, spent.cached or 0
+        record.end_slot()
+        record.backend_s, record.seconds_from = backend_seconds.seconds_of(record)
+        record.loaded = backend_seconds.has_loaded(record)
         row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0
         completion = spent.completion if is_whole else -1

@@ -20,7 +20,7 @@ from gateway.dialects.dialect import Call, Dialect
 from gateway.dialects.translation import translators
 from gateway.dialects.translation.translation import Translation
 from gateway.dialects.translation.translators import Translator
-from gateway.fleet.attempt import CANNOT, Attempt
+from gateway.fleet.attempt import CANNOT, NOT_SENT, Attempt
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse
 from gateway.fleet.catalog import Model
@@ -34,7 +34,7 @@ TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})
 UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disconnected"})
 # A body of so many bytes is translated in a few milliseconds, whatever is in it.
 SMALL_REQUEST = 16_384
-NOT_ASKED = frozenset({"unreachable", "connect_timeout", "full", NO_ROUTE})
+NOT_ASKED = NOT_SENT | {NO_ROUTE}
 # Faults that a wrong request may also cause, if the backend reports them in unknown words.
 DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 
@@ -71,6 +71,9 @@ class FailoverRun:
         self.upstream_s = 0.0
         # Whether a backend may be working on the call, or has answered it.
         self.was_sent = False
+        # The backend that works on the call or has answered it, and since when.
+        self.slot_backend = ""
+        self.slot_from: float | None = None
         # The backend that answered or refused, and its spelling of the model's name.
         self.backend = self.answered_as = ""
         self._faults: list[BackendFault] = []
@@ -135,7 +138,7 @@ class FailoverRun:
 
     def _add_fault(self, backend: Backend, fault: BackendFault, took_s: float) -> None:
         self._faults.append(fault)
-        self.was_sent = False
+        self.was_sent, self.slot_from = False, None
         self.attempts.append(Attempt(backend.name, fault.reason, took_s * 1000, fault.detail))
         self.detail = str(fault)
         if fault.reason in DOUBTFUL:
@@ -149,7 +152,7 @@ class FailoverRun:
             raise refused
         self._refused = refused
         self._faults.clear()
-        self.was_sent = False
+        self.was_sent, self.slot_from = False, None
         self.attempts.append(Attempt(backend.name, CANNOT, took_s * 1000))
 
     def _doubt(self) -> None:
@@ -171,6 +174,7 @@ class FailoverRun:
         backend.take()
         self.was_sent = True
         began = time.monotonic()
+        self.slot_backend, self.slot_from = backend.name, began
         upstream: Upstream | None = None
         try:
             if upload is None:

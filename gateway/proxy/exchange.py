@@ -189,6 +189,7 @@ class Exchange:
                 record.dropped = list(dict.fromkeys([*call.dropped, *run.translation.dropped]))
             record.backend, record.answered_as = run.backend, run.answered_as
             record.upstream_s, record.was_sent = run.upstream_s, run.was_sent
+            record.slot_backend, record.slot_from = run.slot_backend, run.slot_from
 
 
 def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> bytes:

@@ -112,6 +112,7 @@ class WholeAnswer(Answer):
 
     async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
         opening.give_back()
+        self._record.end_slot()
         try:
             self._take(opening)
             if len(self._body) > AT_ONCE:

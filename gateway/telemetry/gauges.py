@@ -60,6 +60,7 @@ class Gauges:
 
     def sample(self) -> None:
         metrics = self._metrics
+        metrics.count_sums()
         metrics.in_flight.set(self._in_flight.of_callers)
         metrics.draining.set(int(self._in_flight.draining))
         metrics.waiting.set(self._limits.waiting)

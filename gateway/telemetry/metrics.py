@@ -8,6 +8,7 @@ import asyncio
 import fcntl
 import struct
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,6 +63,7 @@ class Metrics:
         self._folder = folder
         self._registry = CollectorRegistry()
         self._children: dict[tuple[str, str, str, str], Children] = {}
+        self._uncounted_seconds: defaultdict[tuple[str, str, str], float] = defaultdict(float)
         self._collecting: asyncio.Lock = asyncio.Lock()
         self._declare_requests()
         self._declare_backends()
@@ -121,6 +123,13 @@ class Metrics:
             "backend",
             of_all="livemostrecent",
         )
+        self.seconds = self._counter(
+            "gateway_backend_seconds",
+            "Seconds of backends: loading, reading prompts and generating as reported, else for how long slots were held",
+            "backend",
+            "model",
+            "part",
+        )
         self.breaker = self._gauge(
             "gateway_backend_breaker_state", "0 closed, 1 trying again, 2 open", "backend", of_all="livemax"
         )
@@ -167,8 +176,9 @@ class Metrics:
             children.overhead.observe(record.overhead_s)
         if record.queue_ms:
             self.queue.observe(record.queue_ms / 1000)
-        if record.backend or record.attempts:
+        if record.backend or record.attempts or record.backend_s:
             self._count_attempts(record)
+            self._count_seconds(record, model)
         if record.outcome in LIMITED:
             self.refused.labels(record.detail or OTHER).inc()
         elif record.outcome in UNKNOWN_CALLERS:
@@ -195,8 +205,28 @@ class Metrics:
             if attempt.fault != CANNOT:
                 self.failures.labels(attempt.backend, attempt.fault).inc()
 
+    def _count_seconds(self, record: Record, model: str) -> None:
+        """The parts of all backends add up to what the audit has of the request."""
+        usage, backend, seconds = record.usage, record.slot_backend, self._uncounted_seconds
+        if record.seconds_from == "reported":
+            seconds[backend, model, "load"] += usage.load_s or 0.0
+            seconds[backend, model, "prefill"] += usage.prefill_s or 0.0
+            seconds[backend, model, "decode"] += usage.decode_s or 0.0
+        elif record.slot_s:
+            seconds[backend, model, "slot"] += record.slot_s
+        for attempt in record.attempts:
+            seconds[attempt.backend, model, "slot"] += attempt.occupied_s
+
+    def count_sums(self) -> None:
+        """Counts what was summed up since the last time, because counting takes long for each request."""
+        for labels, seconds in self._uncounted_seconds.items():
+            if seconds:
+                self.seconds.labels(*labels).inc(seconds)
+        self._uncounted_seconds.clear()
+
     async def exposition(self) -> bytes:
         """The text for Prometheus, of all workers; made in a thread, because adding up many files takes time."""
+        self.count_sums()
         async with self._collecting:
             return await asyncio.to_thread(self._collected)
 

@@ -39,7 +39,7 @@ WITH names AS MATERIALIZED (
           SELECT answered_as FROM audit WHERE at >= $2 AND 'answered_as' = ANY ($1) AND answered_as <> '') AS found
 )
 SELECT s.day, s.key_id, k.name AS key, s.model, s.answered_as, s.backend, s.requests, s.answered, s.failures, s.refused, s.prompt_tokens,
-       s.completion_tokens, s.cached_tokens, s.billed_tokens, s.ttfb[1] AS ttfb_p50, s.ttfb[2] AS ttfb_p95, s.ttfb[3] AS ttfb_p99
+       s.completion_tokens, s.cached_tokens, s.billed_tokens, s.backend_s, s.load_s, s.loads, s.ttfb[1] AS ttfb_p50, s.ttfb[2] AS ttfb_p95, s.ttfb[3] AS ttfb_p99
 FROM (SELECT CASE WHEN 'day' = ANY ($1) THEN (at AT TIME ZONE 'UTC')::date END AS day,
              CASE WHEN 'key' = ANY ($1) THEN key_id END AS key_id,
              CASE WHEN 'model' = ANY ($1) THEN asked.name END AS model,
@@ -53,6 +53,9 @@ FROM (SELECT CASE WHEN 'day' = ANY ($1) THEN (at AT TIME ZONE 'UTC')::date END A
              sum(completion_tokens)::bigint AS completion_tokens,
              coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
              sum(coalesce(billed_tokens, prompt_tokens + completion_tokens))::bigint AS billed_tokens,
+             coalesce(sum(backend_ms), 0) / 1000 AS backend_s,
+             coalesce(sum(load_ms) FILTER (WHERE loaded), 0) / 1000 AS load_s,
+             count(*) FILTER (WHERE loaded) AS loads,
              percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb
       FROM audit LEFT JOIN names asked ON asked.spelling = model LEFT JOIN names served ON served.spelling = answered_as
       WHERE at >= $2 AND NOT (starts_with(route, '/admin/') AND method IN ('GET', 'HEAD'))

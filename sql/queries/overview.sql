@@ -7,6 +7,8 @@ SELECT count(*) AS requests,
        coalesce(sum(prompt_tokens), 0)::bigint AS prompt_tokens,
        coalesce(sum(completion_tokens), 0)::bigint AS completion_tokens,
        coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
+       coalesce(sum(backend_ms), 0) / 1000 AS backend_s,
+       count(*) FILTER (WHERE loaded) AS loads,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p50_ms,
        percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
 FROM audit WHERE at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
@@ -16,6 +18,8 @@ FROM audit WHERE at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' =
 -- The keys with the most requests since a time, with the number of requests that a limit refused.
 SELECT a.key_id, k.name AS key, count(*) AS requests,
        sum(a.prompt_tokens + a.completion_tokens)::bigint AS tokens,
+       coalesce(sum(a.backend_ms), 0) / 1000 AS backend_s,
+       count(*) FILTER (WHERE a.loaded) AS loads,
        count(*) FILTER (WHERE a.status = 429) AS limited,
        mode() WITHIN GROUP (ORDER BY a.detail) FILTER (WHERE a.status = 429) AS limit
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
@@ -32,6 +36,7 @@ WITH names AS MATERIALIZED (
     FROM (SELECT DISTINCT model FROM audit WHERE at >= $1 AND model <> '') AS asked
 )
 SELECT n.name AS model, count(*) AS requests, sum(a.prompt_tokens + a.completion_tokens)::bigint AS tokens,
+       coalesce(sum(a.backend_ms), 0) / 1000 AS backend_s, count(*) FILTER (WHERE a.loaded) AS loads,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY a.ttfb_ms) AS ttfb_p50_ms
 FROM audit a JOIN names n ON n.model = a.model
 WHERE a.at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
@@ -47,6 +52,8 @@ SELECT extract(epoch FROM date_bin($2::interval, at, timestamptz '2000-01-01')):
        count(*) FILTER (WHERE starts_with(outcome, 'refused')) AS refused,
        sum(prompt_tokens)::bigint AS prompt_tokens,
        sum(completion_tokens)::bigint AS completion_tokens,
+       coalesce(sum(backend_ms), 0) / 1000 AS backend_s,
+       count(*) FILTER (WHERE loaded) AS loads,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p50_ms,
        percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
 FROM audit

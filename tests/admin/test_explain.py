@@ -273,12 +273,14 @@ def test_the_verbs_of_an_operator(
 
     fleet[0].play_once("/api/chat", answer(500, {"error": "no: CUDA error"}))
     fleet[1].healthy.cached = lambda _: 1
+    fleet[1].healthy.durations = lambda _: (2, 0.5, 1)
     assert chat(url, key, **{"X-Request-ID": "a-story"}).status_code == 200
     until(lambda: sql(stores.database_url, "SELECT count(*) FROM audit WHERE request_id = 'a-story'") == [1], 10)
     story = operate(tmp_path, names, "trace", "--id", "a-story")
     assert "attempt  alpha: bad_status (status 500: CUDA error) after" in story and "backend  beta, as llama3.2:latest" in story
     assert "key      alice" in story and "end      200 answered" in story
     assert "prompt + 4 completion (reported), 1 of the prompt cached; all count for limits" in story
+    assert "(reported): 2.000 for the load that it caused, 0.500 for the prompt, 1.000 for the answer\n" in story
 
 
 @pytest.mark.parametrize(

@@ -61,17 +61,22 @@ def test_the_list_shows_the_main_columns(url: str, run_verb: RunVerb) -> None:
     write(
         url,
         [
-            row(at, key_id="k1", cached_tokens=2),
+            row(at, key_id="k1", cached_tokens=2, backend_ms=80.25, load_ms=50.0, loaded=True),
             row(at - timedelta(hours=1), key_id="gone", status=0, backend="", ttfb_ms=None),
         ],
     )
     head, first, second = run_verb("audit").splitlines()
-    assert head.split() == "TIME KEY CLIENT MODEL AS BACKEND STATUS OUTCOME TOKENS CACHED COUNTED TTFB MS TOTAL MS".split()
+    assert (
+        head.split()
+        == "TIME KEY CLIENT MODEL AS BACKEND STATUS OUTCOME TOKENS CACHED COUNTED BACKEND MS LOAD MS TTFB MS TOTAL MS".split()
+    )
     assert (
         first.split()
-        == "2026-01-02 03:04:05 alice 192.0.2.7 llama3.2:latest - alpha 200 answered 3+4 2 reported 12.5 99.1".split()
+        == "2026-01-02 03:04:05 alice 192.0.2.7 llama3.2:latest - alpha 200 answered 3+4 2 reported 80.2 50.0 12.5 99.1".split()
     )
-    assert second.split() == "2026-01-02 02:04:05 gone 192.0.2.7 llama3.2:latest - - - answered 3+4 - reported - 99.1".split()
+    assert (
+        second.split() == "2026-01-02 02:04:05 gone 192.0.2.7 llama3.2:latest - - - answered 3+4 - reported - - - 99.1".split()
+    )
     assert head.index("CLIENT") == first.index("192.") == second.index("192.")
 
 
@@ -236,7 +241,8 @@ def test_usage_by_key(url: str, run_verb: RunVerb) -> None:
     outcomes = ["answered", "answered", "backend_failed", "truncated", "refused:rate_limited", "client_gone"]
     rows = [row(ago(1), key_id="k1", outcome=outcome, ttfb_ms=None) for outcome in outcomes]
     rows[0] |= {"cached_tokens": 3, "billed_tokens": 5}
-    rows[1] |= {"cached_tokens": 1}
+    rows[1] |= {"cached_tokens": 1, "backend_ms": 1501.0, "load_ms": 0.5, "loaded": False}
+    rows[2] |= {"backend_ms": 2000.0, "load_ms": 1250.0, "loaded": True}
     write(url, rows, [row(ago(1), key_id="k2", ttfb_ms=float(n)) for n in range(101)], [row(ago(31), key_id="k2")])
     bob, alice = lines(run_verb("usage", "--json"))
     assert alice == {
@@ -250,6 +256,9 @@ def test_usage_by_key(url: str, run_verb: RunVerb) -> None:
         "completion_tokens": 24,
         "cached_tokens": 4,
         "billed_tokens": 40,
+        "backend_s": 3.501,
+        "load_s": 1.25,
+        "loads": 1,
         "ttfb_p50_ms": None,
         "ttfb_p95_ms": None,
         "ttfb_p99_ms": None,
@@ -257,7 +266,7 @@ def test_usage_by_key(url: str, run_verb: RunVerb) -> None:
     assert (bob["key"], bob["requests"], bob["ttfb_p50_ms"], bob["ttfb_p95_ms"], bob["ttfb_p99_ms"]) == ("bob", 101, 50, 95, 99)
     head, first, second = run_verb("usage").splitlines()
     assert head.split()[:3] == ["KEY", "REQUESTS", "ANSWERED"] and first.split()[:2] == ["bob", "101"]
-    assert second.split() == "alice 6 2 2 1 18 24 4 40 - - -".split()
+    assert second.split() == "alice 6 2 2 1 18 24 4 40 3.501 1.25 1 - - -".split()
 
 
 def test_usage_by_several_columns(url: str, run_verb: RunVerb) -> None:
@@ -294,7 +303,7 @@ def test_aliases_have_both_names(url: str, run_verb: RunVerb) -> None:
     served = lines(run_verb("usage", "--json", "--by", "answered_as"))
     assert {one["answered_as"]: one["requests"] for one in served} == {"llama3.2:latest": 3, "gemma3:4b": 1, None: 1}
     assert "model" not in served[0]
-    shown = {tuple(line.split()[-10:-8]) for line in run_verb("audit").splitlines()[1:]}
+    shown = {tuple(line.split()[-12:-10]) for line in run_verb("audit").splitlines()[1:]}
     assert shown == {("mini", "llama3.2:latest"), ("MINI", "Llama3.2"), ("mini", "gemma3:4b"), ("llama3.2", "-"), ("x", "-")}
 
 

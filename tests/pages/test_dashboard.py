@@ -102,7 +102,7 @@ def test_no_label_of_a_plot_is_cut(gateway: RunningGateway, admin: str, browser:
     with page_of(browser) as page:
         page.route("**/series?*", slow)
         enter(page, gateway, admin)
-        expect(page.locator("#plots svg")).to_have_count(3)
+        expect(page.locator("#plots svg")).to_have_count(4)
         lefts = "all => all.map(text => text.getBoundingClientRect().left - text.closest('svg').getBoundingClientRect().left)"
         assert min(page.locator("#plots svg text").evaluate_all(lefts)) >= 0
 
@@ -115,7 +115,7 @@ def test_numbers_are_live_and_link_to_their_rows(
     with page_of(browser) as page:
         enter(page, gateway, admin)
         expect(page.locator("#live")).to_contain_text("live")
-        expect(page.locator("#plots svg")).to_have_count(3)
+        expect(page.locator("#plots svg")).to_have_count(4)
         with gateway.http(gateway.key(name="busy")) as busy, gateway.http(tight) as limited:
             for _ in range(4):
                 busy.post("/api/chat", json=CHAT)

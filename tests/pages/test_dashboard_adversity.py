@@ -114,13 +114,13 @@ def test_plots_show_steps_without_requests_as_zero(gateway: RunningGateway, admi
             "**/series*", lambda route: route.fulfill(json={"window": "15m", "step_s": 15, "since": since, "steps": steps})
         )
         enter(page, gateway, admin)
-        expect(page.locator("#plots svg")).to_have_count(3)
+        expect(page.locator("#plots svg")).to_have_count(4)
         asked = page.locator("#plots svg").first
         ys = [float(point.split(",")[1]) for point in (asked.locator("polyline.one").get_attribute("points") or "").split()]
         xs = [float(point.split(",")[0]) for point in (asked.locator("polyline.one").get_attribute("points") or "").split()]
         assert len(ys) > 55 and sorted(set(ys)) == [8.0, 112.0] and ys.count(8.0) == 2
         assert min(xs) >= 44 - 8 and max(xs) <= 400
-        assert page.locator("#plots svg").nth(2).locator("polyline.one").count() == 2
+        assert page.locator("#plots svg").nth(3).locator("polyline.one").count() == 2
         assert "all at most 12, latest 0" in (asked.get_attribute("aria-label") or "")
 
 
@@ -128,7 +128,7 @@ def test_the_last_window_asked_for_is_shown(gateway: RunningGateway, admin: str,
     held: list[Route] = []
     with page_of(browser) as page:
         enter(page, gateway, admin)
-        expect(page.locator("#plots svg")).to_have_count(3)
+        expect(page.locator("#plots svg")).to_have_count(4)
         page.route("**/series?window=24h", holding(held))
         page.click("[data-window='24h']")
         page.click("[data-window='30d']")

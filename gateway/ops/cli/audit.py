@@ -50,6 +50,8 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": f"{row['prompt_tokens']}+{row['completion_tokens']}",
         "cached": row["cached_tokens"],
         "counted": row["tokens_from"],
+        "backend_ms": _rounded(row["backend_ms"]),
+        "load_ms": _rounded(row["load_ms"]) if row["loaded"] else None,
         "ttfb_ms": _rounded(row["ttfb_ms"]),
         "total_ms": _rounded(row["total_ms"]),
     }
@@ -82,6 +84,7 @@ def _sums(row: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, An
         facts["key_id"] = row["key_id"]
     numbers = "requests answered failures refused prompt_tokens completion_tokens cached_tokens billed_tokens".split()
     facts |= {name: row[name] for name in numbers}
+    facts |= {"backend_s": round(row["backend_s"], 3), "load_s": round(row["load_s"], 3), "loads": row["loads"]}
     return facts | {f"ttfb_{name}_ms": _rounded(row[f"ttfb_{name}"]) for name in ("p50", "p95", "p99")}
 
 
@@ -117,6 +120,8 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"  ttfb     {row['ttfb_ms']:.1f} ms"
     tokens = f"{row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
     yield f"  tokens   {tokens}{_billed(row)}"
+    if row["backend_ms"] is not None:
+        yield f"  seconds  {row['backend_ms'] / 1000:.3f} of backends ({row['seconds_from']}){_parts(row)}"
     ended = (
         "its process ended first" if row["total_ms"] is None else f"after {row['total_ms']:.1f} ms, {row['bytes_out']} bytes"
     )
@@ -128,6 +133,14 @@ def _billed(row: Mapping[str, Any]) -> str:
         return ""
     counted = "all" if row["billed_tokens"] is None else row["billed_tokens"]
     return f", {row['cached_tokens']} of the prompt cached; {counted} count for limits"
+
+
+def _parts(row: Mapping[str, Any]) -> str:
+    """The seconds as the backend reported them, by what it did."""
+    load = "for the load that it caused" if row["loaded"] else "for loading"
+    words = {"load_ms": load, "prefill_ms": "for the prompt", "decode_ms": "for the answer"}
+    parts = [f"{row[name] / 1000:.3f} {word}" for name, word in words.items() if row[name] is not None]
+    return f": {', '.join(parts)}" if parts else ""
 
 
 def _detail(row: Mapping[str, Any]) -> str:

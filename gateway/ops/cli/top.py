@@ -143,7 +143,8 @@ def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
     rate, tokens = lately["requests"] / minutes, (lately["prompt_tokens"] + lately["completion_tokens"]) / minutes
     cached = f", {lately['cached_tokens']} cached" if lately.get("cached_tokens") else ""
     sums = f"{lately['prompt_tokens']} in{cached}, {lately['completion_tokens']} out"
-    yield f"per min  requests {rate:.1f}  tokens {tokens:.0f} ({sums})"
+    seconds = lately.get("backend_s", 0.0) / minutes
+    yield f"per min  requests {rate:.1f}  tokens {tokens:.0f} ({sums})  backend seconds {seconds:.1f}"
 
 
 BACKENDS = ("BACKEND", 18), ("STATE", 8), ("BREAKER", 10), ("IN FLIGHT", 10), ("LATENCY", 9), ("MODELS", 6), ("", 13)

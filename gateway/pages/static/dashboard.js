@@ -46,6 +46,7 @@ async function guarded(work) {
 
 const number = (value) => (value === null || value === undefined ? "–" : Number(value).toLocaleString("en"));
 const short = (value) => (value === null || value === undefined ? "–" : value >= 1e9 ? `${(value / 1e9).toFixed(1)} G` : value >= 1e6 ? `${(value / 1e6).toFixed(1)} M` : value >= 1e4 ? `${(value / 1e3).toFixed(0)} k` : number(Math.round(value)));
+const seconds = (value) => (value === null || value === undefined ? "–" : `${value < 10 ? value.toFixed(1) : short(value)} s`);
 const ms = (value) => (value === null || value === undefined ? "–" : value >= 10000 ? `${(value / 1000).toFixed(1)} s` : `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`);
 const when = (text) => (text ? new Date(text).toLocaleString("sv").slice(0, 19) : "–");
 
@@ -113,6 +114,7 @@ function drawOverview() {
     tile(number(recent.failures), "backend failures", { ...since, outcome: "backend_failed" }, recent.failures ? "bad" : null),
     tile(number(recent.refused), "refused", { ...since, outcome: "refused" }, recent.refused ? "warn" : null),
     tile(`${short(recent.prompt_tokens)} + ${short(recent.completion_tokens)}`, `tokens in + out${recent.cached_tokens ? `; ${short(recent.cached_tokens)} cached` : ""}`, since),
+    tile(seconds(recent.backend_s), `of backends; ${number(recent.loads)} loads`, since),
     tile(`${ms(recent.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(recent.ttfb_p99_ms)}`, since),
     tile(latest.stores.redis ? "up" : "unreachable", "Redis", null, latest.stores.redis ? "good" : "bad"),
     tile(...stateOfPostgres()),
@@ -138,18 +140,20 @@ function drawOverview() {
     { name: "Key", wide: true, of: (row) => link(row.key || row.key_id, () => showRequests({ key: row.key_id, since: "15m" }), row.key_id) },
     { name: "Requests", number: true, of: (row) => number(row.requests) },
     { name: "Tokens", number: true, of: (row) => short(row.tokens) },
+    { name: "Backend time", number: true, of: (row) => seconds(row.backend_s) + (row.loads ? `, ${number(row.loads)} loads` : "") },
     { name: "Limited", number: true, of: (row) => (row.limited ? link(`${row.limited} (${row.limit || "?"})`, () => showRequests({ key: row.key_id, since: "15m", status: "429" }), row.key_id) : "–") },
   ], recent.keys || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL is unreachable", true);
   table($("busy-models"), [
     { name: "Model", wide: true, of: (row) => link(row.model, () => showRequests({ model: row.model, since: "15m" })) },
     { name: "Requests", number: true, of: (row) => number(row.requests) },
     { name: "Tokens", number: true, of: (row) => short(row.tokens) },
+    { name: "Backend time", number: true, of: (row) => seconds(row.backend_s) + (row.loads ? `, ${number(row.loads)} loads` : "") },
     { name: "First byte p50", number: true, of: (row) => ms(row.ttfb_p50_ms) },
   ], recent.models || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL is unreachable", true);
 }
 
 const LENGTHS = { "15m": 900, "24h": 86400, "30d": 2592000 };
-const EMPTY_STEP = { requests: 0, refused: 0, failures: 0, prompt_tokens: 0, completion_tokens: 0, ttfb_p50_ms: null, ttfb_p99_ms: null };
+const EMPTY_STEP = { requests: 0, refused: 0, failures: 0, prompt_tokens: 0, completion_tokens: 0, backend_s: 0, ttfb_p50_ms: null, ttfb_p99_ms: null };
 
 // With the steps without requests, which the series leaves out.
 function withEmptySteps(series, from, to) {
@@ -202,6 +206,7 @@ async function drawPlots() {
   $("plots").replaceChildren(
     plot("Requests per minute", [{ name: "all", kind: "one", of: (step) => step.requests / rate }, { name: "refused", kind: "two-line", of: (step) => step.refused / rate }, { name: "failed", kind: "three", of: (step) => step.failures / rate }], series, short),
     plot("Tokens per minute", [{ name: "in", kind: "one", of: (step) => step.prompt_tokens / rate }, { name: "out", kind: "two-line", of: (step) => step.completion_tokens / rate }], series, short),
+    plot("Backend seconds per minute", [{ name: "all", kind: "one", of: (step) => (step.backend_s || 0) / rate }], series, seconds),
     plot("Time to first byte", [{ name: "p50", kind: "one", of: (step) => step.ttfb_p50_ms }, { name: "p99", kind: "two-line", of: (step) => step.ttfb_p99_ms }], series, ms),
   );
 }
@@ -345,6 +350,7 @@ async function loadRows() {
     { name: "Status", number: true, of: (row) => h("span", { class: row.status >= 500 ? "bad" : row.status >= 400 ? "warn" : null }, row.status || "–") },
     { name: "Outcome", wide: true, of: (row) => row.outcome + (row.detail ? ` (${row.detail})` : "") },
     { name: "Tokens", number: true, of: (row) => `${row.prompt_tokens}${row.cached_tokens ? ` (${row.cached_tokens} cached)` : ""} + ${row.completion_tokens}` },
+    { name: "Backend time", number: true, of: (row) => ms(row.backend_ms) + (row.loaded ? `, load ${ms(row.load_ms)}` : "") },
     { name: "First byte", number: true, of: (row) => ms(row.ttfb_ms) },
     { name: "Total", number: true, of: (row) => ms(row.total_ms) },
   ], rows, "no requests found");

@@ -52,6 +52,8 @@ class HealthyServer:
     blobs: set[str] = field(default_factory=set)
     # The number of cached prompt tokens that it reports; None reports nothing.
     cached: Callable[[Json], object] | None = None
+    # The seconds that it reports for loading, the prompt and the answer: as Ollama, or for kind openai as llama.cpp.
+    durations: Callable[[Json], tuple[float, float, float]] | None = None
     # Whether it has the Messages and Responses APIs beside its own: as Ollama has them, or as llama.cpp for kind openai.
     is_native: bool = False
     thinking: str = ""
@@ -252,6 +254,9 @@ def _generated(healthy: HealthyServer, fields: Json, model: str, parts: list[Jso
         "eval_count": len(parts),
         "eval_duration": 60000000,
     }
+    if healthy.durations is not None:
+        load, prefill, decode = (round(seconds * 10**9) for seconds in healthy.durations(fields))
+        last |= {"load_duration": load, "prompt_eval_duration": prefill, "eval_duration": decode}
     if healthy.cached is not None:
         last["prompt_eval_cached_count"] = healthy.cached(fields)
     if fields.get("stream") is False:

@@ -115,6 +115,13 @@ def _counted(healthy: "HealthyServer", fields: Json, completion: int) -> Json:
     return usage
 
 
+def _timings(healthy: "HealthyServer", fields: Json) -> Json:
+    if healthy.durations is None or healthy.kind == "ollama":
+        return {}
+    _, prefill, decode = healthy.durations(fields)
+    return {"timings": {"prompt_ms": prefill * 1000, "predicted_ms": decode * 1000}}
+
+
 def _wants_usage(healthy: "HealthyServer", fields: Json) -> bool:
     """vLLM includes the usage also for empty stream_options."""
     options = fields.get("stream_options")
@@ -146,7 +153,8 @@ def _chat(healthy: "HealthyServer", fields: Json) -> list[Step]:
     if calls:
         message = {"role": "assistant", "content": None, **thought, "tool_calls": calls}
     choice = {"index": 0, "message": message, "finish_reason": reason}
-    whole = {**_common(healthy, fields, "chat.completion", "chatcmpl"), "choices": [choice], "usage": usage}
+    last = {"usage": usage, **_timings(healthy, fields)}
+    whole = {**_common(healthy, fields, "chat.completion", "chatcmpl"), "choices": [choice], **last}
     return after_pause(answer(200, compact(whole) + b"\n", JSON), healthy.pause_s * len(pieces))
 
 
@@ -192,7 +200,7 @@ def _chat_stream(healthy: "HealthyServer", fields: Json, deltas: list[Json], rea
     chunks = [{**common, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     chunks.append({**common, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
     if _wants_usage(healthy, fields):
-        chunks.append({**common, "choices": [], "usage": usage})
+        chunks.append({**common, "choices": [], "usage": usage, **_timings(healthy, fields)})
     return stream(sse(chunks), pause_s=healthy.pause_s)
 
 
