@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=1, help="how often, each with other people (1)")
     made.add_argument("--speed", type=float, default=20, help="seconds of a scenario in one second (20)")
     made.add_argument("--seed", type=int, default=1, help="of the people's random numbers (1)")
-    made.add_argument("--side-by-side", type=int, default=2, help="runs at the same time (2); 1 measures more exactly")
+    made.add_argument("--side-by-side", type=int, default=3, help="runs at the same time (3); 1 measures more exactly")
     made.add_argument("--durations", choices=("own", "wall"), default="own", help="the clock of what boxes report (own)")
     made.add_argument(
         "--no-variants", action="store_true", help="leave out the runs without batch jobs and with the wall's clock"

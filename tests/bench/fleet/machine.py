@@ -10,7 +10,7 @@ from tests.bench.fleet.clock import Clock
 from tests.bench.fleet.scenario import BoxConfig
 from tests.bench.fleet.vram import Model, Prompt, Vram
 
-PREFILL_STEP, DECODE_STEP = 256, 4
+PREFILL_STEP, DECODE_STEP = 256, 8
 # Each further stream of a batch makes all of them slower by this part.
 BATCH_COST = 0.15
 
