@@ -21,16 +21,19 @@ LONGEST_PROPS = 2 * 2**20
 # What `--parallel` is by default in every version with a router.
 SLOTS_OF_ROUTED = 4
 PARALLEL = ("--parallel", "-np")
-STATES = tuple("downloading downloaded unloaded loading loaded sleeping".split())
+# A model that sleeps takes no memory, and is loaded again by the next call.
+LOADED, LOADING, SLEEPING = "loaded", "loading", "sleeping"
+STATES = ("downloading", "downloaded", "unloaded", LOADING, LOADED, SLEEPING)
 
 
 class RoutedModel(NamedTuple):
-    """A model of a router: `size` in bytes and `context` in tokens, which are 0 unless it is loaded."""
+    """A model of a router: `size` in bytes and `context` in tokens, which are 0 unless it is loaded; `state` is of STATES."""
 
     is_loaded: bool
     slots: int
     size: int
     context: int
+    state: str = ""
 
 
 def read_router(answer: object) -> dict[str, RoutedModel]:
@@ -46,7 +49,7 @@ def _routed(entry: Mapping[str, Any]) -> RoutedModel | None:
         return None
     size = whole_number(meta.get("size")) if isinstance(meta, dict) else 0
     context = context_of({**entry, "meta": meta if isinstance(meta, dict) else {}})
-    return RoutedModel(status["value"] == "loaded", _parallel(status.get("args")), size, context)
+    return RoutedModel(status["value"] == LOADED, _parallel(status.get("args")), size, context, status["value"])
 
 
 def _parallel(arguments: object) -> int:

@@ -10,7 +10,8 @@ from gateway.fleet.jobs import Progress, TaskFailed
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
-LOADING = "loading"
+# Fields of the hash: the load in progress, and one for each loaded model.
+LOADING, RESIDENT = "loading", "r:"
 LOOK_EVERY_S = 0.25
 
 
@@ -32,10 +33,13 @@ async def load_turn(store: RedisClient, backend: Backend, model: str, progress: 
 
 async def _loading(store: RedisClient, backend: str) -> str:
     """The canonical name of the model that a gateway has this backend load, "" if there is none."""
+    name = redis_keys.fleet_box(backend)
     try:
-        value = await store.call(lambda redis: redis.hget(redis_keys.fleet_box(backend), LOADING))
+        value = await store.call(lambda redis: redis.hget(name, LOADING))
+        # The model, the id of the call that loads it, when it began, and when it is expected to end.
+        model, *more = value.decode("utf-8", "replace").rsplit(" ", 3) if value else [""]
+        # The scripts remove what has ended when they next look.
+        is_loaded = len(more) == 3 and await store.call(lambda redis: redis.hexists(name, RESIDENT + model))
     except RedisUnavailable:
         return ""
-    # The name, the id of the call that loads it, when it began, and when it is expected to end.
-    parts = value.decode("utf-8", "replace").rsplit(" ", 3) if value else []
-    return parts[0] if len(parts) == 4 else ""
+    return model if len(more) == 3 and not is_loaded else ""

@@ -15,7 +15,7 @@ from gateway.fleet.catalog import Catalog, Offer
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.jobs import Job, Progress, TaskFailed
 from gateway.fleet.load_turn import load_turn
-from gateway.fleet.model_memory import ModelMemory, memory_of
+from gateway.fleet.model_memory import ModelMemory, load_fields, memory_of
 from gateway.stores.redis_client import RedisClient
 
 VERBS = ("warm", "unload", "pull")
@@ -50,6 +50,8 @@ class ModelJobs:
         memory = await _memory(backend)
         if memory is None:
             raise CommandFailed(f"{backend.name} has its models loaded always, or loads them by itself")
+        if load_fields(backend.config, offer.spelling).get("keep_alive") == 0:
+            raise CommandFailed(f"the keep_alive of {model!a} on {backend.name} is 0: it would be unloaded at once")
         job = Job(self._refresh)
         job.add(backend.name, offer.spelling, partial(self._load, backend, memory), load_s=None)
         return job
@@ -125,6 +127,8 @@ def _names(given: object) -> list[str]:
 
 
 def _why_not(backend: Backend, offer: Offer, catalog: Catalog) -> str:
+    if backend.kind == "ollama" and not offer.swaps:
+        return "passes calls for this model on to a cloud, and loads nothing"
     if backend.is_drained:
         return f"is drained: `make undrain BACKEND={backend.name}` lets it have calls again"
     error = next((snapshot.error for snapshot in catalog.snapshots if snapshot.backend == backend.name), "")

@@ -1,6 +1,7 @@
 """The memory of a backend that loads models and throws them out: Ollama's, and llama.cpp's in router mode."""
 
 import asyncio
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -9,10 +10,12 @@ from gateway.core import strict_json
 from gateway.dialects.answers import error_text, try_read
 from gateway.dialects.model_entries import read_tags, whole_number
 from gateway.dialects.model_names import canonical
-from gateway.fleet import discovery
+from gateway.fleet import discovery, llama_server
 from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.config import BackendConfig, ModelConfig
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.jobs import TaskFailed
+from gateway.fleet.llama_server import RoutedModel
 from gateway.fleet.redaction import redact
 
 HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -20,8 +23,8 @@ LONGEST_ANSWER = 1 << 20
 ASK_EVERY_S = 0.25
 # Words of Ollama for a model that only makes embeddings.
 DOES_NOT_GENERATE = "does not support generate"
-# States of a model in llama.cpp's router; one that sleeps wakes at its next call.
-LOADED, LOADING = frozenset({"loaded", "sleeping"}), "loading"
+FOREVER = -1
+NOT_THERE = RoutedModel(False, 0, 0, 0)
 
 
 class ModelMemory(Protocol):
@@ -59,10 +62,10 @@ class OllamaMemory:
 
     async def load(self, model: str) -> None:
         """A request without a prompt only loads. Ollama gives a load up if its connection is closed."""
-        asked = {"model": model, "stream": False}
-        answer = await post(self._backend, "/api/generate", asked)
+        wanted = {"model": model, **load_fields(self._backend.config, model)}
+        answer = await post(self._backend, "/api/generate", {**wanted, "stream": False})
         if DOES_NOT_GENERATE in answer.text:
-            answer = await post(self._backend, "/api/embed", {"model": model})
+            answer = await post(self._backend, "/api/embed", wanted)
         answer.check()
 
     async def unload(self, model: str) -> None:
@@ -70,6 +73,17 @@ class OllamaMemory:
 
     async def calls_of(self, model: str) -> int:
         return 0
+
+
+def load_fields(config: BackendConfig, model: str) -> dict[str, Any]:
+    """What the operator has set for a model, so that calls find it as they need it."""
+    of_model = config.models.get(canonical(model).canonical) or ModelConfig()
+    fields: dict[str, Any] = {}
+    if of_model.keep_alive_s is not None:
+        fields["keep_alive"] = FOREVER if math.isinf(of_model.keep_alive_s) else of_model.keep_alive_s
+    if isinstance(of_model.num_ctx, int):
+        fields["options"] = {"num_ctx": of_model.num_ctx}
+    return fields
 
 
 class RouterMemory:
@@ -81,12 +95,16 @@ class RouterMemory:
         self._backend = backend
 
     async def size_of(self, model: str) -> int | None:
-        status = await self._status(model)
-        return 0 if status.get("value") in (*LOADED, LOADING) else None
+        found = await self._model(model)
+        return found.size if found.is_loaded else None
 
     async def load(self, model: str) -> None:
         """The router answers at once and loads on, whether anybody waits or not."""
-        if (await self._status(model)).get("value") not in (*LOADED, LOADING):
+        state = (await self._model(model)).state
+        if state == llama_server.SLEEPING:
+            # Any task wakes it, also one without work.
+            (await post(self._backend, "/tokenize", {"model": model, "content": ""})).check()
+        elif state not in (llama_server.LOADED, llama_server.LOADING):
             (await post(self._backend, "/models/load", {"model": model})).check()
         wait_s = self._backend.config.read_timeout_s
         try:
@@ -96,8 +114,8 @@ class RouterMemory:
             raise TaskFailed(f"has not loaded it within {wait_s:g} s") from None
 
     async def _until_loaded(self, model: str) -> None:
-        while (status := await self._status(model)).get("value") not in LOADED:
-            if status.get("value") != LOADING:
+        while not (found := await self._model(model)).is_loaded:
+            if found.state != llama_server.LOADING:
                 raise TaskFailed("could not load it: its own log says why")
             await asyncio.sleep(ASK_EVERY_S)
 
@@ -113,17 +131,9 @@ class RouterMemory:
                 return 0
             raise
 
-    async def _status(self, model: str) -> Mapping[str, Any]:
-        return (await discovery.ask(self._backend, "/v1/models", _router_states)).get(model, {})
-
-
-def _router_states(answer: object) -> dict[str, dict[str, Any]]:
-    """The state of each model by its name; empty for a server without router mode. Raises ValueError for no list of models."""
-    data = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(data, list):
-        raise ValueError("no list of models")
-    entries = [entry for entry in data if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
-    return {entry["id"]: entry["status"] for entry in entries if isinstance(entry.get("status"), dict)}
+    async def _model(self, model: str) -> RoutedModel:
+        found = await discovery.ask(self._backend, "/v1/models", llama_server.read_router)
+        return found.get(canonical(model).canonical, NOT_THERE)
 
 
 def _busy_slots(answer: object) -> int:
@@ -136,7 +146,7 @@ async def memory_of(backend: Backend) -> ModelMemory | None:
     """None for a backend that has its models loaded always, or loads them by itself only. Raises BackendFault."""
     if backend.kind == "ollama":
         return OllamaMemory(backend)
-    return RouterMemory(backend) if await discovery.ask(backend, "/v1/models", _router_states) else None
+    return RouterMemory(backend) if await discovery.ask(backend, "/v1/models", llama_server.read_router) else None
 
 
 class Answer:

@@ -14,7 +14,7 @@ from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.fake_backend.answers import SIZE
 from tests.support.fake_backend.backend import FakeBackend
-from tests.support.fake_backend.memory import Memory
+from tests.support.fake_backend.memory import ROUTED_SIZE, Memory
 from tests.support.fake_backend.scripts import NDJSON, Forever, Head, Pause, Piece, Step, answer, compact, ndjson, stream
 from tests.support.gateway_settings import entry_of
 from tests.support.processes import until
@@ -125,10 +125,46 @@ def test_a_router_loads_and_unloads(admin: httpx.Client, router: FakeBackend) ->
     assert (row["state"], memory(router).loaded) == ("failed", {"tiny"}) and "1 calls in progress" in row["detail"]
     memory(router).busy.clear()
     [row] = done(admin, "unload", model="tiny")
-    assert (row["detail"], memory(router).loaded) == ("unloaded", set())
+    assert (row["detail"], row["freed_bytes"], memory(router).loaded) == ("unloaded", ROUTED_SIZE, set())
     memory(router).broken.add("tiny")
     [row] = done(admin, "warm", model="tiny")
     assert row["state"] == "failed" and "could not load it" in row["detail"]
+
+
+def test_a_model_that_sleeps_is_woken(admin: httpx.Client, router: FakeBackend) -> None:
+    memory(router).load("tiny")
+    memory(router).asleep.add("tiny")
+    assert [row["detail"] for row in done(admin, "unload", model="tiny")] == ["was not loaded"]
+    assert memory(router).asleep == {"tiny"} and not router.calls("/slots")
+    assert [row["detail"] for row in done(admin, "warm", model="tiny")] == ["loaded"]
+    assert (memory(router).asleep, router.calls("/models/load")) == (set(), [])
+
+
+def test_a_model_is_loaded_as_its_entry_says(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    alpha.healthy.memory = Memory(embedding={"bge:latest"})
+    alpha.models.extend(["qwen3:8b", "bge:latest", "brief:latest"])
+    models = {
+        "llama3.2": {"keep_alive": "1h", "num_ctx": 8192},
+        "qwen3:8b": {"keep_alive": -1, "num_ctx": "raise"},
+        "bge": {"keep_alive": "30m"},
+        "brief": {"keep_alive": 0},
+    }
+    gateway = start_gateway(entry_of(alpha, models=models))
+    with gateway.http(gateway.key(flags=(ADMIN,))) as admin:
+        admin.base_url = httpx.URL(f"{gateway.url}/admin/v1")
+        assert "keep_alive of 'brief' on alpha is 0" in refused(admin, "warm", model="brief")
+        for model in ("llama3.2", "qwen3:8b", "bge"):
+            assert done(admin, "warm", model=model)[0]["state"] == "done"
+    sent = [request.json for request in alpha.calls("/api/generate")]
+    wanted = {
+        name: {field: body.get(field) for field in ("keep_alive", "options")} for name, body in zip("lqb", sent, strict=True)
+    }
+    assert wanted == {
+        "l": {"keep_alive": 3600.0, "options": {"num_ctx": 8192}},
+        "q": {"keep_alive": -1, "options": None},
+        "b": {"keep_alive": 1800.0, "options": None},
+    }
+    assert [request.json for request in alpha.calls("/api/embed")] == [{"model": "bge:latest", "keep_alive": 1800.0}]
 
 
 def test_what_a_backend_cannot_load_fails_with_its_words(
@@ -154,6 +190,9 @@ def test_a_load_in_progress_comes_first(admin: httpx.Client, stores: TestStores,
             assert not alpha.calls("/api/generate")
             client.hdel(name, "loading")
             assert events("\n".join(lines))[-1] == {"ended": True, "failed": []}
+        # One that has ended is still there until a script looks.
+        client.hset(name, mapping={"loading": "other:latest c1 1 2", "r:other:latest": "1 1 1 1 4096"})
+        assert done(admin, "warm", model=MODEL)[0]["state"] == "done"
         # A load of the same model is joined.
         client.hset(name, "loading", f"{MODEL} c2 1 2")
         assert done(admin, "warm", model=MODEL)[0]["state"] == "done"

@@ -126,9 +126,9 @@ def test_a_router_loads_and_unloads_and_has_slots_by_model(start_gateway: StartG
 
 def test_models_of_a_router() -> None:
     assert read_router(ROUTER) == {
-        "org/gemma-gguf:q4": RoutedModel(True, 2, 5_000, 4096),
-        "qwen:latest": RoutedModel(False, 4, 0, 0),
-        "sleepy:latest": RoutedModel(False, 1, 0, 0),
+        "org/gemma-gguf:q4": RoutedModel(True, 2, 5_000, 4096, "loaded"),
+        "qwen:latest": RoutedModel(False, 4, 0, 0, "unloaded"),
+        "sleepy:latest": RoutedModel(False, 1, 0, 0, "sleeping"),
     }
 
 
@@ -151,4 +151,4 @@ def test_lists_of_other_servers_are_no_router(answered: Any) -> None:
 )
 def test_a_command_line_without_slots_has_the_usual_ones(arguments: Any) -> None:
     entry = {"id": "m", "status": {"value": "loaded", "args": arguments}, "meta": [1]}
-    assert read_router({"data": [entry]}) == {"m:latest": RoutedModel(True, 4, 0, 0)}
+    assert read_router({"data": [entry]}) == {"m:latest": RoutedModel(True, 4, 0, 0, "loaded")}

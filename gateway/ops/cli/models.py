@@ -50,7 +50,7 @@ async def pull(settings: Settings, arguments: argparse.Namespace) -> None:
     wanted = {"model": arguments.model, "backends": arguments.backends}
     found = await _do(settings, "pull", wanted, progress.printer(as_json=arguments.json))
     if not arguments.json:
-        rows = [{**_named(row), "size": size(row["total_bytes"]), "seconds": row["seconds"]} for row in found]
+        rows = [{**_named(row), "size": size(row["total_bytes"] or None), "seconds": row["seconds"]} for row in found]
         console.show(rows, as_json=False, empty="")
     _check(found)
 

@@ -47,6 +47,8 @@ class PlainLines:
         for row in rows:
             name, step = (row["backend"], row["model"]), (row["state"], row["detail"])
             state, detail, at = self._shown.get(name, ("", "", -PLAIN_EVERY_S))
+            if not row["detail"]:
+                continue
             if (state, detail) != step or (row["state"] == RUNNING and now - at >= PLAIN_EVERY_S):
                 self._shown[name] = *step, now
                 console.notify(in_words(row))

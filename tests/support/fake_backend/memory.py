@@ -5,14 +5,15 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tests.support.fake_backend.content import Json
+from tests.support.fake_backend.content import Json, after_pause
 from tests.support.fake_backend.scripts import Received, Step, answer
 
 if TYPE_CHECKING:
     from tests.support.fake_backend.answers import HealthyServer
 
 JSON = "application/json; charset=utf-8"
-ROUTER_PATHS = ("/models", "/v1/models", "/models/load", "/models/unload", "/slots")
+ROUTED_SIZE = 6_114_816
+ROUTER_PATHS = ("/models", "/v1/models", "/models/load", "/models/unload", "/slots", "/tokenize")
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Memory:
     # A router answers before the model is loaded.
     ready_at: dict[str, float] = field(default_factory=dict)
     leaving: set[str] = field(default_factory=set)
+    # Of a router: their memory was freed because nobody called them.
+    asleep: set[str] = field(default_factory=set)
 
     def load(self, model: str) -> float:
         """Returns the seconds that it takes."""
@@ -53,6 +56,8 @@ class Memory:
         """As a router reports it."""
         if model not in self.now():
             return "unloaded"
+        if model in self.asleep:
+            return "sleeping"
         return "loading" if time.monotonic() < self.ready_at.get(model, 0.0) else "loaded"
 
 
@@ -65,6 +70,9 @@ def router(healthy: "HealthyServer", request: Received) -> list[Step]:
     if request.method == "GET":
         return answer(200, {"data": [_entry(healthy.memory, model) for model in healthy.models], "object": "list"}, JSON)
     model = json.loads(request.body).get("model", "")
+    if request.path == "/tokenize":
+        healthy.memory.asleep.discard(model)
+        return after_pause(answer(200, {"tokens": []}, JSON), healthy.memory.load_s)
     is_running = model in healthy.memory.now()
     if request.path == "/models/load":
         return _load(healthy, model, is_running=is_running)
@@ -93,5 +101,6 @@ def _entry(memory: Memory, model: str) -> Json:
     status: Json = {"value": memory.status(model), "args": ["llama-server", "--alias", model]}
     if model in memory.broken:
         status |= {"failed": True, "exit_code": 1}
+    meta = {"meta": {"n_ctx": 4096, "size": ROUTED_SIZE}} if status["value"] == "loaded" else {}
     created = int(time.time())
-    return {"id": model, "object": "model", "owned_by": "llamacpp", "created": created, "status": status, "aliases": []}
+    return {"id": model, "object": "model", "owned_by": "llamacpp", "created": created, "status": status, **meta}
