@@ -68,7 +68,7 @@ class Transfer:
         self._line = b""
         # Of each layer: bytes in all, bytes there, and bytes that were there before.
         self._layers: dict[str, tuple[int, int, int]] = {}
-        self._samples: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=SPEED_SAMPLES + 2)
+        self._samples: deque[tuple[float, int]] = deque(maxlen=SPEED_SAMPLES + 2)
         self.status = ""
         self.has_succeeded = False
 
@@ -94,7 +94,7 @@ class Transfer:
         first = self._layers[digest][2] if digest in self._layers else completed
         self._layers[digest] = total, min(completed, total), min(first, completed)
         now = self._clock()
-        if now - self._samples[-1][0] >= SPEED_OVER_S / SPEED_SAMPLES:
+        if not self._samples or now - self._samples[-1][0] >= SPEED_OVER_S / SPEED_SAMPLES:
             self._samples.append((now, self._sizes()[2]))
         while len(self._samples) > 1 and now - self._samples[1][0] >= SPEED_OVER_S:
             self._samples.popleft()
@@ -109,7 +109,7 @@ class Transfer:
     def facts(self) -> dict[str, Any]:
         """The fields of a row; `percent` is of the layers that are known so far."""
         total, completed, brought = self._sizes()
-        began, before = self._samples[0]
+        began, before = self._samples[0] if self._samples else (self._clock(), 0)
         seconds = self._clock() - began
         speed = (brought - before) / seconds if seconds > 0 else 0.0
         return {

@@ -129,6 +129,13 @@ def test_progress_in_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert (fourth, end) == ("b      qwen3  FAILED: no space left\x1b[K", "")
 
 
+def test_progress_fits_a_low_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LINES", "5")
+    progress.LinesInPlace().show([row_of(backend=f"box{n}") for n in range(9)])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and lines[-1].startswith("… and 6 more")
+
+
 def test_progress_in_words() -> None:
     assert progress.in_words(row_of()) == (
         "alpha  qwen3  pulling 8eeb52dfb3bb   41.2 %  4.1 GB of 10.0 GB  85.0 MB/s  69 s left  (48 s)"

@@ -28,9 +28,12 @@ class LinesInPlace:
         self._drawn = 0
 
     def show(self, rows: Rows) -> None:
-        columns = shutil.get_terminal_size().columns
+        columns, height = shutil.get_terminal_size()
         width = max((len(str(row["backend"])) for row in rows), default=0)
-        lines = [in_words(row, width)[: columns - 1] + CLEAR_LINE for row in rows]
+        shown = rows if len(rows) < height else rows[: max(1, height - 2)]
+        lines = [in_words(row, width)[: columns - 1] + CLEAR_LINE for row in shown]
+        if more := len(rows) - len(shown):
+            lines.append(f"… and {more} more{CLEAR_LINE}")
         sys.stderr.write(UP * self._drawn + "\r" + "\n".join(lines) + "\n")
         sys.stderr.flush()
         self._drawn = len(lines)
