@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.bench.fleet import chart, goals, report, scenario
 from tests.bench.fleet.installation import Installation, can_route
 from tests.bench.fleet.programs import CannotRun
-from tests.bench.fleet.runs import Job, Progress, Result, Runner, Subject, run_all, subject_of
+from tests.bench.fleet.runs import Job, Progress, Result, Runner, Subject, run_everything, subject_of
 from tests.bench.fleet.scenario import Scenario
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -69,7 +69,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan(found: Sequence[Scenario], arguments: argparse.Namespace) -> Iterator[Job]:
-    """The slow probe of the processor comes last, when nothing else runs for long."""
     for number in range(arguments.rounds):
         for one in found:
             for subject in subjects(one, arguments):
@@ -107,7 +106,7 @@ def measure(jobs: Sequence[Job], arguments: argparse.Namespace, progress: Progre
         foreign_keys = json.loads(arguments.keys.read_text()) if arguments.keys else {}
         numbers = arguments.speed, arguments.seed, arguments.base_port
         runner = Runner(installation, *numbers, foreign_keys, arguments.box_program)
-        return run_all(runner, jobs, arguments.side_by_side, progress)
+        return run_everything(runner, jobs, arguments.side_by_side, progress)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +94,16 @@ class BoxServer:
 
     async def _stream(self, request: web.Request, wire: Wire, call: Call) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": wire.content_type})
-        async with aclosing(self._machine.run(call)) as steps:
-            before = 0
-            async for done in steps:
-                if not before:
-                    await response.prepare(request)
-                await response.write(wire.chunk(call, done - before))
-                before = done
-        await response.write(wire.end(call))
-        await response.write_eof()
+        with suppress(ConnectionResetError):
+            async with aclosing(self._machine.run(call)) as steps:
+                before = 0
+                async for done in steps:
+                    if not before:
+                        await response.prepare(request)
+                    await response.write(wire.chunk(call, done - before))
+                    before = done
+            await response.write(wire.end(call))
+            await response.write_eof()
         return response
 
 

@@ -64,8 +64,8 @@ def fleet(counts: Sequence[Figures], found: Scenario) -> Figures:
     }
 
 
-def gateway(audit: Rows, cpu_s: float, requests: int) -> Figures:
-    found: Figures = {"cpu_s": cpu_s, "cpu_ms_per_request": 1000 * cpu_s / max(1, requests), "audit_rows": len(audit)}
+def gateway(audit: Rows, cpu_s_per_request: float) -> Figures:
+    found: Figures = {"cpu_ms_per_request": 1000 * cpu_s_per_request, "audit_rows": len(audit)}
     estimates = [(row["estimated_ms"], row["ttfb_ms"]) for row in audit if row.get("estimated_ms") and row.get("ttfb_ms")]
     if estimates:
         errors = [abs(estimated - real) / real for estimated, real in estimates]

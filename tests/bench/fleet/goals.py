@@ -14,8 +14,8 @@ OURS, OURS_IN_FOUR, ORDER = "gateway-fast", "gateway-fast-4", "gateway-order"
 ALONE, WALL = "without batch", "wall clock"
 FAIRNESS, PROCESSOR = "fairness", "processor"
 ROUNDING = 1e-9
-# Twice the dearest call in each of the four slots.
-FAIR_CALLS = 8
+# Twice the dearest call in each of the two slots.
+FAIR_CALLS = 4
 
 
 @dataclass(frozen=True)

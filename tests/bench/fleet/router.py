@@ -51,10 +51,11 @@ class Router:
     async def _relay(self, request: web.Request, url: str, content: bytes) -> web.StreamResponse:
         async with self._http.post(url, data=content, headers={"Content-Type": "application/json"}) as answer:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.headers["Content-Type"]})
-            await response.prepare(request)
-            async for piece in answer.content.iter_any():
-                await response.write(piece)
-            await response.write_eof()
+            with suppress(ConnectionResetError):
+                await response.prepare(request)
+                async for piece in answer.content.iter_any():
+                    await response.write(piece)
+                await response.write_eof()
             return response
 
     async def _names(self, url: str) -> set[str]:

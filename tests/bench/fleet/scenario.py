@@ -57,6 +57,8 @@ class Scenario:
     who: tuple[Group, ...]
     # What is still unanswered so long after the end is given up.
     grace: float
+    # So often the people come, to the same machines; the processor time is that of the cheapest time.
+    slices: int
     file: Path = field(compare=False)
 
     def key_names(self) -> set[str]:
@@ -81,7 +83,8 @@ def read(file: Path) -> Scenario:
     for box in boxes:
         if max(box.models.values()) > box.vram:
             raise ValueError(f"{file.name}: a model does not fit into the memory of {box.name!r}")
-    return Scenario(file.stem, float(content["seconds"]), boxes, groups, float(content.get("grace", GRACE_S)), file)
+    grace, slices = float(content.get("grace", GRACE_S)), int(content.get("slices", 1))
+    return Scenario(file.stem, float(content["seconds"]), boxes, groups, grace, slices, file)
 
 
 def sizes(models: str) -> dict[str, float]:

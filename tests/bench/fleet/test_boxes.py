@@ -26,6 +26,7 @@ FOUND = Scenario(
         Group("batch", "llama3.2", turn=60, answer=20, key="bob", at_once=2, think=1),
     ),
     20,
+    1,
     scenario.find("office"),
 )
 
@@ -105,7 +106,7 @@ def test_groups_can_stay_away_and_unknown_models_fail() -> None:
 @pytest.mark.parametrize("folder", [scenario.SCENARIOS, scenario.PROBES])
 def test_every_scenario_can_be_read(folder: Any) -> None:
     found = [scenario.read(path) for path in folder.glob("*.json")]
-    assert found and all(one.key_names() and one.seconds >= 100 for one in found)
+    assert found and all(one.key_names() and one.seconds >= 25 for one in found)
 
 
 @pytest.mark.parametrize(
