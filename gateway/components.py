@@ -13,6 +13,7 @@ from typing import Any
 from argon2 import PasswordHasher
 
 from gateway.audit import retention
+from gateway.audit.call_costs import CallCosts
 from gateway.audit.settlement import Settler
 from gateway.audit.writer import AuditWriter
 from gateway.auth.auth_failures import AuthFailures
@@ -28,6 +29,8 @@ from gateway.fleet import model_jobs, presence, probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
 from gateway.fleet.control import Control
+from gateway.fleet.cost_store import CostStore
+from gateway.fleet.costs import Costs
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.drains import Drains
 from gateway.fleet.held_answers import HeldAnswers
@@ -64,6 +67,7 @@ class Components:
     backends: dict[str, Backend]
     discovery: Discovery
     running_models: RunningModels
+    costs: Costs
     proxies: TrustedProxies
     limits: Limiter
     dialects: dict[str, Dialect]
@@ -96,30 +100,29 @@ async def opened(
         running_models = await enter(RunningModels(backends.values()))
         drains = await enter(Drains(database, store, backends))
         proxies = await enter(TrustedProxies(settings.gateway_trusted_proxies))
-        connections = await enter(
-            ShardConnections(settings.redis_url, read_scripts(limiter.LUA, presence.LUA), store.count_failure)
-        )
+        connections = await enter(connections_of(settings, store))
         active = Presence(
             connections, uuid.uuid4().hex, lambda: state_of(active.process_id, in_flight, limits, writer, backends)
         )
-        share = lambda: Share(active.rank, active.count)  # noqa: E731
-        limits = await enter(limits_of(settings, database, store, connections, share))
+        limits = await enter(limits_of(settings, database, store, connections, lambda: Share(active.rank, active.count)))
+        costs = await enter(CostStore(connections, Costs()))
         dialects = registry.dialects()
         writer = await enter(AuditWriter(store, limits, database, active.process_id, keep_prompts=kept_prompts(settings)))
         purging = await enter(retention_task(settings))
-        settler = await enter(settler_of(settings, limits, dialects, writer))
+        settler = await enter(settler_of(settings, limits, dialects, writer, CallCosts(costs.costs, lambda: discovery.catalog)))
         scope_timer = await enter(ScopeTimer())
         metrics, in_flight = Metrics(metrics_folder), InFlight()
         catalog = lambda: discovery.catalog  # noqa: E731
         gauges = await enter(
-            Gauges(metrics, in_flight, limits, connections, settler, writer, backends, catalog, store, database)
+            Gauges(metrics, in_flight, limits, connections, settler, writer, backends, catalog, store, database, costs.costs)
         )
         await enter(active)
         await enter(control_of(store, discovery, backends))
         owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, scope_timer, gauges, active]
 
         def background() -> list[KeptTask]:
-            return [*beside, purging, *(one.background for one in owners), *store.background, *connections.background]
+            tasks = [*beside, purging, costs.background, *store.background, *connections.background]
+            return [*tasks, *(one.background for one in owners)]
 
         yield Components(
             database=database,
@@ -129,6 +132,7 @@ async def opened(
             backends=backends,
             discovery=discovery,
             running_models=running_models,
+            costs=costs.costs,
             proxies=proxies,
             limits=limits,
             dialects=dialects,
@@ -145,6 +149,10 @@ async def opened(
 
 def database_of(settings: Settings) -> Database:
     return Database(settings.database_url, size=settings.database_pool_size, overflow=settings.database_pool_overflow)
+
+
+def connections_of(settings: Settings, store: RedisClient) -> ShardConnections:
+    return ShardConnections(settings.redis_url, read_scripts(limiter.LUA, presence.LUA), store.count_failure)
 
 
 def hasher_of(settings: Settings) -> PasswordHasher:
@@ -217,11 +225,14 @@ async def retention_task(settings: Settings) -> AsyncIterator[KeptTask]:
             await purging.end()
 
 
-def settler_of(settings: Settings, limits: Limiter, dialects: dict[str, Dialect], writer: AuditWriter) -> Settler:
+def settler_of(
+    settings: Settings, limits: Limiter, dialects: dict[str, Dialect], writer: AuditWriter, call_costs: CallCosts
+) -> Settler:
     return Settler(
         limits,
         dialects,
         writer.write,
+        call_costs,
         size=settings.audit_buffer_size,
         most_output=settings.max_num_predict,
         cached_weight=int(settings.cached_tokens_weight),

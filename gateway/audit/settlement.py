@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Self
 
 from gateway.audit import backend_seconds, token_usage
+from gateway.audit.call_costs import CallCosts
 from gateway.audit.record import Record
 from gateway.core import strict_json
 from gateway.core.background import KeptTask
@@ -42,12 +43,13 @@ class Settler:
         limits: Limiter,
         dialects: Mapping[str, Dialect],
         write: WriteRows,
+        call_costs: CallCosts,
         *,
         size: int,
         most_output: int,
         cached_weight: int,
     ) -> None:
-        self._limits, self._dialects, self._write = limits, dialects, write
+        self._limits, self._dialects, self._write, self._call_costs = limits, dialects, write, call_costs
         self._size, self._most_output, self._cached_weight = size, most_output, cached_weight
         self._backlog: deque[Settlement] = deque()
         self._unsettled: deque[Settlement] = deque(maxlen=size)
@@ -112,6 +114,7 @@ class Settler:
         spent = token_usage.usage_of(record, self._most_output, self._cached_weight)
         record.spent_prompt, record.spent_completion, record.spent_cached = spent.prompt, spent.completion, spent.cached or 0
         record.end_slot()
+        self._call_costs.note(record, spent)
         record.backend_s, record.seconds_from = backend_seconds.seconds_of(record)
         record.loaded = backend_seconds.has_loaded(record)
         row = record.end(*spent)

@@ -97,8 +97,8 @@ def cached_token_count(value: object) -> int | None:
     return value if value.__class__ is int and 0 <= value < 2**53 else None
 
 
-def duration_s(value: object, units_per_s: int) -> float | None:
+def duration_s(value: Any, units_per_s: int) -> float | None:
     """A duration of a backend in seconds, None if it is not usable: no number, negative or longer than a day."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_DURATION_S * units_per_s:
-        return None
-    return value / units_per_s
+    kind = value.__class__
+    is_usable = (kind is int or kind is float) and 0 <= value <= LONGEST_DURATION_S * units_per_s
+    return value / units_per_s if is_usable else None

@@ -26,7 +26,6 @@ NUMBERS = frozenset(
 )
 BOOLEAN_OPTIONS = frozenset("numa low_vram f16_kv logits_all vocab_only use_mmap use_mlock penalize_newline".split())
 CACHED = "prompt_eval_cached_count"
-DURATIONS = ("load_duration", "prompt_eval_duration", "eval_duration")
 NANOSECONDS = 10**9
 GENERATE = "/api/generate"
 
@@ -113,7 +112,9 @@ def _seconds(fields: dict[str, Any]) -> tuple[float | None, float | None, float 
     """Seconds of loading, of the prompt and of the answer. Embeddings come with their total alone, which includes the load."""
     if "total_duration" not in fields:
         return None, None, None
-    load, prefill, decode = (duration_s(fields.get(name), NANOSECONDS) for name in DURATIONS)
+    load = duration_s(fields.get("load_duration"), NANOSECONDS)
+    prefill = duration_s(fields.get("prompt_eval_duration"), NANOSECONDS)
+    decode = duration_s(fields.get("eval_duration"), NANOSECONDS)
     if prefill is None and decode is None and (total := duration_s(fields["total_duration"], NANOSECONDS)) is not None:
         prefill = max(0.0, total - (load or 0.0))
     return load, prefill, decode

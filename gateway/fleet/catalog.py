@@ -143,6 +143,14 @@ class Catalog:
         """Whether this is a model or an alias, also one that leads to nothing."""
         return name.canonical in self.models or self.aliases.of(name) is not None
 
+    def offer(self, backend: str, model: str) -> Offer | None:
+        """A backend's copy of the model with this canonical name."""
+        known = self.models.get(model)
+        for offer in () if known is None else known.offers:
+            if offer.backend == backend:
+                return offer
+        return None
+
     @property
     def size(self) -> int:
         """How many models there are, without aliases."""

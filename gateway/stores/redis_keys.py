@@ -110,6 +110,8 @@ def fleet_box(backend: str) -> bytes:
 
 PROCESSES = _tagged(HOME, "processes")
 PROCESS_STATES = _tagged(HOME, "bulletin")
+# A hash of what calls cost by backend and model.
+COSTS = _tagged(HOME, "fleet:costs")
 BY_SHARD = tuple(ShardKeys(*(_tagged(shard, name) for name in ShardKeys._fields)) for shard in range(SHARDS))
 
 

@@ -11,6 +11,7 @@ from gateway.core.background import KeptTask
 from gateway.core.in_flight import InFlight
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
+from gateway.fleet.costs import Costs, Learned
 from gateway.limits.limiter import Limiter
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient
@@ -36,10 +37,13 @@ class Gauges:
         catalog: Callable[[], Catalog],
         store: RedisClient,
         database: Database,
+        costs: Costs,
     ) -> None:
         self._metrics, self._in_flight, self._limits, self._connections = metrics, in_flight, limits, connections
         self._settler, self._writer, self._backends, self._catalog = settler, writer, backends, catalog
         self._store, self._database = store, database
+        self._costs = costs
+        self._sampled_costs: tuple[int, set[Learned]] = (-1, set())
         self._counted: dict[str, int] = {}
         self.background = KeptTask(self._keep_sampling, "metrics")
 
@@ -70,6 +74,7 @@ class Gauges:
             metrics.backlog.set(self._writer.waiting)
         self._sample_backends()
         self._sample_stores()
+        self._sample_costs()
 
     def _sample_backends(self) -> None:
         for name, backend in self._backends.items():
@@ -77,6 +82,24 @@ class Gauges:
             self._metrics.breaker.labels(name).set(BREAKER[backend.breaker.state])
         for snapshot in self._catalog().snapshots:
             self._metrics.backend_up.labels(snapshot.backend).set(int(not snapshot.error))
+
+    def _sample_costs(self) -> None:
+        """Only what has changed. What was learned of a backend that is no longer configured is not shown."""
+        version, known = self._sampled_costs
+        if version == self._costs.version:
+            return
+        rows = {row for row in self._costs.learned() if row.backend in self._backends}
+        self._sampled_costs = self._costs.version, rows
+        metrics = self._metrics
+        for row in rows - known:
+            for gauge, value in (
+                (metrics.load_s, row.load_s),
+                (metrics.prefill_tps, row.prefill_tps),
+                (metrics.decode_tps, row.decode_tps),
+                (metrics.call_s, row.service_s),
+            ):
+                if value is not None:
+                    gauge.labels(row.backend, row.model).set(value)
 
     def _sample_stores(self) -> None:
         metrics = self._metrics

@@ -67,6 +67,7 @@ class Metrics:
         self._collecting: asyncio.Lock = asyncio.Lock()
         self._declare_requests()
         self._declare_backends()
+        self._declare_costs()
         self._declare_stores()
         self._declare_process()
 
@@ -132,6 +133,24 @@ class Metrics:
         )
         self.breaker = self._gauge(
             "gateway_backend_breaker_state", "0 closed, 1 trying again, 2 open", "backend", of_all="livemax"
+        )
+
+    def _declare_costs(self) -> None:
+        by_model = "backend", "model"
+        self.load_s = self._gauge(
+            "gateway_backend_load_seconds", "Learned: to load a model", *by_model, of_all="livemostrecent"
+        )
+        self.prefill_tps = self._gauge(
+            "gateway_backend_prefill_tokens_per_second",
+            "Learned: tokens of a prompt that were not cached",
+            *by_model,
+            of_all="livemostrecent",
+        )
+        self.decode_tps = self._gauge(
+            "gateway_backend_decode_tokens_per_second", "Learned: tokens of an answer", *by_model, of_all="livemostrecent"
+        )
+        self.call_s = self._gauge(
+            "gateway_backend_call_seconds", "Learned: a call without loading its model", *by_model, of_all="livemostrecent"
         )
 
     def _declare_stores(self) -> None:
