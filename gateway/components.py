@@ -34,9 +34,9 @@ from gateway.fleet.costs import Costs
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.drains import Drains
 from gateway.fleet.held_answers import HeldAnswers
+from gateway.fleet.load import Load
 from gateway.fleet.model_jobs import ModelJobs
 from gateway.fleet.presence import Presence, ProcessState
-from gateway.fleet.running_models import RunningModels
 from gateway.limits import limiter
 from gateway.limits.budgets import Budgets
 from gateway.limits.fallback import Share
@@ -66,7 +66,7 @@ class Components:
     authenticator: Authenticator
     backends: dict[str, Backend]
     discovery: Discovery
-    running_models: RunningModels
+    load: Load
     costs: Costs
     proxies: TrustedProxies
     limits: Limiter
@@ -97,10 +97,10 @@ async def opened(
         authenticator = await enter(authenticator_of(settings, database, store))
         backends = await enter(backends_of(settings))
         discovery = await enter(discovery_of(settings, backends, store))
-        running_models = await enter(RunningModels(backends.values()))
         drains = await enter(Drains(database, store, backends))
         proxies = await enter(TrustedProxies(settings.gateway_trusted_proxies))
         connections = await enter(connections_of(settings, store))
+        load = await enter(load_of(settings, backends, connections, discovery))
         active = Presence(
             connections, uuid.uuid4().hex, lambda: state_of(active.process_id, in_flight, limits, writer, backends)
         )
@@ -121,7 +121,7 @@ async def opened(
         owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, scope_timer, gauges, active]
 
         def background() -> list[KeptTask]:
-            tasks = [*beside, purging, costs.background, *store.background, *connections.background]
+            tasks = [*beside, purging, load.background, costs.background, *store.background, *connections.background]
             return [*tasks, *(one.background for one in owners)]
 
         yield Components(
@@ -131,7 +131,7 @@ async def opened(
             authenticator=authenticator,
             backends=backends,
             discovery=discovery,
-            running_models=running_models,
+            load=load,
             costs=costs.costs,
             proxies=proxies,
             limits=limits,
@@ -185,6 +185,11 @@ def discovery_of(settings: Settings, backends: dict[str, Backend], store: RedisC
         aliases=settings.aliases,
         is_digest_decisive=settings.digest_parity == "distinct",
     )
+
+
+def load_of(settings: Settings, backends: dict[str, Backend], connections: ShardConnections, discovery: Discovery) -> Load:
+    catalog = lambda: discovery.catalog  # noqa: E731
+    return Load(backends.values(), connections, catalog, every_s=settings.loaded_models_refresh_s)
 
 
 @asynccontextmanager

@@ -102,7 +102,7 @@ MODELS_CHANGED_S = 2.0
 def table(settings: Settings, parts: Components) -> Endpoints:
     access = Access(parts.authenticator, parts.limits, default_quota(settings))
     calls = calls_of(settings, parts, access)
-    lists = ModelLists(access, parts.catalog, parts.running_models.now)
+    lists = ModelLists(access, parts.catalog, parts.load.running)
     health = Health(parts.database, parts.store, parts.catalog, parts.background, parts.in_flight)
     admin = admin_api_of(settings, parts, access)
     found: Endpoints = {
@@ -189,7 +189,7 @@ def document_of(endpoints: Endpoints, parts: Components, id_header: str) -> stat
 
 def admin_api_of(settings: Settings, parts: Components, access: Access) -> AdminApi:
     key_store = KeyStore(parts.database, hasher_of(settings), parts.store)
-    overview = Overview(settings.backends, parts.discovery, parts.reports, parts.store, parts.database)
+    overview = Overview(settings.backends, parts.discovery, parts.reports, parts.store, parts.database, parts.load.view)
     defaults, most = default_quota(settings), settings.max_num_predict
 
     async def explain_now(question: Question) -> dict[str, Any]:

@@ -184,6 +184,7 @@ class Settings:
     ollama_backends: str = env("", is_secret=True)
     model_discovery_refresh_s: float = env("60", seconds(0.2, 86_400))
     model_discovery_cache_ttl_s: float = env("120", seconds(0.2, 86_400))
+    loaded_models_refresh_s: float = env("2", seconds(0.05, 3600))
     model_aliases: str = env("")
     digest_parity: str = env("warn", one_of("warn", "distinct"))
     database_url: str = env("", database_url, is_secret=True)

@@ -64,6 +64,7 @@ BAD = {
     "OLLAMA_AUTH_HEADER": ["Author ization", "A:b"],
     "OLLAMA_AUTH_SCHEME": ["Bearer token"],
     "DIGEST_PARITY": ["error", "1"],
+    "LOADED_MODELS_REFRESH_S": ["0", "3601", "x"],
     "MODEL_DISCOVERY_REFRESH_S": ["0", "0.1", "never"],
     "MODEL_DISCOVERY_CACHE_TTL_S": ["0", "x"],
     "DATABASE_URL": ["mysql://u:p@h/d", "h/d", "postgresql://u:p@h:port/d", "postgresql://u:p@h:70000/d", " postgresql://h/d"],

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,6 +13,7 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Snapshot
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.presence import BackendState, ProcessState
+from gateway.fleet.residents import BackendLoad
 from gateway.fleet.ways import speaks
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
@@ -37,7 +38,6 @@ NEVER_POLLED: dict[str, Any] = {
     "version": "",
     "models": 0,
     "speaks": [],
-    "running": [],
 }
 
 
@@ -49,7 +49,9 @@ class Overview:
         reports: Database,
         store: RedisClient,
         database: Database,
+        loads: Callable[[], Mapping[str, BackendLoad]],
     ) -> None:
+        self._loads = loads
         self._configs, self._discovery, self._reports, self._store = configs, discovery, reports, store
         self._database = database
         self._lock = asyncio.Lock()
@@ -93,7 +95,10 @@ class Overview:
             "audit_backlog": max(
                 (state.audit_waiting for state in states or () if state.audit_waiting is not None), default=None
             ),
-            "backends": backends(self._configs, self._discovery.catalog, presence.merged_view(states or ()), drained or {}),
+            "backends": [
+                {**row, "running": running(self._loads().get(row["name"]))}
+                for row in backends(self._configs, self._discovery.catalog, presence.merged_view(states or ()), drained or {})
+            ],
             "stores": {
                 "redis": self._store.up,
                 "postgresql": recent is not None or (self._reports.up and self._database.up),
@@ -157,5 +162,9 @@ def _as_polled(snapshot: Snapshot | None) -> dict[str, Any]:
         "version": snapshot.version,
         "models": len(snapshot.models),
         "speaks": speaks(snapshot.kind, snapshot.routes),
-        "running": [entry["name"] for entry in snapshot.running],
     }
+
+
+def running(load: BackendLoad | None) -> list[str]:
+    """The models that a backend has loaded on demand."""
+    return [resident.model for resident in load.residents] if load is not None and load.swaps else []

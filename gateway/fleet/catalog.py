@@ -26,7 +26,6 @@ class Snapshot:
     answered_at: float = 0.0
     version: str = ""
     models: Entries = ()
-    running: Entries = ()
     error: str = ""
     latency_ms: float = 0.0
     asked_at: float = 0.0
@@ -42,7 +41,8 @@ class Snapshot:
         return f"away: {self.error}" if self.error else "up"
 
     def packed(self) -> dict[str, Any]:
-        return asdict(self)
+        # An earlier version takes no snapshot without its running models.
+        return {**asdict(self), "running": ()}
 
 
 # A process of a later version may store more.
@@ -51,13 +51,13 @@ SNAPSHOT_FIELDS = frozenset(declared.name for declared in fields(Snapshot))
 
 def unpack(packed: Mapping[str, Any]) -> Snapshot:
     """A snapshot from Redis, which anybody may have written: raises ValueError, TypeError or KeyError where it is invalid."""
-    lists = {name: tuple(_checked(entry) for entry in packed[name]) for name in ("models", "running")}
+    models = tuple(_checked(entry) for entry in packed["models"])
     routes = tuple(route for route in packed.get("routes", ()) if isinstance(route, str))
     times = {name: float(packed[name]) for name in ("answered_at", "asked_at")}
     known = {name: value for name, value in packed.items() if name in SNAPSHOT_FIELDS}
     slots = {name: count for name, count in packed.get("slots", {}).items() if whole_number(count)}
     more = {"routes": routes, "routes_at": float(packed.get("routes_at", 0.0)), "slots": slots}
-    return Snapshot(**{**known, **lists, **times, **more})
+    return Snapshot(**{**known, **times, **more, "models": models})
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
@@ -172,14 +172,13 @@ class Catalog:
             if model.is_listed(now) and allowed.allows(model.name.canonical, cloud=model.name.cloud)
         ]
 
-    def running_models(self, allowed: AllowList, reported: Mapping[str, tuple[float, Entries]]) -> list[dict[str, Any]]:
-        """`reported` is when each backend answered last, and with what; its snapshot counts where that is newer."""
+    def running_models(self, allowed: AllowList, reported: Mapping[str, Entries]) -> list[dict[str, Any]]:
+        """`reported` is what each backend runs."""
         listed = dict.fromkeys(model.name.canonical for model in self.listed(allowed))
         found: dict[str, dict[str, Any]] = {}
         at_backends: dict[tuple[str, str], dict[str, Any]] = {}
         for snapshot in self.fresh_snapshots():
-            at, entries = reported.get(snapshot.backend, (0.0, ()))
-            for entry in entries if at >= snapshot.answered_at else snapshot.running:
+            for entry in reported.get(snapshot.backend, ()):
                 name = canonical(entry["name"]).canonical
                 at_backends.setdefault((snapshot.backend, name), entry)
                 if name in listed and not self.models[name].targets:

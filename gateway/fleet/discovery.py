@@ -87,7 +87,7 @@ class Discovery:
 
         def claim(pipe: Any) -> None:
             for backend in self._backends:
-                name = redis_keys.poll_turn(_address_hash(backend.config), self._refresh_s)
+                name = redis_keys.poll_turn(address_hash(backend.config), self._refresh_s)
                 pipe.set(name, b"", nx=True, px=int(self._refresh_s * 800))
 
         try:
@@ -221,16 +221,16 @@ def _unknown(backend: Backend) -> Snapshot:
 
 def snapshot_name(config: BackendConfig) -> str:
     """The key in Redis; two lists of backends may use one name for different backends."""
-    return redis_keys.model_list(config.name, _address_hash(config))
+    return redis_keys.model_list(config.name, address_hash(config))
 
 
-def _address_hash(config: BackendConfig) -> str:
+def address_hash(config: BackendConfig) -> str:
     """A hash, because an address may contain what must not be stored."""
     return hashlib.sha256(f"{config.kind} {config.base_url}".encode()).hexdigest()[:16]
 
 
 async def poll(backend: Backend) -> Snapshot:
-    """Polls one backend for its models, its running models and its version; never makes it generate. Raises BackendFault."""
+    """Polls one backend for its models and its version; never makes it generate. Raises BackendFault."""
     began = time.monotonic()
     now = time.time()
     fresh = replace(_unknown(backend), answered_at=now, asked_at=now)
@@ -244,8 +244,7 @@ async def poll(backend: Backend) -> Snapshot:
                 slots = {name: model.slots for name, model in routed.items()}
                 return replace(fresh, models=models, slots=slots, swaps=bool(routed), latency_ms=_since(began))
             took = _since(began)
-            running, version = await asyncio.gather(_ask_running(backend), _ask_version(backend))
-            return replace(fresh, models=models, running=running, version=version, latency_ms=took)
+            return replace(fresh, models=models, version=await _ask_version(backend), latency_ms=took)
     except TimeoutError:
         raise BackendFault("poll_timeout") from None
 
@@ -296,6 +295,11 @@ def _since(began: float) -> float:
 
 async def ask(backend: Backend, path: str, read: Callable[[object], Answer]) -> Answer:
     """Gets a JSON document of a backend, parsed by `read`. Raises BackendFault."""
+    return (await ask_with_date(backend, path, read))[0]
+
+
+async def ask_with_date(backend: Backend, path: str, read: Callable[[object], Answer]) -> tuple[Answer, str]:
+    """As `ask`, with the date of the answer by the backend's clock, where it names one."""
     async with backend.send("GET", path, {"Accept": "application/json"}, wait_s=POLL_DEADLINE_S) as upstream:
         if upstream.status in (401, 403):
             raise BackendFault("token_refused", f"status {upstream.status}")
@@ -305,15 +309,9 @@ async def ask(backend: Backend, path: str, read: Callable[[object], Answer]) -> 
         if document.count(b",") + document.count(b"[") + document.count(b"{") > MOST_VALUES:
             raise BackendFault("bad_list", f"{path} has too many values")
         try:
-            return read(strict_json.read_loosely(document))
+            return read(strict_json.read_loosely(document)), upstream.headers.get("Date", "")
         except (ValueError, TypeError, AttributeError) as wrong:
             raise BackendFault("bad_list", f"{path} is not a list of models") from wrong
-
-
-async def _ask_running(backend: Backend) -> tuple[dict[str, Any], ...]:
-    with suppress(BackendFault):
-        return await ask(backend, "/api/ps", model_entries.read_tags)
-    return ()
 
 
 async def _ask_version(backend: Backend) -> str:

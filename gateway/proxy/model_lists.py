@@ -27,7 +27,7 @@ from gateway.proxy.visibility import missing
 OLDEST_VERSION_CLIENTS_TAKE = "0.6.4"
 MOST_PARAMETERS = 50
 
-AskRunning = Callable[[], Awaitable[Mapping[str, tuple[float, tuple[dict[str, Any], ...]]]]]
+AskRunning = Callable[[], Awaitable[Mapping[str, tuple[dict[str, Any], ...]]]]
 
 
 class ModelLists:

@@ -108,6 +108,11 @@ def fleet_box(backend: str) -> bytes:
     return _tagged(HOME, f"fleet:box:{backend}")
 
 
+def fleet_turn(place: str, every_s: float) -> bytes:
+    """Set while a process has the turn to ask a backend what it has loaded."""
+    return _tagged(HOME, f"fleet:turn:{place}:{every_s:g}")
+
+
 PROCESSES = _tagged(HOME, "processes")
 PROCESS_STATES = _tagged(HOME, "bulletin")
 # A hash of what calls cost by backend and model.

@@ -107,16 +107,17 @@ def test_a_stopped_gateway_leaves_no_task(start_gateway: StartGateway, alpha: Fa
     gateway = start_gateway(alpha)
     for path in ("/api/tags", "/api/ps"):
         alpha.play(path, [Forever()])
-    discovery, running_models = gateway.components.discovery, gateway.components.running_models
+    discovery, load = gateway.components.discovery, gateway.components.load
 
     async def begin() -> None:
         await discovery.refresh(enough_s=0.01)
-        await running_models.now()
+        load.look_soon("alpha")
+        await load.running()
 
     gateway.call(begin())
-    assert len(discovery._polls) and len(running_models._tasks)
+    assert len(discovery._polls) and len(load._tasks)
     gateway.stop()
-    assert not len(discovery._polls) and not len(running_models._tasks) and not len(discovery._loads)
+    assert not len(discovery._polls) and not len(load._tasks) and not len(discovery._loads)
 
 
 def test_readiness_lists_every_kept_task(start_gateway: StartGateway, alpha: FakeBackend) -> None:

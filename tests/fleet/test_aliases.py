@@ -115,8 +115,7 @@ def test_any_object_is_read_or_refused_in_one_line(entries: Mapping[str, Any], n
 
 def snapshot(backend: str, *names: str, age_s: float = 0.0, kind: str = "ollama", **more: Any) -> Snapshot:
     models = tuple(native_entry({"name": name, "digest": f"{backend}/{name}", **more}) for name in names)
-    running = models[:1]
-    return Snapshot(backend, f"http://{backend}", kind, time.time() - age_s, models=models, running=running)
+    return Snapshot(backend, f"http://{backend}", kind, time.time() - age_s, models=models)
 
 
 def catalog(aliases: Mapping[str, Any], *snapshots: Snapshot) -> Catalog:
@@ -200,9 +199,10 @@ def test_cloud_models_are_reached_through_no_alias() -> None:
 
 def test_running_models_have_the_names_of_aliases_too() -> None:
     known = catalog({"mini": ["other", "llama3.2"], "none": "other"}, ALPHA)
-    names = [entry["name"] for entry in known.running_models(ALL, {})]
+    running = {ALPHA.backend: ALPHA.models[:1]}
+    names = [entry["name"] for entry in known.running_models(ALL, running)]
     assert names == ["llama3.2", "mini:latest"]
-    entries = known.running_models(AllowList(("mini", "none")), {})
+    entries = known.running_models(AllowList(("mini", "none")), running)
     assert [(entry["name"], entry["model"], entry["digest"]) for entry in entries] == [
         ("mini:latest",) * 2 + ("alpha/llama3.2",)
     ]

@@ -228,8 +228,8 @@ def test_a_request_for_running_models_does_not_wait_for_a_dead_backend(
     with gateway.http(gateway.key()) as client:
         for _ in range(20):
             assert [entry["name"] for entry in client.get("/api/ps").json()["models"]] == ["llama3.2:latest"]
-        gateway.components.running_models._ask_after.clear()
-        until(lambda: "beta" not in gateway.components.running_models._asking, 10)
+        gateway.components.load._silent_until.clear()
+        until(lambda: "beta" not in gateway.components.load._asking, 10)
         calls = len(beta.calls("/api/ps"))
         for _ in range(10):
             client.get("/api/ps")
