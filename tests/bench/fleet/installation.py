@@ -39,6 +39,7 @@ SETTINGS = {
     "GATEWAY_LOG_LEVEL": "WARNING",
     "QUEUE_WAIT_S": "600",
     "QUEUE_SIZE": "10000",
+    "QUEUE_TOKENS": "1000000000",
 }
 READY_S, ROWS_S, ANSWERS_IN_A_ROW = 20.0, 5.0, 8
 COLUMNS = "key_id model backend ttfb_ms estimated_ms backend_ms load_ms prefill_ms decode_ms".split()
