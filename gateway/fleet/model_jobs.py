@@ -8,20 +8,23 @@ from typing import Any
 
 from gateway.core.errors import CommandFailed, NotFound
 from gateway.dialects.model_names import NAME_RULE, canonical, is_name
-from gateway.fleet import pulls
+from gateway.fleet import cost_store, pulls
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.catalog import Catalog, Offer
+from gateway.fleet.costs import LEARNED, Origin
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.jobs import Job, Progress, TaskFailed
 from gateway.fleet.load_turn import load_turn
 from gateway.fleet.model_memory import ModelMemory, load_fields, memory_of
-from gateway.stores.redis_client import RedisClient
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 VERBS = ("warm", "unload", "pull")
 # How long an unload is watched; where calls go on, the backend unloads later.
 WATCH_S, LOOK_EVERY_S = 10.0, 0.25
 MOST_BACKENDS = 1000
+# Where the expected time of a load may be from.
+KNOWN: frozenset[Origin] = frozenset({LEARNED, "model", "size"})
 
 
 class ModelJobs:
@@ -52,9 +55,17 @@ class ModelJobs:
             raise CommandFailed(f"{backend.name} has its models loaded always, or loads them by itself")
         if load_fields(backend.config, offer.spelling).get("keep_alive") == 0:
             raise CommandFailed(f"the keep_alive of {model!a} on {backend.name} is 0: it would be unloaded at once")
-        job = Job(self._refresh)
-        job.add(backend.name, offer.spelling, partial(self._load, backend, memory), load_s=None)
+        job, expected_s = Job(self._refresh), await self._expected_s(offer)
+        job.add(backend.name, offer.spelling, partial(self._load, backend, memory), load_s=None, expected_s=expected_s)
         return job
+
+    async def _expected_s(self, offer: Offer) -> float | None:
+        """The seconds that a load takes, if they are more than a guess."""
+        try:
+            rates = (await cost_store.read(self._store)).rates(offer.backend, offer.model, offer.size)
+        except RedisUnavailable:
+            return None
+        return round(rates.load_s, 1) if rates.origins[0] in KNOWN else None
 
     def _destination(self, model: str, named: Sequence[Backend]) -> tuple[Backend, Offer]:
         reasons = []

@@ -1,6 +1,7 @@
 """Operators load, unload and pull models through the admin API: with progress, on several backends, and with clear refusals."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -105,6 +106,16 @@ def test_progress_arrives_while_a_model_is_loading(admin: httpx.Client, alpha: F
         first = events(next(lines))[0]
         assert (first["state"], memory(alpha).busy) == ("running", set()) and first["load_s"] is None
         assert [row["detail"] for row in events("\n".join(lines)) if "detail" in row][-1] == "loaded"
+
+
+def test_the_seconds_of_earlier_loads_are_expected(admin: httpx.Client, stores: TestStores, gateway: RunningGateway) -> None:
+    """As finished calls have taught them; what is only guessed is not shown."""
+    assert done(admin, "warm", model=MODEL, backend="beta")[0]["expected_s"] is None
+    with stores.client() as client:
+        client.hset(redis_keys.COSTS, f"alpha {MODEL}", f"0 {time.time()} {math.log(12.5)} 1" + " 0 0" * 5)
+        assert done(admin, "warm", model=MODEL)[0]["expected_s"] == 12.5
+        # The other has the same model.
+        assert done(admin, "warm", model=MODEL, backend="beta")[0]["expected_s"] == 12.5
 
 
 def test_a_model_that_only_embeds_is_loaded(admin: httpx.Client, alpha: FakeBackend) -> None:

@@ -141,6 +141,9 @@ def test_progress_in_words() -> None:
         "alpha  qwen3  pulling 8eeb52dfb3bb   41.2 %  4.1 GB of 10.0 GB  85.0 MB/s  69 s left  (48 s)"
     )
     assert progress.in_words(row_of(bytes_per_s=None, eta_s=None, seconds=4000)).endswith("of 10.0 GB  (66 min)")
+    loading = {"backend": "a", "model": "m", "state": "running", "detail": "loading", "seconds": 3.2, "load_s": None}
+    assert progress.in_words({**loading, "expected_s": 12.4}) == "a  m  loading  (3 s of about 12 s)"
+    assert progress.in_words({**loading, "expected_s": None}) == "a  m  loading  (3 s)"
     assert [progress.size(count) for count in (None, 0, 999, 25_000, SIZE)] == ["-", "0 B", "999 B", "25.0 kB", "2.0 GB"]
     assert [progress.duration(seconds) for seconds in (0.4, 99, 130, 9000)] == ["0 s", "99 s", "2 min", "2 h 30 min"]
 

@@ -73,7 +73,7 @@ def in_words(row: Row, width: int = 0) -> str:
     if row["state"] == FAILED:
         words = f"FAILED: {words}"
     elif row["state"] == RUNNING:
-        words = "  ".join([words, *_transfer(row), f"({duration(row['seconds'])})"])
+        words = "  ".join([words, *_transfer(row), f"({_time(row)})"])
     return console.plain(f"{row['backend']:<{width}}  {row['model']}  {words}")
 
 
@@ -83,6 +83,11 @@ def _transfer(row: Mapping[str, Any]) -> list[str]:
     left = [f"{size(row['bytes_per_s'])}/s"] if row["bytes_per_s"] else []
     left += [f"{duration(row['eta_s'])} left"] if row["eta_s"] is not None else []
     return [f"{row['percent']:5.1f} %", f"{size(row['completed_bytes'])} of {size(row['total_bytes'])}", *left]
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    expected_s = row.get("expected_s")
+    return duration(row["seconds"]) + (f" of about {duration(expected_s)}" if expected_s else "")
 
 
 def size(count: float | None) -> str:
