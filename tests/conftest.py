@@ -87,12 +87,12 @@ class TestStores:
     def client(self) -> "redis.Redis":
         return redis.Redis.from_url(self.redis_url)
 
-    def billed_today(self) -> int:
-        """The tokens that Redis counts for today's budgets of all keys."""
+    def billed_today(self, kind: str = "b") -> int:
+        """The tokens that Redis counts for today's budgets of all keys; with "s" the milliseconds of backends."""
         day = f"d{int(datetime.now(UTC).timestamp()) // 86_400}"
         with self.client() as client:
-            counted: Any = [client.hget(name, day) for name in client.scan_iter("nz:*:b:*")]
-        return sum(int(tokens or 0) for tokens in counted)
+            counted: Any = [client.hget(name, day) for name in client.scan_iter(f"nz:*:{kind}:*")]
+        return sum(int(count or 0) for count in counted)
 
 
 @pytest.fixture(scope="session")

@@ -37,18 +37,28 @@ UNFINISHED_FIELDS = {
 }
 
 
-def call_info(counter_sets: Sequence[CounterSet], model: str, prompt: int, row: dict[str, Any]) -> bytes:
-    """What Redis keeps of a running call."""
-    return strict_json.write(
-        {"scopes": [list(counter_set[:6]) for counter_set in counter_sets], "model": model, "prompt": prompt, "row": row}
-    )
+def call_info(counter_sets: Sequence[CounterSet], model: str, prompt: int, row: dict[str, Any], seconds_ms: int = 0) -> bytes:
+    """What Redis keeps of a running call. `seconds_ms` of backends are reserved for it, 0 if nothing limits them."""
+    info: dict[str, Any] = {
+        # A gateway of the version before takes no other limits.
+        "scopes": [list(counter_set[:6]) for counter_set in counter_sets],
+        "model": model,
+        "prompt": prompt,
+        "row": row,
+    }
+    if seconds_ms:
+        info["seconds_ms"] = seconds_ms
+        info["of_seconds"] = [counter_set[6:] for counter_set in counter_sets]
+    return strict_json.write(info)
 
 
 def settlement_of(call_id: str, info: bytes) -> Settlement:
     """`info` is preceded by the tokens that were reserved. Raises ValueError, KeyError or TypeError."""
     reserved, _, text = info.partition(b" ")
     fields = strict_json.read_loosely(text)
-    counter_sets = tuple(_counter_set(*counter_set) for counter_set in fields["scopes"])
+    scopes = fields["scopes"]
+    of_seconds = fields.get("of_seconds") or [()] * len(scopes)
+    counter_sets = tuple(_counter_set(*scope, *more) for scope, more in zip(scopes, of_seconds, strict=True))
     used = max(0, fields["prompt"])
     row = {
         **UNFINISHED_FIELDS,
@@ -57,7 +67,8 @@ def settlement_of(call_id: str, info: bytes) -> Settlement:
         "prompt_tokens": used,
         "tokens_from": "partial" if used else "none",
     }
-    admission = Admission(call_id, counter_sets, fields["model"], True, "abandoned", int(reserved))
+    names = (call_id, counter_sets, fields["model"], True, "abandoned", int(reserved))
+    admission = Admission(*names, seconds_ms=int(fields.get("seconds_ms", 0)))
     return Settlement(admission, used, -1, strict_json.write(row), id=call_id, key_id=counter_sets[0].name)
 
 

@@ -120,7 +120,9 @@ class Settler:
         row = record.end(*spent)
         is_whole = record.outcome == "answered" and spent.source == "reported" and record.need.output != 0
         completion = spent.completion if is_whole else -1
-        return Settlement(record.admission, spent.total, completion, row, self._prompt(record), record.id, record.key_id)
+        kept = (row, self._prompt(record), record.id, record.key_id)
+        used_ms = round(record.row()["backend_ms"] or 0)
+        return Settlement(record.admission, spent.total, completion, *kept, used_ms)
 
     def _prompt(self, record: Record) -> bytes:
         if record.prompt_log is None or record.key is None:

@@ -25,6 +25,7 @@ VERSION_KEPT_S = 86_400
 LONGEST_NAME = 200
 # A request counts in all rules of its key that match the model.
 MOST_RULES = 100
+BUDGETS, SECONDS = ("day", "month"), ("day_seconds", "month_seconds")
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,18 @@ class KeyStore:
         else:
             row = await self._database.row("limit_key", key_id, *values)
         assert row is not None
-        if not _has_budget(before) and _has_budget(row):
-            await self._drop_budget_count(f"{key_id}|{pattern}" if pattern else key_id)
+        counter_set = f"{key_id}|{pattern}" if pattern else key_id
+        if not _has_budget(before, BUDGETS) and _has_budget(row, BUDGETS):
+            await self._drop_count(redis_keys.budget(counter_set))
+        if not _has_budget(before, SECONDS) and _has_budget(row, SECONDS):
+            await self._drop_count(redis_keys.seconds(counter_set))
         return key_id, dict(row), await self._announce(key_id)
 
-    async def _drop_budget_count(self, counter_set: str) -> None:
+    async def _drop_count(self, name: bytes) -> None:
         """Without a budget nothing was counted: its use so far is computed again from the audit."""
         if self._store is not None:
             with suppress(RedisUnavailable):
-                await self._store.call(lambda redis: redis.delete(redis_keys.budget(counter_set)))
+                await self._store.call(lambda redis: redis.delete(name))
 
     async def all(self) -> Sequence[Mapping[str, Any]]:
         return [dict(row) for row in await self._database.rows("list_keys")]
@@ -178,8 +182,8 @@ def _drop_cached(pipe: Any, secret_ids: Sequence[str]) -> Any:
     return pipe
 
 
-def _has_budget(row: Any) -> bool:
-    return row is not None and any(row[name] not in (None, quota.UNLIMITED) for name in ("day", "month"))
+def _has_budget(row: Any, names: Sequence[str]) -> bool:
+    return row is not None and any(row[name] not in (None, quota.UNLIMITED) for name in names)
 
 
 def _check_new_key(wanted: NewKey) -> None:

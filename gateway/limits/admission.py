@@ -8,7 +8,7 @@ from gateway.core.errors import NO_RETRY, BudgetSpent, LimitReached
 from gateway.dialects.tokens import Need
 from gateway.limits.quota import CounterSet
 
-BUDGETS = ("day", "month")
+BUDGETS = ("day", "month", "day_seconds", "month_seconds")
 Header = tuple[bytes, bytes]
 # Client libraries obey a retry-after of up to a minute, the AI SDK of less; after a longer one they try again at once.
 LONGEST_WAIT_OF_CLIENTS_S = 59.9
@@ -20,6 +20,8 @@ WORDS = {
     "concurrent": ("requests", "requests at once"),
     "day": ("insufficient_quota", "tokens per day"),
     "month": ("insufficient_quota", "tokens per month"),
+    "day_seconds": ("insufficient_quota", "seconds of backends per day"),
+    "month_seconds": ("insufficient_quota", "seconds of backends per month"),
 }
 REQUESTS, TOKENS = (
     (b"x-ratelimit-limit-" + name, b"x-ratelimit-remaining-" + name, b"x-ratelimit-reset-" + name)
@@ -28,13 +30,17 @@ REQUESTS, TOKENS = (
 
 
 class Ticket(NamedTuple):
-    """A request for admission; `info` is what Redis keeps to settle the call if its process dies, b"" if it takes no slot."""
+    """A request for admission; `info` is what Redis keeps to settle the call if its process dies, b"" if it takes no slot.
+
+    `seconds_ms` of backends are reserved, 0 if nothing limits them.
+    """
 
     id: str
     counter_sets: tuple[CounterSet, ...]
     model: str
     need: Need
     info: bytes
+    seconds_ms: int = 0
 
 
 @dataclass
@@ -50,6 +56,7 @@ class Admission:
     queue_s: float = 0.0
     headers: list[Header] = field(default_factory=list)
     began: float = 0.0
+    seconds_ms: int = 0
 
 
 class WindowUsage(NamedTuple):
@@ -63,7 +70,7 @@ class WindowUsage(NamedTuple):
 
 @dataclass
 class Settlement:
-    """What a finished request leaves: tokens to bill, and its row and prompt for the audit, b"" for none.
+    """What a finished request leaves: tokens and ms of backends to bill, and its row and prompt for the audit, b"" for none.
 
     `completion` are the tokens that count for the model's mean, -1 for none.
     """
@@ -75,6 +82,7 @@ class Settlement:
     prompt: bytes = b""
     id: str = ""
     key_id: str = ""
+    used_ms: int = 0
 
 
 class CounterUsage(NamedTuple):
@@ -85,6 +93,8 @@ class CounterUsage(NamedTuple):
     concurrent: int
     day: int
     month: int
+    day_seconds: float
+    month_seconds: float
 
 
 Verdict = Admission | LimitReached

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from gateway.limits.admission import WindowUsage
+from gateway.limits.admission import Settlement, Ticket, WindowUsage
 from gateway.limits.quota import CounterSet
 
 WINDOW_S = 60
@@ -74,6 +74,8 @@ class RedisUsage(NamedTuple):
     day: int = 0
     month: int = 0
     slots: int = 0
+    day_ms: int = 0
+    month_ms: int = 0
 
 
 class Counters:
@@ -82,8 +84,9 @@ class Counters:
     def __init__(self) -> None:
         self.known = RedisUsage()
         self.requests, self.tokens = Window(), Window()
-        self.reserved = 0
+        self.reserved = self.reserved_ms = 0
         self.spent_day = self.spent_month = 0
+        self.spent_day_ms = self.spent_month_ms = 0
         self.day = 0
 
     def left(self, limit: int, used: int, now: float) -> int:
@@ -115,14 +118,17 @@ class FallbackLimiter:
         counters = self._counters.get(counter_set.name)
         return counters.known.slots + 1 if counters else 1
 
-    def note(self, counter_set: CounterSet, usage: WindowUsage, day: int, month: int, slots: int) -> None:
+    def note(
+        self, counter_set: CounterSet, usage: WindowUsage, day: int, month: int, slots: int, day_ms: int, month_ms: int
+    ) -> None:
         """Keeps the usage that Redis replied, in case it becomes unavailable."""
         counters = self._counters.get(counter_set.name) or self._of(counter_set)
-        counters.known = RedisUsage(self._clock(), usage.requests, usage.tokens, day, month, slots)
-        counters.spent_day = counters.spent_month = 0
+        counters.known = RedisUsage(self._clock(), usage.requests, usage.tokens, day, month, slots, day_ms, month_ms)
+        counters.spent_day = counters.spent_month = counters.spent_day_ms = counters.spent_month_ms = 0
 
-    def admit(self, counter_sets: Sequence[CounterSet], tokens: int, share: Share, *, takes_slot: bool) -> Refusal | None:
+    def admit(self, ticket: Ticket, tokens: int, share: Share) -> Refusal | None:
         """Takes from all counter sets or from none; `tokens` is -1 if the request counts none."""
+        counter_sets, takes_slot = ticket.counter_sets, bool(ticket.info)
         refusals = [found for counter_set in counter_sets if (found := self._refusal(counter_set, tokens, share, takes_slot))]
         if refusals:
             return max(refusals, key=lambda refusal: float("inf") if refusal.wait_s is None else refusal.wait_s)
@@ -131,12 +137,18 @@ class FallbackLimiter:
             counters = self._of(counter_set)
             counters.requests.add(now, 1)
             counters.reserved += max(0, tokens)
+            counters.reserved_ms += ticket.seconds_ms
         return None
 
-    def settle(self, counter_sets: Sequence[CounterSet], reserved: int, used: int) -> None:
-        for counter_set in counter_sets:
+    def settle(self, settlement: Settlement) -> None:
+        admission, used, used_ms = settlement.admission, settlement.used, settlement.used_ms
+        assert admission is not None
+        for counter_set in admission.counter_sets:
             counters = self._of(counter_set)
-            counters.reserved = max(0, counters.reserved - reserved)
+            counters.reserved = max(0, counters.reserved - admission.reserved)
+            counters.reserved_ms = max(0, counters.reserved_ms - admission.seconds_ms)
+            counters.spent_day_ms += used_ms
+            counters.spent_month_ms += used_ms
             if used:
                 counters.tokens.add(self._clock(), used)
                 counters.spent_day += used
@@ -159,7 +171,8 @@ class FallbackLimiter:
             if len(self._counters) > REMEMBERED_COUNTER_SETS:
                 self._counters.popitem(last=False)
         if counters.day != self._today():
-            counters.day, counters.spent_day, counters.known = self._today(), 0, counters.known._replace(day=0)
+            counters.day, counters.spent_day, counters.spent_day_ms = self._today(), 0, 0
+            counters.known = counters.known._replace(day=0, day_ms=0)
         self._counters.move_to_end(counter_set.name)
         return counters
 
@@ -170,6 +183,8 @@ class FallbackLimiter:
             return Refusal("rpm", counter_set, counters.requests.until_gone(now, excess) if counter_set.rpm else None)
         if tokens >= 0 and (found := self._token_refusal(counter_set, counters, tokens, share, now)):
             return found
+        if takes_slot and counter_set.limits_seconds and (spent := self._seconds_refusal(counter_set, counters, share)):
+            return spent
         if (
             takes_slot
             and counter_set.concurrent >= 0
@@ -193,6 +208,20 @@ class FallbackLimiter:
             is_spent = known.month + counters.spent_month + tokens > counter_set.month
             wait = _until_next("month") if is_spent else 0.0
             return Refusal("month", counter_set, wait if tokens <= counter_set.month and counter_set.month else None)
+        return None
+
+    @staticmethod
+    def _seconds_refusal(counter_set: CounterSet, counters: Counters, share: Share) -> Refusal | None:
+        """How long a call takes is not known: it passes if anything is left of this process's share."""
+        known, held = counters.known, counters.reserved_ms
+        for limit, span, most_s, known_ms, spent_ms in (
+            ("day_seconds", "day", counter_set.day_seconds, known.day_ms, counters.spent_day_ms),
+            ("month_seconds", "month", counter_set.month_seconds, known.month_ms, counters.spent_month_ms),
+        ):
+            if most_s < 0 or spent_ms + held < share.out_of(max(0, most_s * 1000 - known_ms)):
+                continue
+            wait = _until_next(span) if known_ms + spent_ms >= most_s * 1000 else 0.0
+            return Refusal(limit, counter_set, wait if most_s else None)
         return None
 
 

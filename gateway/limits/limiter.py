@@ -14,6 +14,7 @@ from gateway.limits import lease_renewal, queue
 from gateway.limits.admission import (
     Admission,
     CounterUsage,
+    Header,
     Settlement,
     Ticket,
     Verdict,
@@ -34,6 +35,8 @@ LUA = Path(__file__).parent / "lua"
 # For each shard.
 MOST_ROWS, MOST_PROMPTS = 25_000, 500
 SEED_WAIT_S = 3.0
+# The numbers of the script `admit` for each counter set.
+OF_EACH_SET = 9
 
 
 class Limiter:
@@ -108,9 +111,9 @@ class Limiter:
         """What `admit` would decide now, and the usage of each counter set; takes nothing. Raises RedisUnavailable."""
         reply = await self._reply(ticket, may_wait=False, lease_ms=0)
         usages = []
-        for start in range(5, 5 + 7 * len(ticket.counter_sets), 7):
-            requests, tokens, _, _, day, month, slots = reply[start : start + 7]
-            usages.append(CounterUsage(requests, tokens, slots, day, month))
+        for start in range(5, 5 + OF_EACH_SET * len(ticket.counter_sets), OF_EACH_SET):
+            requests, tokens, _, _, day, month, slots, day_ms, month_ms = reply[start : start + OF_EACH_SET]
+            usages.append(CounterUsage(requests, tokens, slots, day, month, day_ms / 1000, month_ms / 1000))
         return self._read(ticket, reply), usages
 
     async def _reply(self, ticket: Ticket, may_wait: bool, lease_ms: int) -> list[Any]:
@@ -130,25 +133,30 @@ class Limiter:
         values: list[Any] = [ticket.id, ticket.info, lease_ms, prompt, output, ticket.model, MEAN_OF_UNKNOWN_MODEL]
         first = ticket.counter_sets[0]
         values += [self._most_output, wait_ms, queue.WAITING_PER_KEY, round(self.estimates.slot_s(first) * 1000)]
-        values.append(round(self.estimates.call_s(first) * 1000))
+        values += [round(self.estimates.call_s(first) * 1000), ticket.seconds_ms]
         for counter_set in ticket.counter_sets:
             keys += redis_keys.counters(counter_set.name)
-            values += counter_set[1:6]
+            values += counter_set[1:]
         return keys, values
 
     def _read(self, ticket: Ticket, reply: list[Any]) -> Verdict:
         usages, counter_sets = [], ticket.counter_sets
         for start, counter_set in enumerate(counter_sets):
-            first = 5 + start * 7
+            first = 5 + start * OF_EACH_SET
             usage = WindowUsage(*reply[first : first + 4])
             usages.append(usage)
-            self.local.note(counter_set, usage, reply[first + 4], reply[first + 5], reply[first + 6])
+            self.local.note(counter_set, usage, *reply[first + 4 : first + OF_EACH_SET])
         headers = rate_limit_headers(counter_sets, usages)
         if reply[0] == b"ok":
-            return Admission(ticket.id, counter_sets, ticket.model, bool(ticket.info), "admitted", reply[1], headers=headers)
+            return self._admission(ticket, "admitted", reply[1], headers)
         limit, exceeded = reply[3].decode(), counter_sets[reply[4] - 1]
         wait_s = None if reply[2] < 0 else max(0.001, reply[2] / 1000)
         return limit_error(limit, exceeded, wait_s, headers, self._tokens_of(ticket), may_wait=reply[0] == b"queued")
+
+    @staticmethod
+    def _admission(ticket: Ticket, how: str, reserved: int, headers: list[Header]) -> Admission:
+        names = (ticket.id, ticket.counter_sets, ticket.model, bool(ticket.info), how, reserved)
+        return Admission(*names, headers=headers, seconds_ms=ticket.seconds_ms)
 
     def _tokens_of(self, ticket: Ticket, share: Share = WHOLE) -> int:
         """The tokens to reserve for a request."""
@@ -168,11 +176,10 @@ class Limiter:
             raise LimitsUnavailable(retry_after=2.0)
         share = self.share()
         tokens = self._tokens_of(ticket, share) if ticket.need.prompt >= 0 else -1
-        takes_slot = bool(ticket.info)
-        refused = self.local.admit(ticket.counter_sets, tokens, share, takes_slot=takes_slot)
+        refused = self.local.admit(ticket, tokens, share)
         headers = rate_limit_headers(ticket.counter_sets, self.local.usages(ticket.counter_sets))
         if refused is None:
-            return Admission(ticket.id, ticket.counter_sets, ticket.model, takes_slot, "local", max(0, tokens), headers=headers)
+            return self._admission(ticket, "local", max(0, tokens), headers)
         estimate = self.estimates.slot_s if refused.limit == "concurrent" else self.estimates.call_s
         wait_s = refused.wait_s if refused.wait_s != 0.0 else estimate(refused.counter_set)
         waits = may_wait and refused.limit == "concurrent" and wait_s is not None
@@ -222,16 +229,19 @@ class Limiter:
         reserved = admission.reserved if admission and how != "local" else -1
         values: list[Any] = [settlement.id, reserved, settlement.used, settlement.row, settlement.prompt, how]
         values += [model, settlement.completion, MOST_ROWS, MOST_PROMPTS, redis_keys.SLOT_FREED]
+        values += [admission.seconds_ms if admission else 0, settlement.used_ms]
         for counter_set in counter_sets:
             keys += redis_keys.counters(counter_set.name)[1:]
-            values += [int(counter_set.tpm >= 0), int(counter_set.has_budget)]
+            values += [int(counter_set.tpm >= 0), int(counter_set.has_budget), int(counter_set.limits_seconds)]
         return self._connections.for_shard(shard).run("settle", keys, values)
 
     def _note_end(self, admission: Admission, settlement: Settlement) -> None:
         self.local.leave(admission.counter_sets)
         if admission.how == "local":
-            self.local.settle(admission.counter_sets, admission.reserved, settlement.used)
+            self.local.settle(settlement)
             for counter_set in admission.counter_sets:
                 self.queue.slot_freed(redis_keys.queue(counter_set.name))
         seconds = time.monotonic() - admission.began
         self.estimates.add(admission.counter_sets[0], seconds, admission.model, settlement.completion)
+        if admission.seconds_ms and settlement.used_ms:
+            self.estimates.add_backend_seconds(admission.counter_sets[0], admission.model, settlement.used_ms / 1000)

@@ -58,6 +58,10 @@ class CounterSet(NamedTuple):
         return self.day >= 0 or self.month >= 0
 
     @property
+    def limits_seconds(self) -> bool:
+        return self.day_seconds >= 0 or self.month_seconds >= 0
+
+    @property
     def of_tokens(self) -> tuple[int, int, int]:
         return self.tpm, self.day, self.month
 

@@ -49,18 +49,21 @@ class Access:
         counter_sets = record.key.counter_sets(model, NO_DEFAULTS if record.is_operator_read else self._defaults)
         # Callers make up names that match the glob of an alias: only the glob's own has a mean.
         model = record.canonical if model else ""
-        info = abandoned.call_info(counter_sets, model, need.prompt, record.opening_fields()) if takes_slot else b""
-        ticket = Ticket(record.id, counter_sets, model, need, info)
+        info, seconds_ms = b"", 0
+        if takes_slot:
+            seconds_ms = round(self._limits.estimates.seconds_to_reserve(counter_sets, model) * 1000)
+            info = abandoned.call_info(counter_sets, model, need.prompt, record.opening_fields(), seconds_ms)
+        ticket = Ticket(record.id, counter_sets, model, need, info, seconds_ms)
         try:
             record.admission = await self._limits.admit(ticket)
         except LimitReached as reached:
             record.detail, record.waited_s = reached.limit, reached.waited_s
             if reached.is_local:
-                record.admission = Admission(record.id, counter_sets, model, takes_slot, "admitted", RESERVE_UNKNOWN)
+                record.admission = _admitted_perhaps(ticket)
             raise
         except (asyncio.CancelledError, LimitsUnavailable):
             # Redis may still admit this call, though its caller no longer waits: the settlement reverses that.
-            record.admission = Admission(record.id, counter_sets, model, takes_slot, "admitted", RESERVE_UNKNOWN)
+            record.admission = _admitted_perhaps(ticket)
             raise
 
     async def charge(self, record: Record, error: Exception) -> None:
@@ -81,3 +84,8 @@ class Access:
         key = await self.key_of(scope, record)
         await self.admit(record, takes_slot=False)
         return key
+
+
+def _admitted_perhaps(ticket: Ticket) -> Admission:
+    names = (ticket.id, ticket.counter_sets, ticket.model, bool(ticket.info), "admitted", RESERVE_UNKNOWN)
+    return Admission(*names, seconds_ms=ticket.seconds_ms)

@@ -128,9 +128,9 @@ def shard_of(name: str) -> int:
 
 @lru_cache(maxsize=20_000)
 def counters(counter_set: str) -> tuple[bytes, ...]:
-    """The names of a counter set's requests, tokens, reserve, slots, queue and budget."""
+    """The names of a counter set's requests, tokens, reserve, slots, queue, budget of tokens and budget of seconds."""
     shard = shard_of(counter_set)
-    return tuple(_tagged(shard, f"{kind}:{counter_set}") for kind in "wtvcqb")
+    return tuple(_tagged(shard, f"{kind}:{counter_set}") for kind in "wtvcqbs")
 
 
 def slots(counter_set: str) -> bytes:
@@ -143,6 +143,10 @@ def queue(counter_set: str) -> bytes:
 
 def budget(counter_set: str) -> bytes:
     return counters(counter_set)[5]
+
+
+def seconds(counter_set: str) -> bytes:
+    return counters(counter_set)[6]
 
 
 def once(shard: int, call: str) -> bytes:

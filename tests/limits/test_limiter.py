@@ -439,8 +439,8 @@ def test_a_running_call_keeps_its_slot_when_redis_loses_its_data(
 def test_the_fallback_knows_how_long_a_budget_is_spent() -> None:
     counter_set = CounterSet("k", -1, -1, -1, 100, -1)
     local = FallbackLimiter()
-    local.note(counter_set, WindowUsage(0, 0, 0, 0), 95, 95, 0)
-    refused = local.admit([counter_set], 10, Share(), takes_slot=True)
+    local.note(counter_set, WindowUsage(0, 0, 0, 0), 95, 95, 0, 0, 0)
+    refused = local.admit(admission.Ticket("1", (counter_set,), "m", Need(10, 0), b"x"), 10, Share())
     assert refused is not None and refused.limit == "day" and refused.wait_s
     left = 86_400 - time.time() % 86_400
     assert abs(refused.wait_s - left) < 5
@@ -498,5 +498,5 @@ def test_no_request_is_refused_because_of_an_estimate_within_a_share(gateway: Ru
 
     admitted = gateway.call(decide())
     assert isinstance(admitted, admission.Admission) and admitted.reserved == 700
-    limits.local.settle(counter_sets, admitted.reserved, 0)
+    limits.local.settle(admission.Settlement(admitted, 0, -1, b""))
     assert [limits.local._of(counter_set).reserved for counter_set in counter_sets] == [0, 0]

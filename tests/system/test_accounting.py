@@ -46,6 +46,11 @@ def leases_left(stores: TestStores) -> list[bytes]:
         ]
 
 
+def seconds_reserved(stores: TestStores) -> int:
+    with stores.client() as redis:
+        return sum(int(redis.hget(name, "r") or 0) for name in redis.scan_iter("nz:*:s:*"))
+
+
 @pytest.fixture
 def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) -> RunningGateway:
     rng = random.Random(11)
@@ -58,7 +63,7 @@ def gateway(start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend) 
 
 
 def test_random_disconnects_and_failures_keep_the_accounts_balanced(gateway: RunningGateway, stores: TestStores) -> None:
-    clients = RandomClients(gateway.key(day=10**12), random.Random(5))
+    clients = RandomClients(gateway.key(day=10**12, day_seconds=10**9), random.Random(5))
     asyncio.run(run_clients(clients, [gateway.url], REQUESTS, 60))
     gateway.wait_idle(20)
     rows = gateway.audit_rows()
@@ -67,6 +72,8 @@ def test_random_disconnects_and_failures_keep_the_accounts_balanced(gateway: Run
     assert len({row["id"] for row in rows}) == len(rows)
     assert leases_left(stores) == [] and gateway.components.limits.admitted == 0
     assert sum(map(billed, rows)) == stores.billed_today() > 0
+    assert sum(round(row["backend_ms"] or 0) for row in rows) == stores.billed_today("s") > 0
+    assert {row["seconds_from"] for row in rows} == {"reported", "slot", "none"} and seconds_reserved(stores) == 0
     discounted = {(row["dialect"], row["stream"]) for row in rows if row["billed_tokens"] is not None}
     assert discounted == {(dialect, stream) for dialect in ("ollama", "openai") for stream in (True, False)}
     outcomes = Counter(row["outcome"] for row in rows)

@@ -1,19 +1,18 @@
 -- Admits a request if it passes all limits of all its counter sets. Takes from all counter sets or from none.
--- KEYS: calls, leases, means; then for each counter set: requests, tokens, reserve, slots, queue, budget.
+-- KEYS: calls, leases, means; then for each counter set: requests, tokens, reserve, slots, queue, budget, seconds.
 -- ARGV: call id; info of the call ('' if it takes no slot); ms of the lease (0: only a preview, take nothing); prompt tokens
 -- (-1: count no tokens); output tokens (-1: estimate them, by the mean of the model and what the limits leave beside the
 -- prompt); model; mean of an unknown model; largest output; ms that it may wait for a slot; most calls in the queue; ms until
--- a slot is probably free; ms until a call probably ends; then for each counter set: rpm, tpm, concurrent,
--- day, month (-1: no limit).
+-- a slot is probably free; ms until a call probably ends; ms of backends that it will probably take; then for each counter
+-- set: rpm, tpm, concurrent, day, month, seconds of backends a day, and a month (-1: no limit).
 -- Answers {verdict: ok, refused, queued or seed (the counter set's budget is missing), tokens reserved, ms until it would pass
 -- (-1: never), limit reached, number of its counter set, then for each counter set: requests and tokens used, ms until each is
--- zero again,
--- tokens used of day and month, and the slots that other calls hold}.
+-- zero again, tokens used of day and month, the slots that other calls hold, and ms of backends used of day and month}.
 local id, info, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local prompt, output, wait_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[9])
 -- Estimates: until a slot is free, and until a call ends and its tokens are counted.
-local slot_ms, call_ms = tonumber(ARGV[11]), tonumber(ARGV[12])
-local counter_sets = (#KEYS - 3) / 6
+local slot_ms, call_ms, seconds_ms = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+local counter_sets = (#KEYS - 3) / 7
 local answer = {'ok', 0, 0, '', 0}
 local longest_ms, only_slots, has_waiters, full = 0, true, {}, {}
 
@@ -80,7 +79,7 @@ if prompt >= 0 then
         -- An estimate alone must not refuse a request whose prompt fits.
         for i = 1, counter_sets do
             for _, n in ipairs({2, 4, 5}) do
-                local limit = tonumber(ARGV[12 + (i - 1) * 5 + n])
+                local limit = tonumber(ARGV[13 + (i - 1) * 7 + n])
                 if limit >= 0 then output = math.min(output, limit - prompt) end
             end
         end
@@ -90,12 +89,12 @@ if prompt >= 0 then
 end
 
 for i = 1, counter_sets do
-    local k, a = 3 + (i - 1) * 6, 12 + (i - 1) * 5
+    local k, a = 3 + (i - 1) * 7, 13 + (i - 1) * 7
     local requests, tokens, reserve, slots, queue, budget = KEYS[k + 1], KEYS[k + 2], KEYS[k + 3], KEYS[k + 4], KEYS[k + 5], KEYS[k + 6]
     local rpm, tpm, concurrent = tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
     local day, month = tonumber(ARGV[a + 4]), tonumber(ARGV[a + 5])
     local requests_used, requests_reset, tokens_used, tokens_reset, day_used, month_used = 0, 0, 0, 0, 0, 0
-    local slots_used = 0
+    local slots_used, day_ms, month_ms = 0, 0, 0
     if rpm >= 0 then
         requests_used, requests_reset = used_of(requests)
         if rpm == 0 then
@@ -148,6 +147,37 @@ for i = 1, counter_sets do
             end
         end
     end
+    local day_s, month_s = tonumber(ARGV[a + 6]), tonumber(ARGV[a + 7])
+    if day_s >= 0 or month_s >= 0 then
+        local seconds = KEYS[k + 7]
+        if redis.call('EXISTS', seconds) == 0 then
+            return {'seed', 0, 0, '', i}
+        end
+        local found = redis.call('HMGET', seconds, 'd' .. today, 'm' .. month_of(today), 'r')
+        day_ms, month_ms = tonumber(found[1] or 0), tonumber(found[2] or 0)
+        local held = tonumber(found[3] or 0)
+        if not found[1] then
+            redis.call('HDEL', seconds, 'd' .. (today - 1), 'd' .. (today - 2), 'd' .. (today - 3))
+        end
+        if held ~= 0 and redis.call('ZCOUNT', slots, '(' .. now, '+inf') == 0 then
+            -- No call is left that could release it.
+            redis.call('HDEL', seconds, 'r')
+            held = 0
+        end
+        if info ~= '' then
+            -- How long it takes is not known: it passes if anything is left.
+            if day_s == 0 then
+                refuse('day_seconds', i, -1)
+            elseif day_s > 0 and day_ms + held >= day_s * 1000 then
+                refuse('day_seconds', i, day_ms >= day_s * 1000 and ((today + 1) * 86400 - second) * 1000 or call_ms)
+            end
+            if month_s == 0 then
+                refuse('month_seconds', i, -1)
+            elseif month_s > 0 and month_ms + held >= month_s * 1000 then
+                refuse('month_seconds', i, month_ms >= month_s * 1000 and ms_to_next_month() or call_ms)
+            end
+        end
+    end
     if info ~= '' and concurrent == 0 then
         refuse('concurrent', i, -1)
     elseif info ~= '' and concurrent > 0 then
@@ -163,23 +193,24 @@ for i = 1, counter_sets do
             refuse('concurrent', i, slot_ms)
         end
     end
-    local o = 5 + (i - 1) * 7
+    local o = 5 + (i - 1) * 9
     answer[o + 1], answer[o + 2], answer[o + 3], answer[o + 4] = requests_used, tokens_used, requests_reset, tokens_reset
     answer[o + 5], answer[o + 6], answer[o + 7] = day_used, month_used, slots_used
+    answer[o + 8], answer[o + 9] = day_ms, month_ms
 end
 
 if answer[1] == 'refused' then
     answer[3] = longest_ms
     local may_wait = only_slots and longest_ms >= 0 and wait_ms > 0
     for i = 1, counter_sets do
-        local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[12 + (i - 1) * 5 + 3])
+        local queue, concurrent = KEYS[3 + (i - 1) * 7 + 5], tonumber(ARGV[13 + (i - 1) * 7 + 3])
         if may_wait and concurrent > 0 then
             local is_in = redis.call('ZSCORE', queue, id)
             may_wait = is_in or redis.call('ZCARD', queue) < tonumber(ARGV[10])
         end
     end
     for i = 1, counter_sets do
-        local queue, concurrent = KEYS[3 + (i - 1) * 6 + 5], tonumber(ARGV[12 + (i - 1) * 5 + 3])
+        local queue, concurrent = KEYS[3 + (i - 1) * 7 + 5], tonumber(ARGV[13 + (i - 1) * 7 + 3])
         -- Only where slots are missing: a place in another queue would delay others for nothing.
         if may_wait and full[i] then
             -- The score is when the wait ends. All wait equally long, so it is the order of arrival, too.
@@ -196,7 +227,7 @@ end
 answer[2] = need
 if lease_ms == 0 then return answer end
 for i = 1, counter_sets do
-    local k, a, o = 3 + (i - 1) * 6, 12 + (i - 1) * 5, 5 + (i - 1) * 7
+    local k, a, o = 3 + (i - 1) * 7, 13 + (i - 1) * 7, 5 + (i - 1) * 9
     if tonumber(ARGV[a + 1]) >= 0 then
         add_to(KEYS[k + 1], 1)
         answer[o + 1], answer[o + 3] = answer[o + 1] + 1, 61000 - now % 1000
@@ -206,6 +237,9 @@ for i = 1, counter_sets do
         redis.call('ZADD', KEYS[k + 4], now + lease_ms, id)
         if need > 0 then redis.call('INCRBY', KEYS[k + 3], need) end
         if has_waiters[i] then redis.call('ZREM', KEYS[k + 5], id) end
+        if seconds_ms > 0 and (tonumber(ARGV[a + 6]) >= 0 or tonumber(ARGV[a + 7]) >= 0) then
+            redis.call('HINCRBY', KEYS[k + 7], 'r', seconds_ms)
+        end
     end
 end
 if info ~= '' then

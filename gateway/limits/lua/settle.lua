@@ -1,12 +1,14 @@
--- Settles a call: frees what it held, counts the tokens it used and adds its row for the audit. Tokens are counted once,
--- however often a call is settled.
--- KEYS: calls, leases, means, rows, prompts, dropped, once; then for each counter set: tokens, reserve, slots, queue, budget.
+-- Settles a call: frees what it held, counts the tokens and seconds it used and adds its row for the audit. They are counted
+-- once, however often a call is settled.
+-- KEYS: calls, leases, means, rows, prompts, dropped, once; then for each counter set: tokens, reserve, slots, queue, budget,
+-- seconds.
 -- ARGV: call id; tokens reserved (-1: as stored with the call); tokens used; row ('' for none); prompt ('' for none);
 -- how ('admitted': by Redis, 'local': by a process without Redis, 'abandoned': its process has died); model; completion tokens
--- for the mean of the model (-1: none); most rows; most prompts; channel for freed slots; then for each counter set: whether it
--- limits tokens per minute, whether it has a budget (1 or 0).
+-- for the mean of the model (-1: none); most rows; most prompts; channel for freed slots; ms of backends reserved, and used;
+-- then for each counter set: whether it limits tokens per minute, has a budget of tokens, has one of seconds (1 or 0).
 -- Answers 1 if the tokens were counted now, else 0.
 local id, reserved, used, row, prompt, how = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
+local reserved_ms, used_ms = tonumber(ARGV[12]), tonumber(ARGV[13])
 
 if reserved < 0 then
     local info = redis.call('HGET', KEYS[1], id)
@@ -15,13 +17,13 @@ end
 local was_running = redis.call('HDEL', KEYS[1], id) == 1
 if was_running then redis.call('ZREM', KEYS[2], id) end
 local counts = was_running
-if not was_running and how == 'local' and used > 0 then
+if not was_running and how == 'local' and (used > 0 or used_ms > 0) then
     counts = redis.call('SET', KEYS[7], 1, 'NX', 'EX', 600) and true or false
 end
 if not was_running and how == 'abandoned' then return 0 end
 
-for i = 1, (#KEYS - 7) / 5 do
-    local k, a = 7 + (i - 1) * 5, 11 + (i - 1) * 2
+for i = 1, (#KEYS - 7) / 6 do
+    local k, a = 7 + (i - 1) * 6, 13 + (i - 1) * 3
     local had_slot = redis.call('ZREM', KEYS[k + 3], id) == 1
     if was_running then
         if redis.call('EXISTS', KEYS[k + 3]) == 0 then
@@ -39,6 +41,16 @@ for i = 1, (#KEYS - 7) / 5 do
             redis.call('HINCRBY', KEYS[k + 5], 'd' .. today, used)
             redis.call('HINCRBY', KEYS[k + 5], 'm' .. month_of(today), used)
             redis.call('EXPIRE', KEYS[k + 5], 6048000)
+        end
+    end
+    if ARGV[a + 3] == '1' and redis.call('EXISTS', KEYS[k + 6]) == 1 then
+        if was_running and reserved_ms > 0 and redis.call('HINCRBY', KEYS[k + 6], 'r', -reserved_ms) < 0 then
+            redis.call('HDEL', KEYS[k + 6], 'r')
+        end
+        if counts and used_ms > 0 then
+            redis.call('HINCRBY', KEYS[k + 6], 'd' .. today, used_ms)
+            redis.call('HINCRBY', KEYS[k + 6], 'm' .. month_of(today), used_ms)
+            redis.call('EXPIRE', KEYS[k + 6], 6048000)
         end
     end
 end
