@@ -32,13 +32,13 @@ class Estimates:
         for name in (model, f"{counter_set.name} {model}"):
             _move(self._backend_seconds, name, seconds, 0.2)
 
-    def seconds_to_reserve(self, counter_sets: Sequence[CounterSet], model: str) -> float:
+    def ms_to_reserve(self, counter_sets: Sequence[CounterSet], model: str) -> int:
         """What a call will take of backends, 0 if nothing limits that; the first counter set is the key's own."""
         for counter_set in counter_sets:
             if counter_set.day_seconds >= 0 or counter_set.month_seconds >= 0:
                 means, of_key = self._backend_seconds, f"{counter_sets[0].name} {model}"
-                return means.get(of_key) or means.get(model) or UNKNOWN_BACKEND_S
-        return 0.0
+                return max(1, round(1000 * (means.get(of_key) or means.get(model) or UNKNOWN_BACKEND_S)))
+        return 0
 
     def tokens_of(self, model: str) -> int:
         return round(self.output_tokens.get(model, MEAN_OF_UNKNOWN_MODEL))

@@ -14,7 +14,6 @@ from gateway.limits import lease_renewal, queue
 from gateway.limits.admission import (
     Admission,
     CounterUsage,
-    Header,
     Settlement,
     Ticket,
     Verdict,
@@ -148,15 +147,11 @@ class Limiter:
             self.local.note(counter_set, usage, *reply[first + 4 : first + OF_EACH_SET])
         headers = rate_limit_headers(counter_sets, usages)
         if reply[0] == b"ok":
-            return self._admission(ticket, "admitted", reply[1], headers)
+            names = (ticket.id, counter_sets, ticket.model, bool(ticket.info), "admitted", reply[1])
+            return Admission(*names, headers=headers, seconds_ms=ticket.seconds_ms)
         limit, exceeded = reply[3].decode(), counter_sets[reply[4] - 1]
         wait_s = None if reply[2] < 0 else max(0.001, reply[2] / 1000)
         return limit_error(limit, exceeded, wait_s, headers, self._tokens_of(ticket), may_wait=reply[0] == b"queued")
-
-    @staticmethod
-    def _admission(ticket: Ticket, how: str, reserved: int, headers: list[Header]) -> Admission:
-        names = (ticket.id, ticket.counter_sets, ticket.model, bool(ticket.info), how, reserved)
-        return Admission(*names, headers=headers, seconds_ms=ticket.seconds_ms)
 
     def _tokens_of(self, ticket: Ticket, share: Share = WHOLE) -> int:
         """The tokens to reserve for a request."""
@@ -179,7 +174,8 @@ class Limiter:
         refused = self.local.admit(ticket, tokens, share)
         headers = rate_limit_headers(ticket.counter_sets, self.local.usages(ticket.counter_sets))
         if refused is None:
-            return self._admission(ticket, "local", max(0, tokens), headers)
+            names = (ticket.id, ticket.counter_sets, ticket.model, bool(ticket.info), "local", max(0, tokens))
+            return Admission(*names, headers=headers, seconds_ms=ticket.seconds_ms)
         estimate = self.estimates.slot_s if refused.limit == "concurrent" else self.estimates.call_s
         wait_s = refused.wait_s if refused.wait_s != 0.0 else estimate(refused.counter_set)
         waits = may_wait and refused.limit == "concurrent" and wait_s is not None
@@ -232,7 +228,11 @@ class Limiter:
         values += [admission.seconds_ms if admission else 0, settlement.used_ms]
         for counter_set in counter_sets:
             keys += redis_keys.counters(counter_set.name)[1:]
-            values += [int(counter_set.tpm >= 0), int(counter_set.has_budget), int(counter_set.limits_seconds)]
+            values += [
+                int(counter_set.tpm >= 0),
+                int(counter_set.has_budget),
+                int(counter_set.day_seconds >= 0 or counter_set.month_seconds >= 0),
+            ]
         return self._connections.for_shard(shard).run("settle", keys, values)
 
     def _note_end(self, admission: Admission, settlement: Settlement) -> None:

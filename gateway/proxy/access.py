@@ -51,7 +51,7 @@ class Access:
         model = record.canonical if model else ""
         info, seconds_ms = b"", 0
         if takes_slot:
-            seconds_ms = round(self._limits.estimates.seconds_to_reserve(counter_sets, model) * 1000)
+            seconds_ms = self._limits.estimates.ms_to_reserve(counter_sets, model)
             info = abandoned.call_info(counter_sets, model, need.prompt, record.opening_fields(), seconds_ms)
         ticket = Ticket(record.id, counter_sets, model, need, info, seconds_ms)
         try:

@@ -250,11 +250,11 @@ def test_a_call_whose_process_has_died_frees_what_it_reserved(gateway: RunningGa
 def test_an_estimate_is_the_mean_of_the_key_with_the_model_else_of_the_model() -> None:
     means, unlimited = Estimates(), CounterSet("a", -1, -1, -1, -1, -1)
     one, two, three = (CounterSet(name, -1, -1, -1, -1, -1, 10, -1) for name in ("one", "two", "three"))
-    assert means.seconds_to_reserve((unlimited,), "m") == 0
-    assert means.seconds_to_reserve((unlimited, one), "m") == UNKNOWN_BACKEND_S
+    assert means.ms_to_reserve((unlimited,), "m") == 0
+    assert means.ms_to_reserve((unlimited, one), "m") == UNKNOWN_BACKEND_S * 1000
     for _ in range(50):
         means.add_backend_seconds(one, "m", 2.0)
     means.add_backend_seconds(two, "m", 7.0)
-    found = [means.seconds_to_reserve((each,), "m") for each in (one, two)]
-    assert found == [pytest.approx(2), pytest.approx(7)]
-    assert means.seconds_to_reserve((three,), "m") == pytest.approx(3)
+    found = [means.ms_to_reserve((each,), "m") for each in (one, two)]
+    assert found == [2000, 7000]
+    assert means.ms_to_reserve((three,), "m") == 3000

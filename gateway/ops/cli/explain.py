@@ -87,8 +87,8 @@ def _load(row: Mapping[str, Any]) -> dict[str, str]:
     return {"in_flight": f"{row['in_flight']}/{row['max_connections']}"}
 
 
-def _left(line: Mapping[str, Any]) -> int | None:
-    return None if line["used"] is None else max(0, line["of"] - line["used"])
+def _left(line: Mapping[str, Any]) -> float | None:
+    return None if line["used"] is None else round(max(0, line["of"] - line["used"]), 3)
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
