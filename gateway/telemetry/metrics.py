@@ -37,6 +37,8 @@ FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 LOCK, DEAD = "lock", "dead"
 OTHER = "other"
 ATTEMPTS, AGAIN_S = 5, 0.02
+# Parts of a second.
+FRACTION = 2**20
 LIMITED = frozenset(f"refused:{kind.code}" for kind in (LimitReached, BudgetSpent))
 UNKNOWN_CALLERS = frozenset(f"refused:{kind.code}" for kind in (MissingKey, WrongKey, ConflictingKeys, TooManyFailures))
 # Seconds: whole answers of large models take minutes, the gateway adds milliseconds.
@@ -240,7 +242,8 @@ class Metrics:
         """Counts what was summed up since the last time, because counting takes long for each request."""
         for labels, seconds in self._uncounted_seconds.items():
             if seconds:
-                self.seconds.labels(*labels).inc(seconds)
+                # Sums of such fractions are exact in any order: a counter must not shrink when files are merged.
+                self.seconds.labels(*labels).inc(round(seconds * FRACTION) / FRACTION)
         self._uncounted_seconds.clear()
 
     async def exposition(self) -> bytes:
