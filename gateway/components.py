@@ -113,9 +113,8 @@ async def opened(
         scope_timer = await enter(ScopeTimer())
         metrics, in_flight = Metrics(metrics_folder), InFlight()
         catalog = lambda: discovery.catalog  # noqa: E731
-        gauges = await enter(
-            Gauges(metrics, in_flight, limits, connections, settler, writer, backends, catalog, store, database, costs.costs)
-        )
+        shown: list[Any] = [backends, catalog, store, database, costs.costs, load.known]
+        gauges = await enter(Gauges(metrics, in_flight, limits, connections, settler, writer, *shown))
         await enter(active)
         await enter(control_of(store, discovery, backends))
         owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, scope_timer, gauges, active]

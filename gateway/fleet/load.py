@@ -20,7 +20,7 @@ from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.catalog import Catalog, Entries
 from gateway.fleet.residents import MOST_RESIDENTS, BackendLoad, Listed, Resident
 from gateway.stores import redis_keys
-from gateway.stores.redis_client import RedisUnavailable
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_connection import RedisConnection
 from gateway.stores.redis_shards import ShardConnections
 
@@ -47,7 +47,8 @@ class Load:
         self._deadline_s = min(LONGEST_DEADLINE_S, DEADLINE * every_s)
         self._silent_s = min(LONGEST_SILENCE_S, SILENT * every_s)
         self._fresh_s = max(FRESH_S, len(self._backends) / MOST_A_SECOND)
-        self._loads: dict[str, BackendLoad] = {}
+        # The backends that load models on demand, as far as they are known.
+        self.known: dict[str, BackendLoad] = {}
         # For clients: what a backend of kind `ollama` answered to this process.
         self._entries: dict[str, Entries] = {}
         # Until when its answer is new enough for clients, and until when a backend that did not answer is left alone.
@@ -73,7 +74,7 @@ class Load:
         for snapshot in self._catalog().snapshots:
             name = snapshot.backend
             if snapshot.kind == "ollama" or snapshot.swaps:
-                found[name] = self._loads.get(name) or BackendLoad(name, swaps=True)
+                found[name] = self.known.get(name) or BackendLoad(name, swaps=True)
             else:
                 names = (entry["name"] for entry in snapshot.models[:MOST_RESIDENTS])
                 always = tuple(Resident(canonical(each).canonical) for each in names)
@@ -114,14 +115,13 @@ class Load:
         if not asked:
             return []
         names = [name for backend in asked for name in (self._turn(backend), redis_keys.fleet_box(backend.name))]
-        values = [int(self._every_s * 800), *(int(self._may_ask(backend)) for backend in asked)]
+        values = [int(self._deadline_s * 1000), *(int(self._may_ask(backend)) for backend in asked)]
         try:
             found = await self._home().run("poll_turns", names, values)
         except RedisUnavailable:
             return [backend for backend in asked if self._may_ask(backend)]
         for backend, box in zip(asked, found[1::2], strict=True):
-            if backend.name not in self._asking:
-                self._take(backend.name, box)
+            self._take(backend.name, box)
         return [backend for backend, is_ours in zip(asked, found[::2], strict=True) if is_ours]
 
     def _may_ask(self, backend: Backend) -> bool:
@@ -133,22 +133,21 @@ class Load:
 
     async def _ask(self, backend: Backend) -> None:
         name = backend.name
+        sent_ms, sent = await self._redis_ms(), time.time()
         try:
-            sent_ms, sent = await self._redis_ms(), time.time()
             async with asyncio.timeout(self._deadline_s):
                 listed = await self._list(backend)
             await self._store(backend, listed, sent_ms, sent)
             self._fresh_until[name] = time.monotonic() + self._fresh_s
         except BackendFault as fault:
-            await self._note_fault(backend, str(fault))
+            await self._note_fault(backend, str(fault), sent_ms)
         except TimeoutError:
             # While it loads a model, an Ollama of a newer version does not answer.
-            is_loading = name in self._loads and self._loads[name].loading is not None
-            await self._note_fault(backend, "" if is_loading else "poll_timeout")
+            await self._note_fault(backend, "" if self._load_of(backend).loading else "poll_timeout", sent_ms)
         except Exception as wrong:
             # Unexpected: logged here, because nothing awaits this task's result; other backends are not affected.
             LOG.exception("backend %s could not be asked what it has loaded", name)
-            await self._note_fault(backend, type(wrong).__name__)
+            await self._note_fault(backend, type(wrong).__name__, sent_ms)
         finally:
             del self._asking[name]
             if name in self._again:
@@ -165,26 +164,31 @@ class Load:
     async def _store(self, backend: Backend, listed: Sequence[Listed], sent_ms: int, sent: float) -> None:
         versions = {snapshot.backend: snapshot.version for snapshot in self._catalog().snapshots}
         is_early = backend.kind == "ollama" and residents.lists_loading(versions.get(backend.name, ""))
+        names = [redis_keys.fleet_box(backend.name), self._turn(backend)]
         values = [sent_ms, int(self._every_s * 1000), int(is_early), *residents.arguments(listed)]
         try:
             if not sent_ms:
                 raise RedisUnavailable
-            box = await self._home().run("residents", [redis_keys.fleet_box(backend.name)], values)
+            box = await self._home().run("residents", names, values)
         except RedisUnavailable:
-            before = self._loads.get(backend.name) or BackendLoad(backend.name, swaps=True)
-            self._loads[backend.name] = residents.merged(before, listed, sent, time.time())
+            self.known[backend.name] = residents.merged(self._load_of(backend), listed, sent, time.time())
         else:
             self._take(backend.name, box)
 
-    async def _note_fault(self, backend: Backend, error: str) -> None:
+    async def _note_fault(self, backend: Backend, error: str, sent_ms: int) -> None:
         """Until it is asked again, later than others, it counts as having what it had."""
+        if 0 < sent_ms < self._load_of(backend).at * 1000:
+            # A question that was sent later has been answered.
+            return
         self._silent_until[backend.name] = time.monotonic() + self._silent_s
         self._entries.pop(backend.name, None)
-        before = self._loads.get(backend.name) or BackendLoad(backend.name, swaps=True)
-        self._loads[backend.name] = replace(before, error=error)
+        self.known[backend.name] = replace(self._load_of(backend), error=error)
         with suppress(RedisUnavailable):
             await self._home().send("SET", self._turn(backend), b"", "PX", int(self._silent_s * 1000))
             await self._home().send("HSET", redis_keys.fleet_box(backend.name), "error", error)
+
+    def _load_of(self, backend: Backend) -> BackendLoad:
+        return self.known.get(backend.name) or BackendLoad(backend.name, swaps=True)
 
     async def _redis_ms(self) -> int:
         """The time by Redis's clock, which is the same for all processes; 0 while it is unavailable."""
@@ -195,13 +199,19 @@ class Load:
 
     def _take(self, name: str, box: Sequence[bytes]) -> None:
         if box:
-            self._loads[name] = residents.unpack(name, dict(zip(box[::2], box[1::2], strict=True)))
+            self.known[name] = residents.unpack(name, dict(zip(box[::2], box[1::2], strict=True)))
 
     def _home(self) -> RedisConnection:
         return self._connections.for_shard(redis_keys.HOME)
 
     def _turn(self, backend: Backend) -> bytes:
         return redis_keys.fleet_turn(discovery.address_hash(backend.config), self._every_s)
+
+
+async def stored(store: RedisClient, backends: Sequence[str]) -> dict[str, BackendLoad]:
+    """What running gateways know of these backends, where they ask them. Raises RedisUnavailable."""
+    boxes = await store.pipeline(lambda pipe: [pipe.hgetall(redis_keys.fleet_box(name)) for name in backends])
+    return {name: residents.unpack(name, box) for name, box in zip(backends, boxes, strict=True) if box}
 
 
 def _clock_of(date: str) -> float:

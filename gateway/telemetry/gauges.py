@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Self
 
 from gateway.audit.settlement import Settler
@@ -12,6 +13,7 @@ from gateway.core.in_flight import InFlight
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
 from gateway.fleet.costs import Costs, Learned
+from gateway.fleet.residents import BackendLoad
 from gateway.limits.limiter import Limiter
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient
@@ -20,6 +22,8 @@ from gateway.telemetry.metrics import Metrics
 
 EVERY_S = 1.0
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
+# Pairs of a backend and a model whose slots are shown.
+MOST_SLOTS_SHOWN = 1000
 
 
 class Gauges:
@@ -38,11 +42,14 @@ class Gauges:
         store: RedisClient,
         database: Database,
         costs: Costs,
+        loads: Mapping[str, BackendLoad],
     ) -> None:
         self._metrics, self._in_flight, self._limits, self._connections = metrics, in_flight, limits, connections
         self._settler, self._writer, self._backends, self._catalog = settler, writer, backends, catalog
         self._store, self._database = store, database
-        self._costs = costs
+        self._costs, self._loads = costs, loads
+        self._sampled_loads: dict[str, BackendLoad] = {}
+        self._sampled_slots: tuple[Catalog | None, dict[tuple[str, str, str], int]] = (None, {})
         self._sampled_costs: tuple[int, set[Learned]] = (-1, set())
         self._counted: dict[str, int] = {}
         self.background = KeptTask(self._keep_sampling, "metrics")
@@ -75,6 +82,8 @@ class Gauges:
         self._sample_backends()
         self._sample_stores()
         self._sample_costs()
+        self._sample_loads()
+        self._sample_slots()
 
     def _sample_backends(self) -> None:
         for name, backend in self._backends.items():
@@ -100,6 +109,33 @@ class Gauges:
             ):
                 if value is not None:
                     gauge.labels(row.backend, row.model).set(value)
+
+    def _sample_loads(self) -> None:
+        """Only what has changed."""
+        metrics = self._metrics
+        for name, load in self._loads.items():
+            if load is not self._sampled_loads.get(name):
+                self._sampled_loads[name] = load
+                metrics.loaded_models.labels(name).set(len(load.residents))
+                metrics.vram_used.labels(name).set(load.used)
+                metrics.vram_seen.labels(name).set(load.seen)
+                metrics.loads_seen.labels(name).set(load.loads)
+                metrics.evictions_seen.labels(name).set(load.evictions)
+
+    def _sample_slots(self) -> None:
+        """Only what has changed; 0 for what is gone, because with several workers no label can be removed."""
+        catalog, (sampled, known) = self._catalog(), self._sampled_slots
+        if catalog is sampled:
+            return
+        models = (model for model in catalog.models.values() if not model.targets)
+        offers = islice((offer for model in models for offer in model.offers), MOST_SLOTS_SHOWN)
+        rows = {(offer.backend, offer.model, offer.slots_source): offer.slots for offer in offers}
+        self._sampled_slots = catalog, rows
+        for labels in known.keys() - rows.keys():
+            self._metrics.slots.labels(*labels).set(0)
+        for labels, number in rows.items():
+            if known.get(labels) != number:
+                self._metrics.slots.labels(*labels).set(number)
 
     def _sample_stores(self) -> None:
         metrics = self._metrics

@@ -69,6 +69,7 @@ class Metrics:
         self._collecting: asyncio.Lock = asyncio.Lock()
         self._declare_requests()
         self._declare_backends()
+        self._declare_loads()
         self._declare_costs()
         self._declare_stores()
         self._declare_process()
@@ -136,6 +137,17 @@ class Metrics:
         self.breaker = self._gauge(
             "gateway_backend_breaker_state", "0 closed, 1 trying again, 2 open", "backend", of_all="livemax"
         )
+
+    def _declare_loads(self) -> None:
+        def gauge(name: str, words: str, *more: str) -> Gauge:
+            return self._gauge(f"gateway_backend_{name}", words, "backend", *more, of_all="livemostrecent")
+
+        self.slots = gauge("slots", "How many calls a backend answers at the same time with a model", "model", "source")
+        self.loaded_models = gauge("loaded_models", "Models that a backend has loaded on demand")
+        self.vram_used = gauge("vram_used_bytes", "VRAM of the models that a backend has loaded")
+        self.vram_seen = gauge("vram_seen_bytes", "The most VRAM that a backend was seen to use")
+        self.loads_seen = gauge("loads_seen", "Loads of models that were seen, whoever caused them")
+        self.evictions_seen = gauge("evictions_seen", "Models that were seen to go before their time")
 
     def _declare_costs(self) -> None:
         by_model = "backend", "model"

@@ -17,7 +17,7 @@ from gateway.stores.redis_scripts import read_scripts
 from tests.conftest import TestStores
 
 GB = 10**9
-BOX = redis_keys.fleet_box("alpha")
+BOX, TURN = redis_keys.fleet_box("alpha"), redis_keys.fleet_turn("place", 2.0)
 SCRIPT = read_scripts(presence.LUA)["residents"]
 INTERVAL_MS = 2000
 
@@ -38,7 +38,7 @@ class Box:
             time.sleep(0.002)
             sent = self.now()
         values = [sent, INTERVAL_MS, int(lists_loading), *residents.arguments(listed)]
-        flat: Any = self._client.eval(SCRIPT.text, 1, BOX, *values)
+        flat: Any = self._client.eval(SCRIPT.text, 2, BOX, TURN, *values)
         assert self.load() == residents.unpack("alpha", dict(zip(flat[::2], flat[1::2], strict=True)))
         return self.load()
 

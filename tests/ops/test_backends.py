@@ -1,7 +1,9 @@
 """The verbs for backends: models, refresh, probe."""
 
 import json
+import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -37,7 +39,7 @@ def test_models_shows_what_is_native_and_what_is_translated(operator: Operator, 
         operator.names["OLLAMA_BACKENDS"] = json.dumps(entries)
         header, *lines = operator.gets("models").splitlines()
         facts = operator.gets_json("models")
-    assert header.split() == ["BACKEND", "MODEL", "SIZE", "SLOTS", "SLOTS", "FROM", "NATIVE", "TRANSLATED", "STATE"]
+    assert header.split() == ["BACKEND", "MODEL", "SIZE", "SLOTS", "SLOTS", "FROM", "LOADED", "NATIVE", "TRANSLATED", "STATE"]
     for column, values in (
         ("NATIVE", ["ollama openai  ", "openai  ", "openai anthropic  "]),
         ("TRANSLATED", ["anthropic responses  ", "ollama anthropic responses  ", "ollama responses  "]),
@@ -52,6 +54,22 @@ def test_models_shows_what_is_native_and_what_is_translated(operator: Operator, 
         (["openai"], ["ollama", "anthropic", "responses"]),
         (["openai", "anthropic"], ["ollama", "responses"]),
     ]
+
+
+def test_models_shows_what_is_loaded(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    alpha.models.extend(["second:7b", "third:latest"])
+    in_100_s = (datetime.now(UTC) + timedelta(seconds=100)).isoformat()
+    running = [{"name": "llama3.2", "size_vram": 2_000_000_000}, {"name": "second:7b", "expires_at": in_100_s}]
+    alpha.play("/api/ps", answer(200, {"models": running}))
+    with FakeBackend("openai", ["vllm"], name="gamma") as gamma:
+        operator.with_backends(alpha, gamma)
+        before: Any = operator.gets_json("models")["backends"]
+        gateway = start_gateway(alpha, gamma)
+        until(lambda: gateway.components.load.view()["alpha"].at, 5)
+        rows: Any = operator.gets_json("models")["backends"]
+    assert [row["loaded"] for row in before] == [None, None, None, "always"], "no gateway has asked"
+    assert [row["loaded"] for row in rows[::2]] == ["2.0 GB", "no"] and rows[3]["loaded"] == "always"
+    assert re.fullmatch(r"yes, \d{2,3} s left", rows[1]["loaded"])
 
 
 def test_models_shows_the_age_of_the_catalog(operator: Operator, start_gateway: StartGateway, alpha: FakeBackend) -> None:

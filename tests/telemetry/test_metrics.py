@@ -23,7 +23,7 @@ from tests.support.audit_rows import sql
 from tests.support.documents import page, section, tables
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer
-from tests.support.gateway_settings import environment_for
+from tests.support.gateway_settings import entry_of, environment_for
 from tests.support.processes import descendants, operate, serving, until
 from tests.support.project import PROJECT
 from tests.support.running_gateway import RunningGateway
@@ -147,6 +147,26 @@ def test_gauges_show_what_is_up(start_gateway: StartGateway, alpha: FakeBackend,
     assert total(found, "gateway_store_calls_total", store="redis") > 10
     assert total(found, "gateway_store_calls_total", store="postgresql") > 0
     assert total(found, "gateway_event_loop_lag_seconds_count") >= 1
+
+
+def test_what_is_loaded_and_the_slots_are_shown(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    entries = [{"name": name, "size_vram": 500} for name in ("llama3.2", "other")]
+    alpha.play("/api/ps", answer(200, {"models": entries[:1]}))
+    with FakeBackend("openai", ["vllm"], name="gamma") as gamma:
+        gateway = start_gateway(alpha, entry_of(gamma, slots=7), METRICS_TOKEN=TOKEN, OLLAMA_SLOTS="0")
+        until(lambda: gateway.components.load.view()["alpha"].used == 500, 5)
+        alpha.play("/api/ps", answer(200, {"models": entries}))
+        gateway.loop.call_soon_threadsafe(gateway.components.load.look_soon, "alpha")
+        until(lambda: gateway.components.load.view()["alpha"].used == 1000, 5)
+        alpha.models[:] = ["new"]
+        gateway.call(gateway.components.discovery.refresh())
+        found = fresh(gateway)
+    for name, expected in (("vram_used_bytes", 1000), ("vram_seen_bytes", 1000), ("loaded_models", 2), ("loads_seen", 1)):
+        assert total(found, f"gateway_backend_{name}", backend="alpha") == expected, name
+    assert total(found, "gateway_backend_evictions_seen", backend="alpha") == 0
+    assert total(found, "gateway_backend_slots", backend="gamma", model="vllm:latest", source="configured") == 7
+    assert total(found, "gateway_backend_slots", backend="alpha", model="new:latest", source="default") == 1
+    assert total(found, "gateway_backend_slots", backend="alpha", model="llama3.2:latest") == 0
 
 
 @pytest.mark.parametrize("header", ["", "Bearer wrong", f"Bearer {TOKEN}x"])

@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from gateway.components import backends_of, discovery_of
@@ -16,14 +16,18 @@ from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Snapshot
 from gateway.fleet.control import FleetFacts
 from gateway.fleet.discovery import Discovery
+from gateway.fleet.load import stored as stored_loads
+from gateway.fleet.residents import BackendLoad
 from gateway.fleet.slots import slots_of
 from gateway.fleet.ways import speaks, translated
 from gateway.ops.cli import console
 from gateway.ops.cli.database import current_database
 from gateway.settings import Settings
-from gateway.stores.redis_client import RedisClient
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 OPERATOR = "operator"
+# How old the knowledge of running gateways may be.
+LOADED_KNOWN_S = 60.0
 
 
 @asynccontextmanager
@@ -50,12 +54,15 @@ async def discovering(settings: Settings) -> AsyncIterator[tuple[Discovery, Redi
 
 
 async def list_models(settings: Settings, arguments: argparse.Namespace) -> None:
-    async with discovering(settings) as (discovery, _, configs):
+    async with discovering(settings) as (discovery, store, configs):
         stored = await discovery.stored_catalog()
         catalog = discovery.catalog
+        loads = await _loads(store, [config.name for config in configs])
     by_name = {config.name: config for config in configs}
     rows = [
-        _model_row(snapshot, entry, by_name[snapshot.backend]) for snapshot in catalog.snapshots for entry in snapshot.models
+        {**_model_row(snapshot, entry, by_name[snapshot.backend], loads.get(snapshot.backend)), "state": snapshot.state}
+        for snapshot in catalog.snapshots
+        for entry in snapshot.models
     ]
     facts = {
         "models": catalog.size,
@@ -74,18 +81,39 @@ async def list_models(settings: Settings, arguments: argparse.Namespace) -> None
     print(f"\n{facts['models']} different models; {age}")
 
 
-def _model_row(snapshot: Snapshot, entry: dict[str, Any], config: BackendConfig) -> dict[str, Any]:
-    slots = slots_of(config, snapshot.slots, snapshot.kind, canonical(entry["name"]).canonical, entry)
+async def _loads(store: RedisClient, backends: list[str]) -> dict[str, BackendLoad]:
+    with suppress(RedisUnavailable):
+        return await stored_loads(store, backends)
+    return {}
+
+
+def _model_row(snapshot: Snapshot, entry: dict[str, Any], config: BackendConfig, load: BackendLoad | None) -> dict[str, Any]:
+    name = canonical(entry["name"]).canonical
+    slots = slots_of(config, snapshot.slots, snapshot.kind, name, entry)
     return {
         "backend": snapshot.backend,
         "model": entry["name"],
         "size": _size(entry["size"]),
         "slots": slots.number,
         "slots_from": slots.source,
+        "loaded": _loaded(snapshot, name, load),
         "native": speaks(snapshot.kind, snapshot.routes),
         "translated": translated(snapshot.kind, snapshot.routes),
-        "state": snapshot.state,
     }
+
+
+def _loaded(snapshot: Snapshot, model: str, load: BackendLoad | None) -> str | None:
+    """None if that is not known: no gateway has asked lately."""
+    now = time.time()
+    if snapshot.kind == "openai" and not snapshot.swaps:
+        return "always"
+    if load is None or now - load.at > LOADED_KNOWN_S:
+        return None
+    resident = next((one for one in load.residents if one.model == model), None)
+    if resident is None:
+        return "no"
+    left = "" if resident.until is None else f", {max(0.0, resident.until - now):.0f} s left"
+    return _size(resident.size_vram).replace("-", "yes") + left
 
 
 def _alias_rows(catalog: Catalog) -> list[dict[str, Any]]:
