@@ -83,6 +83,9 @@ class Components:
     def catalog(self) -> Catalog:
         return self.discovery.catalog
 
+    def model_jobs(self) -> ModelJobs:
+        return ModelJobs(self.backends, self.discovery, self.store, self.load.look_soon)
+
 
 @asynccontextmanager
 async def opened(
@@ -116,7 +119,7 @@ async def opened(
         shown: list[Any] = [backends, catalog, store, database, costs.costs, load.known]
         gauges = await enter(Gauges(metrics, in_flight, limits, connections, settler, writer, *shown))
         await enter(active)
-        await enter(control_of(store, discovery, backends))
+        await enter(control_of(store, discovery, backends, load))
         owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, scope_timer, gauges, active]
 
         def background() -> list[KeptTask]:
@@ -259,7 +262,7 @@ def state_of(
     )
 
 
-def control_of(store: RedisClient, discovery: Discovery, backends: dict[str, Backend]) -> Control:
+def control_of(store: RedisClient, discovery: Discovery, backends: dict[str, Backend], load: Load) -> Control:
     acts = {"refresh": discovery.refreshed, "probe": lambda: probe.probe_all(backends)}
     fleet = presence.described(backend.config for backend in backends.values())
-    return Control(store, fleet, acts, model_jobs.VERBS, ModelJobs(backends, discovery, store).plan)
+    return Control(store, fleet, acts, model_jobs.VERBS, ModelJobs(backends, discovery, store, load.look_soon).plan)

@@ -23,7 +23,6 @@ from gateway.edge.health import Health
 from gateway.fleet import presence
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.failover import Failover
-from gateway.fleet.model_jobs import ModelJobs
 from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
 from gateway.proxy.access import Access
@@ -195,14 +194,13 @@ def admin_api_of(settings: Settings, parts: Components, access: Access) -> Admin
     async def explain_now(question: Question) -> dict[str, Any]:
         return await explain(question, fleet_as_seen(settings, parts), parts.limits, defaults, most)
 
-    plan = ModelJobs(parts.backends, parts.discovery, parts.store).plan
     return AdminApi(
         partial(AdminRoute, access, parts.scope_timer, parts.bodies),
         KeyHandlers(key_store),
         BackendHandlers(overview, parts.backends, parts.discovery, parts.database, parts.store),
         ReportHandlers(overview, parts.reports, key_store, registry.operations(parts.dialects), explain_now),
         AdminEvents(access, parts.scope_timer, overview, parts.in_flight),
-        lambda verb: JobRoute(access, parts.scope_timer, parts.bodies, verb, plan, parts.in_flight),
+        lambda verb: JobRoute(access, parts.scope_timer, parts.bodies, verb, parts.model_jobs().plan, parts.in_flight),
     )
 
 

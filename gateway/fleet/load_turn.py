@@ -5,13 +5,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from gateway.fleet import residents
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.jobs import Progress, TaskFailed
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
-# Fields of the hash: the load in progress, and one for each loaded model.
-LOADING, RESIDENT = "loading", "r:"
 LOOK_EVERY_S = 0.25
 
 
@@ -35,11 +34,9 @@ async def _loading(store: RedisClient, backend: str) -> str:
     """The canonical name of the model that a gateway has this backend load, "" if there is none."""
     name = redis_keys.fleet_box(backend)
     try:
-        value = await store.call(lambda redis: redis.hget(name, LOADING))
-        # The model, the id of the call that loads it, when it began, and when it is expected to end.
-        model, *more = value.decode("utf-8", "replace").rsplit(" ", 3) if value else [""]
-        # The scripts remove what has ended when they next look.
-        is_loaded = len(more) == 3 and await store.call(lambda redis: redis.hexists(name, RESIDENT + model))
+        known = residents.unpack(backend, await store.call(lambda redis: redis.hgetall(name)))
     except RedisUnavailable:
         return ""
-    return model if len(more) == 3 and not is_loaded else ""
+    # The scripts remove a load that has ended when they next look.
+    is_loaded = known.loading and any(resident.model == known.loading.model for resident in known.residents)
+    return known.loading.model if known.loading and not is_loaded else ""

@@ -22,16 +22,26 @@ from gateway.stores.redis_client import RedisClient, RedisUnavailable
 VERBS = ("warm", "unload", "pull")
 # How long an unload is watched; where calls go on, the backend unloads later.
 WATCH_S, LOOK_EVERY_S = 10.0, 0.25
+SOON_S = 1.0
 MOST_BACKENDS = 1000
 # Where the expected time of a load may be from.
 KNOWN: frozenset[Origin] = frozenset({LEARNED, "model", "size"})
 
 
 class ModelJobs:
-    """Plans jobs; what it refuses is raised as CommandFailed or NotFound before any begins."""
+    """Plans jobs; what it refuses is raised as CommandFailed or NotFound before any begins.
 
-    def __init__(self, backends: Mapping[str, Backend], discovery: Discovery, store: RedisClient) -> None:
-        self._backends, self._discovery, self._store = backends, discovery, store
+    `changed` is called with each backend whose models or memory a job has changed; a command has nobody to notify.
+    """
+
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        discovery: Discovery,
+        store: RedisClient,
+        changed: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._backends, self._discovery, self._store, self._changed = backends, discovery, store, changed
         self._plans: dict[str, Callable[..., Awaitable[Job]]] = {"warm": self.warm, "unload": self.unload, "pull": self.pull}
 
     async def plan(self, verb: str, arguments: Mapping[str, Any]) -> Job:
@@ -90,7 +100,7 @@ class ModelJobs:
 
     async def _load(self, backend: Backend, memory: ModelMemory, progress: Progress) -> None:
         async with load_turn(self._store, backend, canonical(progress.model).canonical, progress):
-            was_loaded = await memory.size_of(progress.model) is not None
+            was_loaded = await _is_loaded(memory, progress.model)
             progress.note("loading")
             began = time.monotonic()
             await memory.load(progress.model)
@@ -126,6 +136,8 @@ class ModelJobs:
 
     async def _refresh(self, names: Sequence[str]) -> None:
         """So that the map of models is right when the job has ended."""
+        for name in names:
+            self._changed(name)
         if names:
             await self._discovery.refresh([self._backends[name] for name in names])
 
@@ -160,6 +172,15 @@ async def _memory_or_fault(backend: Backend) -> ModelMemory | BackendFault | Non
         return await memory_of(backend)
     except BackendFault as fault:
         return fault
+
+
+async def _is_loaded(memory: ModelMemory, model: str) -> bool:
+    """False also if the backend does not answer soon, as while it loads a model, perhaps this one."""
+    try:
+        async with asyncio.timeout(SOON_S):
+            return await memory.size_of(model) is not None
+    except TimeoutError:
+        return False
 
 
 async def _unload(memory: ModelMemory | BackendFault, progress: Progress) -> None:

@@ -56,7 +56,11 @@ class OllamaMemory:
 
     async def size_of(self, model: str) -> int | None:
         wanted = canonical(model).canonical
-        entries = await discovery.ask(self._backend, "/api/ps", read_tags)
+        try:
+            entries = await discovery.ask(self._backend, "/api/ps", read_tags)
+        except BackendFault as fault:
+            # Since 0.32.10 this list waits for a load that is in progress.
+            raise TaskFailed("is busy with a load: try again") if fault.reason == "head_timeout" else fault from None
         sizes = [whole_number(entry.get("size_vram")) for entry in entries if canonical(entry["name"]).canonical == wanted]
         return sizes[0] if sizes else None
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from gateway.auth.key import ADMIN
-from gateway.fleet import model_jobs
+from gateway.fleet import discovery, model_jobs
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.support.fake_backend.answers import SIZE
@@ -97,6 +97,18 @@ def test_a_model_is_loaded_where_its_calls_go_first(admin: httpx.Client, alpha: 
     assert row["detail"] == "was loaded"
     [row] = done(admin, "warm", model=MODEL, backend="beta")
     assert (row["backend"], row["state"], memory(beta).loaded) == ("beta", "done", {MODEL})
+
+
+def test_what_is_loaded_is_known_at_once(
+    admin: httpx.Client, gateway: RunningGateway, alpha: FakeBackend, stores: TestStores
+) -> None:
+    def loaded() -> list[str]:
+        return [resident.model for resident in gateway.components.load.view()["alpha"].residents]
+
+    done(admin, "warm", model=MODEL)
+    until(lambda: loaded() == [MODEL], 5)
+    done(admin, "unload", model=MODEL)
+    until(lambda: loaded() == [], 5)
 
 
 def test_progress_arrives_while_a_model_is_loading(admin: httpx.Client, alpha: FakeBackend) -> None:
@@ -207,6 +219,17 @@ def test_a_load_in_progress_comes_first(admin: httpx.Client, stores: TestStores,
         # A load of the same model is joined.
         client.hset(name, "loading", f"{MODEL} c2 1 2")
         assert done(admin, "warm", model=MODEL)[0]["state"] == "done"
+
+
+def test_a_list_that_waits_for_a_load_delays_none(
+    admin: httpx.Client, alpha: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since 0.32.10 Ollama's list of loaded models waits for a load that is in progress."""
+    monkeypatch.setattr(model_jobs, "SOON_S", 0.1)
+    monkeypatch.setattr(discovery, "POLL_DEADLINE_S", 0.3)
+    alpha.play("/api/ps", [Forever()])
+    assert [row["detail"] for row in done(admin, "warm", model=MODEL)] == ["loaded"]
+    assert done(admin, "unload", model=MODEL, backend="alpha")[0]["detail"] == "is busy with a load: try again"
 
 
 def test_a_load_in_progress_is_waited_for_only_so_long(
