@@ -23,6 +23,7 @@ from gateway.edge.health import Health
 from gateway.fleet import presence
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.failover import Failover
+from gateway.fleet.loaded_models import LoadedModels
 from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
 from gateway.proxy.access import Access
@@ -152,7 +153,9 @@ def table(settings: Settings, parts: Components) -> Endpoints:
 
 def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str, Exchange]:
     """An exchange for each operation of a model, by path."""
-    failover = Failover(parts.backends, parts.held_answers, parts.bodies.in_turn, most_tokens=settings.max_num_predict)
+    loaded = LoadedModels(parts.catalog, parts.load, settings.max_keep_alive_s)
+    most_tokens = settings.max_num_predict
+    failover = Failover(parts.backends, parts.held_answers, parts.bodies.in_turn, loaded, most_tokens=most_tokens)
     return {
         operation.path: (UploadExchange if operation.is_form else Exchange)(
             dialect,
@@ -163,7 +166,7 @@ def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str,
             parts.catalog,
             parts.settler,
             bodies=parts.bodies,
-            most_tokens=settings.max_num_predict,
+            most_tokens=most_tokens,
             answer_here=ANSWERS.get(operation.path),
             strips_volatile=settings.strip_volatile_prompt_lines,
         )

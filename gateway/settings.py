@@ -201,6 +201,7 @@ class Settings:
     max_request_body_bytes: int = env("8388608", integer(1024, 2**30))
     max_upload_bytes: int = env("26214400", integer(1024, 2**30))
     max_num_predict: int = env("32768", integer(1, 10**9))
+    max_keep_alive_s: float = env("1800", seconds(1, 604_800))
     strip_volatile_prompt_lines: bool = env("true", boolean)
     argon2_time_cost: int = env("3", integer(1, 100))
     argon2_memory_cost_kib: int = env("65536", integer(8, 4 * 2**20))

@@ -89,6 +89,7 @@ BAD = {
     "MAX_REQUEST_BODY_BYTES": ["1023", "256K", "-1"],
     "MAX_UPLOAD_BYTES": ["1023", "25M", "-1"],
     "MAX_NUM_PREDICT": ["0", "-1", "x"],
+    "MAX_KEEP_ALIVE_S": ["0", "-1", "30m"],
     "STRIP_VOLATILE_PROMPT_LINES": ["maybe"],
     "ARGON2_TIME_COST": ["0", "101"],
     "ARGON2_MEMORY_COST_KIB": ["7", "64MiB"],

@@ -47,7 +47,8 @@ class Operation:
 
     `trim` returns the body for a backend that has the path, and the names of the fields that were taken out.
     `passes` returns whether backends of a kind that have the path do all that a body asks for. `without_volatile` returns a
-    body without the lines that differ between requests. `estimate` is for operations that count a prompt's tokens.
+    body without the lines that differ between requests. `estimate` is for operations that count a prompt's tokens. If it
+    `has_runner_options`, a request may ask the backend to load or keep its model in a certain way.
     """
 
     path: str
@@ -65,6 +66,12 @@ class Operation:
     passes: Callable[[dict[str, Any], Kind], bool] | None = None
     without_volatile: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     estimate: Callable[[dict[str, Any]], int] | None = None
+    has_runner_options: bool = False
+
+
+class RunnerOptions(Protocol):
+    def apply(self, body: dict[str, Any]) -> list[str]:
+        """Changes the fields with which a request would load, keep or unload a model; returns their names."""
 
 
 class Upload(Protocol):
@@ -81,12 +88,13 @@ class Upload(Protocol):
 class Call:
     """A client's request, read and checked.
 
-    `context` is the model's context in tokens if the backend refuses requests that exceed it, else 0. `capped` is the limit of
-    each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is known.
-    If a call `is_for_alias`, backends do not know the name that was asked for; it is put into their answers. `size` is that of
-    the request's body in bytes; `upload` is the form whose texts are in `body`. `dropped` names fields of the request that no
-    backend got. `estimate` is the number of the prompt's tokens if the call asks for it. `entry` is the model's in the list of
-    models. `reply` is the id and the time, in seconds since 1970, of a translated answer of which the client may have a part.
+    `context` is the model's context in tokens if the backend refuses requests that exceed it, else 0. `capped` is the limit
+    of each answer in tokens if the caller asked for more. `needs` is what the call counts towards its limits, once that is
+    known. If a call `is_for_alias`, backends do not know the name that was asked for; it is put into their answers. `size` is
+    that of the request's body in bytes; `upload` is the form whose texts are in `body`. `dropped` names fields of the request
+    that no backend got as they were. `estimate` is the number of the prompt's tokens if the call asks for it. `entry` is the
+    model's in the list of models. `reply` is the id and the time, in seconds since 1970, of a translated answer of which the
+    client may have a part. A caller that `may_unload` models manages them.
     """
 
     operation: Operation
@@ -104,6 +112,7 @@ class Call:
     estimate: int = 0
     entry: Mapping[str, Any] = field(default_factory=dict, repr=False)
     reply: tuple[str, int] | None = None
+    may_unload: bool = False
 
     def need(self, most_output: int) -> Need:
         try:
@@ -112,19 +121,26 @@ class Call:
             raise BadRequest("the body is nested too deeply") from None
         return found if found.output is None else found._replace(output=min(found.output, most_output))
 
-    def body_for(self, kind: Kind, spelling: str, cap: int) -> bytes:
+    def body_for(self, kind: Kind, spelling: str, cap: int, runner: RunnerOptions | None = None) -> bytes:
         """The JSON for a backend: its output limited to `cap` tokens, the model in that backend's spelling."""
         body = dict(self.body)
         if self.is_for_alias or not is_plain(self.asked_model, self.model.canonical) or kind == "openai":
             body["model"] = spelling
         if self.operation.trim is not None:
             body, taken_out = self.operation.trim(body)
-            self.dropped += [name for name in taken_out if name not in self.dropped]
+            self.drop(taken_out)
+        if runner is not None:
+            changed = runner.apply(body)
+            if changed:
+                self.drop(changed)
         if self.operation.clamp is not None:
             # The prompt needs room in the context, too, and a caller that set no limit must not be refused for ours.
             default = min(cap, self.context // DEFAULT_SHARE) or cap if self.context else cap
             self.capped = self.operation.clamp(body, kind, cap, default)
         return strict_json.write_strictly(body)
+
+    def drop(self, names: Sequence[str]) -> None:
+        self.dropped += [name for name in names if name not in self.dropped]
 
 
 class Framing(Protocol):

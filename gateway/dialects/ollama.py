@@ -55,10 +55,12 @@ class Ollama:
         kinds: frozenset[Kind] = frozenset({"ollama"})
         ended = ("done", "done_reason")
         self.operations: Sequence[Operation] = (
-            Operation("/api/chat", "by default", kinds, _check_chat, _clamp, ended, _need_of_chat),
-            Operation(GENERATE, "by default", kinds, _check_generate, _clamp, ended, _need_of_generate),
-            Operation("/api/embed", "never", kinds, _check_embed, need=_need_of_embed),
-            Operation("/api/embeddings", "never", kinds, _check_embeddings, need=_need_of_embeddings),
+            Operation("/api/chat", "by default", kinds, _check_chat, _clamp, ended, _need_of_chat, has_runner_options=True),
+            Operation(
+                GENERATE, "by default", kinds, _check_generate, _clamp, ended, _need_of_generate, has_runner_options=True
+            ),
+            Operation("/api/embed", "never", kinds, _check_embed, need=_need_of_embed, has_runner_options=True),
+            Operation("/api/embeddings", "never", kinds, _check_embeddings, need=_need_of_embeddings, has_runner_options=True),
             Operation("/api/show", "never", kinds, _check_common),
         )
 

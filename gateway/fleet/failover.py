@@ -25,6 +25,7 @@ from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse
 from gateway.fleet.catalog import Model
 from gateway.fleet.held_answers import HeldAnswers
+from gateway.fleet.loaded_models import LoadedModels
 from gateway.fleet.opening import NO_ROUTE, Busy, Opening, Upstream, read_beginning
 from gateway.fleet.scheduler import Candidate, choose, is_served
 from gateway.fleet.translated_response import TranslatedResponse
@@ -46,8 +47,17 @@ InTurn = Callable[[str, Callable[[], Translation], CancelScope], Awaitable[Trans
 class Failover:
     """Finds an answer to a call among the backends that have its model."""
 
-    def __init__(self, backends: Mapping[str, Backend], held: HeldAnswers, in_turn: InTurn, *, most_tokens: int) -> None:
-        self._backends, self.held, self.in_turn, self.most_tokens = backends, held, in_turn, most_tokens
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        held: HeldAnswers,
+        in_turn: InTurn,
+        loaded: LoadedModels,
+        *,
+        most_tokens: int,
+    ) -> None:
+        self._backends, self.held, self.in_turn, self.loaded = backends, held, in_turn, loaded
+        self.most_tokens = most_tokens
 
     def for_call(self, call: Call, dialect: Dialect, model: Model, headers: bytes, caller: str) -> "FailoverRun":
         """Decides which backends are tried; sends nothing before `FailoverRun.open`. `headers` are whole lines."""
@@ -169,7 +179,8 @@ class FailoverRun:
         if translator is not None:
             self.translation = await self._translate(translator, backend, cancel_scope)
             call = self.translation.call
-        body = call.body_for(backend.kind, spelling, self._failover.most_tokens)
+        runner = self._failover.loaded.runner(call, backend, spelling) if backend.kind == "ollama" else None
+        body = call.body_for(backend.kind, spelling, self._failover.most_tokens, runner)
         path, upload = call.operation.path.encode(), call.upload
         backend.take()
         self.was_sent = True
@@ -188,9 +199,13 @@ class FailoverRun:
             opening = await read_beginning(backend, upstream, self._call, self._dialect, reservation)
             opening.translation = self.translation
             backend.breaker.succeeded()
+            if runner is not None:
+                self._failover.loaded.answered(runner, backend, spelling)
         except BaseException as wrong:
             if isinstance(wrong, BackendFault) and not _is_inconclusive(wrong, backend, began):
                 backend.breaker.failed()
+            if runner is not None:
+                self._failover.loaded.failed(backend, spelling)
             if upstream is not None:
                 upstream.close()
             backend.give_back()

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.audit.prompt_log import PromptLog
 from gateway.audit.record import Record
 from gateway.audit.settlement import Settler
-from gateway.auth.key import KEEP_VOLATILE_LINES, SHOW_BACKEND, SHOW_OVERHEAD, Key
+from gateway.auth.key import ADMIN_MODELS, KEEP_VOLATILE_LINES, SHOW_BACKEND, SHOW_OVERHEAD, Key
 from gateway.core.asgi import Connection, send_json
 from gateway.core.cancel_scope import CallScope, ScopeTimer
 from gateway.core.errors import (
@@ -33,7 +33,7 @@ from gateway.proxy.access import Access
 from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.proxy.byte_answer import ByteAnswer
 from gateway.proxy.heartbeats import Heartbeats, suit
-from gateway.proxy.local_answers import AnswerHere, LocalAnswer
+from gateway.proxy.local_answers import AnswerHere, LocalAnswer, unload
 from gateway.proxy.relay import Answer, StreamedAnswer, WholeAnswer
 from gateway.proxy.visibility import missing
 
@@ -82,8 +82,8 @@ class Exchange:
                 key = await self._access.key_of(scope, record)
                 call = await self._read(scope, receive, record, cancel_scope)
                 model = self._find(call, key, record)
-                if self._asks_no_backend and not is_served(model, call):
-                    local = self._answer_here(model, call)  # type: ignore[misc]
+                local = self._without_backend(model, call, record)
+                if local is not None:
                     await self._access.admit(record, model.name.canonical, takes_slot=False)
                 else:
                     connection.watch(partial(cancel_scope.interrupt, ClientGone()))
@@ -116,6 +116,16 @@ class Exchange:
             await send_json(send, local.value, more=local.headers)
         elif answer is not None:
             await answer.finish()
+
+    def _without_backend(self, model: Model, call: Call, record: Record) -> LocalAnswer | None:
+        """The gateway's own answer to a call that no backend gets."""
+        if self._asks_no_backend and self._answer_here is not None:
+            return None if is_served(model, call) else self._answer_here(model, call)
+        if "keep_alive" not in call.body or call.may_unload:
+            return None
+        local = unload(model, call)
+        record.dropped = call.dropped
+        return local
 
     def _instead_of(self, failure: GatewayError, model: Model, call: Call, answer: Answer | None) -> LocalAnswer:
         """The gateway's own answer instead of a failure; raises the failure if there is none, or if one has begun."""
@@ -153,6 +163,7 @@ class Exchange:
             raise missing(call.asked_model, key, catalog)
         record.canonical, call.context = model.counted_as or model.name.canonical, model.context
         call.is_for_alias, call.entry = bool(model.targets), model.native
+        call.may_unload = ADMIN_MODELS in key.flags
         stable = call.operation.without_volatile
         if stable is not None and self._strips_volatile and KEEP_VOLATILE_LINES not in key.flags:
             call.body = stable(call.body)

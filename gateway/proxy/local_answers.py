@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from gateway.dialects.dialect import Call
 from gateway.dialects.model_entries import context_of
-from gateway.dialects.translation import native_chat, native_generate
+from gateway.dialects.translation import native_chat, native_fields, native_generate
 from gateway.dialects.translation.native_records import timestamp
 from gateway.fleet.catalog import Model
 
@@ -56,6 +56,16 @@ def load_generate(model: Model, call: Call) -> LocalAnswer | None:
     return LocalAnswer(native_generate.load_answer(call.body, call.asked_model, timestamp(time.time_ns()))) if is_load else None
 
 
+def unload(model: Model, call: Call) -> LocalAnswer | None:
+    """The answer to a request to unload a model, from a caller that does not manage models: it stays loaded for others."""
+    answer_here = LOADS.get(call.operation.path)
+    if answer_here is None or not native_fields.unloads(call.body):
+        return None
+    if (answer := answer_here(model, call)) is not None:
+        call.drop(["keep_alive"])
+    return answer
+
+
 def load_embed(model: Model, call: Call) -> LocalAnswer | None:
     return None if call.body.get("input") else LocalAnswer({"model": call.asked_model, "embeddings": []})
 
@@ -72,12 +82,15 @@ def count_responses(model: Model, call: Call) -> LocalAnswer:
     return LocalAnswer({"object": "response.input_tokens", "input_tokens": call.estimate}, ESTIMATED)
 
 
-ANSWERS: Mapping[str, AnswerHere] = {
-    "/api/show": show,
+LOADS: Mapping[str, AnswerHere] = {
     "/api/chat": load_chat,
     "/api/generate": load_generate,
     "/api/embed": load_embed,
     "/api/embeddings": load_embeddings,
+}
+ANSWERS: Mapping[str, AnswerHere] = {
+    **LOADS,
+    "/api/show": show,
     "/v1/messages/count_tokens": count_messages,
     "/v1/responses/input_tokens": count_responses,
 }

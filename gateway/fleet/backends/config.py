@@ -28,7 +28,7 @@ class ModelConfig:
     """
 
     slots: int | None = None
-    num_ctx: NumCtx = "pass"
+    num_ctx: NumCtx = "raise"
     keep_alive_s: float | None = None
 
 
