@@ -33,7 +33,10 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True)
 class Resident:
-    """A loaded model; times in seconds since 1970: of its load, of its last use, and when it goes (None: never)."""
+    """A loaded model; times in seconds since 1970: of its load, of its last use, and when it goes (None: never).
+
+    `size_vram` is all of its size on a backend that has never had a model in VRAM.
+    """
 
     model: str
     size: int = 0
@@ -153,13 +156,14 @@ def _resident(name: str, text: str, sizes: Mapping[str, int]) -> Resident | None
 def merged(before: BackendLoad, listed: Sequence[Listed], sent: float, now: float) -> BackendLoad:
     """What one process knows after an answer, while Redis is away; as the script `residents` does it for all."""
     known = {resident.model: resident for resident in before.residents}
+    has_gpu = any(one.size_vram for one in listed)
     names = {one.model for one in listed}
     kept = [resident for resident in before.residents if resident.model not in names and resident.since > sent]
     fresh = [
         Resident(
             one.model,
             one.size,
-            one.size_vram,
+            one.size_vram if has_gpu else one.size,
             one.context,
             known[one.model].since if one.model in known else now,
             known[one.model].used if one.model in known else now,

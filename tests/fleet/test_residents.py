@@ -178,6 +178,15 @@ def test_a_load_that_was_given_up_shows_no_limit(box: Box) -> None:
     assert box.poll(listed("d", 1)).misfit == 0
 
 
+def test_without_a_gpu_the_main_memory_counts(box: Box) -> None:
+    load = box.poll(Listed("a", 3 * GB, 0, 4096, None), Listed("b", 2 * GB, 0, 4096, None))
+    assert (load.used, load.seen, load.residents[0].size_vram) == (5 * GB, 5 * GB, 3 * GB)
+    load = box.poll(Listed("a", 3 * GB, GB, 4096, None), Listed("b", 2 * GB, 0, 4096, None))
+    assert (load.used, load.seen) == (GB, GB), "with a GPU, only its memory counts"
+    load = box.poll(Listed("b", 2 * GB, 0, 4096, None))
+    assert (load.used, load.seen) == (0, GB), "also while all models are in main memory"
+
+
 def test_loads_are_counted_whoever_caused_them(box: Box) -> None:
     assert box.poll(listed("a", 3)).loads == 0, "what was there before"
     assert box.poll(listed("a", 3), listed("b", 1)).loads == 1

@@ -1,6 +1,6 @@
 -- Takes the turns to ask backends what they have loaded, and reads what is known of each.
--- KEYS: for each backend: its turn, its box (see residents.lua). ARGV: ms for which a turn is taken; for each backend: 1 if this
--- process would ask it.
+-- KEYS: for each backend: its turn, its box (see residents.lua). ARGV: ms for which a turn is taken; for each backend: 1 if
+-- this process would ask it.
 -- Answers for each backend: 1 if this process has the turn, and the box.
 local answer = {}
 for i = 1, #KEYS, 2 do

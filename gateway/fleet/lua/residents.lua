@@ -1,12 +1,16 @@
 -- Stores which models a backend has loaded, from its answer to a question.
--- KEYS: box, the hash of the backend; turn, which is kept until it is to be asked again. ARGV: ms at which the question was sent,
--- by this Redis; ms between questions: a model that is gone with more time left counts as evicted; 1 if the backend lists models while it loads them; then for each model:
--- name, bytes in VRAM, bytes, tokens of context, ms until it goes (-1: never).
--- Fields of the box that are written here: "r:" and a model: bytes in VRAM, since when it is loaded, when it was last used, until
--- when it stays, tokens of context; "s:" and a model: its bytes; "seen": most bytes of VRAM in use so far; "room": least bytes
--- that did not fit; "at": when the last question was sent; "loads", "evictions": how many were seen; "polled": the models of the
--- last answer. Who causes a load writes "loading", which begins with a model, and when that is done its "r:".
--- Answers the box.
+-- KEYS: box, the hash of the backend; turn, which is kept until the backend is to be asked again.
+-- ARGV: ms at which the question was sent, by this Redis; ms between questions; 1 if the backend lists models while it loads
+-- them; then for each model: name, bytes in VRAM, bytes, tokens of context, ms until it goes (-1: never).
+-- Answers the box. The fields of it that are written here:
+--   r:<model>   bytes in VRAM, since when it is loaded, when it was last used, until when it stays, tokens of context
+--   s:<model>   its bytes
+--   seen, room  the most bytes of VRAM in use so far, the least that did not fit
+--   gpu         1 once a model was in VRAM; until then all bytes count as bytes in VRAM
+--   at          when the last question was sent
+--   loads, evictions  how many were seen; a model that is gone although it had more time left than a question counts as evicted
+--   polled      the models of the last answer
+-- Who causes a load writes "loading", which begins with a model, and when that is done its "r:".
 local box, sent, every, lists_loading = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
 local time = redis.call('TIME')
 local at_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -27,6 +31,16 @@ if not is_table or type(last) ~= 'table' then last = {} end
 local known = type(last.models) == 'table' and last.models or {}
 local loading = fields.loading and (string.match(fields.loading, '^([^\31]+)\31') or string.match(fields.loading, '^(%S+) '))
 
+local has_gpu, is_first_of_gpu = fields.gpu == '1', false
+for i = 4, #ARGV, 5 do
+    if not has_gpu and tonumber(ARGV[i + 1]) > 0 then has_gpu, is_first_of_gpu = true, true end
+end
+-- What was learned of the memory without a GPU says nothing of VRAM.
+if is_first_of_gpu then
+    redis.call('HSET', box, 'gpu', 1)
+    fields.seen, fields.room = nil, nil
+end
+
 local listed, models, sum, loads, is_ours, is_loading = {}, {}, 0, 0, false, loading ~= nil
 for i = 4, #ARGV, 5 do
     local name, left = ARGV[i], tonumber(ARGV[i + 4])
@@ -40,9 +54,10 @@ for i = 4, #ARGV, 5 do
         if before > 0 and (not was or (since and since > (tonumber(was.since) or 0))) then loads = loads + 1 end
         since, used = since or (was and tonumber(was.since)) or at_ms, used or (was and tonumber(was.used)) or at_ms
         local stays = left < 0 and FOREVER or at_ms + left
+        local bytes = has_gpu and ARGV[i + 1] or ARGV[i + 2]
         redis.call('HSET', box, 'r:' .. name,
-            table.concat({ARGV[i + 1], whole(since), whole(used), whole(stays), ARGV[i + 3]}, ' '), 's:' .. name, ARGV[i + 2])
-        models[name] = {vram = tonumber(ARGV[i + 1]), since = since, used = used, stays = stays}
+            table.concat({bytes, whole(since), whole(used), whole(stays), ARGV[i + 3]}, ' '), 's:' .. name, ARGV[i + 2])
+        models[name] = {vram = tonumber(bytes), since = since, used = used, stays = stays}
         sum = sum + models[name].vram
     end
 end
