@@ -18,7 +18,7 @@ from gateway.limits.fallback import FallbackLimiter, Share
 from gateway.limits.quota import UNLIMITED, CounterSet
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
-from tests.support.chat_requests import CHATS, MODEL, Chat
+from tests.support.chat_requests import CHATS, MESSAGES, MODEL, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Hold, Step
 from tests.support.processes import until
@@ -258,3 +258,17 @@ def test_an_estimate_is_the_mean_of_the_key_with_the_model_else_of_the_model() -
     found = [means.ms_to_reserve((each,), "m") for each in (one, two)]
     assert found == [2000, 7000]
     assert means.ms_to_reserve((three,), "m") == 3000
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_other_dialects_get_the_same_refusal(gateway: RunningGateway, path: str) -> None:
+    body = (
+        {"model": MODEL, "max_tokens": 5, "messages": MESSAGES} if path == "/v1/messages" else {"model": MODEL, "input": "Hi"}
+    )
+    with gateway.http(gateway.key(day_seconds=1)) as client, gateway.http(gateway.key(day=0)) as other:
+        assert ask(client).status_code == 200
+        refused, like_tokens = client.post(path, json=body), other.post(path, json=body)
+    assert (refused.status_code, like_tokens.status_code) == (429, 429)
+    found, expected = refused.json()["error"], like_tokens.json()["error"]
+    assert found["message"].startswith("Limit of 1 seconds of backends per day for this key reached; try again in ")
+    assert {**found, "message": ""} == {**expected, "message": ""}

@@ -350,7 +350,7 @@ async function loadRows() {
     { name: "Status", number: true, of: (row) => h("span", { class: row.status >= 500 ? "bad" : row.status >= 400 ? "warn" : null }, row.status || "–") },
     { name: "Outcome", wide: true, of: (row) => row.outcome + (row.detail ? ` (${row.detail})` : "") },
     { name: "Tokens", number: true, of: (row) => `${row.prompt_tokens}${row.cached_tokens ? ` (${row.cached_tokens} cached)` : ""} + ${row.completion_tokens}` },
-    { name: "Backend time", number: true, of: (row) => ms(row.backend_ms) + (row.loaded ? `, load ${ms(row.load_ms)}` : "") },
+    { name: "Backend time", number: true, of: (row) => h("div", {}, ms(row.backend_ms), row.loaded && h("div", { class: "dim" }, `load ${ms(row.load_ms)}`)) },
     { name: "First byte", number: true, of: (row) => ms(row.ttfb_ms) },
     { name: "Total", number: true, of: (row) => ms(row.total_ms) },
   ], rows, "no requests found");
