@@ -1,6 +1,7 @@
 """Opens what one process needs, from the settings: stores, keys, backends, limits, audit. The order of opening is the reverse
 of the order of closing."""
 
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -25,9 +26,10 @@ from gateway.core.in_flight import InFlight
 from gateway.dialects import registry
 from gateway.dialects.dialect import Dialect
 from gateway.edge.client_address import TrustedProxies
-from gateway.fleet import model_jobs, presence, probe
+from gateway.fleet import board, model_jobs, presence, probe
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Catalog
+from gateway.fleet.claim import Routing
 from gateway.fleet.control import Control
 from gateway.fleet.cost_store import CostStore
 from gateway.fleet.costs import Costs
@@ -36,7 +38,9 @@ from gateway.fleet.drains import Drains
 from gateway.fleet.held_answers import HeldAnswers
 from gateway.fleet.load import Load
 from gateway.fleet.model_jobs import ModelJobs
+from gateway.fleet.placing import Placing
 from gateway.fleet.presence import Presence, ProcessState
+from gateway.fleet.queue import FleetQueue
 from gateway.limits import limiter
 from gateway.limits.budgets import Budgets
 from gateway.limits.fallback import Share
@@ -44,8 +48,9 @@ from gateway.limits.limiter import Limiter
 from gateway.limits.quota import Quota
 from gateway.proxy.body import Bodies
 from gateway.settings import Settings
+from gateway.stores import redis_keys
 from gateway.stores.postgres import Database, ReportDatabase
-from gateway.stores.redis_client import RedisClient
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_keys import SLOT_FREED
 from gateway.stores.redis_scripts import read_scripts
 from gateway.stores.redis_shards import ShardConnections
@@ -78,6 +83,7 @@ class Components:
     in_flight: InFlight
     bodies: Bodies
     held_answers: HeldAnswers
+    placing: Placing
     background: Callable[[], list[KeptTask]]
 
     def catalog(self) -> Catalog:
@@ -109,13 +115,12 @@ async def opened(
         )
         limits = await enter(limits_of(settings, database, store, connections, lambda: Share(active.rank, active.count)))
         costs = await enter(CostStore(connections, Costs()))
-        dialects = registry.dialects()
+        dialects, in_flight = registry.dialects(), InFlight()
         writer = await enter(AuditWriter(store, limits, database, active.process_id, keep_prompts=kept_prompts(settings)))
-        purging = await enter(retention_task(settings))
+        purging, scope_timer = await enter(retention_task(settings)), await enter(ScopeTimer())
         settler = await enter(settler_of(settings, limits, dialects, writer, CallCosts(costs.costs, lambda: discovery.catalog)))
-        scope_timer = await enter(ScopeTimer())
-        metrics, in_flight = Metrics(metrics_folder), InFlight()
-        catalog = lambda: discovery.catalog  # noqa: E731
+        placing = await enter(placing_of(settings, store, connections, active, costs.costs, load))
+        metrics, catalog = Metrics(metrics_folder), lambda: discovery.catalog
         shown: list[Any] = [backends, catalog, store, database, costs.costs, load.known]
         gauges = await enter(Gauges(metrics, in_flight, limits, connections, settler, writer, *shown))
         await enter(active)
@@ -123,8 +128,8 @@ async def opened(
         owners: list[Any] = [authenticator, discovery, drains, proxies, limits, writer, settler, scope_timer, gauges, active]
 
         def background() -> list[KeptTask]:
-            tasks = [*beside, purging, load.background, costs.background, *store.background, *connections.background]
-            return [*tasks, *(one.background for one in owners)]
+            of_stores = [*beside, purging, *store.background, *connections.background]
+            return [*of_stores, *(one.background for one in (*owners, load, costs, placing.queue))]
 
         yield Components(
             database=database,
@@ -145,6 +150,7 @@ async def opened(
             in_flight=in_flight,
             bodies=Bodies(settings.max_request_body_bytes, settings.max_upload_bytes),
             held_answers=HeldAnswers(),
+            placing=placing,
             background=background,
         )
 
@@ -154,7 +160,7 @@ def database_of(settings: Settings) -> Database:
 
 
 def connections_of(settings: Settings, store: RedisClient) -> ShardConnections:
-    return ShardConnections(settings.redis_url, read_scripts(limiter.LUA, presence.LUA), store.count_failure)
+    return ShardConnections(settings.redis_url, read_scripts(limiter.LUA, presence.LUA, board.LUA), store.count_failure)
 
 
 def hasher_of(settings: Settings) -> PasswordHasher:
@@ -209,6 +215,45 @@ async def limits_of(
     async with limits:
         store.subscribe({SLOT_FREED: lambda queue: limits.queue.slot_freed(queue.encode())}, after_gap=lambda: None)
         yield limits
+
+
+def routing_of(settings: Settings) -> Routing:
+    return Routing(
+        settings.routing,
+        settings.routing_spill_s,
+        settings.routing_sticky_s,
+        settings.queue_wait_s,
+        settings.queue_size,
+        settings.queue_tokens,
+    )
+
+
+@asynccontextmanager
+async def placing_of(
+    settings: Settings, store: RedisClient, connections: ShardConnections, active: Presence, costs: Costs, load: Load
+) -> AsyncIterator[Placing]:
+    queue = FleetQueue(
+        connections,
+        active.process_id,
+        routing_of(settings),
+        share_of=lambda slots: Share(active.rank, active.count).out_of(slots),
+        is_resident=load.has,
+        look=load.look_soon,
+    )
+    store.subscribe({redis_keys.granted(active.process_id): queue.granted}, after_gap=lambda: None)
+    tiers = [config.tier for config in settings.backends]
+    async with queue:
+        yield Placing(queue, costs, await salt_of(store), has_tiers=len(set(tiers)) < len(tiers))
+
+
+async def salt_of(store: RedisClient) -> bytes:
+    """The secret that makes the names of conversations meaningless outside of this installation."""
+    own = secrets.token_bytes(16)
+    try:
+        known = await store.call(lambda redis: redis.set(redis_keys.FLEET_SALT, own, nx=True, get=True))
+    except RedisUnavailable:
+        return own
+    return known or own
 
 
 def default_quota(settings: Settings) -> Quota:

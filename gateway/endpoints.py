@@ -27,6 +27,7 @@ from gateway.fleet.loaded_models import LoadedModels
 from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
 from gateway.proxy.access import Access
+from gateway.proxy.callers import Callers
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.local_answers import ANSWERS
 from gateway.proxy.model_lists import ModelLists
@@ -154,8 +155,9 @@ def table(settings: Settings, parts: Components) -> Endpoints:
 def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str, Exchange]:
     """An exchange for each operation of a model, by path."""
     loaded = LoadedModels(parts.catalog, parts.load, settings.max_keep_alive_s)
-    most_tokens = settings.max_num_predict
-    failover = Failover(parts.backends, parts.held_answers, parts.bodies.in_turn, loaded, most_tokens=most_tokens)
+    held, in_turn, most_tokens = parts.held_answers, parts.bodies.in_turn, settings.max_num_predict
+    failover = Failover(parts.backends, parts.placing, loaded, held, in_turn, most_tokens=most_tokens)
+    callers = Callers(parts.limits, settings.sub_user_header.lower().encode())
     return {
         operation.path: (UploadExchange if operation.is_form else Exchange)(
             dialect,
@@ -166,6 +168,7 @@ def calls_of(settings: Settings, parts: Components, access: Access) -> dict[str,
             parts.catalog,
             parts.settler,
             bodies=parts.bodies,
+            callers=callers,
             most_tokens=most_tokens,
             answer_here=ANSWERS.get(operation.path),
             strips_volatile=settings.strip_volatile_prompt_lines,

@@ -55,6 +55,15 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
+def seconds_or_never(text: str) -> float | None:
+    if text.lower() == "never":
+        return None
+    try:
+        return seconds(0, 86_400)(text)
+    except ValueError as wrong:
+        raise ValueError(f"'never' or {wrong}") from None
+
+
 def part(text: str) -> Millionths:
     if not re.fullmatch(r"0?\.\d{1,6}|0|1(\.0{1,6})?", text):
         raise ValueError("a number from 0 to 1, with at most six decimals")
@@ -186,6 +195,13 @@ class Settings:
     model_discovery_cache_ttl_s: float = env("120", seconds(0.2, 86_400))
     loaded_models_refresh_s: float = env("2", seconds(0.05, 3600))
     model_aliases: str = env("")
+    routing: str = env("order", one_of("order", "warm", "fast"))
+    routing_spill_s: float | None = env("never", seconds_or_never)
+    routing_sticky_s: float = env("600", seconds(0, 86_400))
+    queue_wait_s: float = env("300", seconds(0, 86_400))
+    queue_size: int = env("512", integer(0, 10**6))
+    queue_tokens: int = env("4000000", integer(0, 10**12))
+    sub_user_header: str = env("X-OpenWebUI-User-Id", header_name)
     digest_parity: str = env("warn", one_of("warn", "distinct"))
     database_url: str = env("", database_url, is_secret=True)
     database_pool_size: int = env("10", integer(1, 1000))

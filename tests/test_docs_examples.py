@@ -52,7 +52,7 @@ def test_examples_of_backends_can_be_loaded() -> None:
     assert len(found) >= 2
     for _, json_text in found:
         environ = {"OLLAMA_BACKENDS": json_text.replace("…", "a-token-of-the-operator")}
-        assert len(settings.load(environ, None).backends) == 2
+        assert len(settings.load(environ, None).backends) >= 2
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from gateway.fleet.observation import Observation
 
 # Of one backend and model; more calls in a second teach nothing new.
 MOST_PER_S = 10
+JOINS = "join"
 SOURCES = frozenset({"reported", "estimated"})
 
 
@@ -26,6 +27,9 @@ class CallCosts:
     def note(self, record: Record, spent: TokenUsage) -> None:
         """Once the slot is free. An answer that was cut short shows nothing, nor does a request that used no tokens."""
         if record.outcome != "answered" or record.slot_from is None or not record.backend or spent.source not in SOURCES:
+            return
+        if record.chosen_because == JOINS and record.usage.load_s is None:
+            # It has waited for a part of a load, and only the clock shows for how long.
             return
         now = time.monotonic()
         if now >= self._until:
@@ -46,6 +50,7 @@ def observation_of(record: Record, spent: TokenUsage, offer: Offer | None) -> Ob
         spent.prompt,
         spent.completion,
         record.usage,
+        cached_tokens=record.expected_cached,
         estimated_prompt=record.need.prompt,
         loaded=False if record.loaded is None and never_loads else record.loaded,
         size=0 if offer is None else offer.size,

@@ -75,6 +75,8 @@ class Record:
     backend_s: float | None = None
     seconds_from: str = "none"
     loaded: bool | None = None
+    # Tokens of the prompt that its backend probably had in its cache.
+    expected_cached: int = 0
     # An operator's reading in the admin API is not traffic: neither counted nor kept.
     is_operator_read: bool = False
     is_closed: bool = False

@@ -275,6 +275,18 @@ class NoBackend(GatewayError):
     code = "upstream_unavailable"
 
 
+class QueueFull(NoBackend):
+    """As many requests wait for this model as may wait; try again later."""
+
+    code = "queue_full"
+
+
+class QueueTimeout(NoBackend):
+    """No model server with this model became free in the time that a request may wait; try again later."""
+
+    code = "queue_timeout"
+
+
 class Overloaded(GatewayError):
     """The gateway is overloaded; try again shortly."""
 

@@ -12,7 +12,8 @@ from gateway.dialects.anthropic import Anthropic
 from gateway.edge import anthropic_headers
 
 EXPOSED = (
-    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-overhead-ms, x-gateway-max-tokens, "
+    b", retry-after, retry-after-ms, x-should-retry, x-gateway-backend, x-gateway-chosen, x-gateway-overhead-ms, "
+    b"x-gateway-max-tokens, x-queue-position, x-queue-wait-ms, "
     b"x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, "
     b"x-ratelimit-reset-requests, x-ratelimit-reset-tokens, x-gateway-translated-to, x-gateway-dropped, x-gateway-estimated, "
     b"request-id, anthropic-ratelimit-requests-limit, anthropic-ratelimit-requests-remaining, "
@@ -65,12 +66,17 @@ class Response:
         headers = [(self._id_header, self._record.request_id.encode()), NO_SNIFFING]
         if self._record.show_backend and self._record.backend:
             headers.append((b"x-gateway-backend", self._record.backend.encode()))
+            if self._record.chosen_because:
+                headers.append((b"x-gateway-chosen", self._record.chosen_because.encode()))
             if self._record.translated_to:
                 headers.append((b"x-gateway-translated-to", self._record.translated_to.encode()))
             if self._record.dropped:
                 headers.append((b"x-gateway-dropped", _names(self._record.dropped)))
         if self._record.show_overhead:
             headers.append((b"x-gateway-overhead-ms", b"%.2f" % (self._record.overhead_s * 1000)))
+        if self._record.chosen_because:
+            headers.append((b"x-queue-position", b"%d" % self._record.queue_position))
+            headers.append((b"x-queue-wait-ms", b"%d" % self._record.queue_ms))
         if self._record.admission is not None:
             headers += self._record.admission.headers
         if self.with_cors:

@@ -23,11 +23,15 @@ from gateway.dialects.translation.translators import Translator
 from gateway.fleet.attempt import CANNOT, NOT_SENT, Attempt
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse
+from gateway.fleet.caller import Caller
 from gateway.fleet.catalog import Model
 from gateway.fleet.held_answers import HeldAnswers
 from gateway.fleet.loaded_models import LoadedModels
 from gateway.fleet.opening import NO_ROUTE, Busy, Opening, Upstream, read_beginning
-from gateway.fleet.scheduler import Candidate, choose, is_served
+from gateway.fleet.placing import Placing
+from gateway.fleet.queue import Queued
+from gateway.fleet.scheduler import Candidate, choose, group_of, is_served, takes_slot
+from gateway.fleet.slot import Slot
 from gateway.fleet.translated_response import TranslatedResponse
 
 RETRY_AFTER_S = 5.0
@@ -50,31 +54,50 @@ class Failover:
     def __init__(
         self,
         backends: Mapping[str, Backend],
+        placing: Placing,
+        loaded: LoadedModels,
         held: HeldAnswers,
         in_turn: InTurn,
-        loaded: LoadedModels,
         *,
         most_tokens: int,
     ) -> None:
-        self._backends, self.held, self.in_turn, self.loaded = backends, held, in_turn, loaded
+        self._backends, self.placing, self.loaded, self.held, self.in_turn = backends, placing, loaded, held, in_turn
         self.most_tokens = most_tokens
 
-    def for_call(self, call: Call, dialect: Dialect, model: Model, headers: bytes, caller: str) -> "FailoverRun":
+    def for_call(self, call: Call, dialect: Dialect, model: Model, headers: bytes, caller: Caller) -> "FailoverRun":
         """Decides which backends are tried; sends nothing before `FailoverRun.open`. `headers` are whole lines."""
-        candidates = choose(model, self._backends, call, time.time())
+        candidates = self.candidates(model, call)
         if not candidates and not is_served(model, call):
             raise RouteNotServed
-        return FailoverRun(self, candidates, call, dialect, headers, caller)
+        return FailoverRun(self, model, candidates, call, dialect, headers, caller)
+
+    def candidates(self, model: Model, call: Call) -> list[Candidate]:
+        return choose(model, self._backends, call, time.time())
 
 
 class FailoverRun:
     """Tries the backends for one call. What was done for it can be read at any time, also after `open` was cancelled."""
 
     def __init__(
-        self, failover: Failover, candidates: list[Candidate], call: Call, dialect: Dialect, headers: bytes, caller: str
+        self,
+        failover: Failover,
+        model: Model,
+        candidates: list[Candidate],
+        call: Call,
+        dialect: Dialect,
+        headers: bytes,
+        caller: Caller,
     ) -> None:
-        self._failover, self._candidates = failover, candidates
+        # The candidates that are left, and those that have been tried.
+        self._failover, self._model, self._candidates = failover, model, candidates
+        self._tried: set[tuple[str, str]] = set()
+        # The client has had the first frames of a translated answer.
+        self._has_begun = False
         self._call, self._dialect, self._headers, self._caller = call, dialect, headers, caller
+        # How it waited for the slot that it has had first, and the slot that it has had last.
+        self.queued: Queued | None = None
+        self.waited_s = 0.0
+        self.slot: Slot | None = None
         # The backends that did not answer, the last fault, and the seconds that all backends took.
         self.attempts: list[Attempt] = []
         self.detail = ""
@@ -95,8 +118,8 @@ class FailoverRun:
 
     async def open(self, cancel_scope: CallScope) -> Opening:
         """The beginning of the first good answer; raises BackendRefused, NoBackend, BackendTimeout or BackendFailed."""
-        for candidate in self._candidates:
-            backend, spelling, _ = candidate
+        while (candidate := await self._next()) is not None:
+            backend = candidate.backend
             began = time.monotonic()
             try:
                 opening = await self._try(candidate, cancel_scope)
@@ -116,7 +139,7 @@ class FailoverRun:
                 # It cannot be translated; another backend may have the path itself.
                 self._untranslatable = wrong
             else:
-                self.backend, self.answered_as = backend.name, spelling
+                self.backend, self.answered_as = backend.name, candidate.spelling
                 # The request was right, so it did not cause the doubtful faults.
                 for doubtful in self._doubtful:
                     doubtful.breaker.failed()
@@ -126,10 +149,43 @@ class FailoverRun:
         self._doubt()
         raise self._refused or self._untranslatable or failure_of(self._faults)
 
+    async def _next(self) -> Candidate | None:
+        """The next candidate to try; if calls need a slot there, with a slot."""
+        if not self._candidates:
+            return None
+        if not takes_slot(self._call):
+            return self._take_out(self._candidates[0])
+        placing, group = self._failover.placing, group_of(self._model)
+        found = await placing.slot_for(self._call, group, self._caller, self._candidates, self._renewed, self._note_queued)
+        if found is None:
+            return None
+        self.slot, candidate = found
+        return self._take_out(candidate)
+
+    def _renewed(self) -> list[Candidate]:
+        """The candidates that are left as they are now, and those that have come since."""
+        now = time.time()
+        left = [one for one in self._candidates if not one.backend.is_drained and one.offer.good_until > now]
+        known = self._tried | {one.place for one in left}
+        fresh = [one for one in self._failover.candidates(self._model, self._call) if one.place not in known]
+        self._candidates = left + [one for one in fresh if one.translator or not self._has_begun]
+        return self._candidates
+
+    def _take_out(self, candidate: Candidate) -> Candidate:
+        self._candidates = [other for other in self._candidates if other.place != candidate.place]
+        self._tried.add(candidate.place)
+        return candidate
+
+    def _note_queued(self, queued: Queued) -> None:
+        self.waited_s += queued.waited_s
+        if self.queued is None:
+            self.queued = queued
+
     def early_frames(self) -> bytes:
         """The first frames of the answer, if the client may have them now: whichever backend answers, they are the same."""
         if self.translation is None or not all(candidate.translator for candidate in self._candidates):
             return b""
+        self._has_begun = True
         return self.translation.early_frames()
 
     def _can_translate(self, candidate: Candidate) -> bool:
@@ -137,7 +193,7 @@ class FailoverRun:
         translator = None if candidate.translator else translators.find(self._call, candidate.backend.kind)
         if translator is None or not self._call.operation.is_optional:
             return False
-        self._candidates.insert(self._candidates.index(candidate) + 1, candidate._replace(translator=translator))
+        self._candidates.insert(0, candidate._replace(translator=translator))
         return True
 
     @property
@@ -168,10 +224,22 @@ class FailoverRun:
     def _doubt(self) -> None:
         """No backend answered: a fault that the request may have caused counts once for each caller."""
         for backend in self._doubtful:
-            backend.breaker.doubted(self._caller)
+            backend.breaker.doubted(self._caller.id)
 
     async def _try(self, candidate: Candidate, cancel_scope: CallScope) -> Opening:
-        backend, spelling, translator = candidate
+        try:
+            opening = await self._call_backend(candidate, cancel_scope)
+        except BaseException:
+            if self.slot is not None:
+                self.slot.free()
+            raise
+        opening.slot = self.slot
+        if self.slot is not None and self.slot.loads:
+            self._failover.placing.queue.loaded(self.slot, candidate.offer.size)
+        return opening
+
+    async def _call_backend(self, candidate: Candidate, cancel_scope: CallScope) -> Opening:
+        backend, spelling, translator = candidate.backend, candidate.spelling, candidate.translator
         if backend.is_full:
             raise BackendFault("full", f"{backend.in_flight} requests in flight")
         call = self._call
@@ -195,7 +263,7 @@ class FailoverRun:
             if self.translation is not None:
                 upstream = self._translated(upstream, self.translation, backend)
             cancel_scope.within(backend.config.read_timeout_s, _no_first_byte, on_expiry=upstream.fail)
-            reservation = Reservation(self._failover.held, self._caller)
+            reservation = Reservation(self._failover.held, self._caller.id)
             opening = await read_beginning(backend, upstream, self._call, self._dialect, reservation)
             opening.translation = self.translation
             backend.breaker.succeeded()
@@ -218,7 +286,7 @@ class FailoverRun:
         work = partial(translator.translate, self._call, backend.kind)
         if self._call.size <= SMALL_REQUEST:
             return work()
-        return await self._failover.in_turn(self._caller, work, cancel_scope)
+        return await self._failover.in_turn(self._caller.id, work, cancel_scope)
 
     def _translated(self, upstream: BackendResponse, translation: Translation, backend: Backend) -> TranslatedResponse:
         self._call.capped = translation.call.capped

@@ -81,6 +81,11 @@ class Load:
                 found[name] = BackendLoad(name, False, always, at=snapshot.answered_at, error=snapshot.error)
         return found
 
+    def has(self, backend: str, model: str) -> bool:
+        """Whether a backend that loads models on demand has this one loaded, as far as is known."""
+        found = self.known.get(backend)
+        return found is not None and any(resident.model == model for resident in found.residents)
+
     def look_soon(self, backend: str) -> None:
         """Asks a backend at once, or again as soon as it has answered the question that is in progress."""
         if backend in self._asking:

@@ -14,6 +14,7 @@ from gateway.fleet import redaction, refusals
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse, TooLarge
+from gateway.fleet.slot import Slot
 from gateway.fleet.translated_response import TranslatedResponse
 
 LONGEST_RETRY_AFTER_S = 60.0
@@ -49,11 +50,18 @@ class Opening:
     at_end: bool = False
     value: Any = field(default=None, repr=False)
     translation: Translation | None = None
+    slot: Slot | None = None
 
     def give_back(self) -> None:
-        """Returns the backend's connection; what was read is still held."""
+        """Returns the backend's connection and its slot; what was read is still held."""
         self.upstream.close()
         self.backend.give_back()
+        self.free_slot()
+
+    def free_slot(self) -> None:
+        """The backend has done its work; the last bytes may still be on their way to the client."""
+        if self.slot is not None:
+            self.slot.free()
 
     def close(self) -> None:
         self.held.close()

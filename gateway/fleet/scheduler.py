@@ -1,21 +1,30 @@
-"""Which backends may answer a call, and in which order: decided from what is known, without asking any of them."""
+"""Which backends may answer a call, in which order, and what it would cost there: decided without asking any of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gateway.dialects.dialect import Call
 from gateway.dialects.translation.translators import Translator
 from gateway.fleet.backends.backend import Backend
-from gateway.fleet.catalog import Model
+from gateway.fleet.catalog import Model, Offer
 from gateway.fleet.ways import way_of
 
 
 class Candidate(NamedTuple):
-    """A backend to try, and its spelling of the model's name; `translator` is None where bytes are passed through."""
+    """A backend to try, and its copy of the model; `translator` is None where bytes are passed through."""
 
     backend: Backend
-    spelling: str
+    offer: Offer
     translator: Translator | None = None
+
+    @property
+    def spelling(self) -> str:
+        return self.offer.spelling
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Calls with the same place take the same slots."""
+        return self.offer.backend, self.offer.model
 
 
 def choose(model: Model, backends: Mapping[str, Backend], call: Call, now: float) -> list[Candidate]:
@@ -32,8 +41,23 @@ def choose(model: Model, backends: Mapping[str, Backend], call: Call, now: float
             if way is None:
                 continue
             translator = way.translator
-        (ready if backend.breaker.lets_pass else last_resort).append(Candidate(backend, offer.spelling, translator))
+        (ready if backend.breaker.lets_pass else last_resort).append(Candidate(backend, offer, translator))
     return ready + last_resort
+
+
+def group_of(model: Model) -> str:
+    """The calls that compete for the same backends; those for an alias compete with those for its first target."""
+    return (model.targets[0] if model.targets else model).name.canonical
+
+
+def first_choice(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Without the last resort, unless nothing else is left."""
+    return [candidate for candidate in candidates if candidate.backend.breaker.lets_pass] or candidates
+
+
+def takes_slot(call: Call) -> bool:
+    """Whether the backend's model works for the answer."""
+    return call.operation.need is not None or bool(call.operation.media)
 
 
 def is_served(model: Model, call: Call) -> bool:

@@ -57,6 +57,8 @@ class Admission:
     headers: list[Header] = field(default_factory=list)
     began: float = 0.0
     seconds_ms: int = 0
+    # It waits for a backend and has given up its slot.
+    is_paused: bool = False
 
 
 class WindowUsage(NamedTuple):

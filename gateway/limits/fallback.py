@@ -113,6 +113,13 @@ class FallbackLimiter:
             if not self._slots_taken[counter_set.name]:
                 del self._slots_taken[counter_set.name]
 
+    def has_slot(self, counter_sets: Sequence[CounterSet], share: Share) -> bool:
+        """Whether one slot of each is left of this process's share."""
+        return all(
+            counter_set.concurrent < 0 or self._slots_taken[counter_set.name] < share.out_of(counter_set.concurrent)
+            for counter_set in counter_sets
+        )
+
     def slots(self, counter_set: CounterSet) -> int:
         """How many slots were in use according to Redis's last reply, including the call that it admitted."""
         counters = self._counters.get(counter_set.name)

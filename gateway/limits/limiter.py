@@ -23,6 +23,7 @@ from gateway.limits.admission import (
 )
 from gateway.limits.estimates import MEAN_OF_UNKNOWN_MODEL, Estimates
 from gateway.limits.fallback import WHOLE, FallbackLimiter, Share
+from gateway.limits.key_slot import KeySlot
 from gateway.limits.lease_renewal import LeaseRenewal
 from gateway.limits.queue import Queue
 from gateway.limits.quota import CounterSet
@@ -206,6 +207,9 @@ class Limiter:
             self._note_end(admission, settlement)
         return self.resend(settlement)
 
+    def key_slot(self, admission: Admission) -> KeySlot:
+        return KeySlot(self._connections, self.local, self.share, self.queue, admission)
+
     def is_tight(self, admission: Admission) -> bool:
         """Whether the next request may need the slot that this one frees."""
         return any(self.local.slots(counter_set) * 2 >= counter_set.concurrent >= 0 for counter_set in admission.counter_sets)
@@ -236,7 +240,8 @@ class Limiter:
         return self._connections.for_shard(shard).run("settle", keys, values)
 
     def _note_end(self, admission: Admission, settlement: Settlement) -> None:
-        self.local.leave(admission.counter_sets)
+        if not admission.is_paused:
+            self.local.leave(admission.counter_sets)
         if admission.how == "local":
             self.local.settle(settlement)
             for counter_set in admission.counter_sets:

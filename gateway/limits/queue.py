@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from gateway.core import background
 from gateway.core.errors import LimitReached
 from gateway.limits.admission import Ticket, Verdict
+from gateway.limits.quota import CounterSet
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
@@ -31,9 +32,8 @@ class Queue:
         `ask` is called with whether the ticket may continue to wait.
         """
         freed = asyncio.Event()
-        queues = [self._waiting.setdefault(redis_keys.queue(counter_set.name), []) for counter_set in ticket.counter_sets]
-        for queue in queues:
-            queue.append(freed)
+        for counter_set in ticket.counter_sets:
+            self._waiting.setdefault(redis_keys.queue(counter_set.name), []).append(freed)
         self.length += 1
         try:
             while True:
@@ -49,16 +49,35 @@ class Queue:
             raise
         finally:
             self.length -= 1
-            for queue, counter_set in zip(queues, ticket.counter_sets, strict=True):
-                queue.remove(freed)
-                if not queue:
-                    self._waiting.pop(redis_keys.queue(counter_set.name), None)
+            for counter_set in ticket.counter_sets:
+                self._forget(redis_keys.queue(counter_set.name), freed)
 
     def _leave(self, ticket: Ticket) -> None:
         with suppress(RedisUnavailable):
             for counter_set in ticket.counter_sets:
                 connection = self._connections.for_shard(redis_keys.shard_of(counter_set.name))
                 connection.send("ZREM", redis_keys.queue(counter_set.name), ticket.id).add_done_callback(background.retrieve)
+
+    async def slot_freed_soon(self, counter_sets: Sequence[CounterSet], longest_s: float) -> None:
+        """Waits until a slot of one of these may be free, at most so long."""
+        freed = asyncio.Event()
+        queues = {redis_keys.queue(counter_set.name) for counter_set in counter_sets}
+        for queue in queues:
+            self._waiting.setdefault(queue, []).append(freed)
+        try:
+            async with asyncio.timeout(min(longest_s, ASK_AGAIN_S)):
+                await freed.wait()
+        except TimeoutError:
+            return
+        finally:
+            for queue in queues:
+                self._forget(queue, freed)
+
+    def _forget(self, queue: bytes, freed: asyncio.Event) -> None:
+        waiting = self._waiting[queue]
+        waiting.remove(freed)
+        if not waiting:
+            del self._waiting[queue]
 
     def slot_freed(self, queue: bytes) -> None:
         """A call has ended in some process: the first that waits here asks again."""

@@ -26,12 +26,13 @@ from gateway.core.errors import (
 from gateway.dialects.dialect import Call, Dialect, Operation, read_call
 from gateway.fleet.backends.http_client import UNSAFE
 from gateway.fleet.catalog import Catalog, Model
-from gateway.fleet.failover import Failover
+from gateway.fleet.failover import Failover, FailoverRun
 from gateway.fleet.opening import Opening
 from gateway.fleet.scheduler import is_served
 from gateway.proxy.access import Access
 from gateway.proxy.body import LARGEST_WITHOUT_TURN, Bodies
 from gateway.proxy.byte_answer import ByteAnswer
+from gateway.proxy.callers import Callers
 from gateway.proxy.heartbeats import Heartbeats, suit
 from gateway.proxy.local_answers import AnswerHere, LocalAnswer, unload
 from gateway.proxy.relay import Answer, StreamedAnswer, WholeAnswer
@@ -43,6 +44,8 @@ PASSED_ON = {
     b"anthropic-version": b"Anthropic-Version: %b\r\n",
     b"anthropic-beta": b"Anthropic-Beta: %b\r\n",
 }
+# Whether a call that got its slot for this reason causes a load; of others the backend may report it.
+LOADED = {"load": True, "join": False}
 # Failures after which the gateway may have an answer of its own.
 NO_ANSWER = (RouteNotServed, NoBackend, BackendFailed, BackendTimeout, BackendRefused)
 
@@ -61,6 +64,7 @@ class Exchange:
         settler: Settler,
         *,
         bodies: Bodies,
+        callers: Callers,
         most_tokens: int,
         answer_here: AnswerHere | None = None,
         strips_volatile: bool = True,
@@ -70,7 +74,7 @@ class Exchange:
         # What takes no tokens is answered without a slot of the key.
         self._asks_no_backend = answer_here is not None and operation.need is None
         self._access, self._failover, self._scope_timer, self._catalog = access, failover, scope_timer, catalog
-        self._settler, self._bodies, self._most_tokens = settler, bodies, most_tokens
+        self._settler, self._bodies, self._callers, self._most_tokens = settler, bodies, callers, most_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope["state"]["record"]
@@ -189,7 +193,8 @@ class Exchange:
     ) -> Opening:
         """Gets an answer from a backend; notes in the record what was done for it, however it ended."""
         headers = _passed_on(scope["headers"], record.request_id)
-        run = self._failover.for_call(call, self.dialect, model, headers, record.key_id)
+        caller = self._callers.of(scope["headers"], record)
+        run = self._failover.for_call(call, self.dialect, model, headers, caller)
         try:
             return await (heartbeats.opening_of(run, cancel_scope) if heartbeats else run.open(cancel_scope))
         finally:
@@ -201,6 +206,18 @@ class Exchange:
             record.backend, record.answered_as = run.backend, run.answered_as
             record.upstream_s, record.was_sent = run.upstream_s, run.was_sent
             record.slot_backend, record.slot_from = run.slot_backend, run.slot_from
+            _note_slot(run, record)
+
+
+def _note_slot(run: FailoverRun, record: Record) -> None:
+    """How the call came to the slot that it has had last."""
+    if run.queued is not None:
+        record.queue_position, record.estimated_s = run.queued.position, run.queued.estimated_s
+    if record.admission is not None:
+        record.admission.queue_s += run.waited_s
+    if run.slot is not None:
+        record.chosen_because, record.expected_cached = run.slot.why, run.slot.cached
+        record.loaded = LOADED.get(run.slot.why)
 
 
 def _passed_on(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> bytes:

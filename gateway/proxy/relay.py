@@ -24,6 +24,7 @@ from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.opening import Opening
 from gateway.fleet.redaction import redact_frames
+from gateway.fleet.slot import Slot
 
 # How many payloads at the end of a stream show whether it is complete, and how many bytes usually contain them.
 TAIL_PIECES, SHORT_TAIL = 4, 4096
@@ -163,6 +164,7 @@ class StreamedAnswer(Answer):
         # Frames of the answer itself that were sent before it was relayed.
         self._early = b""
         self._translation: Translation | None = None
+        self._slot: Slot | None = None
 
     async def send_heartbeat(self, early_frames: bytes) -> None:
         """Sends the first frames of the answer, once and if they are known, or else a frame without content."""
@@ -179,7 +181,7 @@ class StreamedAnswer(Answer):
         self._recent.append(early_frames)
 
     async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
-        self._backend, self._translation = opening.backend.config, opening.translation
+        self._backend, self._translation, self._slot = opening.backend.config, opening.translation, opening.slot
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
         if self._dialect.needs_first:
             self._first = self._first_payload(opening.frames)
@@ -278,6 +280,8 @@ class StreamedAnswer(Answer):
         if not self._has_sent_last and self._dialect.has_last_frame(frames) and self._read_end():
             # A client that has this may send its next request before the body has ended.
             self._has_sent_last = True
+            if self._slot is not None:
+                self._slot.free()
             await self._settler.finish_before_last_bytes(self._record, coming=len(shown))
         if shown:
             await self._send({"type": "http.response.body", "body": shown, "more_body": True})

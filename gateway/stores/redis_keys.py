@@ -120,6 +120,17 @@ COSTS = _tagged(HOME, "fleet:costs")
 BY_SHARD = tuple(ShardKeys(*(_tagged(shard, name) for name in ShardKeys._fields)) for shard in range(SHARDS))
 
 
+# What all processes know of the backends, and who waits for them.
+FLEET = _tagged(HOME, "fleet").decode()
+# Makes the names of conversations meaningless elsewhere.
+FLEET_SALT = f"{FLEET}:salt"
+
+
+def granted(process: str) -> str:
+    """The channel on which a process learns which of its waiting calls have got a slot."""
+    return f"{FLEET}:granted:{process}"
+
+
 @lru_cache(maxsize=20_000)
 def shard_of(name: str) -> int:
     """`name` is the id of a key, or of one of its counter sets."""

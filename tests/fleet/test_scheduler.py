@@ -43,7 +43,7 @@ def chosen(model: Model, backends: dict[str, Backend]) -> list[str]:
 
 
 def test_candidates_keep_the_order_and_spelling_of_the_offers(backends: dict[str, Backend]) -> None:
-    assert choose(ALL, backends, call(), NOW) == [Candidate(backends[name], f"{name}/m") for name in NAMES]
+    assert choose(ALL, backends, call(), NOW) == [Candidate(backends[name], offer(name)) for name in NAMES]
 
 
 def test_a_backend_with_an_open_breaker_is_the_last_resort(backends: dict[str, Backend]) -> None:

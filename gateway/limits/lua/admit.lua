@@ -187,7 +187,7 @@ for i = 1, counter_sets do
             redis.call('ZREMRANGEBYSCORE', queue, '-inf', now)
             ahead = redis.call('ZRANK', queue, id) or redis.call('ZCARD', queue)
         end
-        slots_used = redis.call('ZCOUNT', slots, '(' .. now, '+inf')
+        slots_used = redis.call('ZCOUNT', slots, '(' .. now, '(' .. PAUSED_TEXT)
         if slots_used + ahead >= concurrent then
             full[i] = true
             refuse('concurrent', i, slot_ms)

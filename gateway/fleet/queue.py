@@ -1,0 +1,331 @@
+"""The calls of this process on the board: it gets slots for them, waits where there are none, and gives them back."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, Self
+
+from gateway.core.background import KeptTask
+from gateway.core.errors import NoBackend, QueueFull, QueueTimeout
+from gateway.fleet.board import Board
+from gateway.fleet.claim import Claim, Place, Routing
+from gateway.fleet.local_slots import IsResident, LocalSlots, ShareOf
+from gateway.fleet.slot import Slot
+from gateway.fleet.waiting import KeySlot, Waiting
+from gateway.stores.redis_client import RedisUnavailable
+from gateway.stores.redis_shards import ShardConnections
+
+LOG = logging.getLogger("gateway.queue")
+TICK_S = 1.0
+# A call that waits asks for itself after so long: a message may have been lost, and costs and backends change.
+ASK_EVERY_S = 1.0
+LOOK_EVERY_S = 0.25
+SHORTEST_RETRY_S, RETRY_AFTER_S, LONGEST_RETRY_S = 1.0, 5.0, 3600.0
+FS = "\x1f"
+
+
+class Queued(NamedTuple):
+    """How a call came to its slot: its first place in the queue, how long it waited, and the estimate when it came."""
+
+    position: int = 0
+    waited_s: float = 0.0
+    estimated_s: float | None = None
+
+
+class FleetQueue:
+    """`async with FleetQueue(…) as queue:` — `await queue.get(claim, …)` returns a slot, which the caller must `free`."""
+
+    def __init__(
+        self,
+        connections: ShardConnections,
+        process: str,
+        routing: Routing,
+        *,
+        share_of: ShareOf,
+        is_resident: IsResident,
+        look: Callable[[str], None],
+    ) -> None:
+        self.routing = routing
+        self.board = Board(connections, process, routing, self._wake_in)
+        self._local = LocalSlots(routing, share_of, is_resident)
+        # Asks a backend what it has loaded; done repeatedly for those on which calls of this process wait for a load.
+        self._look = look
+        self._loading: dict[str, str] = {}
+        self._running: dict[str, Slot] = {}
+        self._waiting: dict[str, Waiting] = {}
+        # Calls of which the board has been asked, and messages that came before its reply.
+        self._asked: set[str] = set()
+        self._early: dict[str, str] = {}
+        # Calls have ended without Redis.
+        self._has_unreleased = False
+        self._was_usable = True
+        self._wake_at = 0.0
+        self._wake = asyncio.Event()
+        self.background = KeptTask(self._keep_ticking, "fleet queue")
+
+    async def __aenter__(self) -> Self:
+        with suppress(RedisUnavailable):
+            await self.board.tick()
+        self.background.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.background.end()
+        for call in (*self._running, *self._waiting):
+            self._release(call)
+        with suppress(RedisUnavailable):
+            await self.board.leave()
+
+    @property
+    def length(self) -> int:
+        return len(self._waiting) + len(self._local.waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    async def get(
+        self, claim: Claim, claim_now: Callable[[], Claim | None], key_slot: KeySlot, queued: Callable[[Queued], None]
+    ) -> Slot:
+        """A slot at one of the claim's places. Raises QueueFull and QueueTimeout; `queued` hears how the call waited."""
+        self._asked.add(claim.id)
+        try:
+            reply = await self.board.take(claim)
+        except RedisUnavailable:
+            return await self._get_locally(claim, claim_now, key_slot, queued)
+        except BaseException:
+            # The board may still grant it, though nobody waits any more.
+            self._release(claim.id)
+            raise
+        finally:
+            self._asked.discard(claim.id)
+        if reply[0] == b"go":
+            queued(Queued(estimated_s=reply[6] / 1000))
+            return self._granted(claim, reply)
+        if reply[0] == b"full":
+            raise QueueFull(retry_after=_retry_after(reply[1]))
+        waiting = self._begin_to_wait(claim, claim_now, position=reply[1], estimated_ms=reply[2])
+        claim.arrived_ms = reply[4]
+        self._waiting[claim.id] = waiting
+        if early := self._early.pop(claim.id, ""):
+            self.granted(early)
+        return await self._wait(waiting, key_slot, queued)
+
+    def _begin_to_wait(
+        self, claim: Claim, claim_now: Callable[[], Claim | None], position: int, estimated_ms: int | None
+    ) -> Waiting:
+        now = asyncio.get_running_loop().time()
+        estimated_s = None if estimated_ms is None else estimated_ms / 1000
+        return Waiting(claim, claim_now, now + self.routing.wait_s, now, position, estimated_s)
+
+    def _granted(self, claim: Claim, reply: list[Any]) -> Slot:
+        backend, model, why = (value.decode() for value in reply[1:4])
+        return self._slot(claim, backend, model, why, reply[4], reply[5])
+
+    def _slot(self, claim: Claim, backend: str, model: str, why: str, cost_ms: int, cached: int) -> Slot:
+        slot = Slot(
+            claim.id, backend, model, why, self._free, cost_ms, cached, claim.group, claim.client, claim.sub_user, claim.weight
+        )
+        self._running[claim.id] = slot
+        if slot.loads:
+            self._loading[claim.id] = backend
+            self._wake.set()
+        self._local.enter((backend, model), claim.conversation.full)
+        return slot
+
+    async def _wait(self, waiting: Waiting, key_slot: KeySlot, queued: Callable[[Queued], None]) -> Slot:
+        """Waits for a slot of the fleet, and then has the slot of the key again, too."""
+        key_slot.give_up()
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                slot = await self._next_slot(waiting)
+                if await key_slot.take_again():
+                    return slot
+                # Others may have what this call cannot use before one of its key has ended.
+                slot.free()
+                await key_slot.wait_for_one(max(0.0, waiting.until - loop.time()))
+                if loop.time() >= waiting.until:
+                    raise QueueTimeout(retry_after=SHORTEST_RETRY_S)
+                await self._join_again(waiting)
+        except BaseException:
+            self._leave(waiting)
+            raise
+        finally:
+            queued(Queued(waiting.position, loop.time() - waiting.queued_at, waiting.estimated_s))
+
+    def _leave(self, waiting: Waiting) -> None:
+        if waiting.slot is not None:
+            waiting.slot.free()
+        if self._waiting.pop(waiting.claim.id, None) is not None:
+            self._release(waiting.claim.id)
+        with suppress(ValueError):
+            self._local.waiting.remove(waiting)
+
+    async def _next_slot(self, waiting: Waiting) -> Slot:
+        loop = asyncio.get_running_loop()
+        while waiting.slot is None:
+            left = waiting.until - loop.time()
+            if left <= 0:
+                raise QueueTimeout(retry_after=_retry_after(waiting.expected_ms))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, ASK_EVERY_S)):
+                    await waiting.changed.wait()
+            waiting.changed.clear()
+            if waiting.slot is None:
+                await self._ask(waiting)
+        slot, waiting.slot = waiting.slot, None
+        return slot
+
+    async def _ask(self, waiting: Waiting) -> None:
+        """Describes the call anew, to the board or, while Redis is away, to this process."""
+        fresh = waiting.claim_now()
+        if fresh is None:
+            raise NoBackend(retry_after=RETRY_AFTER_S)
+        fresh.arrived_ms, fresh.patience_ms = waiting.claim.arrived_ms, waiting.claim.patience_ms
+        waiting.claim = fresh
+        if waiting.claim.id not in self._waiting:
+            await self._ask_here(waiting)
+            return
+        try:
+            reply = await self.board.ask(waiting.claim)
+        except RedisUnavailable:
+            del self._waiting[waiting.claim.id]
+            self._local.waiting.append(waiting)
+            self._serve_locally()
+            return
+        if waiting.slot is not None or waiting.claim.id not in self._waiting:
+            return
+        if reply[0] == b"go":
+            del self._waiting[waiting.claim.id]
+            waiting.grant(self._granted(waiting.claim, reply))
+        elif reply[0] == b"gone":
+            await self._join_again(waiting)
+        elif reply[2] >= 0:
+            waiting.place, waiting.expected_ms = reply[1], reply[2]
+
+    async def _ask_here(self, waiting: Waiting) -> None:
+        """While Redis is away; when it is back, the call waits there."""
+        if self.board.is_usable:
+            with suppress(ValueError):
+                self._local.waiting.remove(waiting)
+                await self._join_again(waiting)
+            return
+        self._serve_locally()
+
+    async def _join_again(self, waiting: Waiting) -> None:
+        claim = waiting.claim
+        self._waiting[claim.id] = waiting
+        try:
+            reply = await self.board.take(claim)
+        except RedisUnavailable:
+            self._waiting.pop(claim.id, None)
+            self._local.waiting.append(waiting)
+            self._serve_locally()
+            return
+        if reply[0] == b"full":
+            raise QueueFull(retry_after=_retry_after(reply[1]))
+        if reply[0] == b"go" and waiting.slot is None:
+            self._waiting.pop(claim.id, None)
+            waiting.grant(self._granted(claim, reply))
+
+    def granted(self, message: str) -> None:
+        """A message of the board: a call of this process has got a slot."""
+        call, backend, model, why, cost_ms, cached = message.split(FS)
+        waiting = self._waiting.pop(call, None)
+        if waiting is not None:
+            waiting.grant(self._slot(waiting.claim, backend, model, why, int(cost_ms), int(float(cached))))
+        elif call in self._asked:
+            self._early[call] = message
+        elif call not in self._running:
+            self._release(call)
+
+    async def _get_locally(
+        self, claim: Claim, claim_now: Callable[[], Claim | None], key_slot: KeySlot, queued: Callable[[Queued], None]
+    ) -> Slot:
+        place = None if self._local.waiting else self._local.free_place(claim)
+        if place is not None:
+            return self._local_slot(claim, place)
+        if len(self._local.waiting) >= self.routing.queue_size or claim.patience_ms <= 0:
+            raise QueueFull(retry_after=SHORTEST_RETRY_S)
+        waiting = self._begin_to_wait(claim, claim_now, len(self._local.waiting) + 1, None)
+        self._local.waiting.append(waiting)
+        return await self._wait(waiting, key_slot, queued)
+
+    def _local_slot(self, claim: Claim, place: Place) -> Slot:
+        return self._slot(claim, *place.name, self.routing.mode, int(claim.cost_ms(place)), 0)
+
+    def _serve_locally(self) -> None:
+        for waiting, place in self._local.ready():
+            waiting.grant(self._local_slot(waiting.claim, place))
+
+    def _free(self, slot: Slot) -> None:
+        self._running.pop(slot.call, None)
+        self._loading.pop(slot.call, None)
+        self._local.leave((slot.backend, slot.model))
+        self._release(slot.call, slot.held_ms)
+        if self._local.waiting:
+            self._serve_locally()
+
+    def _release(self, call: str, real_ms: int = -1) -> None:
+        try:
+            self.board.release(call, real_ms)
+        except RedisUnavailable:
+            self._has_unreleased = True
+
+    def loaded(self, slot: Slot, size: int) -> None:
+        """The model of a call that loads it has begun to answer."""
+        with suppress(RedisUnavailable):
+            self.board.loaded(slot.backend, slot.model, size)
+        self._loading.pop(slot.call, None)
+        self._look(slot.backend)
+
+    def _wake_in(self, milliseconds: int) -> None:
+        due = asyncio.get_running_loop().time() + milliseconds / 1000
+        if not self._wake_at or due < self._wake_at:
+            self._wake_at = due
+            self._wake.set()
+
+    async def _keep_ticking(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_tick = loop.time()
+        while True:
+            due = min(next_tick, self._wake_at or next_tick)
+            if self._loading:
+                due = min(due, loop.time() + LOOK_EVERY_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._wake.wait()
+            self._wake.clear()
+            for backend in set(self._loading.values()):
+                self._look(backend)
+            if loop.time() >= min(next_tick, self._wake_at or next_tick):
+                self._wake_at, next_tick = 0.0, loop.time() + TICK_S
+                await self._tick()
+
+    async def _tick(self) -> None:
+        # Redis executes the commands of a connection in their order: by now it knows all that was sent before.
+        expected = len(self._running) + len(self._waiting) + len(self._asked)
+        try:
+            known, calls = await self.board.tick()
+            if not known or not self._was_usable or self._has_unreleased or calls != expected:
+                await self._put_in_order()
+        except RedisUnavailable:
+            self._was_usable = False
+
+    async def _put_in_order(self) -> None:
+        """The board has lost calls of this process, or has calls that ended without Redis."""
+        self._has_unreleased = False
+        try:
+            removed, added = await self.board.restore((*self._waiting, *self._asked), list(self._running.values()))
+        except RedisUnavailable:
+            self._has_unreleased = True
+            raise
+        self._was_usable = True
+        if removed or added:
+            LOG.info("the board of the fleet is in order again: %d calls removed, %d added", removed, added)
+
+
+def _retry_after(milliseconds: float) -> float:
+    return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, milliseconds / 1000))

@@ -1,0 +1,42 @@
+"""A call that waits in this process for a slot of the fleet."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gateway.fleet.claim import Claim
+from gateway.fleet.slot import Slot
+
+
+class KeySlot(Protocol):
+    """The slot of the caller's key, which others of its calls may use while this one waits."""
+
+    def give_up(self) -> None: ...
+
+    async def take_again(self) -> bool:
+        """Whether there was one."""
+
+    async def wait_for_one(self, longest_s: float) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """`claim_now` describes the call anew, as backends come and go; `queued_at` is in seconds of the event loop's clock."""
+
+    claim: Claim
+    claim_now: Callable[[], Claim | None]
+    until: float
+    queued_at: float
+    position: int = 0
+    # Seconds to the first token, as estimated when it began to wait.
+    estimated_s: float | None = None
+    # Its place in the queue now, and ms until it will probably have its first token.
+    place: int = 0
+    expected_ms: float = 1000.0
+    slot: Slot | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+
+    def grant(self, slot: Slot) -> None:
+        self.slot = slot
+        self.changed.set()
