@@ -23,11 +23,16 @@ ID_HEADERS = (
 ).split()
 ID_HEADER_NAMES = frozenset(ID_HEADERS)
 LONGEST_ID = 512
+SYSTEM_FIELDS = ("system", "instructions")
 SYSTEM_ROLES = frozenset({"system", "developer"})
 # The last messages, among which the ends of earlier requests are looked for.
 MOST_EXAMINED = 512
 # The steps in which a prompt without messages is compared with earlier ones.
 BLOCK = 2_048
+
+
+# A name and its tokens.
+Shared = tuple[str, int] | None
 
 
 class Conversation(NamedTuple):
@@ -40,7 +45,7 @@ class Conversation(NamedTuple):
 
     full: str = ""
     prefixes: tuple[tuple[str, int], ...] = ()
-    shared: tuple[str, int] | None = None
+    shared: Shared = None
 
 
 class _Names:
@@ -73,25 +78,25 @@ def conversation(
     names, prompt = _Names(key_id, salt), PromptChecksum()
     if tools := body.get("tools"):
         prompt.add_tools(tools)
-    for name in ("system", "instructions"):
-        if body.get(name):
+    for name in SYSTEM_FIELDS:
+        if name in body:
             prompt.add_content(body[name])
     if not isinstance(messages, list):
         return _of_text(str(text), names, prompt)
     begin = _system_messages(messages)
-    prompt.add_messages(messages, 0, begin)
+    if begin:
+        prompt.add_messages(messages, 0, begin)
     shared = _shared(names, prompt)
     if given_id := _given_id(body, headers):
-        return _with_id(messages, begin, given_id, names, prompt, prompt_tokens)._replace(shared=shared)
-    return _without_id(messages, begin, names, prompt)._replace(shared=shared)
+        return _with_id(messages, begin, given_id, names, prompt, shared, prompt_tokens)
+    return _without_id(messages, begin, names, prompt, shared)
 
 
-def _shared(names: _Names, prompt: PromptChecksum) -> tuple[str, int] | None:
-    name = names.name(b"shared", prompt)
-    return (name, prompt.tokens) if prompt.tokens else None
+def _shared(names: _Names, prompt: PromptChecksum) -> Shared:
+    return (names.name(b"shared", prompt), prompt.tokens) if prompt.has_begun else None
 
 
-def _without_id(messages: Sequence[Any], begin: int, names: _Names, prompt: PromptChecksum) -> Conversation:
+def _without_id(messages: Sequence[Any], begin: int, names: _Names, prompt: PromptChecksum, shared: Shared) -> Conversation:
     """Named for all messages, and for those up to the end of each of the last requests."""
     ends = list(islice(_ends_of_requests(messages, begin), MOST_PREFIXES - 1))
     found: list[tuple[str, int]] = []
@@ -99,27 +104,33 @@ def _without_id(messages: Sequence[Any], begin: int, names: _Names, prompt: Prom
         prompt.add_messages(messages, begin, end)
         begin = end
         found.append((names.name(b"messages", prompt), prompt.tokens))
-    return Conversation(found[-1][0], tuple(reversed(found)))
+    return Conversation(found[-1][0], tuple(reversed(found)), shared)
 
 
 def _with_id(
-    messages: Sequence[Any], begin: int, given_id: bytes, names: _Names, prompt: PromptChecksum, prompt_tokens: int
+    messages: Sequence[Any],
+    begin: int,
+    given_id: bytes,
+    names: _Names,
+    prompt: PromptChecksum,
+    shared: Shared,
+    prompt_tokens: int,
 ) -> Conversation:
     """Named for what the client calls it and for its first request.
 
     Agents call what they do beside a conversation by the same name, such as finding a title for it. Once they have shortened a
     conversation, its messages are cached no more.
     """
-    first = next((end for end in range(begin + 1, len(messages)) if _is_end(messages, end)), len(messages))
+    first = _first_end(messages, begin)
     last = next(_ends_of_requests(messages, begin), len(messages))
     prompt.add_messages(messages, begin, first)
     name, in_first = names.name(b"id", prompt, given_id), prompt.tokens
     if prompt_tokens and last > first:
         new = PromptChecksum()
         new.add_messages(messages[last:], 0, len(messages) - last)
-        return Conversation(name, ((name, max(in_first, prompt_tokens - new.count())),))
+        return Conversation(name, ((name, max(in_first, prompt_tokens - new.count())),), shared)
     prompt.add_messages(messages, first, last)
-    return Conversation(name, ((name, prompt.count()),))
+    return Conversation(name, ((name, prompt.count()),), shared)
 
 
 def _of_text(text: str, names: _Names, prompt: PromptChecksum) -> Conversation:
@@ -149,21 +160,28 @@ def _system_messages(messages: Sequence[Any]) -> int:
 
 
 def _ends_of_requests(messages: Sequence[Any], begin: int) -> Iterator[int]:
-    """Where earlier requests ended, the latest first."""
-    earliest = max(begin, len(messages) - MOST_EXAMINED)
-    return (end for end in range(len(messages) - 1, earliest, -1) if _is_end(messages, end))
+    """Where earlier requests ended, the latest first: there the model's words follow on the client's."""
+    is_by_model = False
+    for number in range(len(messages) - 1, max(begin, len(messages) - MOST_EXAMINED) - 1, -1):
+        was_by_model, is_by_model = is_by_model, _is_by_model(messages[number])
+        if was_by_model and not is_by_model:
+            yield number + 1
 
 
-def _is_end(messages: Sequence[Any], end: int) -> bool:
-    """Whether the model's words follow on the client's here."""
-    return _is_by_model(messages[end]) and not _is_by_model(messages[end - 1])
+def _first_end(messages: Sequence[Any], begin: int) -> int:
+    """Where the first request ended."""
+    for number in range(begin + 1, len(messages)):
+        if _is_by_model(messages[number]) and not _is_by_model(messages[number - 1]):
+            return number
+    return len(messages)
 
 
 def _is_by_model(message: Any) -> bool:
     if message.__class__ is not dict:
         return False
-    if "role" in message:
-        return bool(message["role"] == "assistant")
+    role = message.get("role")
+    if role is not None:
+        return bool(role == "assistant")
     # An item of the Responses API.
     kind = message.get("type")
     return kind.__class__ is str and (kind == "reasoning" or kind.endswith("_call"))

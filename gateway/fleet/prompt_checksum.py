@@ -18,7 +18,7 @@ VOLATILE = frozenset(
     "id type role status call_id tool_use_id tool_call_id cache_control annotations logprobs index phase is_error audio "
     "refusal thinking reasoning reasoning_content reasoning_details reasoning_text signature encrypted_content".split()
 )
-TEXTS = frozenset({"text", "input_text", "output_text"})
+COMMON = {"text": "text", "input_text": "text", "output_text": "text", "tool_result": "content"}
 THOUGHTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 # Objects of a tool, whose own names are like those above.
 OF_TOOLS = frozenset({"input", "arguments", "action"})
@@ -42,31 +42,34 @@ class PromptChecksum:
         # What was read in each of the ways that are bounded.
         self._letters = self._values = self._skipped = 0
 
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._pieces)
+
     def state(self) -> bytes:
-        text = self._joined()
-        if text:
-            data = text.encode("utf-8", "surrogatepass")
-            self._crc = crc32(data, self._crc)
-            self._length += len(data)
+        self._read_pieces()
         return pack("<IQQ", self._crc, self._length, self._skipped)
 
     def count(self) -> int:
-        """The tokens so far; from here on there is no correct `state`."""
-        self._joined()
+        """The tokens so far."""
+        self._read_pieces()
         return self.tokens
 
-    def _joined(self) -> str:
-        text = "\0".join([*self._pieces, ""])
+    def _read_pieces(self) -> None:
+        if not self._pieces:
+            return
+        self._pieces.append("")
+        text = "\0".join(self._pieces)
         self._pieces.clear()
         self.tokens += tokens.of_text(text)
-        return text
+        data = text.encode("utf-8", "surrogatepass")
+        self._crc = crc32(data, self._crc)
+        self._length += len(data)
 
     def add_tools(self, tools: Any) -> None:
         text = _json(tools)
-        if len(text) <= LONGEST_TOOLS:
-            self._pieces.append(text)
-        else:
-            self._shorten(text, LONGEST_TOOLS)
+        self.tokens += max(0, len(text) - LONGEST_TOOLS) // tokens.LETTERS_PER_TOKEN
+        self._pieces.append(text if len(text) <= LONGEST_TOOLS else _ends(text, LONGEST_TOOLS))
 
     def add_messages(self, messages: Sequence[Any], begin: int, end: int) -> None:
         pieces = self._pieces
@@ -76,17 +79,18 @@ class PromptChecksum:
                 self._add_value(message, 0)
                 continue
             role, content = message.get("role"), message.get("content")
-            if (
-                content.__class__ is str
-                and len(content) <= SHORTENED
-                and role.__class__ is str
-                and len(message) == PLAIN_FIELDS
-            ):
-                pieces.append(role)
-                if content:
-                    pieces.append(content)
-            else:
+            if content.__class__ is not str or role.__class__ is not str or len(message) != PLAIN_FIELDS:
                 self._add_message(message, role)
+                continue
+            pieces.append(role)
+            letters = len(content)
+            if letters > SHORTENED:
+                self._letters += letters
+                if letters > LONGEST_TEXT or self._letters > MOST_LETTERS:
+                    self._shorten(content)
+                    continue
+            if letters:
+                pieces.append(content)
         self.tokens += tokens.TOKENS_PER_MESSAGE * len(read)
         if end - begin > len(read):
             self._skip(end - begin - len(read))
@@ -137,19 +141,18 @@ class PromptChecksum:
 
     def add_text(self, text: str) -> None:
         letters = len(text)
-        if letters <= SHORTENED:
-            if text:
-                self._pieces.append(text)
-            return
-        self._letters += letters
-        if letters <= LONGEST_TEXT and self._letters <= MOST_LETTERS:
+        if letters > SHORTENED:
+            self._letters += letters
+            if letters > LONGEST_TEXT or self._letters > MOST_LETTERS:
+                self._shorten(text)
+                return
+        if letters:
             self._pieces.append(text)
-        else:
-            self._shorten(text, LONGEST_TEXT if self._letters <= MOST_LETTERS else SHORTENED)
 
-    def _shorten(self, text: str, letters: int) -> None:
-        self.tokens += max(0, len(text) - letters) // tokens.LETTERS_PER_TOKEN
-        self._pieces.append(_ends(text, letters))
+    def _shorten(self, text: str) -> None:
+        most = LONGEST_TEXT if self._letters <= MOST_LETTERS else SHORTENED
+        self.tokens += max(0, len(text) - most) // tokens.LETTERS_PER_TOKEN
+        self._pieces.append(_ends(text, most) if len(text) > most else text)
 
     def _add_value(self, value: Any, depth: int, *, is_medium: bool = False) -> None:
         self._values += 1
@@ -171,9 +174,10 @@ class PromptChecksum:
     def _add_part(self, part: Mapping[str, Any], depth: int, *, is_medium: bool) -> None:
         kind = part.get("type")
         if kind.__class__ is str:
-            text = part.get("text")
-            if text.__class__ is str and kind in TEXTS:
-                self.add_text(text)
+            # What most parts are, quickly.
+            field = COMMON.get(kind)
+            if field is not None and part.get(field).__class__ is str:
+                self.add_text(part[field])
                 return
             if kind in THOUGHTS:
                 return

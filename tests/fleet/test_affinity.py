@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -354,3 +355,31 @@ def test_the_ends_and_the_length_of_a_long_text_count() -> None:
         "",
     ]
     assert len({names({"messages": [{"role": "user", "content": text}]}).full for text in texts}) == len(texts)
+
+
+def calls_of(body: Body, headers: list[tuple[bytes, bytes]], **more: int) -> int:
+    """How many functions are called, which takes most of the time and is the same on every machine."""
+    counted = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        conversation(body, headers, "key", SALT, **more)
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+def test_a_request_costs_few_function_calls() -> None:
+    assert calls_of({"messages": many(1)}, []) <= 70
+    plain = {"messages": many(60, "words " * 200)}
+    assert calls_of(plain, []) <= 10 * 60 + 150
+    turns = [("words " * 80, "words " * 80, True)] * 20
+    body = written("openai", "You help.", turns, [tool(f"tool {number}") for number in range(20)])[-1]
+    assert len(body["messages"]) == 80
+    assert calls_of(body, []) <= 14 * 80 + 150
+    # An agent that names its conversation, as it is asked for in a gateway.
+    assert calls_of(body, [(b"x-session-id", b"abc")], prompt_tokens=10_000) <= 3 * 80 + 100
