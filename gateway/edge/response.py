@@ -28,7 +28,7 @@ NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 PREFLIGHT_HEADERS = (
     b"authorization, content-type, content-encoding, user-agent, accept, x-requested-with, x-api-key, api-key, "
     b"x-request-id, openai-beta, openai-organization, openai-project, anthropic-version, anthropic-beta, "
-    b"anthropic-dangerous-direct-browser-access, x-gateway-backend, x-stainless-arch, x-stainless-async, "
+    b"anthropic-dangerous-direct-browser-access, x-gateway-backend, x-gateway-class, x-stainless-arch, x-stainless-async, "
     b"x-stainless-custom-poll-interval, x-stainless-helper, x-stainless-helper-method, x-stainless-lang, x-stainless-os, "
     b"x-stainless-package-version, x-stainless-poll-helper, x-stainless-read-timeout, x-stainless-retry-count, "
     b"x-stainless-runtime, x-stainless-runtime-version, x-stainless-stream-helper, x-stainless-timeout"

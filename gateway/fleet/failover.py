@@ -153,7 +153,7 @@ class FailoverRun:
         """The next candidate to try; if calls need a slot there, with a slot."""
         if not self._candidates:
             return None
-        if not takes_slot(self._call):
+        if not takes_slot(self._call.operation):
             return self._take_out(self._candidates[0])
         placing, group = self._failover.placing, group_of(self._model)
         found = await placing.slot_for(self._call, group, self._caller, self._candidates, self._renewed, self._note_queued)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from gateway.dialects.dialect import Call
+from gateway.dialects.dialect import Call, Operation
 from gateway.dialects.translation.translators import Translator
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.catalog import Model, Offer
@@ -55,9 +55,9 @@ def first_choice(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     return [candidate for candidate in candidates if candidate.backend.breaker.lets_pass] or candidates
 
 
-def takes_slot(call: Call) -> bool:
+def takes_slot(operation: Operation) -> bool:
     """Whether the backend's model works for the answer."""
-    return call.operation.need is not None or bool(call.operation.media)
+    return operation.need is not None or bool(operation.media)
 
 
 def is_served(model: Model, call: Call) -> bool:

@@ -14,6 +14,7 @@ from gateway.core import errors, strict_json
 from gateway.core.errors import GatewayError
 from gateway.dialects.dialect import Dialect
 from gateway.edge.application import HEALTH
+from gateway.fleet.scheduler import takes_slot
 from gateway.pages import samples
 from gateway.proxy.exchange import Exchange
 from gateway.telemetry.metrics_endpoint import MetricsEndpoint
@@ -48,6 +49,18 @@ RATES = {
     "X-RateLimit-Remaining-Tokens": ("How many of them remain.", "integer"),
     "X-RateLimit-Reset-Tokens": ("The time until all are available again.", "string"),
 }
+WHY_CHOSEN = (
+    "Only for keys that see backends, why it was chosen: `order`, `loaded` (it had the model), `home` (it has the "
+    "conversation), `load` (it loads the model), `join` (it was loading it), `tier` or `spill` (another tier)."
+)
+QUEUED = {
+    "X-Queue-Position": ("The call's first place in the queue for a model server, 0 if it did not wait.", "integer"),
+    "X-Queue-Wait-Ms": ("How long it waited, in milliseconds.", "integer"),
+}
+CHOSEN = {
+    "X-Gateway-Backend": ("Only for keys that see backends: the model server that answered.", "string"),
+    "X-Gateway-Chosen": (WHY_CHOSEN, "string"),
+}
 CAPPED = {"X-Gateway-Max-Tokens": ("The most tokens of each answer, if the request asked for more.", "integer")}
 Failures = tuple[type[GatewayError], ...]
 OF_A_KEY: Failures = (
@@ -68,6 +81,7 @@ OF_A_BODY: Failures = (
     errors.UnsupportedEncoding,
 )
 OF_BACKENDS: Failures = (errors.BackendFailed, errors.NoBackend, errors.BackendTimeout)
+OF_THE_QUEUE: Failures = (errors.QueueFull, errors.QueueTimeout)
 OF_A_CALL: Failures = (*OF_A_BODY, errors.ModelNotAvailable, errors.ModelNotFound, errors.BudgetSpent, *OF_BACKENDS)
 # By the `for` of a route.
 FAILURES: Mapping[str, Failures] = {
@@ -106,6 +120,8 @@ class ApiDocument:
         headers = {
             self._id_header: ("The request's id: the caller's, or one given by the gateway.", "string"),
             **CAPPED,
+            **QUEUED,
+            **CHOSEN,
             **RETRY,
             **RATES,
         }
@@ -154,6 +170,8 @@ class ApiDocument:
             ]
         if facts["for"] == "models":
             found.append(self._parameters["backend"])
+        if _takes_slot(endpoint):
+            found.append(self._parameters["class"])
         return found
 
     def _responses(self, method: str, path: str, facts: dict[str, Any], endpoint: object) -> dict[str, Any]:
@@ -164,6 +182,7 @@ class ApiDocument:
             status = str(endpoint.status) if isinstance(endpoint, AdminRoute) else "200"
             headers = [] if facts["for"] in ("nobody", "metrics") else [*RATES]
             headers += CAPPED if isinstance(endpoint, Exchange) and endpoint.operation.clamp else ()
+            headers += (*QUEUED, *CHOSEN) if _takes_slot(endpoint) else ()
             found[status] = self._response(_description_of(facts), _content(facts, endpoint), headers)
         error = _ref(ERRORS[self._dialect_of(path).name])
         if isinstance(endpoint, Exchange):
@@ -191,6 +210,10 @@ class ApiDocument:
         return {"description": description, "headers": references, "content": content}
 
 
+def _takes_slot(endpoint: object) -> bool:
+    return isinstance(endpoint, Exchange) and takes_slot(endpoint.operation)
+
+
 def _content(facts: dict[str, Any], endpoint: object) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(endpoint, Exchange) and endpoint.operation.streaming != "never":
@@ -212,7 +235,7 @@ def _description_of(facts: dict[str, Any]) -> str:
 def _failures(path: str, facts: dict[str, Any], endpoint: object) -> Iterable[type[GatewayError]]:
     found = [*FAILURES[facts["for"]], *(BY_CODE[code] for code in facts.get("fails", ()))]
     if isinstance(endpoint, Exchange):
-        found += OF_A_CALL
+        found += (*OF_A_CALL, *(OF_THE_QUEUE if _takes_slot(endpoint) else ()))
     if isinstance(endpoint, AdminRoute) and endpoint.has_body:
         found += OF_A_BODY
     if path not in HEALTH:

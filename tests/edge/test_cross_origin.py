@@ -93,4 +93,4 @@ def test_official_clients_in_pages_may_send_their_headers(gateway: RunningGatewa
     with gateway.http() as pages:
         allowed = pages.options("/v1/messages", headers=PREFLIGHT).headers["access-control-allow-headers"].split(", ")
     assert {name for name in sent if name.startswith(("x-stainless", "anthropic-", "openai-"))} <= set(allowed)
-    assert "x-stainless-lang" in sent
+    assert "x-stainless-lang" in sent and "x-gateway-class" in allowed

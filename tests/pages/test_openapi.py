@@ -119,6 +119,28 @@ def test_bodies_have_the_fields_that_the_gateway_takes(gateway: RunningGateway) 
             assert how == {"never": set(), "by format": {"stream_format"}}.get(operation.streaming, {"stream"})
 
 
+def test_calls_that_wait_for_a_backend_have_the_headers_and_errors_of_the_queue(gateway: RunningGateway) -> None:
+    document = document_of(gateway)
+    found, shared = operations(document), document["components"]["responses"]
+    for line, operation in found.items():
+        headers = {"X-Queue-Position", "X-Queue-Wait-Ms", "X-Gateway-Backend", "X-Gateway-Chosen"}
+        answered = operation["responses"].get("200", {}).get("headers", {}).keys()
+        reference = operation["responses"].get("503", {}).get("$ref", "")
+        refused = shared[reference.rpartition("/")[2]]["description"] if reference else ""
+        takes_class = any(one["name"] == "X-Gateway-Class" for one in operation.get("parameters", ()))
+        waits = "`queue_full`" in refused and "`queue_timeout`" in refused
+        assert {headers <= answered, takes_class, waits} == {takes_class}, line
+    assert {line for line, operation in found.items() if "X-Gateway-Class" in json.dumps(operation)} > {"POST /api/chat"}
+    assert "X-Gateway-Class" not in json.dumps(found["POST /api/show"])
+    (parameter,) = [one for one in found["POST /api/chat"]["parameters"] if one["name"] == "X-Gateway-Class"]
+    sent = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}
+    with gateway.http(gateway.key(flags=("show_backend",))) as client:
+        for value, status in {**dict.fromkeys(parameter["schema"]["enum"], 200), "other": 400}.items():
+            answer = client.post("/api/chat", json=sent, headers={"X-Gateway-Class": value})
+            assert answer.status_code == status
+            assert ({"x-queue-position", "x-gateway-chosen"} <= answer.headers.keys()) == (status == 200)
+
+
 def name_of_body(operation: dict[str, Any]) -> str:
     (content,) = operation["requestBody"]["content"].values()
     reference: str = content["schema"]["$ref"]
