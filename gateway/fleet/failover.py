@@ -6,6 +6,7 @@ from functools import partial
 
 from gateway.core.cancel_scope import CallScope, CancelScope
 from gateway.core.errors import (
+    AnswerTooLarge,
     BackendCannot,
     BackendFailed,
     BackendRefused,
@@ -40,6 +41,8 @@ UNAVAILABLE = frozenset({"unreachable", "connect_timeout", "busy", "full", "disc
 # A body of so many bytes is translated in a few milliseconds, whatever is in it.
 SMALL_REQUEST = 16_384
 NOT_ASKED = NOT_SENT | {NO_ROUTE}
+# Faults of backends that do not work on the call: they were not asked, or have answered.
+IDLE = NOT_ASKED | {"busy", "model_gone", "token_refused", "bad_status", "disconnected"}
 # Faults that a wrong request may also cause, if the backend reports them in unknown words.
 DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 
@@ -229,9 +232,9 @@ class FailoverRun:
     async def _try(self, candidate: Candidate, cancel_scope: CallScope) -> Opening:
         try:
             opening = await self._call_backend(candidate, cancel_scope)
-        except BaseException:
+        except BaseException as wrong:
             if self.slot is not None:
-                self.slot.free()
+                (self.slot.free if _has_ended(wrong) else self.slot.free_soon)()
             raise
         opening.slot = self.slot
         if self.slot is not None and self.slot.loads:
@@ -292,6 +295,13 @@ class FailoverRun:
         self._call.capped = translation.call.capped
         bounds = backend.unframed, backend.pieces
         return TranslatedResponse(upstream, translation, self._dialect.framing, backend.config, *bounds)
+
+
+def _has_ended(wrong: BaseException) -> bool:
+    """Whether a backend with this failure works no more on the call."""
+    if isinstance(wrong, BackendFault):
+        return wrong.reason in IDLE
+    return isinstance(wrong, BackendRefused | BadRequest) and not isinstance(wrong, AnswerTooLarge)
 
 
 def _no_first_byte() -> BackendFault:

@@ -56,7 +56,10 @@ class Opening:
         """Returns the backend's connection and its slot; what was read is still held."""
         self.upstream.close()
         self.backend.give_back()
-        self.free_slot()
+        if self.at_end:
+            self.free_slot()
+        elif self.slot is not None:
+            self.slot.free_soon()
 
     def free_slot(self) -> None:
         """The backend has done its work; the last bytes may still be on their way to the client."""

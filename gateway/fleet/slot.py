@@ -1,8 +1,11 @@
 """A slot of one place in the fleet, held by one call."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+NOTICED_WITHIN_S = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -39,3 +42,7 @@ class Slot:
         if not self.is_free:
             self.is_free = True
             self.on_free(self)
+
+    def free_soon(self) -> None:
+        """After a moment, in which a backend notices that its connection was closed, and stops."""
+        asyncio.get_running_loop().call_later(NOTICED_WITHIN_S, self.free)

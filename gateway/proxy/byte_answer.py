@@ -30,6 +30,7 @@ class ByteAnswer(Answer):
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
             cancel_scope.within(idle_s, BackendTimeout)
             piece = await opening.upstream.read()
+        opening.at_end = True
 
     async def break_off(self, error: GatewayError) -> None:
         await super().break_off(error)

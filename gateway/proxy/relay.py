@@ -24,7 +24,6 @@ from gateway.fleet.backends.frame_buffer import FrameBuffer
 from gateway.fleet.backends.http_client import BackendFault
 from gateway.fleet.opening import Opening
 from gateway.fleet.redaction import redact_frames
-from gateway.fleet.slot import Slot
 
 # How many payloads at the end of a stream show whether it is complete, and how many bytes usually contain them.
 TAIL_PIECES, SHORT_TAIL = 4, 4096
@@ -164,7 +163,6 @@ class StreamedAnswer(Answer):
         # Frames of the answer itself that were sent before it was relayed.
         self._early = b""
         self._translation: Translation | None = None
-        self._slot: Slot | None = None
 
     async def send_heartbeat(self, early_frames: bytes) -> None:
         """Sends the first frames of the answer, once and if they are known, or else a frame without content."""
@@ -181,7 +179,7 @@ class StreamedAnswer(Answer):
         self._recent.append(early_frames)
 
     async def relay(self, opening: Opening, cancel_scope: CallScope, connection: Connection) -> None:
-        self._backend, self._translation, self._slot = opening.backend.config, opening.translation, opening.slot
+        self._backend, self._translation = opening.backend.config, opening.translation
         content_type = content_type_of(opening.upstream.content_type, self._dialect.framing)
         if self._dialect.needs_first:
             self._first = self._first_payload(opening.frames)
@@ -244,6 +242,7 @@ class StreamedAnswer(Answer):
             # What a backend sends after the last frame is neither passed on nor counted.
             piece = b"" if opening.at_end or self._has_sent_last else await upstream.flow(pass_at_once)
             if not piece:
+                opening.at_end = opening.at_end or not self._has_sent_last
                 break
             frames = buffer.add(piece)
             if len(buffer.rest) > LONGEST_FRAME:
@@ -268,7 +267,10 @@ class StreamedAnswer(Answer):
                 piece = await opening.upstream.read()
         except (TimeoutError, BackendFault):
             return b""
-        opening.at_end = not piece
+        if not piece:
+            opening.at_end = True
+            # Before the client can send its next request.
+            opening.free_slot()
         return piece
 
     async def _pass_on(self, frames: bytes) -> None:
@@ -280,8 +282,6 @@ class StreamedAnswer(Answer):
         if not self._has_sent_last and self._dialect.has_last_frame(frames) and self._read_end():
             # A client that has this may send its next request before the body has ended.
             self._has_sent_last = True
-            if self._slot is not None:
-                self._slot.free()
             await self._settler.finish_before_last_bytes(self._record, coming=len(shown))
         if shown:
             await self._send({"type": "http.response.body", "body": shown, "more_body": True})

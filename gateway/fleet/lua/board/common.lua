@@ -15,12 +15,15 @@
 --   line:<group>:<line>    sorted set: calls in line, by arrival
 --   queue:<group>          hash: the calls that wait, packed
 --   recent:<place>, shared:<place>  sorted sets: conversations and beginnings of prompts, by the time of their last call
+--   kept:<place>           hash: the tokens of these conversations
 --   box:<backend>          hash: see residents.lua; "loading" is model, call, began, expected end, "evicts" what may go for it,
 --                          "want" a model for which the backend is cleared, "l:" and a model how long its last load took
 -- Times are in milliseconds.
 local FS = '\31'
 local F = KEYS[1] .. ':'
 local NEVER = 1e12
+-- The part of the time for which conversations are remembered, within which one is likely to go on.
+local GOES_ON = 0.1
 local now = tonumber(ARGV[1])
 if now == 0 then
     local time = redis.call('TIME')
@@ -139,33 +142,46 @@ local function firsts_of(b)
     return found
 end
 
--- Tokens of a prompt that a place still has in its cache, and whether they are of the conversation itself.
+-- What a place has cached for a call: tokens of its prompt; whether they are of the conversation itself; and the tokens of the
+-- conversation that would lose its cache, if it is likely to go on.
 local function cached_of(call, c)
-    if call.sticky == 0 then return 0, false end
+    if call.sticky == 0 then return 0, false, 0 end
     local place, depth = place_of(c), c.swaps and c.slots or c.slots * 4
+    local recent = F .. 'recent:' .. place
     for i = 1, #call.prefixes, 2 do
-        local rank = redis.call('ZREVRANK', F .. 'recent:' .. place, call.prefixes[i])
+        local rank = redis.call('ZREVRANK', recent, call.prefixes[i])
         if rank then
-            local at = tonumber(redis.call('ZSCORE', F .. 'recent:' .. place, call.prefixes[i]))
-            if rank < depth and now - at <= call.sticky then return call.prefixes[i + 1], true end
+            local at = tonumber(redis.call('ZSCORE', recent, call.prefixes[i]))
+            if rank < depth and now - at <= call.sticky then return call.prefixes[i + 1], true, 0 end
             break
         end
     end
+    local forgotten, last = 0, redis.call('ZREVRANGE', recent, depth - 1, depth - 1, 'WITHSCORES')
+    if last[1] and now - tonumber(last[2]) < call.sticky * GOES_ON then
+        forgotten = tonumber(redis.call('HGET', F .. 'kept:' .. place, last[1]) or 0)
+    end
     if call.shared ~= '' then
         local at = redis.call('ZSCORE', F .. 'shared:' .. place, call.shared)
-        if at and now - tonumber(at) <= call.sticky then return call.shared_tokens, false end
+        if at and now - tonumber(at) <= call.sticky then return call.shared_tokens, false, forgotten end
     end
-    return 0, false
+    return 0, false, forgotten
 end
 
 local function remember(call, c)
     local place = place_of(c)
     if call.full ~= '' then
-        local recent = F .. 'recent:' .. place
-        for i = 1, #call.prefixes, 2 do redis.call('ZREM', recent, call.prefixes[i]) end
+        local recent, kept, most = F .. 'recent:' .. place, F .. 'kept:' .. place, c.slots * 4 + 16
+        for i = 1, #call.prefixes, 2 do
+            if redis.call('ZREM', recent, call.prefixes[i]) == 1 then redis.call('HDEL', kept, call.prefixes[i]) end
+        end
         redis.call('ZADD', recent, now, call.full)
-        redis.call('ZREMRANGEBYRANK', recent, 0, -(c.slots * 4 + 17))
+        redis.call('HSET', kept, call.full, call.prompt)
+        for _, old in ipairs(redis.call('ZRANGE', recent, 0, -most - 1)) do
+            redis.call('ZREM', recent, old)
+            redis.call('HDEL', kept, old)
+        end
         redis.call('PEXPIRE', recent, call.sticky)
+        redis.call('PEXPIRE', kept, call.sticky)
     end
     if call.shared ~= '' then
         local shared = F .. 'shared:' .. place

@@ -5,9 +5,11 @@
 local HOLD, HOLD_IDLE, KEEP = 2, 1, 2
 -- What it must save to leave the place where a conversation is cached, in ms and as a share.
 local STAY_MS, STAY_SHARE = 500, 0.2
--- The load of one more copy counts so many times, because it takes memory and time from everybody; and at least so many times
--- where calls have had to wait for a copy for long.
-local COPY, COPY_IN_NEED = 2, 0.5
+-- What another conversation loses with its cache counts up to a part of the call's own time.
+local FORGET_SHARE = 0.2
+-- The load of one more copy counts so many times, because it takes memory and time from everybody: less, the longer calls have
+-- had to wait for one, in times of the load.
+local COPY, COPY_LESS, COPY_IN_NEED = 2, 3, 0.2
 
 -- Models for which calls wait.
 local awaited = {}
@@ -52,7 +54,9 @@ local function pressed_for(group)
 end
 
 local function estimate_resident(call, c, e, box)
-    e.cached, e.home = cached_of(call, c)
+    local forgotten
+    e.cached, e.home, forgotten = cached_of(call, c)
+    e.malus = math.min(forgotten * c.prefill_us / 1000, FORGET_SHARE * c.service_ms)
     e.why = e.home and 'home' or 'loaded'
     if box and box.loading and box.evicts[c.m] then
         e.can, e.block = false, math.max(box.loading.ends - now, 0)
@@ -79,8 +83,8 @@ local function estimate_load(call, c, e, box, is_nowhere)
         wake_at(victims.stays)
     else
         local need = pressed_for(call.group) / (c.load_ms + victims.harm)
-        if #victims.names > 0 then e.malus = c.load_ms * (math.max(COPY_IN_NEED, COPY - 1.5 * need) - 1) end
-        local is_worth_trying = not victims.certain and need >= 1 and victims.busy == 0 and victims.stays <= now
+        if #victims.names > 0 then e.malus = c.load_ms * (math.max(COPY_IN_NEED, COPY - COPY_LESS * need) - 1) end
+        local is_worth_trying = not victims.certain and need >= 0.5 and victims.busy == 0 and victims.stays <= now
         e.can = e.can and (victims.harm == 0 or is_worth_trying)
     end
     if box.want and box.want ~= c.m then e.can = false end

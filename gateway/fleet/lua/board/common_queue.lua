@@ -54,7 +54,11 @@ end
 local function begin_load(call, e)
     local c, name = e.c, F .. 'box:' .. e.c.b
     local box, ends = box_of(c.b), now + c.load_ms + e.block
-    local names = (e.victims or victims_of(box, c)).names
+    local names = {}
+    if #(e.victims or victims_of(box, c)).names > 0 then
+        -- Which ones go is for the backend to decide.
+        for m in pairs(box.residents) do names[#names + 1] = m end
+    end
     box.loading, box.evicts = {m = c.m, id = call.id, began = now, ends = ends}, {}
     redis.call('HSET', name, 'loading', table.concat({c.m, call.id, now, math.floor(ends)}, ' '))
     redis.call('HDEL', name, 'evicts')
