@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from gateway.core import strict_json
-from gateway.core.background import retrieve
 from gateway.fleet.claim import Claim, Routing
 from gateway.fleet.slot import Slot
 from gateway.stores import redis_keys
+from gateway.stores.redis_client import RedisUnavailable
 from gateway.stores.redis_connection import RedisConnection
 from gateway.stores.redis_shards import ShardConnections
 
@@ -19,10 +19,21 @@ OF_REDIS_CLOCK = 0
 
 
 class Board:
-    """The scripts of lua/board. All of them raise RedisUnavailable; `wake` is called with ms after which to `tick` again."""
+    """The scripts of lua/board. All of them raise RedisUnavailable; `wake` is called with ms after which to `tick` again.
 
-    def __init__(self, connections: ShardConnections, process: str, routing: Routing, wake: Callable[[int], None]) -> None:
-        self._connections, self.process, self.routing, self._wake = connections, process, routing, wake
+    `doubt` is called when it is not known whether Redis has done what it was sent.
+    """
+
+    def __init__(
+        self,
+        connections: ShardConnections,
+        process: str,
+        routing: Routing,
+        wake: Callable[[int], None],
+        doubt: Callable[[], None],
+    ) -> None:
+        self._connections, self.process, self.routing = connections, process, routing
+        self._wake, self._doubt = wake, doubt
 
     @property
     def is_usable(self) -> bool:
@@ -32,7 +43,11 @@ class Board:
         return self._connections.for_shard(redis_keys.HOME)
 
     async def _run(self, script: str, *values: Any) -> Any:
-        return await self._connection().run(script, [redis_keys.FLEET], [OF_REDIS_CLOCK, *values])
+        try:
+            return await self._connection().run(script, [redis_keys.FLEET], [OF_REDIS_CLOCK, *values])
+        except RedisUnavailable:
+            self._doubt()
+            raise
 
     async def take(self, claim: Claim) -> list[Any]:
         """The reply of take.lua: "go", "wait" or "full"."""
@@ -57,15 +72,20 @@ class Board:
         return found
 
     def release(self, call: str, real_ms: int = -1) -> None:
-        """Frees a call's slot or its place in the queue, and waits for nothing."""
-        values = [OF_REDIS_CLOCK, self.process, call, real_ms]
-        reply = self._connection().run("release", [redis_keys.FLEET], values)
-        reply.add_done_callback(self._wake_after)
+        """Frees a call's slot or its place in the queue, and waits for nothing; it does not raise."""
+        self._send("release", self.process, call, real_ms)
 
     def loaded(self, backend: str, model: str, size: int) -> None:
-        """A backend has loaded a model for a call."""
-        reply = self._connection().run("loaded", [redis_keys.FLEET], [OF_REDIS_CLOCK, backend, model, size])
-        reply.add_done_callback(self._wake_after)
+        """A backend has loaded a model for a call; it does not raise."""
+        self._send("loaded", backend, model, size)
+
+    def _send(self, script: str, *values: Any) -> None:
+        try:
+            reply = self._connection().run(script, [redis_keys.FLEET], [OF_REDIS_CLOCK, *values])
+        except RedisUnavailable:
+            self._doubt()
+        else:
+            reply.add_done_callback(self._wake_after)
 
     async def tick(self) -> tuple[bool, int]:
         """Renews the lease of this process; whether it was known, and how many calls it has on the board."""
@@ -85,10 +105,11 @@ class Board:
         return removed, added
 
     async def leave(self) -> None:
-        """Takes this process, which has no calls any more, off the board."""
-        await self._connection().send("ZREM", f"{redis_keys.FLEET}:processes", self.process)
+        """Takes this process off the board, with all that it has there."""
+        await self._run("leave", self.process)
 
     def _wake_after(self, reply: Any) -> None:
-        retrieve(reply)
-        if not reply.cancelled() and reply.exception() is None and reply.result()[-1]:
+        if reply.cancelled() or reply.exception() is not None:
+            self._doubt()
+        elif reply.result()[-1]:
             self._wake(reply.result()[-1])

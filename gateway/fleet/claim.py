@@ -49,10 +49,11 @@ class Place(NamedTuple):
 class Claim:
     """One call's claim; `client` is whom the fair order knows it by, and `sub_user` one of that client's users.
 
-    `arrived_ms` is when it joined the queue by the clock of Redis, 0 before. `patience_ms` is how long it may still wait.
+    `id` is its name on the board, another each time it is put there. `arrived_ms` is when it joined the queue by the clock of
+    Redis, 0 before. `patience_ms` is how long it may still wait.
     """
 
-    id: str
+    call: str
     group: str
     client: str
     places: Sequence[Place]
@@ -63,6 +64,7 @@ class Claim:
     conversation: Conversation = field(default=NOWHERE, repr=False)
     arrived_ms: int = 0
     patience_ms: int = 0
+    id: str = ""
 
     def arguments(self, routing: Routing, process: str) -> list[Any]:
         """The arguments of take.lua and ask.lua after the time."""

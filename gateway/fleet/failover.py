@@ -26,6 +26,7 @@ from gateway.fleet.backends.backend import Backend
 from gateway.fleet.backends.http_client import BackendFault, BackendResponse
 from gateway.fleet.caller import Caller
 from gateway.fleet.catalog import Model
+from gateway.fleet.claim import Claim
 from gateway.fleet.held_answers import HeldAnswers
 from gateway.fleet.loaded_models import LoadedModels
 from gateway.fleet.opening import NO_ROUTE, Busy, Opening, Upstream, read_beginning
@@ -101,6 +102,7 @@ class FailoverRun:
         self.queued: Queued | None = None
         self.waited_s = 0.0
         self.slot: Slot | None = None
+        self._claim: Claim | None = None
         # The backends that did not answer, the last fault, and the seconds that all backends took.
         self.attempts: list[Attempt] = []
         self.detail = ""
@@ -158,8 +160,12 @@ class FailoverRun:
             return None
         if not takes_slot(self._call.operation):
             return self._take_out(self._candidates[0])
-        placing, group = self._failover.placing, group_of(self._model)
-        found = await placing.slot_for(self._call, group, self._caller, self._candidates, self._renewed, self._note_queued)
+        placing, claim = self._failover.placing, self._claim
+        if claim is None:
+            claim = self._claim = placing.claim(self._call, group_of(self._model), self._caller, self._candidates)
+        else:
+            claim.places = placing.places(self._call, self._caller, self._candidates)
+        found = await placing.slot_for(claim, self._call, self._caller, self._renewed, self._note_queued)
         if found is None:
             return None
         self.slot, candidate = found

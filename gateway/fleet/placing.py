@@ -22,44 +22,45 @@ class Placing:
 
     async def slot_for(
         self,
+        claim: Claim,
         call: Call,
-        group: str,
         caller: Caller,
-        candidates: Sequence[Candidate],
         renewed: Callable[[], Sequence[Candidate]],
         queued: Callable[[Queued], None],
     ) -> tuple[Slot, Candidate] | None:
-        """A slot of one of the candidates, which are renewed while the call waits; None if that has been withdrawn meanwhile.
+        """A slot of one of the claim's candidates, which are renewed while the call waits; None if none is left.
 
         Raises QueueFull, QueueTimeout and NoBackend.
         """
-        claim = self.claim(call, group, caller, candidates)
 
         def claim_now() -> Claim | None:
             fresh = renewed()
             if not fresh:
                 return None
-            claim.places = self._places(call, caller, fresh)
+            claim.places = self.places(call, caller, fresh)
             return claim
 
-        slot = await self.queue.get(claim, claim_now, caller.key_slot, queued)
-        for place in claim.places:
-            if place.name == (slot.backend, slot.model):
-                return slot, place.candidate
-        slot.free()
-        return None
+        while True:
+            slot = await self.queue.get(claim, claim_now, caller.key_slot, queued)
+            for place in claim.places:
+                if place.name == (slot.backend, slot.model):
+                    return slot, place.candidate
+            # Its backend has been withdrawn meanwhile.
+            slot.free()
+            if claim_now() is None:
+                return None
 
     def claim(self, call: Call, group: str, caller: Caller, candidates: Sequence[Candidate]) -> Claim:
         prompt = max(0, call.needs.prompt)
         known = NOWHERE
         if self.queue.routing.mode == "fast" and self.queue.routing.sticky_s:
             known = conversation(call.body, caller.headers, caller.id, self._salt, prompt_tokens=prompt)
-        claim = Claim(caller.call, group, caller.id, self._places(call, caller, candidates), conversation=known)
+        claim = Claim(caller.call, group, caller.id, self.places(call, caller, candidates), conversation=known)
         claim.weight, claim.sub_user, claim.is_batch, claim.prompt = caller.weight, caller.sub_user, caller.is_batch, prompt
         claim.patience_ms = int(self.queue.routing.wait_s * 1000)
         return claim
 
-    def _places(self, call: Call, caller: Caller, candidates: Sequence[Candidate]) -> list[Place]:
+    def places(self, call: Call, caller: Caller, candidates: Sequence[Candidate]) -> list[Place]:
         output = self._costs.predicted_output(caller.id, call.model.canonical, call.needs.output)
         return [self._place(candidate, output) for candidate in first_choice(candidates)]
 

@@ -1,7 +1,7 @@
 """The calls of this process on the board: it gets slots for them, waits where there are none, and gives them back."""
 
 import asyncio
-import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, Self
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 from gateway.core.background import KeptTask
 from gateway.core.errors import NoBackend, QueueFull, QueueTimeout
 from gateway.fleet.board import Board
+from gateway.fleet.board_lease import BoardLease
 from gateway.fleet.claim import Claim, Place, Routing
 from gateway.fleet.local_slots import IsResident, LocalSlots, ShareOf
 from gateway.fleet.slot import Slot
@@ -16,11 +17,12 @@ from gateway.fleet.waiting import KeySlot, Waiting
 from gateway.stores.redis_client import RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
 
-LOG = logging.getLogger("gateway.queue")
 TICK_S = 1.0
 # A call that waits asks for itself after so long: a message may have been lost, and costs and backends change.
 ASK_EVERY_S = 1.0
 LOOK_EVERY_S = 0.25
+# Until the board is put in order, where nobody asks for a slot meanwhile.
+SOON_MS = 100
 SHORTEST_RETRY_S, RETRY_AFTER_S, LONGEST_RETRY_S = 1.0, 5.0, 3600.0
 FS = "\x1f"
 
@@ -47,33 +49,30 @@ class FleetQueue:
         look: Callable[[str], None],
     ) -> None:
         self.routing = routing
-        self.board = Board(connections, process, routing, self._wake_in)
+        self.board = Board(connections, process, routing, self._wake_in, self._doubt)
+        self._lease = BoardLease(lambda: (*self._waiting, *self._asked), lambda: list(self._running.values()))
         self._local = LocalSlots(routing, share_of, is_resident)
         # Asks a backend what it has loaded; done repeatedly for those on which calls of this process wait for a load.
         self._look = look
         self._loading: dict[str, str] = {}
+        # By their names on the board.
         self._running: dict[str, Slot] = {}
         self._waiting: dict[str, Waiting] = {}
         # Calls of which the board has been asked, and messages that came before its reply.
-        self._asked: set[str] = set()
-        self._early: dict[str, str] = {}
-        # Calls have ended without Redis.
-        self._has_unreleased = False
-        self._was_usable = True
+        self._asked: dict[str, str] = {}
+        self._names = 0
         self._wake_at = 0.0
         self._wake = asyncio.Event()
         self.background = KeptTask(self._keep_ticking, "fleet queue")
 
     async def __aenter__(self) -> Self:
         with suppress(RedisUnavailable):
-            await self.board.tick()
+            await self._lease.renew(self.board)
         self.background.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.background.end()
-        for call in (*self._running, *self._waiting):
-            self._release(call)
         with suppress(RedisUnavailable):
             await self.board.leave()
 
@@ -89,35 +88,53 @@ class FleetQueue:
         self, claim: Claim, claim_now: Callable[[], Claim | None], key_slot: KeySlot, queued: Callable[[Queued], None]
     ) -> Slot:
         """A slot at one of the claim's places. Raises QueueFull and QueueTimeout; `queued` hears how the call waited."""
-        self._asked.add(claim.id)
         try:
-            reply = await self.board.take(claim)
+            reply = await self._take(claim)
         except RedisUnavailable:
             return await self._get_locally(claim, claim_now, key_slot, queued)
-        except BaseException:
-            # The board may still grant it, though nobody waits any more.
-            self._release(claim.id)
-            raise
-        finally:
-            self._asked.discard(claim.id)
         if reply[0] == b"go":
             queued(Queued(estimated_s=reply[6] / 1000))
             return self._granted(claim, reply)
         if reply[0] == b"full":
             raise QueueFull(retry_after=_retry_after(reply[1]))
         waiting = self._begin_to_wait(claim, claim_now, position=reply[1], estimated_ms=reply[2])
-        claim.arrived_ms = reply[4]
         self._waiting[claim.id] = waiting
-        if early := self._early.pop(claim.id, ""):
-            self.granted(early)
         return await self._wait(waiting, key_slot, queued)
+
+    async def _take(self, claim: Claim) -> list[Any]:
+        """Asks the board for a slot, under a new name: what is on its way to an earlier one is not for this one.
+
+        Raises RedisUnavailable.
+        """
+        while True:
+            self._names += 1
+            name = claim.id = f"{claim.call}.{self._names}"
+            if not self._lease.is_valid:
+                await self._lease.ensure(self.board)
+            self._asked[name] = message = ""
+            try:
+                reply = await self.board.take(claim)
+            except BaseException:
+                # The board may still grant it, though nobody waits any more.
+                self.board.release(name)
+                raise
+            finally:
+                message = self._asked.pop(name)
+            if time.monotonic() < self._lease.until:
+                break
+            # This process was stopped meanwhile, and what it had was given to others.
+            self._lease.doubt()
+        if reply[0] == b"wait":
+            claim.arrived_ms = reply[4]
+            return _early(reply, message) if message else reply
+        return reply
 
     def _begin_to_wait(
         self, claim: Claim, claim_now: Callable[[], Claim | None], position: int, estimated_ms: int | None
     ) -> Waiting:
         now = asyncio.get_running_loop().time()
         estimated_s = None if estimated_ms is None else estimated_ms / 1000
-        return Waiting(claim, claim_now, now + self.routing.wait_s, now, position, estimated_s)
+        return Waiting(claim, claim_now, now + claim.patience_ms / 1000, now, position, estimated_s)
 
     def _granted(self, claim: Claim, reply: list[Any]) -> Slot:
         backend, model, why = (value.decode() for value in reply[1:4])
@@ -141,7 +158,7 @@ class FleetQueue:
         try:
             while True:
                 slot = await self._next_slot(waiting)
-                if await key_slot.take_again():
+                if await self._is_taken_again(key_slot, slot):
                     return slot
                 # Others may have what this call cannot use before one of its key has ended.
                 slot.free()
@@ -153,13 +170,23 @@ class FleetQueue:
             self._leave(waiting)
             raise
         finally:
+            # If the backend fails, it may wait for the rest of its time.
+            waiting.claim.patience_ms = max(1, int((waiting.until - loop.time()) * 1000))
             queued(Queued(waiting.position, loop.time() - waiting.queued_at, waiting.estimated_s))
+
+    @staticmethod
+    async def _is_taken_again(key_slot: KeySlot, slot: Slot) -> bool:
+        try:
+            return await key_slot.take_again()
+        except BaseException:
+            slot.free()
+            raise
 
     def _leave(self, waiting: Waiting) -> None:
         if waiting.slot is not None:
             waiting.slot.free()
         if self._waiting.pop(waiting.claim.id, None) is not None:
-            self._release(waiting.claim.id)
+            self.board.release(waiting.claim.id)
         with suppress(ValueError):
             self._local.waiting.remove(waiting)
 
@@ -183,69 +210,68 @@ class FleetQueue:
         fresh = waiting.claim_now()
         if fresh is None:
             raise NoBackend(retry_after=RETRY_AFTER_S)
-        fresh.arrived_ms, fresh.patience_ms = waiting.claim.arrived_ms, waiting.claim.patience_ms
         waiting.claim = fresh
-        if waiting.claim.id not in self._waiting:
+        if fresh.id not in self._waiting:
             await self._ask_here(waiting)
             return
         try:
-            reply = await self.board.ask(waiting.claim)
+            reply = await self.board.ask(fresh)
         except RedisUnavailable:
-            del self._waiting[waiting.claim.id]
-            self._local.waiting.append(waiting)
-            self._serve_locally()
+            if self._waiting.pop(fresh.id, None) is not None:
+                self._wait_here(waiting)
             return
-        if waiting.slot is not None or waiting.claim.id not in self._waiting:
+        if fresh.id not in self._waiting or time.monotonic() >= self._lease.until:
             return
         if reply[0] == b"go":
-            del self._waiting[waiting.claim.id]
-            waiting.grant(self._granted(waiting.claim, reply))
+            del self._waiting[fresh.id]
+            waiting.grant(self._granted(fresh, reply))
         elif reply[0] == b"gone":
+            del self._waiting[fresh.id]
             await self._join_again(waiting)
         elif reply[2] >= 0:
             waiting.place, waiting.expected_ms = reply[1], reply[2]
 
     async def _ask_here(self, waiting: Waiting) -> None:
         """While Redis is away; when it is back, the call waits there."""
-        if self.board.is_usable:
-            with suppress(ValueError):
-                self._local.waiting.remove(waiting)
-                await self._join_again(waiting)
-            return
-        self._serve_locally()
+        if not self.board.is_usable:
+            self._serve_locally()
+        elif waiting in self._local.waiting:
+            self._local.waiting.remove(waiting)
+            await self._join_again(waiting)
 
     async def _join_again(self, waiting: Waiting) -> None:
         claim = waiting.claim
-        self._waiting[claim.id] = waiting
         try:
-            reply = await self.board.take(claim)
+            reply = await self._take(claim)
         except RedisUnavailable:
-            self._waiting.pop(claim.id, None)
-            self._local.waiting.append(waiting)
-            self._serve_locally()
+            self._wait_here(waiting)
             return
         if reply[0] == b"full":
             raise QueueFull(retry_after=_retry_after(reply[1]))
-        if reply[0] == b"go" and waiting.slot is None:
-            self._waiting.pop(claim.id, None)
+        if reply[0] == b"go":
             waiting.grant(self._granted(claim, reply))
+        else:
+            self._waiting[claim.id] = waiting
 
     def granted(self, message: str) -> None:
         """A message of the board: a call of this process has got a slot."""
-        call, backend, model, why, cost_ms, cached = message.split(FS)
-        waiting = self._waiting.pop(call, None)
-        if waiting is not None:
-            waiting.grant(self._slot(waiting.claim, backend, model, why, int(cost_ms), int(float(cached))))
+        call = message.partition(FS)[0]
+        if call in self._waiting:
+            # If this process has lost its lease since, the call will ask again.
+            if time.monotonic() < self._lease.until:
+                waiting = self._waiting.pop(call)
+                waiting.grant(self._granted(waiting.claim, _early([], message)))
         elif call in self._asked:
-            self._early[call] = message
+            self._asked[call] = message
         elif call not in self._running:
-            self._release(call)
+            self.board.release(call)
 
     async def _get_locally(
         self, claim: Claim, claim_now: Callable[[], Claim | None], key_slot: KeySlot, queued: Callable[[Queued], None]
     ) -> Slot:
         place = None if self._local.waiting else self._local.free_place(claim)
         if place is not None:
+            queued(Queued())
             return self._local_slot(claim, place)
         if len(self._local.waiting) >= self.routing.queue_size or claim.patience_ms <= 0:
             raise QueueFull(retry_after=SHORTEST_RETRY_S)
@@ -254,7 +280,13 @@ class FleetQueue:
         return await self._wait(waiting, key_slot, queued)
 
     def _local_slot(self, claim: Claim, place: Place) -> Slot:
+        # The board does not have it.
+        self._lease.doubt()
         return self._slot(claim, *place.name, self.routing.mode, int(claim.cost_ms(place)), 0)
+
+    def _wait_here(self, waiting: Waiting) -> None:
+        self._local.waiting.append(waiting)
+        self._serve_locally()
 
     def _serve_locally(self) -> None:
         for waiting, place in self._local.ready():
@@ -264,22 +296,20 @@ class FleetQueue:
         self._running.pop(slot.call, None)
         self._loading.pop(slot.call, None)
         self._local.leave((slot.backend, slot.model))
-        self._release(slot.call, slot.held_ms)
-        if self._local.waiting:
+        self.board.release(slot.call, slot.held_ms)
+        if self._local.waiting and not self._lease.is_valid:
             self._serve_locally()
-
-    def _release(self, call: str, real_ms: int = -1) -> None:
-        try:
-            self.board.release(call, real_ms)
-        except RedisUnavailable:
-            self._has_unreleased = True
 
     def loaded(self, slot: Slot, size: int) -> None:
         """The model of a call that loads it has begun to answer."""
-        with suppress(RedisUnavailable):
-            self.board.loaded(slot.backend, slot.model, size)
+        self.board.loaded(slot.backend, slot.model, size)
         self._loading.pop(slot.call, None)
         self._look(slot.backend)
+
+    def _doubt(self) -> None:
+        self._lease.doubt()
+        if self.board.is_usable:
+            self._wake_in(SOON_MS)
 
     def _wake_in(self, milliseconds: int) -> None:
         due = asyncio.get_running_loop().time() + milliseconds / 1000
@@ -305,26 +335,18 @@ class FleetQueue:
                 await self._tick()
 
     async def _tick(self) -> None:
-        # Redis executes the commands of a connection in their order: by now it knows all that was sent before.
-        expected = len(self._running) + len(self._waiting) + len(self._asked)
-        try:
-            known, calls = await self.board.tick()
-            if not known or not self._was_usable or self._has_unreleased or calls != expected:
-                await self._put_in_order()
-        except RedisUnavailable:
-            self._was_usable = False
+        with suppress(RedisUnavailable):
+            await self._lease.renew(self.board)
+            # They go to the board, now that it is there again.
+            for waiting in self._local.waiting:
+                waiting.changed.set()
 
-    async def _put_in_order(self) -> None:
-        """The board has lost calls of this process, or has calls that ended without Redis."""
-        self._has_unreleased = False
-        try:
-            removed, added = await self.board.restore((*self._waiting, *self._asked), list(self._running.values()))
-        except RedisUnavailable:
-            self._has_unreleased = True
-            raise
-        self._was_usable = True
-        if removed or added:
-            LOG.info("the board of the fleet is in order again: %d calls removed, %d added", removed, added)
+
+def _early(reply: list[Any], message: str) -> list[Any]:
+    """A message as the reply "go"; `reply` is the "wait" that it was sooner than."""
+    _, backend, model, why, cost_ms, cached = message.split(FS)
+    first_ms = reply[2] if reply else 0
+    return [b"go", backend.encode(), model.encode(), why.encode(), int(cost_ms), int(float(cached)), first_ms]
 
 
 def _retry_after(milliseconds: float) -> float:

@@ -86,6 +86,50 @@ def test_what_redis_has_lost_is_restored_and_what_it_has_missed_is_removed(board
     assert board.names() == set()
 
 
+def test_a_call_that_runs_elsewhere_than_the_board_has_it_is_put_where_it_runs(board: FleetBoard) -> None:
+    """The reply that granted it a slot was lost, and its process chose by itself."""
+    board.take(Ask("c0", (At("a"),)))
+    assert board.run("restore", "p1", 0, "c0", "b", "m", "m", "alice", "", 1.0, 1000, 0) == [1, 1]
+    assert (board.running("a"), board.running("b")) == (0, 1)
+    board.release("c0")
+    assert board.names() == set()
+
+
+def test_what_a_process_has_ends_with_it_even_if_it_never_renewed_its_lease(board: FleetBoard) -> None:
+    board.take(Ask("gone", (At("a"),), process="p2"))
+    board.run("restore", "p3", 0, "gone too", "b", "m", "m", "alice", "", 1.0, 1000, 0)
+    for _ in range(3):
+        board.now += LEASE_MS // 2
+        board.tick("p1")
+    assert board.names() == set()
+
+
+def test_who_leaves_takes_along_what_is_still_on_the_board_of_it(board: FleetBoard) -> None:
+    for number in range(2):
+        board.take(Ask(f"c{number}", (At("a"),), process="p2"))
+    board.take(Ask("stays", (At("a"),)))
+    board.run("leave", "p2")
+    assert set(board.granted) == {"stays"}
+    assert board.client.zscore("fleet:processes", "p2") is None
+    board.release("stays")
+    assert board.names() == set()
+
+
+def test_nobody_loses_what_it_has_because_redis_was_away_for_longer_than_a_lease(board: FleetBoard) -> None:
+    for process in ("p1", "p2"):
+        board.tick(process)
+        board.take(Ask(process, (At("a", slots=2),), process=process))
+    board.now += LEASE_MS + 1
+    assert board.tick("p2")[:2] == [1, 1]
+    board.now += 1000
+    assert board.tick("p1")[:2] == [1, 1]
+    assert board.running("a") == 2
+    for _ in range(3):
+        board.now += LEASE_MS // 2
+        board.tick("p1")
+    assert set(board.calls()) == {"p1"}, "who does not come back is gone"
+
+
 def shares(board: FleetBoard, asks: dict[str, Ask], cost_ms: dict[str, int], turns: int) -> dict[str, int]:
     """The cost that was served of clients which always have calls in the queue, at one place."""
     numbers, served, owner = count(), dict.fromkeys(asks, 0), {}

@@ -24,6 +24,8 @@ local F = KEYS[1] .. ':'
 local NEVER = 1e12
 -- The part of the time for which conversations are remembered, within which one is likely to go on.
 local GOES_ON = 0.1
+-- Of a process that has not renewed it yet.
+local FIRST_LEASE = 8000
 local now = tonumber(ARGV[1])
 if now == 0 then
     local time = redis.call('TIME')
@@ -49,6 +51,9 @@ local function until_wake() return wake < NEVER and math.max(1, math.ceil(wake -
 local function place_of(c) return c.b .. FS .. c.m end
 
 local function running_in(place) return redis.call('ZCARD', F .. 'ends:' .. place) end
+
+-- What a process holds ends with its lease: it has one from its first call on.
+local function lease(pid) redis.call('ZADD', F .. 'processes', 'NX', now + FIRST_LEASE, pid) end
 
 local function is_waiting() return redis.call('EXISTS', F .. 'groups') == 1 end
 

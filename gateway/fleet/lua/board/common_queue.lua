@@ -302,6 +302,11 @@ local function free(pid, id, real)
     return true
 end
 
+local function free_all(pid)
+    for _, id in ipairs(redis.call('HKEYS', F .. 'calls:' .. pid)) do free(pid, id, -1) end
+    redis.call('ZREM', F .. 'processes', pid)
+end
+
 -- A call as its process describes it: 20 values, names of prefixes with their tokens, then 9 values for each candidate.
 local function read_call(a)
     local call = {

@@ -6,6 +6,7 @@
 -- Answers {"go", backend, model, why, ms of its cost, tokens that are probably cached, ms until the first token, ms until the
 -- scripts should run again}, {"wait", position, ms until the first token, ms until …, when it arrived} or {"full", ms until the first token}.
 local call = read_call(ARGV)
+lease(call.pid)
 
 local function go(e)
     return {'go', e.c.b, e.c.m, e.why, math.floor(e.prefill + e.c.service_ms), e.cached, math.floor(e.t - e.evict), until_wake()}
