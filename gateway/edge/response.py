@@ -74,8 +74,9 @@ class Response:
                 headers.append((b"x-gateway-dropped", _names(self._record.dropped)))
         if self._record.show_overhead:
             headers.append((b"x-gateway-overhead-ms", b"%.2f" % (self._record.overhead_s * 1000)))
-        if self._record.chosen_because:
+        if self._record.chosen_because or self._record.queue_position:
             headers.append((b"x-queue-position", b"%d" % self._record.queue_position))
+        if self._record.chosen_because:
             headers.append((b"x-queue-wait-ms", b"%d" % self._record.queue_ms))
         if self._record.admission is not None:
             headers += self._record.admission.headers

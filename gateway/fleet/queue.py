@@ -87,7 +87,10 @@ class FleetQueue:
     async def get(
         self, claim: Claim, claim_now: Callable[[], Claim | None], key_slot: KeySlot, queued: Callable[[Queued], None]
     ) -> Slot:
-        """A slot at one of the claim's places. Raises QueueFull and QueueTimeout; `queued` hears how the call waited."""
+        """A slot at one of the claim's places. Raises QueueFull and QueueTimeout.
+
+        `queued` gets how the call waits when it begins to, and how long it has waited at the end.
+        """
         try:
             reply = await self._take(claim)
         except RedisUnavailable:
@@ -154,6 +157,7 @@ class FleetQueue:
     async def _wait(self, waiting: Waiting, key_slot: KeySlot, queued: Callable[[Queued], None]) -> Slot:
         """Waits for a slot of the fleet, and then has the slot of the key again, too."""
         key_slot.give_up()
+        queued(Queued(waiting.position, estimated_s=waiting.estimated_s))
         loop = asyncio.get_running_loop()
         try:
             while True:

@@ -35,6 +35,8 @@ class Heartbeats:
     async def _keep_sending(self, run: FailoverRun) -> None:
         waited_s = time.monotonic() - self._record.began - self._record.reading_s
         await asyncio.sleep(max(0.0, self._every_s - waited_s))
+        if run.queued is not None:
+            self._record.queue_position = run.queued.position
         while True:
             # It waits while the client does not read, so that frames do not pile up.
             await self.answer.send_heartbeat(run.early_frames())

@@ -107,7 +107,9 @@ class Metrics:
             "dialect",
             buckets=SHORT,
         )
-        self.queue = self._histogram("gateway_queue_wait_seconds", "Time spent waiting for a slot of the key", buckets=LONG)
+        self.queue = self._histogram(
+            "gateway_queue_wait_seconds", "Time spent waiting for a slot of the key or of a backend", buckets=LONG
+        )
         self.refused = self._counter("gateway_limit_refusals", "Requests refused by a limit", "limit")
         self.auth_failures = self._counter("gateway_auth_failures", "Requests with a wrong key, or with none")
         self.in_flight = self._gauge(

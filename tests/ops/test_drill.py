@@ -7,10 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -30,10 +31,11 @@ from tests.support.redis_server import server
 from tests.support.store_dump import dump_postgres
 
 LONGEST_S = 120
-# Code that breaks a promise, run in each process of the drill before the gateway's own; with the lines that must notice it.
-SWITCHES: Mapping[str, tuple[str, str]] = {
+# Code that breaks a promise, run in each process of the drill before the gateway's own; with the lines that must notice it,
+# and what they must report.
+SWITCHES: Mapping[str, tuple[Mapping[str, str], str]] = {
     "other bytes": (
-        "bytes",
+        {"bytes": "other bytes than the backend's"},
         """
         from gateway.edge import application
         send = application.Response.send
@@ -45,7 +47,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "pieces are collected": (
-        "pieces",
+        {"pieces": "the first piece waited for the second"},
         """
         from gateway.edge import application
         send, kept = application.Response.send, {}
@@ -60,7 +62,13 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "the first backend is the only one": (
-        "refused frozen failing garbage native",
+        {
+            "refused": "status 50",
+            "frozen": "status 50",
+            "failing": "status 50",
+            "garbage": "status 50",
+            "native": "status 50",
+        },
         """
         from gateway.fleet import failover
         choose = failover.choose
@@ -68,14 +76,14 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "a first frame is not judged": (
-        "garbage",
+        {"garbage": "the answer is the faulty backend's"},
         """
         from gateway.dialects import ollama
         ollama.Ollama.judge_frame = lambda self, payload: None
         """,
     ),
     "connections to a failed backend stay open": (
-        "frozen",
+        {"frozen": "two backends were at work"},
         """
         from aiohttp.connector import Connection
         kept = []  # Python closes what nothing refers to.
@@ -83,14 +91,14 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "a cut stream looks complete": (
-        "dying",
+        {"dying": "the answer looks complete"},
         """
         from gateway.dialects import ollama
         ollama.Ollama.error_frame = lambda self, error, tail=(): b'{"done":true,"done_reason":"stop"}\\n'
         """,
     ),
     "a backend's API is not found out": (
-        "native",
+        {"native": "which was not found out"},
         """
         from gateway.fleet import routes
         from gateway.ops.drill import agent_faults
@@ -100,7 +108,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "a cut stream of an agent looks complete": (
-        "cut",
+        {"cut": "/v1/messages: the answer looks complete"},
         """
         from gateway.dialects import anthropic
         frame = b'event: message_stop\\ndata: {"type":"message_stop"}\\n\\n'
@@ -108,7 +116,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "a cut stream of an agent ends as if it were another's": (
-        "cut",
+        {"cut": "/v1/responses: the answer ends without an error"},
         """
         from gateway.dialects import openai
         from gateway.dialects import responses
@@ -117,14 +125,14 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "nobody checks whether the caller is there": (
-        "left",
+        {"left": "still works"},
         """
         from gateway.edge import cycle
         cycle.Cycle.watch = lambda self, gone: None
         """,
     ),
     "errors of the other dialect": (
-        "dialect",
+        {"dialect": "/v1/chat/completions: not in the form"},
         """
         from gateway.dialects import ollama
         from gateway.dialects import openai
@@ -132,7 +140,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "no Retry-After": (
-        "down requests",
+        {"down": "does not say when to retry", "requests": "does not say when to retry"},
         """
         from gateway.edge import application
         headers_of = application.error_headers
@@ -140,14 +148,14 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "a wrong key is answered as forbidden": (
-        "key",
+        {"key": "status 403 instead of 401"},
         """
         from gateway.core import errors
         errors.WrongKey.status = 403
         """,
     ),
     "a revocation reaches nobody": (
-        "revoke",
+        {"revoke": "the key still works"},
         """
         from gateway.auth import authenticator
         authenticator.Authenticator.forget = lambda self, key_id: None
@@ -155,7 +163,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "an unknown model can be told from a forbidden one": (
-        "unknown",
+        {"unknown": "statuses 404 and 403"},
         """
         from gateway.fleet import catalog
         from gateway.core import errors
@@ -168,7 +176,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "an unknown model can be told from a forbidden one by an agent": (
-        "unknown",
+        {"unknown": "/v1/messages: the answers differ"},
         """
         import itertools
         from gateway.dialects import anthropic
@@ -177,14 +185,14 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "any key may change models": (
-        "verbs",
+        {"verbs": "status"},
         """
         from gateway.proxy import passthrough
         passthrough.Passthrough._backend_for = lambda self, key, scope: self._backends["drill-sound"]
         """,
     ),
     "keys are passed on": (
-        "secrets",
+        {"secrets": "a key reached a backend"},
         """
         from gateway.proxy import exchange
         passed_on = exchange._passed_on
@@ -194,15 +202,34 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "each process counts for itself": (
-        "requests slots",
+        {
+            "requests": "of 60 admitted, the limit is 20",
+            "slots": "of 16 admitted, the limit is 4",
+            "busy": "calls at once",
+        },
         """
         import os, sys
         if "worker" in sys.orig_argv:
             os.environ["NEURONETZ_NAMES_IN_REDIS"] += f"-{os.getpid()}"
         """,
     ),
+    "slots of backends are not counted": (
+        {"busy": "calls at once on a backend"},
+        """
+        from gateway.fleet import claim
+        arguments = claim.Place.arguments
+        claim.Place.arguments = lambda self: arguments(self)[:3] + (10_000,) + arguments(self)[4:]
+        """,
+    ),
+    "who leaves stays in the queue": (
+        {"queue": "a caller still waits"},
+        """
+        from gateway.fleet import queue
+        queue.FleetQueue._leave = lambda self, waiting: None
+        """,
+    ),
     "tokens are not counted": (
-        "tokens",
+        {"tokens": "tokens on a limit of 100"},
         """
         from gateway.dialects import dialect
         from gateway.dialects import ollama
@@ -210,7 +237,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "a refusal counts as a request": (
-        "none",
+        {"none": "refused requests were counted"},
         """
         import os
         from gateway.core import errors
@@ -227,7 +254,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "calls wait for Redis": (
-        "redis",
+        {"redis": "it took"},
         """
         from gateway.stores import redis_connection
         from gateway.stores import redis_client
@@ -235,17 +262,19 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "leases do not expire": (
-        "killed",
+        {"killed": "the slot is still in use", "orphans": "the slots are still in use"},
         """
+        from gateway.fleet import board
         from gateway.fleet import presence
         from gateway.limits import lease_renewal
+        from gateway.ops.drill import fleet_faults
         from gateway.ops.drill import limit_faults
-        lease_renewal.LEASE_MS, presence.ACTIVE_MS = 600_000, 600_000
-        limit_faults.LEASE_S = 4.0
+        lease_renewal.LEASE_MS, presence.ACTIVE_MS, board.LEASE_MS = 600_000, 600_000, 600_000
+        limit_faults.LEASE_S, fleet_faults.LEASE_S = 4.0, 4.0
         """,
     ),
     "SIGTERM ends what runs": (
-        "drain",
+        {"drain": "the stream in progress was not completed"},
         """
         from gateway.edge import server
         begin = server.Server.__init__
@@ -255,7 +284,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
     "rows are lost": (
-        "books",
+        {"books": "requests are not in the audit"},
         """
         from gateway.audit import table
         from gateway.ops.drill import limit_faults
@@ -267,14 +296,50 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
         """,
     ),
 }
+# Switches that do not disturb each other's lines share a drill, each with a line that none of them breaks.
+TOGETHER: Mapping[str, tuple[str, ...]] = {
+    "down": (
+        "other bytes",
+        "pieces are collected",
+        "errors of the other dialect",
+        "a revocation reaches nobody",
+        "an unknown model can be told from a forbidden one by an agent",
+        "any key may change models",
+        "tokens are not counted",
+    ),
+    "verbs": (
+        "the first backend is the only one",
+        "a cut stream looks complete",
+        "a cut stream of an agent looks complete",
+        "nobody checks whether the caller is there",
+        "no Retry-After",
+        "an unknown model can be told from a forbidden one",
+        "keys are passed on",
+        "slots of backends are not counted",
+        "SIGTERM ends what runs",
+    ),
+    "dialect": (
+        "a wrong key is answered as forbidden",
+        "a first frame is not judged",
+        "a backend's API is not found out",
+        "a cut stream of an agent ends as if it were another's",
+        "who leaves stays in the queue",
+        "a refusal counts as a request",
+        "rows are lost",
+    ),
+    "dying": ("connections to a failed backend stay open", "each process counts for itself"),
+    "key": ("calls wait for Redis", "leases do not expire"),
+}
 
 
-def drill(stores: TestStores, folder: Path, only: str, switch: str = "", **names: str) -> tuple[int, list[dict[str, Any]], str]:
+def drill(
+    stores: TestStores, folder: Path, only: str, switches: Sequence[str] = (), **names: str
+) -> tuple[int, list[dict[str, Any]], str]:
     """The exit status, the rows, and standard error."""
-    if switch:
-        lines = switch.strip("\n").splitlines()
-        margin = len(lines[0]) - len(lines[0].lstrip())
-        (folder / "sitecustomize.py").write_text("\n".join(line[margin:] for line in lines))
+    if switches:
+        # Each has global names of its own.
+        programs = [f"exec({dedent(switch)!r}, {{}})" for switch in switches]
+        (folder / "sitecustomize.py").write_text("\n".join(programs))
         names["PYTHONPATH"] = f"{folder}:{environment({})['PYTHONPATH']}"
         # Otherwise the command restarts itself to set this, which takes half of the time.
         names[redis_keys.PREFIX_VARIABLE] = redis_keys.new_drill_prefix()
@@ -319,19 +384,26 @@ def states_of_keys(stores: TestStores, folder: Path) -> set[str]:
     return {row["state"] for row in json.loads(operate(folder, names, "keys", "--json"))}
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_a_broken_promise_fails_on_its_own_line(stores: TestStores, tmp_path: Path, switch: str) -> None:
-    lines, code = SWITCHES[switch]
-    # A promise that the switch does not touch still holds.
-    control = "dialect" if lines != "dialect" else "down"
-    status, rows, errors = drill(stores, tmp_path, f"{lines} {control}", code)
+@pytest.mark.parametrize("control", TOGETHER)
+def test_a_broken_promise_fails_on_its_own_line(stores: TestStores, tmp_path: Path, control: str) -> None:
+    """And `control`, a promise that the switches do not touch, still holds."""
+    switches = [SWITCHES[name] for name in TOGETHER[control]]
+    expected = {line: why for lines, _ in switches for line, why in lines.items()}
+    status, rows, errors = drill(stores, tmp_path, " ".join([*expected, control]), [code for _, code in switches])
     found = {row["line"]: row["result"] for row in rows}
-    assert found == {**dict.fromkeys(lines.split(), "BROKEN"), control: "held"}, (rows, errors)
-    assert status == 1 and all(row["why"] for row in rows if row["result"] == "BROKEN")
+    assert found == {**dict.fromkeys(expected, "BROKEN"), control: "held"}, (rows, errors)
+    reported = {row["line"]: row["why"] for row in rows if row["result"] == "BROKEN"}
+    assert {line: why for line, why in reported.items() if expected[line] not in why} == {}
+    assert status == 1
 
 
 def test_every_line_fails_when_its_feature_is_broken() -> None:
-    assert {name for lines, _ in SWITCHES.values() for name in lines.split()} == BY_NAME.keys()
+    tried = [name for names in TOGETHER.values() for name in names]
+    assert sorted(tried) == sorted(SWITCHES)
+    assert {line for lines, _ in SWITCHES.values() for line in lines} == BY_NAME.keys()
+    for control, names in TOGETHER.items():
+        lines = [line for name in names for line in SWITCHES[name][0]]
+        assert len({*lines, control}) == len(lines) + 1
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"  key      {row['key'] or '-'} ({row['key_id']}) from {row['client']}, {agent}"
     yield f"  model    {row['model'] or '-'}{', streamed' if row['stream'] else ''}"
     if row["queue_ms"]:
-        yield f"  queue    waited {row['queue_ms']:.1f} ms for a slot of the key"
+        yield f"  queue    waited {row['queue_ms']:.1f} ms for a slot"
     for attempt in row["attempts"]:
         yield f"  attempt  {attempt['backend']}: {attempt['fault']}{_detail(attempt)} after {attempt['ms']:.1f} ms"
     if row["backend"]:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import aiohttp
 
+Content = aiohttp.StreamReader
 LONGEST_ANSWER_S, FETCH_S = 20.0, 3.0
 MESSAGES = [{"role": "user", "content": "How is the tide?"}]
 
@@ -58,7 +59,7 @@ class Client:
     @asynccontextmanager
     async def asking(
         self, url: str, key: str, body: Any = None, *, method: str = "POST", counts: bool = True
-    ) -> AsyncIterator[tuple[ClientAnswer, aiohttp.StreamReader]]:
+    ) -> AsyncIterator[tuple[ClientAnswer, Content]]:
         """The answer's head, and its body to be read; leaving the block closes the connection. Raises ConnectionError."""
         request_id = f"drill-{uuid.uuid4().hex}"
         if counts:

@@ -25,6 +25,7 @@ from gateway.stores.redis_client import RedisClient, RedisUnavailable
 
 LONGEST_FAULT_S, LONGEST_DRILL_S = 50.0, 90.0
 TRIED_MS = 3000
+OF_THE_KILLED = ("killed", "orphans")
 HELD, BROKEN, LEFT_OUT = "held", "BROKEN", "left out"
 
 
@@ -64,7 +65,7 @@ async def drill(settings: Settings, arguments: argparse.Namespace) -> None:
             await require_redis(settings)
             console.notify("starting the drill's own fake backends and gateways")
             async with Environment(
-                installation_of(settings), database, key_store, with_third=BY_NAME["killed"] in faults
+                installation_of(settings), database, key_store, with_third=needs_third(faults)
             ) as environment:
                 await inject(environment, faults, results, as_json=arguments.json)
     except asyncio.CancelledError:
@@ -115,8 +116,12 @@ def chosen(only: Sequence[str]) -> list[Fault]:
     return [fault for fault in FAULTS if not only or fault.name in only]
 
 
+def needs_third(faults: Sequence[Fault]) -> bool:
+    return any(fault.name in OF_THE_KILLED for fault in faults)
+
+
 async def inject(environment: Environment, faults: Sequence[Fault], results: list[Result], *, as_json: bool) -> None:
-    if BY_NAME["killed"] in faults:
+    if needs_third(faults):
         await kill_the_third(environment)
     widths = [max(len(fault.name) for fault in FAULTS), 3, max(len(fault.description) for fault in FAULTS)]
     for fault in faults:
@@ -143,7 +148,8 @@ async def inject_one(environment: Environment, fault: Fault) -> Result:
     except (OSError, TimeoutError, ValueError, KeyError, CommandFailed, StoreUnavailable) as wrong:
         state, detail = BROKEN, f"{type(wrong).__name__}: {wrong}".rstrip(": ")
     finally:
-        environment.healthy.go_on.set()
+        for backend in environment.backends.values():
+            backend.go_on.set()
     return Result(fault, state, time.monotonic() - began, detail)
 
 

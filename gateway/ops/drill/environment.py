@@ -41,6 +41,8 @@ from gateway.telemetry import metrics
 NATIVE = "drill-native"
 FAULTY = ("drill-refused", "drill-frozen", "drill-failing", "drill-garbage", "drill-dying", "drill-refusing", NATIVE)
 SINGLE, PLAIN, HEALTHY = "drill-alone", "drill-plain", "drill-sound"
+# Has few slots and a model of its own.
+BUSY, BUSY_SLOTS = "drill-busy", 2
 FOLDERS = "nz-drill-"
 START_S, STOP_S, CLEAN_S = 20.0, 5.0, 10.0
 KEY_LIFETIME, ROW_RETENTION = timedelta(minutes=10), timedelta(days=1)
@@ -53,7 +55,10 @@ LIMITS: Mapping[str, tuple[Quota, tuple[str, ...]]] = {
     "slots": (Quota(10_000, 10**9, 4), ()),
     "one slot": (Quota(5, 10**9, 1), ()),
     "killed": (Quota(10_000, 10**9, 1), ()),
+    "patient": (Quota(10_000, 10**9, 100), ()),
 }
+# Seconds after which a waiting stream of this key begins.
+HEARTBEAT_S = {"patient": 0.2}
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class Environment:
         self._installation, self._database, self.key_store = installation, database, key_store
         self._with_third = with_third
         self.client = Client(installation.id_header)
-        self.backends = {name: FakeBackend(name, name, is_native=name == NATIVE) for name in (*FAULTY, SINGLE)}
+        self.backends = {name: FakeBackend(name, name, is_native=name == NATIVE) for name in (*FAULTY, SINGLE, BUSY)}
         self.healthy = self.backends[HEALTHY] = FakeBackend(HEALTHY, PLAIN, *FAULTY)
         self.redis_proxy = RedisProxy(installation.redis_url) if can_be_proxied(installation.redis_url) else None
         self.is_closed_without_redis = installation.is_closed_without_redis
@@ -188,6 +193,9 @@ class Environment:
             "MODEL_DISCOVERY_REFRESH_S": "60",
             "MODEL_DISCOVERY_CACHE_TTL_S": "600",
             "MAX_QUEUE_WAIT_S": "0",
+            "QUEUE_WAIT_S": "30",
+            "QUEUE_SIZE": "100",
+            "ROUTING_SPILL_S": "never",
             "AUTH_FAILURE_RATE_LIMIT_PER_IP_PER_MIN": "1000",
             "DATABASE_POOL_SIZE": "2",
             "DATABASE_POOL_OVERFLOW": "2",
@@ -198,8 +206,11 @@ class Environment:
 
     def _config(self, backend: FakeBackend) -> dict[str, Any]:
         waits = {"connect_timeout_s": 1, "read_timeout_s": 2, "idle_timeout_s": 30, "total_timeout_s": 60}
-        named = {"name": backend.name, "base_url": backend.url, "kind": "ollama", "max_connections": 32, "slots": 10_000}
-        return {**named, **waits, "auth_token": self.token}
+        slots = BUSY_SLOTS if backend.name == BUSY else 10_000
+        # With any ROUTING the healthy one comes last.
+        tier = 2 if backend is self.healthy else 1
+        named = {"name": backend.name, "base_url": backend.url, "kind": "ollama", "max_connections": 32}
+        return {**named, **waits, "auth_token": self.token, "slots": slots, "tier": tier}
 
     async def _make_keys(self) -> None:
         """Concurrently, because hashing is slow on purpose."""
@@ -212,6 +223,7 @@ class Environment:
                 quota,
                 flags=(DRILL, SHOW_BACKEND),
                 lifetime=KEY_LIFETIME,
+                heartbeat_after_s=HEARTBEAT_S.get(name),
                 audit_retention=ROW_RETENTION,
             )
             self.key_ids[name], self.keys[name] = await self.key_store.make(wanted)
@@ -227,7 +239,7 @@ class Environment:
 
     async def _ready(self, process: Process) -> None:
         """Waits until it serves. Raises CommandFailed with the end of its log."""
-        wanted = {*FAULTY, SINGLE, PLAIN}
+        wanted = {*FAULTY, SINGLE, BUSY, PLAIN}
         key = self.keys["plain"]
 
         async def knows_all() -> bool:

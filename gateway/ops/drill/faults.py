@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from gateway.ops.drill import access_faults, agent_faults, answer_faults, limit_faults, outage_faults
+from gateway.ops.drill import access_faults, agent_faults, answer_faults, fleet_faults, limit_faults, outage_faults
 from gateway.ops.drill.fault import Fault
 
 FAULTS: tuple[Fault, ...] = (
@@ -27,6 +27,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault("slots", "L1", "more at once than allowed: exactly the limit runs", limit_faults.slots_burst),
     Fault("tokens", "L2", "tokens per minute: the limit is enforced", limit_faults.tokens_limit),
     Fault("none", "L3", "a request refused by one limit counts towards no other", limit_faults.all_or_none),
+    Fault("orphans", "F4", "calls of a killed process free their slots and the queue", fleet_faults.died_with_its_calls),
+    Fault("busy", "F2", "more calls than a backend has slots: they wait, on all processes", fleet_faults.more_than_slots),
+    Fault("queue", "F4", "a caller that waits hangs up: the queue forgets it", fleet_faults.waiting_caller_gone),
     Fault("redis", "-", "Redis freezes: known keys still work, and it is used again", outage_faults.redis_frozen),
     Fault("killed", "L4", "a killed process's slots are released", limit_faults.killed),
     Fault("drain", "-", "SIGTERM: calls complete, new work is refused, exit 0", outage_faults.drained),

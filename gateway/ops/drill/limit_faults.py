@@ -3,12 +3,14 @@
 import asyncio
 import signal
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 from gateway.ops.drill import fake_backend
 from gateway.ops.drill.client import ClientAnswer, chat, until
 from gateway.ops.drill.environment import PLAIN, Environment
 from gateway.ops.drill.fault import OLLAMA, answered, expect
+from gateway.ops.drill.fleet_faults import occupy_the_third
 
 BURST = 30
 PIECE_S, LEASE_S, AUDIT_S = 3.0, 45.0, 25.0
@@ -83,16 +85,19 @@ async def killed(environment: Environment) -> None:
 
 
 async def kill_the_third(environment: Environment) -> None:
-    """During a call that holds the key's only slot."""
+    """During a call that holds the key's only slot, and others that hold all slots of a backend, or wait for one."""
     third = environment.processes[2]
     environment.healthy.behaviour = fake_backend.pause_after_one_frame
     environment.healthy.go_on.clear()
     url = third.url + OLLAMA
-    async with environment.client.asking(url, environment.keys["killed"], chat(PLAIN, stream=True)) as (answer, content):
+    async with AsyncExitStack() as stack:
+        asking = environment.client.asking(url, environment.keys["killed"], chat(PLAIN, stream=True))
+        answer, content = await stack.enter_async_context(asking)
         await asyncio.wait_for(content.readany(), PIECE_S)
+        dying = [answer.request_id, *await occupy_the_third(stack, environment)]
         third.signal(signal.SIGKILL)
         await third.ended(3)
-    environment.outcomes[answer.request_id] = "abandoned"
+    environment.outcomes.update(dict.fromkeys(dying, "abandoned"))
 
 
 async def complete_audit(environment: Environment) -> None:
