@@ -48,7 +48,7 @@ OF_OTHERS = set(
     "model_context_window model_catalog_json OLLAMA_CONTEXT_LENGTH LLAMA_SERVER_URL COMPOSE_PROFILES ADMIN_KEY "
     "job_name scrape_configs credentials_file static_configs proxy_read_timeout client_max_body_size http_authorization "
     "OLLAMA_NUM_PARALLEL OLLAMA_KEEP_ALIVE NAME_FILE STATUS_LINE server_tool_use web_search_call web_search_20250305 "
-    "text_stream".split()
+    "text_stream LLAMA_SERVER_URLS".split()
 )
 COMPOSE_DEFAULTS = {"POSTGRES_USER": "gateway", "POSTGRES_DB": "gateway"}
 
