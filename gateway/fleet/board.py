@@ -61,8 +61,6 @@ class Board:
     async def ask(self, claim: Claim) -> list[Any]:
         """The reply of ask.lua: "go", "wait" or "gone"."""
         reply: list[Any] = await self._run("ask", *claim.arguments(self.routing, self.process))
-        if reply[0] == b"wait" and reply[3]:
-            self._wake(reply[3])
         return reply
 
     async def preview(self, claim: Claim) -> dict[str, Any]:

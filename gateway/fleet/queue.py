@@ -4,10 +4,11 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 from gateway.core.background import KeptTask
-from gateway.core.errors import NoBackend, QueueFull, QueueTimeout
+from gateway.core.errors import GatewayError, NoBackend, QueueFull, QueueTimeout
 from gateway.fleet.board import Board
 from gateway.fleet.board_lease import BoardLease
 from gateway.fleet.claim import Claim, Place, Routing
@@ -18,8 +19,11 @@ from gateway.stores.redis_client import RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
 
 TICK_S = 1.0
-# A call that waits asks for itself after so long: a message may have been lost, and costs and backends change.
-ASK_EVERY_S = 1.0
+# The calls that wait are described anew in turn, so many with each tick: costs and backends change, and a message may have been
+# lost. More at once would delay what others ask of Redis.
+ASKED_PER_TICK = 50
+# After so many ticks without Redis, the calls that wait there are served by this process.
+AWAY_TICKS = 2
 LOOK_EVERY_S = 0.25
 # Until the board is put in order, where nobody asks for a slot meanwhile.
 SOON_MS = 100
@@ -60,7 +64,7 @@ class FleetQueue:
         self._waiting: dict[str, Waiting] = {}
         # Calls of which the board has been asked, and messages that came before its reply.
         self._asked: dict[str, str] = {}
-        self._names = 0
+        self._names = self._ticks_away = 0
         self._wake_at = 0.0
         self._wake = asyncio.Event()
         self.background = KeptTask(self._keep_ticking, "fleet queue")
@@ -137,7 +141,9 @@ class FleetQueue:
     ) -> Waiting:
         now = asyncio.get_running_loop().time()
         estimated_s = None if estimated_ms is None else estimated_ms / 1000
-        return Waiting(claim, claim_now, now + claim.patience_ms / 1000, now, position, estimated_s)
+        waiting = Waiting(claim, claim_now, now + claim.patience_ms / 1000, now, position, estimated_s)
+        waiting.expected_ms = estimated_ms or waiting.expected_ms
+        return waiting
 
     def _granted(self, claim: Claim, reply: list[Any]) -> Slot:
         backend, model, why = (value.decode() for value in reply[1:4])
@@ -187,6 +193,7 @@ class FleetQueue:
             raise
 
     def _leave(self, waiting: Waiting) -> None:
+        waiting.has_left = True
         if waiting.slot is not None:
             waiting.slot.free()
         if self._waiting.pop(waiting.claim.id, None) is not None:
@@ -195,35 +202,39 @@ class FleetQueue:
             self._local.waiting.remove(waiting)
 
     async def _next_slot(self, waiting: Waiting) -> Slot:
-        loop = asyncio.get_running_loop()
-        while waiting.slot is None:
-            left = waiting.until - loop.time()
-            if left <= 0:
-                raise QueueTimeout(retry_after=_retry_after(waiting.expected_ms))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(left, ASK_EVERY_S)):
-                    await waiting.changed.wait()
-            waiting.changed.clear()
-            if waiting.slot is None:
-                await self._ask(waiting)
+        left = waiting.until - asyncio.get_running_loop().time()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, left)):
+                await waiting.changed.wait()
+        waiting.changed.clear()
+        if waiting.error is not None:
+            raise waiting.error
+        if waiting.slot is None:
+            raise QueueTimeout(retry_after=_retry_after(waiting.expected_ms))
         slot, waiting.slot = waiting.slot, None
         return slot
 
+    async def _ask_some(self) -> None:
+        """Describes some of the calls that wait anew; those that waited here go to the board again."""
+        for waiting in [*islice(self._waiting.values(), ASKED_PER_TICK), *islice(self._local.waiting, ASKED_PER_TICK)]:
+            try:
+                await self._ask(waiting)
+            except GatewayError as error:
+                waiting.fail(error)
+
     async def _ask(self, waiting: Waiting) -> None:
-        """Describes the call anew, to the board or, while Redis is away, to this process."""
+        """Raises RedisUnavailable, NoBackend and QueueFull."""
         fresh = waiting.claim_now()
         if fresh is None:
             raise NoBackend(retry_after=RETRY_AFTER_S)
         waiting.claim = fresh
-        if fresh.id not in self._waiting:
-            await self._ask_here(waiting)
+        if waiting in self._local.waiting:
+            self._local.waiting.remove(waiting)
+            await self._join_again(waiting)
             return
-        try:
-            reply = await self.board.ask(fresh)
-        except RedisUnavailable:
-            if self._waiting.pop(fresh.id, None) is not None:
-                self._wait_here(waiting)
-            return
+        # The others come first next time.
+        self._waiting[fresh.id] = self._waiting.pop(fresh.id, waiting)
+        reply = await self.board.ask(fresh)
         if fresh.id not in self._waiting or time.monotonic() >= self._lease.until:
             return
         if reply[0] == b"go":
@@ -232,27 +243,20 @@ class FleetQueue:
         elif reply[0] == b"gone":
             del self._waiting[fresh.id]
             await self._join_again(waiting)
-        elif reply[2] >= 0:
-            waiting.place, waiting.expected_ms = reply[1], reply[2]
-
-    async def _ask_here(self, waiting: Waiting) -> None:
-        """While Redis is away; when it is back, the call waits there."""
-        if not self.board.is_usable:
-            self._serve_locally()
-        elif waiting in self._local.waiting:
-            self._local.waiting.remove(waiting)
-            await self._join_again(waiting)
 
     async def _join_again(self, waiting: Waiting) -> None:
         claim = waiting.claim
         try:
             reply = await self._take(claim)
         except RedisUnavailable:
-            self._wait_here(waiting)
+            if not waiting.has_left:
+                self._wait_here(waiting)
             return
         if reply[0] == b"full":
             raise QueueFull(retry_after=_retry_after(reply[1]))
-        if reply[0] == b"go":
+        if waiting.has_left:
+            self.board.release(claim.id)
+        elif reply[0] == b"go":
             waiting.grant(self._granted(claim, reply))
         else:
             self._waiting[claim.id] = waiting
@@ -339,11 +343,16 @@ class FleetQueue:
                 await self._tick()
 
     async def _tick(self) -> None:
-        with suppress(RedisUnavailable):
+        try:
             await self._lease.renew(self.board)
-            # They go to the board, now that it is there again.
-            for waiting in self._local.waiting:
-                waiting.changed.set()
+            self._ticks_away = 0
+            await self._ask_some()
+        except RedisUnavailable:
+            self._ticks_away += 1
+        if self._ticks_away >= AWAY_TICKS:
+            self._local.waiting.extend(self._waiting.values())
+            self._waiting.clear()
+            self._serve_locally()
 
 
 def _early(reply: list[Any], message: str) -> list[Any]:

@@ -31,12 +31,17 @@ class Waiting:
     position: int = 0
     # Seconds to the first token, as estimated when it began to wait.
     estimated_s: float | None = None
-    # Its place in the queue now, and ms until it will probably have its first token.
-    place: int = 0
+    # For the next try, if it waits in vain.
     expected_ms: float = 1000.0
     slot: Slot | None = None
+    error: Exception | None = None
+    has_left: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
     def grant(self, slot: Slot) -> None:
         self.slot = slot
+        self.changed.set()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
         self.changed.set()

@@ -4,11 +4,11 @@
 -- KEYS[1] is the prefix of all names, which have one hash tag. ARGV[1] is the time in ms, 0 for the clock of Redis.
 --   processes              sorted set: processes by the end of their lease
 --   calls:<process>        hash: its calls; "r" backend, model, group, client, user, weight, cost, began, why, tokens
---                          that are probably cached of one that runs, "w" group of one that waits
+--                          that are probably cached, ms charged of one that runs, "w" group of one that waits
 --   ends:<place>           sorted set: the calls that hold a slot of a place (backend and model), by their expected end
 --   firsts:<backend>       sorted set: its calls by when they have probably read their prompts
 --   fair:<group>           hash: by client, and by client and user, virtual time and how many calls run or wait; "*" and the
---                          client's name with "/*" have the virtual time of all
+--                          client's name with "/*" have the virtual time of all, "~" has the mean cost
 --   groups                 set: groups in which calls wait
 --   size:<group>           hash: n calls that wait, t tokens of their prompts, since when calls have waited
 --   lines:<group>          hash: by client and user how many calls are in line

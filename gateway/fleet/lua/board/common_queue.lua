@@ -2,6 +2,8 @@
 
 -- How many of the calls that wait are looked at, in one group and in all.
 local MOST_OF_GROUP, MOST = 24, 64
+-- The most that a call is charged when it begins, in means of its group.
+local MOST_MEANS = 2
 
 -- Adds to a virtual time, and to how many calls run or wait; one that was idle begins at the virtual time of all.
 local function charge(group, name, of_all, cost, count)
@@ -25,6 +27,19 @@ end
 local function charge_both(group, client, sub, cost, count)
     charge(group, client, '*', cost, count)
     if sub ~= '' then charge(group, client .. '/' .. sub, client .. '/*', cost, count) end
+end
+
+-- What a call is charged when it begins: what it will probably cost, but not much more than calls of its group have cost; the
+-- rest when it ends. So a wrong estimate changes the order of others little.
+local function charge_at_begin(call, cost)
+    local mean = tonumber(redis.call('HGET', F .. 'fair:' .. call.group, '~') or 0)
+    return math.min(cost, MOST_MEANS * mean)
+end
+
+local function note_cost(group, real)
+    local fair = F .. 'fair:' .. group
+    local mean = redis.call('HGET', fair, '~')
+    redis.call('HSET', fair, '~', string.format('%.1f', mean and tonumber(mean) * 0.9 + real * 0.1 or real))
 end
 
 -- The virtual time of all is that of the call that was served last.
@@ -80,11 +95,12 @@ end
 local function grant(call, e, waited)
     local c, place = e.c, place_of(e.c)
     local cost = math.floor((e.why == 'load' and c.load_ms or 0) + e.prefill + c.service_ms)
-    charge_served(call, cost / call.weight, waited and 0 or 1)
+    local charged = charge_at_begin(call, cost)
+    charge_served(call, charged / call.weight, waited and 0 or 1)
     local ends = now + e.load + e.block + e.prefill + c.service_ms
     redis.call('ZADD', F .. 'ends:' .. place, ends, call.id)
     redis.call('HSET', F .. 'calls:' .. call.pid, call.id,
-        joined('r', c.b, c.m, call.group, call.client, call.sub, call.weight, cost, now, e.why, e.cached))
+        joined('r', c.b, c.m, call.group, call.client, call.sub, call.weight, cost, now, e.why, e.cached, charged))
     if rows[place] then occupy(rows[place], ends) end
     if call.mode == 'order' then return end
     if call.mode == 'fast' then
@@ -122,26 +138,39 @@ local function precedes(x, y)
     return x.call.id < y.call.id
 end
 
--- The lines of a group with their first calls.
-local function lines_of(group)
-    local names, heads, clients = redis.call('HKEYS', F .. 'lines:' .. group), {}, {}
-    for _, name in ipairs(names) do
-        local line = {name = name, next = 0}
-        local call = next_in(group, line)
-        if call then
-            local found = redis.call('HMGET', F .. 'fair:' .. group, call.client, name)
-            line.v = found[2] and tonumber(words(found[2])[1]) or 0
-            line.client = clients[call.client] or {v = found[1] and tonumber(words(found[1])[1]) or 0}
-            clients[call.client] = line.client
-            heads[#heads + 1] = line
+-- The lines of a group with their first calls; of many lines those of the clients with the least virtual times.
+local function lines_of(group, most)
+    local names, lines, clients = redis.call('HKEYS', F .. 'lines:' .. group), {}, {}
+    for i = 1, #names, 500 do
+        local asked = {}
+        for k = i, math.min(i + 499, #names) do
+            asked[#asked + 1] = names[k]
+            asked[#asked + 1] = string.match(names[k], '^[^/]*')
         end
+        local found = redis.call('HMGET', F .. 'fair:' .. group, unpack(asked))
+        for k = 1, #asked, 2 do
+            local name, owner = asked[k], asked[k + 1]
+            clients[owner] = clients[owner] or {v = found[k + 1] and tonumber(words(found[k + 1])[1]) or 0}
+            local v = found[k] and tonumber(words(found[k])[1]) or 0
+            lines[#lines + 1] = {name = name, next = 0, v = v, client = clients[owner]}
+        end
+    end
+    if #lines > most then
+        table.sort(lines, function(x, y)
+            if x.client.v ~= y.client.v then return x.client.v < y.client.v end
+            return x.name < y.name
+        end)
+    end
+    local heads = {}
+    for i = 1, math.min(#lines, most) do
+        if next_in(group, lines[i]) then heads[#heads + 1] = lines[i] end
     end
     return heads
 end
 
 -- The calls in line in a group in the order in which they are served.
 local function in_order(group, most)
-    local heads, found = lines_of(group), {}
+    local heads, found = lines_of(group, 2 * most), {}
     while #heads > 0 and #found < most do
         local first = 1
         for i = 2, #heads do
@@ -244,13 +273,22 @@ local function hand_over(call, e)
     redis.call('PUBLISH', KEYS[1] .. ':granted:' .. call.pid, joined(call.id, e.c.b, e.c.m, e.why, math.floor(e.prefill + e.c.service_ms), e.cached))
 end
 
--- Gives slots to calls that wait. Returns by call its place in the queue, ms until its first token, and whether it got a slot.
-local function dispatch()
+local function has_free_slot(call)
+    for _, c in ipairs(call.cands) do
+        if running_in(place_of(c)) < c.slots then return true end
+    end
+    return false
+end
+
+-- Gives slots to calls that wait. Returns by call its place in the queue, ms until its first token, and whether it got a slot;
+-- of all calls of `group`, of others as far as there are free slots.
+local function dispatch(group)
     local outcomes, groups = {}, waiting_groups()
     forget_wants(groups)
     for _, calls in ipairs(groups) do
         local position = 0
         for _, call in ipairs(calls) do
+            if call.group ~= group and not has_free_slot(call) then break end
             local _, e = evaluate(call)
             local outcome = {ms = e.t - e.evict, e = e}
             outcomes[call.id] = outcome
@@ -297,7 +335,9 @@ local function free(pid, id, real)
     local b, m = r[2], r[3]
     redis.call('ZREM', F .. 'ends:' .. b .. FS .. m, id)
     redis.call('ZREM', F .. 'firsts:' .. b, id)
-    charge_both(r[4], r[5], r[6], real >= 0 and (real - tonumber(r[8])) / tonumber(r[7]) or 0, -1)
+    local charged = tonumber(r[12]) or 0
+    if real < 0 then real = charged else note_cost(r[4], real) end
+    charge_both(r[4], r[5], r[6], (real - charged) / tonumber(r[7]), -1)
     pass_on_load(b, m, id)
     return true
 end

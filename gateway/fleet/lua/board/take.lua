@@ -34,7 +34,8 @@ if call.patience <= 0 or n >= tonumber(ARGV[11]) or (n > 0 and t + call.prompt >
     return {'full', math.floor(math.min(NEVER, e.t + n * e.c.service_ms / slots_of(call)))}
 end
 join_queue(call)
-local outcome = dispatch()[call.id]
+-- Of a long queue, only the first calls are looked at.
+local outcome = (n < MOST_OF_GROUP or has_free_slot(call)) and dispatch(call.group)[call.id]
 if outcome and outcome.granted then return go(outcome.e) end
 local position = outcome and outcome.position or n + 1
 local ms = outcome and outcome.ms or position * call.cands[1].service_ms / slots_of(call)
