@@ -48,7 +48,7 @@ HOMES = {
 # These decide: values in, values out. They import each other and, of Python's library, what has no I/O.
 PURE = """proxy.suggestions proxy.visibility edge.request_head audit.prompt_log audit.record audit.token_usage
           auth.key auth.key_format auth.key_view fleet.affinity fleet.aliases fleet.attempt fleet.catalog
-          fleet.cost_means fleet.observation fleet.output_lengths fleet.prompt_checksum fleet.redaction fleet.refusals
+          fleet.cost_means fleet.eta fleet.observation fleet.output_lengths fleet.prompt_checksum fleet.redaction fleet.refusals
           fleet.runner_options fleet.scheduler fleet.slots fleet.ways fleet.backends.circuit_breaker
           fleet.backends.config limits.admission limits.estimates limits.fallback limits.quota dialects stores.urls
           core.errors core.millionths core.setting_names core.shared_bytes core.strict_json""".split()

@@ -243,8 +243,8 @@ class FailoverRun:
                 (self.slot.free if _has_ended(wrong) else self.slot.free_soon)()
             raise
         opening.slot = self.slot
-        if self.slot is not None and self.slot.loads:
-            self._failover.placing.queue.loaded(self.slot, candidate.offer.size)
+        if self.slot is not None:
+            self._failover.placing.queue.opened(self.slot, candidate.offer.size)
         return opening
 
     async def _call_backend(self, candidate: Candidate, cancel_scope: CallScope) -> Opening:

@@ -12,6 +12,7 @@ from gateway.core.errors import GatewayError, NoBackend, QueueFull, QueueTimeout
 from gateway.fleet.board import Board
 from gateway.fleet.board_lease import BoardLease
 from gateway.fleet.claim import Claim, Place, Routing
+from gateway.fleet.eta import EtaCorrection
 from gateway.fleet.local_slots import IsResident, LocalSlots, ShareOf
 from gateway.fleet.slot import Slot
 from gateway.fleet.waiting import KeySlot, Waiting
@@ -65,6 +66,7 @@ class FleetQueue:
         # Calls of which the board has been asked, and messages that came before its reply.
         self._asked: dict[str, str] = {}
         self._names = self._ticks_away = 0
+        self._eta = EtaCorrection()
         self._wake_at = 0.0
         self._wake = asyncio.Event()
         self.background = KeptTask(self._keep_ticking, "fleet queue")
@@ -100,8 +102,11 @@ class FleetQueue:
         except RedisUnavailable:
             return await self._get_locally(claim, claim_now, key_slot, queued)
         if reply[0] == b"go":
-            queued(Queued(estimated_s=reply[6] / 1000))
-            return self._granted(claim, reply)
+            estimated_s = reply[6] / 1000
+            queued(Queued(estimated_s=self._eta.corrected((claim.group, False), estimated_s)))
+            slot = self._granted(claim, reply)
+            slot.arrived, slot.estimated_s = slot.began, estimated_s
+            return slot
         if reply[0] == b"full":
             raise QueueFull(retry_after=_retry_after(reply[1]))
         waiting = self._begin_to_wait(claim, claim_now, position=reply[1], estimated_ms=reply[2])
@@ -163,12 +168,15 @@ class FleetQueue:
     async def _wait(self, waiting: Waiting, key_slot: KeySlot, queued: Callable[[Queued], None]) -> Slot:
         """Waits for a slot of the fleet, and then has the slot of the key again, too."""
         key_slot.give_up()
-        queued(Queued(waiting.position, estimated_s=waiting.estimated_s))
+        kind, estimated_s = (waiting.claim.group, True), waiting.estimated_s
+        corrected_s = None if estimated_s is None else self._eta.corrected(kind, estimated_s)
+        queued(Queued(waiting.position, estimated_s=corrected_s))
         loop = asyncio.get_running_loop()
         try:
             while True:
                 slot = await self._next_slot(waiting)
                 if await self._is_taken_again(key_slot, slot):
+                    slot.arrived, slot.estimated_s, slot.has_waited = waiting.queued_at, estimated_s, True
                     return slot
                 # Others may have what this call cannot use before one of its key has ended.
                 slot.free()
@@ -182,7 +190,7 @@ class FleetQueue:
         finally:
             # If the backend fails, it may wait for the rest of its time.
             waiting.claim.patience_ms = max(1, int((waiting.until - loop.time()) * 1000))
-            queued(Queued(waiting.position, loop.time() - waiting.queued_at, waiting.estimated_s))
+            queued(Queued(waiting.position, loop.time() - waiting.queued_at, corrected_s))
 
     @staticmethod
     async def _is_taken_again(key_slot: KeySlot, slot: Slot) -> bool:
@@ -308,8 +316,14 @@ class FleetQueue:
         if self._local.waiting and not self._lease.is_valid:
             self._serve_locally()
 
-    def loaded(self, slot: Slot, size: int) -> None:
-        """The model of a call that loads it has begun to answer."""
+    def opened(self, slot: Slot, size: int) -> None:
+        """A good answer has begun; `size` is that of the model in bytes."""
+        if slot.estimated_s is not None:
+            self._eta.note((slot.group, slot.has_waited), slot.estimated_s, time.monotonic() - slot.arrived)
+        if slot.loads:
+            self._loaded(slot, size)
+
+    def _loaded(self, slot: Slot, size: int) -> None:
         self.board.loaded(slot.backend, slot.model, size)
         self._loading.pop(slot.call, None)
         self._look(slot.backend)

@@ -28,6 +28,10 @@ class Slot:
     sub_user: str = ""
     weight: float = 1.0
     began: float = field(default_factory=time.monotonic)
+    # When the call came, and the seconds to its first token that were estimated then, before their correction.
+    arrived: float = 0.0
+    estimated_s: float | None = None
+    has_waited: bool = False
     is_free: bool = False
 
     @property
