@@ -31,10 +31,10 @@ from gateway.fleet.held_answers import HeldAnswers
 from gateway.fleet.loaded_models import LoadedModels
 from gateway.fleet.opening import NO_ROUTE, Busy, Opening, Upstream, read_beginning
 from gateway.fleet.placing import Placing
-from gateway.fleet.queue import Queued
 from gateway.fleet.scheduler import Candidate, choose, group_of, is_served, takes_slot
 from gateway.fleet.slot import Slot
 from gateway.fleet.translated_response import TranslatedResponse
+from gateway.fleet.waiting import Queued
 
 RETRY_AFTER_S = 5.0
 TIMEOUTS = frozenset({"head_timeout", "first_byte_timeout"})

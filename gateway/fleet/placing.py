@@ -7,9 +7,10 @@ from gateway.fleet.affinity import conversation
 from gateway.fleet.caller import Caller
 from gateway.fleet.claim import NOWHERE, Claim, Place
 from gateway.fleet.costs import Costs
-from gateway.fleet.queue import FleetQueue, Queued
+from gateway.fleet.queue import FleetQueue
 from gateway.fleet.scheduler import Candidate, first_choice
 from gateway.fleet.slot import Slot
+from gateway.fleet.waiting import Queued
 
 
 class Placing:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from gateway.core.background import KeptTask
 from gateway.core.errors import GatewayError, NoBackend, QueueFull, QueueTimeout
@@ -15,7 +15,7 @@ from gateway.fleet.claim import Claim, Place, Routing
 from gateway.fleet.eta import EtaCorrection
 from gateway.fleet.local_slots import IsResident, LocalSlots, ShareOf
 from gateway.fleet.slot import Slot
-from gateway.fleet.waiting import KeySlot, Waiting
+from gateway.fleet.waiting import KeySlot, Queued, Waiting
 from gateway.stores.redis_client import RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
 
@@ -25,19 +25,13 @@ TICK_S = 1.0
 ASKED_PER_TICK = 50
 # After so many ticks without Redis, the calls that wait there are served by this process.
 AWAY_TICKS = 2
+# For so long a call that has just come waits for a Redis that does not answer.
+LATE_S = 0.1
 LOOK_EVERY_S = 0.25
 # Until the board is put in order, where nobody asks for a slot meanwhile.
 SOON_MS = 100
 SHORTEST_RETRY_S, RETRY_AFTER_S, LONGEST_RETRY_S = 1.0, 5.0, 3600.0
 FS = "\x1f"
-
-
-class Queued(NamedTuple):
-    """How a call came to its slot: its first place in the queue, how long it waited, and the estimate when it came."""
-
-    position: int = 0
-    waited_s: float = 0.0
-    estimated_s: float | None = None
 
 
 class FleetQueue:
@@ -67,6 +61,8 @@ class FleetQueue:
         self._asked: dict[str, str] = {}
         self._names = self._ticks_away = 0
         self._eta = EtaCorrection()
+        # Since when Redis has not answered, 0 if it has.
+        self._late_since = 0.0
         self._wake_at = 0.0
         self._wake = asyncio.Event()
         self.background = KeptTask(self._keep_ticking, "fleet queue")
@@ -98,7 +94,7 @@ class FleetQueue:
         `queued` gets how the call waits when it begins to, and how long it has waited at the end.
         """
         try:
-            reply = await self._take(claim)
+            reply = await self._take_patiently(claim)
         except RedisUnavailable:
             return await self._get_locally(claim, claim_now, key_slot, queued)
         if reply[0] == b"go":
@@ -112,6 +108,26 @@ class FleetQueue:
         waiting = self._begin_to_wait(claim, claim_now, position=reply[1], estimated_ms=reply[2])
         self._waiting[claim.id] = waiting
         return await self._wait(waiting, key_slot, queued)
+
+    async def _take_patiently(self, claim: Claim) -> list[Any]:
+        """As `_take`, but a Redis that is late on a busy machine is not away yet: slots would be given twice."""
+        while True:
+            try:
+                reply = await self._take(claim)
+            except RedisUnavailable:
+                if not await self._is_back_soon():
+                    raise
+            else:
+                self._late_since = 0.0
+                return reply
+
+    async def _is_back_soon(self) -> bool:
+        self._late_since = self._late_since or time.monotonic()
+        while time.monotonic() < self._late_since + LATE_S:
+            await asyncio.sleep(LATE_S / 10)
+            if self.board.is_usable:
+                return True
+        return False
 
     async def _take(self, claim: Claim) -> list[Any]:
         """Asks the board for a slot, under a new name: what is on its way to an earlier one is not for this one.

@@ -3,10 +3,18 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gateway.fleet.claim import Claim
 from gateway.fleet.slot import Slot
+
+
+class Queued(NamedTuple):
+    """How a call came to its slot: its first place in the queue, how long it waited, and the estimate when it came."""
+
+    position: int = 0
+    waited_s: float = 0.0
+    estimated_s: float | None = None
 
 
 class KeySlot(Protocol):

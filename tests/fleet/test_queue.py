@@ -19,9 +19,10 @@ from gateway.fleet.board import Board
 from gateway.fleet.caller import NO_KEY_SLOT
 from gateway.fleet.catalog import Offer
 from gateway.fleet.claim import Claim, Place, Routing
-from gateway.fleet.queue import FS, FleetQueue, Queued
+from gateway.fleet.queue import FS, LATE_S, FleetQueue
 from gateway.fleet.scheduler import Candidate
 from gateway.fleet.slot import Slot
+from gateway.fleet.waiting import Queued
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_scripts import read_scripts
@@ -372,7 +373,7 @@ def test_without_redis_a_process_has_its_share_and_when_it_is_back_all_is_counte
         for process in (one, other):
             process.queue.board._connections.for_shard(redis_keys.HOME)._takes_writes = False
         waits = [process.start(process.claim(place("a", 2))) for process in (one, other)]
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(LATE_S * 2)
         assert [process.queue.length for process in (one, other)] == [1, 1], "each has its share"
         held[0].free()
         held[0] = await waits[0]
