@@ -83,8 +83,8 @@ doctor: .venv/ready-to-run ## Check the whole installation: what is fine, what i
 drill: .venv/ready-to-run ## Break things on fake backends beside this installation, and report what held: [ONLY="redis revoke"]
 	@$(GATEWAY) drill $(call option,ONLY,only) $(JSON_FLAG)
 
-explain: .venv/ready-to-run ## Show where a call would be sent now, and why: KEY= MODEL= [CLIENT=openai, ollama, anthropic, responses or a route]
-	@$(GATEWAY) explain $(call option,KEY,key) $(call option,MODEL,model) $(call option,CLIENT,client) $(JSON_FLAG)
+explain: .venv/ready-to-run ## Show where a call would be sent now, when, and why: KEY= MODEL= [CLIENT=openai, ollama, anthropic, responses or a route] [PROMPT= OUTPUT= tokens]
+	@$(GATEWAY) explain $(call option,KEY,key) $(call option,MODEL,model) $(call option,CLIENT,client) $(call option,PROMPT,prompt) $(call option,OUTPUT,output) $(JSON_FLAG)
 
 top: .venv/ready-to-run ## Watch the installation in the terminal, with an admin key from the environment (ADMIN_KEY) or typed in: [URL=http://host:8080] [ONCE=1]
 	@ADMIN_KEY="$$ADMIN_KEY" $(GATEWAY) top $(call option,URL,url) $(call flag,ONCE,once) $(JSON_FLAG)

@@ -4,7 +4,7 @@ of the order of closing."""
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,8 +28,10 @@ from gateway.dialects.dialect import Dialect
 from gateway.edge.client_address import TrustedProxies
 from gateway.fleet import board, model_jobs, presence, probe
 from gateway.fleet.backends.backend import Backend
+from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog
 from gateway.fleet.claim import Routing
+from gateway.fleet.claims import Claims
 from gateway.fleet.control import Control
 from gateway.fleet.cost_store import CostStore
 from gateway.fleet.costs import Costs
@@ -111,7 +113,7 @@ async def opened(
         connections = await enter(connections_of(settings, store))
         load = await enter(load_of(settings, backends, connections, discovery))
         active = Presence(
-            connections, uuid.uuid4().hex, lambda: state_of(active.process_id, in_flight, limits, writer, backends)
+            connections, uuid.uuid4().hex, lambda: state_of(settings, active, in_flight, limits, writer, backends)
         )
         limits = await enter(limits_of(settings, database, store, connections, lambda: Share(active.rank, active.count)))
         costs = await enter(CostStore(connections, Costs()))
@@ -241,9 +243,14 @@ async def placing_of(
         look=load.look_soon,
     )
     store.subscribe({redis_keys.granted(active.process_id): queue.granted}, after_gap=lambda: None)
-    tiers = [config.tier for config in settings.backends]
     async with queue:
-        yield Placing(queue, costs, await salt_of(store), has_tiers=len(set(tiers)) < len(tiers))
+        yield Placing(queue, Claims(queue.routing, costs, await salt_of(store), has_tiers=has_equals(settings.backends)))
+
+
+def has_equals(backends: Iterable[BackendConfig]) -> bool:
+    """Whether some backends are in one tier."""
+    tiers = [backend.tier for backend in backends]
+    return len(set(tiers)) < len(tiers)
 
 
 async def salt_of(store: RedisClient) -> bytes:
@@ -292,11 +299,16 @@ def settler_of(
 
 
 def state_of(
-    process_id: str, in_flight: InFlight, limits: Limiter, writer: AuditWriter, backends: dict[str, Backend]
+    settings: Settings,
+    active: Presence,
+    in_flight: InFlight,
+    limits: Limiter,
+    writer: AuditWriter,
+    backends: dict[str, Backend],
 ) -> ProcessState:
     """What this process publishes of itself."""
     return ProcessState(
-        process_id,
+        active.process_id,
         time.time(),
         in_flight.of_callers,
         limits.waiting,
@@ -304,6 +316,7 @@ def state_of(
         writer.waiting,
         presence.local_view(backends),
         presence.described(backend.config for backend in backends.values()),
+        routing_of(settings)._asdict(),
     )
 
 

@@ -23,6 +23,7 @@ from gateway.edge.health import Health
 from gateway.fleet import presence
 from gateway.fleet.backends.backend import Backend
 from gateway.fleet.failover import Failover
+from gateway.fleet.forecast import forecast
 from gateway.fleet.loaded_models import LoadedModels
 from gateway.pages import static
 from gateway.pages.openapi import ApiDocument
@@ -198,7 +199,7 @@ def admin_api_of(settings: Settings, parts: Components, access: Access) -> Admin
     defaults, most = default_quota(settings), settings.max_num_predict
 
     async def explain_now(question: Question) -> dict[str, Any]:
-        return await explain(question, fleet_as_seen(settings, parts), parts.limits, defaults, most)
+        return await explain(question, fleet_as_seen(parts), parts.limits, defaults, most)
 
     return AdminApi(
         partial(AdminRoute, access, parts.scope_timer, parts.bodies),
@@ -210,7 +211,10 @@ def admin_api_of(settings: Settings, parts: Components, access: Access) -> Admin
     )
 
 
-def fleet_as_seen(settings: Settings, parts: Components) -> Fleet:
+def fleet_as_seen(parts: Components) -> Fleet:
     """The backends as this process sees them, for explanations."""
     drained = frozenset(name for name, backend in parts.backends.items() if backend.is_drained)
-    return Fleet(settings.backends, presence.local_view(parts.backends), drained, parts.catalog())
+    backends, states = list(parts.backends.values()), presence.local_view(parts.backends)
+    queue = parts.placing.queue
+    foresee = partial(forecast, board=queue.board, local=queue.local, eta=queue.eta)
+    return Fleet(backends, states, drained, parts.catalog(), parts.placing.claims, foresee)

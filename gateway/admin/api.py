@@ -42,4 +42,4 @@ class AdminApi:
         self.audit = route(reports.audit, takes=("key", "model", "since", "status", "outcome", "limit"))
         self.trace = route(reports.trace, takes=("since",))
         self.usage = route(reports.usage, takes=("by", "since"))
-        self.explain = route(reports.explain, takes=("key", "model", "client"))
+        self.explain = route(reports.explain, takes=("key", "model", "client", "prompt", "output"))

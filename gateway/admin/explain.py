@@ -1,18 +1,23 @@
 """Where a call would be sent, and why: a dry run that calls no backend and counts towards no limit."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from gateway.auth.key import Key
-from gateway.core.errors import CommandFailed, LimitReached, RouteNotServed
+from gateway.auth.key import BATCH, Key
+from gateway.core.errors import CommandFailed, LimitReached, NoBackend, QueueFull, RouteNotServed
 from gateway.dialects.dialect import Call, Operation
 from gateway.dialects.model_names import ModelName, canonical
 from gateway.dialects.tokens import NO_TOKENS, Need
-from gateway.fleet.backends.config import BackendConfig
-from gateway.fleet.catalog import Catalog, Model, Offer
+from gateway.fleet.backends.backend import Backend
+from gateway.fleet.caller import Caller
+from gateway.fleet.catalog import Catalog, Model, Offer, short_digest
+from gateway.fleet.claim import Claim
+from gateway.fleet.claims import Claims
+from gateway.fleet.forecast import Forecast, Terms
 from gateway.fleet.presence import BackendState
+from gateway.fleet.scheduler import Candidate, group_of, takes_slot
 from gateway.fleet.ways import CHATS, Way, way_of
 from gateway.limits.admission import Admission, CounterUsage, Ticket
 from gateway.limits.limiter import Limiter
@@ -47,20 +52,38 @@ class Question:
     def model(self) -> ModelName:
         return canonical(self.asked)
 
+    def call(self) -> Call:
+        """An ordinary one, of a conversation that nobody knows."""
+        call = Call(self.operation, self.asked, self.model, False, ORDINARY.get(self.operation.path, IN_OTHER_APIS))
+        call.needs = Need(self.prompt, self.output)
+        return call
+
     def way(self, offer: Offer) -> Way | None:
-        """How a backend would be asked for the answer to an ordinary call."""
-        body = ORDINARY.get(self.operation.path, IN_OTHER_APIS)
-        return way_of(offer, Call(self.operation, self.asked, self.model, False, body))
+        """How a backend would be asked for the answer."""
+        return way_of(offer, self.call())
+
+    def caller(self) -> Caller:
+        return Caller(self.key.id, "explain", self.key.weight, is_batch=BATCH in self.key.flags)
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What is known about the backends, in the order of the configuration."""
+    """What is known about the backends, in the order of the configuration; `forecast` is what would become of a claim."""
 
-    configs: Sequence[BackendConfig]
+    backends: Sequence[Backend]
     states: Mapping[str, BackendState]
     drained: frozenset[str]
     catalog: Catalog
+    claims: Claims
+    forecast: Callable[[Claim], Awaitable[Forecast]]
+
+
+class Copy(NamedTuple):
+    """A backend with its copy of the model, None if it has none that may answer; and what is said of it."""
+
+    backend: Backend
+    offer: Offer | None
+    row: dict[str, Any]
 
 
 def operation_of(client: str, operations: Mapping[str, Operation]) -> Operation:
@@ -72,26 +95,30 @@ def operation_of(client: str, operations: Mapping[str, Operation]) -> Operation:
     return operations[path]
 
 
-def backends(question: Question, fleet: Fleet) -> list[dict[str, Any]]:
-    """For each backend: `serves`, `order` (the order of attempts, from 1) and the reason in words."""
+def copies(question: Question, fleet: Fleet) -> list[Copy]:
+    """All backends; in the row of each `serves`, `order` (in which they are tried, from 1) and the reason in words."""
     model = fleet.catalog.lookup(question.model)
     offers = list(model.offers) if model else []
     # The models of an alias may have several offers of one backend.
-    of_each = [(config, [offer for offer in offers if offer.backend == config.name] or NO_OFFER) for config in fleet.configs]
-    found = [(offer, _row(config, offer, question, fleet)) for config, own in of_each for offer in own]
-    tried = [(row["breaker"] == "open", offers.index(offer), row) for offer, row in found if offer and row["serves"]]
+    of_each = [(one, [offer for offer in offers if offer.backend == one.name] or NO_OFFER) for one in fleet.backends]
+    found = [Copy(one, offer, _row(one, offer, question, fleet)) for one, own in of_each for offer in own]
     # Backends whose breaker is open come last, in the same order.
-    for order, (*_, row) in enumerate(sorted(tried, key=lambda one: one[:2]), 1):
-        row["order"] = order
-    return [row for _, row in found]
+    tried = sorted(
+        (copy.row["breaker"] == "open", offers.index(copy.offer), number)
+        for number, copy in enumerate(found)
+        if copy.offer and copy.row["serves"]
+    )
+    for order, (*_, number) in enumerate(tried, 1):
+        found[number].row["order"] = order
+    return found
 
 
-def _row(config: BackendConfig, offer: Offer | None, question: Question, fleet: Fleet) -> dict[str, Any]:
-    state = fleet.states.get(config.name, UNKNOWN_STATE)
-    why_not = _why_not(config, offer, question, fleet, state)
+def _row(backend: Backend, offer: Offer | None, question: Question, fleet: Fleet) -> dict[str, Any]:
+    state = fleet.states.get(backend.name, UNKNOWN_STATE)
+    why_not = _why_not(backend, offer, question, fleet, state)
     way = question.way(offer) if offer else None
     return {
-        "backend": config.name,
+        "backend": backend.name,
         "serves": not why_not,
         "order": None,
         "why": why_not or _why(state),
@@ -100,28 +127,35 @@ def _row(config: BackendConfig, offer: Offer | None, question: Question, fleet: 
         "breaker": state.breaker,
         "open_for_s": state.open_for_s,
         "in_flight": state.in_flight,
-        "max_connections": config.max_connections,
+        "max_connections": backend.config.max_connections,
+        "estimate": None,
     }
 
 
-def _why_not(config: BackendConfig, offer: Offer | None, question: Question, fleet: Fleet, state: BackendState) -> str:
+def _why_not(backend: Backend, offer: Offer | None, question: Question, fleet: Fleet, state: BackendState) -> str:
     if offer is None:
-        return _why_no_offer(config.name, fleet.catalog)
+        return _why_no_offer(backend.name, question, fleet.catalog)
     if offer.good_until <= time.time():
         return "its list of models is too old: it has not answered recently"
-    if config.name in fleet.drained:
+    if backend.name in fleet.drained:
         return "drained by an operator"
     if question.way(offer) is None:
         return f"has no route {question.operation.path}"
-    if state.in_flight >= config.max_connections:
-        return f"full: {state.in_flight} of {config.max_connections} requests in progress"
+    if state.in_flight >= backend.config.max_connections:
+        return f"full: {state.in_flight} of {backend.config.max_connections} requests in progress"
     return ""
 
 
-def _why_no_offer(name: str, catalog: Catalog) -> str:
+def _why_no_offer(name: str, question: Question, catalog: Catalog) -> str:
     snapshot = next((snapshot for snapshot in catalog.snapshots if snapshot.backend == name), None)
     if snapshot is None or not snapshot.answered_at:
         return f"has never answered: {snapshot.error}" if snapshot and snapshot.error else "has never answered"
+    for model in _alias_of(question, catalog) or [question.model.canonical]:
+        digests = dict(catalog.different.get(model, ()))
+        first = next((offer for offer in catalog.models[model].offers if offer.digest), None) if name in digests else None
+        if first is not None:
+            own, other = short_digest(digests[name]), short_digest(first.digest)
+            return f"its copy of {model} differs: {own}, not {other} as on {first.backend} (DIGEST_PARITY=distinct)"
     return "does not have this model"
 
 
@@ -133,7 +167,7 @@ def _why(state: BackendState) -> str:
 
 async def explain(question: Question, fleet: Fleet, limits: Limiter, defaults: Quota, most_output: int) -> dict[str, Any]:
     """The whole explanation; `status` and `backend` are those of the call if it came now and the backend answered."""
-    rows = backends(question, fleet)
+    found = copies(question, fleet)
     model = fleet.catalog.find(question.model, question.key.models)
     story: dict[str, Any] = {
         "key": {"id": question.key.id, "name": question.key.name},
@@ -143,7 +177,8 @@ async def explain(question: Question, fleet: Fleet, limits: Limiter, defaults: Q
         "alias_of": _alias_of(question, fleet.catalog),
         "model_is_known": fleet.catalog.lookup(question.model) is not None,
         "key_may_use_it": question.key.models.allows(question.model.canonical, cloud=_is_cloud(question, fleet.catalog)),
-        "backends": rows,
+        "backends": [copy.row for copy in found],
+        "routing": None,
         "most_tokens": min(most_output, question.output or most_output),
         "limits": [],
         "limits_decided_by": "Redis",
@@ -159,7 +194,7 @@ async def explain(question: Question, fleet: Fleet, limits: Limiter, defaults: Q
     if model is None:
         refused = missing(question.asked, question.key, fleet.catalog)
         return {**story, **_verdict(refused.status, refused.code)}
-    return {**story, **_outcome(rows, model, question)}
+    return {**story, **await _outcome(found, model, question, fleet)}
 
 
 def _alias_of(question: Question, catalog: Catalog) -> list[str]:
@@ -174,11 +209,44 @@ def _is_cloud(question: Question, catalog: Catalog) -> bool:
     return question.model.cloud or (known is not None and known.name.cloud)
 
 
-def _outcome(rows: Sequence[Mapping[str, Any]], model: Model, question: Question) -> dict[str, Any]:
+async def _outcome(found: Sequence[Copy], model: Model, question: Question, fleet: Fleet) -> dict[str, Any]:
     if not any(question.way(offer) for offer in model.offers):
         return _verdict(400, RouteNotServed.code)
-    first = min((row for row in rows if row["serves"]), key=lambda row: row["order"], default=None)
-    return _verdict(503, "upstream_unavailable") if first is None else _verdict(200, "answered", first["backend"])
+    tried = sorted((copy for copy in found if copy.row["serves"]), key=lambda copy: copy.row["order"])
+    if not tried:
+        return _verdict(503, NoBackend.code)
+    if not takes_slot(question.operation):
+        return _verdict(200, "answered", tried[0].backend.name)
+    # Those whose breaker is open are asked only if there is no other.
+    ready = [copy for copy in tried if copy.row["breaker"] != "open"] or tried
+    candidates = [Candidate(copy.backend, copy.offer) for copy in ready if copy.offer]
+    foreseen = await fleet.forecast(fleet.claims.claim(question.call(), group_of(model), question.caller(), candidates))
+    by_place = {(terms.backend, terms.model): terms for terms in foreseen.places}
+    for copy in ready:
+        terms = by_place.get((copy.backend.name, copy.offer.model)) if copy.offer else None
+        copy.row["estimate"] = _estimate(terms) if terms else None
+    is_refused = foreseen.is_full and foreseen.position > 0
+    verdict = _verdict(503, QueueFull.code) if is_refused else _verdict(200, "answered", foreseen.chosen.backend)
+    return {**verdict, "routing": _routing(foreseen, fleet.claims.routing.mode)}
+
+
+def _estimate(terms: Terms) -> dict[str, Any]:
+    facts = terms._asdict()
+    return {name: value for name, value in facts.items() if name not in ("backend", "is_chosen")}
+
+
+def _routing(foreseen: Forecast, mode: str) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "decided_by": "Redis" if foreseen.is_exact else "this process alone: Redis is unreachable",
+        "backend": foreseen.chosen.backend,
+        "chosen_because": foreseen.chosen.why,
+        "position": foreseen.position,
+        "waiting": foreseen.waiting,
+        "waiting_tokens": foreseen.tokens,
+        "wait_s": foreseen.wait_s,
+        "first_token_s": foreseen.first_token_s,
+    }
 
 
 def _verdict(status: int, code: str, backend: str = "") -> dict[str, Any]:

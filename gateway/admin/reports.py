@@ -61,8 +61,10 @@ class ReportHandlers:
         return await reports.usage(self._database, by, since)
 
     async def explain(self, request: AdminRequest) -> dict[str, Any]:
-        key, model = request.query.get("key"), request.query.get("model")
+        query = request.query
+        key, model = query.get("key"), query.get("model")
         if not key or not model:
             raise BadRequest("set key= to a key's id or name, and model= to a model")
-        operation, name = operation_of(request.query.get("client", "openai"), self._operations), values.model_name(model)
-        return await self._explain(Question(await self._key_store.active_key(key), name, operation))
+        operation, name = operation_of(query.get("client", "openai"), self._operations), values.model_name(model)
+        prompt, output = values.tokens(query.get("prompt", "1")), values.tokens(query["output"]) if "output" in query else None
+        return await self._explain(Question(await self._key_store.active_key(key), name, operation, prompt, output))

@@ -101,6 +101,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def tokens(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise BadValue(f"{text!r} is not a number of tokens: write a whole number from 0")
+    return int(text)
+
+
 def words(text: str) -> str:
     if not text or not text.isprintable():
         raise BadValue(f"{text!r} cannot be in the audit: write printable characters")

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gateway.core import strict_json
+from gateway.fleet import board_state
+from gateway.fleet.board_state import BoardState
 from gateway.fleet.claim import Claim, Routing
 from gateway.fleet.slot import Slot
 from gateway.stores import redis_keys
@@ -44,7 +46,7 @@ class Board:
 
     async def _run(self, script: str, *values: Any) -> Any:
         try:
-            return await self._connection().run(script, [redis_keys.FLEET], [OF_REDIS_CLOCK, *values])
+            return await self._read(script, *values)
         except RedisUnavailable:
             self._doubt()
             raise
@@ -64,10 +66,17 @@ class Board:
         return reply
 
     async def preview(self, claim: Claim) -> dict[str, Any]:
-        """What `take` would decide: see preview.lua."""
-        found = strict_json.read_loosely(await self._run("preview", *claim.arguments(self.routing, self.process)))
+        """What `take` would decide, as JSON: see preview.lua."""
+        found = strict_json.read_loosely(await self._read("preview", *claim.arguments(self.routing, self.process)))
         assert isinstance(found, dict)
         return found
+
+    async def state(self, *, with_estimates: bool) -> BoardState:
+        """All that waits and runs; estimates of the time until first tokens take longer."""
+        return board_state.read(await self._read("state", int(with_estimates)))
+
+    async def _read(self, script: str, *values: Any) -> Any:
+        return await self._connection().run(script, [redis_keys.FLEET], [OF_REDIS_CLOCK, *values])
 
     def release(self, call: str, real_ms: int = -1) -> None:
         """Frees a call's slot or its place in the queue, and waits for nothing; it does not raise."""

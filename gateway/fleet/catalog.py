@@ -237,7 +237,11 @@ def build(
 
 
 def digests_in_words(digests: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(f"{digest[:12]} on {backend}" for backend, digest in digests)
+    return ", ".join(f"{short_digest(digest)} on {backend}" for backend, digest in digests)
+
+
+def short_digest(digest: str) -> str:
+    return digest[:12]
 
 
 def _different(models: Mapping[str, Model]) -> dict[str, tuple[tuple[str, str], ...]]:

@@ -13,7 +13,7 @@ from gateway.core import strict_json
 from gateway.core.background import TaskGroup
 from gateway.core.errors import CommandFailed
 from gateway.fleet import presence
-from gateway.fleet.backends.config import BackendConfig
+from gateway.fleet.backends.config import BackendConfig, ModelConfig
 from gateway.fleet.jobs import Job, Rows
 from gateway.stores import redis_keys
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
@@ -25,6 +25,8 @@ WAIT_S, AGAIN_S, POLL_EVERY_S, KEPT_S, DEADLINE_S = 30.0, 1.0, 0.1, 60, 2.0
 # A job ends when nobody has asked for its progress for so long; who asks waits as long for progress.
 ABSENT_S = 10
 AT_ONCE = 4
+# What makes a backend another one.
+SERVER = ("name", "base_url", "kind", "max_connections", "has_token")
 GATEWAY_ENDS = "the gateway that did this is shutting down: try again"
 
 FleetFacts = Sequence[Mapping[str, Any]]
@@ -182,14 +184,19 @@ async def other_fleet(store: RedisClient, own: Iterable[BackendConfig]) -> Fleet
         return None
     mine = presence.described(own)
     fleets = [state.fleet for state in states if state.fleet]
-    if not fleets or mine in fleets:
+    if not fleets or any(_is_same(fleet, mine) for fleet in fleets):
         return None
-    if any(fleet != fleets[0] for fleet in fleets):
+    if any(not _is_same(fleet, fleets[0]) for fleet in fleets):
         others = "; ".join(sorted({named_in_words(fleet) for fleet in fleets}))
         raise CommandFailed(
             f"these settings have {named_in_words(mine)}, the running gateways {others}: set OLLAMA_BACKENDS as in one of them"
         )
     return fleets[0]
+
+
+def _is_same(fleet: FleetFacts, other: FleetFacts) -> bool:
+    """Whether these are the same servers; how many calls they get, and in which order, may change."""
+    return [[one.get(fact) for fact in SERVER] for one in fleet] == [[one.get(fact) for fact in SERVER] for one in other]
 
 
 def named_in_words(fleet: FleetFacts) -> str:
@@ -198,8 +205,15 @@ def named_in_words(fleet: FleetFacts) -> str:
 
 def configs_of(fleet: FleetFacts) -> list[BackendConfig]:
     """Without tokens, which are not shared, so that these backends cannot be called. Raises CommandFailed."""
-    names = ("name", "base_url", "kind", "max_connections")
+    names = ("name", "base_url", "kind", "max_connections", "tier", "slots")
     try:
-        return [BackendConfig(**{name: backend[name] for name in names}) for backend in fleet]
-    except (KeyError, TypeError):
+        return [
+            BackendConfig(**{name: backend[name] for name in names}, models=_models_of(backend["slots_of_models"]))
+            for backend in fleet
+        ]
+    except (KeyError, TypeError, AttributeError):
         raise CommandFailed("the running gateway is of another version: use its own command line") from None
+
+
+def _models_of(slots: Mapping[str, int]) -> dict[str, ModelConfig]:
+    return {name: ModelConfig(number) for name, number in slots.items()}

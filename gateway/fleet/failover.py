@@ -162,9 +162,9 @@ class FailoverRun:
             return self._take_out(self._candidates[0])
         placing, claim = self._failover.placing, self._claim
         if claim is None:
-            claim = self._claim = placing.claim(self._call, group_of(self._model), self._caller, self._candidates)
+            claim = self._claim = placing.claims.claim(self._call, group_of(self._model), self._caller, self._candidates)
         else:
-            claim.places = placing.places(self._call, self._caller, self._candidates)
+            claim.places = placing.claims.places(self._call, self._caller, self._candidates)
         found = await placing.slot_for(claim, self._call, self._caller, self._renewed, self._note_queued)
         if found is None:
             return None

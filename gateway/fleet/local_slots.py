@@ -38,11 +38,25 @@ class LocalSlots:
     def running(self, place: tuple[str, str]) -> int:
         return self._running[place]
 
+    @property
+    def mode(self) -> str:
+        return self._routing.mode
+
+    @property
+    def most_waiting(self) -> int:
+        return self._routing.queue_size
+
+    def share(self, place: Place) -> int:
+        """This process's slots: one at least, so that nobody waits for ever."""
+        return max(1, self._share_of(place.candidate.offer.slots))
+
+    def has(self, place: Place) -> bool:
+        """Whether the model is loaded there."""
+        return not place.candidate.offer.swaps or self._is_resident(*place.name)
+
     def free_place(self, claim: Claim) -> Place | None:
-        """The place for a call that may begin now. Each process has one slot at least, so that nobody waits for ever."""
-        free = [
-            place for place in claim.places if self._running[place.name] < max(1, self._share_of(place.candidate.offer.slots))
-        ]
+        """The place for a call that may begin now."""
+        free = [place for place in claim.places if self._running[place.name] < self.share(place)]
         if self._routing.mode == "order" or not free:
             return free[0] if free else None
         return min((place for place in free if place.tier == free[0].tier), key=lambda place: self._rank(claim, place))
@@ -51,7 +65,7 @@ class LocalSlots:
         """A conversation's own place first, then those that have the model."""
         if any(self._homes.get(prefix) == place.name for prefix, _ in claim.conversation.prefixes):
             return 0
-        return 1 if not place.candidate.offer.swaps or self._is_resident(*place.name) else 2
+        return 1 if self.has(place) else 2
 
     def ready(self) -> Iterable[tuple[Waiting, Place]]:
         """The calls that wait here and may begin now, each with its place; they are taken out as they are given."""

@@ -36,7 +36,8 @@ class BackendState:
 
 @dataclass
 class ProcessState:
-    """`at` is in seconds since the epoch; `fleet` is from `described`, empty if a process of another version lacks it."""
+    """`at` is in seconds since the epoch; `fleet` is from `described`, and `routing` has the fields of Routing; both are empty
+    if a process of another version lacks them."""
 
     process: str
     at: float
@@ -47,6 +48,7 @@ class ProcessState:
     audit_waiting: int | None = None
     backends: dict[str, BackendState] = field(default_factory=dict)
     fleet: list[dict[str, Any]] = field(default_factory=list)
+    routing: dict[str, Any] = field(default_factory=dict)
 
 
 KNOWN = frozenset(field.name for field in fields(ProcessState)) - {"backends"}
@@ -69,6 +71,9 @@ def described(configs: Iterable[BackendConfig]) -> list[dict[str, Any]]:
             "kind": config.kind,
             "max_connections": config.max_connections,
             "has_token": bool(config.auth_token),
+            "tier": config.tier,
+            "slots": config.slots,
+            "slots_of_models": {name: model.slots for name, model in config.models.items() if model.slots},
         }
         for config in configs
     ]

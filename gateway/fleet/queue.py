@@ -50,7 +50,7 @@ class FleetQueue:
         self.routing = routing
         self.board = Board(connections, process, routing, self._wake_in, self._doubt)
         self._lease = BoardLease(lambda: (*self._waiting, *self._asked), lambda: list(self._running.values()))
-        self._local = LocalSlots(routing, share_of, is_resident)
+        self.local = LocalSlots(routing, share_of, is_resident)
         # Asks a backend what it has loaded; done repeatedly for those on which calls of this process wait for a load.
         self._look = look
         self._loading: dict[str, str] = {}
@@ -60,7 +60,7 @@ class FleetQueue:
         # Calls of which the board has been asked, and messages that came before its reply.
         self._asked: dict[str, str] = {}
         self._names = self._ticks_away = 0
-        self._eta = EtaCorrection()
+        self.eta = EtaCorrection()
         # Since when Redis has not answered, 0 if it has.
         self._late_since = 0.0
         self._wake_at = 0.0
@@ -80,7 +80,7 @@ class FleetQueue:
 
     @property
     def length(self) -> int:
-        return len(self._waiting) + len(self._local.waiting)
+        return len(self._waiting) + len(self.local.waiting)
 
     @property
     def running(self) -> int:
@@ -99,7 +99,7 @@ class FleetQueue:
             return await self._get_locally(claim, claim_now, key_slot, queued)
         if reply[0] == b"go":
             estimated_s = reply[6] / 1000
-            queued(Queued(estimated_s=self._eta.corrected((claim.group, False), estimated_s)))
+            queued(Queued(estimated_s=self.eta.corrected((claim.group, False), estimated_s)))
             slot = self._granted(claim, reply)
             slot.arrived, slot.estimated_s = slot.began, estimated_s
             return slot
@@ -178,14 +178,14 @@ class FleetQueue:
         if slot.loads:
             self._loading[claim.id] = backend
             self._wake.set()
-        self._local.enter((backend, model), claim.conversation.full)
+        self.local.enter((backend, model), claim.conversation.full)
         return slot
 
     async def _wait(self, waiting: Waiting, key_slot: KeySlot, queued: Callable[[Queued], None]) -> Slot:
         """Waits for a slot of the fleet, and then has the slot of the key again, too."""
         key_slot.give_up()
         kind, estimated_s = (waiting.claim.group, True), waiting.estimated_s
-        corrected_s = None if estimated_s is None else self._eta.corrected(kind, estimated_s)
+        corrected_s = None if estimated_s is None else self.eta.corrected(kind, estimated_s)
         queued(Queued(waiting.position, estimated_s=corrected_s))
         loop = asyncio.get_running_loop()
         try:
@@ -223,7 +223,7 @@ class FleetQueue:
         if self._waiting.pop(waiting.claim.id, None) is not None:
             self.board.release(waiting.claim.id)
         with suppress(ValueError):
-            self._local.waiting.remove(waiting)
+            self.local.waiting.remove(waiting)
 
     async def _next_slot(self, waiting: Waiting) -> Slot:
         left = waiting.until - asyncio.get_running_loop().time()
@@ -240,7 +240,7 @@ class FleetQueue:
 
     async def _ask_some(self) -> None:
         """Describes some of the calls that wait anew; those that waited here go to the board again."""
-        for waiting in [*islice(self._waiting.values(), ASKED_PER_TICK), *islice(self._local.waiting, ASKED_PER_TICK)]:
+        for waiting in [*islice(self._waiting.values(), ASKED_PER_TICK), *islice(self.local.waiting, ASKED_PER_TICK)]:
             try:
                 await self._ask(waiting)
             except GatewayError as error:
@@ -252,8 +252,8 @@ class FleetQueue:
         if fresh is None:
             raise NoBackend(retry_after=RETRY_AFTER_S)
         waiting.claim = fresh
-        if waiting in self._local.waiting:
-            self._local.waiting.remove(waiting)
+        if waiting in self.local.waiting:
+            self.local.waiting.remove(waiting)
             await self._join_again(waiting)
             return
         # The others come first next time.
@@ -301,14 +301,14 @@ class FleetQueue:
     async def _get_locally(
         self, claim: Claim, claim_now: Callable[[], Claim | None], key_slot: KeySlot, queued: Callable[[Queued], None]
     ) -> Slot:
-        place = None if self._local.waiting else self._local.free_place(claim)
+        place = None if self.local.waiting else self.local.free_place(claim)
         if place is not None:
             queued(Queued())
             return self._local_slot(claim, place)
-        if len(self._local.waiting) >= self.routing.queue_size or claim.patience_ms <= 0:
+        if len(self.local.waiting) >= self.routing.queue_size or claim.patience_ms <= 0:
             raise QueueFull(retry_after=SHORTEST_RETRY_S)
-        waiting = self._begin_to_wait(claim, claim_now, len(self._local.waiting) + 1, None)
-        self._local.waiting.append(waiting)
+        waiting = self._begin_to_wait(claim, claim_now, len(self.local.waiting) + 1, None)
+        self.local.waiting.append(waiting)
         return await self._wait(waiting, key_slot, queued)
 
     def _local_slot(self, claim: Claim, place: Place) -> Slot:
@@ -317,25 +317,25 @@ class FleetQueue:
         return self._slot(claim, *place.name, self.routing.mode, int(claim.cost_ms(place)), 0)
 
     def _wait_here(self, waiting: Waiting) -> None:
-        self._local.waiting.append(waiting)
+        self.local.waiting.append(waiting)
         self._serve_locally()
 
     def _serve_locally(self) -> None:
-        for waiting, place in self._local.ready():
+        for waiting, place in self.local.ready():
             waiting.grant(self._local_slot(waiting.claim, place))
 
     def _free(self, slot: Slot) -> None:
         self._running.pop(slot.call, None)
         self._loading.pop(slot.call, None)
-        self._local.leave((slot.backend, slot.model))
+        self.local.leave((slot.backend, slot.model))
         self.board.release(slot.call, slot.held_ms)
-        if self._local.waiting and not self._lease.is_valid:
+        if self.local.waiting and not self._lease.is_valid:
             self._serve_locally()
 
     def opened(self, slot: Slot, size: int) -> None:
         """A good answer has begun; `size` is that of the model in bytes."""
         if slot.estimated_s is not None:
-            self._eta.note((slot.group, slot.has_waited), slot.estimated_s, time.monotonic() - slot.arrived)
+            self.eta.note((slot.group, slot.has_waited), slot.estimated_s, time.monotonic() - slot.arrived)
         if slot.loads:
             self._loaded(slot, size)
 
@@ -380,7 +380,7 @@ class FleetQueue:
         except RedisUnavailable:
             self._ticks_away += 1
         if self._ticks_away >= AWAY_TICKS:
-            self._local.waiting.extend(self._waiting.values())
+            self.local.waiting.extend(self._waiting.values())
             self._waiting.clear()
             self._serve_locally()
 

@@ -377,12 +377,15 @@ class History:
         ]
         more = {"client": self.chance.choice("klmn"), "prompt": self.chance.randint(0, 5000), "sticky_ms": 9000}
         ask = fast(f"c{next(self.calls)}", *places, process=process, **more)
-        reply = self.board.take(ask)
+        reply = self.asks(ask)
         if reply[0] == "go":
             self.held[ask.id] = process, reply[1], reply[2]
         else:
             self.waiting[ask.id] = process
             self.waited += 1
+
+    def asks(self, ask: Ask) -> list[Any]:
+        return self.board.take(ask)
 
     def release(self) -> None:
         if not self.held:

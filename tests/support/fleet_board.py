@@ -6,7 +6,9 @@ from typing import Any
 
 import redis
 
+from gateway.fleet import board_state
 from gateway.fleet.board import LEASE_MS, LUA
+from gateway.fleet.board_state import BoardState
 from gateway.stores.redis_scripts import read_scripts
 
 PREFIX = "fleet"
@@ -108,6 +110,9 @@ class FleetBoard:
     def preview(self, ask: Ask) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.run("preview", *ask.arguments))
         return found
+
+    def state(self, *, with_estimates: bool = True) -> BoardState:
+        return board_state.read(self.run("state", int(with_estimates)))
 
     def release(self, call: str, real_ms: int = -1, process: str = "p1") -> None:
         self.run("release", process, call, real_ms)

@@ -120,6 +120,9 @@ def explanation(verb: ArgumentParser) -> None:
     verb.add_argument("--model", required=True, type=read_by(values.model_name), help="the model, as a client would write it")
     clients = "ollama, openai, anthropic, responses, or a route such as /v1/embeddings"
     verb.add_argument("--client", default="openai", help=clients)
+    tokens = read_by(values.tokens)
+    verb.add_argument("--prompt", type=tokens, default=1, help="the tokens of its prompt; 1 by default")
+    verb.add_argument("--output", type=tokens, help="the most tokens of its answer; no maximum by default")
 
 
 def trace(verb: ArgumentParser) -> None:

@@ -5,8 +5,8 @@ local MOST_OF_GROUP, MOST = 24, 64
 -- The most that a call is charged when it begins, in means of its group.
 local MOST_MEANS = 2
 
--- Adds to a virtual time, and to how many calls run or wait; one that was idle begins at the virtual time of all.
-local function charge(group, name, of_all, cost, count)
+-- A virtual time, how many calls of that name run or wait, and the virtual time of all, from which one that was idle begins.
+local function time_of(group, name, of_all)
     local found = redis.call('HMGET', F .. 'fair:' .. group, of_all, name)
     local general, v, n = tonumber(found[1] or 0), 0, 0
     if found[2] then
@@ -14,8 +14,14 @@ local function charge(group, name, of_all, cost, count)
         v, n = tonumber(parts[1]), tonumber(parts[2])
     end
     if n <= 0 then v, n = math.max(v, general), 0 end
-    local start = v
-    v, n = v + cost, math.max(0, n + count)
+    return v, n, general
+end
+
+-- Adds to a virtual time, and to how many calls run or wait.
+local function charge(group, name, of_all, cost, count)
+    local start, n, general = time_of(group, name, of_all)
+    local v = start + cost
+    n = math.max(0, n + count)
     if n == 0 and v <= general then
         redis.call('HDEL', F .. 'fair:' .. group, name)
     else
@@ -123,6 +129,7 @@ local function next_in(group, line)
     line.next = line.next + 1
     local packed = ids[1] and redis.call('HGET', F .. 'queue:' .. group, ids[1])
     local call = packed and cmsgpack.unpack(packed) or nil
+    if not call then call, line.newcomer = line.newcomer, nil end
     line.call = call
     -- A batch that has waited for half of its time yields no more.
     if call then line.band = (call.batch == 1 and now - call.arrived < call.patience / 2) and 1 or 0 end
@@ -138,8 +145,25 @@ local function precedes(x, y)
     return x.call.id < y.call.id
 end
 
+-- The last of its line is a call of the group that is not in the queue.
+local function add_newcomer(lines, call)
+    local own, client
+    for _, line in ipairs(lines) do
+        if line.name == call.name then own = line end
+        if line.owner == call.client then client = line.client end
+    end
+    if not own then
+        own = {name = call.name, next = 0, client = client or {}}
+        lines[#lines + 1] = own
+    end
+    own.newcomer = call
+    own.client.v = time_of(call.group, call.client, '*')
+    own.v = own.client.v
+    if call.sub ~= '' then own.v = time_of(call.group, call.name, call.client .. '/*') end
+end
+
 -- The lines of a group with their first calls; of many lines those of the clients with the least virtual times.
-local function lines_of(group, most)
+local function lines_of(group, most, newcomer)
     local names, lines, clients = redis.call('HKEYS', F .. 'lines:' .. group), {}, {}
     for i = 1, #names, 500 do
         local asked = {}
@@ -152,9 +176,10 @@ local function lines_of(group, most)
             local name, owner = asked[k], asked[k + 1]
             clients[owner] = clients[owner] or {v = found[k + 1] and tonumber(words(found[k + 1])[1]) or 0}
             local v = found[k] and tonumber(words(found[k])[1]) or 0
-            lines[#lines + 1] = {name = name, next = 0, v = v, client = clients[owner]}
+            lines[#lines + 1] = {name = name, owner = owner, next = 0, v = v, client = clients[owner]}
         end
     end
+    if newcomer then add_newcomer(lines, newcomer) end
     if #lines > most then
         table.sort(lines, function(x, y)
             if x.client.v ~= y.client.v then return x.client.v < y.client.v end
@@ -169,8 +194,8 @@ local function lines_of(group, most)
 end
 
 -- The calls in line in a group in the order in which they are served.
-local function in_order(group, most)
-    local heads, found = lines_of(group, 2 * most), {}
+local function in_order(group, most, newcomer)
+    local heads, found = lines_of(group, 2 * most, newcomer), {}
     while #heads > 0 and #found < most do
         local first = 1
         for i = 2, #heads do
@@ -248,10 +273,12 @@ local function keep_wants()
 end
 
 -- The calls that wait by group, the group that has waited longest first.
-local function waiting_groups()
-    local groups, left = {}, MOST
-    for _, group in ipairs(redis.call('SMEMBERS', F .. 'groups')) do
-        local calls = in_order(group, math.min(MOST_OF_GROUP, left))
+local function waiting_groups(newcomer)
+    local groups, left, names = {}, MOST, redis.call('SMEMBERS', F .. 'groups')
+    if newcomer and redis.call('SISMEMBER', F .. 'groups', newcomer.group) == 0 then names[#names + 1] = newcomer.group end
+    for _, group in ipairs(names) do
+        local its_own = newcomer and newcomer.group == group and newcomer or nil
+        local calls = in_order(group, math.min(MOST_OF_GROUP, left), its_own)
         left = left - #calls
         if #calls > 0 then groups[#groups + 1] = calls end
         calls.oldest = NEVER * 10
@@ -271,6 +298,13 @@ local function hand_over(call, e)
     leave_queue(call.group, call.id)
     grant(call, e, true)
     redis.call('PUBLISH', KEYS[1] .. ':granted:' .. call.pid, joined(call.id, e.c.b, e.c.m, e.why, math.floor(e.prefill + e.c.service_ms), e.cached))
+end
+
+-- A call that goes on waiting has what it will probably get.
+local function wait_on(call, e)
+    if call.mode == 'fast' and e.why == 'load' and is_nowhere(call) then clear_for(e) end
+    local row = row_of(e.c)
+    if #row > 0 then occupy(row, math.max(now + e.load + e.block, row[1]) + e.prefill + e.c.service_ms) end
 end
 
 local function has_free_slot(call)
@@ -298,9 +332,7 @@ local function dispatch(group)
             else
                 position = position + 1
                 outcome.position = position
-                if call.mode == 'fast' and e.why == 'load' and is_nowhere(call) then clear_for(e) end
-                local row = row_of(e.c)
-                if #row > 0 then occupy(row, math.max(now + e.load + e.block, row[1]) + e.prefill + e.c.service_ms) end
+                wait_on(call, e)
             end
         end
     end

@@ -1,23 +1,56 @@
 -- What take.lua would decide, without taking anything.
 -- ARGV: as of take.lua.
--- Answers JSON: the place in the queue (0: none), ms until the first token, the chosen candidate, and the terms of all.
+-- Answers JSON: the place in the queue that the call would have (0: none) and how many calls and tokens are in it, whether it would
+-- be refused because the queue is full, ms that it would wait, ms until its first token, and all candidates with the terms of
+-- their estimates; only `fast` decides by these.
 local call = read_call(ARGV)
-local n = tonumber(redis.call('HGET', F .. 'size:' .. call.group, 'n') or 0)
-for _, calls in ipairs(waiting_groups()) do
-    for _, one in ipairs(calls) do
-        local _, e = evaluate(one)
-        local row = row_of(e.c)
-        if #row > 0 then occupy(row, math.max(now + e.load + e.block, row[1]) + e.prefill + e.c.service_ms) end
+
+-- As the rule evaluates them, all with all terms.
+local function all_terms()
+    local all, chosen = evaluate(call)
+    if call.mode == 'fast' then return all, chosen end
+    local nowhere, full, of_chosen = is_nowhere(call), {}, nil
+    for i, c in ipairs(call.cands) do
+        local by_rule, e = all[i] or estimate_in_order(call, c), estimate(call, c, nowhere)
+        e.can, e.why = by_rule.can, by_rule.why
+        full[i] = e
+        if by_rule == chosen then of_chosen = e end
+    end
+    return full, of_chosen
+end
+
+-- Its place among those that wait, which have what they will probably get.
+local function position_of()
+    local groups = waiting_groups(call)
+    forget_wants(groups)
+    for _, calls in ipairs(groups) do
+        for i, one in ipairs(calls) do
+            if one == call then return i end
+            if one.group ~= call.group and not has_free_slot(one) then break end
+            local _, e = evaluate(one)
+            wait_on(one, e)
+        end
     end
 end
-local all, chosen = evaluate(call)
-local terms = {}
+
+local size = redis.call('HMGET', F .. 'size:' .. call.group, 'n', 't')
+local n, t = tonumber(size[1] or 0), tonumber(size[2] or 0)
+local found = position_of()
+local all, chosen = all_terms()
+local position, ms = found or n + 1, chosen.t - chosen.evict
+if not found then ms = math.max(ms, position * chosen.c.service_ms / slots_of(call)) end
+local is_full = call.patience <= 0 or n >= tonumber(ARGV[11]) or (n > 0 and t + call.prompt > tonumber(ARGV[12]))
+if chosen.can and not keeps_back(call) then position, is_full = 0, false end
+
+local function bounded(number) return math.min(NEVER, number) end
+
+local places = {}
 for _, e in ipairs(all) do
-    terms[#terms + 1] = {
+    places[#places + 1] = {
         backend = e.c.b, model = e.c.m, tier = e.c.tier, slots = e.c.slots, running = running_in(place_of(e.c)), why = e.why,
-        can = e.can, load = e.load, evict = e.evict, block = e.block, queue = e.queue, prefill = e.prefill, cached = e.cached,
-        total = math.min(NEVER, e.t), copy = e.malus, is_chosen = e == chosen,
+        can = e.can, load = e.load, evict = e.evict, block = bounded(e.block), queue = bounded(e.queue), prefill = e.prefill,
+        cached = e.cached, total = bounded(e.t), copy = e.malus, is_chosen = e == chosen,
     }
 end
-local position = (chosen.can and n == 0) and 0 or n + 1
-return cjson.encode({position = position, waiting = n, ms = math.min(NEVER, chosen.t - chosen.evict), places = terms})
+local wait = position == 0 and 0 or bounded(math.max(ms - chosen.load - chosen.prefill, 0))
+return cjson.encode({position = position, waiting = n, tokens = t, full = is_full, wait = wait, ms = bounded(ms), places = places})
