@@ -46,11 +46,47 @@ def test_a_queue_is_bounded_by_calls_and_by_tokens(board: FleetBoard) -> None:
     board.take(Ask("c0", (At("a"),)))
     assert board.take(Ask("c1", (At("a"),), size=2, prompt=900, tokens=1000))[0] == "wait"
     assert board.take(Ask("c2", (At("a"),), size=2, prompt=200, tokens=1000))[0] == "full"
-    assert board.take(Ask("c3", (At("a"),), size=2, prompt=100, tokens=1000))[0] == "wait"
+    assert board.take(Ask("c3", (At("a"),), size=2, prompt=100, tokens=1000, client="bob"))[0] == "wait"
     reply = board.take(Ask("c4", (At("a"),), size=2))
     assert reply[0] == "full"
     assert 2500 <= reply[1] <= 5000, "two calls of a second each, and their prompts, are before it"
     assert board.take(Ask("c5", (At("a"),), patience_ms=0))[0] == "full"
+
+
+def test_one_client_leaves_room_in_the_queue_for_others(board: FleetBoard) -> None:
+    def waiting(client: str, **more: Any) -> int:
+        asks = (Ask(f"{client}{number}", (At("a"),), client=client, **more) for number in range(50))
+        return [board.take(ask)[0] for ask in asks].count("wait")
+
+    board.take(Ask("c0", (At("a"),)))
+    assert waiting("greedy", size=40) == 30
+    assert waiting("second", size=40) == 8
+    assert waiting("third", size=40) == 2
+    assert waiting("large", group="tokens", mode="order", prompt=100, tokens=4000) == 30
+    assert waiting("small", group="tokens", mode="order", prompt=10, tokens=4000) == 50
+
+
+def test_no_group_is_overlooked_however_many_calls_wait_in_others(board: FleetBoard) -> None:
+    models = [f"m{number}" for number in range(9)]
+    for model in models:
+        board.take(Ask(f"runs {model}", (At("a", model),), group=model))
+        for number in range(26):
+            board.take(Ask(f"waits {model} {number}", (At("a", model),), group=model))
+    assert board.take(fast("free", At("b", "other")))[0] == "go", "its backend is idle"
+    for model in models:
+        board.take(Ask(f"last {model}", (At("a", model),), group=model, client="bob"))
+        board.release(f"runs {model}")
+    assert {found[1] for found in board.granted.values()} == set(models)
+
+
+def test_of_many_clients_and_users_that_were_there_once_only_the_last_are_remembered(board: FleetBoard) -> None:
+    for number in range(1200):
+        board.now += 10
+        board.take(Ask("c", (At("a"),), client=f"k{number % 2}", sub_user=f"u{number}"))
+        board.release("c", 1000)
+    assert board.client.hlen("fleet:fair:m") <= 1024 + 6
+    board.take(Ask("c", (At("a"),), client="k0", sub_user="u0"))
+    assert board.client.hexists("fleet:fair:m", "k0")
 
 
 def test_what_a_process_has_ends_with_its_lease(board: FleetBoard) -> None:
@@ -222,6 +258,40 @@ def test_batches_yield_and_leave_the_last_slot_but_not_for_ever(board: FleetBoar
     board.take(Ask("i3", places, mode="fast", client="person"))
     board.release("i1", 60_000)
     assert "b1" in board.granted, "it has waited for half of its time"
+
+
+def test_a_batch_of_a_client_lets_the_same_client_s_other_calls_pass(board: FleetBoard) -> None:
+    board.take(Ask("c0", (At("a"),)))
+    for number in range(3):
+        board.take(Ask(f"b{number}", (At("a"),), batch=True))
+    board.take(Ask("i0", (At("a"),)))
+    board.release("c0")
+    assert set(board.granted) == {"i0"}
+    board.release("i0")
+    assert set(board.granted) == {"i0", "b0"}
+
+
+def test_batches_of_many_users_hide_nobody_and_no_user_is_hidden_by_others(board: FleetBoard) -> None:
+    slots = At("a", slots=2, service_ms=60_000)
+    board.take(fast("c0", slots, client="k"))
+    for number in range(80):
+        board.take(fast(f"b{number}", slots, client="k", sub_user=f"u{number}", batch=True))
+    board.take(fast("c1", slots, client="other"))
+    board.take(fast("i0", slots, client="other"))
+    board.release("c1", 60_000)
+    assert set(board.granted) == {"i0"}
+    slot, turns = At("b", "n"), list[str]()
+    board.take(Ask("d", (slot,), group="n"))
+    for number in range(80):
+        board.take(Ask(f"s{number}.0", (slot,), client="k", sub_user=f"u{number}", group="n", size=200))
+    board.release("d", 1000)
+    for _ in range(79):
+        (now,) = set(board.granted) - {"i0", *turns}
+        turns.append(now)
+        user, turn = now[1:].split(".")
+        board.take(Ask(f"s{user}.{int(turn) + 1}", (slot,), client="k", sub_user=f"u{user}", group="n", size=200))
+        board.release(now, 1000)
+    assert all(call.endswith(".0") for call in turns), "each user has a turn before any has two"
 
 
 def test_a_conversation_stays_where_it_is_cached_while_that_is_worth_the_wait(board: FleetBoard) -> None:

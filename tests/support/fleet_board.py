@@ -134,5 +134,5 @@ class FleetBoard:
     def names(self) -> set[str]:
         """What is left, without what is remembered of backends, conversations and virtual times."""
         found: Any = self.client.keys(f"{PREFIX}:*")
-        kept = ("box", "fair", "recent", "kept", "shared", "firsts", "processes")
+        kept = ("box", "fair", "idle", "recent", "kept", "shared", "firsts", "processes")
         return {name for name in (each.decode().removeprefix(f"{PREFIX}:") for each in found) if name.split(":")[0] not in kept}

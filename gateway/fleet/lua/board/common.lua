@@ -1,5 +1,5 @@
--- The beginning of every script of this folder: the state of the fleet. The rule is in common_estimates.lua, the queue in
--- common_queue.lua, which follow.
+-- The beginning of every script of this folder: the state of the fleet. The rule is in common_estimates.lua, who
+-- comes next in common_fairness.lua, the queue in common_queue.lua, which follow.
 --
 -- KEYS[1] is the prefix of all names, which have one hash tag. ARGV[1] is the time in ms, 0 for the clock of Redis.
 --   processes              sorted set: processes by the end of their lease
@@ -10,8 +10,10 @@
 --   fair:<group>           hash: by client, and by client and user, virtual time and how many calls run or wait; "*" and the
 --                          client's name with "/*" have the virtual time of all, "~" has the mean cost
 --   groups                 set: groups in which calls wait
---   size:<group>           hash: n calls that wait, t tokens of their prompts, since when calls have waited
---   lines:<group>          hash: by client and user how many calls are in line
+--   idle:<group>           sorted set: clients and users of whom only their virtual time is kept, by when they had a call last
+--   size:<group>           hash: n calls that wait, t tokens of their prompts, since when calls have waited; with ":" and a
+--                          client's name n and t of its calls
+--   lines:<group>          hash: by client, user and class how many calls are in line
 --   line:<group>:<line>    sorted set: calls in line, by arrival
 --   queue:<group>          hash: the calls that wait, packed
 --   recent:<place>, shared:<place>  sorted sets: conversations and beginnings of prompts, by the time of their last call

@@ -1,63 +1,9 @@
--- The queue: calls that wait get slots in the order of the least virtual time, and what they cost is charged to their client.
+-- The queue: calls that wait get slots in their order.
 
--- How many of the calls that wait are looked at, in one group and in all.
-local MOST_OF_GROUP, MOST = 24, 64
--- The most that a call is charged when it begins, in means of its group.
-local MOST_MEANS = 2
-
--- A virtual time, how many calls of that name run or wait, and the virtual time of all, from which one that was idle begins.
-local function time_of(group, name, of_all)
-    local found = redis.call('HMGET', F .. 'fair:' .. group, of_all, name)
-    local general, v, n = tonumber(found[1] or 0), 0, 0
-    if found[2] then
-        local parts = words(found[2])
-        v, n = tonumber(parts[1]), tonumber(parts[2])
-    end
-    if n <= 0 then v, n = math.max(v, general), 0 end
-    return v, n, general
-end
-
--- Adds to a virtual time, and to how many calls run or wait.
-local function charge(group, name, of_all, cost, count)
-    local start, n, general = time_of(group, name, of_all)
-    local v = start + cost
-    n = math.max(0, n + count)
-    if n == 0 and v <= general then
-        redis.call('HDEL', F .. 'fair:' .. group, name)
-    else
-        redis.call('HSET', F .. 'fair:' .. group, name, joined(string.format('%.1f', v), n))
-    end
-    return start, general
-end
-
-local function charge_both(group, client, sub, cost, count)
-    charge(group, client, '*', cost, count)
-    if sub ~= '' then charge(group, client .. '/' .. sub, client .. '/*', cost, count) end
-end
-
--- What a call is charged when it begins: what it will probably cost, but not much more than calls of its group have cost; the
--- rest when it ends. So a wrong estimate changes the order of others little.
-local function charge_at_begin(call, cost)
-    local mean = tonumber(redis.call('HGET', F .. 'fair:' .. call.group, '~') or 0)
-    return math.min(cost, MOST_MEANS * mean)
-end
-
-local function note_cost(group, real)
-    local fair = F .. 'fair:' .. group
-    local mean = redis.call('HGET', fair, '~')
-    redis.call('HSET', fair, '~', string.format('%.1f', mean and tonumber(mean) * 0.9 + real * 0.1 or real))
-end
-
--- The virtual time of all is that of the call that was served last.
-local function charge_served(call, cost, count)
-    local start, general = charge(call.group, call.client, '*', cost, count)
-    local fair = F .. 'fair:' .. call.group
-    if start > general then redis.call('HSET', fair, '*', string.format('%.1f', start)) end
-    if call.sub ~= '' then
-        start, general = charge(call.group, call.name, call.client .. '/*', cost, count)
-        if start > general then redis.call('HSET', fair, call.client .. '/*', string.format('%.1f', start)) end
-    end
-end
+-- How many of the calls that wait are looked at, in one group and in all; of many groups, fewer of each.
+local MOST_OF_GROUP, MOST, LEAST_OF_GROUP = 24, 64, 4
+-- A client may have so many times as much in the queue of a group as that has room left, so that others find room.
+local MOST_OF_ROOM = 3
 
 -- A batch leaves the last free slot to others.
 local function keeps_back(call)
@@ -124,92 +70,24 @@ local function grant(call, e, waited)
     end
 end
 
-local function next_in(group, line)
-    local ids = redis.call('ZRANGE', F .. 'line:' .. group .. ':' .. line.name, line.next, line.next)
-    line.next = line.next + 1
-    local packed = ids[1] and redis.call('HGET', F .. 'queue:' .. group, ids[1])
-    local call = packed and cmsgpack.unpack(packed) or nil
-    if not call then call, line.newcomer = line.newcomer, nil end
-    line.call = call
-    -- A batch that has waited for half of its time yields no more.
-    if call then line.band = (call.batch == 1 and now - call.arrived < call.patience / 2) and 1 or 0 end
-    return call
+-- Adds a call to the size of the queue, or takes it off: of all, and of its client. Returns how many wait.
+local function count_in_queue(call, one)
+    local size = F .. 'size:' .. call.group
+    redis.call('HINCRBY', size, 't', one * call.prompt)
+    redis.call('HINCRBY', size, 't:' .. call.client, one * call.prompt)
+    if redis.call('HINCRBY', size, 'n:' .. call.client, one) <= 0 then
+        redis.call('HDEL', size, 'n:' .. call.client, 't:' .. call.client)
+    end
+    return redis.call('HINCRBY', size, 'n', one)
 end
 
--- By band, by the virtual time of the client, by that of its user, by arrival.
-local function precedes(x, y)
-    if x.band ~= y.band then return x.band < y.band end
-    if x.client.v ~= y.client.v then return x.client.v < y.client.v end
-    if x.v ~= y.v then return x.v < y.v end
-    if x.call.arrived ~= y.call.arrived then return x.call.arrived < y.call.arrived end
-    return x.call.id < y.call.id
-end
-
--- The last of its line is a call of the group that is not in the queue.
-local function add_newcomer(lines, call)
-    local own, client
-    for _, line in ipairs(lines) do
-        if line.name == call.name then own = line end
-        if line.owner == call.client then client = line.client end
-    end
-    if not own then
-        own = {name = call.name, next = 0, client = client or {}}
-        lines[#lines + 1] = own
-    end
-    own.newcomer = call
-    own.client.v = time_of(call.group, call.client, '*')
-    own.v = own.client.v
-    if call.sub ~= '' then own.v = time_of(call.group, call.name, call.client .. '/*') end
-end
-
--- The lines of a group with their first calls; of many lines those of the clients with the least virtual times.
-local function lines_of(group, most, newcomer)
-    local names, lines, clients = redis.call('HKEYS', F .. 'lines:' .. group), {}, {}
-    for i = 1, #names, 500 do
-        local asked = {}
-        for k = i, math.min(i + 499, #names) do
-            asked[#asked + 1] = names[k]
-            asked[#asked + 1] = string.match(names[k], '^[^/]*')
-        end
-        local found = redis.call('HMGET', F .. 'fair:' .. group, unpack(asked))
-        for k = 1, #asked, 2 do
-            local name, owner = asked[k], asked[k + 1]
-            clients[owner] = clients[owner] or {v = found[k + 1] and tonumber(words(found[k + 1])[1]) or 0}
-            local v = found[k] and tonumber(words(found[k])[1]) or 0
-            lines[#lines + 1] = {name = name, owner = owner, next = 0, v = v, client = clients[owner]}
-        end
-    end
-    if newcomer then add_newcomer(lines, newcomer) end
-    if #lines > most then
-        table.sort(lines, function(x, y)
-            if x.client.v ~= y.client.v then return x.client.v < y.client.v end
-            return x.name < y.name
-        end)
-    end
-    local heads = {}
-    for i = 1, math.min(#lines, most) do
-        if next_in(group, lines[i]) then heads[#heads + 1] = lines[i] end
-    end
-    return heads
-end
-
--- The calls in line in a group in the order in which they are served.
-local function in_order(group, most, newcomer)
-    local heads, found = lines_of(group, 2 * most, newcomer), {}
-    while #heads > 0 and #found < most do
-        local first = 1
-        for i = 2, #heads do
-            if precedes(heads[i], heads[first]) then first = i end
-        end
-        local line = heads[first]
-        local call = line.call
-        found[#found + 1] = call
-        local cost = (call.prompt * call.cands[1].prefill_us / 1000 + call.cands[1].service_ms) / call.weight
-        line.client.v = line.client.v + cost
-        if call.sub ~= '' then line.v = line.v + cost end
-        if not next_in(group, line) then table.remove(heads, first) end
-    end
-    return found
+-- Whether there is room for one more call of its client, which leaves some to others.
+local function has_room(call, n, t, most_calls, most_tokens)
+    if n >= most_calls or (n > 0 and t + call.prompt > most_tokens) then return false end
+    local size = redis.call('HMGET', F .. 'size:' .. call.group, 'n:' .. call.client, 't:' .. call.client)
+    local own, own_tokens = tonumber(size[1] or 0), tonumber(size[2] or 0)
+    if own == 0 then return true end
+    return own < MOST_OF_ROOM * (most_calls - n) and own_tokens + call.prompt <= MOST_OF_ROOM * (most_tokens - t)
 end
 
 local function join_queue(call)
@@ -217,12 +95,11 @@ local function join_queue(call)
     local size = F .. 'size:' .. call.group
     redis.call('HSET', F .. 'queue:' .. call.group, call.id, cmsgpack.pack(call))
     redis.call('HSETNX', size, 'since', now)
-    redis.call('HINCRBY', size, 'n', 1)
-    redis.call('HINCRBY', size, 't', call.prompt)
+    count_in_queue(call, 1)
     redis.call('SADD', F .. 'groups', call.group)
     redis.call('HSET', F .. 'calls:' .. call.pid, call.id, joined('w', call.group))
-    redis.call('ZADD', F .. 'line:' .. call.group .. ':' .. call.name, call.arrived, call.id)
-    redis.call('HINCRBY', F .. 'lines:' .. call.group, call.name, 1)
+    redis.call('ZADD', F .. 'line:' .. call.group .. ':' .. line_of(call), call.arrived, call.id)
+    redis.call('HINCRBY', F .. 'lines:' .. call.group, line_of(call), 1)
 end
 
 -- Returns the call, nil if it does not wait.
@@ -231,12 +108,10 @@ local function leave_queue(group, id)
     if not packed then return nil end
     local call = cmsgpack.unpack(packed)
     redis.call('HDEL', F .. 'queue:' .. group, id)
-    redis.call('ZREM', F .. 'line:' .. group .. ':' .. call.name, id)
-    if redis.call('HINCRBY', F .. 'lines:' .. group, call.name, -1) <= 0 then
-        redis.call('HDEL', F .. 'lines:' .. group, call.name)
-    end
-    redis.call('HINCRBY', F .. 'size:' .. group, 't', -call.prompt)
-    if redis.call('HINCRBY', F .. 'size:' .. group, 'n', -1) <= 0 then
+    local line = line_of(call)
+    redis.call('ZREM', F .. 'line:' .. group .. ':' .. line, id)
+    if redis.call('HINCRBY', F .. 'lines:' .. group, line, -1) <= 0 then redis.call('HDEL', F .. 'lines:' .. group, line) end
+    if count_in_queue(call, -1) <= 0 then
         redis.call('DEL', F .. 'size:' .. group)
         redis.call('SREM', F .. 'groups', group)
     end
@@ -272,13 +147,42 @@ local function keep_wants()
     end
 end
 
--- The calls that wait by group, the group that has waited longest first.
-local function waiting_groups(newcomer)
-    local groups, left, names = {}, MOST, redis.call('SMEMBERS', F .. 'groups')
-    if newcomer and redis.call('SISMEMBER', F .. 'groups', newcomer.group) == 0 then names[#names + 1] = newcomer.group end
-    for _, group in ipairs(names) do
-        local its_own = newcomer and newcomer.group == group and newcomer or nil
-        local calls = in_order(group, math.min(MOST_OF_GROUP, left), its_own)
+local function has_free_slot(call)
+    for _, c in ipairs(call.cands) do
+        if running_in(place_of(c)) < c.slots then return true end
+    end
+    return false
+end
+
+-- The groups in which calls wait, `first` first: the others begin with another one each time, so that each has its turn.
+local function groups_in_turn(first, newcomer)
+    local names, turned = redis.call('SMEMBERS', F .. 'groups'), {}
+    if newcomer and redis.call('SISMEMBER', F .. 'groups', first) == 0 then names[#names + 1] = first end
+    table.sort(names)
+    for i = 1, #names do
+        local name = names[(now + i) % #names + 1]
+        if name == first then table.insert(turned, 1, name) else turned[#turned + 1] = name end
+    end
+    return turned
+end
+
+-- One of the calls of a group, if there are others to look at first and it finds no free slot.
+local function one_in_vain(group)
+    local id = redis.call('HRANDFIELD', F .. 'queue:' .. group)
+    local call = id and cmsgpack.unpack(redis.call('HGET', F .. 'queue:' .. group, id))
+    return call and not has_free_slot(call) and call or nil
+end
+
+-- The calls that wait by group, the group that has waited longest first: of `first` the first ones, of others as many as there is
+-- time for, and one if they find no free slot. `newcomer` is a call of `first` that is not in the queue.
+local function waiting_groups(first, newcomer)
+    local groups, left, names = {}, MOST, groups_in_turn(first, newcomer)
+    for i, group in ipairs(names) do
+        if left <= 0 then break end
+        local one = group ~= first and one_in_vain(group)
+        local share = math.max(LEAST_OF_GROUP, math.floor(left / (#names - i + 1)))
+        if group == first then share = MOST_OF_GROUP end
+        local calls = one and {one} or in_order(group, math.min(MOST_OF_GROUP, share), group == first and newcomer or nil)
         left = left - #calls
         if #calls > 0 then groups[#groups + 1] = calls end
         calls.oldest = NEVER * 10
@@ -307,17 +211,10 @@ local function wait_on(call, e)
     if #row > 0 then occupy(row, math.max(now + e.load + e.block, row[1]) + e.prefill + e.c.service_ms) end
 end
 
-local function has_free_slot(call)
-    for _, c in ipairs(call.cands) do
-        if running_in(place_of(c)) < c.slots then return true end
-    end
-    return false
-end
-
 -- Gives slots to calls that wait. Returns by call its place in the queue, ms until its first token, and whether it got a slot;
 -- of all calls of `group`, of others as far as there are free slots.
 local function dispatch(group)
-    local outcomes, groups = {}, waiting_groups()
+    local outcomes, groups = {}, waiting_groups(group)
     forget_wants(groups)
     for _, calls in ipairs(groups) do
         local position = 0
@@ -353,16 +250,17 @@ local function pass_on_load(b, m, id)
     end
 end
 
--- Frees what a call holds, or its place in the queue. `real` is what it has cost in ms, -1 for what was expected.
+-- Frees what a call holds, or its place in the queue. `real` is what it has cost in ms, -1 for what was expected. Returns its
+-- group, nil if the call is not known.
 local function free(pid, id, real)
     local text = redis.call('HGET', F .. 'calls:' .. pid, id)
-    if not text then return false end
+    if not text then return nil end
     redis.call('HDEL', F .. 'calls:' .. pid, id)
     local r = words(text)
     if r[1] == 'w' then
         local call = leave_queue(r[2], id)
         if call then charge_both(call.group, call.client, call.sub, 0, -1) end
-        return true
+        return r[2]
     end
     local b, m = r[2], r[3]
     redis.call('ZREM', F .. 'ends:' .. b .. FS .. m, id)
@@ -371,7 +269,7 @@ local function free(pid, id, real)
     if real < 0 then real = charged else note_cost(r[4], real) end
     charge_both(r[4], r[5], r[6], (real - charged) / tonumber(r[7]), -1)
     pass_on_load(b, m, id)
-    return true
+    return r[4]
 end
 
 local function free_all(pid)

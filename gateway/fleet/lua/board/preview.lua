@@ -21,7 +21,7 @@ end
 
 -- Its place among those that wait, which have what they will probably get.
 local function position_of()
-    local groups = waiting_groups(call)
+    local groups = waiting_groups(call.group, call)
     forget_wants(groups)
     for _, calls in ipairs(groups) do
         for i, one in ipairs(calls) do
@@ -39,7 +39,7 @@ local found = position_of()
 local all, chosen = all_terms()
 local position, ms = found or n + 1, chosen.t - chosen.evict
 if not found then ms = math.max(ms, position * chosen.c.service_ms / slots_of(call)) end
-local is_full = call.patience <= 0 or n >= tonumber(ARGV[11]) or (n > 0 and t + call.prompt > tonumber(ARGV[12]))
+local is_full = call.patience <= 0 or not has_room(call, n, t, tonumber(ARGV[11]), tonumber(ARGV[12]))
 if chosen.can and not keeps_back(call) then position, is_full = 0, false end
 
 local function bounded(number) return math.min(NEVER, number) end

@@ -29,7 +29,7 @@ end
 
 local size = redis.call('HMGET', F .. 'size:' .. call.group, 'n', 't')
 local n, t = tonumber(size[1] or 0), tonumber(size[2] or 0)
-if call.patience <= 0 or n >= tonumber(ARGV[11]) or (n > 0 and t + call.prompt > tonumber(ARGV[12])) then
+if call.patience <= 0 or not has_room(call, n, t, tonumber(ARGV[11]), tonumber(ARGV[12])) then
     local _, e = evaluate(call)
     return {'full', math.floor(math.min(NEVER, e.t + n * e.c.service_ms / slots_of(call)))}
 end
