@@ -10,6 +10,8 @@ local FORGET_SHARE = 0.2
 -- The load of one more copy counts so many times, because it takes memory and time from everybody: less, the longer calls have
 -- had to wait for one, in times of the load.
 local COPY, COPY_LESS, COPY_IN_NEED = 2, 3, 0.2
+-- What a copy may cost others, in times of its own load.
+local MOST_HARM = 0.75
 
 -- Models for which calls wait.
 local awaited = {}
@@ -84,7 +86,9 @@ local function estimate_load(call, c, e, box, is_nowhere)
     else
         local need = pressed_for(call.group) / (c.load_ms + victims.harm)
         if #victims.names > 0 then e.malus = c.load_ms * (math.max(COPY_IN_NEED, COPY - COPY_LESS * need) - 1) end
-        local is_worth_trying = not victims.certain and need >= 0.5 and victims.busy == 0 and victims.stays <= now
+        local is_idle = victims.busy == 0 and victims.stays <= now
+        -- It may fit beside them; if not, what goes is soon there again.
+        local is_worth_trying = not victims.certain and need >= 0.5 and is_idle and victims.harm <= MOST_HARM * c.load_ms
         e.can = e.can and (victims.harm == 0 or is_worth_trying)
     end
     if box.want and box.want ~= c.m then e.can = false end
