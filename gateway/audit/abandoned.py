@@ -30,6 +30,7 @@ UNFINISHED_FIELDS = {
     "loaded": False,
     "chosen_because": "",
     "estimated_ms": None,
+    "queue_position": 0,
     "bytes_out": 0,
     "queue_ms": 0.0,
     "ttfb_ms": None,

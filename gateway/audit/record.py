@@ -167,6 +167,7 @@ class Record:
         row["loaded"] = bool(self.loaded)
         row["chosen_because"] = self.chosen_because
         row["estimated_ms"] = None if estimated_s is None else _ms(estimated_s)
+        row["queue_position"] = self.queue_position
 
 
 def _ms(seconds: float) -> float:

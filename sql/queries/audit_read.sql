@@ -11,7 +11,8 @@ SELECT a.id::text AS id, a.at, a.batch, a.request_id, a.key_id, k.name AS key, a
        a.completion_tokens, a.cached_tokens, a.billed_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms,
        a.total_ms, coalesce(a.translated_to, '') AS translated_to, coalesce(a.dropped, '') AS dropped,
        a.load_ms, a.prefill_ms, a.decode_ms, a.backend_ms, coalesce(a.seconds_from, 'none') AS seconds_from,
-       coalesce(a.loaded, false) AS loaded, coalesce(a.chosen_because, '') AS chosen_because, a.estimated_ms
+       coalesce(a.loaded, false) AS loaded, coalesce(a.chosen_because, '') AS chosen_because, a.estimated_ms,
+       coalesce(a.queue_position, 0) AS queue_position
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
 WHERE ($1::text IS NULL OR a.key_id = $1)
   -- canonical_model is slow, so most rows are decided without it: every spelling of the model contains $8, and a name without
@@ -70,7 +71,8 @@ SELECT a.id::text AS id, a.at, a.request_id, a.key_id, k.name AS key, a.client, 
        a.completion_tokens, a.cached_tokens, a.billed_tokens, a.tokens_from, a.bytes_in, a.bytes_out, a.queue_ms, a.ttfb_ms,
        a.total_ms, coalesce(a.translated_to, '') AS translated_to, coalesce(a.dropped, '') AS dropped,
        a.load_ms, a.prefill_ms, a.decode_ms, a.backend_ms, coalesce(a.seconds_from, 'none') AS seconds_from,
-       coalesce(a.loaded, false) AS loaded, coalesce(a.chosen_because, '') AS chosen_because, a.estimated_ms
+       coalesce(a.loaded, false) AS loaded, coalesce(a.chosen_because, '') AS chosen_because, a.estimated_ms,
+       coalesce(a.queue_position, 0) AS queue_position
 FROM audit a LEFT JOIN keys k ON k.id = a.key_id
 WHERE (a.id = $1::uuid OR a.request_id = $2) AND a.at >= $3
 ORDER BY a.at, a.id

@@ -281,6 +281,7 @@ def test_the_verbs_of_an_operator(
     assert "attempt  alpha: bad_status (status 500: CUDA error) after" in story and "backend  beta, as llama3.2:latest" in story
     assert "key      alice" in story and "end      200 answered" in story
     assert "prompt + 4 completion (reported), 1 of the prompt cached; all count for limits" in story
+    assert "chosen   order: it was the first in order with a free slot\n" in story and " ms were estimated\n" in story
     assert "(reported): 2.000 for the load that it caused, 0.500 for the prompt, 1.000 for the answer\n" in story
 
 

@@ -58,24 +58,27 @@ def ids(printed: str) -> list[str]:
 
 def test_the_list_shows_the_main_columns(url: str, run_verb: RunVerb) -> None:
     at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    waited = {"chosen_because": "load", "queue_position": 3, "queue_ms": 7.04, "estimated_ms": 13.04}
     write(
         url,
         [
-            row(at, key_id="k1", cached_tokens=2, backend_ms=80.25, load_ms=50.0, loaded=True),
+            row(at, key_id="k1", cached_tokens=2, backend_ms=80.25, load_ms=50.0, loaded=True, **waited),
             row(at - timedelta(hours=1), key_id="gone", status=0, backend="", ttfb_ms=None),
         ],
     )
     head, first, second = run_verb("audit").splitlines()
     assert (
         head.split()
-        == "TIME KEY CLIENT MODEL AS BACKEND STATUS OUTCOME TOKENS CACHED COUNTED BACKEND MS LOAD MS TTFB MS TOTAL MS".split()
+        == (
+            "TIME KEY CLIENT MODEL AS BACKEND STATUS OUTCOME TOKENS CACHED COUNTED BACKEND MS LOAD MS BECAUSE PLACE WAIT MS "
+            "ESTIMATED MS TTFB MS TOTAL MS"
+        ).split()
     )
+    alice = "2026-01-02 03:04:05 alice 192.0.2.7 llama3.2:latest - alpha 200 answered 3+4 2 reported 80.2 50.0 load 3 7.0 13.0"
+    assert first.split() == f"{alice} 12.5 99.1".split()
     assert (
-        first.split()
-        == "2026-01-02 03:04:05 alice 192.0.2.7 llama3.2:latest - alpha 200 answered 3+4 2 reported 80.2 50.0 12.5 99.1".split()
-    )
-    assert (
-        second.split() == "2026-01-02 02:04:05 gone 192.0.2.7 llama3.2:latest - - - answered 3+4 - reported - - - 99.1".split()
+        second.split()
+        == "2026-01-02 02:04:05 gone 192.0.2.7 llama3.2:latest - - - answered 3+4 - reported - - - - 0.2 - - 99.1".split()
     )
     assert head.index("CLIENT") == first.index("192.") == second.index("192.")
 
@@ -96,7 +99,7 @@ def test_json_and_csv_have_every_column(url: str, run_verb: RunVerb) -> None:
         "seconds_from": "reported",
         "loaded": True,
     }
-    seconds |= {"chosen_because": "home", "estimated_ms": 3.5}
+    seconds |= {"chosen_because": "home", "estimated_ms": 3.5, "queue_position": 2}
     written = row(ago(0.5), key_id="k1", attempts=attempts, cached_tokens=2, billed_tokens=6, **way, **seconds, **odd)
     write(url, [written])
     (found,) = lines(run_verb("audit", "--json"))
@@ -303,7 +306,7 @@ def test_aliases_have_both_names(url: str, run_verb: RunVerb) -> None:
     served = lines(run_verb("usage", "--json", "--by", "answered_as"))
     assert {one["answered_as"]: one["requests"] for one in served} == {"llama3.2:latest": 3, "gemma3:4b": 1, None: 1}
     assert "model" not in served[0]
-    shown = {tuple(line.split()[-12:-10]) for line in run_verb("audit").splitlines()[1:]}
+    shown = {tuple(line.split()[-16:-14]) for line in run_verb("audit").splitlines()[1:]}
     assert shown == {("mini", "llama3.2:latest"), ("MINI", "Llama3.2"), ("mini", "gemma3:4b"), ("llama3.2", "-"), ("x", "-")}
 
 

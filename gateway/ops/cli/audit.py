@@ -17,6 +17,16 @@ from gateway.settings import Settings
 STATEMENT_S = 600.0
 
 MOST_ROWS = 20
+# Why a backend was chosen, by `chosen_because`.
+BECAUSE = {
+    "order": "it was the first in order with a free slot",
+    "loaded": "it had the model loaded",
+    "home": "it had the conversation cached",
+    "load": "it loaded the model for this call",
+    "join": "it was loading the model already",
+    "tier": "it had the model loaded, and those of a higher tier did not",
+    "spill": "those of a higher tier would have taken much longer",
+}
 
 
 async def list_audit(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -52,6 +62,10 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "counted": row["tokens_from"],
         "backend_ms": _rounded(row["backend_ms"]),
         "load_ms": _rounded(row["load_ms"]) if row["loaded"] else None,
+        "because": row["chosen_because"] or None,
+        "place": row["queue_position"] or None,
+        "wait_ms": _rounded(row["queue_ms"]) or None,
+        "estimated_ms": _rounded(row["estimated_ms"]),
         "ttfb_ms": _rounded(row["ttfb_ms"]),
         "total_ms": _rounded(row["total_ms"]),
     }
@@ -112,12 +126,15 @@ def _story(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"  attempt  {attempt['backend']}: {attempt['fault']}{_detail(attempt)} after {attempt['ms']:.1f} ms"
     if row["backend"]:
         yield f"  backend  {row['backend']}, as {row['answered_as'] or row['model']}"
+    if row["chosen_because"]:
+        yield f"  chosen   {row['chosen_because']}: {BECAUSE.get(row['chosen_because'], 'a rule of another version')}"
     if row["translated_to"]:
         yield f"  way      translated to {row['translated_to']}"
     if row["dropped"]:
         yield f"  dropped  {console.cell(row['dropped'])}"
     if row["ttfb_ms"] is not None:
-        yield f"  ttfb     {row['ttfb_ms']:.1f} ms"
+        estimated = "" if row["estimated_ms"] is None else f", {row['estimated_ms']:.1f} ms were estimated"
+        yield f"  ttfb     {row['ttfb_ms']:.1f} ms{estimated}"
     tokens = f"{row['prompt_tokens']} prompt + {row['completion_tokens']} completion ({row['tokens_from']})"
     yield f"  tokens   {tokens}{_billed(row)}"
     if row["backend_ms"] is not None:
