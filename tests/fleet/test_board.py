@@ -89,6 +89,17 @@ def test_of_many_clients_and_users_that_were_there_once_only_the_last_are_rememb
     assert board.client.hexists("fleet:fair:m", "k0")
 
 
+def test_the_place_in_a_long_queue_is_that_of_the_fair_order(board: FleetBoard) -> None:
+    for number in range(40):
+        board.take(Ask(f"heavy{number}", (At("a"),), client="heavy"))
+    board.now += 1000
+    board.release("heavy0", 1000)
+    assert board.take(Ask("heavy40", (At("a"),), client="heavy"))[1] == 39
+    assert board.take(Ask("light", (At("a"),), client="light"))[1] == 1
+    board.release("heavy1", 1000)
+    assert set(board.granted) == {"heavy1", "light"}
+
+
 def test_what_a_process_has_ends_with_its_lease(board: FleetBoard) -> None:
     board.tick("p2")
     board.take(Ask("gone", (At("a"),), process="p2"))

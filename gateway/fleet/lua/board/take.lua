@@ -4,7 +4,8 @@
 -- conversation is remembered (0: not); when it arrived (0: now); its conversation; the beginning that it shares with others and
 -- its tokens; how many prefixes, then each with its tokens; then the candidates (see read_call).
 -- Answers {"go", backend, model, why, ms of its cost, tokens that are probably cached, ms until the first token, ms until the
--- scripts should run again}, {"wait", position, ms until the first token, ms until …, when it arrived} or {"full", ms until the first token}.
+-- scripts should run again}, {"wait", position, ms until the first token, ms until …, when it arrived} or {"full", ms until the
+-- first token}.
 local call = read_call(ARGV)
 lease(call.pid)
 
@@ -33,10 +34,18 @@ if call.patience <= 0 or not has_room(call, n, t, tonumber(ARGV[11]), tonumber(A
     local _, e = evaluate(call)
     return {'full', math.floor(math.min(NEVER, e.t + n * e.c.service_ms / slots_of(call)))}
 end
+-- Its place in a long queue, of which only the first calls are looked at.
+local function place_in_queue()
+    if redis.call('ZCARD', F .. 'line:' .. call.group .. ':' .. line_of(call)) > 1 then return n + 1 end
+    for i, one in ipairs(in_order(call.group, MOST_OF_GROUP)) do
+        if one.id == call.id then return i end
+    end
+    return n + 1
+end
+
 join_queue(call)
--- Of a long queue, only the first calls are looked at.
 local outcome = (n < MOST_OF_GROUP or has_free_slot(call)) and dispatch(call.group)[call.id]
 if outcome and outcome.granted then return go(outcome.e) end
-local position = outcome and outcome.position or n + 1
+local position = outcome and outcome.position or place_in_queue()
 local ms = outcome and outcome.ms or position * call.cands[1].service_ms / slots_of(call)
 return {'wait', position, math.floor(math.min(NEVER, ms)), until_wake(), call.arrived}
