@@ -123,7 +123,7 @@ async def opened(
         settler = await enter(settler_of(settings, limits, dialects, writer, CallCosts(costs.costs, lambda: discovery.catalog)))
         placing = await enter(placing_of(settings, store, connections, active, costs.costs, load))
         metrics, catalog = Metrics(metrics_folder), lambda: discovery.catalog
-        shown: list[Any] = [backends, catalog, store, database, costs.costs, load.known]
+        shown: list[Any] = [backends, catalog, store, database, costs.costs, load.known, placing.queue.board]
         gauges = await enter(Gauges(metrics, in_flight, limits, connections, settler, writer, *shown))
         await enter(active)
         await enter(control_of(store, discovery, backends, load))

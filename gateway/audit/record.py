@@ -67,6 +67,8 @@ class Record:
     chosen_because: str = ""
     estimated_s: float | None = None
     queue_position: int = 0
+    # How long it waited for a slot of a backend, which is a part of the time in all queues.
+    fleet_wait_s: float = 0.0
     # The backend that worked on the call last; when its slot was granted, and for how long it was held.
     slot_backend: str = ""
     slot_from: float | None = None

@@ -213,6 +213,7 @@ def _note_slot(run: FailoverRun, record: Record) -> None:
     """How the call came to the slot that it has had last."""
     if run.queued is not None:
         record.queue_position, record.estimated_s = run.queued.position, run.queued.estimated_s
+    record.fleet_wait_s = run.waited_s
     if record.admission is not None:
         record.admission.queue_s += run.waited_s
     if run.slot is not None:

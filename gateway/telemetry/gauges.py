@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Self
 
@@ -11,12 +12,14 @@ from gateway.audit.writer import AuditWriter
 from gateway.core.background import KeptTask
 from gateway.core.in_flight import InFlight
 from gateway.fleet.backends.backend import Backend
+from gateway.fleet.board import Board
+from gateway.fleet.board_state import BoardState, QueueState
 from gateway.fleet.catalog import Catalog
 from gateway.fleet.costs import Costs, Learned
 from gateway.fleet.residents import BackendLoad
 from gateway.limits.limiter import Limiter
 from gateway.stores.postgres import Database
-from gateway.stores.redis_client import RedisClient
+from gateway.stores.redis_client import RedisClient, RedisUnavailable
 from gateway.stores.redis_shards import ShardConnections
 from gateway.telemetry.metrics import Metrics
 
@@ -24,6 +27,7 @@ EVERY_S = 1.0
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
 # Pairs of a backend and a model whose slots are shown.
 MOST_SLOTS_SHOWN = 1000
+MOST_QUEUES_SHOWN = 100
 
 
 class Gauges:
@@ -43,11 +47,15 @@ class Gauges:
         database: Database,
         costs: Costs,
         loads: Mapping[str, BackendLoad],
+        board: Board,
     ) -> None:
         self._metrics, self._in_flight, self._limits, self._connections = metrics, in_flight, limits, connections
         self._settler, self._writer, self._backends, self._catalog = settler, writer, backends, catalog
         self._store, self._database = store, database
-        self._costs, self._loads = costs, loads
+        self._costs, self._loads, self._board = costs, loads, board
+        # What waits and what runs, of all processes; each with the values that are shown, by their labels.
+        self._shown_queues: dict[str, QueueState] = {}
+        self._shown_places: dict[tuple[str, str], int] = {}
         self._sampled_loads: dict[str, BackendLoad] = {}
         self._sampled_slots: tuple[Catalog | None, dict[tuple[str, str, str], int]] = (None, {})
         self._sampled_costs: tuple[int, set[Learned]] = (-1, set())
@@ -68,6 +76,8 @@ class Gauges:
             await asyncio.sleep(EVERY_S)
             self._metrics.lag.observe(max(0.0, time.monotonic() - due))
             self.sample()
+            with suppress(RedisUnavailable):
+                self._show_board(await self._board.state(with_estimates=False))
 
     def sample(self) -> None:
         metrics = self._metrics
@@ -136,6 +146,25 @@ class Gauges:
         for labels, number in rows.items():
             if known.get(labels) != number:
                 self._metrics.slots.labels(*labels).set(number)
+
+    def _show_board(self, state: BoardState) -> None:
+        """Only what has changed; 0 for what is gone."""
+        metrics = self._metrics
+        queues = {queue.model: queue for queue in state.queues[:MOST_QUEUES_SHOWN]}
+        gone = (QueueState(model, 0, 0, 0.0, None, None) for model in self._shown_queues.keys() - queues.keys())
+        for queue in (*queues.values(), *gone):
+            if self._shown_queues.get(queue.model) != queue:
+                metrics.queue_calls.labels(queue.model).set(queue.calls)
+                metrics.queue_tokens.labels(queue.model).set(queue.tokens)
+                metrics.queue_oldest.labels(queue.model).set(queue.oldest_s)
+        self._shown_queues = queues
+        places = {(place.backend, place.model): place.running for place in state.places[:MOST_SLOTS_SHOWN]}
+        for labels in self._shown_places.keys() - places.keys():
+            metrics.slots_in_use.labels(*labels).set(0)
+        for labels, number in places.items():
+            if self._shown_places.get(labels) != number:
+                metrics.slots_in_use.labels(*labels).set(number)
+        self._shown_places = places
 
     def _sample_stores(self) -> None:
         metrics = self._metrics

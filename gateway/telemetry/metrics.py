@@ -28,7 +28,16 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from gateway.audit.record import Record
-from gateway.core.errors import BudgetSpent, ConflictingKeys, LimitReached, MissingKey, TooManyFailures, WrongKey
+from gateway.core.errors import (
+    BudgetSpent,
+    ConflictingKeys,
+    LimitReached,
+    MissingKey,
+    QueueFull,
+    QueueTimeout,
+    TooManyFailures,
+    WrongKey,
+)
 from gateway.fleet.attempt import CANNOT
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -37,12 +46,17 @@ FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 LOCK, DEAD = "lock", "dead"
 OTHER = "other"
 ATTEMPTS, AGAIN_S = 5, 0.02
+# Shorter times are not those of a queue.
+SHORTEST_S = 1e-6
 # Parts of a second.
 FRACTION = 2**20
 LIMITED = frozenset(f"refused:{kind.code}" for kind in (LimitReached, BudgetSpent))
 UNKNOWN_CALLERS = frozenset(f"refused:{kind.code}" for kind in (MissingKey, WrongKey, ConflictingKeys, TooManyFailures))
+QUEUE_REFUSALS = {f"refused:{kind.code}": kind.code for kind in (QueueFull, QueueTimeout)}
+COUNTED_REFUSALS = LIMITED | UNKNOWN_CALLERS | QUEUE_REFUSALS.keys()
 # Seconds: whole answers of large models take minutes, the gateway adds milliseconds.
 LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
+ERRORS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2, 4, 8)
 SHORT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
 
@@ -66,10 +80,12 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._children: dict[tuple[str, str, str, str], Children] = {}
         self._uncounted_seconds: defaultdict[tuple[str, str, str], float] = defaultdict(float)
+        self._uncounted_choices: defaultdict[tuple[str, str], int] = defaultdict(int)
         self._collecting: asyncio.Lock = asyncio.Lock()
         self._declare_requests()
         self._declare_backends()
         self._declare_loads()
+        self._declare_fleet()
         self._declare_costs()
         self._declare_stores()
         self._declare_process()
@@ -107,9 +123,7 @@ class Metrics:
             "dialect",
             buckets=SHORT,
         )
-        self.queue = self._histogram(
-            "gateway_queue_wait_seconds", "Time spent waiting for a slot of the key or of a backend", buckets=LONG
-        )
+        self.queue = self._histogram("gateway_queue_wait_seconds", "Time spent waiting for a slot of the key", buckets=LONG)
         self.refused = self._counter("gateway_limit_refusals", "Requests refused by a limit", "limit")
         self.auth_failures = self._counter("gateway_auth_failures", "Requests with a wrong key, or with none")
         self.in_flight = self._gauge(
@@ -150,6 +164,34 @@ class Metrics:
         self.vram_seen = gauge("vram_seen_bytes", "The most VRAM that a backend was seen to use")
         self.loads_seen = gauge("loads_seen", "Loads of models that were seen, whoever caused them")
         self.evictions_seen = gauge("evictions_seen", "Models that were seen to go before their time")
+
+    def _declare_fleet(self) -> None:
+        def gauge(name: str, words: str, *labels: str) -> Gauge:
+            return self._gauge(name, words, *labels, of_all="livemostrecent")
+
+        self.queue_calls = gauge("gateway_fleet_queue_calls", "Calls that wait for a backend, of all processes", "model")
+        self.queue_tokens = gauge("gateway_fleet_queue_tokens", "Tokens of their prompts", "model")
+        self.queue_oldest = gauge("gateway_fleet_queue_oldest_seconds", "How long the first of them has waited", "model")
+        self.slots_in_use = gauge(
+            "gateway_backend_slots_in_use", "Slots of a backend that are in use, by all processes", "backend", "model"
+        )
+        self.fleet_wait = self._histogram(
+            "gateway_fleet_wait_seconds", "Time spent waiting for a slot of a backend, of calls that waited", buckets=LONG
+        )
+        self.choices = self._counter(
+            "gateway_fleet_choices", "Calls by the backend that was chosen last, and why", "backend", "because"
+        )
+        self.queue_refusals = self._counter(
+            "gateway_fleet_queue_refusals", "Calls refused by the queue: it was full, or took too long", "model", "reason"
+        )
+        self.estimate_error = self._histogram(
+            "gateway_fleet_estimate_error_ratio",
+            "By which part of it the estimated time to the first byte of a stream differed from the real one",
+            buckets=ERRORS,
+        )
+        self.estimated_seconds = self._counter(
+            "gateway_fleet_estimated_seconds", "The estimated and the real times of these streams, added up", "kind"
+        )
 
     def _declare_costs(self) -> None:
         by_model = "backend", "model"
@@ -210,14 +252,14 @@ class Metrics:
             children.first_byte.observe(record.first_byte_at - record.began)
             children.overhead.observe(record.overhead_s)
         if record.queue_ms:
-            self.queue.observe(record.queue_ms / 1000)
+            self._count_waits(record)
         if record.backend or record.attempts or record.backend_s:
             self._count_attempts(record)
             self._count_seconds(record, model)
-        if record.outcome in LIMITED:
-            self.refused.labels(record.detail or OTHER).inc()
-        elif record.outcome in UNKNOWN_CALLERS:
-            self.auth_failures.inc()
+        if record.estimated_s is not None:
+            self._count_estimate(record, record.estimated_s)
+        if record.outcome in COUNTED_REFUSALS:
+            self._count_refusal(record, model)
 
     def _remembered(self, labels: tuple[str, str, str, str]) -> Children:
         dialect, _, model, _ = labels
@@ -232,6 +274,32 @@ class Metrics:
         )
         return children
 
+    def _count_waits(self, record: Record) -> None:
+        of_key_s = record.queue_ms / 1000 - record.fleet_wait_s
+        if record.fleet_wait_s:
+            self.fleet_wait.observe(record.fleet_wait_s)
+        if of_key_s > SHORTEST_S:
+            self.queue.observe(of_key_s)
+
+    def _count_refusal(self, record: Record, model: str) -> None:
+        if record.outcome in LIMITED:
+            self.refused.labels(record.detail or OTHER).inc()
+        elif record.outcome in QUEUE_REFUSALS:
+            self.queue_refusals.labels(model, QUEUE_REFUSALS[record.outcome]).inc()
+        else:
+            self.auth_failures.inc()
+
+    def _count_estimate(self, record: Record, estimated_s: float) -> None:
+        """From when the call asked for a slot of a backend; only a stream begins with its first token."""
+        if not record.stream or record.first_byte_at is None:
+            return
+        of_key_s = record.queue_ms / 1000 - record.fleet_wait_s
+        real_s = record.first_byte_at - record.began - record.reading_s - of_key_s
+        if real_s > SHORTEST_S:
+            self.estimate_error.observe(abs(estimated_s - real_s) / real_s)
+            self.estimated_seconds.labels("estimated").inc(estimated_s)
+            self.estimated_seconds.labels("real").inc(real_s)
+
     def _count_attempts(self, record: Record) -> None:
         if record.backend:
             self.attempts.labels(record.backend).inc()
@@ -243,6 +311,8 @@ class Metrics:
     def _count_seconds(self, record: Record, model: str) -> None:
         """The parts of all backends add up to what the audit has of the request."""
         usage, backend, seconds = record.usage, record.slot_backend, self._uncounted_seconds
+        if record.chosen_because:
+            self._uncounted_choices[backend, record.chosen_because] += 1
         if record.seconds_from == "reported":
             seconds[backend, model, "load"] += usage.load_s or 0.0
             seconds[backend, model, "prefill"] += usage.prefill_s or 0.0
@@ -259,6 +329,9 @@ class Metrics:
                 # Sums of such fractions are exact in any order: a counter must not shrink when files are merged.
                 self.seconds.labels(*labels).inc(round(seconds * FRACTION) / FRACTION)
         self._uncounted_seconds.clear()
+        for labels_of_choice, count in self._uncounted_choices.items():
+            self.choices.labels(*labels_of_choice).inc(count)
+        self._uncounted_choices.clear()
 
     async def exposition(self) -> bytes:
         """The text for Prometheus, of all workers; made in a thread, because adding up many files takes time."""

@@ -169,6 +169,45 @@ def test_what_is_loaded_and_the_slots_are_shown(start_gateway: StartGateway, alp
     assert total(found, "gateway_backend_slots", backend="alpha", model="llama3.2:latest") == 0
 
 
+def test_queues_slots_choices_and_estimates_are_shown(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    gateway = start_gateway(entry_of(alpha, slots=1), METRICS_TOKEN=TOKEN, QUEUE_SIZE="2")
+    key = gateway.key(concurrent=10)
+    alpha.healthy.pause_s = 0.45
+    stream = {**CHAT, "stream": True}
+
+    def ask() -> None:
+        with gateway.http(key) as client:
+            client.post("/api/chat", json=stream)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads[0].start()
+    until(lambda: alpha.in_flight == 1, 5)
+    for number, thread in enumerate(threads[1:], 1):
+        thread.start()
+        until(lambda: gateway.components.placing.queue.length == number, 5)  # noqa: B023
+    with gateway.http(key) as client:
+        assert client.post("/api/chat", json=CHAT).json()["error"].startswith("As many requests wait")
+    until(lambda: total(scraped(gateway.url), "gateway_fleet_queue_calls", model=MODEL) == 2, 5)
+    busy = scraped(gateway.url)
+    assert total(busy, "gateway_backend_slots_in_use", backend="alpha", model=MODEL) == 1
+    assert total(busy, "gateway_fleet_queue_tokens", model=MODEL) > 1
+    assert total(busy, "gateway_fleet_queue_oldest_seconds", model=MODEL) > 0
+    alpha.healthy.pause_s = 0.0
+    for thread in threads:
+        thread.join(20)
+    found = fresh(gateway)
+    for name in ("gateway_fleet_queue_calls", "gateway_fleet_queue_oldest_seconds", "gateway_backend_slots_in_use"):
+        assert {value for (name_found, _), value in found.items() if name_found == name} == {0}, name
+    assert total(found, "gateway_fleet_queue_refusals_total", model=MODEL, reason="queue_full") == 1
+    assert total(found, "gateway_fleet_choices_total", backend="alpha", because="order") == 3
+    assert total(found, "gateway_fleet_wait_seconds_count") == 2 and total(found, "gateway_queue_wait_seconds_count") == 0
+    assert total(found, "gateway_fleet_estimate_error_ratio_count") == 3
+    rows = [row for row in gateway.audit_rows() if row["status"] == 200]
+    for kind, column in (("estimated", "estimated_ms"), ("real", "ttfb_ms")):
+        sum_s = sum(row[column] for row in rows) / 1000
+        assert total(found, "gateway_fleet_estimated_seconds_total", kind=kind) == pytest.approx(sum_s, abs=0.05)
+
+
 @pytest.mark.parametrize("header", ["", "Bearer wrong", f"Bearer {TOKEN}x"])
 def test_other_callers_get_404(start_gateway: StartGateway, alpha: FakeBackend, header: str) -> None:
     gateway = start_gateway(alpha, METRICS_TOKEN=TOKEN)
