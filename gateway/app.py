@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from gateway import endpoints
-from gateway.components import Components, opened
+from gateway.components import Components, chooses_nothing, opened
 from gateway.core.background import KeptTask
 from gateway.core.errors import StoreUnavailable
 from gateway.dialects import registry
@@ -46,6 +46,10 @@ def log_settings_in_force(settings: Settings, components: Components) -> None:
         LOG.info("backend %s: %s at %s, %s", backend.name, backend.kind, backend.base_url, opened)
     models = components.discovery.catalog.size
     LOG.info("models: %d known, refreshed every %g s", models, settings.model_discovery_refresh_s)
+    queue = f"{settings.queue_size} of them for a model, each for {settings.queue_wait_s:g} s"
+    LOG.info("routing: %s; calls that find no slot wait, at most %s", settings.routing, queue)
+    if chooses_nothing(settings):
+        LOG.warning('ROUTING=fast chooses nothing: each backend is a tier of its own; give equals the same "tier"')
     LOG.info("keys: argon2id, cached for %g s", settings.redis_key_cache_ttl_s)
     own = f"{settings.default_rpm} requests and {settings.default_tpm} tokens a minute, {settings.default_concurrent} at once"
     LOG.info("default limits of a key: %s; without Redis: %s", own, settings.limits_without_redis)

@@ -253,6 +253,11 @@ def has_equals(backends: Iterable[BackendConfig]) -> bool:
     return len(set(tiers)) < len(tiers)
 
 
+def chooses_nothing(settings: Settings) -> bool:
+    """`fast` chooses among the backends of a tier."""
+    return settings.routing == "fast" and len(settings.backends) > 1 and not has_equals(settings.backends)
+
+
 async def salt_of(store: RedisClient) -> bytes:
     """The secret that makes the names of conversations meaningless outside of this installation."""
     own = secrets.token_bytes(16)

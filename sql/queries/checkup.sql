@@ -14,3 +14,11 @@ SELECT current_setting('server_version') AS version, current_setting('server_ver
 SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint
 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = to_regclass('audit');
+
+-- name: count_waits
+-- Calls of the last day by backend and model, and how many of them had to wait for a slot.
+SELECT backend, canonical_model(answered_as) AS model, sum(calls)::bigint AS calls, sum(waited)::bigint AS waited
+FROM (SELECT backend, answered_as, count(*) AS calls, count(queue_position) AS waited
+      FROM audit WHERE at >= now() - interval '1 day' AND backend <> '' AND answered_as <> ''
+      GROUP BY backend, answered_as) AS spelled
+GROUP BY 1, 2;

@@ -26,6 +26,7 @@ from gateway.settings import LOCAL_RUN, Settings
 from gateway.stores.redis_keys import BY_SHARD
 from tests.conftest import TestStores
 from tests.support import fork_server
+from tests.support.audit_rows import ago, row, write
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import answer
 from tests.support.gateway_settings import entry_of, environment_for, settings_for
@@ -452,6 +453,38 @@ def test_slots_that_ollama_does_not_use(examine: Examine, alpha: FakeBackend, be
     assert matches(found["slots of alpha"], "warning", "one call at a time with qwen3-vl:8b", '"slots": 1')
     assert "slots of beta" not in found
     assert "slots of alpha" not in examine(alpha, OLLAMA_SLOTS="0")
+
+
+def test_slots_that_ollama_may_have_while_calls_wait(
+    examine: Examine, stores: TestStores, alpha: FakeBackend, beta: FakeBackend
+) -> None:
+    of_alpha = [row(ago(0.1), answered_as="Llama3.2", queue_position=number % 2) for number in range(30)]
+    of_beta = [row(ago(0.1), backend="beta", queue_position=3) for _ in range(30)]
+    yesterday = [row(ago(1.1), backend="beta", queue_position=3) for _ in range(30)]
+    write(stores.database_url, of_alpha + yesterday)
+    found = examine(alpha, beta, OLLAMA_SLOTS="0")
+    words = "15 of 30 calls of the last day waited for a slot of llama3.2:latest, taken to have one"
+    assert matches(found["waits for alpha"], "warning", words, "OLLAMA_NUM_PARALLEL") and "waits for beta" not in found
+    write(stores.database_url, of_beta)
+    found = examine(entry_of(alpha, slots=1), beta, OLLAMA_SLOTS="0")
+    assert "waits for beta" in found and "waits for alpha" not in found, "that number is the operator's"
+    assert "waits for alpha" not in examine(alpha, beta, OLLAMA_SLOTS="4")
+
+
+@pytest.mark.parametrize(
+    ("routing", "tiers", "state", "words"),
+    [
+        ("order", (1, 2), "ok", "order; 2 tiers of 2 backends"),
+        ("warm", (1, 2), "ok", "warm; 2 tiers of 2 backends"),
+        ("fast", (1, 1), "ok", "fast; 1 tier of 2 backends"),
+        ("fast", (1,), "ok", "fast; 1 tier of 1 backends"),
+        ("fast", (1, 2), "warning", "there is nothing to choose"),
+    ],
+)
+def test_a_rule_that_has_nothing_to_choose(routing: str, tiers: tuple[int, ...], state: str, words: str) -> None:
+    entries = [{"name": f"b{n}", "base_url": f"http://h{n}", "tier": tier} for n, tier in enumerate(tiers)]
+    found = doctor_settings.routing(settings_for(*entries, ROUTING=routing))
+    assert matches(found, state, words, '"tier"' if state == "warning" else "")
 
 
 def test_copies_that_differ(examine: Examine, alpha: FakeBackend, beta: FakeBackend) -> None:

@@ -17,11 +17,11 @@ import openai
 import pytest
 
 from gateway.ops.cli import installation
-from tests.conftest import TestStores
+from tests.conftest import StartGateway, TestStores
 from tests.support.chat_requests import CHATS, MESSAGES
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Hold
-from tests.support.gateway_settings import environment_for
+from tests.support.gateway_settings import entry_of, environment_for
 from tests.support.processes import answers, descendants, environment, free_port, is_alive, operate, serving, until
 
 
@@ -312,3 +312,14 @@ def test_two_local_runs_in_two_folders_run_side_by_side(home: Path, alpha: FakeB
     names = {"OLLAMA_BASE_URL": alpha.url}
     with serving(home / "one", names, "run") as (_, first, _), serving(home / "two", names, "run") as (_, second, _):
         assert answers(f"{first}/readyz") and answers(f"{second}/readyz")
+
+
+def test_a_rule_that_has_nothing_to_choose_is_logged_at_the_start(
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
+) -> None:
+    for tiers, expected in (((1, 2), True), ((1, 1), False)):
+        entries = [entry_of(backend, tier=tier) for backend, tier in zip((alpha, beta), tiers, strict=True)]
+        gateway = start_gateway(*entries, ROUTING="fast", QUEUE_SIZE="7")
+        lines = [record.getMessage() for record in gateway.logged.records if record.name == "gateway"]
+        assert "routing: fast; calls that find no slot wait, at most 7 of them for a model, each for 300 s" in lines
+        assert any("ROUTING=fast chooses nothing" in line for line in lines) == expected

@@ -1,7 +1,8 @@
-"""The models of all backends: aliases that lead nowhere, slots that a backend does not have, copies that differ."""
+"""The models of all backends: aliases that lead nowhere, slots that a backend does not have or may have, copies that differ."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from gateway.dialects.model_names import canonical
 from gateway.fleet.backends.config import BackendConfig
@@ -15,7 +16,10 @@ DIGESTS_ADVICE = {
     "warn": "pull it again on all backends, or set DIGEST_PARITY=distinct to use only those that equal the first",
     "distinct": "pull it again on all backends: only those that equal the first are used",
 }
+MORE_SLOTS_ADVICE = 'set "slots" of its entry in OLLAMA_BACKENDS, or OLLAMA_SLOTS, to the OLLAMA_NUM_PARALLEL of that Ollama'
 MOST_NAMES = 5
+# Calls of the last day that make it worth a word: how many, and which part of them waited.
+MANY_CALLS, MANY_WAITED = 20, 0.05
 
 
 def aliases(catalog: Catalog) -> list[Finding]:
@@ -42,6 +46,23 @@ def slots(catalog: Catalog, configs: Sequence[BackendConfig]) -> list[Finding]:
             words = f"Ollama answers one call at a time with {_some(names)}, but more slots are configured"
             found.append(warning(f"slots of {snapshot.backend}", words, SLOTS_ADVICE))
     return found
+
+
+def waits(catalog: Catalog, rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
+    """Backends that count as having one slot because nobody says otherwise, for which calls often wait."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        offer = catalog.offer(row["backend"], row["model"])
+        is_guessed = offer is not None and offer.slots == 1 and offer.slots_source == "default"
+        if is_guessed and row["calls"] >= MANY_CALLS and row["waited"] >= MANY_WAITED * row["calls"]:
+            found.setdefault(row["backend"], []).append(row)
+    return [warning(f"waits for {backend}", _waits_in_words(rows), MORE_SLOTS_ADVICE) for backend, rows in found.items()]
+
+
+def _waits_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    waited, calls = (sum(row[name] for row in rows) for name in ("waited", "calls"))
+    names = _some(row["model"] for row in rows)
+    return f"{waited} of {calls} calls of the last day waited for a slot of {names}, taken to have one"
 
 
 def digests(catalog: Catalog, parity: str) -> list[Finding]:

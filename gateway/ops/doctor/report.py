@@ -3,14 +3,14 @@
 import argparse
 import asyncio
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Thread
 from typing import Any
 
 from gateway.components import backends_of
-from gateway.core.errors import CommandFailed
+from gateway.core.errors import CommandFailed, StoreUnavailable
 from gateway.fleet import control, discovery, probe
 from gateway.fleet.backends.backend import Backend
 from gateway.ops.cli import console, installation, serve
@@ -19,6 +19,7 @@ from gateway.ops.doctor import models, postgres, redis
 from gateway.ops.doctor import settings as doctor_settings
 from gateway.ops.doctor.finding import GROUP_DEADLINE_S, Finding, guarded, ok, problem, warning
 from gateway.settings import Settings
+from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient
 
 OLDEST_PYTHON = (3, 11)
@@ -132,7 +133,18 @@ async def _catalog(settings: Settings) -> list[Finding]:
         # Running gateways with different backends: another check reports that.
         return []
     of_aliases = models.aliases(catalog) if settings.model_aliases else []
-    return [*of_aliases, *models.slots(catalog, configs), *models.digests(catalog, settings.digest_parity)]
+    of_slots = [*models.slots(catalog, configs), *models.waits(catalog, await _waits(settings))]
+    return [*of_aliases, *of_slots, *models.digests(catalog, settings.digest_parity)]
+
+
+async def _waits(settings: Settings) -> Sequence[Mapping[str, Any]]:
+    """None are known without PostgreSQL, or with a schema of before, which other checks report."""
+    if not settings.database_url:
+        return []
+    with suppress(StoreUnavailable):
+        async with Database(settings.database_url, size=1) as database:
+            return [dict(row) for row in await database.rows("count_waits")]
+    return []
 
 
 async def _guarded_backend(backend: Backend) -> list[Finding]:

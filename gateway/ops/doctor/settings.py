@@ -10,12 +10,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gateway import settings as reading
+from gateway.components import chooses_nothing
 from gateway.core.errors import SettingsError
 from gateway.fleet.backends.config import BackendConfig
 from gateway.ops.doctor.finding import Finding, ok, problem, warning
 from gateway.settings import Settings
 
 RESOLVE_S = 3.0
+TIERS_ADVICE = 'give backends that are equals the same "tier" in OLLAMA_BACKENDS'
 OTHERS = 0o077
 
 
@@ -26,6 +28,7 @@ async def examine(settings: Settings, env_file: Path) -> list[Finding]:
         await listening(settings),
         workers(settings),
         discovery(settings),
+        routing(settings),
         *await asyncio.gather(*(transport(backend) for backend in settings.backends)),
     ]
 
@@ -115,6 +118,14 @@ def workers(settings: Settings) -> Finding:
     if wanted > cores:
         return warning("workers", found, f"set GATEWAY_WORKERS to {cores} or less: more workers only share the same cores")
     return ok("workers", found)
+
+
+def routing(settings: Settings) -> Finding:
+    tiers = len({backend.tier for backend in settings.backends})
+    found = f"{settings.routing}; {tiers} {'tier' if tiers == 1 else 'tiers'} of {len(settings.backends)} backends"
+    if chooses_nothing(settings):
+        return warning("routing", f"{found}: each is a tier of its own, so there is nothing to choose", TIERS_ADVICE)
+    return ok("routing", found)
 
 
 def discovery(settings: Settings) -> Finding:
