@@ -59,6 +59,8 @@ class Admission:
     seconds_ms: int = 0
     # It waits for a backend and has given up its slot.
     is_paused: bool = False
+    # It asks for its slot again.
+    is_resuming: bool = False
 
 
 class WindowUsage(NamedTuple):

@@ -47,10 +47,13 @@ class KeySlot:
         if not admission.is_paused:
             return True
         limits = [counter_set.concurrent for counter_set in admission.counter_sets]
+        admission.is_resuming = True
         try:
             has_slot = bool(await self._run("resume", [admission.id, LEASE_MS, *limits]))
         except RedisUnavailable:
             has_slot = self._local.has_slot(admission.counter_sets, self._share())
+        finally:
+            admission.is_resuming = False
         if has_slot:
             admission.is_paused = False
             self._local.enter(admission.counter_sets)

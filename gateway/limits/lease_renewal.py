@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gateway.core.background import KeptTask
 from gateway.limits.admission import Admission
@@ -51,21 +51,25 @@ class LeaseRenewal:
             await asyncio.sleep(TICK_S)
 
     async def renew(self) -> None:
-        of_shards: dict[int, list[tuple[str, bytes]]] = {}
+        of_shards: dict[int, list[tuple[Admission, bytes]]] = {}
         for admission in list(self.admitted.values()):
             shard = redis_keys.shard_of(admission.counter_sets[0].name)
-            slots = [(admission.id, redis_keys.slots(counter_set.name)) for counter_set in admission.counter_sets]
+            slots = [(admission, redis_keys.slots(counter_set.name)) for counter_set in admission.counter_sets]
             of_shards.setdefault(shard, []).extend(slots)
         for shard, slots in of_shards.items():
             with suppress(RedisUnavailable):
                 await self._renew_in(shard, slots)
 
-    async def _renew_in(self, shard: int, slots: Sequence[tuple[str, bytes]]) -> None:
+    async def _renew_in(self, shard: int, slots: Sequence[tuple[Admission, bytes]]) -> None:
         for start in range(0, len(slots), RENEWED_AT_ONCE):
-            # A call that has ended since must not get its lease back.
-            some = [(call, slot) for call, slot in slots[start : start + RENEWED_AT_ONCE] if call in self.admitted]
-            keys = [redis_keys.BY_SHARD[shard].leases, *(slot for _, slot in some)]
-            await self._connections.for_shard(shard).run("renew", keys, [LEASE_MS, *(call for call, _ in some)])
+            keys: list[Any] = [redis_keys.BY_SHARD[shard].leases]
+            values: list[Any] = [LEASE_MS]
+            for call, slot in slots[start : start + RENEWED_AT_ONCE]:
+                # One that has ended since must not get its lease back, nor one that asks for its slot be without it.
+                if call.id in self.admitted and not call.is_resuming:
+                    keys.append(slot)
+                    values += [call.id, int(call.is_paused)]
+            await self._connections.for_shard(shard).run("renew", keys, values)
 
     async def expired(self, since_ms: int, most: int) -> list[ExpiredCall]:
         """Calls whose lease ended `since_ms` ago, at most `most` of each shard. Raises RedisUnavailable."""
