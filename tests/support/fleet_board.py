@@ -132,7 +132,11 @@ class FleetBoard:
         return found.decode() if found else ""
 
     def names(self) -> set[str]:
-        """What is left, without what is remembered of backends, conversations and virtual times."""
-        found: Any = self.client.keys(f"{PREFIX}:*")
-        kept = ("box", "fair", "idle", "recent", "kept", "shared", "firsts", "processes")
-        return {name for name in (each.decode().removeprefix(f"{PREFIX}:") for each in found) if name.split(":")[0] not in kept}
+        return left(self.client, PREFIX)
+
+
+def left(client: "redis.Redis", prefix: str) -> set[str]:
+    """What a board has of calls, without what is remembered of backends, conversations and virtual times."""
+    found: Any = client.keys(f"{prefix}:*")
+    kept = ("box", "fair", "idle", "recent", "kept", "shared", "firsts", "processes", "turn", "costs", "salt")
+    return {name for name in (each.decode().removeprefix(f"{prefix}:") for each in found) if name.split(":")[0] not in kept}
