@@ -44,6 +44,8 @@ SMALL_REQUEST = 16_384
 NOT_ASKED = NOT_SENT | {NO_ROUTE}
 # Faults of backends that do not work on the call: they were not asked, or have answered.
 IDLE = NOT_ASKED | {"busy", "model_gone", "token_refused", "bad_status", "disconnected"}
+# Faults after which a backend may have lost what it had loaded.
+BROKEN = frozenset({"unreachable", "disconnected", "cut_short", "broken_off", "not_http"})
 # Faults that a wrong request may also cause, if the backend reports them in unknown words.
 DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 
@@ -216,6 +218,8 @@ class FailoverRun:
         self.was_sent, self.slot_from = False, None
         self.attempts.append(Attempt(backend.name, fault.reason, took_s * 1000, fault.detail))
         self.detail = str(fault)
+        if fault.reason in BROKEN:
+            self._failover.placing.queue.look(backend.name)
         if fault.reason in DOUBTFUL:
             self._doubtful.append(backend)
 

@@ -145,7 +145,7 @@ class Load:
             await self._store(backend, listed, sent_ms, sent)
             self._fresh_until[name] = time.monotonic() + self._fresh_s
         except BackendFault as fault:
-            await self._note_fault(backend, str(fault), sent_ms)
+            await self._note_fault(backend, str(fault), sent_ms, is_gone=fault.reason == "unreachable")
         except TimeoutError:
             # While it loads a model, an Ollama of a newer version does not answer.
             await self._note_fault(backend, "" if self._load_of(backend).loading else "poll_timeout", sent_ms)
@@ -180,15 +180,18 @@ class Load:
         else:
             self._take(backend.name, box)
 
-    async def _note_fault(self, backend: Backend, error: str, sent_ms: int) -> None:
-        """Until it is asked again, later than others, it counts as having what it had."""
+    async def _note_fault(self, backend: Backend, error: str, sent_ms: int, *, is_gone: bool = False) -> None:
+        """Until it is asked again, later than others, it counts as having what it had; as having nothing if it `is_gone`."""
         if 0 < sent_ms < self._load_of(backend).at * 1000:
             # A question that was sent later has been answered.
             return
         self._silent_until[backend.name] = time.monotonic() + self._silent_s
         self._entries.pop(backend.name, None)
-        self.known[backend.name] = replace(self._load_of(backend), error=error)
+        known = self._load_of(backend)
+        self.known[backend.name] = replace(known, error=error, residents=() if is_gone else known.residents)
         with suppress(RedisUnavailable):
+            if is_gone:
+                await self._home().run("forget_residents", [redis_keys.fleet_box(backend.name)], [sent_ms])
             await self._home().send("SET", self._turn(backend), b"", "PX", int(self._silent_s * 1000))
             await self._home().send("HSET", redis_keys.fleet_box(backend.name), "error", error)
 

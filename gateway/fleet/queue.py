@@ -52,7 +52,7 @@ class FleetQueue:
         self._lease = BoardLease(lambda: (*self._waiting, *self._asked), lambda: list(self._running.values()))
         self.local = LocalSlots(routing, share_of, is_resident)
         # Asks a backend what it has loaded; done repeatedly for those on which calls of this process wait for a load.
-        self._look = look
+        self.look = look
         self._loading: dict[str, str] = {}
         # By their names on the board.
         self._running: dict[str, Slot] = {}
@@ -342,7 +342,7 @@ class FleetQueue:
     def _loaded(self, slot: Slot, size: int) -> None:
         self.board.loaded(slot.backend, slot.model, size)
         self._loading.pop(slot.call, None)
-        self._look(slot.backend)
+        self.look(slot.backend)
 
     def _doubt(self) -> None:
         self._lease.doubt()
@@ -367,7 +367,7 @@ class FleetQueue:
                     await self._wake.wait()
             self._wake.clear()
             for backend in set(self._loading.values()):
-                self._look(backend)
+                self.look(backend)
             if loop.time() >= min(next_tick, self._wake_at or next_tick):
                 self._wake_at, next_tick = 0.0, loop.time() + TICK_S
                 await self._tick()

@@ -154,6 +154,19 @@ def test_hostile_answers_change_nothing(start_gateway: StartGateway, alpha: Fake
         assert client.get("/api/tags").status_code == 200
 
 
+def test_a_backend_that_refuses_connections_has_nothing_loaded(start_gateway: StartGateway, alpha: FakeBackend) -> None:
+    gateways = [start_gateway(alpha, **SELDOM) for _ in range(2)]
+    until(lambda: residents(gateways[0]) == ["llama3.2:latest"], 5)
+    alpha.stop()
+    with gateways[0].http(gateways[0].key()) as client:
+        assert client.post("/api/chat", json={"model": "llama3.2", "messages": []}).status_code == 503
+    until(lambda: load_of(gateways[0]).error and not residents(gateways[0]), 5)
+    alpha.start()
+    look_soon(gateways[1])
+    until(lambda: residents(gateways[1]) == ["llama3.2:latest"], 5)
+    assert load_of(gateways[1]).evictions == 0
+
+
 def test_times_are_by_the_clock_of_the_backend(start_gateway: StartGateway, alpha: FakeBackend) -> None:
     def an_hour_behind(request: Received) -> Steps:
         its_now = datetime.now(UTC) - timedelta(hours=1)

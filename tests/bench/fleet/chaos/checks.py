@@ -1,6 +1,5 @@
 """What must hold whatever was killed, and what did not."""
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -169,6 +168,5 @@ def of_end(fleet: Fleet, findings: Findings) -> None:
 def _empty(found: Callable[[], Any], seconds: float) -> Any:
     until = time.time() + seconds
     while (left := found()) and time.time() < until:
-        print(f"{time.time():.2f}", left, file=sys.stderr)
         time.sleep(1)
     return left

@@ -165,7 +165,8 @@ class Fleet:
         """What is left in Redis of calls that should have ended."""
         with self.redis() as client:
             found = fleet_board.left(client, redis_keys.FLEET)
-            found |= {name.decode() for kind in "cvq" for name in client.scan_iter(f"nz:*:{kind}:*")}
+            of_keys = {name.decode(): held(client, name) for kind in "cvq" for name in client.scan_iter(f"nz:*:{kind}:*")}
+            found |= {f"{name} {value}" for name, value in of_keys.items() if value}
             found |= {shard.calls.decode() for shard in redis_keys.BY_SHARD if client.hlen(shard.calls)}
             found |= {shard.leases.decode() for shard in redis_keys.BY_SHARD if client.zcard(shard.leases)}
             return found | {shard.rows.decode() for shard in redis_keys.BY_SHARD if client.xlen(shard.rows)}
@@ -191,6 +192,13 @@ class Fleet:
                 await connection.close()
 
         return asyncio.run(read())
+
+
+def held(client: "redis.Redis", name: bytes) -> Any:
+    """What Redis has of a key's slots and reserve; of its queue, who is in it still."""
+    if b":v:" in name:
+        return client.get(name)
+    return client.zrangebyscore(name, time.time() * 1000 if b":q:" in name else "-inf", "+inf", withscores=True)
 
 
 @contextmanager

@@ -60,7 +60,8 @@ class Kills:
             stores.redis.process.kill()
             stores.redis.process.wait()
             await asyncio.sleep(seconds / 2)
-            await asyncio.to_thread(stores.start, stores.redis)
+            # Not in a thread: it is killed with the thread that started it.
+            stores.start(stores.redis)
         else:
             with stores.frozen(stores.redis):
                 await asyncio.sleep(seconds)
