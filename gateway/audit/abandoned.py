@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from gateway.core import strict_json
-from gateway.limits.admission import Admission, Settlement
+from gateway.limits.admission import RESERVE_UNKNOWN, Admission, Settlement
 from gateway.limits.limiter import Limiter
 from gateway.limits.quota import CounterSet
 
 LOG = logging.getLogger("gateway.audit")
+# What a call that waits for a slot of its key has in the place of the tokens that it has reserved.
+QUEUED = b"queued"
 # The fields of a row that are known only when a request ends.
 UNFINISHED_FIELDS = {
     "answered_as": "",
@@ -54,13 +56,14 @@ def call_info(counter_sets: Sequence[CounterSet], model: str, prompt: int, row: 
 
 
 def settlement_of(call_id: str, info: bytes) -> Settlement:
-    """`info` is preceded by the tokens that were reserved. Raises ValueError, KeyError or TypeError."""
+    """`info` is preceded by the tokens that were reserved, or by QUEUED. Raises ValueError, KeyError or TypeError."""
     reserved, _, text = info.partition(b" ")
+    was_queued = reserved == QUEUED
     fields = strict_json.read_loosely(text)
     scopes = fields["scopes"]
     of_seconds = fields.get("of_seconds") or [()] * len(scopes)
     counter_sets = tuple(_counter_set(*scope, *more) for scope, more in zip(scopes, of_seconds, strict=True))
-    used = max(0, fields["prompt"])
+    used = 0 if was_queued else max(0, fields["prompt"])
     row = {
         **UNFINISHED_FIELDS,
         **fields["row"],
@@ -68,7 +71,7 @@ def settlement_of(call_id: str, info: bytes) -> Settlement:
         "prompt_tokens": used,
         "tokens_from": "partial" if used else "none",
     }
-    names = (call_id, counter_sets, fields["model"], True, "abandoned", int(reserved))
+    names = (call_id, counter_sets, fields["model"], True, "abandoned", RESERVE_UNKNOWN if was_queued else int(reserved))
     admission = Admission(*names, seconds_ms=int(fields.get("seconds_ms", 0)))
     return Settlement(admission, used, -1, strict_json.write(row), id=call_id, key_id=counter_sets[0].name)
 

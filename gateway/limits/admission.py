@@ -10,6 +10,8 @@ from gateway.limits.quota import CounterSet
 
 BUDGETS = ("day", "month", "day_seconds", "month_seconds")
 Header = tuple[bytes, bytes]
+# What was reserved is known to Redis only; the settlement reads it there.
+RESERVE_UNKNOWN = -1
 # Client libraries obey a retry-after of up to a minute, the AI SDK of less; after a longer one they try again at once.
 LONGEST_WAIT_OF_CLIENTS_S = 59.9
 # The window of a minute counts by seconds: what is used now is free after 61, and one is added for rounding.

@@ -11,12 +11,10 @@ from gateway.auth.authenticator import Authenticator
 from gateway.auth.key import ADMIN, Key
 from gateway.core.errors import GatewayError, LimitReached, LimitsUnavailable, NotPermitted, StoreUnavailable
 from gateway.dialects.tokens import NO_TOKENS, Need
-from gateway.limits.admission import Admission, Ticket
+from gateway.limits.admission import RESERVE_UNKNOWN, Admission, Ticket
 from gateway.limits.limiter import Limiter
 from gateway.limits.quota import Quota
 
-# What was reserved is known to Redis only; the settlement reads it there.
-RESERVE_UNKNOWN = -1
 READS = frozenset({"GET", "HEAD"})
 NO_DEFAULTS = Quota()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from gateway.audit import abandoned
 from gateway.stores import redis_keys
 from tests.conftest import StartGateway, TestStores
 from tests.limits.test_limiter import ask
@@ -202,3 +203,67 @@ def test_a_freed_slot_is_announced_while_a_call_waits(
             thread.join()
         messages = [message["data"] for _ in range(20) if (message := channel.get_message(timeout=0.05))]
     assert messages == [redis_keys.queue(key.split("_")[1])]
+
+
+def test_the_audit_has_a_call_whose_process_died_while_it_waited(
+    start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event]
+) -> None:
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="30")
+    key = gateway.key(concurrent=1, tpm=100_000)
+    done: list[tuple[str, int]] = []
+    threads = [occupy(gateway, key, done, "runs", hold)]
+    threads.append(ask_in_background(gateway, key, done, "waits"))
+    wait_for_queue_of(gateway, 1)
+    # As if the lease of both calls had ended.
+    assert gateway.call(abandoned.settle_expired(gateway.components.limits, -30_000, 10)) == 2
+    until(lambda: len(abandoned_rows(gateway)) == 2)
+    assert abandoned_rows(gateway) == {"runs": True, "waits": False}
+    hold[0].set()
+    until(lambda: len(hold) == 2)
+    hold[1].set()
+    for thread in threads:
+        thread.join()
+
+
+def abandoned_rows(gateway: RunningGateway) -> dict[str, bool]:
+    """By request, whether its prompt counts."""
+
+    async def read() -> dict[str, bool]:
+        async with gateway.components.database.connection() as connection:
+            found = await connection.fetch("SELECT request_id, prompt_tokens FROM audit WHERE outcome = 'abandoned'")
+            return {row["request_id"]: row["prompt_tokens"] > 0 for row in found}
+
+    return gateway.call(read())
+
+
+def test_nothing_is_left_of_calls_that_have_waited(
+    start_gateway: StartGateway, alpha: FakeBackend, hold: list[threading.Event], stores: TestStores
+) -> None:
+    gateway = start_gateway(alpha, MAX_QUEUE_WAIT_S="1")
+    key = gateway.key(concurrent=1, day_seconds=100)
+    done: list[tuple[str, int]] = []
+    threads = [occupy(gateway, key, done, "runs", hold)]
+    impatient = send(gateway, key, CHATS[0])
+    wait_for_queue_of(gateway, 1)
+    impatient.close()
+    wait_for_queue_of(gateway, 0)
+    threads.append(ask_in_background(gateway, key, done, "too late"))
+    until(lambda: done == [("too late", 429)])
+    threads.append(ask_in_background(gateway, key, done, "in time"))
+    wait_for_queue_of(gateway, 1)
+    hold[0].set()
+    until(lambda: len(hold) == 2)
+    hold[1].set()
+    for thread in threads:
+        thread.join()
+    assert sorted(row["outcome"] for row in gateway.audit_rows()) == [
+        "answered",
+        "answered",
+        "client_gone",
+        "refused:rate_limit_exceeded",
+    ]
+    with stores.client() as redis:
+        of_shards = [(redis.hlen(shard.calls), redis.zcard(shard.leases)) for shard in redis_keys.BY_SHARD]
+        assert set(of_shards) == {(0, 0)} and not list(redis.scan_iter("nz:*:[qvc]:*"))
+        (seconds,) = list(redis.scan_iter("nz:*:s:*"))
+        assert int(redis.hget(seconds, "r") or 0) == 0

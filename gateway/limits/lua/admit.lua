@@ -220,7 +220,12 @@ if answer[1] == 'refused' then
             redis.call('ZREM', queue, id)
         end
     end
-    if may_wait then answer[1] = 'queued' end
+    if may_wait then
+        answer[1] = 'queued'
+        -- So that the audit has it if its process dies.
+        redis.call('ZADD', KEYS[2], now + lease_ms, id)
+        redis.call('HSET', KEYS[1], id, QUEUED .. ' ' .. info)
+    end
     return answer
 end
 

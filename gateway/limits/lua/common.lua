@@ -6,6 +6,8 @@ local today = math.floor(second / 86400)
 -- In the sorted sets of slots, the score of a call that holds its slot is the end of its lease. One that waits for a backend has
 -- given its slot up, but not what it has reserved; this is added to its score.
 local PAUSED, PAUSED_TEXT = 1000000000000000, '1000000000000000'
+-- What calls that wait for a slot of their key have in the place of the tokens that they have reserved.
+local QUEUED = 'queued'
 
 -- A window is a hash with a count for each of the last 61 seconds; n is their sum, o the oldest second, l the newest.
 local function add_to(key, count)

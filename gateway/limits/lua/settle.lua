@@ -10,17 +10,19 @@
 local id, reserved, used, row, prompt, how = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 local reserved_ms, used_ms = tonumber(ARGV[12]), tonumber(ARGV[13])
 
+local is_queued = false
 if reserved < 0 then
-    local info = redis.call('HGET', KEYS[1], id)
-    reserved = info and tonumber(string.match(info, '^%d+')) or 0
+    local info = redis.call('HGET', KEYS[1], id) or ''
+    reserved, is_queued = tonumber(string.match(info, '^%d+') or 0), string.sub(info, 1, #QUEUED) == QUEUED
 end
-local was_running = redis.call('HDEL', KEYS[1], id) == 1
-if was_running then redis.call('ZREM', KEYS[2], id) end
+local was_known = redis.call('HDEL', KEYS[1], id) == 1
+if was_known then redis.call('ZREM', KEYS[2], id) end
+local was_running = was_known and not is_queued
 local counts = was_running
 if not was_running and how == 'local' and (used > 0 or used_ms > 0) then
     counts = redis.call('SET', KEYS[7], 1, 'NX', 'EX', 600) and true or false
 end
-if not was_running and how == 'abandoned' then return 0 end
+if not was_known and how == 'abandoned' then return 0 end
 
 for i = 1, (#KEYS - 7) / 6 do
     local k, a = 7 + (i - 1) * 6, 13 + (i - 1) * 3
