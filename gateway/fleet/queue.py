@@ -26,7 +26,7 @@ ASKED_PER_TICK = 50
 # After so many ticks without Redis, the calls that wait there are served by this process.
 AWAY_TICKS = 2
 # For so long a call that has just come waits for a Redis that does not answer.
-LATE_S = 0.1
+LATE_S = 0.3
 LOOK_EVERY_S = 0.25
 # Until the board is put in order, where nobody asks for a slot meanwhile.
 SOON_MS = 100
@@ -241,10 +241,12 @@ class FleetQueue:
     async def _ask_some(self) -> None:
         """Describes some of the calls that wait anew; those that waited here go to the board again."""
         for waiting in [*islice(self._waiting.values(), ASKED_PER_TICK), *islice(self.local.waiting, ASKED_PER_TICK)]:
-            try:
-                await self._ask(waiting)
-            except GatewayError as error:
-                waiting.fail(error)
+            # It may have got a slot, or left, since the one before was asked about.
+            if waiting.claim.id in self._waiting or waiting in self.local.waiting:
+                try:
+                    await self._ask(waiting)
+                except GatewayError as error:
+                    waiting.fail(error)
 
     async def _ask(self, waiting: Waiting) -> None:
         """Raises RedisUnavailable, NoBackend and QueueFull."""

@@ -247,6 +247,36 @@ def test_a_call_that_is_granted_while_redis_gets_lost_has_one_slot(stores: TestS
     run(stores, test)
 
 
+def test_who_gets_a_slot_or_leaves_while_others_are_described_anew_waits_no_more(
+    stores: TestStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(fleet: Fleet) -> None:
+        one = await fleet.process("one")
+        first, ask = await one.get(one.claim()), Board.ask
+        waits = [one.start(one.claim()) for _ in range(3)]
+        await one.is_waiting(3)
+        slots: list[Slot] = []
+
+        async def meanwhile(board: Board, claim: Claim) -> list[Any]:
+            if not slots:
+                first.free()
+                slots.append(await waits[0])
+                slots[0].free()
+                slots.append(await waits[1])
+                waits[2].cancel()
+                await asyncio.wait([waits[2]])
+            return await ask(board, claim)
+
+        monkeypatch.setattr(Board, "ask", meanwhile)
+        await until(lambda: len(slots) == 2)
+        await asyncio.sleep(0.1)
+        assert (one.queue.length, one.queue.running, one.queue.local.running(("a", MODEL))) == (0, 1, 1)
+        slots[1].free()
+        assert one.queue.local.running(("a", MODEL)) == 0
+
+    run(stores, test)
+
+
 def test_what_redis_did_without_telling_is_put_in_order(stores: TestStores, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reply gets lost: the board gave one slot, and the process takes another by itself."""
 
