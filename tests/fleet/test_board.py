@@ -511,3 +511,16 @@ def test_random_histories_never_exceed_slots_nor_load_twice_and_leave_nothing(bo
     assert history.waited > 50, "many wait"
     history.end()
     assert board.names() == set()
+
+
+def test_many_slots_cost_redis_no_more_than_few(board: FleetBoard) -> None:
+    def microseconds(name: str, slots: int) -> float:
+        place = At(name, slots=slots)
+        board.client.config_resetstat()
+        for number in range(40):
+            board.take(fast(f"{name} {number}", place, client="alice"))
+        stats: Any = board.client.info("commandstats")
+        return float(stats["cmdstat_evalsha"]["usec_per_call"])
+
+    few = microseconds("few", 50)
+    assert microseconds("many", 10_000) < 3 * few

@@ -100,15 +100,15 @@ end
 
 local function has(box, m) return box.residents[m] or (box.loading and box.loading.m == m) end
 
--- When each slot of a place will be free, in order; 0 for a free one.
-local rows = {}
+-- When each slot of a place will be free, in order; 0 for a free one. Of the free ones no more than the calls that are looked at.
+local rows, MOST_FREE = {}, 128
 local function row_of(c)
     local place = place_of(c)
     local row = rows[place]
     if row then return row end
     row = {}
     local found = redis.call('ZRANGE', F .. 'ends:' .. place, 0, -1, 'WITHSCORES')
-    for _ = 1, c.slots - #found / 2 do row[#row + 1] = 0 end
+    for _ = 1, math.min(MOST_FREE, c.slots - #found / 2) do row[#row + 1] = 0 end
     for i = 2, #found, 2 do
         local ends = tonumber(found[i])
         -- A call that is late will probably take a part of its delay more.
