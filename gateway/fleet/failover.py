@@ -102,6 +102,7 @@ class FailoverRun:
         self._call, self._dialect, self._headers, self._caller = call, dialect, headers, caller
         # How it waited for the slot that it has had first, and the slot that it has had last.
         self.queued: Queued | None = None
+        self.on_queued: Callable[[], None] | None = None
         self.waited_s = 0.0
         self.slot: Slot | None = None
         self._claim: Claim | None = None
@@ -191,6 +192,8 @@ class FailoverRun:
         self.waited_s += queued.waited_s
         if self.queued is None:
             self.queued = queued
+            if self.on_queued is not None:
+                self.on_queued()
 
     def early_frames(self) -> bytes:
         """The first frames of the answer, if the client may have them now: whichever backend answers, they are the same."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 
 from gateway.audit.record import Record
 from gateway.core.background import TaskGroup
@@ -10,6 +11,8 @@ from gateway.dialects.dialect import Call
 from gateway.fleet.failover import FailoverRun
 from gateway.fleet.opening import Opening
 from gateway.proxy.relay import StreamedAnswer
+
+PLACED_S = 0.2
 
 
 def suit(call: Call) -> bool:
@@ -24,7 +27,9 @@ class Heartbeats:
         self.answer, self._record, self._every_s = answer, record, every_s
 
     async def opening_of(self, run: FailoverRun, cancel_scope: CallScope) -> Opening:
-        task = TaskGroup("heartbeats").start(self._keep_sending(run))
+        placed = asyncio.Event()
+        run.on_queued = placed.set
+        task = TaskGroup("heartbeats").start(self._keep_sending(run, placed))
         try:
             return await run.open(cancel_scope)
         finally:
@@ -32,9 +37,13 @@ class Heartbeats:
             # in another wait here.
             task.cancel()
 
-    async def _keep_sending(self, run: FailoverRun) -> None:
+    async def _keep_sending(self, run: FailoverRun, placed: asyncio.Event) -> None:
         waited_s = time.monotonic() - self._record.began - self._record.reading_s
         await asyncio.sleep(max(0.0, self._every_s - waited_s))
+        # The head has its place in the queue, which Redis soon gives, if at all.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PLACED_S):
+                await placed.wait()
         if run.queued is not None:
             self._record.queue_position = run.queued.position
         while True:
