@@ -6,6 +6,7 @@ import operator
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -131,6 +132,7 @@ def test_the_page_of_settings_has_the_defaults_of_the_local_run() -> None:
 # What the pages state as numbers and lists
 
 
+@cache
 def constants() -> dict[str, set[object]]:
     """The values of the constants of all modules, by their names; two modules may have one of the same name."""
     found: dict[str, set[object]] = {}

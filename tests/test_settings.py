@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from gateway import settings
 from gateway.core.errors import SettingsError
 from gateway.fleet.backends.config import ModelConfig
 from gateway.settings import Settings
+from tests.support import fork_server
 from tests.support.processes import environment
 
 CANARY = "canary-7d1f0b"
@@ -540,8 +539,7 @@ def test_invalid_models_of_a_backend_are_refused_with_the_place(models: object, 
 )
 def test_a_failed_start_prints_one_line(names: dict[str, str], line: str, tmp_path: Path) -> None:
     names = environment({"DATABASE_URL": f"postgresql://u:{CANARY}@127.0.0.1:1/d", **names})
-    command = [sys.executable, "-m", "gateway", "serve"]
-    done = subprocess.run(command, cwd=tmp_path, env=names, capture_output=True, text=True, timeout=30, check=False)
+    done = fork_server.gateway().run("gateway", ["serve"], tmp_path, names)
     assert (done.returncode, done.stdout) == (2, "")
     (only,) = done.stderr.splitlines()
     assert only.startswith(line) and CANARY not in only

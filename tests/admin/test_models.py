@@ -214,7 +214,9 @@ def test_a_load_in_progress_comes_first(admin: httpx.Client, stores: TestStores,
             client.hdel(name, "loading")
             assert events("\n".join(lines))[-1] == {"ended": True, "failed": []}
         # One that has ended is still there until a script looks.
-        client.hset(name, mapping={"loading": "other:latest c1 1 2", "r:other:latest": "1 1 1 1 4096"})
+        # Its load is later than any answer of the backend that is on its way, so that none removes it.
+        since = int(time.time() * 1000) + 60_000
+        client.hset(name, mapping={"loading": "other:latest c1 1 2", "r:other:latest": f"1 {since} {since} 1 4096"})
         assert done(admin, "warm", model=MODEL)[0]["state"] == "done"
         # A load of the same model is joined.
         client.hset(name, "loading", f"{MODEL} c2 1 2")

@@ -24,6 +24,7 @@ from gateway.pages.openapi import FOLDER
 from tests.conftest import StartGateway
 from tests.support.browser import WIDTHS, page_of
 from tests.support.fake_backend.backend import FakeBackend
+from tests.support.fake_backend.memory import Memory
 from tests.support.fork_server import ForkServer
 from tests.support.processes import environment
 from tests.support.running_gateway import RunningGateway
@@ -60,6 +61,8 @@ def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
         FakeBackend(models=[MODEL, "alice/llama3.2:latest"], name="ollama") as backend,
         FakeBackend(kind="openai", models=[MODEL], name="vllm") as other,
     ):
+        # It unloads what it is asked to; otherwise that would be watched for ten seconds.
+        backend.healthy.memory = Memory()
         yield start_gateway(backend, other, **EVERYTHING)
 
 

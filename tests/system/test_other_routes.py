@@ -19,6 +19,7 @@ from tests.conftest import StartGateway
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.media_routes import PIXEL
 from tests.support.fake_backend.scripts import FAULTS, End, Forever, Head, Pause, Piece, Reset, answer, cut_at, sse
+from tests.support.processes import until
 from tests.support.running_gateway import RunningGateway
 
 MODEL = "BAAI/bge-reranker"
@@ -470,10 +471,7 @@ def test_a_client_that_leaves_during_its_upload(uploads: RunningGateway, beta: F
     host, port = uploads.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head_of(uploads.key(), len(body)) + body[:1_200_000])
-        deadline = time.monotonic() + 5
-        while uploads.components.bodies.uploads.used < 1_200_000 - 65_536 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert uploads.components.bodies.uploads.used > 1_000_000 and open_files() == 1
+        until(lambda: uploads.components.bodies.uploads.used > 1_200_000 - 65_536 and open_files() == 1)
     uploads.wait_idle()
     assert not uploads.components.bodies.uploads.used and not open_files() and not beta.calls(TRANSCRIBE)
     (row,) = uploads.audit_rows()
