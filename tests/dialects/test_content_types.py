@@ -1,6 +1,7 @@
 """Answers have the content types of the dialect, and no browser may take them for anything else."""
 
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,14 +11,31 @@ from tests.support.chat_requests import CHATS, MODEL, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import HTML, PLAIN, End, Head, Piece, Raw, answer, recording
 from tests.support.running_gateway import RunningGateway
+from tests.support.shared_gateway import Shared
 
 PAGE = b"<html><script>alert(1)</script></html>"
 OURS = {"ollama-stream": "application/x-ndjson", "openai-stream": "text/event-stream"}
 
 
+@pytest.fixture(scope="module")
+def started(start_shared_gateway: StartGateway) -> Iterator[Shared]:
+    with FakeBackend(models=["llama3.2:latest"], name="alpha") as backend:
+        yield Shared(backend, start_shared_gateway(backend, METRICS_ALLOW="127.0.0.1"))
+
+
 @pytest.fixture
-def gateway(start_gateway: StartGateway, alpha: FakeBackend) -> RunningGateway:
-    return start_gateway(alpha, METRICS_ALLOW="127.0.0.1")
+def shared(started: Shared) -> Shared:
+    return started.renewed()
+
+
+@pytest.fixture
+def alpha(shared: Shared) -> FakeBackend:
+    return shared.backend
+
+
+@pytest.fixture
+def gateway(shared: Shared) -> RunningGateway:
+    return shared.gateway
 
 
 def recorded(chat: Chat) -> bytes:

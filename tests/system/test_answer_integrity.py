@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from itertools import pairwise
 
 import ollama
@@ -13,6 +14,7 @@ from tests.support.chat_requests import CHATS, Chat
 from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import End, Forever, Head, Pause, Piece, Step, cut_at, recording
 from tests.support.running_gateway import RunningGateway
+from tests.support.shared_gateway import Shared
 
 MODEL = "llama3.2:latest"
 STREAMS = [
@@ -31,6 +33,27 @@ WHOLE = [
     ("/v1/chat/completions", "openai_chat_whole.json"),
     ("/v1/embeddings", "openai_embeddings.json"),
 ]
+
+
+@pytest.fixture(scope="module")
+def started(start_shared_gateway: StartGateway) -> Iterator[Shared]:
+    with FakeBackend(models=["llama3.2:latest"], name="alpha") as backend:
+        yield Shared(backend, start_shared_gateway(backend))
+
+
+@pytest.fixture
+def shared(started: Shared) -> Shared:
+    return started.renewed()
+
+
+@pytest.fixture
+def alpha(shared: Shared) -> FakeBackend:
+    return shared.backend
+
+
+@pytest.fixture
+def gateway(shared: Shared) -> RunningGateway:
+    return shared.gateway
 
 
 def body_for(path: str, *, stream: bool) -> dict[str, object]:

@@ -25,6 +25,7 @@ from tests.support.model_servers import (
     fail,
 )
 from tests.support.running_gateway import RunningGateway
+from tests.support.shared_gateway import Shared
 
 MESSAGES: Any = [{"role": "user", "content": "Say hi"}]
 TOOLS: Any = [{"name": name, "description": "a tool", "input_schema": SCHEMA} for name in ("weather", "time")]
@@ -33,9 +34,13 @@ ZURICH = {"city": "Zürich"}
 
 
 @pytest.fixture
-def alpha(server: ModelServer) -> Iterator[FakeBackend]:
-    with server.backend() as backend:
-        yield backend
+def alpha(shared: Shared) -> FakeBackend:
+    return shared.backend
+
+
+@pytest.fixture
+def gateway(shared: Shared) -> RunningGateway:
+    return shared.gateway
 
 
 @pytest.fixture

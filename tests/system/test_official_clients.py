@@ -23,13 +23,13 @@ TOOL: Any = {
 }
 
 
-@pytest.fixture
-def gateway(start_gateway: StartGateway) -> Iterator[RunningGateway]:
+@pytest.fixture(scope="module")
+def gateway(start_shared_gateway: StartGateway) -> Iterator[RunningGateway]:
     with (
         FakeBackend(kind="ollama", models=["llama3.2:latest", "bge:latest"], name="alpha") as alpha,
         FakeBackend(kind="openai", models=["qwen/qwen3-8b", "bge:latest"], name="beta") as beta,
     ):
-        yield start_gateway(alpha, beta)
+        yield start_shared_gateway(alpha, beta)
 
 
 def test_openai_lists_the_union_without_duplicates(gateway: RunningGateway) -> None:

@@ -13,6 +13,7 @@ from tests.support.fake_backend.backend import FakeBackend
 from tests.support.fake_backend.scripts import Close, End, Forever, Head, Piece, Reset, Step, recording
 from tests.support.model_servers import CHAT, CHAT_ONLY, FAILURES, MODEL, PNG, SCHEMA, asked, fail
 from tests.support.running_gateway import RunningGateway
+from tests.support.shared_gateway import Shared
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hi"}]
 ANSWER = "alpha heard: Say hi"
@@ -23,10 +24,25 @@ TOOLS: Any = [
 ]
 
 
-@pytest.fixture
-def alpha() -> Iterator[FakeBackend]:
+@pytest.fixture(scope="module")
+def started(start_shared_gateway: StartGateway) -> Iterator[Shared]:
     with CHAT_ONLY.backend() as backend:
-        yield backend
+        yield Shared(backend, start_shared_gateway(backend))
+
+
+@pytest.fixture
+def shared(started: Shared) -> Shared:
+    return started.renewed()
+
+
+@pytest.fixture
+def alpha(shared: Shared) -> FakeBackend:
+    return shared.backend
+
+
+@pytest.fixture
+def gateway(shared: Shared) -> RunningGateway:
+    return shared.gateway
 
 
 @pytest.fixture

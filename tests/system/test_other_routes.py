@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -39,21 +39,36 @@ MISSING = [
 ]
 
 
-@pytest.fixture
-def beta() -> Iterator[FakeBackend]:
-    with FakeBackend(kind="openai", models=[MODEL], name="beta") as backend:
-        yield backend
+class Started(NamedTuple):
+    beta: FakeBackend
+    gamma: FakeBackend
+    gateway: RunningGateway
+
+
+@pytest.fixture(scope="module")
+def started(start_shared_gateway: StartGateway) -> Iterator[Started]:
+    first = FakeBackend(kind="openai", models=[MODEL], name="beta")
+    second = FakeBackend(kind="openai", models=[MODEL.lower()], name="gamma")
+    with first, second:
+        yield Started(first, second, start_shared_gateway(first, second, MAX_UPLOAD_BYTES=str(LARGEST)))
 
 
 @pytest.fixture
-def gamma() -> Iterator[FakeBackend]:
-    with FakeBackend(kind="openai", models=[MODEL.lower()], name="gamma") as backend:
-        yield backend
+def beta(started: Started) -> FakeBackend:
+    started.beta.renew()
+    return started.beta
 
 
 @pytest.fixture
-def gateway(start_gateway: StartGateway, beta: FakeBackend, gamma: FakeBackend) -> RunningGateway:
-    return start_gateway(beta, gamma)
+def gamma(started: Started) -> FakeBackend:
+    started.gamma.renew()
+    return started.gamma
+
+
+@pytest.fixture
+def gateway(started: Started, beta: FakeBackend, gamma: FakeBackend) -> RunningGateway:
+    started.gateway.renew()
+    return started.gateway
 
 
 @pytest.mark.parametrize("path", RERANKS)
@@ -300,8 +315,8 @@ def temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def uploads(start_gateway: StartGateway, beta: FakeBackend, gamma: FakeBackend) -> RunningGateway:
-    return start_gateway(beta, gamma, MAX_UPLOAD_BYTES=str(LARGEST))
+def uploads(gateway: RunningGateway) -> RunningGateway:
+    return gateway
 
 
 def test_the_official_client_transcribes(uploads: RunningGateway, beta: FakeBackend) -> None:
@@ -452,8 +467,8 @@ def test_a_form_that_is_too_large_is_refused_by_its_length_or_while_it_arrives(u
     assert not uploads.components.bodies.uploads.used and not open_files()
 
 
-def test_forms_of_a_key_are_bounded_together(uploads: RunningGateway) -> None:
-    uploads.components.bodies.uploads.most_of_a_key = 1_000_000
+def test_forms_of_a_key_are_bounded_together(uploads: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads.components.bodies.uploads, "most_of_a_key", 1_000_000)
     body = form(part("model", MODEL.encode()), part("file", RECORDING, '; filename="a"'))
     with uploads.http(uploads.key(), headers=CONTENT_TYPE) as client:
         got = client.post(TRANSCRIBE, content=body)

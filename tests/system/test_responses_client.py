@@ -40,6 +40,7 @@ from tests.support.model_servers import (
     fail,
 )
 from tests.support.running_gateway import RunningGateway
+from tests.support.shared_gateway import Shared
 
 ANSWER = "alpha heard: Say hi"
 ZURICH = {"city": "Zürich"}
@@ -51,9 +52,13 @@ PIXEL = "data:image/png;base64," + PNG
 
 
 @pytest.fixture
-def alpha(server: ModelServer) -> Iterator[FakeBackend]:
-    with server.backend() as backend:
-        yield backend
+def alpha(shared: Shared) -> FakeBackend:
+    return shared.backend
+
+
+@pytest.fixture
+def gateway(shared: Shared) -> RunningGateway:
+    return shared.gateway
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A fake model server: a real HTTP/1.1 server on 127.0.0.1, healthy unless a test gives it a script."""
 
 import asyncio
+import copy
 import random
 import socket
 import threading
@@ -37,6 +38,7 @@ class FakeBackend:
         is_native: bool = False,
     ) -> None:
         self.healthy = HealthyServer(kind, list(models), name, pieces, pause_s, token, token_header, is_native=is_native)
+        self._as_made = copy.deepcopy(self.healthy)
         self.port = port
         self.close_idle_as_request_arrives = close_idle_as_request_arrives
         self.stale_resets = 0
@@ -100,6 +102,15 @@ class FakeBackend:
                 return False
             time.sleep(0.002)
         return True
+
+    def renew(self) -> None:
+        """For the next test: healthy as it was made, without scripts and without what it has got."""
+        self.start()
+        assert self.wait_idle()
+        with self._lock:
+            self.healthy = copy.deepcopy(self._as_made)
+            for kept in (self._requests, self._scripts, self._queues):
+                kept.clear()
 
     def start(self) -> None:
         if self._thread is not None:
