@@ -86,7 +86,7 @@ local boxes = {}
 local function box_of(name)
     local box = boxes[name]
     if box then return box end
-    box = {residents = {}, load_ms = {}, evicts = {}, blocked = {}, sum = 0, seen = 0, room = 0}
+    box = {residents = {}, load_ms = {}, evicts = {}, blocked = {}, victims = {}, sum = 0, seen = 0, room = 0}
     local fields = redis.call('HGETALL', F .. 'box:' .. name)
     for i = 1, #fields, 2 do
         local read = READ[fields[i]] or READ[string.sub(fields[i], 1, 2)]

@@ -19,7 +19,9 @@ local awaited = {}
 -- What may have to go from a backend so that a model can be loaded: until when that is busy, until when it stays, what its own
 -- reload would take, and whether it is certain that it must go.
 local function victims_of(box, c)
+    if box.victims[c.m] then return box.victims[c.m] end
     local found = {busy = 0, stays = 0, harm = 0, certain = false, names = {}}
+    box.victims[c.m] = found
     if c.size > 0 and box.sum + c.size <= box.seen then return found end
     local by_use = {}
     for m, resident in pairs(box.residents) do

@@ -63,6 +63,7 @@ local function grant(call, e, waited)
     end
     if not c.swaps then return end
     local box = box_of(c.b)
+    box.victims = {}
     if box.residents[c.m] then
         note_use(c, box.residents[c.m])
     elseif not box.loading then
