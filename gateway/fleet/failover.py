@@ -54,6 +54,10 @@ DOUBTFUL = frozenset({"bad_status", "bad_first_frame"})
 InTurn = Callable[[str, Callable[[], Translation], CancelScope], Awaitable[Translation]]
 
 
+# The model of a call as the backends have it now, None if none has it.
+FindAgain = Callable[[], Model | None]
+
+
 class Failover:
     """Finds an answer to a call among the backends that have its model."""
 
@@ -70,12 +74,14 @@ class Failover:
         self._backends, self.placing, self.loaded, self.held, self.in_turn = backends, placing, loaded, held, in_turn
         self.most_tokens = most_tokens
 
-    def for_call(self, call: Call, dialect: Dialect, model: Model, headers: bytes, caller: Caller) -> "FailoverRun":
+    def for_call(
+        self, call: Call, dialect: Dialect, model: Model, find_again: FindAgain, headers: bytes, caller: Caller
+    ) -> "FailoverRun":
         """Decides which backends are tried; sends nothing before `FailoverRun.open`. `headers` are whole lines."""
         candidates = self.candidates(model, call)
         if not candidates and not is_served(model, call):
             raise RouteNotServed
-        return FailoverRun(self, model, candidates, call, dialect, headers, caller)
+        return FailoverRun(self, model, find_again, candidates, call, dialect, headers, caller)
 
     def candidates(self, model: Model, call: Call) -> list[Candidate]:
         return choose(model, self._backends, call, time.time())
@@ -88,6 +94,7 @@ class FailoverRun:
         self,
         failover: Failover,
         model: Model,
+        find_again: FindAgain,
         candidates: list[Candidate],
         call: Call,
         dialect: Dialect,
@@ -95,7 +102,7 @@ class FailoverRun:
         caller: Caller,
     ) -> None:
         # The candidates that are left, and those that have been tried.
-        self._failover, self._model, self._candidates = failover, model, candidates
+        self._failover, self._model, self._find_again, self._candidates = failover, model, find_again, candidates
         self._tried: set[tuple[str, str]] = set()
         # The client has had the first frames of a translated answer.
         self._has_begun = False
@@ -176,11 +183,13 @@ class FailoverRun:
 
     def _renewed(self) -> list[Candidate]:
         """The candidates that are left as they are now, and those that have come since."""
-        now = time.time()
-        left = [one for one in self._candidates if not one.backend.is_drained and one.offer.good_until > now]
-        known = self._tried | {one.place for one in left}
-        fresh = [one for one in self._failover.candidates(self._model, self._call) if one.place not in known]
-        self._candidates = left + [one for one in fresh if one.translator or not self._has_begun]
+        model = self._find_again()
+        fresh = self._failover.candidates(model, self._call) if model is not None else []
+        places = {one.place for one in fresh}
+        # Those that are tried once more, with a translation.
+        left = [one for one in self._candidates if one.place in self._tried & places]
+        new = [one for one in fresh if one.place not in self._tried and (one.translator or not self._has_begun)]
+        self._candidates = left + new
         return self._candidates
 
     def _take_out(self, candidate: Candidate) -> Candidate:

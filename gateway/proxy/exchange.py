@@ -194,7 +194,10 @@ class Exchange:
         """Gets an answer from a backend; notes in the record what was done for it, however it ended."""
         headers = _passed_on(scope["headers"], record.request_id)
         caller = self._callers.of(scope["headers"], record)
-        run = self._failover.for_call(call, self.dialect, model, headers, caller)
+        assert record.key is not None
+        allowed = record.key.models
+        find_again = lambda: self._catalog().find(call.model, allowed)  # noqa: E731
+        run = self._failover.for_call(call, self.dialect, model, find_again, headers, caller)
         try:
             return await (heartbeats.opening_of(run, cancel_scope) if heartbeats else run.open(cancel_scope))
         finally:

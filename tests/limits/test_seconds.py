@@ -102,11 +102,14 @@ def test_a_rule_counts_the_calls_of_its_models_only(gateway: RunningGateway, alp
         assert client.post(other.path, json={**other.body, "model": "other"}).status_code == 200
 
 
-def test_three_gateways_admit_exactly_what_is_left(start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores) -> None:
+@pytest.mark.parametrize("slots", ["1000", "2"], ids=["none waits", "most wait"])
+def test_three_gateways_admit_exactly_what_is_left(
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, slots: str
+) -> None:
     """Calls that take what was reserved for them are admitted until nothing is left, however many come at once."""
     alpha.healthy.durations = lambda _: (0, 0.5, 0.5)
     alpha.healthy.pause_s = 0.003
-    gateways = [start_gateway(alpha) for _ in range(3)]
+    gateways = [start_gateway(alpha, OLLAMA_SLOTS=slots) for _ in range(3)]
     key = gateways[0].key(name="mine", day_seconds=FAR)
     key_id = key.split("_")[1]
     clients = [each.http(key) for each in gateways]
