@@ -258,7 +258,7 @@ SWITCHES: Mapping[str, tuple[Mapping[str, str], str]] = {
         """
         from gateway.stores import redis_connection
         from gateway.stores import redis_client
-        redis_connection.CALL_DEADLINE_S = redis_client.CALL_DEADLINE_S = 5.0
+        redis_connection.CALL_DEADLINE_S = redis_client.CALL_DEADLINE_S = 2.5
         """,
     ),
     "leases do not expire": (
@@ -270,7 +270,7 @@ SWITCHES: Mapping[str, tuple[Mapping[str, str], str]] = {
         from gateway.ops.drill import fleet_faults
         from gateway.ops.drill import limit_faults
         lease_renewal.LEASE_MS, presence.ACTIVE_MS, board.LEASE_MS = 600_000, 600_000, 600_000
-        limit_faults.LEASE_S, fleet_faults.LEASE_S = 4.0, 4.0
+        limit_faults.LEASE_S, fleet_faults.LEASE_S = 2.0, 2.0
         """,
     ),
     "SIGTERM ends what runs": (
