@@ -48,8 +48,9 @@ vars(uvicorn.server)["asyncio"] = SimpleNamespace(**{**vars(asyncio), "sleep": l
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two workers for each processor: tests often wait, but with more workers they would delay each other."""
-    return min(2 * (os.cpu_count() or 1), MOST_WORKERS)
+    """Three workers for two processors: tests often wait, but with more workers they would delay each other."""
+    processors = os.cpu_count() or 1
+    return min(processors + (processors + 1) // 2, MOST_WORKERS)
 
 
 @pytest.hookimpl(wrapper=True)
