@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("config", type=json.loads)
     parser.add_argument("log", type=Path)
     parser.add_argument("port", type=int)
-    parser.add_argument("--speed", type=float, default=6)
+    parser.add_argument("--speed", type=float, required=True)
     found = parser.parse_args()
     uvloop.run(serve(BoxConfig(**found.config), found.log, found.port, found.speed))
 

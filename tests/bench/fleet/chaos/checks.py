@@ -110,10 +110,10 @@ def of_keys(boxes: Iterable[Box], calls: list[Call], excused: Excused, findings:
                     began = begun.pop(call, 0.0)
                     if call in key_of and not excused.of_slots(began):
                         spans[key_of[call]].append((began, line["at"]))
-    for name, (_, most) in KEYS.items():
-        many, at = most_at_once(spans[name])
-        findings.figures[f"most calls at once of '{name}'"] = f"{many} of {most if most >= 0 else 'any'}"
-        if 0 <= most < many:
+    for name, key in KEYS.items():
+        most, (many, at) = key.quota.concurrent, most_at_once(spans[name])
+        findings.figures[f"most calls at once of '{name}'"] = f"{many} of {most or 'any'}"
+        if most and many > most:
             findings.violations.append(f"{at:.2f} the key {name} had {many} calls at once, not {most}")
 
 
@@ -128,14 +128,16 @@ def of_calls(calls: list[Call], findings: Findings) -> None:
     findings.violations += [f"{call.sent:.2f} {call.id} hung" for call in calls if call.outcome == "hung"]
 
 
-def of_rows(rows: list[dict[str, Any]], calls: list[Call], boxes: Iterable[Box], excused: Excused, findings: Findings) -> None:
+def of_rows(fleet: Fleet, calls: list[Call], excused: Excused, findings: Findings, *, of_killed: bool) -> None:
+    """`of_killed`: also of calls whose process was killed, which have their rows when their leases have ended."""
+    rows, boxes = fleet.rows(), fleet.boxes
     by_id = Counter(row["request_id"] for row in rows)
     sent = {call.id: call for call in calls}
     reached = {line["id"] for box in boxes for line in box.lines() if line["kind"] == "begins"}
     lost = 0
     for call in calls:
-        began_in_time = call.ended - call.sent >= ADMITTED_WITHIN_S and call.outcome in ("reset", "left")
-        if by_id[call.id] or not (call.has_row or call.id in reached or began_in_time):
+        began_in_time = call.ended - call.sent >= ADMITTED_WITHIN_S and call.outcome in ("reset", "cut", "left")
+        if by_id[call.id] or not (call.has_row or (of_killed and (call.id in reached or began_in_time))):
             continue
         if excused.of_rows(call) and not call.has_row:
             lost += 1
@@ -153,20 +155,24 @@ def of_rows(rows: list[dict[str, Any]], calls: list[Call], boxes: Iterable[Box],
     }
 
 
-def of_end(fleet: Fleet, findings: Findings) -> None:
+def of_end(fleet: Fleet, findings: Findings, *, of_killed: bool) -> None:
     """Everything is free again, at the latest when the leases of what was killed have ended."""
-    for name, found, seconds in (
-        ("machines and gateways are busy", fleet.in_flight, EMPTY_WITHIN_S),
-        ("Redis has", fleet.left, ROWS_WITHIN_S),
-    ):
+    ends: list[tuple[str, Callable[[], Any], float]] = [
+        ("machines", fleet.in_flight, EMPTY_WITHIN_S),
+        ("board", fleet.board, EMPTY_WITHIN_S),
+        ("rows in Redis", fleet.rows_in_redis, EMPTY_WITHIN_S),
+    ]
+    if of_killed:
+        ends.append(("keys", fleet.keys_and_rows, ROWS_WITHIN_S))
+    for name, found, seconds in ends:
         began = time.time()
         if left := _empty(found, seconds):
-            findings.violations.append(f"at the end {name}: {left}")
-        findings.figures[f"{'Redis' if name == 'Redis has' else 'backends'} empty after, s"] = round(time.time() - began, 1)
+            findings.violations.append(f"at the end the {name} still have: {left}")
+        findings.figures[f"{name}: empty after, s"] = round(time.time() - began, 1)
 
 
 def _empty(found: Callable[[], Any], seconds: float) -> Any:
     until = time.time() + seconds
     while (left := found()) and time.time() < until:
-        time.sleep(1)
+        time.sleep(0.2)
     return left

@@ -14,6 +14,8 @@ from tests.bench.fleet.chaos.fleet import MODELS, QUEUE_WAIT_S
 
 # After the wait in the queue: the wait for a slot of the key, loads, backends that do not answer, and the answer itself.
 OWN_TIME_S = 60.0
+# After the end of the run, clients leave.
+LAST_WAIT_S = 2.0
 PATHS = ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages")
 WEIGHTS = {"qwen3:32b": 3, "gemma3:12b": 4, "llama3.2": 4, "embed": 0}
 SHORT, LONG = 20, 160
@@ -35,7 +37,7 @@ class Call:
     def has_row(self) -> bool:
         """Whether the gateway has answered it; one that is ending refuses calls before it knows whose they are."""
         is_status = self.outcome.isdecimal() and "shutting down" not in self.detail
-        return is_status or self.outcome in ("complete", "cut", "error")
+        return is_status or self.outcome in ("complete", "error")
 
 
 @dataclass
@@ -49,7 +51,14 @@ class Clients:
     async def run(self, at_once: int) -> None:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector) as session:
-            await asyncio.gather(*(self._client(session) for _ in range(at_once)))
+            tasks = [asyncio.create_task(self._client(session)) for _ in range(at_once)]
+            await asyncio.wait(tasks, timeout=self.until + LAST_WAIT_S - time.time())
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            for task in tasks:
+                if not task.cancelled():
+                    task.result()
 
     async def _client(self, session: aiohttp.ClientSession) -> None:
         while time.time() < self.until:
@@ -61,6 +70,9 @@ class Clients:
                     await self._call(session, call)
             except TimeoutError:
                 call.outcome = "hung"
+            except asyncio.CancelledError:
+                call.outcome, call.ended = "left", time.time()
+                raise
             except aiohttp.ClientConnectorError:
                 call.outcome = "unreachable"
             except aiohttp.ClientPayloadError:

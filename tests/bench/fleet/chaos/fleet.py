@@ -17,12 +17,18 @@ from typing import Any
 import asyncpg
 import redis
 
+from gateway import settings
+from gateway.auth.key import BATCH, SUB_USERS
+from gateway.auth.key_store import KeyStore, NewKey
+from gateway.components import database_of, hasher_of
+from gateway.limits.quota import Quota
+from gateway.settings import Settings
 from gateway.stores import redis_keys
 from tests.bench.fleet.scenario import BoxConfig
 from tests.support import fleet_board
 from tests.support.durable_stores import DurableStores, durable_stores
 from tests.support.gateway_settings import environment_for
-from tests.support.processes import answers, descendants, environment, free_port, is_alive, operate, until
+from tests.support.processes import answers, descendants, environment, free_port, is_alive, until
 from tests.support.project import PROJECT
 
 MODELS = {"qwen3:32b": 20.0, "gemma3:12b": 9.0, "llama3.2": 3.0, "embed": 1.0}
@@ -48,14 +54,13 @@ SETTINGS = {
     "MODEL_DISCOVERY_REFRESH_S": "5",
     "LOADED_MODELS_REFRESH_S": str(LOADED_EVERY_S),
 }
-# Name, options of the command line, and how many of its calls are at work at once at most (-1: any).
-KEYS: dict[str, tuple[list[str], int]] = {
-    "one": (["--concurrent", "1"], 1),
-    "three": (["--concurrent", "3"], 3),
-    "heavy": (["--weight", "3"], -1),
-    "people": (["--sub-users", "--concurrent", "6"], 6),
-    "batch": (["--batch"], -1),
-    "alive": (["--heartbeat-after-s", "0.5"], -1),
+KEYS = {
+    "one": NewKey("one", quota=Quota(concurrent=1)),
+    "three": NewKey("three", quota=Quota(concurrent=3)),
+    "heavy": NewKey("heavy", weight=3.0),
+    "people": NewKey("people", quota=Quota(concurrent=6), flags=(SUB_USERS,)),
+    "batch": NewKey("batch", flags=(BATCH,)),
+    "alive": NewKey("alive", heartbeat_after_s=0.5),
 }
 
 
@@ -63,23 +68,32 @@ KEYS: dict[str, tuple[list[str], int]] = {
 class Box:
     config: BoxConfig
     log: Path
+    speed: float
     port: int = 0
     process: "subprocess.Popen[bytes] | None" = None
     killed_at: list[float] = field(default_factory=list)
 
-    def start(self) -> None:
+    def begin(self) -> None:
         self.port = self.port or free_port()
-        words = [json.dumps(asdict(self.config)), str(self.log), str(self.port)]
+        words = [json.dumps(asdict(self.config)), str(self.log), str(self.port), "--speed", str(self.speed)]
         command = [sys.executable, "-m", "tests.bench.fleet.chaos.box", *words]
         self.process = subprocess.Popen(command, cwd=PROJECT, env=environment({}), stdout=subprocess.PIPE)
-        assert self.process.stdout
+
+    def wait_ready(self) -> None:
+        assert self.process and self.process.stdout
         assert self.process.stdout.readline(), f"the machine {self.config.name} did not start"
+
+    def start(self) -> None:
+        self.begin()
+        self.wait_ready()
 
     def kill(self) -> None:
         if self.process is not None:
             self.killed_at.append(time.time())
             self.process.kill()
             self.process.wait()
+            assert self.process.stdout
+            self.process.stdout.close()
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -106,14 +120,20 @@ class Gateway:
     process: "subprocess.Popen[bytes] | None" = None
     stopped: set[int] = field(default_factory=set)
 
-    def start(self) -> None:
+    def begin(self) -> None:
         port = free_port()
         names = {**self.names, "GATEWAY_BIND_HOST": "127.0.0.1", "GATEWAY_BIND_PORT": str(port)}
         command = [sys.executable, "-m", "gateway", "serve"]
         with (self.folder / f"gateway-{port}.log").open("wb") as out:
             self.process = subprocess.Popen(command, cwd=self.folder, env=environment(names), stdout=out, stderr=out)
-        until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), 60)
         self.url = f"http://127.0.0.1:{port}"
+
+    def wait_ready(self) -> None:
+        until(lambda: answers(f"{self.url}/healthz"), 60)
+
+    def start(self) -> None:
+        self.begin()
+        self.wait_ready()
 
     def outages(self) -> list[tuple[float, float]]:
         """When its processes could not reach Redis, by their logs: a busy machine may make it late, too."""
@@ -156,20 +176,30 @@ class Fleet:
     boxes: list[Box]
     gateways: list[Gateway]
     keys: dict[str, str]
-    key_ids: dict[str, str]
+
+    def urls(self) -> list[str]:
+        return [gateway.url for gateway in self.gateways]
 
     def redis(self) -> "redis.Redis":
         return redis.Redis.from_url(self.stores.redis_url)
 
-    def left(self) -> set[str]:
-        """What is left in Redis of calls that should have ended."""
+    def board(self) -> set[str]:
+        """What is left on the board of calls that should have ended."""
         with self.redis() as client:
-            found = fleet_board.left(client, redis_keys.FLEET)
+            return fleet_board.left(client, redis_keys.FLEET)
+
+    def keys_and_rows(self) -> set[str]:
+        """What is left in Redis of calls that should have been settled."""
+        with self.redis() as client:
             of_keys = {name.decode(): held(client, name) for kind in "cvq" for name in client.scan_iter(f"nz:*:{kind}:*")}
-            found |= {f"{name} {value}" for name, value in of_keys.items() if value}
+            found = {f"{name} {value}" for name, value in of_keys.items() if value}
             found |= {shard.calls.decode() for shard in redis_keys.BY_SHARD if client.hlen(shard.calls)}
             found |= {shard.leases.decode() for shard in redis_keys.BY_SHARD if client.zcard(shard.leases)}
-            return found | {shard.rows.decode() for shard in redis_keys.BY_SHARD if client.xlen(shard.rows)}
+        return found | self.rows_in_redis()
+
+    def rows_in_redis(self) -> set[str]:
+        with self.redis() as client:
+            return {shard.rows.decode() for shard in redis_keys.BY_SHARD if client.xlen(shard.rows)}
 
     def in_flight(self) -> dict[str, int]:
         """The calls that the machines have, and that the gateways say they have."""
@@ -201,28 +231,35 @@ def held(client: "redis.Redis", name: bytes) -> Any:
     return client.zrangebyscore(name, time.time() * 1000 if b":q:" in name else "-inf", "+inf", withscores=True)
 
 
+async def made_keys(found: Settings) -> dict[str, str]:
+    async with database_of(found) as database:
+        key_store = KeyStore(database, hasher_of(found), None)
+        return {name: (await key_store.make(wanted))[1] for name, wanted in KEYS.items()}
+
+
 @contextmanager
-def fleet(folder: Path) -> Iterator[Fleet]:
+def fleet(folder: Path, speed: float) -> Iterator[Fleet]:
     with ExitStack() as stack:
         stores = stack.enter_context(durable_stores())
-        boxes = [Box(config, folder / f"{config.name}.jsonl") for config in BOXES]
+        boxes = [Box(config, folder / f"{config.name}.jsonl", speed) for config in BOXES]
         for box in boxes:
             stack.callback(box.kill)
-            box.start()
+            box.begin()
+        for box in boxes:
+            box.wait_ready()
         urls = {"DATABASE_URL": stores.database_url, "REDIS_URL": stores.redis_url}
         names = environment_for(*(box.entry for box in boxes), **urls, **SETTINGS)
-        keys, key_ids = {}, {}
-        for name, (options, _) in KEYS.items():
-            made = json.loads(operate(folder, names, "key", "--name", name, *options, "--json"))
-            keys[name], key_ids[name] = made["key"], made["id"]
+        keys = asyncio.run(made_keys(settings.load(names, None)))
         gateways = []
         for name in ("one", "two"):
             place = folder / name
             place.mkdir()
             gateways.append(Gateway(place, names))
             stack.callback(_end, gateways[-1])
-            gateways[-1].start()
-        yield Fleet(stores, boxes, gateways, keys, key_ids)
+            gateways[-1].begin()
+        for gateway in gateways:
+            gateway.wait_ready()
+        yield Fleet(stores, boxes, gateways, keys)
 
 
 def _end(gateway: Gateway) -> None:

@@ -5,13 +5,15 @@ import os
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gateway.fleet.board import LEASE_MS
 from tests.bench.fleet.chaos.fleet import Fleet
 
 LEASE_S = LEASE_MS / 1000
+Act = Literal["worker", "box", "redis"]
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Event:
 
 @dataclass
 class Kills:
-    """`outage_every_s` is from the end of one outage of Redis to the next."""
+    """`outage_every_s` is from the end of one outage of Redis to the next; with `acts` these happen instead, in this order."""
 
     fleet: Fleet
     chance: random.Random
@@ -34,9 +36,20 @@ class Kills:
     pause_s: tuple[float, float] = (1.0, 8.0)
     outage_every_s: float = 120.0
     longest_stop_s: float = LEASE_S + 4
+    acts: Sequence[Act] = ()
     events: list[Event] = field(default_factory=list)
 
     async def run(self) -> None:
+        for act in self.acts:
+            await asyncio.sleep(self.chance.uniform(*self.pause_s))
+            if act == "redis":
+                await self._during("redis", "frozen", self._redis)
+            else:
+                await (self._kill_worker if act == "worker" else self._kill_box)()
+        if not self.acts:
+            await self._at_random()
+
+    async def _at_random(self) -> None:
         next_outage = time.time() + self.outage_every_s
         while (now := time.time()) < self.until:
             if now >= next_outage:
@@ -95,7 +108,7 @@ class Kills:
 
         async def restart(what: str) -> None:
             await asyncio.to_thread(box.kill)
-            await asyncio.sleep(self.chance.uniform(0.2, 5))
+            await asyncio.sleep(self.chance.uniform(0.2, min(5, self.longest_stop_s)))
             await asyncio.to_thread(box.start)
 
         await self._during("box", box.config.name, restart)
