@@ -10,6 +10,7 @@ from gateway.admin.backends import BackendHandlers
 from gateway.admin.endpoint import AdminRoute
 from gateway.admin.events import AdminEvents
 from gateway.admin.explain import Fleet, Question, explain
+from gateway.admin.fleet_view import FleetView
 from gateway.admin.keys import KeyHandlers
 from gateway.admin.models import JobRoute
 from gateway.admin.overview import Overview
@@ -84,6 +85,8 @@ SOME_BACKENDS_HAVE = (
 DASHBOARD = {
     "/dashboard": "dashboard.html",
     "/dashboard/dashboard.js": "dashboard.js",
+    "/dashboard/fleet.js": "fleet.js",
+    "/dashboard/tables.js": "tables.js",
     "/dashboard/nodes.js": "nodes.js",
     "/dashboard/style.css": "style.css",
 }
@@ -195,7 +198,9 @@ def document_of(endpoints: Endpoints, parts: Components, id_header: str) -> stat
 
 def admin_api_of(settings: Settings, parts: Components, access: Access) -> AdminApi:
     key_store = KeyStore(parts.database, hasher_of(settings), parts.store)
-    overview = Overview(settings.backends, parts.discovery, parts.reports, parts.store, parts.database, parts.load.view)
+    state = partial(parts.placing.queue.board.state, with_estimates=True)
+    fleet = FleetView(parts.catalog, parts.load.view, parts.costs, state)
+    overview = Overview(settings.backends, parts.discovery, parts.reports, parts.store, parts.database, fleet)
     defaults, most = default_quota(settings), settings.max_num_predict
 
     async def explain_now(question: Question) -> dict[str, Any]:

@@ -103,6 +103,8 @@ EXPECTED = {
     Page: """
         GET /dashboard
         GET /dashboard/dashboard.js
+        GET /dashboard/fleet.js
+        GET /dashboard/tables.js
         GET /dashboard/nodes.js
         GET /dashboard/style.css
         GET /playground

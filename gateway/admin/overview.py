@@ -2,18 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from gateway.admin.fleet_view import FleetView
 from gateway.core.errors import StoreUnavailable
 from gateway.fleet import presence
 from gateway.fleet.backends.config import BackendConfig
 from gateway.fleet.catalog import Catalog, Snapshot
 from gateway.fleet.discovery import Discovery
 from gateway.fleet.presence import BackendState, ProcessState
-from gateway.fleet.residents import BackendLoad
 from gateway.fleet.ways import speaks
 from gateway.stores.postgres import Database
 from gateway.stores.redis_client import RedisClient, RedisUnavailable
@@ -49,11 +49,10 @@ class Overview:
         reports: Database,
         store: RedisClient,
         database: Database,
-        loads: Callable[[], Mapping[str, BackendLoad]],
+        fleet: FleetView,
     ) -> None:
-        self._loads = loads
         self._configs, self._discovery, self._reports, self._store = configs, discovery, reports, store
-        self._database = database
+        self._database, self._fleet = database, fleet
         self._lock = asyncio.Lock()
         self._last: tuple[float, dict[str, Any]] = (0.0, {})
         self._series: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -85,8 +84,10 @@ class Overview:
             return series
 
     async def _collect(self) -> dict[str, Any]:
-        states = await self._states()
+        states, fleet = await self._states(), await self._fleet.now()
         recent, drained = await self._recent()
+        in_order = backends(self._configs, self._discovery.catalog, presence.merged_view(states or ()), drained or {})
+        of_each = {row["backend"]: row for row in (recent or {}).pop("backends", ())}
         return {
             "at": datetime.now(UTC),
             "processes": None if states is None else len(states),
@@ -95,10 +96,9 @@ class Overview:
             "audit_backlog": max(
                 (state.audit_waiting for state in states or () if state.audit_waiting is not None), default=None
             ),
-            "backends": [
-                {**row, "running": running(self._loads().get(row["name"]))}
-                for row in backends(self._configs, self._discovery.catalog, presence.merged_view(states or ()), drained or {})
-            ],
+            "waiting_for_backends": fleet.waiting,
+            "queues": fleet.queues(),
+            "backends": [{**row, **fleet.of(row["name"]), "lately": of_each.get(row["name"])} for row in in_order],
             "stores": {
                 "redis": self._store.up,
                 "postgresql": recent is not None or (self._reports.up and self._database.up),
@@ -127,8 +127,11 @@ class Overview:
         sums = await self._reports.row("recent_sums", since)
         keys = await self._reports.rows("busiest_keys", since, BUSIEST)
         models = await self._reports.rows("busiest_models", since, BUSIEST)
+        loading_keys = await self._reports.rows("loading_keys", since, BUSIEST)
+        of_backends = await self._reports.rows("recent_backends", since)
         assert sums is not None
-        recent = {**sums, "since": since, "keys": [dict(row) for row in keys], "models": [dict(row) for row in models]}
+        lists = {"keys": keys, "models": models, "loading_keys": loading_keys, "backends": of_backends}
+        recent = {**sums, "since": since, **{name: [dict(row) for row in rows] for name, rows in lists.items()}}
         return recent, {row["backend"]: {"at": row["at"], "by": row["by"]} for row in out}
 
 
@@ -163,8 +166,3 @@ def _as_polled(snapshot: Snapshot | None) -> dict[str, Any]:
         "models": len(snapshot.models),
         "speaks": speaks(snapshot.kind, snapshot.routes),
     }
-
-
-def running(load: BackendLoad | None) -> list[str]:
-    """The models that a backend has loaded on demand."""
-    return [resident.model for resident in load.residents] if load is not None and load.swaps else []

@@ -9,6 +9,9 @@ SELECT count(*) AS requests,
        coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
        coalesce(sum(backend_ms), 0) / 1000 AS backend_s,
        count(*) FILTER (WHERE loaded) AS loads,
+       count(queue_position) AS waited,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY queue_ms) FILTER (WHERE queue_position > 0) AS wait_p50_ms,
+       percentile_cont(0.99) WITHIN GROUP (ORDER BY queue_ms) FILTER (WHERE queue_position > 0) AS wait_p99_ms,
        percentile_cont(0.5) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p50_ms,
        percentile_cont(0.99) WITHIN GROUP (ORDER BY ttfb_ms) AS ttfb_p99_ms
 FROM audit WHERE at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
@@ -43,6 +46,25 @@ WHERE a.at >= $1 AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (fla
 GROUP BY n.name
 ORDER BY requests DESC, n.name
 LIMIT $2;
+
+-- name: loading_keys
+-- The keys whose calls caused the most loads since a time.
+SELECT a.key_id, k.name AS key, count(*) AS loads, coalesce(sum(a.load_ms), 0) / 1000 AS load_s,
+       mode() WITHIN GROUP (ORDER BY a.answered_as) AS model
+FROM audit a LEFT JOIN keys k ON k.id = a.key_id
+WHERE a.at >= $1 AND a.loaded AND NOT coalesce('drill' = ANY (k.flags), false)
+GROUP BY a.key_id, k.name
+ORDER BY loads DESC, load_s DESC, a.key_id
+LIMIT $2;
+
+-- name: recent_backends
+-- What each backend has done since a time; all seconds of a request count for the backend that answered it.
+SELECT backend, count(*) AS requests, sum(prompt_tokens + completion_tokens)::bigint AS tokens,
+       coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens, coalesce(sum(backend_ms), 0) / 1000 AS backend_s,
+       count(*) FILTER (WHERE loaded) AS loads, coalesce(sum(load_ms) FILTER (WHERE loaded), 0) / 1000 AS load_s
+FROM audit
+WHERE at >= $1 AND backend <> '' AND key_id NOT IN (SELECT id FROM keys WHERE 'drill' = ANY (flags))
+GROUP BY backend;
 
 -- name: series
 -- Sums by time steps of the same length; steps without requests are left out.

@@ -19,10 +19,16 @@ MODEL = "llama3.2:latest"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}
 
 
+QUEUE = {"model": "q" * 40, "calls": 40, "tokens": 10**9, "oldest_s": 12.3, "first_s": None, "last_s": 7300.0}
+PLACE = {"model": "llama3.1:8b", "is_loaded": True, "vram": 5 * 10**9, "left_s": 130.0, "slots": 4, "in_use": 3}
+PLACE |= {"prefill_tps": 2345.6, "decode_tps": None}
+
+
 def backend(number: int, **more: Any) -> dict[str, Any]:
     facts = {"name": f"backend-{number}", "state": "up", "breaker": "closed", "open_for_s": 0.0, "in_flight": 3}
     seen = {"max_connections": 64, "latency_ms": 12.0, "models": 7, "error": "", "drained": None}
-    return {**facts, **seen, **more}
+    memory = {"used": 12 * 10**9, "seen": 24 * 10**9}
+    return {**facts, **seen, "memory": memory, "loading": None, "places": [PLACE] * (number % 3), **more}
 
 
 def seen(backends: list[dict[str, Any]], busy: int) -> dict[str, Any]:
@@ -32,6 +38,7 @@ def seen(backends: list[dict[str, Any]], busy: int) -> dict[str, Any]:
     lately = {**sums, "ttfb_p50_ms": 3.0, "ttfb_p99_ms": None, "keys": [key] * busy, "models": [model] * busy}
     stores = {"redis": True, "postgresql": False}
     now = {"at": "2026-01-31T12:00:00+00:00", "processes": 4, "in_flight": 12, "waiting": 0, "audit_backlog": None}
+    now |= {"waiting_for_backends": 40 * busy, "queues": [QUEUE] * busy}
     return {**now, "stores": stores, "backends": backends, "lately": lately}
 
 
@@ -55,6 +62,21 @@ def test_backends_with_problems_are_shown_first() -> None:
     assert "backend-40" in text and "unreachable" in text and "open 4s" in text and "drained" in text
     assert "1000000000 out)" in text and "cached" not in text, "a gateway of before does not tell them"
     assert "more, all fine" in text and "AT rpm (9)" in text and "postgresql DOWN" in text
+
+
+def test_memory_slots_and_queues_are_shown() -> None:
+    loading = {"model": "qwen3:32b", "for_s": 3.0, "left_s": 4.0}
+    always = {**PLACE, "model": "vllm", "vram": 0, "left_s": None, "in_use": None}
+    backends = [backend(1, loading=loading), backend(0, memory=None, places=[always])]
+    text = "\n".join(top.frame(seen(backends, 2), 120, 30))
+    assert "waiting for a backend 80, for a key 0" in text
+    assert "backend-1      up      closed    3/4    12.0/24.0  12ms    loading qwen3:32b, llama3.1:8b\n" in text
+    assert "backend-0      up      closed    0/4    -          12ms    vllm\n" in text
+    assert f"{'q' * 28} 40      100000000 12.3s    -        2.0h\n" in text
+    assert "llama3.1:8b                backend-1      3/4     5.0      2m       2346     -\n" in text
+    assert "vllm                       backend-0      ?/4     -        always   2346     -\n" in text
+    without_redis = "\n".join(top.frame(seen(backends, 0) | {"waiting_for_backends": None, "queues": None}, 80, 24))
+    assert "waiting for a backend ?" in without_redis and "WAITING FOR" not in without_redis
 
 
 def test_a_read_only_postgresql_is_shown() -> None:

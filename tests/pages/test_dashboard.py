@@ -19,6 +19,7 @@ from tests.support.running_gateway import RunningGateway
 
 MODEL = "llama3.2:latest"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": False}
+GB = 10**9
 XSS = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 LARGEST_PAGE = 100_000
 
@@ -225,6 +226,53 @@ def test_backends_are_drained_probed_and_refreshed(gateway: RunningGateway, admi
         expect(page.locator("dialog pre")).to_contain_text('"models": 1')
 
 
+def test_the_fleet_its_queues_and_its_loads_are_shown(
+    gateway: RunningGateway, admin: str, alpha: FakeBackend, browser: Browser
+) -> None:
+    place = {"model": MODEL, "is_loaded": True, "vram": 5 * GB, "context": 4096, "left_s": 250.0, "slots": 4, "in_use": 3}
+    place |= {"slots_from": "configured", "load_s": 4.2, "prefill_tps": 2345.6, "decode_tps": 51.2}
+    idle = {**place, "model": XSS, "in_use": 0, "left_s": None, "slots": 12, "prefill_tps": None, "decode_tps": None}
+    memory = {"used": 12 * GB, "seen": 24 * GB, "loads": 7, "evictions": 1, "error": ""}
+    lately = {"backend": "alpha", "requests": 9, "tokens": 1, "cached_tokens": 0, "backend_s": 31.0, "loads": 2, "load_s": 8.0}
+    queue = {"model": MODEL, "calls": 5, "tokens": 12345, "oldest_s": 7.04, "first_s": 1.0, "last_s": None}
+    key_id = gateway.key(name="alice").split("_")[1]
+    loading_key = {"key_id": key_id, "key": "alice", "loads": 2, "load_s": 8.0, "model": MODEL}
+
+    def at_work(route: Route) -> None:
+        seen = route.fetch().json()
+        seen["backends"][0] |= {"memory": memory, "places": [place, *[idle] * 9], "lately": lately}
+        seen["backends"][0]["loading"] = {"model": "qwen3:32b", "for_s": 3.0, "left_s": 4.04}
+        seen["backends"][1] |= {"memory": None, "places": [], "lately": None, "state": "away"}
+        seen |= {"queues": [queue], "waiting_for_backends": 5}
+        seen["lately"] |= {"loading_keys": [loading_key], "waited": 3, "wait_p50_ms": 1234.0, "wait_p99_ms": 20_000.0}
+        route.fulfill(json=seen)
+
+    with page_of(browser, expecting=["503", "Failed to load"]) as page:
+        page.route("**/admin/v1/overview", at_work)
+        page.route("**/admin/v1/events", lambda route: route.fulfill(status=503, json={"error": "not now"}))
+        enter(page, gateway, admin)
+        expect(page.locator(".backend")).to_have_count(2)
+        first, second = page.locator(".backend").all()
+        expect(first).to_contain_text("12.0 GB loaded, at most 24.0 GB seen")
+        expect(first.locator("progress").nth(0)).to_have_attribute("value", str(12 * GB))
+        expect(first).to_contain_text("loading qwen3:32b, about 4.0 s left")
+        expect(first.locator(".places li").nth(0)).to_contain_text(
+            "3/4●●●○5.0 GB · 4 min left · 2,346 in, 51 out tok/s · load 4.2 s"
+        )
+        expect(first.locator(".places li").nth(1)).to_contain_text("0/125.0 GB · stays")
+        expect(first).to_contain_text("15 min: 9 calls, 31 s busy, 2 loads (8.0 s)")
+        expect(first).to_contain_text("seen: 7 loads, 1 eviction")
+        first.get_by_text("4 more models").click()
+        expect(first.locator("details li").last).to_contain_text("<img")
+        expect(second).to_contain_text("down")
+        expect(page.locator("#queues tbody")).to_contain_text(f"{MODEL}512 k7.0 s1.0 s–")
+        expect(page.locator("#loading-keys tbody")).to_contain_text(f"alice28.0 s{MODEL}")
+        expect(page.locator("#tiles")).to_contain_text("3had to wait; p50 1.2 s, p99 20 s")
+        expect(page.locator("#tiles")).to_contain_text("5waiting for a backend")
+        page.locator("#loading-keys").get_by_role("button", name="alice").click()
+        expect(page.locator("#filter [name=key]")).to_have_value(key_id)
+
+
 def test_requests_show_how_they_were_translated(start_gateway: StartGateway, alpha: FakeBackend, browser: Browser) -> None:
     with FakeBackend("openai", ["plain:7b"], name="plain") as plain:
         gateway = start_gateway(alpha, plain, DASHBOARD_ENABLED="true")
@@ -239,6 +287,8 @@ def test_requests_show_how_they_were_translated(start_gateway: StartGateway, alp
             expect(cells).to_have_count(2)
             expect(cells.nth(0)).to_contain_text("translated to /v1/chat/completions, dropped tools.?img?src?x")
             expect(cells.nth(1)).to_have_text("alpha")
+            expect(page.locator('#rows [data-label="Because"]').nth(1)).to_have_text("order")
+            expect(page.locator('#rows [data-label="First byte"]').nth(1)).to_contain_text("estimate")
             page.locator("#rows tbody button").first.click()
             expect(page.locator("dialog pre")).to_contain_text('"translated_to": "/v1/chat/completions"')
 
@@ -292,6 +342,9 @@ def test_a_thousand_keys_and_fifty_backends(start_gateway: StartGateway, alpha: 
     with page_of(browser) as page:
         enter(page, gateway, gateway.key(name="ops", flags=(ADMIN,)))
         expect(page.locator("#backends tbody tr")).to_have_count(50)
+        expect(page.locator("#fleet .backend:visible")).to_have_count(12)
+        page.get_by_text("38 more backends").click()
+        expect(page.locator("#fleet .backend:visible")).to_have_count(50)
         page.click("[data-tab=keys]")
         expect(page.locator("#keys-shown")).to_contain_text("200 of 1,001 keys")
         page.fill("#find-key", "number 77")

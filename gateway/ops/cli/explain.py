@@ -181,6 +181,7 @@ def _way(routing: Mapping[str, Any]) -> str:
     if not routing["position"]:
         return f"would go to {routing['backend']} now: {because}{first}"
     wait_s, place = routing["wait_s"], f"place {routing['position']}"
-    if wait_s is None:
+    if first_s is None:
         return f"would wait, {place}"
-    return f"would wait about {wait_s:.1f} s, {place}, for {routing['backend']}: {because}{first}"
+    wait = "would wait" if wait_s is None else f"would wait about {wait_s:.1f} s"
+    return f"{wait}, {place}, for {routing['backend']}: {because}{first}{'' if wait_s else ' or later'}"

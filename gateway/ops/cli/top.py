@@ -9,7 +9,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from typing import Any
@@ -111,16 +111,21 @@ def _words(body: bytes) -> str:
 
 
 def frame(seen: Mapping[str, Any], columns: int, rows: int) -> list[str]:
-    """Lines that fit: what is in progress, the backends, the busiest keys and models, in order of importance."""
-    backends, lately = seen["backends"], seen["lately"] or {}
-    head = list(_head(seen, lately))
-    left = max(3, rows - len(head) - 2)
-    keys, models = lately.get("keys", []), lately.get("models", [])
-    for_backends = min(len(backends) + 1, max(3, left // 2))
-    for_busy = max(0, left - for_backends - 1)
-    lines = [*head, "", *_table(BACKENDS, [_backend(row) for row in _worst_first(backends)], for_backends)]
+    """Lines that fit: what is in progress, the backends, queues, models, the busiest keys and models, in this order."""
+    lately = seen["lately"] or {}
+    lines = [*_head(seen, lately), ""]
+    left = max(3, rows - len(lines))
+    backends = _worst_first(seen["backends"])
+    lines += _table(BACKENDS, [_backend(row) for row in backends], min(len(backends) + 1, max(3, left // 2)))
+    for columns_of_table, found in ((QUEUES, _queues(seen)), (MODELS, _models(backends))):
+        # With an empty line before it; what follows gets the other half.
+        most = min(len(found) + 2, (rows - len(lines)) // 2)
+        if found and most > 2:
+            lines += ["", *_table(columns_of_table, found, most - 1)]
+    for_busy = rows - len(lines) - 1
     if for_busy > 1:
-        lines += ["", *_side_by_side([_busy_key(row) for row in keys], [_busy_model(row) for row in models], for_busy)]
+        keys, models = ([write(row) for row in lately.get(name, [])] for name, write in BUSY.items())
+        lines += ["", *_side_by_side(keys, models, for_busy)]
     return [plain(line)[:columns] for line in lines[:rows]]
 
 
@@ -131,7 +136,8 @@ def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
     stores = "  ".join(f"{name} {state}" for name, state in states.items())
     yield f"gateway  {str(seen['at'])[:19].replace('T', ' ')}  processes {_known(seen['processes'])}  {stores}"
     backlog = _known(seen["audit_backlog"])
-    yield f"now      in progress {seen['in_flight']}  waiting for a slot {seen['waiting']}  audit rows waiting {backlog}"
+    waiting = f"waiting for a backend {_known(seen.get('waiting_for_backends'))}, for a key {seen['waiting']}"
+    yield f"now      in progress {seen['in_flight']}  {waiting}  audit backlog {backlog}"
     if not lately:
         yield "15 min   unknown while PostgreSQL is unreachable"
         return
@@ -144,10 +150,12 @@ def _head(seen: Mapping[str, Any], lately: Mapping[str, Any]) -> Iterator[str]:
     cached = f", {lately['cached_tokens']} cached" if lately.get("cached_tokens") else ""
     sums = f"{lately['prompt_tokens']} in{cached}, {lately['completion_tokens']} out"
     seconds = lately.get("backend_s", 0.0) / minutes
-    yield f"per min  requests {rate:.1f}  tokens {tokens:.0f} ({sums})  backend seconds {seconds:.1f}"
+    yield f"per min  requests {rate:.1f}  tokens {tokens:.0f} ({sums})  backend s {seconds:.1f}"
 
 
-BACKENDS = ("BACKEND", 18), ("STATE", 8), ("BREAKER", 10), ("IN FLIGHT", 10), ("LATENCY", 9), ("MODELS", 6), ("", 13)
+BACKENDS = ("BACKEND", 14), ("STATE", 7), ("BREAKER", 9), ("SLOTS", 6), ("VRAM GB", 10), ("LATENCY", 7), ("LOADED", 21)
+QUEUES = ("WAITING FOR", 28), ("CALLS", 7), ("TOKENS", 9), ("OLDEST", 8), ("NEXT IN", 8), ("LAST IN", 8)
+MODELS = ("MODEL", 26), ("AT", 14), ("SLOTS", 7), ("VRAM GB", 8), ("STAYS", 8), ("TOK/S IN", 8), ("OUT", 5)
 
 
 def _worst_first(backends: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -158,17 +166,45 @@ def _worst_first(backends: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 def _backend(row: Mapping[str, Any]) -> list[str]:
     state = "drained" if row["drained"] else "down" if row["state"] == "away" else row["state"]
     breaker = row["breaker"] + (f" {row['open_for_s']:.0f}s" if row["open_for_s"] else "")
-    load = f"{row['in_flight']}/{row['max_connections']}"
-    return [row["name"], state, breaker, load, _ms(row["latency_ms"]), str(row["models"]), row["error"]]
+    places, memory = row.get("places", []), row.get("memory")
+    loaded = [place["model"] for place in places if place["is_loaded"]]
+    if row.get("loading"):
+        loaded.insert(0, f"loading {row['loading']['model']}")
+    vram = f"{_gb(memory['used'])}/{_gb(memory['seen'])}" if memory and memory["seen"] else "-"
+    in_use = sum(place["in_use"] or 0 for place in places), sum(place["slots"] or 0 for place in places)
+    slots = f"{in_use[0]}/{in_use[1]}" if places else "-"
+    return [row["name"], state, breaker, slots, vram, _ms(row["latency_ms"]), row["error"] or ", ".join(loaded) or "-"]
+
+
+def _queues(seen: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [row["model"], str(row["calls"]), str(row["tokens"]), *(_s(row[name]) for name in ("oldest_s", "first_s", "last_s"))]
+        for row in seen.get("queues") or []
+    ]
+
+
+def _models(backends: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Those with the most calls first."""
+    found = [(place, row["name"]) for row in backends for place in row.get("places", [])]
+    return [_model(place, name) for place, name in sorted(found, key=lambda one: -(one[0]["in_use"] or 0))]
+
+
+def _model(place: Mapping[str, Any], backend: str) -> list[str]:
+    slots = f"{_known(place['in_use'])}/{_known(place['slots'])}"
+    stays = "-" if not place["is_loaded"] else "always" if place["left_s"] is None else _s(place["left_s"])
+    speeds = ("-" if place[name] is None else f"{place[name]:.0f}" for name in ("prefill_tps", "decode_tps"))
+    return [place["model"], backend, slots, _gb(place["vram"]) if place["vram"] else "-", stays, *speeds]
 
 
 def _table(columns: Sequence[tuple[str, int]], rows: Sequence[Sequence[str]], most: int) -> Iterator[str]:
+    """The last column has no end of its own."""
     yield " ".join(name.ljust(width) for name, width in columns).rstrip()
     shown = rows if len(rows) < most else rows[: most - 2]
     for row in shown:
-        yield " ".join(cell[:width].ljust(width) for cell, (_, width) in zip(row, columns, strict=True)).rstrip()
+        cells = (cell[:width].ljust(width) for cell, (_, width) in zip(row[:-1], columns, strict=False))
+        yield " ".join((*cells, row[-1])).rstrip()
     if left := rows[len(shown) :]:
-        yield f"… and {len(left)} more" + (", all fine" if _all_fine(left) else "")
+        yield f"… and {len(left)} more" + (", all fine" if columns is BACKENDS and _all_fine(left) else "")
 
 
 def _all_fine(rows: Sequence[Sequence[str]]) -> bool:
@@ -184,6 +220,9 @@ def _busy_model(row: Mapping[str, Any]) -> str:
     return f"{row['model'][:22]:<22} {row['requests']:>6}  {_ms(row['ttfb_p50_ms'])}"
 
 
+BUSY: dict[str, Callable[[Mapping[str, Any]], str]] = {"keys": _busy_key, "models": _busy_model}
+
+
 def _side_by_side(keys: Sequence[str], models: Sequence[str], most: int) -> Iterator[str]:
     yield f"{'BUSIEST KEYS, 15 MIN':<42}BUSIEST MODELS"
     for n in range(min(most - 1, max(len(keys), len(models)))):
@@ -193,6 +232,17 @@ def _side_by_side(keys: Sequence[str], models: Sequence[str], most: int) -> Iter
 
 def _known(value: object) -> str:
     return "?" if value is None else str(value)
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.1f}"
+
+
+def _s(value: float | None) -> str:
+    """Seconds, or minutes and hours if they are many."""
+    if value is None:
+        return "-"
+    return f"{value / 3600:.1f}h" if value >= 7200 else f"{value / 60:.0f}m" if value >= 120 else f"{value:.1f}s"
 
 
 def _ms(value: float | None) -> str:

@@ -1,4 +1,6 @@
+import { drawFleet } from "./fleet.js";
 import { $, copy, h, reach } from "./nodes.js";
+import { button, link, ms, number, seconds, short, table, update, when } from "./tables.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -44,40 +46,6 @@ async function guarded(work) {
   try { showError(null); return await work(); } catch (problem) { showError(problem); return undefined; }
 }
 
-const number = (value) => (value === null || value === undefined ? "–" : Number(value).toLocaleString("en"));
-const short = (value) => (value === null || value === undefined ? "–" : value >= 1e9 ? `${(value / 1e9).toFixed(1)} G` : value >= 1e6 ? `${(value / 1e6).toFixed(1)} M` : value >= 1e4 ? `${(value / 1e3).toFixed(0)} k` : number(Math.round(value)));
-const seconds = (value) => (value === null || value === undefined ? "–" : `${value < 10 ? value.toFixed(1) : short(value)} s`);
-const ms = (value) => (value === null || value === undefined ? "–" : value >= 10000 ? `${(value / 1000).toFixed(1)} s` : `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`);
-const when = (text) => (text ? new Date(text).toLocaleString("sv").slice(0, 19) : "–");
-
-// With `isLive`, unchanged nodes are kept, with the handlers of an earlier row: these must use nothing of a row but its name.
-function table(node, columns, rows, empty, isLive = false) {
-  const head = h("thead", {}, h("tr", {}, ...columns.map((column) => h("th", { class: column.number && "number", scope: "col" }, column.name))));
-  const body = h("tbody", {}, ...rows.map((row) => h("tr", { "data-of": row.key_id || row.name || row.model }, ...columns.map((column) => h("td", { "data-label": column.name, class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null }, column.of(row))))));
-  if (!rows.length) body.append(h("tr", {}, h("td", { colspan: columns.length, class: "dim" }, empty)));
-  if (isLive) update(node, h("table", {}, head, body));
-  else node.replaceChildren(head, body);
-}
-
-// Gives `node` the children of `made`. Unchanged ones are kept, with what is focused or pressed in them. A button with another
-// text, or for another row (data-of), is replaced, as its handler differs.
-function update(node, made) {
-  const fresh = [...made.childNodes], old = [...node.childNodes];
-  fresh.forEach((one, n) => {
-    const was = old[n];
-    if (!was) node.append(one);
-    else if (was.isEqualNode(one)) return;
-    else if (was.nodeType === 1 && was.tagName === one.tagName && (was.tagName !== "BUTTON" || was.matches(".tile")) && was.dataset.of === one.dataset.of) {
-      for (const name of ["class", "data-label", "colspan"]) one.hasAttribute(name) ? was.setAttribute(name, one.getAttribute(name)) : was.removeAttribute(name);
-      update(was, one);
-    } else was.replaceWith(one);
-  });
-  for (const gone of old.slice(fresh.length)) gone.remove();
-}
-
-const link = (text, onClick, of) => h("button", { type: "button", class: "link", "data-of": of, on: { click: onClick } }, text);
-const button = (text, onClick, kind = "small", of) => h("button", { type: "button", class: kind, "data-of": of, on: { click: onClick } }, text);
-
 function show(tab) {
   for (const name of ["overview", "keys", "audit"]) $(name).hidden = name !== tab;
   for (const one of $("tabs").children) one.dataset.tab === tab ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
@@ -109,18 +77,21 @@ function drawOverview() {
   const recent = latest.lately || {}, since = { since: "15m" };
   update($("tiles"), h("div", {},
     tile(number(latest.in_flight), "in progress"),
-    tile(number(latest.waiting), "waiting for a slot", null, latest.waiting ? "warn" : null),
+    tile(number(latest.waiting_for_backends), "waiting for a backend", null, latest.waiting_for_backends ? "warn" : null),
+    tile(number(latest.waiting), "waiting for a slot of their key", null, latest.waiting ? "warn" : null),
     tile(number(recent.requests), "requests, 15 min", since),
     tile(number(recent.failures), "backend failures", { ...since, outcome: "backend_failed" }, recent.failures ? "bad" : null),
     tile(number(recent.refused), "refused", { ...since, outcome: "refused" }, recent.refused ? "warn" : null),
     tile(`${short(recent.prompt_tokens)} + ${short(recent.completion_tokens)}`, `tokens in + out${recent.cached_tokens ? `; ${short(recent.cached_tokens)} cached` : ""}`, since),
     tile(seconds(recent.backend_s), `of backends; ${number(recent.loads)} loads`, since),
+    tile(number(recent.waited), recent.waited ? `had to wait; p50 ${seconds(recent.wait_p50_ms / 1000)}, p99 ${seconds(recent.wait_p99_ms / 1000)}` : "had to wait for a backend", since),
     tile(`${ms(recent.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(recent.ttfb_p99_ms)}`, since),
     tile(latest.stores.redis ? "up" : "unreachable", "Redis", null, latest.stores.redis ? "good" : "bad"),
     tile(...stateOfPostgres()),
     tile(number(latest.audit_backlog), "audit rows waiting", null, latest.audit_backlog > 10000 ? "warn" : null),
     tile(number(latest.processes), "processes"),
   ));
+  drawFleet(latest, showRequests);
   table($("backends"), [
     { name: "Backend", of: (row) => row.name },
     { name: "State", of: (row) => h("span", { class: row.drained ? "warn" : row.state === "up" ? "good" : "bad" }, row.drained ? "drained" : row.state === "away" ? "down" : row.state) },
@@ -347,11 +318,13 @@ async function loadRows() {
     { name: "Key", wide: true, of: (row) => row.key || row.key_id },
     { name: "Model", wide: true, of: (row) => row.model || "–" },
     { name: "Backend", wide: true, of: (row) => h("div", {}, row.backend || "–", wayOf(row) && h("div", { class: "dim" }, wayOf(row))) },
+    { name: "Because", of: (row) => row.chosen_because || "–" },
     { name: "Status", number: true, of: (row) => h("span", { class: row.status >= 500 ? "bad" : row.status >= 400 ? "warn" : null }, row.status || "–") },
     { name: "Outcome", wide: true, of: (row) => row.outcome + (row.detail ? ` (${row.detail})` : "") },
     { name: "Tokens", number: true, of: (row) => `${row.prompt_tokens}${row.cached_tokens ? ` (${row.cached_tokens} cached)` : ""} + ${row.completion_tokens}` },
     { name: "Backend time", number: true, of: (row) => h("div", {}, ms(row.backend_ms), row.loaded && h("div", { class: "dim" }, `load ${ms(row.load_ms)}`)) },
-    { name: "First byte", number: true, of: (row) => ms(row.ttfb_ms) },
+    { name: "Waited", number: true, of: (row) => (row.queue_ms >= 1 ? h("div", {}, ms(row.queue_ms), row.queue_position > 0 && h("div", { class: "dim" }, `place ${row.queue_position}`)) : "–") },
+    { name: "First byte", number: true, of: (row) => h("div", {}, ms(row.ttfb_ms), row.estimated_ms !== null && h("div", { class: "dim" }, `estimate ${ms(row.estimated_ms)}`)) },
     { name: "Total", number: true, of: (row) => ms(row.total_ms) },
   ], rows, "no requests found");
   $("rows-shown").textContent = rows.length ? `the newest ${number(rows.length)}` : "";
@@ -427,7 +400,7 @@ function signOut() {
   allKeys = [];
   events?.abort();
   $("dialog").close();
-  for (const id of ["tiles", "plots", "backends", "busy-keys", "busy-models", "all-keys", "rows", "dialog-form"]) $(id).replaceChildren();
+  for (const id of ["tiles", "fleet", "queues", "loading-keys", "plots", "backends", "busy-keys", "busy-models", "all-keys", "rows", "dialog-form"]) $(id).replaceChildren();
   for (const id of ["keys-shown", "rows-shown"]) $(id).textContent = "";
   $("filter").reset();
   $("find-key").value = "";

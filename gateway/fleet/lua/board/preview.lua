@@ -1,8 +1,8 @@
 -- What take.lua would decide, without taking anything.
 -- ARGV: as of take.lua.
--- Answers JSON: the place in the queue that the call would have (0: none) and how many calls and tokens are in it, whether it would
--- be refused because the queue is full, ms that it would wait, ms until its first token, and all candidates with the terms of
--- their estimates; only `fast` decides by these.
+-- Answers JSON: the place in the queue that the call would have (0: none) and how many calls and tokens are in it, whether it
+-- would be refused because the queue is full, ms that it would wait (-1: unknown), ms until its first token, and all candidates
+-- with the terms of their estimates; only `fast` decides by these.
 local call = read_call(ARGV)
 
 -- As the rule evaluates them, all with all terms.
@@ -52,5 +52,7 @@ for _, e in ipairs(all) do
         cached = e.cached, total = bounded(e.t), copy = e.malus, is_chosen = e == chosen,
     }
 end
-local wait = position == 0 and 0 or bounded(math.max(ms - chosen.load - chosen.prefill, 0))
+local wait = position == 0 and 0 or bounded(ms - chosen.load - chosen.prefill)
+-- Nothing but the rule holds it back, for a time that is not known.
+if position > 0 and wait <= 0 then wait = -1 end
 return cjson.encode({position = position, waiting = n, tokens = t, full = is_full, wait = wait, ms = bounded(ms), places = places})
