@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from gateway.dialects.model_names import AllowList
-from gateway.fleet import discovery, routes
+from gateway.fleet import discovery, load, routes
 from tests.conftest import StartGateway, TestStores
 from tests.support.chat_requests import CHATS
 from tests.support.fake_backend.backend import FakeBackend
@@ -221,8 +221,9 @@ def test_running_models_are_polled_on_demand_and_once_for_all_requests(start_gat
 
 
 def test_a_request_for_running_models_does_not_wait_for_a_dead_backend(
-    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend
+    start_gateway: StartGateway, alpha: FakeBackend, beta: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(load, "LONGEST_DEADLINE_S", 1.0)
     beta.play("/api/ps", [Forever()])
     gateway = start_gateway(alpha, beta, MODEL_DISCOVERY_REFRESH_S="60")
     with gateway.http(gateway.key()) as client:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from gateway.fleet import cost_store
 from gateway.fleet.cost_means import OUTPUT as OUTPUT_TOKENS
 from gateway.fleet.costs import Rates
 from gateway.stores import redis_keys
@@ -20,6 +21,11 @@ PROMPT, CACHED, OUTPUT = 400, 100, 40
 LOAD_S, PREFILL_S, DECODE_S = 0.3, 0.05, 0.08
 # What a played answer takes longer than it reports.
 MORE_S = 0.02
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_store, "EVERY_S", 0.3)
 
 
 def last_record(load_s: float) -> dict[str, Any]:

@@ -528,7 +528,7 @@ def test_a_second_backend_transcribes_after_a_failure(uploads: RunningGateway, b
 def test_a_backend_that_stops_reading_or_never_answers(
     start_gateway: StartGateway, beta: FakeBackend, gamma: FakeBackend
 ) -> None:
-    gateway = start_gateway(beta, gamma, OLLAMA_READ_TIMEOUT_S="3")
+    gateway = start_gateway(beta, gamma, OLLAMA_READ_TIMEOUT_S="2")
     with gateway.openai(gateway.key()) as client:
         beta.play(TRANSCRIBE, [Forever()])
         assert client.audio.transcriptions.create(model=MODEL, file=RECORDING).text.startswith("gamma")
