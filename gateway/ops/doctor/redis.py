@@ -12,7 +12,7 @@ from gateway.stores import redis_client, redis_keys
 
 NAME = "Redis"
 OLDEST_VERSION = (6, 2)
-CALL_S, CLOSE_S = 2.0, 1.0
+CALL_S = 2.0
 LONGEST_BACKLOG = 10_000
 MARK, MARK_MS = redis_keys.DOCTOR_CHECK, 1000
 ADVICE = "check REDIS_URL and that the server runs"
