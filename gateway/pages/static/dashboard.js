@@ -305,8 +305,11 @@ function drawKeys() {
 
 // ── audit ──
 
-// How a request reached its backend, if not byte for byte.
-const wayOf = (row) => [row.translated_to && `translated to ${row.translated_to}`, row.dropped && `dropped ${row.dropped}`].filter(Boolean).join(", ");
+// Why a request went to its backend, and how it reached it, if not byte for byte.
+const wayOf = (row) => [row.chosen_because, row.translated_to && `translated to ${row.translated_to}`, row.dropped && `dropped ${row.dropped}`].filter(Boolean).join(", ");
+
+// What the time to the first byte was estimated to be, and how much of it was waiting.
+const timesOf = (row) => [row.estimated_ms !== null && `estimate ${ms(row.estimated_ms)}`, row.queue_position > 0 && `waited ${ms(row.queue_ms)}, place ${row.queue_position}`].filter(Boolean);
 
 async function loadRows() {
   const query = new URLSearchParams();
@@ -318,13 +321,11 @@ async function loadRows() {
     { name: "Key", wide: true, of: (row) => row.key || row.key_id },
     { name: "Model", wide: true, of: (row) => row.model || "–" },
     { name: "Backend", wide: true, of: (row) => h("div", {}, row.backend || "–", wayOf(row) && h("div", { class: "dim" }, wayOf(row))) },
-    { name: "Because", of: (row) => row.chosen_because || "–" },
     { name: "Status", number: true, of: (row) => h("span", { class: row.status >= 500 ? "bad" : row.status >= 400 ? "warn" : null }, row.status || "–") },
     { name: "Outcome", wide: true, of: (row) => row.outcome + (row.detail ? ` (${row.detail})` : "") },
     { name: "Tokens", number: true, of: (row) => `${row.prompt_tokens}${row.cached_tokens ? ` (${row.cached_tokens} cached)` : ""} + ${row.completion_tokens}` },
     { name: "Backend time", number: true, of: (row) => h("div", {}, ms(row.backend_ms), row.loaded && h("div", { class: "dim" }, `load ${ms(row.load_ms)}`)) },
-    { name: "Waited", number: true, of: (row) => (row.queue_ms >= 1 ? h("div", {}, ms(row.queue_ms), row.queue_position > 0 && h("div", { class: "dim" }, `place ${row.queue_position}`)) : "–") },
-    { name: "First byte", number: true, of: (row) => h("div", {}, ms(row.ttfb_ms), row.estimated_ms !== null && h("div", { class: "dim" }, `estimate ${ms(row.estimated_ms)}`)) },
+    { name: "First byte", number: true, of: (row) => h("div", {}, ms(row.ttfb_ms), ...timesOf(row).map((words) => h("div", { class: "dim" }, words))) },
     { name: "Total", number: true, of: (row) => ms(row.total_ms) },
   ], rows, "no requests found");
   $("rows-shown").textContent = rows.length ? `the newest ${number(rows.length)}` : "";
