@@ -169,14 +169,19 @@ def test_the_documentation_opens_the_route_in_its_url(gateway: RunningGateway, b
 
 def test_answers_of_a_gateway_of_the_version_before_are_shown(gateway: RunningGateway, admin: str, browser: Browser) -> None:
     """During an update the page may be of one version and the answer of the other."""
-    new = ("speaks", "translated_to", "dropped")
+    new = ("speaks", "translated_to", "dropped", "memory", "loading", "places", "lately", "chosen_because", "estimated_ms")
+    new_sums = ("waited", "wait_p50_ms", "wait_p99_ms", "loading_keys")
 
     def without_new(route: Route) -> None:
         value = route.fetch().json()
         rows = value if isinstance(value, list) else value["backends"]
         for row in rows:
-            for name in new:
+            for name in (*new, "queue_position"):
                 row.pop(name, None)
+        if isinstance(value, dict):
+            del value["queues"], value["waiting_for_backends"]
+            for name in new_sums:
+                del value["lately"][name]
         route.fulfill(json=value)
 
     with gateway.http(gateway.key()) as client:
@@ -189,5 +194,7 @@ def test_answers_of_a_gateway_of_the_version_before_are_shown(gateway: RunningGa
         page.route("**/admin/v1/events", holding([]))
         enter(page, gateway, admin)
         expect(page.locator('#backends [data-label="Speaks"]').first).to_have_text("–")
+        expect(page.locator(".backend").first).to_contain_text("15 min: no calls")
+        expect(page.locator("#queues")).to_contain_text("unknown")
         page.click("[data-tab=audit]")
         expect(page.locator('#rows [data-label="Backend"]')).to_have_text("alpha")

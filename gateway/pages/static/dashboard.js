@@ -309,7 +309,7 @@ function drawKeys() {
 const wayOf = (row) => [row.chosen_because, row.translated_to && `translated to ${row.translated_to}`, row.dropped && `dropped ${row.dropped}`].filter(Boolean).join(", ");
 
 // What the time to the first byte was estimated to be, and how much of it was waiting.
-const timesOf = (row) => [row.estimated_ms !== null && `estimate ${ms(row.estimated_ms)}`, row.queue_position > 0 && `waited ${ms(row.queue_ms)}, place ${row.queue_position}`].filter(Boolean);
+const timesOf = (row) => [typeof row.estimated_ms === "number" && `estimate ${ms(row.estimated_ms)}`, row.queue_position > 0 && `waited ${ms(row.queue_ms)}, place ${row.queue_position}`].filter(Boolean);
 
 async function loadRows() {
   const query = new URLSearchParams();

@@ -66,7 +66,7 @@ function history(row) {
 }
 
 function card(row) {
-  const [kind, words] = state(row), swaps = Boolean(row.memory), places = row.places.map((place) => placeLine(place, swaps));
+  const [kind, words] = state(row), swaps = Boolean(row.memory), places = (row.places || []).map((place) => placeLine(place, swaps));
   const more = places.splice(MOST_PLACES);
   return h("article", { class: "backend", "data-of": row.name },
     h("div", { class: "row" }, h("h3", {}, row.name), h("span", { class: kind }, words)),
