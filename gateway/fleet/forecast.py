@@ -13,7 +13,8 @@ from gateway.stores.redis_client import RedisUnavailable
 
 class Terms(NamedTuple):
     """A place with the terms of its estimate in seconds, None for what is unknown. `can_begin`: it has a free slot and nothing
-    stands in the way. `why` is as in Slot."""
+    stands in the way. `why` is as in Slot. `penalty_s` counts in addition: for a further copy, or a conversation that would be
+    forgotten."""
 
     backend: str
     model: str
@@ -29,6 +30,7 @@ class Terms(NamedTuple):
     prefill_s: float | None
     cached_tokens: int | None
     total_s: float | None
+    penalty_s: float | None
     is_chosen: bool
 
 
@@ -82,7 +84,7 @@ def _of_board(found: Mapping[str, Any]) -> Forecast:
 def _terms(place: Mapping[str, Any]) -> Terms:
     facts: list[Any] = [place[name] for name in ("backend", "model", "tier", "slots", "running", "can", "why")]
     facts += [seconds(place[name]) for name in ("load", "evict", "block", "queue", "prefill")]
-    facts += [place["cached"], seconds(place["total"]), place["is_chosen"]]
+    facts += [place["cached"], seconds(place["total"]), place["penalty"] / 1000, place["is_chosen"]]
     return Terms(*facts)
 
 
@@ -103,4 +105,4 @@ def _local_terms(claim: Claim, place: Place, local: LocalSlots, *, is_chosen: bo
     offer, slots, running = place.candidate.offer, local.share(place), local.running(place.name)
     load_s, prefill_s = 0.0 if local.has(place) else place.load_ms / 1000, claim.prompt * place.prefill_us / 1_000_000
     facts = offer.backend, offer.model, place.tier, slots, running, running < slots, local.mode
-    return Terms(*facts, load_s, None, None, None, prefill_s, None, None, is_chosen)
+    return Terms(*facts, load_s, None, None, None, prefill_s, None, None, None, is_chosen)

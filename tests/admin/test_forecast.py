@@ -160,9 +160,9 @@ def test_the_command_prints_words_and_a_table(
     assert "ROUTING=fast; no call waits for this model" in printed
     begin = next(number for number, line in enumerate(printed) if line.startswith("TRY"))
     head, first, second = (line.split() for line in printed[begin : begin + 3])
-    names_of_columns = "TRY BACKEND TIER SLOTS NOW LOAD EVICT BLOCK QUEUE PREFILL CACHED TOTAL AS WHY"
+    names_of_columns = "TRY BACKEND TIER SLOTS NOW LOAD EVICT BLOCK QUEUE PREFILL CACHED TOTAL PENALTY AS WHY"
     assert head == names_of_columns.split()
-    assert (first[:5], first[9:11], first[12:14]) == (["1", "alpha", "1", "0/1", "yes"], ["3.0", "0"], ["loaded", "ready"])
+    assert (first[:5], first[9:11], first[13:15]) == (["1", "alpha", "1", "0/1", "yes"], ["3.0", "0"], ["loaded", "ready"])
     assert second[:5] == ["2", "beta", "1", "0/1", "yes"]
     with calls_in_progress(gateway, "alpha", "beta"):
         printed = operate(tmp_path, names, *asked).splitlines()

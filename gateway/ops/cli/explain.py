@@ -144,6 +144,7 @@ def _terms(estimate: Mapping[str, Any]) -> dict[str, Any]:
         **seconds,
         "cached": estimate.get("cached_tokens"),
         "total": _seconds(estimate.get("total_s")),
+        "penalty": _seconds(estimate.get("penalty_s")),
         "as": estimate.get("why"),
     }
 

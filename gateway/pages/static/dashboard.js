@@ -1,6 +1,6 @@
 import { drawFleet } from "./fleet.js";
 import { $, copy, h, reach } from "./nodes.js";
-import { button, link, ms, number, seconds, short, table, update, when } from "./tables.js";
+import { button, link, ms, number, seconds, short, some, table, update, when } from "./tables.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -83,7 +83,7 @@ function drawOverview() {
     tile(number(recent.failures), "backend failures", { ...since, outcome: "backend_failed" }, recent.failures ? "bad" : null),
     tile(number(recent.refused), "refused", { ...since, outcome: "refused" }, recent.refused ? "warn" : null),
     tile(`${short(recent.prompt_tokens)} + ${short(recent.completion_tokens)}`, `tokens in + out${recent.cached_tokens ? `; ${short(recent.cached_tokens)} cached` : ""}`, since),
-    tile(seconds(recent.backend_s), `of backends; ${number(recent.loads)} loads`, since),
+    tile(seconds(recent.backend_s), `of backends; ${some(recent.loads, "load")}`, since),
     tile(number(recent.waited), recent.waited ? `had to wait; p50 ${seconds(recent.wait_p50_ms / 1000)}, p99 ${seconds(recent.wait_p99_ms / 1000)}` : "had to wait for a backend", since),
     tile(`${ms(recent.ttfb_p50_ms)}`, `first byte p50; p99 ${ms(recent.ttfb_p99_ms)}`, since),
     tile(latest.stores.redis ? "up" : "unreachable", "Redis", null, latest.stores.redis ? "good" : "bad"),
@@ -111,14 +111,14 @@ function drawOverview() {
     { name: "Key", wide: true, of: (row) => link(row.key || row.key_id, () => showRequests({ key: row.key_id, since: "15m" }), row.key_id) },
     { name: "Requests", number: true, of: (row) => number(row.requests) },
     { name: "Tokens", number: true, of: (row) => short(row.tokens) },
-    { name: "Backend time", number: true, of: (row) => seconds(row.backend_s) + (row.loads ? `, ${number(row.loads)} loads` : "") },
+    { name: "Backend time", number: true, of: (row) => seconds(row.backend_s) + (row.loads ? `, ${some(row.loads, "load")}` : "") },
     { name: "Limited", number: true, of: (row) => (row.limited ? link(`${row.limited} (${row.limit || "?"})`, () => showRequests({ key: row.key_id, since: "15m", status: "429" }), row.key_id) : "–") },
   ], recent.keys || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL is unreachable", true);
   table($("busy-models"), [
     { name: "Model", wide: true, of: (row) => link(row.model, () => showRequests({ model: row.model, since: "15m" })) },
     { name: "Requests", number: true, of: (row) => number(row.requests) },
     { name: "Tokens", number: true, of: (row) => short(row.tokens) },
-    { name: "Backend time", number: true, of: (row) => seconds(row.backend_s) + (row.loads ? `, ${number(row.loads)} loads` : "") },
+    { name: "Backend time", number: true, of: (row) => seconds(row.backend_s) + (row.loads ? `, ${some(row.loads, "load")}` : "") },
     { name: "First byte p50", number: true, of: (row) => ms(row.ttfb_p50_ms) },
   ], recent.models || [], latest.lately ? "no requests in the last 15 minutes" : "unknown: PostgreSQL is unreachable", true);
 }

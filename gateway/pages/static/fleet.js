@@ -1,11 +1,10 @@
 // The fleet: memory, loaded models and slots of each backend, the queues, and who causes loads.
 import { $, h } from "./nodes.js";
-import { link, number, seconds, short, table, update } from "./tables.js";
+import { link, number, seconds, short, some, table, update } from "./tables.js";
 
 const MOST_CARDS = 12, MOST_PLACES = 6, MOST_PIPS = 8;
 
 const bytes = (value) => (value >= 1e9 ? `${(value / 1e9).toFixed(1)} GB` : `${(value / 1e6).toFixed(0)} MB`);
-const some = (count, one, more = `${one}s`) => `${number(count)} ${count === 1 ? one : more}`;
 
 // How long a model stays loaded if nobody calls it.
 function stay(value) {
@@ -26,9 +25,9 @@ function speeds(place) {
   return read || written ? `${[read, written].filter(Boolean).join(", ")} tok/s` : "";
 }
 
-function placeLine(place, swaps) {
+function placeLine(place, swaps, loadingModel) {
   const facts = [
-    swaps && (place.is_loaded ? [place.vram ? bytes(place.vram) : "", stay(place.left_s)] : "not loaded"),
+    swaps && (place.is_loaded ? [place.vram ? bytes(place.vram) : "", stay(place.left_s)] : place.model === loadingModel ? "loading" : "not loaded"),
     speeds(place),
     swaps && place.load_s && `load ${seconds(place.load_s)}`,
   ].flat().filter(Boolean);
@@ -66,7 +65,7 @@ function history(row) {
 }
 
 function card(row) {
-  const [kind, words] = state(row), swaps = Boolean(row.memory), places = (row.places || []).map((place) => placeLine(place, swaps));
+  const [kind, words] = state(row), swaps = Boolean(row.memory), places = (row.places || []).map((place) => placeLine(place, swaps, row.loading?.model));
   const more = places.splice(MOST_PLACES);
   return h("article", { class: "backend", "data-of": row.name },
     h("div", { class: "row" }, h("h3", {}, row.name), h("span", { class: kind }, words)),

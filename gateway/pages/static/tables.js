@@ -5,6 +5,7 @@ export const number = (value) => (value === null || value === undefined ? "–" 
 export const short = (value) => (value === null || value === undefined ? "–" : value >= 1e9 ? `${(value / 1e9).toFixed(1)} G` : value >= 1e6 ? `${(value / 1e6).toFixed(1)} M` : value >= 1e4 ? `${(value / 1e3).toFixed(0)} k` : number(Math.round(value)));
 export const seconds = (value) => (value === null || value === undefined ? "–" : `${value < 10 ? value.toFixed(1) : short(value)} s`);
 export const ms = (value) => (value === null || value === undefined ? "–" : value >= 10000 ? `${(value / 1000).toFixed(1)} s` : `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`);
+export const some = (count, one, more = `${one}s`) => `${number(count)} ${count === 1 ? one : more}`;
 export const when = (text) => (text ? new Date(text).toLocaleString("sv").slice(0, 19) : "–");
 
 // With `isLive`, unchanged nodes are kept, with the handlers of an earlier row: these must use nothing of a row but its name.

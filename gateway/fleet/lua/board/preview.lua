@@ -49,7 +49,7 @@ for _, e in ipairs(all) do
     places[#places + 1] = {
         backend = e.c.b, model = e.c.m, tier = e.c.tier, slots = e.c.slots, running = running_in(place_of(e.c)), why = e.why,
         can = e.can, load = e.load, evict = e.evict, block = bounded(e.block), queue = bounded(e.queue), prefill = e.prefill,
-        cached = e.cached, total = bounded(e.t), copy = e.malus, is_chosen = e == chosen,
+        cached = e.cached, total = bounded(e.t), penalty = e.malus, is_chosen = e == chosen,
     }
 end
 local wait = position == 0 and 0 or bounded(ms - chosen.load - chosen.prefill)
