@@ -170,3 +170,15 @@ def test_the_command_prints_words_and_a_table(
     print("\n".join(printed))
     with pytest.raises(AssertionError, match="is not a number of tokens: write a whole number from 0"):
         operate(tmp_path, names, *asked, "--prompt", "many")
+
+
+def test_the_command_says_that_redis_is_unreachable(
+    start_gateway: StartGateway, alpha: FakeBackend, stores: TestStores, tmp_path: Path
+) -> None:
+    start_gateway(alpha).key(name="alice")
+    names = environment_for(entry_of(alpha, slots=3), DATABASE_URL=stores.database_url, REDIS_URL="redis://127.0.0.1:1")
+    printed = operate(tmp_path, names, "explain", "--key", "alice", "--model", MODEL)
+    assert printed.startswith("would go to alpha now: ") and "running processes: unknown, Redis is unreachable" in printed
+    assert "ROUTING=order; slots and queue are those of this process alone: Redis is unreachable\n" in printed
+    row = next(line.split() for line in printed.splitlines() if line.startswith("1 "))
+    assert row[:5] == ["1", "alpha", "1", "0/3", "yes"] and row[6:9] == ["-", "-", "-"]
