@@ -94,7 +94,8 @@ class Limiter:
     async def _admit_or_wait(self, ticket: Ticket, began: float) -> Admission:
         verdict = await self._decide(ticket, bool(self._queue_wait_s) and self.queue.length < queue.WAITING)
         if isinstance(verdict, LimitReached) and verdict.may_wait:
-            verdict = await self.queue.wait(ticket, began + self._queue_wait_s, partial(self._decide, ticket))
+            until, is_local = began + self._queue_wait_s, verdict.is_local
+            verdict = await self.queue.wait(ticket, until, partial(self._decide, ticket), was_local=is_local)
         if isinstance(verdict, LimitReached):
             verdict.waited_s = time.monotonic() - began if self._queue_wait_s else 0.0
             raise verdict

@@ -26,10 +26,13 @@ class Queue:
         self._waiting: dict[bytes, list[asyncio.Event]] = {}
         self.length = 0
 
-    async def wait(self, ticket: Ticket, until: float, ask: Callable[[bool], Awaitable[Verdict]]) -> Verdict:
+    async def wait(
+        self, ticket: Ticket, until: float, ask: Callable[[bool], Awaitable[Verdict]], *, was_local: bool = False
+    ) -> Verdict:
         """Asks whenever a slot may be free, until the ticket passes, is refused or its time is over.
 
-        `ask` is called with whether the ticket may continue to wait.
+        `ask` is called with whether the ticket may continue to wait. `was_local`: this process has refused it before, because
+        Redis did not answer.
         """
         freed = asyncio.Event()
         for counter_set in ticket.counter_sets:
@@ -42,6 +45,9 @@ class Queue:
                     await asyncio.wait_for(freed.wait(), max(0.0, min(left, ASK_AGAIN_S)))
                 freed.clear()
                 verdict = await ask(time.monotonic() < until)
+                if isinstance(verdict, LimitReached):
+                    # Redis may have admitted it, though its answer did not come.
+                    verdict.is_local = was_local = was_local or verdict.is_local
                 if not (isinstance(verdict, LimitReached) and verdict.may_wait):
                     return verdict
         except BaseException:

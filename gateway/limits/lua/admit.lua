@@ -199,6 +199,14 @@ for i = 1, counter_sets do
     answer[o + 8], answer[o + 9] = day_ms, month_ms
 end
 
+if answer[1] == 'refused' and lease_ms > 0 and info ~= '' then
+    local stored = redis.call('HGET', KEYS[1], id)
+    if stored and string.sub(stored, 1, #QUEUED) ~= QUEUED then
+        -- It has been admitted, but its process has not got the answer.
+        answer[1], answer[2], answer[4], answer[5] = 'ok', tonumber(string.match(stored, '^%d+') or 0), '', 0
+        return answer
+    end
+end
 if answer[1] == 'refused' then
     answer[3] = longest_ms
     local may_wait = only_slots and longest_ms >= 0 and wait_ms > 0
