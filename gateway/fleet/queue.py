@@ -328,7 +328,9 @@ class FleetQueue:
 
     def _free(self, slot: Slot) -> None:
         self._running.pop(slot.call, None)
-        self._loading.pop(slot.call, None)
+        if self._loading.pop(slot.call, None) is not None:
+            # Nobody knows what has gone for the load that is given up.
+            self.look(slot.backend)
         self.local.leave((slot.backend, slot.model))
         self.board.release(slot.call, slot.held_ms)
         if self.local.waiting and not self._lease.is_valid:

@@ -366,6 +366,45 @@ def test_a_load_fails_over_to_those_who_joined_it(board: FleetBoard) -> None:
     assert board.field("a", "loading") == ""
 
 
+def busy_backend(board: FleetBoard) -> None:
+    """It has a model in use, which may have to go for one that is loading."""
+    board.client.hset("fleet:box:a", mapping={"seen": 20 * GB, "at": board.now})
+    board.loaded("a", "big", 20 * GB)
+    board.now += 120_000
+    assert board.take(fast("c0", ollama("a", "big", 20 * GB, slots=2)))[3] == "loaded"
+    assert board.take(fast("c1", ollama("a", "small", 3 * GB)))[3] == "load"
+
+
+def test_what_may_have_gone_for_a_load_is_unsure_until_the_backend_is_asked(board: FleetBoard) -> None:
+    busy_backend(board)
+    board.now += 2000
+    board.loaded("a", "small", 3 * GB)
+    board.release("c1")
+    assert board.take(fast("c2", ollama("a", "small", 3 * GB)))[3] == "loaded"
+    assert board.take(fast("c3", ollama("a", "medium", 9 * GB)))[0] == "wait", "it is not known whether it fits"
+    assert board.take(fast("c4", ollama("a", "big", 20 * GB, slots=2)))[0] == "wait", "it may be gone"
+    board.client.hset("fleet:box:a", "at", board.now + 1)
+    board.now += 100
+    board.tick()
+    assert board.granted["c4"][2] == "loaded" and "c3" not in board.granted
+    board.release("c0")
+    board.release("c4")
+    board.now += 60_000
+    board.tick()
+    assert board.granted["c3"][2] == "load"
+
+
+def test_after_a_load_that_was_given_up_too(board: FleetBoard) -> None:
+    busy_backend(board)
+    board.now += 2000
+    board.release("c1")
+    assert board.take(fast("c2", ollama("a", "big", 20 * GB, slots=2)))[0] == "wait", "it may be gone"
+    assert board.take(fast("c3", ollama("a", "medium", 9 * GB)))[0] == "wait"
+    board.now += 2001
+    board.tick()
+    assert board.granted["c2"][2] == "loaded", "a backend that does not answer is waited for no longer than the load took"
+
+
 @dataclass
 class OneBackend:
     """People who always ask for one of two models, which do not fit beside each other on one backend."""

@@ -19,6 +19,7 @@
 --   recent:<place>, shared:<place>  sorted sets: conversations and beginnings of prompts, by the time of their last call
 --   kept:<place>           hash: the tokens of these conversations
 --   box:<backend>          hash: see residents.lua; "loading" is model, call, began, expected end, "evicts" what may go for it,
+--                          "settles" when a load began and ended for which it may have gone,
 --                          "want" a model for which the backend is cleared, "l:" and a model how long its last load took
 -- Times are in milliseconds.
 local FS = '\31'
@@ -80,20 +81,38 @@ end
 READ.want = function(box, _, value) box.want = value end
 READ.seen = function(box, _, value) box.seen = tonumber(value) or 0 end
 READ.room = function(box, _, value) box.room = tonumber(value) or 0 end
+READ.at = function(box, _, value) box.at = tonumber(value) or 0 end
+READ.settles = function(box, _, value)
+    local began, ended = string.match(value, '^(%S+) (%S+)$')
+    if began then box.settles = {took = ended - began, ended = tonumber(ended)} end
+end
+
+-- After a load it is not known what has gone for it, until the backend has been asked; one that does not answer is waited for
+-- no longer than the load took.
+local function settle(box)
+    local settles = box.settles
+    if box.at < settles.ended and now <= settles.ended + settles.took then
+        wake_at(now + math.max(20, settles.took * 0.1))
+    else
+        box.settles = nil
+    end
+end
 
 -- A backend that loads and unloads models, read once.
 local boxes = {}
 local function box_of(name)
     local box = boxes[name]
     if box then return box end
-    box = {residents = {}, load_ms = {}, evicts = {}, blocked = {}, victims = {}, sum = 0, seen = 0, room = 0}
+    box = {residents = {}, load_ms = {}, evicts = {}, blocked = {}, victims = {}, sum = 0, seen = 0, room = 0, at = 0}
     local fields = redis.call('HGETALL', F .. 'box:' .. name)
     for i = 1, #fields, 2 do
         local read = READ[fields[i]] or READ[string.sub(fields[i], 1, 2)]
         if read then read(box, string.sub(fields[i], 3), fields[i + 1]) end
     end
     -- The backend has been asked since.
-    if box.loading and box.residents[box.loading.m] then box.loading, box.evicts = nil, {} end
+    if box.loading and box.residents[box.loading.m] then box.loading = nil end
+    if box.settles then settle(box) end
+    if not box.loading and not box.settles then box.evicts = {} end
     boxes[name] = box
     return box
 end

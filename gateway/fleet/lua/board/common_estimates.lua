@@ -62,8 +62,8 @@ local function estimate_resident(call, c, e, box)
     e.cached, e.home, forgotten = cached_of(call, c)
     e.malus = math.min(forgotten * c.prefill_us / 1000, FORGET_SHARE * c.service_ms)
     e.why = e.home and 'home' or 'loaded'
-    if box and box.loading and box.evicts[c.m] then
-        e.can, e.block = false, math.max(box.loading.ends - now, 0)
+    if box and box.evicts[c.m] then
+        e.can, e.block = false, box.loading and math.max(box.loading.ends - now, 0) or 0
     elseif box and box.blocked[c.m] then
         e.can, e.block = false, box.blocked_ms
     end
@@ -108,6 +108,7 @@ local function estimate(call, c, is_nowhere)
         estimate_loading(c, e, box)
     else
         estimate_load(call, c, e, box, is_nowhere)
+        e.can = e.can and not box.settles
     end
     local own = math.max(0, call.prompt - e.cached) * c.prefill_us / 1000
     e.prefill = own
@@ -174,6 +175,7 @@ local function estimate_in_order(call, c)
         else
             e.load, e.why = c.load_ms, 'load'
             if box.loading then e.block, e.can = math.max(0, box.loading.ends - now), false end
+            if box.settles then e.can = false end
         end
     end
     e.t = e.load + e.block + e.queue + e.prefill

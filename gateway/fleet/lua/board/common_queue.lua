@@ -28,7 +28,7 @@ local function begin_load(call, e)
     end
     box.loading, box.evicts = {m = c.m, id = call.id, began = now, ends = ends}, {}
     redis.call('HSET', name, 'loading', table.concat({c.m, call.id, now, math.floor(ends)}, ' '))
-    redis.call('HDEL', name, 'evicts')
+    redis.call('HDEL', name, 'evicts', 'settles')
     if #names > 0 then redis.call('HSET', name, 'evicts', table.concat(names, FS)) end
     for _, m in ipairs(names) do box.evicts[m] = true end
     if redis.call('EXISTS', F .. 'size:' .. call.group) == 1 then
@@ -238,6 +238,11 @@ local function dispatch(group)
     return outcomes
 end
 
+local function end_load(name, began)
+    if redis.call('HEXISTS', name, 'evicts') == 1 then redis.call('HSET', name, 'settles', began .. ' ' .. now) end
+    redis.call('HDEL', name, 'loading')
+end
+
 -- What a call that was loading leaves: who joined goes on loading it.
 local function pass_on_load(b, m, id)
     local name = F .. 'box:' .. b
@@ -247,7 +252,7 @@ local function pass_on_load(b, m, id)
     if heir then
         redis.call('HSET', name, 'loading', table.concat({m, heir, began, ends}, ' '))
     else
-        redis.call('HDEL', name, 'loading', 'evicts')
+        end_load(name, began)
     end
 end
 

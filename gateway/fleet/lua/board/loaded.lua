@@ -7,11 +7,7 @@ local resident = redis.call('HGET', name, 'r:' .. model)
 if loading == model then
     local since = resident and tonumber(string.match(resident, '^%S+ (%S+)')) or now
     redis.call('HSET', name, 'l:' .. model, math.max(1, since - tonumber(began)))
-    if not resident then
-        -- What may have gone counts as gone until the backend is asked.
-        for _, m in ipairs(words(redis.call('HGET', name, 'evicts') or '')) do redis.call('HDEL', name, 'r:' .. m) end
-    end
-    redis.call('HDEL', name, 'loading', 'evicts')
+    end_load(name, began)
 end
 if not resident then redis.call('HSET', name, 'r:' .. model, ARGV[4] .. ' ' .. now .. ' ' .. now .. ' 0 0') end
 if is_waiting() then dispatch() end
